@@ -1,0 +1,103 @@
+"""Where things lie and how they are tuned; the only module that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gearworkers.errors import InvalidInput
+
+DEFAULT_ROOT = Path("/var/lib/gear")
+DEFAULT_RUN_DIR = Path("/run/gear")
+DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One node's settings; immutable, passed to whoever needs it.
+
+    The `gear_*_path` names are the Gear driver's own (GearPublicCachePath, GearImagesPath, …).
+    """
+
+    gear_root: Path = DEFAULT_ROOT
+    run_dir: Path = DEFAULT_RUN_DIR
+    plugin_socket: Path = DEFAULT_PLUGIN_SOCKET
+    broker_url: str = ""
+    """Empty: the Unix socket redis.sock in run_dir, database 0."""
+    remote: str = ""
+    """Where new objects are pushed: a directory; empty for nowhere."""
+    node: str = field(default_factory=socket.gethostname)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE.
+
+        Raises:
+            InvalidInput: A path is not absolute.
+        """
+        return cls(
+            gear_root=_absolute(environ, "GEAR_ROOT", DEFAULT_ROOT),
+            run_dir=_absolute(environ, "GEAR_RUN_DIR", DEFAULT_RUN_DIR),
+            plugin_socket=_absolute(environ, "GEAR_PLUGIN_SOCKET", DEFAULT_PLUGIN_SOCKET),
+            broker_url=environ.get("GEAR_BROKER_URL", ""),
+            remote=environ.get("GEAR_REMOTE", ""),
+            node=environ.get("GEAR_NODE") or socket.gethostname(),
+        )
+
+    @property
+    def gear_public_cache_path(self) -> Path:
+        """One immutable file per distinct content, shared by all images."""
+        return self.gear_root / "public"
+
+    @property
+    def gear_private_cache_path(self) -> Path:
+        """Objects of images marked private, one directory an image."""
+        return self.gear_root / "private"
+
+    @property
+    def gear_nfs_path(self) -> Path:
+        """Where a shared store may be mounted: a second cache level behind public/."""
+        return self.gear_root / "nfs"
+
+    @property
+    def gear_images_path(self) -> Path:
+        """Read-only layers."""
+        return self.gear_root / "images"
+
+    @property
+    def gear_containers_path(self) -> Path:
+        """Read-write layers."""
+        return self.gear_root / "containers"
+
+    @property
+    def gear_build_path(self) -> Path:
+        """Staging; what lies here at start-up is a crash's leftover."""
+        return self.gear_root / "build"
+
+    @property
+    def gear_push_path(self) -> Path:
+        """The durable spool of objects awaiting push."""
+        return self.gear_root / "push"
+
+    @property
+    def streams_socket(self) -> Path:
+        """Where the gateway meets whoever does an ApplyDiff or a Diff."""
+        return self.run_dir / "streams.sock"
+
+    @property
+    def effective_broker_url(self) -> str:
+        """broker_url, or the Redis socket in run_dir."""
+        return self.broker_url or f"redis+socket://{self.run_dir}/redis.sock?virtual_host=0"
+
+
+def _absolute(environ: Mapping[str, str], name: str, default: Path) -> Path:
+    value = environ.get(name)
+    if not value:
+        return default
+    path = Path(value)
+    if not path.is_absolute():
+        raise InvalidInput(f"{name}={value}: an absolute path is needed")
+    return path

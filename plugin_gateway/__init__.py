@@ -1,0 +1,1 @@
+"""plugin_gateway: the front door that answers Docker's graphdriver plugin calls."""
