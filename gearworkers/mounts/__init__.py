@@ -1,0 +1,1 @@
+"""Overlay mounts, the system calls under them, and what this kernel can do."""

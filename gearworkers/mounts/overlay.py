@@ -1,0 +1,216 @@
+"""Overlay mounts: index trees over data-only object stores.
+
+Glossary: a *lower* is a read-only layer's tree; a *data* layer holds objects that only redirects reach; *upper*
+and *work* take what the mount writes; *merged* is what the mount shows.
+
+Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers", "Metadata only copy up",
+"Redirected directories" ("renaming directories"), "Volatile mount".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gearworkers.errors import GearError, InvalidInput, from_os_error
+from gearworkers.mounts import sys
+
+_OPTIONS = (
+    ("metacopy", b"on"),
+    ("redirect_dir", b"on"),
+    ("index", b"off"),
+)
+_LAYER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class OverlaySpec:
+    """What to mount; paths are directories that exist."""
+
+    lowers: tuple[Path, ...]
+    """Read-only trees, the topmost first."""
+    data: tuple[Path, ...] = ()
+    """Data-only layers, searched in this order for an absolute redirect."""
+    upper: Path | None = None
+    work: Path | None = None
+    """On upper's file system; with upper or not at all."""
+    context: str = ""
+    """SELinux label of everything in the mount, as in the option ``context=``."""
+    volatile: bool = False
+    """Never sync the upper; `clear_volatile` must follow the unmount before upper is mounted again."""
+
+
+def mount(spec: OverlaySpec, target: Path) -> None:
+    """Attach the overlay at the directory *target*; when it fails, nothing is left behind.
+
+    Raises:
+        GearError: What the kernel refused, with its own log text.
+    """
+    try:
+        mount_fd = _superblock(spec, attributes=0)
+        try:
+            sys.move_mount(mount_fd, target)
+        finally:
+            os.close(mount_fd)
+    except OSError as exc:
+        raise _refused(exc, f"mounting {_told(spec)} at {target}") from exc
+
+
+@contextmanager
+def detached(spec: OverlaySpec) -> Iterator[int]:
+    """A read-only view of what *spec* would show, attached nowhere: a directory descriptor.
+
+    An upper is taken as the topmost lower, so a layer that is mounted elsewhere can be looked at.
+    The view is gone when the context ends; no crash leaves anything.
+
+    Raises:
+        GearError: As `mount`.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            mount_fd = _superblock(_read_only(spec), attributes=sys.MOUNT_ATTR_RDONLY)
+            stack.callback(os.close, mount_fd)
+            root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
+            stack.callback(os.close, root_fd)
+        except OSError as exc:
+            raise _refused(exc, f"mounting {_told(spec)} unattached") from exc
+        yield root_fd
+
+
+def unmount(target: Path) -> None:
+    """Detach what is mounted at *target*; nothing mounted there, or no such path, is fine.
+
+    Open files keep the file system alive until they are closed, as with overlay2.
+    """
+    try:
+        sys.umount2(target)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOENT):
+            raise from_os_error(exc, f"unmounting {target}") from exc
+
+
+def is_mounted(target: Path) -> bool:
+    """Whether another file system than its parent directory's is mounted at *target*; two stat calls."""
+    try:
+        return os.lstat(target).st_dev != os.lstat(target.parent).st_dev
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise from_os_error(exc, f"looking at {target}") from exc
+
+
+def clear_volatile(work: Path) -> None:
+    """Remove the mark that a volatile mount leaves in *work*, so that its upper may be mounted again.
+
+    The caller vouches that the upper is whole: no crash or power cut since the volatile mount began, or
+    content that is made anew anyway.
+    """
+    try:
+        shutil.rmtree(work / "work" / "incompat")
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise from_os_error(exc, f"removing the volatile mark in {work}") from exc
+
+
+def _read_only(spec: OverlaySpec) -> OverlaySpec:
+    if spec.upper is None:
+        return spec
+    return OverlaySpec((spec.upper, *spec.lowers), spec.data, context=spec.context)
+
+
+def _superblock(spec: OverlaySpec, attributes: int) -> int:
+    """An unattached mount of *spec*: an O_PATH descriptor."""
+    if not spec.lowers or (spec.upper is None) != (spec.work is None):
+        raise InvalidInput(f"{_told(spec)}: a lower is needed, and upper and work go together")
+    context_fd = sys.fsopen("overlay")
+    try:
+        _set_options(context_fd, spec)
+        with _layers_added(context_fd, spec):
+            sys.fsconfig_create(context_fd)
+        return sys.fsmount(context_fd, attributes)
+    finally:
+        os.close(context_fd)
+
+
+def _set_options(context_fd: int, spec: OverlaySpec) -> None:
+    sys.fsconfig_string(context_fd, "source", b"overlay")
+    for key, value in _OPTIONS:
+        sys.fsconfig_string(context_fd, key, value)
+    if spec.context:
+        sys.fsconfig_string(context_fd, "context", os.fsencode(spec.context))
+    if spec.volatile:
+        sys.fsconfig_flag(context_fd, "volatile")
+
+
+@contextmanager
+def _layers_added(context_fd: int, spec: OverlaySpec) -> Iterator[None]:
+    """The layers are set; the superblock is to be made inside, while the empty lower still exists."""
+    with contextlib.ExitStack() as stack:
+        for lower in spec.lowers:
+            _add_directory(context_fd, "lowerdir+", lower)
+        if spec.upper is None and len(spec.lowers) + len(spec.data) == 1:
+            stack.callback(os.close, _add_empty_lower(context_fd))
+        for data in spec.data:
+            _add_directory(context_fd, "datadir+", data)
+        if spec.upper is not None and spec.work is not None:
+            _add_directory(context_fd, "upperdir", spec.upper)
+            _add_directory(context_fd, "workdir", spec.work)
+        yield
+
+
+def _add_directory(context_fd: int, key: str, path: Path) -> None:
+    layer_fd = os.open(path, _LAYER_FLAGS)
+    try:
+        _add_fd(context_fd, key, layer_fd)
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, os.fspath(path)) from None
+    finally:
+        os.close(layer_fd)
+
+
+def _add_fd(context_fd: int, key: str, layer_fd: int) -> None:
+    """By descriptor; before Linux 6.13 these options take only text, so then by the descriptor's name in /proc."""
+    try:
+        sys.fsconfig_fd(context_fd, key, layer_fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+        sys.fsconfig_string(context_fd, key, b"/proc/self/fd/%d" % layer_fd)
+
+
+def _add_empty_lower(context_fd: int) -> int:
+    """A lone lower is refused by the kernel without an upper; an empty tmpfs below it changes nothing.
+
+    Returns:
+        The tmpfs' mount; it must stay open until the superblock is made.
+    """
+    tmpfs_fd = sys.fsopen("tmpfs")
+    try:
+        sys.fsconfig_create(tmpfs_fd)
+        empty_fd = sys.fsmount(tmpfs_fd, sys.MOUNT_ATTR_RDONLY)
+    finally:
+        os.close(tmpfs_fd)
+    try:
+        _add_fd(context_fd, "lowerdir+", empty_fd)
+    except OSError:
+        os.close(empty_fd)
+        raise
+    return empty_fd
+
+
+def _refused(exc: OSError, tried: str) -> GearError:
+    path = f" {os.fsdecode(exc.filename)}" if exc.filename else ""
+    step = exc.strerror if exc.strerror and exc.strerror != os.strerror(exc.errno or 0) else "looking up"
+    return from_os_error(exc, f"{tried}: {step}{path}")
+
+
+def _told(spec: OverlaySpec) -> str:
+    top = spec.upper or (spec.lowers[0] if spec.lowers else None)
+    return f"an overlay of {len(spec.lowers)} lower and {len(spec.data)} data layers under {top}"

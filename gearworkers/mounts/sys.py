@@ -1,0 +1,214 @@
+"""System calls that Python's os module lacks, through ctypes.
+
+Every function raises OSError with errno, what was tried as its text and, where one is concerned, the path.
+For fsconfig and fsmount the text ends with what the kernel logged into the file system context.
+
+Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2), umount2(2), openat2(2),
+renameat2(2), syncfs(2), statfs(2), getdents64(2). Numbers from 424 on are the same on all architectures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import struct
+from enum import IntEnum, IntFlag
+from pathlib import Path
+
+AT_FDCWD = -100
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+MOUNT_ATTR_RDONLY = 1
+
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_FSOPEN = 430
+_SYS_FSCONFIG = 431
+_SYS_FSMOUNT = 432
+_SYS_OPENAT2 = 437
+
+_FSOPEN_CLOEXEC = 1
+_FSMOUNT_CLOEXEC = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_OPEN_TREE_CLONE = 1
+_OPENAT2_RACES = 64
+"""How often openat2 is tried again when a rename beside it makes it answer EAGAIN."""
+
+
+class _Fsconfig(IntEnum):
+    SET_FLAG = 0
+    SET_STRING = 1
+    SET_FD = 5
+    CMD_CREATE = 6
+
+
+class Resolve(IntFlag):
+    """RESOLVE_* of openat2(2): how a path may be walked."""
+
+    NO_XDEV = 0x01
+    NO_MAGICLINKS = 0x02
+    NO_SYMLINKS = 0x04
+    BENEATH = 0x08
+    IN_ROOT = 0x10
+
+
+class Rename(IntFlag):
+    """Flags of renameat2(2)."""
+
+    PLAIN = 0
+    NOREPLACE = 1
+    EXCHANGE = 2
+
+
+def fsopen(fs_name: str) -> int:
+    """A new file system context of that type; the caller closes it."""
+    return _syscall(f"fsopen {fs_name}", _SYS_FSOPEN, os.fsencode(fs_name), _FSOPEN_CLOEXEC)
+
+
+def fsconfig_flag(context_fd: int, key: str) -> None:
+    """Set an option without a value."""
+    _fsconfig(context_fd, key, _Fsconfig.SET_FLAG, key, None, 0)
+
+
+def fsconfig_string(context_fd: int, key: str, value: bytes) -> None:
+    """Set an option to a text of at most 255 bytes."""
+    _fsconfig(context_fd, f"{key}={os.fsdecode(value)}", _Fsconfig.SET_STRING, key, value, 0)
+
+
+def fsconfig_fd(context_fd: int, key: str, value_fd: int) -> None:
+    """Set an option to an open file or directory."""
+    _fsconfig(context_fd, f"{key}=<fd {value_fd}>", _Fsconfig.SET_FD, key, None, value_fd)
+
+
+def fsconfig_create(context_fd: int) -> None:
+    """Make the superblock of what was configured."""
+    _fsconfig(context_fd, "create", _Fsconfig.CMD_CREATE, None, None, 0)
+
+
+def fsmount(context_fd: int, attributes: int = 0) -> int:
+    """An unattached mount of the context's superblock, as an O_PATH descriptor; closing it unmounts."""
+    try:
+        return _syscall("fsmount", _SYS_FSMOUNT, context_fd, _FSMOUNT_CLOEXEC, attributes)
+    except OSError as exc:
+        raise _with_log(exc, context_fd) from None
+
+
+def move_mount(mount_fd: int, target: Path) -> None:
+    """Attach an unattached mount at *target*."""
+    path = os.fsencode(target)
+    _syscall("move_mount", _SYS_MOVE_MOUNT, mount_fd, b"", AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH, path=path)
+
+
+def open_tree(path: Path) -> int:
+    """An unattached bind mount of *path*, as an O_PATH descriptor; closing it unmounts."""
+    raw = os.fsencode(path)
+    return _syscall("open_tree", _SYS_OPEN_TREE, AT_FDCWD, raw, _OPEN_TREE_CLONE | os.O_CLOEXEC, path=raw)
+
+
+def umount2(target: Path, flags: int = MNT_DETACH | UMOUNT_NOFOLLOW) -> None:
+    """Take away what is mounted at *target*; EINVAL when nothing is."""
+    path = os.fsencode(target)
+    if _libc().umount2(path, flags) < 0:
+        raise _last_error("umount", path)
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: Resolve = Resolve.IN_ROOT) -> int:
+    """Open *path* walked from *dir_fd* under the rules of *resolve*; O_CLOEXEC is always set.
+
+    Raises:
+        OSError: Also EXDEV or ELOOP for a walk that the rules forbid.
+    """
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    for _ in range(_OPENAT2_RACES):
+        try:
+            return _syscall("openat2", _SYS_OPENAT2, dir_fd, path, how, len(how), path=path)
+        except BlockingIOError:
+            continue
+    raise OSError(errno.EAGAIN, "openat2: renames beside it kept interfering", os.fsdecode(path))
+
+
+def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: Rename) -> None:
+    """Rename with NOREPLACE (EEXIST when *new* is there) or EXCHANGE (both must be there)."""
+    if _libc().renameat2(old_dir_fd, old, new_dir_fd, new, int(flags)) < 0:
+        raise _last_error(f"renameat2 {os.fsdecode(old)} to", new)
+
+
+def syncfs(fd: int) -> None:
+    """Write all of the file system that holds *fd* to its device."""
+    if _libc().syncfs(fd) < 0:
+        raise _last_error("syncfs", None)
+
+
+def statfs_type(path: Path) -> int:
+    """The magic number of the file system that holds *path*: f_type of statfs(2)."""
+    raw = os.fsencode(path)
+    buffer = ctypes.create_string_buffer(256)
+    if _libc().statfs(raw, buffer) < 0:
+        raise _last_error("statfs", raw)
+    return int(struct.unpack_from("l", buffer)[0]) & 0xFFFFFFFF
+
+
+def entry_types(dir_fd: int) -> dict[bytes, int]:
+    """Name to d_type (DT_UNKNOWN is 0) of a small directory's entries, as getdents64(2) gives them.
+
+    Shape: at most the entries of one 32 KiB answer; enough for probing, not for walking.
+    """
+    buffer = ctypes.create_string_buffer(32768)
+    length = _libc().getdents64(dir_fd, buffer, len(buffer))
+    if length < 0:
+        raise _last_error("getdents64", None)
+    types: dict[bytes, int] = {}
+    offset = 0
+    while offset < length:
+        record_bytes, d_type = struct.unpack_from("HB", buffer, offset + 16)
+        name = buffer.raw[offset + 19 : offset + record_bytes].split(b"\0", 1)[0]
+        types[name] = d_type
+        offset += record_bytes
+    return types
+
+
+def _fsconfig(context_fd: int, what: str, command: int, key: str | None, value: bytes | None, aux: int) -> None:
+    raw_key = None if key is None else os.fsencode(key)
+    try:
+        _syscall(f"fsconfig {what}", _SYS_FSCONFIG, context_fd, command, raw_key, value, aux)
+    except OSError as exc:
+        raise _with_log(exc, context_fd) from None
+
+
+def _with_log(exc: OSError, context_fd: int) -> OSError:
+    """*exc* with the messages waiting in the context appended to its text, without their ``e `` or ``w ``."""
+    messages = []
+    while True:
+        try:
+            messages.append(os.read(context_fd, 4096).decode(errors="replace")[2:].strip())
+        except OSError:
+            break
+    if not messages:
+        return exc
+    return OSError(exc.errno, f"{exc.strerror} ({'; '.join(messages)})")
+
+
+def _syscall(what: str, number: int, *args: int | bytes | None, path: bytes | None = None) -> int:
+    converted = [ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args]
+    result: int = _libc().syscall(ctypes.c_long(number), *converted)
+    if result < 0:
+        raise _last_error(what, path)
+    return result
+
+
+def _last_error(what: str, path: bytes | None) -> OSError:
+    number = ctypes.get_errno()
+    if path is None:
+        return OSError(number, what)
+    return OSError(number, what, os.fsdecode(path))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    libc.getdents64.restype = ctypes.c_ssize_t
+    libc.getdents64.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+    return libc
