@@ -1,0 +1,1 @@
+"""Tar bytes to entries and back; pure: no file system, no network."""

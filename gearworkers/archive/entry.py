@@ -1,0 +1,58 @@
+"""One entry of a tar, and the few constants every part of the archive package shares."""
+
+from __future__ import annotations
+
+import msgspec
+
+BLOCK_BYTES = 512
+
+REG = ord("0")
+HARDLINK = ord("1")
+SYMLINK = ord("2")
+CHAR = ord("3")
+BLOCK = ord("4")
+DIR = ord("5")
+FIFO = ord("6")
+
+CONTENTLESS = frozenset((HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO))
+"""No content follows these in the archive, whatever their size field says (as Go's archive/tar)."""
+
+_SHOWN_BYTES = 200
+
+
+class Entry(msgspec.Struct, gc=False):
+    """What a tar says of one file; made by the reader, taken by the writer.
+
+    `xattrs` has the names without the SCHILY.xattr prefix. `sparse` lists the (offset, length) of the data of
+    a sparse file, in order; the stored content is these segments one after the other. `gear` is the (digest,
+    size in bytes) of content that lies elsewhere; the stored content may then be empty.
+    """
+
+    name: bytes
+    """As the archive has it, long names resolved, not normalised; never with a NUL."""
+    type: int = REG
+    """REG, HARDLINK, SYMLINK, CHAR, BLOCK, DIR or FIFO."""
+    linkname: bytes = b""
+    mode: int = 0o644
+    """The 07777 bits."""
+    uid: int = 0
+    gid: int = 0
+    size_bytes: int = 0
+    """Of the file: of a sparse one, expanded. 0 for all types but REG."""
+    mtime_ns: int = 0
+    atime_ns: int | None = None
+    devmajor: int = 0
+    devminor: int = 0
+    xattrs: dict[bytes, bytes] | None = None
+    sparse: tuple[tuple[int, int], ...] | None = None
+    gear: tuple[bytes, int] | None = None
+    stored_bytes: int = 0
+    """Of the content in the archive: size_bytes but for sparse files."""
+    header_offset: int = 0
+    """Of the entry's own header block (behind its extended headers) in the tar."""
+
+
+def shown(name: bytes) -> str:
+    """*name* for an error message: quoted, printable, not too long."""
+    text = repr(name[:_SHOWN_BYTES].decode("utf-8", "backslashreplace"))
+    return text if len(name) <= _SHOWN_BYTES else f"{text}… ({len(name)} bytes)"

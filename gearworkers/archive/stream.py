@@ -1,0 +1,240 @@
+"""`stream.zst`: all of a layer's tar but its file contents, so that its very bytes can be made again.
+
+The file is one zstd frame (with zstd's own checksum) and a trailer. The frame holds records, each a tag, lengths
+as little-endian integers, and data: RAW (bytes of the tar, as they are), CONTENT (digest and length of a whole
+object that stands here), SLICE (digest, offset and length within an object), END (the tar's length). The trailer
+says how long the frame and the tar are, so that a file that was cut is found before a byte of it is used.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol, cast
+
+import msgspec
+import zstandard
+
+from gearworkers.errors import IntegrityError
+
+_MAGIC = b"GEARTAR1"
+_TRAILER_MAGIC = b"1RATRAEG"
+_TRAILER = struct.Struct("<QQ8s")
+_RAW, _CONTENT, _SLICE, _END = 1, 2, 3, 4
+_RAW_RECORD = struct.Struct("<BI")
+_CONTENT_RECORD = struct.Struct("<B32sQ")
+_SLICE_RECORD = struct.Struct("<B32sQQ")
+_END_RECORD = struct.Struct("<BQ")
+
+_LEVEL = 1
+_BATCH_BYTES = 1 << 17
+_MAX_RAW_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
+
+
+class Sink(Protocol):
+    """Where the stream file is written."""
+
+    def write(self, data: bytes, /) -> int:
+        """Write all of *data*."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a finished stream holds."""
+
+    tar_bytes: int
+    content_bytes: int
+    file_bytes: int
+
+
+class StreamWriter:
+    """Writes a `stream.zst`; the calls come in the order of the tar's bytes.
+
+    `size_bytes` is the length of the tar so far. What the file raises (OSError) passes through; after that, and
+    until `close` has returned, the file is no stream and is to be thrown away. Cheap: less than a microsecond a call.
+    """
+
+    def __init__(self, file: Sink, *, level: int = _LEVEL) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=False).compressobj()
+        self._batch = bytearray()
+        self._content_bytes = 0
+        self._frame_bytes = 0
+        self.size_bytes = 0
+        file.write(_MAGIC)
+
+    def raw(self, data: bytes | memoryview) -> None:
+        """The next bytes of the tar, as they are; copied before the call returns."""
+        size_bytes = len(data)
+        if size_bytes > _MAX_RAW_BYTES:
+            raise ValueError(f"{size_bytes} bytes at once are too many for a record")
+        batch = self._batch
+        batch += _RAW_RECORD.pack(_RAW, size_bytes)
+        batch += data
+        self.size_bytes += size_bytes
+        if len(batch) > _BATCH_BYTES:
+            self._write_batch()
+
+    def content(self, digest: bytes, size_bytes: int) -> None:
+        """The next *size_bytes* of the tar are all of the object of that digest."""
+        self._batch += _CONTENT_RECORD.pack(_CONTENT, digest, size_bytes)
+        self._add_content(size_bytes)
+
+    def slice(self, digest: bytes, offset_bytes: int, length_bytes: int) -> None:
+        """The next *length_bytes* of the tar are the object's from *offset_bytes* on."""
+        self._batch += _SLICE_RECORD.pack(_SLICE, digest, offset_bytes, length_bytes)
+        self._add_content(length_bytes)
+
+    def close(self) -> Totals:
+        """Write what is left; the stream is whole when this has returned. The file is not closed."""
+        self._batch += _END_RECORD.pack(_END, self.size_bytes)
+        self._write_batch()
+        self._write(self._frame.flush())
+        self._file.write(_TRAILER.pack(self._frame_bytes, self.size_bytes, _TRAILER_MAGIC))
+        file_bytes = len(_MAGIC) + self._frame_bytes + _TRAILER.size
+        return Totals(self.size_bytes, self._content_bytes, file_bytes)
+
+    def _add_content(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+        self._content_bytes += size_bytes
+        if len(self._batch) > _BATCH_BYTES:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        self._write(self._frame.compress(self._batch))
+        self._batch.clear()
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            self._frame_bytes += len(data)
+            self._file.write(data)
+
+
+class Raw(msgspec.Struct, frozen=True, gc=False):
+    """Bytes of the tar, as they are."""
+
+    data: bytes
+
+
+class Content(msgspec.Struct, frozen=True, gc=False):
+    """A part of the object `digest` that stands here in the tar: all of it, unless it is sparse there."""
+
+    digest: bytes
+    offset_bytes: int
+    length_bytes: int
+
+
+class StreamReader:
+    """Reads a `stream.zst` back, in bounded memory.
+
+    `tar_bytes` is the length of the tar.
+
+    Raises:
+        IntegrityError: The file is no stream, or was cut or altered. What can be seen without reading it all is
+            told by the constructor, the rest while iterating, at the latest at the end.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._frame_bytes, self.tar_bytes = _frame_and_tar_bytes(file)
+        self._file = file
+        self._data = b""
+        self._at = 0
+        self._frame: zstandard.ZstdDecompressionReader | None = None
+
+    def __iter__(self) -> Iterator[Raw | Content]:
+        """The pieces of the tar in order; from the start each time."""
+        self._file.seek(len(_MAGIC))
+        self._data, self._at = b"", 0
+        # zstandard calls nothing but read(), whatever its stub asks for.
+        frame = cast(BinaryIO, _Frame(self._file, self._frame_bytes))
+        self._frame = zstandard.ZstdDecompressor().stream_reader(frame, closefd=False)
+        try:
+            yield from self._pieces()
+        except zstandard.ZstdError as exc:
+            raise IntegrityError(f"a layer's stream file is damaged: {exc}") from exc
+
+    def _pieces(self) -> Iterator[Raw | Content]:
+        seen_bytes = 0
+        while True:
+            tag = self._peek_tag()
+            if tag == _RAW:
+                _, length = _RAW_RECORD.unpack(self._take(_RAW_RECORD.size))
+                seen_bytes += length
+                yield from self._raw(length)
+            elif tag == _CONTENT:
+                _, digest, length = _CONTENT_RECORD.unpack(self._take(_CONTENT_RECORD.size))
+                seen_bytes += length
+                yield Content(digest, 0, length)
+            elif tag == _SLICE:
+                _, digest, offset, length = _SLICE_RECORD.unpack(self._take(_SLICE_RECORD.size))
+                seen_bytes += length
+                yield Content(digest, offset, length)
+            else:
+                return self._check_end(tag, seen_bytes)
+
+    def _raw(self, length_bytes: int) -> Iterator[Raw]:
+        while length_bytes:
+            size_bytes = min(length_bytes, _PIECE_BYTES)
+            yield Raw(self._take(size_bytes))
+            length_bytes -= size_bytes
+
+    def _check_end(self, tag: int, seen_bytes: int) -> None:
+        if tag != _END:
+            raise IntegrityError(f"a layer's stream file is damaged: it has a record of kind {tag}")
+        _, tar_bytes = _END_RECORD.unpack(self._take(_END_RECORD.size))
+        # Reading on makes zstd verify its checksum.
+        if self._at < len(self._data) or self._read():
+            raise IntegrityError("a layer's stream file is damaged: it goes on behind its end")
+        if not tar_bytes == seen_bytes == self.tar_bytes:
+            raise IntegrityError(f"a layer's stream file makes {seen_bytes} bytes instead of {self.tar_bytes}")
+
+    def _peek_tag(self) -> int:
+        if self._at == len(self._data):
+            self._data, self._at = self._read(), 0
+        return self._data[self._at] if self._data else 0
+
+    def _take(self, size_bytes: int) -> bytes:
+        end = self._at + size_bytes
+        while len(self._data) < end:
+            more = self._read()
+            if not more:
+                raise IntegrityError("a layer's stream file is damaged: it ends inside a record")
+            self._data = self._data[self._at :] + more
+            end -= self._at
+            self._at = 0
+        taken = self._data[self._at : end]
+        self._at = end
+        return taken
+
+    def _read(self) -> bytes:
+        assert self._frame is not None
+        return self._frame.read(_PIECE_BYTES)
+
+
+def _frame_and_tar_bytes(file: BinaryIO) -> tuple[int, int]:
+    """From magic and trailer; checks that they fit the file's length."""
+    file.seek(0)
+    magic = file.read(len(_MAGIC))
+    file_bytes = file.seek(0, 2)
+    fixed_bytes = len(_MAGIC) + _TRAILER.size
+    if magic == _MAGIC and file_bytes >= fixed_bytes:
+        file.seek(-_TRAILER.size, 2)
+        frame_bytes, tar_bytes, trailer_magic = _TRAILER.unpack(file.read(_TRAILER.size))
+        if trailer_magic == _TRAILER_MAGIC and frame_bytes + fixed_bytes == file_bytes:
+            return frame_bytes, tar_bytes
+    raise IntegrityError(f"a layer's stream file ({file_bytes} bytes) is cut, damaged, or none")
+
+
+class _Frame:
+    """The part of the file that is zstd's: it would take the trailer for another frame."""
+
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self._file = file
+        self._left_bytes = size_bytes
+
+    def read(self, size_bytes: int) -> bytes:
+        data = self._file.read(min(size_bytes, self._left_bytes))
+        self._left_bytes -= len(data)
+        return data
