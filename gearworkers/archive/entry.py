@@ -38,7 +38,7 @@ class Entry(msgspec.Struct, gc=False):
     uid: int = 0
     gid: int = 0
     size_bytes: int = 0
-    """Of the file: of a sparse one, expanded. 0 for all types but REG."""
+    """Of the file: of a sparse one expanded, of one with `gear` what that says. 0 for all types but REG."""
     mtime_ns: int = 0
     atime_ns: int | None = None
     devmajor: int = 0
@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, gc=False):
     sparse: tuple[tuple[int, int], ...] | None = None
     gear: tuple[bytes, int] | None = None
     stored_bytes: int = 0
-    """Of the content in the archive: size_bytes but for sparse files."""
+    """Of the content in the archive: size_bytes but for sparse files, and 0 where only `gear` names it."""
     header_offset: int = 0
     """Of the entry's own header block (behind its extended headers) in the tar."""
 

@@ -291,6 +291,8 @@ class TarReader:
                 if kind != REG:
                     raise ValueError("it is sparse, but no regular file")
                 sparse.check(segments, entry.size_bytes, entry.stored_bytes)
+            if entry.gear is not None:
+                _check_gear(entry, plain=kind == REG and segments is None)
         except ValueError as exc:
             _refuse(entry, str(exc), exc)
         entry.type, entry.sparse = kind, segments
@@ -323,6 +325,15 @@ def _normalised(entry: Entry) -> int:
     if kind not in _REGULAR:
         _refuse(entry, f"unhandled tar header type {kind} ({chr(kind)!r})")
     return DIR if kind == _V7_REG and entry.name.endswith(b"/") else REG
+
+
+def _check_gear(entry: Entry, *, plain: bool) -> None:
+    """A content named by Gear records is that of the file: whole in the archive, or not there at all."""
+    assert entry.gear is not None
+    size_bytes = entry.gear[1]
+    if not plain or entry.stored_bytes not in (0, size_bytes):
+        raise ValueError(f"its Gear records name {size_bytes} bytes of content, but do not fit the entry")
+    entry.size_bytes = size_bytes
 
 
 def _refuse(entry: Entry, why: str, cause: Exception | None = None) -> NoReturn:
