@@ -29,6 +29,8 @@ _FILES = CONTENTLESS | {REG}
 _REGULAR = frozenset((_V7_REG, _CONTIGUOUS, _OLD_SPARSE))
 _EXTENSIONS = frozenset((_RECORDS, _GLOBAL_RECORDS, _LONG_NAME, _LONG_LINK))
 
+_NOTHING = memoryview(b"")
+
 DEFAULT_BUFFER_BYTES = 1 << 20
 
 
@@ -127,6 +129,8 @@ class TarReader:
             IntegrityError: The stream ends inside the content.
         """
         size_bytes = self._left_bytes
+        if not size_bytes:
+            return _NOTHING
         if size_bytes > len(self._view):
             return None
         if self._filled - self._position < size_bytes and not self._fill(size_bytes):
