@@ -1,0 +1,68 @@
+"""Which extended attributes of a file belong into a layer's tar.
+
+Kept are file capabilities, POSIX ACLs, ``user.*`` and those ``trusted.*`` that are not the overlay's or ours. Labels of
+the host (SELinux, IMA, EVM) are not: they are the next host's own business. Nor is one with a "=" in its name, which
+no PAX record can say.
+
+Source: capabilities(7), "File capability extended attribute versioning"; moby pkg/archive,
+ReadSecurityXattrToTarHeader, for the capabilities of a user namespace.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+CAPABILITY = "security.capability"
+
+_KEPT_PREFIXES = ("user.", "trusted.", "system.posix_acl_")
+_DROPPED_PREFIXES = ("trusted.overlay.", "trusted.gear.")
+_VERSION_BYTE = 3
+_REVISION_2 = 2
+_REVISION_3 = 3
+_REVISION_2_BYTES = 20
+
+
+def kept_xattrs(dir_fd: int, name: bytes) -> dict[bytes, bytes]:
+    """The attributes of *name* in the directory, itself if it is a symlink, in the order of their names."""
+    return _kept(b"/proc/self/fd/%d/%s" % (dir_fd, name))
+
+
+def kept_xattrs_of(fd: int) -> dict[bytes, bytes]:
+    """The attributes of an open file, in the order of their names."""
+    return _kept(fd)
+
+
+def _kept(target: int | bytes) -> dict[bytes, bytes]:
+    follow_symlinks = isinstance(target, int)
+    try:
+        names = os.listxattr(target, follow_symlinks=follow_symlinks)
+    except OSError as exc:
+        if exc.errno == errno.ENOTSUP:
+            return {}
+        raise
+    kept = {}
+    for name in sorted(names):
+        if not _is_kept(name):
+            continue
+        try:
+            value = os.getxattr(target, name, follow_symlinks=follow_symlinks)
+        except OSError as exc:
+            if exc.errno == errno.ENODATA:
+                continue
+            raise
+        kept[os.fsencode(name)] = _portable(value) if name == CAPABILITY else value
+    return kept
+
+
+def _is_kept(name: str) -> bool:
+    if "=" in name:
+        return False
+    return name == CAPABILITY or (name.startswith(_KEPT_PREFIXES) and not name.startswith(_DROPPED_PREFIXES))
+
+
+def _portable(capability: bytes) -> bytes:
+    """A revision 3 capability names a user namespace's root of this host; revision 2 says the same without it."""
+    if len(capability) > _REVISION_2_BYTES and capability[_VERSION_BYTE] == _REVISION_3:
+        return capability[:_VERSION_BYTE] + bytes((_REVISION_2,)) + capability[_VERSION_BYTE + 1 : _REVISION_2_BYTES]
+    return capability
