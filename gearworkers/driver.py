@@ -1,0 +1,380 @@
+"""The Gear driver: the graphdriver protocol's calls by their names, on one node's GEAR_ROOT.
+
+The one module of the engine that knows that Docker is the caller. `Get`, `Put` and what else is light run in the
+gateway; `ApplyDiff`, `Diff` and upkeep may run in any process of the node that shares its mounts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from gearworkers.archive.reader import Readable
+from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, from_os_error
+from gearworkers.layers.apply import apply_tar
+from gearworkers.layers.changes import Change, tree_changes, upper_changes
+from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
+from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.replay import replay
+from gearworkers.layers.size import changed_size, tree_size
+from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
+from gearworkers.mounts import overlay
+from gearworkers.mounts.table import MountTable
+from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
+from gearworkers.objects.remote import DirectoryRemote, push_pending
+from gearworkers.objects.spool import PushSpool
+from gearworkers.objects.store import ObjectStore
+from gearworkers.settings import Settings
+
+_OPTIONS = ("gear.root", "gear.broker")
+_INIT_SUFFIX = "-init"
+_INIT_FILE = "init.json"
+_EMPTY = "empty"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class _InitRecord(msgspec.Struct, frozen=True):
+    """What Init said, for the workers."""
+
+    uid_maps: tuple[IDMap, ...] = ()
+    gid_maps: tuple[IDMap, ...] = ()
+
+
+class Usage(NamedTuple):
+    """What lies under a GEAR_ROOT."""
+
+    layers: int
+    logical_bytes: int
+    """What the layers would take without sharing: the sum of their sizes."""
+
+
+class GearDriver:
+    """One GEAR_ROOT; the gateway has one, and so has each worker.
+
+    Calls may come at the same time from many threads. Errors are GearError; after one, nothing is half done
+    but an ApplyDiff's target, which refuses until it is removed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._open()
+
+    def _open(self) -> None:
+        settings = self.settings
+        self._objects = ObjectStore(settings.gear_public_cache_path)
+        self._layers = LayerStore(settings, self._objects)
+        self._mounts = MountTable(settings.run_dir / "mounts")
+        self._spool = PushSpool(settings.gear_push_path, self._objects)
+
+    # -- the daemon's life
+
+    def prepare(self) -> None:
+        """Make what is missing under GEAR_ROOT and repair what a crash left; for the gateway, at its start.
+
+        Raises:
+            GearError: GEAR_ROOT cannot be used.
+        """
+        settings = self.settings
+        try:
+            settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (settings.gear_push_path, settings.gear_nfs_path, settings.gear_private_cache_path):
+                path.mkdir(mode=0o700, exist_ok=True)
+            (settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
+            self._objects.prepare()
+            self._layers.prepare()
+            self._mounts.prepare()
+            self._layers.recover()
+            with publishing(settings.gear_root, self._objects):
+                pass
+        except OSError as exc:
+            raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
+
+    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
+        """A dockerd has started: take its options and id maps, count mounts anew.
+
+        Args:
+            home: The directory dockerd would have the driver use; GEAR_ROOT is used instead.
+            opts: ``gear.root=PATH``, ``gear.broker=URL``.
+            uid_maps: Of --userns-remap; empty without it.
+            gid_maps: Likewise.
+
+        Raises:
+            InvalidInput: An unknown or malformed option.
+            FailedPrecondition: This kernel or file system cannot do it.
+        """
+        self.settings = with_options(self.settings, opts)
+        self._open()
+        self.prepare()
+        maps = _InitRecord(tuple(uid_maps), tuple(gid_maps))
+        record = self.settings.gear_root / _INIT_FILE
+        temporary = record.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(maps))
+        temporary.rename(record)
+        for path in (self.settings.gear_root, self.settings.gear_images_path, self.settings.gear_containers_path):
+            path.chmod(0o711 if maps.uid_maps else 0o700)
+        self._mounts.restart()
+
+    def capabilities(self) -> dict[str, bool]:
+        """Diff returns the very tar that ApplyDiff was given, so dockerd keeps no tar-split."""
+        return {"ReproducesExactDiffs": True}
+
+    def cleanup(self) -> None:
+        """dockerd ends: unmount what is still mounted."""
+        for id in self._mounts.mounted():
+            with self._mounts.locked(id):
+                self._drop_mount(id)
+
+    # -- layers
+
+    def create(self, id: str, parent: str, mount_label: str = "") -> None:
+        """Make a layer that is to be filled, by ApplyDiff or through a mount.
+
+        Raises:
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`.
+        """
+        self._layers.create(new_layer(id, parent, Kind.NEW, mount_label), self._id_maps())
+
+    def create_read_write(self, id: str, parent: str, mount_label: str = "") -> None:
+        """Make a layer that a container writes."""
+        self._layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label), self._id_maps())
+
+    def remove(self, id: str) -> None:
+        """Remove the layer, mounted or not; one that is not there is fine."""
+        check_id(id)
+        with self._mounts.locked(id):
+            self._drop_mount(id)
+            self._layers.remove(id)
+
+    def exists(self, id: str) -> bool:
+        """Whether there is such a layer."""
+        return self._layers.exists(id)
+
+    # -- mounts
+
+    def get(self, id: str, mount_label: str = "") -> str:
+        """Mount the layer, or count one more user of its mount.
+
+        Returns:
+            The path of the merged tree: read-only for an image layer.
+
+        Raises:
+            NotFound: No such layer.
+            FailedPrecondition: It, or one below it, is unfinished; or the kernel refuses.
+        """
+        check_id(id)
+        with self._mounts.locked(id):
+            layer = self._layers.get(id)
+            if layer.kind is Kind.NEW:
+                layer = self._layers.promote(layer, self._id_maps())
+            target = self._layers.directory(layer) / MERGED
+            self._mounts.acquire(id, target, lambda: overlay.mount(self._spec(layer, mount_label), target))
+            return str(target)
+
+    def put(self, id: str) -> None:
+        """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
+        check_id(id)
+        with self._mounts.locked(id):
+            if not self._layers.exists(id):
+                return
+            directory = self._layers.directory(self._layers.get(id))
+            if self._mounts.release(id, directory / MERGED) and _is_volatile(id):
+                overlay.clear_volatile(directory / WORK)
+
+    def _drop_mount(self, id: str) -> None:
+        for parent in (self.settings.gear_containers_path, self.settings.gear_images_path):
+            self._mounts.drop(id, parent / id / MERGED)
+
+    def _spec(self, layer: Layer, mount_label: str) -> overlay.OverlaySpec:
+        data = (self.settings.gear_public_cache_path,)
+        label = mount_label or layer.mount_label
+        if layer.kind is Kind.IMAGE:
+            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label)
+        directory = self._layers.directory(layer)
+        lowers = self._layers.chain(layer.parent) or (self.settings.gear_root / _EMPTY,)
+        return overlay.OverlaySpec(
+            lowers, data, directory / UPPER, directory / WORK, context=label, volatile=_is_volatile(layer.id)
+        )
+
+    @contextmanager
+    def _view(self, id: str) -> Iterator[int | None]:
+        """A descriptor of what the layer shows: its mount if it has one, else a mount that nobody sees."""
+        if not id:
+            yield None
+            return
+        layer = self._layers.get(id)
+        merged = self._layers.directory(layer) / MERGED
+        if layer.kind is Kind.CONTAINER and overlay.is_mounted(merged):
+            with _opened(merged) as fd:
+                yield fd
+        elif layer.kind is Kind.NEW:
+            with self._view(layer.parent) as parent_view:
+                yield parent_view
+        else:
+            spec = overlay.OverlaySpec(self._layers.chain(id), (self.settings.gear_public_cache_path,))
+            with overlay.detached(spec) as fd:
+                yield fd
+
+    # -- what a layer holds
+
+    def get_metadata(self, id: str) -> dict[str, str]:
+        """LowerDir, UpperDir, WorkDir and MergedDir, as overlay2 names them."""
+        layer = self._layers.get(id)
+        directory = self._layers.directory(layer)
+        metadata = {
+            "UpperDir": str(self._layers.lower(layer)),
+            "WorkDir": str(directory / WORK),
+            "MergedDir": str(directory / MERGED),
+        }
+        if layer.parent:
+            metadata["LowerDir"] = ":".join(map(str, self._layers.chain(layer.parent)))
+        return metadata
+
+    def changes(self, id: str, parent: str) -> list[Change]:
+        """What the layer has that *parent* has not; sorted by path."""
+        layer = self._layers.get(id)
+        if layer.kind is Kind.CONTAINER and layer.parent == parent:
+            with self._view(parent) as parent_fd, self._view(id) as merged_fd:
+                assert merged_fd is not None
+                return upper_changes(self._layers.lower(layer), merged_fd, parent_fd)
+        with self._view(parent) as parent_fd, self._view(id) as own_fd:
+            return tree_changes(own_fd, parent_fd)
+
+    def diff_size(self, id: str, parent: str) -> int:
+        """Bytes of the files that the layer has over *parent*, each inode once."""
+        layer = self._layers.get(id)
+        if layer.parent == parent:
+            return self._upper_size(layer) if layer.kind is Kind.CONTAINER else layer.size_bytes
+        with self._view(parent) as parent_fd, self._view(id) as own_fd:
+            return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
+
+    def _upper_size(self, layer: Layer) -> int:
+        with _opened(self._layers.lower(layer)) as upper_fd:
+            return tree_size(upper_fd)
+
+    def apply_diff(self, id: str, parent: str, source: Readable) -> int:
+        """Fill an empty layer from a tar.
+
+        Args:
+            id: A layer that Create made.
+            parent: What Create was told; empty for none.
+            source: The tar; its `readinto` raises if it breaks off.
+
+        Returns:
+            The layer's size in bytes, as `diff_size`.
+
+        Raises:
+            FailedPrecondition: An earlier ApplyDiff into it did not finish.
+            InvalidInput, IntegrityError: The tar, by entry and reason.
+            ResourceExhausted: No space left.
+
+        Crash: the layer is unfinished and refuses everything but Remove.
+        """
+        layer = self._layers.begin_apply(id, parent)
+        spool = self._spool if self.settings.remote else None
+        with self._layers.building(id) as build:
+            applied = apply_tar(source, build, self._objects, self._id_maps(), spool)
+            self._layers.publish(build, image_layer(layer, applied))
+        return applied.size_bytes
+
+    def diff(self, id: str, parent: str, sink: Writable) -> None:
+        """Write the layer's tar: what *parent* lacks or has otherwise.
+
+        Raises:
+            NotFound: No such layer, or an object is missing.
+            IntegrityError: Something stored is damaged; a part may have been written.
+        """
+        layer = self._layers.get(id)
+        ids = self._id_maps()
+        if layer.kind is Kind.IMAGE and layer.parent == parent:
+            replay(self._layers.directory(layer), self._objects, sink)
+        elif layer.kind is Kind.CONTAINER and layer.parent == parent:
+            with self._view(parent) as parent_fd, self._view(id) as merged_fd:
+                assert merged_fd is not None
+                write_diff(self._layers.lower(layer), merged_fd, parent_fd, sink, ids)
+        else:
+            with self._view(parent) as parent_fd, self._view(id) as own_fd:
+                write_tree_diff(own_fd, parent_fd, sink, ids)
+
+    # -- upkeep
+
+    def status(self) -> list[tuple[str, str]]:
+        """What `docker info` shows of the store."""
+        layers = [self._layers.get(id) for id in self._layers.ids()]
+        images = [layer for layer in layers if layer.kind is Kind.IMAGE]
+        return [
+            ("Root Dir", str(self.settings.gear_root)),
+            ("Layers", f"{len(images)} image, {len(layers) - len(images)} read-write"),
+            ("Logical Bytes", str(sum(layer.size_bytes for layer in images))),
+        ]
+
+    def collect_garbage(self) -> GarbageReport:
+        """Remove the objects that no layer refers to; safe beside imports."""
+        settings = self.settings
+        try:
+            return GarbageCollector(
+                settings.gear_root,
+                self._objects,
+                published=settings.gear_images_path,
+                building=settings.gear_build_path,
+            ).collect()
+        except OSError as exc:
+            raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
+
+    def push_pending(self) -> int:
+        """Push what waits in the spool to the remote; how many objects.
+
+        Raises:
+            FailedPrecondition: No remote is set.
+            Unavailable: It does not answer; what is left stays in the spool.
+        """
+        if not self.settings.remote:
+            raise FailedPrecondition("push: no remote is set; set GEAR_REMOTE to a directory")
+        return push_pending(self._spool, DirectoryRemote(Path(self.settings.remote)))
+
+    def _id_maps(self) -> IdMaps:
+        try:
+            record = msgspec.json.decode((self.settings.gear_root / _INIT_FILE).read_bytes(), type=_InitRecord)
+        except FileNotFoundError:
+            return IdMaps()
+        except msgspec.DecodeError as exc:
+            raise GearError(f"{self.settings.gear_root / _INIT_FILE} is damaged ({exc}); restart dockerd") from exc
+        return IdMaps(record.uid_maps, record.gid_maps)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, _DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
+    """*settings* with dockerd's ``--storage-opt`` applied.
+
+    Raises:
+        InvalidInput: An option is unknown or has no value.
+    """
+    for option in opts:
+        key, _, value = option.partition("=")
+        if key not in _OPTIONS or not value:
+            raise InvalidInput(f"storage option {option!r}: known are {', '.join(f'{name}=…' for name in _OPTIONS)}")
+        if key == "gear.broker":
+            settings = replace(settings, broker_url=value)
+        elif not os.path.isabs(value):
+            raise InvalidInput(f"storage option {option!r}: an absolute path is needed")
+        else:
+            settings = replace(settings, gear_root=Path(value))
+    return settings
+
+
+def _is_volatile(id: str) -> bool:
+    """dockerd makes a container's ``-init`` layer anew with the container: it need not survive a power cut alone."""
+    return id.endswith(_INIT_SUFFIX)

@@ -1,0 +1,1 @@
+"""Layers: made, filled from a tar, turned into a tar, compared, removed."""

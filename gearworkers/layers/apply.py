@@ -1,0 +1,219 @@
+"""ApplyDiff: a tar stream becomes a layer's tree, its objects, its `objects` list and its exact stream."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gearworkers.archive.entry import REG, Entry, shown
+from gearworkers.archive.reader import Readable, TarReader
+from gearworkers.archive.stream import StreamWriter
+from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.tree import TreeBuilder
+from gearworkers.objects.claims import Claims
+from gearworkers.objects.spool import PushSpool
+from gearworkers.objects.store import ObjectStore
+
+TREE = "tree"
+STREAM_FILE = "stream.zst"
+
+_BUFFER_BYTES = 4 << 20
+_ZEROS = bytes(1 << 20)
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What one tar brought."""
+
+    size_bytes: int
+    """As overlay2 counts: st_size of all but directories, each inode once."""
+    objects: int
+    """Distinct contents the layer refers to."""
+    object_bytes: int
+    new_objects: int
+    """Of them, how many this import stored."""
+    new_bytes: int
+    complete: bool
+    """Whether all contents are here; False for a Gear layer whose objects are still to come."""
+
+
+def apply_tar(source: Readable, build: Path, store: ObjectStore, ids: IdMaps, spool: PushSpool | None) -> Applied:
+    """Fill the empty directory *build* with `tree/`, `stream.zst` and `objects`.
+
+    Args:
+        source: The tar; read to its clean end.
+        build: On the store's file system, private to this call.
+        store: Where contents go.
+        ids: From the tar's owners to the host's.
+        spool: Where new objects are noted for push; None for nowhere.
+
+    Raises:
+        InvalidInput, IntegrityError: The tar is malformed, hostile or ends early; the message names the entry.
+        ResourceExhausted: No space or inodes left.
+
+    Crash: leaves *build*, and objects that no layer refers to, which the garbage collector removes.
+    """
+    (build / TREE).mkdir(mode=0o755)
+    with ExitStack() as stack:
+        stack.enter_context(_umask_0())
+        staging_fd = os.open(build, _DIRECTORY)
+        stack.callback(os.close, staging_fd)
+        root_fd = os.open(build / TREE, _DIRECTORY)
+        stack.callback(os.close, root_fd)
+        os.fchown(root_fd, *ids.root)
+        tree = TreeBuilder(root_fd, ids)
+        stack.callback(tree.close)
+        claims = Claims(build)
+        stack.callback(claims.close)
+        stream_file = stack.enter_context(open(build / STREAM_FILE, "xb", buffering=0))
+        log = StreamWriter(stream_file)
+        contents = _Contents(TarReader(source, log, buffer_bytes=_BUFFER_BYTES), log, store, claims, staging_fd, spool)
+        contents.fill(tree)
+        size_bytes = tree.finish()
+        log.close()
+        objects, object_bytes = claims.seal()
+        return Applied(size_bytes, objects, object_bytes, contents.new_objects, contents.new_bytes, contents.complete)
+
+
+class _Contents:
+    """Takes the contents out of a tar: hashed, claimed, stored, logged."""
+
+    def __init__(
+        self,
+        reader: TarReader,
+        log: StreamWriter,
+        store: ObjectStore,
+        claims: Claims,
+        staging_fd: int,
+        spool: PushSpool | None,
+    ) -> None:
+        self._reader = reader
+        self._log = log
+        self._store = store
+        self._claims = claims
+        self._staging_fd = staging_fd
+        self._spool = spool
+        self.new_objects = 0
+        self.new_bytes = 0
+        self.complete = True
+
+    def fill(self, tree: TreeBuilder) -> None:
+        reader, add = self._reader, tree.add
+        while (entry := reader.next()) is not None:
+            add(entry, self._digest(entry) if entry.type == REG else None)
+        reader.finish()
+
+    def _digest(self, entry: Entry) -> bytes | None:
+        if entry.gear is not None:
+            return self._named(entry)
+        if not entry.size_bytes:
+            return None
+        payload = self._reader.payload() if entry.sparse is None else None
+        if payload is None:
+            return self._streamed(entry)
+        digest = hashlib.sha256(payload).digest()
+        self._claims.add(digest, len(payload))
+        if not self._store.has(digest):
+            self._store.put(digest, payload, self._staging_fd)
+            self._count_new(digest, len(payload))
+        self._log.content(digest, len(payload))
+        return digest
+
+    def _named(self, entry: Entry) -> bytes | None:
+        """A Gear layer's file: its content lies elsewhere."""
+        assert entry.gear is not None
+        digest, size_bytes = entry.gear
+        if entry.stored_bytes:
+            raise InvalidInput(f"tar entry {shown(entry.name)}: it names a content and holds one")
+        if not size_bytes:
+            return None
+        entry.size_bytes = size_bytes
+        self._claims.add(digest, size_bytes)
+        self.complete = self.complete and self._store.has(digest)
+        return digest
+
+    def _streamed(self, entry: Entry) -> bytes:
+        """A content that is large or sparse goes piece by piece to a file that has no name yet."""
+        self._refuse_without_space(entry)
+        hasher = hashlib.sha256()
+        segments = entry.sparse if entry.sparse is not None else ((0, entry.size_bytes),)
+        with self._store.create(self._staging_fd) as pending:
+            for piece, hole_bytes in _expanded(self._reader.chunks(), segments, entry.size_bytes):
+                if piece is not None:
+                    hasher.update(piece)
+                    pending.write(piece)
+                else:
+                    _hash_zeros(hasher, hole_bytes)
+                    pending.write_zeros(hole_bytes)
+            digest = hasher.digest()
+            self._claims.add(digest, entry.size_bytes)
+            if not self._store.has(digest) and pending.publish(digest):
+                self._count_new(digest, entry.size_bytes)
+        for offset, length in segments:
+            self._log.slice(digest, offset, length)
+        return digest
+
+    def _refuse_without_space(self, entry: Entry) -> None:
+        free_bytes = _free_bytes(self._staging_fd)
+        if entry.size_bytes > free_bytes:
+            raise ResourceExhausted(
+                f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, and {free_bytes} are free in {self._store.cache}"
+            )
+
+    def _count_new(self, digest: bytes, size_bytes: int) -> None:
+        self.new_objects += 1
+        self.new_bytes += size_bytes
+        if self._spool is not None:
+            self._spool.add(digest)
+
+
+def _expanded(
+    stored: Iterator[memoryview], segments: tuple[tuple[int, int], ...], size_bytes: int
+) -> Iterator[tuple[memoryview | None, int]]:
+    """The pieces of a sparse file's content in order: (bytes, 0) or (None, length of a hole)."""
+    at = 0
+    piece = memoryview(b"")
+    for offset, length in segments:
+        if offset > at:
+            yield None, offset - at
+        at = offset + length
+        while length:
+            if not piece:
+                piece = next(stored)
+            yield piece[:length], 0
+            taken = min(length, len(piece))
+            piece = piece[taken:]
+            length -= taken
+    if size_bytes > at:
+        yield None, size_bytes - at
+
+
+def _hash_zeros(hasher: hashlib._Hash, size_bytes: int) -> None:
+    while size_bytes:
+        step = min(size_bytes, len(_ZEROS))
+        hasher.update(_ZEROS[:step])
+        size_bytes -= step
+
+
+def _free_bytes(fd: int) -> int:
+    try:
+        status = os.fstatvfs(fd)
+    except OSError as exc:
+        raise from_os_error(exc, "ask how much space is free") from exc
+    return status.f_bavail * status.f_frsize
+
+
+@contextmanager
+def _umask_0() -> Iterator[None]:
+    """Modes as the tar has them; the umask is the process's, so one apply at a time in a process."""
+    before = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,347 @@
+"""Where layers lie and what state they are in.
+
+Glossary: a *layer* is known by its id and has at most one parent; an *image layer* is read-only and lies in
+images/, a *container layer* is read-write and lies in containers/; a layer is *new* after Create: the first
+ApplyDiff makes it an image layer, the first Get a container layer; its *lower* is the directory that stands for
+it in a mount of a layer above it; its *chain* are the lowers of itself and all its parents, the topmost first.
+
+Order of writes: a layer is made in build/ and comes to its place by one rename; it goes the other way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
+from gearworkers.layers.apply import TREE, Applied
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.mounts import sys as kernel
+from gearworkers.objects.garbage import publishing
+from gearworkers.objects.store import ObjectStore
+from gearworkers.settings import Settings
+
+RECORD_FILE = "layer.json"
+APPLYING_FILE = "applying"
+UPPER = "upper"
+WORK = "work"
+MERGED = "merged"
+
+_VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Kind(StrEnum):
+    """What a layer is."""
+
+    NEW = "new"
+    IMAGE = "image"
+    CONTAINER = "container"
+
+
+class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A layer's record, its file layer.json."""
+
+    id: str
+    parent: str
+    kind: Kind
+    mount_label: str = ""
+    created_s: float = 0.0
+    freezable: bool = False
+    """It came by Create: once it was written and read as a diff, it is an image layer in all but form."""
+    size_bytes: int = 0
+    objects: int = 0
+    object_bytes: int = 0
+    new_objects: int = 0
+    new_bytes: int = 0
+    complete: bool = True
+
+
+def check_id(id: str) -> str:
+    """*id*, which is going to be a path component.
+
+    Raises:
+        InvalidInput: It is empty or has characters that no id of Docker's has.
+    """
+    if not _VALID_ID.fullmatch(id):
+        raise InvalidInput(f"layer id {id[:80]!r}: up to 200 letters, digits, '_', '-', and '.' but first, are allowed")
+    return id
+
+
+class LayerStore:
+    """The layers of one GEAR_ROOT; any process of the node may have one at the same time."""
+
+    def __init__(self, settings: Settings, objects: ObjectStore) -> None:
+        self._root = settings.gear_root
+        self._objects = objects
+        self._images = settings.gear_images_path
+        self._containers = settings.gear_containers_path
+        self._build = settings.gear_build_path
+        self._chains: dict[str, tuple[Path, ...]] = {}
+
+    def prepare(self) -> None:
+        """Make the directories that are missing."""
+        for path in (self._images, self._containers, self._build):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def ids(self) -> list[str]:
+        """The ids of all layers, sorted."""
+        return sorted({path.name for parent in (self._images, self._containers) for path in parent.iterdir()})
+
+    def get(self, id: str) -> Layer:
+        """The layer's record.
+
+        Raises:
+            NotFound: There is no such layer.
+        """
+        check_id(id)
+        container = None
+        for directory in (self._images / id, self._containers / id):
+            try:
+                layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+            except FileNotFoundError:
+                continue
+            except msgspec.DecodeError as exc:
+                raise GearError(f"layer {id}: {directory / RECORD_FILE} is damaged ({exc}); remove the layer") from exc
+            if layer.kind is not Kind.NEW:
+                return layer
+            container = layer
+        if container is None:
+            raise NotFound(f"layer {id}: there is none of this id")
+        return container
+
+    def exists(self, id: str) -> bool:
+        """Whether there is such a layer, finished or not."""
+        check_id(id)
+        return (self._images / id).is_dir() or (self._containers / id).is_dir()
+
+    def directory(self, layer: Layer) -> Path:
+        """Where the layer lies."""
+        return (self._containers if layer.kind is Kind.CONTAINER else self._images) / layer.id
+
+    def lower(self, layer: Layer) -> Path:
+        """What stands for the layer in a mount above it.
+
+        Raises:
+            FailedPrecondition: Its ApplyDiff did not finish.
+        """
+        directory = self.directory(layer)
+        if layer.kind is Kind.NEW and (directory / APPLYING_FILE).exists():
+            raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
+        return directory / (UPPER if layer.kind is Kind.CONTAINER else TREE)
+
+    def chain(self, id: str) -> tuple[Path, ...]:
+        """The lowers of this layer and its parents, the topmost first; empty for the empty id.
+
+        Raises:
+            NotFound: One of them is missing.
+            FailedPrecondition: One of them is unfinished.
+        """
+        below: list[tuple[str, Path, bool]] = []
+        lowers: tuple[Path, ...] = ()
+        while id:
+            known = self._chains.get(id)
+            if known is not None:
+                lowers = known
+                break
+            layer = self.get(id)
+            below.append((id, self.lower(layer), layer.kind is Kind.IMAGE))
+            id = layer.parent
+        settled = True
+        for id, lower, is_image in reversed(below):
+            lowers = (lower, *lowers)
+            settled = settled and is_image
+            if settled:
+                self._chains[id] = lowers
+        return lowers
+
+    def parents(self, id: str) -> Iterator[Layer]:
+        """The layer, its parent, and so on down."""
+        while id:
+            layer = self.get(id)
+            yield layer
+            id = layer.parent
+
+    # -- a layer's life
+
+    def create(self, layer: Layer, ids: IdMaps) -> None:
+        """Make an empty layer; its parent must be there.
+
+        Raises:
+            AlreadyExists: The id is taken.
+            NotFound: The parent is missing.
+        """
+        check_id(layer.id)
+        if layer.parent:
+            self.lower(self.get(layer.parent))
+        if self.exists(layer.id):
+            raise AlreadyExists(f"layer {layer.id}: there is one of this id")
+        with self.building(layer.id) as build:
+            self._lay_out(build, layer, ids)
+            _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
+
+    def promote(self, layer: Layer, ids: IdMaps) -> Layer:
+        """Make a new layer a container layer, to be written through a mount."""
+        if (self._images / layer.id / APPLYING_FILE).exists():
+            raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
+        container = msgspec.structs.replace(layer, kind=Kind.CONTAINER)
+        with self.building(layer.id) as build:
+            self._lay_out(build, container, ids)
+            _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
+        self._discard(self._images / layer.id)
+        return container
+
+    def begin_apply(self, id: str, parent: str) -> Layer:
+        """Mark that an ApplyDiff fills the layer; stays until it has finished or the layer is removed.
+
+        Raises:
+            InvalidInput: Create was told another parent.
+            AlreadyExists: The layer has content.
+            FailedPrecondition: An ApplyDiff is under way or was broken off.
+        """
+        layer = self.get(id)
+        if layer.parent != parent:
+            raise InvalidInput(f"layer {id}: its parent is {layer.parent!r}, not {parent!r}")
+        directory = self.directory(layer)
+        if layer.kind is Kind.IMAGE or (layer.kind is Kind.CONTAINER and any((directory / UPPER).iterdir())):
+            raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
+        try:
+            (directory / APPLYING_FILE).touch(mode=0o600, exist_ok=False)
+        except FileExistsError as exc:
+            raise FailedPrecondition(
+                f"layer {id}: an ApplyDiff into it is under way or was broken off; remove the layer and start again"
+            ) from exc
+        return layer
+
+    def publish(self, build: Path, layer: Layer) -> None:
+        """Put a finished image layer in the place of the empty one, durably.
+
+        Raises:
+            NotFound: The empty layer was removed meanwhile; nothing is visible.
+
+        Crash: before the rename the layer is unfinished, after it whole.
+        """
+        (build / MERGED).mkdir(mode=0o700)
+        write_record(build, layer)
+        place = self._images / layer.id
+        with _open_directory(self._images) as images_fd:
+            kernel.syncfs(images_fd)
+            with publishing(self._root, self._objects):
+                if place.exists():
+                    _rename(build, place, kernel.Rename.EXCHANGE)
+                elif (self._containers / layer.id).exists():
+                    _rename(build, place, kernel.Rename.NOREPLACE)
+                else:
+                    raise NotFound(f"layer {layer.id}: it was removed while its ApplyDiff ran")
+            os.fsync(images_fd)
+        self._discard(self._containers / layer.id)
+
+    def remove(self, id: str) -> bool:
+        """Remove a layer in whatever state it is; whether it was there.
+
+        Crash: what was begun is out of sight, and removed from build/ at the next start.
+        """
+        check_id(id)
+        self._chains.pop(id, None)
+        found = [self._discard(parent / id) for parent in (self._containers, self._images)]
+        return any(found)
+
+    def recover(self) -> int:
+        """Remove what crashes left in build/; for the gateway's start only. How many directories."""
+        leftovers = list(self._build.iterdir())
+        for path in leftovers:
+            shutil.rmtree(path)
+        for path in self._containers.iterdir():
+            image = self._images / path.name / RECORD_FILE
+            if image.exists() and self.get(path.name).kind is Kind.IMAGE:
+                self._discard(path)
+        return len(leftovers)
+
+    @contextmanager
+    def building(self, id: str) -> Iterator[Path]:
+        """An empty directory in build/; gone at the end, with what is still in it."""
+        path = self._build / f"{id[:200]}.{secrets.token_hex(4)}"
+        try:
+            path.mkdir(mode=0o700)
+        except OSError as exc:
+            raise from_os_error(exc, f"make {path}") from exc
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    # -- steps
+
+    def _lay_out(self, build: Path, layer: Layer, ids: IdMaps) -> None:
+        if layer.kind is Kind.CONTAINER:
+            for name, mode in ((UPPER, 0o755), (WORK, 0o700), (MERGED, 0o700)):
+                (build / name).mkdir(mode=mode)
+                (build / name).chmod(mode)
+            os.chown(build / UPPER, *ids.root)
+        write_record(build, layer)
+
+    def _discard(self, place: Path) -> bool:
+        """Out of sight by one rename, then removed."""
+        grave = self._build / f"removed.{place.name}.{secrets.token_hex(4)}"
+        try:
+            os.rename(place, grave)
+        except FileNotFoundError:
+            return False
+        except OSError as exc:
+            raise from_os_error(exc, f"remove {place}") from exc
+        shutil.rmtree(grave, ignore_errors=True)
+        return True
+
+
+def new_layer(id: str, parent: str, kind: Kind, mount_label: str) -> Layer:
+    """The record of a layer that begins now."""
+    return Layer(
+        id=id, parent=parent, kind=kind, mount_label=mount_label, created_s=time.time(), freezable=kind is Kind.NEW
+    )
+
+
+def image_layer(layer: Layer, applied: Applied) -> Layer:
+    """The record of *layer* now that a tar has filled it."""
+    return Layer(
+        id=layer.id,
+        parent=layer.parent,
+        kind=Kind.IMAGE,
+        mount_label=layer.mount_label,
+        created_s=layer.created_s,
+        size_bytes=applied.size_bytes,
+        objects=applied.objects,
+        object_bytes=applied.object_bytes,
+        new_objects=applied.new_objects,
+        new_bytes=applied.new_bytes,
+        complete=applied.complete,
+    )
+
+
+def write_record(directory: Path, layer: Layer) -> None:
+    """Write *layer* to the directory's layer.json."""
+    (directory / RECORD_FILE).write_bytes(msgspec.json.encode(layer))
+
+
+def _rename(source: Path, target: Path, flags: kernel.Rename) -> None:
+    try:
+        kernel.renameat2(kernel.AT_FDCWD, os.fsencode(source), kernel.AT_FDCWD, os.fsencode(target), flags)
+    except OSError as exc:
+        raise from_os_error(exc, f"layer {target.name}") from exc
+
+
+@contextmanager
+def _open_directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, _DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

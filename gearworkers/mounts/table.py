@@ -1,0 +1,77 @@
+"""How often each layer was asked to be mounted: dockerd does not count for a plugin.
+
+The counts outlive the gateway: they lie beside its sockets, in a directory that a reboot empties like the mounts.
+What is mounted decides in doubt: a count without a mount is 0, a mount without a count is 1, as overlay2 has it
+after a restart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gearworkers.mounts.overlay import is_mounted, unmount
+
+
+class MountTable:
+    """Counted mounts; safe for threads of one process, which is the only one that mounts layers."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make the directory of the counts."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self, id: str) -> Iterator[None]:
+        """Nobody else mounts, unmounts or changes this layer meanwhile."""
+        with self._guard:
+            lock = self._locks.setdefault(id, threading.Lock())
+        with lock:
+            yield
+
+    def acquire(self, id: str, target: Path, mount: Callable[[], None]) -> None:
+        """Count one more user of *target*, and mount it for the first; the caller holds the lock."""
+        count = self._count(id, target)
+        if not count:
+            mount()
+        self._write(id, count + 1)
+
+    def release(self, id: str, target: Path) -> bool:
+        """Count one user less; unmount after the last. Whether it is unmounted now. The caller holds the lock."""
+        count = self._count(id, target)
+        if count > 1:
+            self._write(id, count - 1)
+            return False
+        self.drop(id, target)
+        return True
+
+    def drop(self, id: str, target: Path) -> None:
+        """Unmount whatever the count is; the caller holds the lock."""
+        unmount(target)
+        (self._directory / id).unlink(missing_ok=True)
+
+    def mounted(self) -> list[str]:
+        """Ids of all layers that have a count."""
+        return sorted(path.name for path in self._directory.iterdir())
+
+    def restart(self) -> None:
+        """A new dockerd counts anew: what is mounted has one user, its container."""
+        for path in self._directory.iterdir():
+            path.write_text("1")
+
+    def _count(self, id: str, target: Path) -> int:
+        if not is_mounted(target):
+            return 0
+        try:
+            return int((self._directory / id).read_text() or 1)
+        except FileNotFoundError:
+            return 1
+
+    def _write(self, id: str, count: int) -> None:
+        (self._directory / id).write_text(str(count))

@@ -1,0 +1,78 @@
+"""The list of objects that a layer refers to: its file `objects`.
+
+In a published layer it is sorted and free of doubles: records of a 32-byte digest and the size in bytes as a
+little-endian u64. While a layer is being made the same file lies in its build directory, unsorted, and is a
+*claim*: a digest stands in it before the object is looked for, so whoever collects garbage and reads the claims
+after hiding an object knows of every import that has found it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from gearworkers.digest import DIGEST_BYTES
+
+RECORD = struct.Struct("<32sQ")
+_GROWTH_BYTES = 1 << 20
+_NO_RECORD = bytes(RECORD.size)
+
+OBJECTS_FILE = "objects"
+
+
+class Claims:
+    """Appends to a build directory's `objects` through shared memory: visible at once, cheap."""
+
+    def __init__(self, build: Path) -> None:
+        self._path = build / OBJECTS_FILE
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._end = 0
+        self._map = self._grown(_GROWTH_BYTES)
+
+    def add(self, digest: bytes, size_bytes: int) -> None:
+        """Claim an object, before asking whether it is there."""
+        if self._end + RECORD.size > len(self._map):
+            grown_bytes = len(self._map) * 2
+            self._map.close()
+            self._map = self._grown(grown_bytes)
+        RECORD.pack_into(self._map, self._end, digest, size_bytes)
+        self._end += RECORD.size
+
+    def seal(self) -> tuple[int, int]:
+        """Replace the claims by the sorted list; how many objects it names, and the sum of their sizes in bytes."""
+        records = sorted_records(self._map[: self._end])
+        temporary = self._path.with_suffix(".new")
+        temporary.write_bytes(b"".join(records))
+        os.rename(temporary, self._path)
+        return len(records), sum(size for _, size in map(RECORD.unpack, records))
+
+    def close(self) -> None:
+        """Let go of the file; what was claimed stays claimed as long as the file is there."""
+        self._map.close()
+        os.close(self._fd)
+
+    def _grown(self, size_bytes: int) -> mmap.mmap:
+        os.ftruncate(self._fd, size_bytes)
+        return mmap.mmap(self._fd, size_bytes)
+
+
+def sorted_records(raw: bytes) -> list[bytes]:
+    """The distinct records of an `objects` file or of claims, sorted by digest."""
+    size = RECORD.size
+    records = {raw[at : at + size] for at in range(0, len(raw) - size + 1, size)}
+    records.discard(_NO_RECORD)
+    return sorted(records)
+
+
+def read_objects(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(digest, size in bytes) of every record of an `objects` file, sealed or not; none if there is no file."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for digest, size_bytes in RECORD.iter_unpack(raw[: len(raw) - len(raw) % RECORD.size]):
+        if digest != bytes(DIGEST_BYTES):
+            yield digest, size_bytes
