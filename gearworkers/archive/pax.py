@@ -42,7 +42,7 @@ def parse_records(data: bytes) -> Records:
     at = 0
     while at < len(data):
         key, value, at = _parse_record(data, at)
-        if key == _SPARSE_OFFSET or key == _SPARSE_NUMBYTES:
+        if key in (_SPARSE_OFFSET, _SPARSE_NUMBYTES):
             if (key == _SPARSE_NUMBYTES) != (len(sparse) % 2 == 1) or b"," in value:
                 raise ValueError("its PAX sparse map is out of order")
             sparse.append(value)

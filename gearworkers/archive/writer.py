@@ -75,6 +75,8 @@ def _records(entry: Entry) -> pax.Records:
         records[b"path"] = entry.name
     if len(entry.linkname) > _NAME_BYTES or not entry.linkname.isascii():
         records[b"linkpath"] = entry.linkname
+    if not (_is_utf8(entry.name) and _is_utf8(entry.linkname)):
+        records[b"hdrcharset"] = b"BINARY"
     for key, value, limit in (
         (b"uid", entry.uid, _MAX_OCTAL_7),
         (b"gid", entry.gid, _MAX_OCTAL_7),
@@ -95,6 +97,14 @@ def _records(entry: Entry) -> pax.Records:
             raise InvalidInput(f"{shown(entry.name)}: a tar cannot hold an xattr of the name {shown(xattr)}")
         records[pax.XATTR_PREFIX + xattr] = content
     return records
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _format_time(time_ns: int) -> bytes:

@@ -1,0 +1,115 @@
+"""Any entries survive the writer and the reader, any tar its stream; no damage raises anything but GearError."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.archive.writer import END, header, padding
+from gearworkers.errors import GearError
+from tests.support.tars import read_tar, with_checksum
+
+GOLDEN = gzip.decompress((Path(__file__).parent.parent / "data" / "docker-save.tar.gz").read_bytes())
+
+names = st.binary(min_size=1, max_size=300).map(lambda name: name.replace(b"\0", b"/"))
+xattr_names = st.binary(min_size=1, max_size=30).map(lambda name: name.replace(b"\0", b".").replace(b"=", b"."))
+times = st.integers(-(2**62), 2**62) | st.integers(0, 2**33).map(lambda seconds: seconds * 10**9)
+ids = st.integers(0, 2**32 - 2)
+contents = st.binary(max_size=1500)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> tuple[Entry, bytes]:
+    kind = draw(st.sampled_from([REG, REG, HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO]))
+    content = draw(contents) if kind == REG else b""
+    entry = Entry(
+        draw(names),
+        kind,
+        draw(names) if kind in (HARDLINK, SYMLINK) else b"",
+        mode=draw(st.integers(0, 0o7777)),
+        uid=draw(ids),
+        gid=draw(ids),
+        size_bytes=len(content),
+        mtime_ns=draw(times),
+        atime_ns=draw(st.none() | times),
+        devmajor=draw(st.integers(0, 2**21)) if kind in (CHAR, BLOCK) else 0,
+        devminor=draw(st.integers(0, 2**21)) if kind in (CHAR, BLOCK) else 0,
+        xattrs=draw(st.none() | st.dictionaries(xattr_names, contents, min_size=1, max_size=3)),
+        stored_bytes=len(content),
+    )
+    return entry, content
+
+
+def as_tar(files: list[tuple[Entry, bytes]]) -> bytes:
+    return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(entries(), min_size=1, max_size=8), st.integers(1, 5000))
+def test_entries_survive_writer_and_reader_and_the_tar_its_stream(
+    files: list[tuple[Entry, bytes]], step_bytes: int
+) -> None:
+    tar = as_tar(files)
+    read = read_tar(tar, buffer_bytes=4096, step_bytes=step_bytes)
+    for entry in read.entries:
+        entry.header_offset = 0
+    assert read.files == files
+    assert read.rebuilt() == tar
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(GOLDEN) - 1), st.integers(0, 255)), min_size=1, max_size=5), st.booleans())
+def test_damage_raises_nothing_but_gear_errors(changes: list[tuple[int, int]], right_checksums: bool) -> None:
+    damaged = bytearray(GOLDEN)
+    for at, value in changes:
+        damaged[at] = value
+        if right_checksums:  # else most damage is met by the checksum, and nothing behind it is tried
+            start = at // 512 * 512
+            damaged[start : start + 512] = with_checksum(damaged[start : start + 512])
+    try:
+        read = read_tar(bytes(damaged))
+    except GearError:
+        return
+    assert read.rebuilt() == bytes(damaged)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("0LKxg57S\0V"), st.sampled_from([b"ustar\x0000", b"ustar  \0", bytes(8)]), contents),
+        min_size=1,
+        max_size=5,
+    ),
+    st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=4),
+)
+def test_headers_of_any_kind_and_content_raise_nothing_but_gear_errors(
+    members: list[tuple[str, bytes, bytes]], changes: list[tuple[int, int]]
+) -> None:
+    tar = b""
+    for kind, magic, content in members:
+        block = bytearray(header(Entry(b"name", size_bytes=len(content))))
+        block[156], block[257:265] = ord(kind), magic
+        for at, value in changes:
+            block[at] = value
+        tar += with_checksum(block) + content + padding(len(content))
+    tar += END
+    try:
+        read = read_tar(tar)
+    except GearError:
+        return
+    assert read.rebuilt() == tar
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(GOLDEN)))
+def test_a_cut_raises_a_gear_error_or_leaves_only_whole_entries(length: int) -> None:
+    whole = read_tar(GOLDEN)
+    try:
+        read = read_tar(GOLDEN[:length])
+    except GearError:
+        return
+    assert read.files == whole.files[: len(read.files)]

@@ -1,0 +1,101 @@
+"""Tars for tests: read whole, rebuilt from their stream, and made wrong on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+from gearworkers.archive.entry import Entry
+from gearworkers.archive.reader import TarReader
+from gearworkers.archive.stream import Raw, StreamReader, StreamWriter
+
+
+@dataclass(frozen=True)
+class ReadTar:
+    """Every entry of a tar with its content, sparse ones expanded, and the stream made meanwhile."""
+
+    files: list[tuple[Entry, bytes]]
+    objects: dict[bytes, bytes]
+    stream: bytes
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for entry, _ in self.files]
+
+    def content(self, name: bytes) -> bytes:
+        return next(content for entry, content in self.files if entry.name == name)
+
+    def rebuilt(self) -> bytes:
+        """The tar, from nothing but stream and objects."""
+        pieces = StreamReader(io.BytesIO(self.stream))
+        return b"".join(
+            piece.data
+            if isinstance(piece, Raw)
+            else self.objects[piece.digest][piece.offset_bytes : piece.offset_bytes + piece.length_bytes]
+            for piece in pieces
+        )
+
+
+class Trickle:
+    """A source that gives only a few bytes at once, as a slow socket does."""
+
+    def __init__(self, data: bytes, step_bytes: int) -> None:
+        self._file = io.BytesIO(data)
+        self._step_bytes = step_bytes
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        return self._file.readinto(buffer[: self._step_bytes])
+
+
+def read_tar(data: bytes, *, buffer_bytes: int = 1 << 16, step_bytes: int = 1 << 20) -> ReadTar:
+    """Read all of *data* as a layer is read: contents become objects, the rest goes into the stream."""
+    file = io.BytesIO()
+    log = StreamWriter(file)
+    reader = TarReader(Trickle(data, step_bytes), log, buffer_bytes=buffer_bytes)
+    files: list[tuple[Entry, bytes]] = []
+    objects: dict[bytes, bytes] = {}
+    for entry in reader:
+        whole = reader.payload()
+        stored = bytes(whole) if whole is not None else b"".join(bytes(piece) for piece in reader.chunks())
+        content = stored if entry.sparse is None else expand(entry, stored)
+        digest = hashlib.sha256(content).digest()
+        objects[digest] = content
+        log_content(log, entry, digest, len(stored))
+        files.append((entry, content))
+    reader.finish()
+    log.close()
+    return ReadTar(files, objects, file.getvalue())
+
+
+def log_content(log: StreamWriter, entry: Entry, digest: bytes, stored_bytes: int) -> None:
+    """Tell the stream that the content just read is kept under *digest*."""
+    if entry.sparse is None:
+        if stored_bytes:
+            log.content(digest, stored_bytes)
+        return
+    for offset_bytes, length_bytes in entry.sparse:
+        log.slice(digest, offset_bytes, length_bytes)
+
+
+def expand(entry: Entry, stored: bytes) -> bytes:
+    """A sparse file's content from its segments."""
+    content = bytearray(entry.size_bytes)
+    at = 0
+    for offset_bytes, length_bytes in entry.sparse or ():
+        content[offset_bytes : offset_bytes + length_bytes] = stored[at : at + length_bytes]
+        at += length_bytes
+    return bytes(content)
+
+
+def with_checksum(block: bytes | bytearray) -> bytes:
+    """*block* with the right header checksum."""
+    block = bytearray(block)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def changed(tar: bytes, at: int, new: bytes) -> bytes:
+    """*tar* with *new* at byte *at* of its first header, and the checksum made right again."""
+    return with_checksum(tar[:at] + new + tar[at + len(new) : 512]) + tar[512:]
