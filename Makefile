@@ -1,0 +1,32 @@
+# The commands of the README. Every target sets up what it needs; `make setup` is quick once done.
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: help setup up demo test check bench
+help:
+	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory)"
+
+setup:
+	@$(PYTHON) packaging/prepare.py
+
+up: setup
+	@exec $(VENV)/python packaging/up.py
+
+demo: setup
+	@exec $(VENV)/python -m bench.demo
+
+test: setup
+	$(VENV)/python -m pytest
+
+check: setup
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(VENV)/lint-imports
+	$(VENV)/python -m pytest -q -m "not dockerd and not slow" tests/unit
+
+bench: setup
+	@exec $(VENV)/python -m bench
+
+bench-%: setup
+	@exec $(VENV)/python -m bench $*
