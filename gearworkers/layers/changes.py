@@ -36,9 +36,9 @@ class Change:
 def upper_changes(upper: Path, merged_fd: int, parent_fd: int | None) -> list[Change]:
     """What the read-write layer *upper* changes in its parent, sorted by path.
 
-    A file in the upper is MODIFY where the parent has something, else ADD; metadata-only copies are no exception. A
-    directory is MODIFY if its mode, owner or time differ or something in it changed. A whiteout is DELETE, and so is
-    what an opaque or renamed directory hides and does not bring back.
+    A file in the upper is MODIFY where the parent has something, else ADD; metadata-only copies are no exception.
+    A directory is MODIFY if its mode, owner, time or xattrs differ or something in it changed. A whiteout is
+    DELETE, and so is what an opaque or renamed directory hides and does not bring back.
 
     Args:
         upper: The upper directory.
@@ -91,12 +91,14 @@ def _kind_of(found: Found) -> ChangeKind | None:
     if old is None:
         return ChangeKind.ADD
     if stat.S_ISDIR(old.st_mode) and stat.S_ISDIR(found.status.st_mode):
-        return ChangeKind.MODIFY if _directory_touched(found.status, old) else None
+        return ChangeKind.MODIFY if _directory_touched(found, found.status, old) else None
     return ChangeKind.MODIFY
 
 
-def _directory_touched(new: os.stat_result, old: os.stat_result) -> bool:
-    return _identity(new) != _identity(old) or new.st_mtime_ns != old.st_mtime_ns
+def _directory_touched(found: Found, new: os.stat_result, old: os.stat_result) -> bool:
+    if new.st_mtime_ns != old.st_mtime_ns:
+        return True
+    return _differs(found.merged_dir_fd, found.parent_dir_fd, found.name, new, old)
 
 
 def _compare_directory(
