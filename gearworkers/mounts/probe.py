@@ -1,0 +1,206 @@
+"""What this kernel and this file system can do, found by trying it.
+
+Each check is one thing that gearworkers stands on. `gear doctor` prints them, Init refuses to start without those
+that are needed, ``docker info`` names the mode in use.
+
+Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers"; statfs(2) for the magic numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR
+from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.mounts import sys
+from gearworkers.mounts.overlay import OverlaySpec, detached
+
+
+_REDIRECT = b"/\x01a/bcdefghijklmnopqrstu"
+"""As long as an object's path."""
+
+_FS_NAMES = {
+    0xEF53: "extfs",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x01021994: "tmpfs",
+    0x794C7630: "overlayfs",
+    0x2FC12FC1: "zfs",
+    0xF2F52010: "f2fs",
+    0x65735546: "fuse",
+    0x6969: "nfs",
+    0xCA451A4E: "bcachefs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb2",
+}
+_NETWORK_FS_NAMES = frozenset(("nfs", "cifs", "smb2"))
+_DT_UNKNOWN = 0
+_FIRST_KERNEL = (6, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    needed: bool
+    """Without it nothing works; otherwise it only costs."""
+    found: str
+    """What is there, or what is wrong."""
+    advice: str = ""
+    """What to do about it; empty if ok."""
+
+
+def probe(root: Path) -> list[Check]:
+    """Look at the kernel and at the file system that holds *root*; nothing is left in it.
+
+    Args:
+        root: A directory that exists: GEAR_ROOT.
+
+    Raises:
+        GearError: *root* cannot be written to at all.
+
+    Crash: may leave a directory ``.probe-*`` in *root*, empty but for three files; it may be removed at any time.
+    """
+    checks = [_check_kernel(os.uname().release), _check_backing_fs(root)]
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=root) as scratch:
+            for check in (_check_xattrs, _check_data_only, _check_d_type, _check_inode_room):
+                checks.append(_tried(check, Path(scratch)))
+    except OSError as exc:
+        raise from_os_error(exc, f"trying what the file system of {root} can do") from exc
+    return checks
+
+
+def require(checks: list[Check]) -> None:
+    """Raise FailedPrecondition that names all the needed things that are missing, if any are."""
+    missing = [f"{check.name}: {check.found}; {check.advice}" for check in checks if check.needed and not check.ok]
+    if missing:
+        raise FailedPrecondition("gearworkers cannot work here: " + " / ".join(missing))
+
+
+def backing_fs_name(root: Path) -> str:
+    """The name Docker gives the file system that holds *root*: ``extfs``, ``xfs``, … or its magic number."""
+    try:
+        magic = sys.statfs_type(root)
+    except OSError as exc:
+        raise from_os_error(exc, f"looking at the file system of {root}") from exc
+    return _FS_NAMES.get(magic, hex(magic))
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """(major, minor) of a kernel's release text; (0, 0) if it says neither."""
+    numbers = release.split("-", 1)[0].split(".")
+    try:
+        return int(numbers[0]), int(numbers[1])
+    except (IndexError, ValueError):
+        return 0, 0
+
+
+def _tried(check: Callable[[Path], Check], scratch: Path) -> Check:
+    """The check made in a directory of its own."""
+    place = scratch / check.__name__
+    place.mkdir()
+    return check(place)
+
+
+def _check_kernel(release: str) -> Check:
+    """Only told: what counts is whether data-only layers work, and some kernels have them from elsewhere."""
+    ok = kernel_version(release) >= _FIRST_KERNEL
+    advice = "" if ok else "a kernel from 6.5 on has data-only overlay layers; on Debian 12 linux-image from backports"
+    return Check("kernel", ok, False, release, advice)
+
+
+def _check_backing_fs(root: Path) -> Check:
+    name = backing_fs_name(root)
+    if name == "overlayfs":
+        return Check(
+            "backing file system", False, True, name, "put GEAR_ROOT on a disk: an overlay cannot lie on an overlay"
+        )
+    if name in _NETWORK_FS_NAMES:
+        return Check("backing file system", False, True, name, "put GEAR_ROOT on a local disk")
+    return Check("backing file system", True, True, name)
+
+
+def _check_xattrs(scratch: Path) -> Check:
+    file = scratch / "file"
+    file.touch()
+    try:
+        os.setxattr(file, "trusted.gear.probe", b"x")
+        os.setxattr(file, "user.gear.probe", b"x")
+    except OSError as exc:
+        advice = "use ext4, xfs or btrfs, and run as root with CAP_SYS_ADMIN"
+        return Check("trusted and user xattrs", False, True, exc.strerror or str(exc), advice)
+    return Check("trusted and user xattrs", True, True, "kept")
+
+
+def _check_data_only(scratch: Path) -> Check:
+    """Read a file whose content lies in a data-only layer, through two index trees."""
+    index, below, data = (scratch / name for name in ("index", "below", "data"))
+    content = b"probe"
+    target = Path(os.fsdecode(os.fsencode(data) + _REDIRECT))
+    advice = "boot a kernel from 6.5 on with overlay's metacopy and redirect_dir (Debian 13 has one), and run as root"
+    try:
+        for directory in (index, below, target.parent):
+            directory.mkdir(parents=True)
+        target.write_bytes(content)
+        _make_index_file(index / "file", len(content))
+        with detached(OverlaySpec((index, below), (data,))) as fd:
+            seen = _read(fd, "file")
+    except GearError as exc:
+        return Check("overlay with data-only layers", False, True, str(exc), advice)
+    except OSError as exc:
+        return Check("overlay with data-only layers", False, True, exc.strerror or str(exc), advice)
+    if seen != content:
+        return Check(
+            "overlay with data-only layers", False, True, "a file of the layer reads as something else", advice
+        )
+    return Check("overlay with data-only layers", True, True, "read through")
+
+
+def _check_d_type(scratch: Path) -> Check:
+    (scratch / "file").touch()
+    fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        ok = sys.entry_types(fd).get(b"file", _DT_UNKNOWN) != _DT_UNKNOWN
+    finally:
+        os.close(fd)
+    if ok:
+        return Check("file types in directories (d_type)", True, True, "told")
+    return Check(
+        "file types in directories (d_type)", False, True, "not told", "make the file system anew: xfs with ftype=1"
+    )
+
+
+def _check_inode_room(scratch: Path) -> Check:
+    """An index file is an inode with two marks and no data: a block that it takes is the marks', outside the inode."""
+    file = scratch / "file"
+    try:
+        _make_index_file(file, 4096)
+    except OSError as exc:
+        return Check("inode size", False, False, exc.strerror or str(exc), "see the xattrs")
+    used_bytes = file.stat().st_blocks * 512
+    if used_bytes == 0:
+        return Check("inode size", True, False, "an index file fits into its inode")
+    advice = (
+        "make the file system anew with larger inodes (mkfs.ext4 -I 256 or more): it works, but costs space and time"
+    )
+    return Check("inode size", False, False, f"an index file takes {used_bytes} bytes beside its inode", advice)
+
+
+def _make_index_file(path: Path, size_bytes: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+        os.setxattr(file.fileno(), METACOPY_XATTR, b"")
+        os.setxattr(file.fileno(), REDIRECT_XATTR, _REDIRECT)
+
+
+def _read(dir_fd: int, name: str) -> bytes:
+    fd = os.open(name, os.O_RDONLY, dir_fd=dir_fd)
+    with open(fd, "rb") as file:
+        return file.read()

@@ -1,0 +1,94 @@
+"""What the kernel and the file system can do, found by trying."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.digest import object_path
+from gearworkers.errors import FailedPrecondition
+from gearworkers.mounts import probe as probe_module
+from gearworkers.mounts.overlay import OverlaySpec, mount, unmount
+from gearworkers.mounts.probe import Check, backing_fs_name, kernel_version, probe, require
+
+pytestmark = pytest.mark.root
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def test_this_machine_has_what_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    checks = probe(tmp_path)
+    require(checks)
+    assert all(check.ok for check in checks if check.needed), checks
+    assert all(bool(check.advice) != check.ok for check in checks)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        ("6.18.44-fc-v669", (6, 18)),
+        ("5.10.0-28-amd64", (5, 10)),
+        ("6.1-rc3", (6, 1)),
+        ("strange", (0, 0)),
+        ("6.x", (0, 0)),
+    ],
+)
+def test_a_kernel_s_version_is_read_from_its_release(release: str, expected: tuple[int, int]) -> None:
+    assert kernel_version(release) == expected
+
+
+def test_the_probed_redirect_is_as_long_as_a_real_one() -> None:
+    assert len(probe_module._REDIRECT) == len(object_path(bytes(32)))
+
+
+@pytest.fixture
+def small_inodes(tmp_path: Path) -> Iterator[Path]:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-I", "128", image], check=True, stderr=subprocess.DEVNULL)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, target], check=True)
+    yield target
+    subprocess.run(["umount", target], check=True)
+
+
+def test_inodes_without_room_for_the_marks_are_told_of_but_do_not_stop(small_inodes: Path) -> None:
+    checks = probe(small_inodes)
+    check = by_name(checks)["inode size"]
+    assert not check.ok
+    assert "-I 256" in check.advice
+    require(checks)
+
+
+def test_an_overlay_cannot_hold_the_root(tmp_path: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    mount(OverlaySpec((tmp_path / "lower",), (), tmp_path / "upper", tmp_path / "work"), tmp_path / "merged")
+    try:
+        assert backing_fs_name(tmp_path / "merged") == "overlayfs"
+        with pytest.raises(FailedPrecondition, match="GEAR_ROOT on a disk"):
+            require(probe(tmp_path / "merged"))
+    finally:
+        unmount(tmp_path / "merged")
+
+
+def test_a_file_system_without_xattrs_is_refused_with_advice(tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", target], check=True)
+    try:
+        checks = by_name(probe(target))
+        assert not checks["trusted and user xattrs"].ok
+        assert not checks["overlay with data-only layers"].ok
+        assert os.listdir(target) == []
+    finally:
+        subprocess.run(["umount", target], check=True)
