@@ -13,6 +13,8 @@ from gearworkers.errors import InvalidInput
 DEFAULT_ROOT = Path("/var/lib/gear")
 DEFAULT_RUN_DIR = Path("/run/gear")
 DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("console", "json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,19 @@ class Settings:
     remote: str = ""
     """Where new objects are pushed: a directory; empty for nowhere."""
     node: str = field(default_factory=socket.gethostname)
+    metrics_listen: str = ""
+    """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
+    log_level: str = "info"
+    log_format: str = "console"
+    """``console`` or ``json``."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE.
+        """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
+        GEAR_METRICS_LISTEN, GEAR_LOG_LEVEL and GEAR_LOG_FORMAT.
 
         Raises:
-            InvalidInput: A path is not absolute.
+            InvalidInput: A path is not absolute, a level or format is none.
         """
         return cls(
             gear_root=_absolute(environ, "GEAR_ROOT", DEFAULT_ROOT),
@@ -45,6 +53,9 @@ class Settings:
             broker_url=environ.get("GEAR_BROKER_URL", ""),
             remote=environ.get("GEAR_REMOTE", ""),
             node=environ.get("GEAR_NODE") or socket.gethostname(),
+            metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
+            log_level=_one_of(environ, "GEAR_LOG_LEVEL", LOG_LEVELS, "info"),
+            log_format=_one_of(environ, "GEAR_LOG_FORMAT", LOG_FORMATS, "console"),
         )
 
     @property
@@ -88,6 +99,11 @@ class Settings:
         return self.run_dir / "streams.sock"
 
     @property
+    def effective_metrics_listen(self) -> str:
+        """metrics_listen, or the socket in run_dir."""
+        return self.metrics_listen or str(self.run_dir / "metrics.sock")
+
+    @property
     def effective_broker_url(self) -> str:
         """broker_url, or the Redis socket in run_dir."""
         return self.broker_url or f"redis+socket://{self.run_dir}/redis.sock?virtual_host=0"
@@ -101,3 +117,10 @@ def _absolute(environ: Mapping[str, str], name: str, default: Path) -> Path:
     if not path.is_absolute():
         raise InvalidInput(f"{name}={value}: an absolute path is needed")
     return path
+
+
+def _one_of(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = environ.get(name) or default
+    if value not in choices:
+        raise InvalidInput(f"{name}={value}: one of {', '.join(choices)} is needed")
+    return value
