@@ -19,7 +19,6 @@ from gearworkers.errors import FailedPrecondition, GearError, from_os_error
 from gearworkers.mounts import sys
 from gearworkers.mounts.overlay import OverlaySpec, detached
 
-
 _REDIRECT = b"/\x01a/bcdefghijklmnopqrstu"
 """As long as an object's path."""
 
