@@ -9,12 +9,12 @@ cannot be said in a layer's tar and are left out, as are sockets.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
@@ -98,7 +98,7 @@ def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: 
 
 
 def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
-    with _reading(os.fsencode(upper)):
+    with _Reading(os.fsencode(upper)):
         upper_fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield from walk_upper(upper_fd, merged_fd, parent_fd)
@@ -108,7 +108,7 @@ def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[Found
 
 def _add_below(tar: _Tar, root_fd: int, path: bytes) -> None:
     directory, _, name = path.rpartition(b"/")
-    with _reading(path):
+    with _Reading(path):
         dir_fd = open_below(root_fd, directory)
     if dir_fd is None:
         return
@@ -125,12 +125,22 @@ def _whiteout_path(path: bytes) -> bytes:
     return join(directory, whiteout_name(name))
 
 
-@contextlib.contextmanager
-def _reading(path: bytes) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        raise from_os_error(exc, f"reading {shown(path)} for a layer's tar") from exc
+class _Reading:
+    """A block in which an OSError is about reading *path*; a class, for it is entered several times a file."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: bytes) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(exc, OSError):
+            raise from_os_error(exc, f"reading {shown(self._path)} for a layer's tar") from exc
 
 
 class _Tar:
@@ -169,12 +179,12 @@ class _Tar:
         self._flush()
 
     def _add_file(self, path: bytes, dir_fd: int, name: bytes) -> None:
-        with _reading(path):
+        with _Reading(path):
             fd = _open_file(path, dir_fd, name)
         if fd is None:
             return
         try:
-            with _reading(path):
+            with _Reading(path):
                 status = os.fstat(fd)
                 xattrs = kept_xattrs_of(fd)
             if stat.S_ISREG(status.st_mode):
@@ -187,7 +197,7 @@ class _Tar:
 
     def _add_contentless(self, path: bytes, dir_fd: int, name: bytes, kind: int, status: os.stat_result) -> None:
         try:
-            with _reading(path):
+            with _Reading(path):
                 linkname = os.readlink(name, dir_fd=dir_fd) if kind == SYMLINK else b""
                 xattrs = kept_xattrs(dir_fd, name)
         except (NotFound, InvalidInput):  # gone, or no symlink any more
@@ -234,7 +244,7 @@ class _Tar:
         left_bytes = size_bytes
         while left_bytes:
             piece = self._buffer[: min(left_bytes, PIECE_BYTES)]
-            with _reading(path):
+            with _Reading(path):
                 read_bytes = os.readv(fd, (piece,))
             if not read_bytes:
                 piece[:] = bytes(len(piece))

@@ -46,6 +46,19 @@ def test_index_trees_show_the_contents_of_the_store(root: Path, layers: int) -> 
     assert shown == {f"file{number}": f"content {number}" for number in range(layers)}
 
 
+def test_layers_are_named_through_proc_where_the_kernel_takes_no_descriptors(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "as before Linux 6.13")
+
+    monkeypatch.setattr(sys, "fsconfig_fd", refuse)
+    mount(spec(root, 3), root / "merged")
+    (root / "merged/new").write_text("new")
+    assert (root / "merged/file2").read_text() == "content 2"
+    assert (root / "upper/new").exists()
+
+
 def test_writes_go_to_the_upper(root: Path) -> None:
     mount(spec(root, 2), root / "merged")
     (root / "merged/new").write_text("new")
