@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -20,12 +19,16 @@ from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, from
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
+from gearworkers.layers.fsck import layer_faults
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
+from gearworkers.layers.usage import Usage, UsageMeter
 from gearworkers.mounts import overlay
+from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.mounts.table import MountTable
+from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
 from gearworkers.objects.remote import DirectoryRemote, push_pending
 from gearworkers.objects.spool import PushSpool
@@ -35,6 +38,8 @@ from gearworkers.settings import Settings
 _OPTIONS = ("gear.root", "gear.broker")
 _INIT_SUFFIX = "-init"
 _INIT_FILE = "init.json"
+_BOOT_FILE = "boot_id"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EMPTY = "empty"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -44,14 +49,6 @@ class _InitRecord(msgspec.Struct, frozen=True):
 
     uid_maps: tuple[IDMap, ...] = ()
     gid_maps: tuple[IDMap, ...] = ()
-
-
-class Usage(NamedTuple):
-    """What lies under a GEAR_ROOT."""
-
-    layers: int
-    logical_bytes: int
-    """What the layers would take without sharing: the sum of their sizes."""
 
 
 class GearDriver:
@@ -71,6 +68,7 @@ class GearDriver:
         self._layers = LayerStore(settings, self._objects)
         self._mounts = MountTable(settings.run_dir / "mounts")
         self._spool = PushSpool(settings.gear_push_path, self._objects)
+        self._usage = UsageMeter(self._layers, self._objects)
 
     # -- the daemon's life
 
@@ -92,8 +90,21 @@ class GearDriver:
             self._layers.recover()
             with publishing(settings.gear_root, self._objects):
                 pass
+            self._distrust_after_reboot()
         except OSError as exc:
             raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
+
+    def _distrust_after_reboot(self) -> None:
+        """Remove the objects that no published layer vouches for: a power cut may have left them without bytes.
+
+        A published layer's objects were synced before it was published.
+        """
+        record = self.settings.gear_root / _BOOT_FILE
+        boot_id = _BOOT_ID.read_text()
+        if not record.exists() or record.read_text() != boot_id:
+            self.collect_garbage()
+            self._spool.prune()
+            record.write_text(boot_id)
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
         """A dockerd has started: take its options and id maps, count mounts anew.
@@ -111,6 +122,7 @@ class GearDriver:
         self.settings = with_options(self.settings, opts)
         self._open()
         self.prepare()
+        require(probe(self.settings.gear_root))
         maps = _InitRecord(tuple(uid_maps), tuple(gid_maps))
         record = self.settings.gear_root / _INIT_FILE
         temporary = record.with_suffix(".new")
@@ -303,15 +315,40 @@ class GearDriver:
 
     # -- upkeep
 
+    def usage(self) -> Usage:
+        """What is stored, and what it would take without sharing; at most a minute old."""
+        return self._usage.get()
+
     def status(self) -> list[tuple[str, str]]:
         """What `docker info` shows of the store."""
-        layers = [self._layers.get(id) for id in self._layers.ids()]
-        images = [layer for layer in layers if layer.kind is Kind.IMAGE]
+        usage = self.usage()
+        root = self.settings.gear_root
         return [
-            ("Root Dir", str(self.settings.gear_root)),
-            ("Layers", f"{len(images)} image, {len(layers) - len(images)} read-write"),
-            ("Logical Bytes", str(sum(layer.size_bytes for layer in images))),
+            ("Root Dir", str(root)),
+            ("Backing Filesystem", backing_fs_name(root)),
+            ("Kernel Mode", "overlay with data-only layers"),
+            ("Layers", f"{usage.image_layers} image, {usage.other_layers} read-write"),
+            ("Objects", str(usage.objects)),
+            ("Logical Bytes", str(usage.logical_bytes)),
+            ("Stored Bytes", str(usage.stored_bytes)),
+            ("Awaiting Push", str(sum(1 for _ in self._spool.pending()))),
         ]
+
+    def faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
+        """Check every object and layer; a line for each fault.
+
+        Args:
+            read_data: Also read all bytes and compare their digest.
+            repair: Remove the names of damaged objects, so that they are stored or fetched anew.
+        """
+        damaged: set[bytes] = set()
+        for bad in bad_objects(self._objects, read_data=read_data):
+            damaged.add(bad.digest)
+            if repair:
+                os.unlink(bad.path)
+            yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
+        for fault in layer_faults(self._layers, self._objects, damaged):
+            yield f"layer {fault.id}: {fault.what}; {fault.advice}"
 
     def collect_garbage(self) -> GarbageReport:
         """Remove the objects that no layer refers to; safe beside imports."""

@@ -163,7 +163,8 @@ class _Contents:
         free_bytes = _free_bytes(self._staging_fd)
         if entry.size_bytes > free_bytes:
             raise ResourceExhausted(
-                f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, and {free_bytes} are free in {self._store.cache}"
+                f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, "
+                f"and {free_bytes} are free in {self._store.cache}"
             )
 
     def _count_new(self, digest: bytes, size_bytes: int) -> None:

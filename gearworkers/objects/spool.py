@@ -48,5 +48,12 @@ class PushSpool:
         except FileNotFoundError:
             pass
 
+    def prune(self) -> int:
+        """Let go of what is no longer in the store; how many. For after a reboot, when the store was checked."""
+        gone = [digest for digest in self.pending() if not self._store.has(digest)]
+        for digest in gone:
+            self.done(digest)
+        return len(gone)
+
     def _path(self, digest: bytes) -> bytes:
         return self._directory + b"/" + digest.hex().encode()

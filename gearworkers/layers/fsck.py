@@ -1,0 +1,64 @@
+"""Looking at every layer: its parent, its objects and its stream are there, and an interrupted one is told."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from gearworkers.archive.stream import StreamReader
+from gearworkers.errors import GearError, IntegrityError
+from gearworkers.layers.apply import STREAM_FILE
+from gearworkers.layers.store import APPLYING_FILE, Kind, Layer, LayerStore
+from gearworkers.objects.claims import OBJECTS_FILE, read_objects
+from gearworkers.objects.store import ObjectStore
+
+
+class LayerFault(NamedTuple):
+    """Something wrong with a layer."""
+
+    id: str
+    what: str
+    advice: str
+
+
+def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection[bytes]) -> Iterator[LayerFault]:
+    """What is wrong with each layer.
+
+    Args:
+        layers: The layers.
+        store: Where their objects lie.
+        bad_digests: Objects known to be damaged.
+    """
+    for id in layers.ids():
+        try:
+            layer = layers.get(id)
+            if layer.parent:
+                layers.get(layer.parent)
+        except GearError as exc:
+            yield LayerFault(id, str(exc), "remove the image or container that it belongs to")
+            continue
+        if layer.kind is Kind.IMAGE:
+            yield from _image_faults(layers, layer, store, bad_digests)
+        elif (layers.directory(layer) / APPLYING_FILE).exists():
+            yield LayerFault(id, "its ApplyDiff did not finish, or is under way", "dockerd removes it")
+
+
+def _image_faults(
+    layers: LayerStore, layer: Layer, store: ObjectStore, bad_digests: Collection[bytes]
+) -> Iterator[LayerFault]:
+    directory = layers.directory(layer)
+    refetch = "remove the image and pull it again"
+    missing = damaged = 0
+    for digest, _ in read_objects(directory / OBJECTS_FILE):
+        if digest in bad_digests:
+            damaged += 1
+        elif layer.complete and not store.has(digest):
+            missing += 1
+    if missing or damaged:
+        yield LayerFault(layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch)
+    try:
+        with open(directory / STREAM_FILE, "rb") as file:
+            for _ in StreamReader(file):
+                pass
+    except (IntegrityError, FileNotFoundError) as exc:
+        yield LayerFault(layer.id, str(exc), refetch)

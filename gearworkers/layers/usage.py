@@ -1,0 +1,74 @@
+"""How much is stored, and how much it would be without sharing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from gearworkers.errors import GearError, from_os_error
+from gearworkers.layers.store import Kind, LayerStore
+from gearworkers.objects.store import ObjectStore
+
+_FRESH_S = 60.0
+_BLOCK_BYTES = 512
+
+
+class Usage(NamedTuple):
+    """What lies under one GEAR_ROOT."""
+
+    image_layers: int
+    other_layers: int
+    objects: int
+    logical_bytes: int
+    """The sum of the image layers' sizes."""
+    stored_bytes: int
+    """What the objects take on disk."""
+
+
+class UsageMeter:
+    """Counts when asked and remembers for a minute; a count of a million objects takes seconds."""
+
+    def __init__(self, layers: LayerStore, store: ObjectStore) -> None:
+        self._layers = layers
+        self._store = store
+        self._lock = threading.Lock()
+        self._counted: Usage | None = None
+        self._counted_at_s = 0.0
+
+    def get(self, *, fresh_s: float = _FRESH_S) -> Usage:
+        """The usage, at most *fresh_s* seconds old.
+
+        Raises:
+            GearError: A directory cannot be read.
+        """
+        with self._lock:
+            if self._counted is None or time.monotonic() - self._counted_at_s > fresh_s:
+                try:
+                    self._counted = self._count()
+                except OSError as exc:
+                    raise from_os_error(exc, "count what is stored") from exc
+                self._counted_at_s = time.monotonic()
+            return self._counted
+
+    def _count(self) -> Usage:
+        images = others = logical_bytes = objects = stored_bytes = 0
+        for id in self._layers.ids():
+            try:
+                layer = self._layers.get(id)
+            except GearError:
+                continue  # removed meanwhile, or damaged: fsck tells
+            if layer.kind is Kind.IMAGE:
+                images += 1
+                logical_bytes += layer.size_bytes
+            else:
+                others += 1
+        for shard in self._store.shards():
+            with os.scandir(shard) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        stored_bytes += entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES
+                        objects += 1
+        return Usage(images, others, objects, logical_bytes, stored_bytes)
