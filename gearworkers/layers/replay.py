@@ -45,5 +45,3 @@ def _write_content(store: ObjectStore, digest: bytes, offset_bytes: int, length_
             length_bytes -= len(data)
     finally:
         os.close(fd)
-
-

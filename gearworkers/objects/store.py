@@ -209,4 +209,3 @@ def verify_file(fd: int, digest: bytes) -> None:
         offset += len(chunk)
     if hasher.digest() != digest:
         raise IntegrityError(f"object {digest.hex()}: its bytes have SHA-256 {hasher.hexdigest()}")
-

@@ -1,0 +1,111 @@
+"""`gear`: what an administrator asks of a node."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gearworkers import doctor as checks
+from gearworkers.driver import GearDriver
+from gearworkers.errors import GearError
+from gearworkers.mounts.probe import Check
+from gearworkers.settings import Settings
+
+_EXIT_FAULTS = 1
+_EXIT_ERROR = 2
+
+app = typer.Typer(
+    help="Look after a node's gearworkers store. Paths come from the environment: GEAR_ROOT, GEAR_RUN_DIR, "
+    "GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console(soft_wrap=True, highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Check kernel, file system, Redis, workers and Docker: one line each; exit 1 if something needed is wrong."""
+    found = checks.diagnose(Settings.from_environ())
+    for check in found:
+        _print_check(check)
+    if any(check.needed and not check.ok for check in found):
+        raise typer.Exit(_EXIT_FAULTS)
+
+
+@app.command()
+def status() -> None:
+    """What the store holds, and how the gateway is."""
+    table = Table(show_header=False, box=None)
+    settings = Settings.from_environ()
+    for key, value in checks.gateway_status(settings) or [*GearDriver(settings).status(), ("Gateway", "not running")]:
+        table.add_row(key, value)
+    _out.print(table)
+
+
+@app.command()
+def gc() -> None:
+    """Remove the objects that no layer refers to, now."""
+    report = GearDriver(Settings.from_environ()).collect_garbage()
+    _out.print(
+        f"removed {report.removed_objects} objects, {report.removed_bytes} bytes; "
+        f"kept {report.kept_objects} objects, {report.kept_bytes} bytes"
+    )
+
+
+@app.command()
+def fsck(
+    read_data: Annotated[
+        bool, typer.Option("--read-data", help="Also read every byte and compare its SHA-256.")
+    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove damaged objects; pull their images again.")] = False,
+) -> None:
+    """Check that every object is what its name says and every layer is whole; exit 1 on faults."""
+    faults = 0
+    for fault in GearDriver(Settings.from_environ()).faults(read_data=read_data, repair=repair):
+        faults += 1
+        _out.print(fault, markup=False)
+    _out.print(f"{faults} faults")
+    if faults:
+        raise typer.Exit(_EXIT_FAULTS)
+
+
+@app.command()
+def push() -> None:
+    """Push what waits in the spool to GEAR_REMOTE, now."""
+    _out.print(f"pushed {GearDriver(Settings.from_environ()).push_pending()} objects")
+
+
+def main() -> None:
+    """Run `gear`; an error is one line on stderr and exit status 2."""
+    with _errors_told():
+        app()
+
+
+def _print_check(check: Check) -> None:
+    mark = "[green]ok[/]" if check.ok else ("[red]WRONG[/]" if check.needed else "[yellow]note[/]")
+    advice = f"; {check.advice}" if check.advice else ""
+    _out.print(f"{mark:<14} {check.name}: {check.found}{advice}")
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    try:
+        yield
+    except GearError as exc:
+        sys.exit(_told(str(exc)))
+    except PermissionError as exc:
+        sys.exit(_told(f"{exc}; `gear` needs root" if os.geteuid() else str(exc)))
+
+
+def _told(text: str) -> int:
+    print(f"gear: {text}", file=sys.stderr)
+    return _EXIT_ERROR

@@ -1,0 +1,138 @@
+"""What `gear doctor` looks at beside the kernel: Redis, workers, the gateway, Docker."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from gearworkers.mounts.probe import Check, probe
+from gearworkers.settings import Settings
+
+_TIMEOUT_S = 3.0
+_FIRST_DOCKER = (20, 10)
+_LAST_DOCKER = 27
+_GATED_DOCKER = 27
+
+
+def diagnose(settings: Settings) -> list[Check]:
+    """Look at everything a node needs; nothing is changed."""
+    root = settings.gear_root
+    while not root.exists():
+        root = root.parent
+    return [*probe(root), _redis(settings), _workers(settings), _gateway(settings), *_docker()]
+
+
+def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:
+    """What the running gateway answers to GraphDriver.Status; None if none runs."""
+    try:
+        answer = _call(settings.plugin_socket, "GraphDriver.Status")
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    return [(key, value) for key, value in answer.get("Status") or []]
+
+
+def _redis(settings: Settings) -> Check:
+    name = "Redis"
+    advice = f"start it (Procfile: redis), or set GEAR_BROKER_URL; tried {settings.effective_broker_url}"
+    try:
+        client = redis.Redis.from_url(
+            _redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+        )
+        memory = client.info("memory")
+        persistence = client.info("persistence")
+    except (redis.RedisError, ValueError) as exc:
+        return Check(name, False, False, f"does not answer ({exc}): imports go on in the gateway", advice)
+    if memory.get("maxmemory_policy") != "noeviction" or not persistence.get("aof_enabled"):
+        return Check(name, False, False, "may lose tasks", "set maxmemory-policy noeviction and appendonly yes")
+    return Check(name, True, False, "answers, AOF on, noeviction")
+
+
+def _workers(settings: Settings) -> Check:
+    from gearworkers.app import make_app  # heavy, and of no use to the other commands
+
+    name = "Workers"
+    queues = {f"import@{settings.node}", f"push@{settings.node}"}
+    try:
+        answers = make_app(settings).control.inspect(timeout=_TIMEOUT_S).active_queues() or {}
+    except Exception as exc:  # whatever the broker library raises, there is no answer
+        return Check(name, False, False, f"cannot be asked ({type(exc).__name__})", "start Redis first")
+    served = {queue["name"] for found in answers.values() for queue in found}
+    missing = ", ".join(sorted(queues - served))
+    if missing:
+        advice = "start them (Procfile: import, push); until then the gateway works for them"
+        return Check(name, False, False, f"nobody serves {missing}", advice)
+    return Check(name, True, False, f"{len(answers)} serve {', '.join(sorted(queues))}")
+
+
+def _gateway(settings: Settings) -> Check:
+    name = "Gateway"
+    try:
+        _call(settings.plugin_socket, "Plugin.Activate")
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        advice = "start it: python -m plugin_gateway"
+        return Check(name, False, True, f"{settings.plugin_socket} does not answer ({exc})", advice)
+    return Check(name, True, True, f"answers on {settings.plugin_socket}")
+
+
+def _docker() -> list[Check]:
+    try:
+        told = subprocess.run(
+            ["docker", "version", "--format", "{{.Server.Version}} {{.Server.Experimental}}"],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S * 3,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return [Check("Docker", False, False, f"cannot be asked ({exc})", "install docker 20.10 to 27")]
+    version, _, experimental = told.stdout.strip().partition(" ")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if told.returncode or numbers is None:
+        return [Check("Docker", False, False, "no daemon answers", "start dockerd with --experimental -s gear")]
+    return [_docker_version(version, int(numbers[1]), int(numbers[2])), _docker_experimental(experimental)]
+
+
+def _docker_version(version: str, major: int, minor: int) -> Check:
+    if (major, minor) < _FIRST_DOCKER or major > _LAST_DOCKER:
+        return Check("Docker", False, True, f"{version} has no graphdriver plugins", "use 20.10 to 27")
+    if major == _GATED_DOCKER:
+        advice = "set DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1 in its environment"
+        return Check("Docker", True, True, f"{version}; graphdriver plugins are gated", advice)
+    return Check("Docker", True, True, version)
+
+
+def _docker_experimental(told: str) -> Check:
+    if told == "true":
+        return Check("Docker experimental", True, True, "on")
+    advice = 'start dockerd with --experimental, or with "experimental": true in its configuration'
+    return Check("Docker experimental", False, True, "off", advice)
+
+
+def _redis_url(settings: Settings) -> str:
+    return settings.effective_broker_url.replace("redis+socket://", "unix://").replace("virtual_host=", "db=")
+
+
+def _call(plugin_socket: Path, method: str) -> dict[str, Any]:
+    """One call of the plugin protocol.
+
+    Raises:
+        OSError: Nobody listens, or nobody answers in time.
+        ValueError: The answer is no JSON.
+    """
+    connection = http.client.HTTPConnection("localhost", timeout=_TIMEOUT_S)
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(_TIMEOUT_S)
+    try:
+        connection.sock.connect(str(plugin_socket))
+        connection.request("POST", f"/{method}", body=b"{}")
+        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        return answer
+    finally:
+        connection.close()
