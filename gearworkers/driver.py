@@ -16,6 +16,7 @@ import msgspec
 
 from gearworkers.archive.reader import Readable
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, from_os_error
+from gearworkers.layers.absorb import absorb, settled
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
@@ -28,6 +29,7 @@ from gearworkers.layers.usage import Usage, UsageMeter
 from gearworkers.mounts import overlay
 from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.mounts.table import MountTable
+from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
 from gearworkers.objects.remote import DirectoryRemote, push_pending
@@ -306,9 +308,14 @@ class GearDriver:
         if layer.kind is Kind.IMAGE and layer.parent == parent:
             replay(self._layers.directory(layer), self._objects, sink)
         elif layer.kind is Kind.CONTAINER and layer.parent == parent:
-            with self._view(parent) as parent_fd, self._view(id) as merged_fd:
+            upper = self._layers.lower(layer)
+            with (
+                settled(self._layers.directory(layer), upper),
+                self._view(parent) as parent_fd,
+                self._view(id) as merged_fd,
+            ):
                 assert merged_fd is not None
-                write_diff(self._layers.lower(layer), merged_fd, parent_fd, sink, ids)
+                write_diff(upper, merged_fd, parent_fd, sink, ids)
         else:
             with self._view(parent) as parent_fd, self._view(id) as own_fd:
                 write_tree_diff(own_fd, parent_fd, sink, ids)
@@ -357,11 +364,35 @@ class GearDriver:
             return GarbageCollector(
                 settings.gear_root,
                 self._objects,
-                published=settings.gear_images_path,
+                published=(settings.gear_images_path, settings.gear_containers_path),
                 building=settings.gear_build_path,
             ).collect()
         except OSError as exc:
             raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
+
+    def is_absorbable(self, id: str) -> bool:
+        """Whether the layer, whose Diff was taken, still keeps its contents to itself though nobody writes it."""
+        layer = self._layers.get(id)
+        directory = self._layers.directory(layer)
+        return (
+            layer.kind is Kind.CONTAINER
+            and layer.absorbable
+            and not (directory / OBJECTS_FILE).exists()
+            and not overlay.is_mounted(directory / MERGED)
+        )
+
+    def absorb(self, id: str) -> int:
+        """Move the contents of a finished read-write layer to the object store; how many files.
+
+        Raises:
+            NotFound: No such layer.
+        """
+        if not self.is_absorbable(id):
+            return 0
+        layer = self._layers.get(id)
+        spool = self._spool if self.settings.remote else None
+        with self._layers.building(id) as build:
+            return absorb(self._layers.directory(layer), self._layers.lower(layer), build, self._objects, spool)
 
     def push_pending(self) -> int:
         """Push what waits in the spool to the remote; how many objects.

@@ -56,8 +56,8 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: Kind
     mount_label: str = ""
     created_s: float = 0.0
-    freezable: bool = False
-    """It came by Create: once it was written and read as a diff, it is an image layer in all but form."""
+    absorbable: bool = False
+    """It came by Create: once it was written and its Diff taken, it is an image layer in all but form."""
     size_bytes: int = 0
     objects: int = 0
     object_bytes: int = 0
@@ -305,7 +305,7 @@ class LayerStore:
 def new_layer(id: str, parent: str, kind: Kind, mount_label: str) -> Layer:
     """The record of a layer that begins now."""
     return Layer(
-        id=id, parent=parent, kind=kind, mount_label=mount_label, created_s=time.time(), freezable=kind is Kind.NEW
+        id=id, parent=parent, kind=kind, mount_label=mount_label, created_s=time.time(), absorbable=kind is Kind.NEW
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class GarbageReport:
 class GarbageCollector:
     """Collects one root; two at once do each other no harm, but do the work twice."""
 
-    def __init__(self, root: Path, store: ObjectStore, *, published: Path, building: Path) -> None:
+    def __init__(self, root: Path, store: ObjectStore, *, published: Sequence[Path], building: Path) -> None:
         self._store = store
         self._lock = GarbageLock(root)
         self._hidden = HiddenObjects(root / HIDDEN, store)
@@ -58,7 +58,7 @@ class GarbageCollector:
             self._hidden.restore()
         removed = removed_bytes = kept = kept_bytes = 0
         for order, shard in enumerate(self._store.shards()):
-            lists = set(self._lists(self._published))
+            lists = self._lists(*self._published)
             marked = _marked(lists, order)
             garbage: list[bytes] = []
             for name, size_bytes in _sizes(shard):
@@ -76,17 +76,16 @@ class GarbageCollector:
         with self._lock.exclusive():
             for name in names:
                 self._hidden.hide(shard, name)
-            late = set(self._lists(self._building)) | (set(self._lists(self._published)) - read)
+            late = self._lists(self._building) | (self._lists(*self._published) - read)
             claimed = {object_name(digest)[1:] for path in late for digest, _ in read_objects(path)}
             for name in claimed.intersection(names):
                 self._hidden.put_back(ALPHABET[order : order + 1] + name)
             return self._hidden.clear()
 
-    def _lists(self, parent: Path) -> Iterator[Path]:
-        for path in parent.iterdir():
-            objects = path / OBJECTS_FILE
-            if objects.exists():
-                yield objects
+    def _lists(self, *parents: Path) -> set[Path]:
+        return {
+            objects for parent in parents for layer in parent.iterdir() if (objects := layer / OBJECTS_FILE).exists()
+        }
 
 
 @contextmanager
