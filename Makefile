@@ -2,20 +2,23 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup up demo test check bench
+.PHONY: help setup rootfs up demo test check bench
 help:
 	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py
 
+rootfs: setup
+	@$(VENV)/python -m tests.support.rootfs
+
 up: setup
 	@exec $(VENV)/python packaging/up.py
 
-demo: setup
+demo: rootfs
 	@exec $(VENV)/python -m bench.demo
 
-test: setup
+test: rootfs
 	$(VENV)/python -m pytest
 
 check: setup
@@ -25,8 +28,8 @@ check: setup
 	$(VENV)/lint-imports
 	$(VENV)/python -m pytest -q -m "not dockerd and not slow" tests/unit
 
-bench: setup
+bench: rootfs
 	@exec $(VENV)/python -m bench
 
-bench-%: setup
+bench-%: rootfs
 	@exec $(VENV)/python -m bench $*

@@ -1,0 +1,43 @@
+"""Run the Procfile in the foreground until SIGTERM or SIGINT: honcho, with every setting said in the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from gearworkers.settings import Settings
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment in which the Procfile's processes agree with *settings*."""
+    venv_bin = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([venv_bin, os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "GEAR_ROOT": str(settings.gear_root),
+        "GEAR_RUN_DIR": str(settings.run_dir),
+        "GEAR_PLUGIN_SOCKET": str(settings.plugin_socket),
+        "GEAR_BROKER_URL": settings.effective_broker_url,
+        "GEAR_NODE": settings.node,
+    }
+
+
+def main() -> None:
+    """Make the directories that Redis needs and become honcho; a broker given by GEAR_BROKER_URL is not started."""
+    settings = Settings.from_environ()
+    processes = ["gateway", "import", "push"]
+    if not settings.broker_url:
+        processes.insert(0, "redis")
+    settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (settings.gear_root / "redis").mkdir(mode=0o700, exist_ok=True)
+    settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.chdir(CHECKOUT)
+    os.execve(sys.executable, [sys.executable, "-m", "honcho", "start", *processes], environment(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A private dockerd: own socket, data root, exec root, containerd and cgroup; only inside a sandbox."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support import sandbox
+from tests.support.processes import Daemon
+
+CLIENT = "/usr/bin/docker"
+NO_NETWORK = ("--network", "none")
+"""A sandbox has no bridge; said explicitly where a container is made."""
+
+
+class DockerError(AssertionError):
+    """A docker command failed; the text holds the command and what it wrote."""
+
+
+@dataclass
+class Dockerd:
+    """One dockerd with one storage driver.
+
+    Args:
+        name: Distinguishes the daemons of one sandbox; short, since it becomes part of socket paths.
+        directory: Where its data root and log lie.
+        driver: `gear` (any plugin's name) or `overlay2`.
+        options: Further arguments for dockerd.
+    """
+
+    name: str
+    directory: Path
+    driver: str
+    options: tuple[str, ...] = ()
+    daemon: Daemon = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.daemon = Daemon(self._command(), self.directory / "dockerd.log", self.environ())
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets and pid files; on the sandbox's own tmpfs, with a short path."""
+        return Path("/run/docker/private") / self.name
+
+    @property
+    def socket(self) -> Path:
+        """The API's Unix socket."""
+        return self.run_dir / "docker.sock"
+
+    @property
+    def data_root(self) -> Path:
+        """dockerd's --data-root."""
+        return self.directory / "data"
+
+    def environ(self) -> dict[str, str]:
+        """The environment of dockerd and of its clients; nothing of the user's docker configuration."""
+        return {
+            **os.environ,
+            "DOCKER_HOST": f"unix://{self.socket}",
+            "DOCKER_CONFIG": str(self.run_dir / "config"),
+            "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS": "1",
+        }
+
+    def _command(self) -> list[str]:
+        return [
+            "dockerd",
+            "--experimental",
+            f"--storage-driver={self.driver}",
+            f"--host=unix://{self.socket}",
+            f"--data-root={self.data_root}",
+            f"--exec-root={self.run_dir}/exec",
+            f"--pidfile={self.run_dir}/docker.pid",
+            f"--cgroup-parent={sandbox.cgroup_parent()}",
+            "--exec-opt=native.cgroupdriver=cgroupfs",
+            "--bridge=none",
+            "--iptables=false",
+            "--live-restore",
+            "--insecure-registry=127.0.0.1",
+            *self.options,
+        ]
+
+    def start(self, timeout_s: float = 60.0) -> None:
+        """Start it and return when it answers."""
+        (self.run_dir / "docker.pid").unlink(missing_ok=True)
+        self.daemon.start()
+        self.daemon.wait_until(self.answers, "dockerd's API", timeout_s)
+
+    def stop(self) -> None:
+        """End it in order; containers live on (--live-restore)."""
+        self.daemon.stop()
+
+    def kill(self) -> None:
+        """SIGKILL; containers and their containerd live on."""
+        self.daemon.kill()
+
+    def restart(self) -> None:
+        """stop() and start()."""
+        self.stop()
+        self.start()
+
+    def answers(self) -> bool:
+        """Whether the API is up."""
+        return self.socket.exists() and self.call("version").returncode == 0
+
+    def call(
+        self, *arguments: str, stdin: Path | bytes | None = None, buildkit: bool = False, timeout_s: float = 300.0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a docker command; returns it whatever its outcome."""
+        environ = self.environ() | {"DOCKER_BUILDKIT": str(int(buildkit))}
+        command = [CLIENT, *arguments]
+        if isinstance(stdin, Path):
+            with stdin.open("rb") as file:
+                return subprocess.run(command, env=environ, stdin=file, capture_output=True, timeout=timeout_s)
+        return subprocess.run(command, env=environ, input=stdin or b"", capture_output=True, timeout=timeout_s)
+
+    def docker(
+        self, *arguments: str, stdin: Path | bytes | None = None, buildkit: bool = False, timeout_s: float = 300.0
+    ) -> str:
+        """Run a docker command; returns what it wrote to stdout, stripped.
+
+        Raises:
+            DockerError: It failed.
+        """
+        done = self.call(*arguments, stdin=stdin, buildkit=buildkit, timeout_s=timeout_s)
+        if done.returncode != 0:
+            output = (done.stdout + done.stderr).decode(errors="replace")
+            raise DockerError(
+                f"docker {' '.join(arguments)}: exit {done.returncode}\n{output}\n{self.daemon.log_tail()}"
+            )
+        return done.stdout.decode(errors="replace").strip()
+
+    def run(self, image: str, *command: str, options: tuple[str, ...] = ("--rm",)) -> str:
+        """`docker run` without network; returns its output (the id with `-d` among *options*)."""
+        return self.docker("run", *NO_NETWORK, *options, image, *command)
+
+    def popen(self, *arguments: str, stdin: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+        """Start a docker command and return at once; its output is piped."""
+        return subprocess.Popen(
+            [CLIENT, *arguments],
+            env=self.environ() | {"DOCKER_BUILDKIT": "0"},
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def remove_everything(self) -> None:
+        """Remove all containers and images."""
+        if containers := self.docker("ps", "-aq").split():
+            self.docker("rm", "-f", *containers)
+        self.docker("system", "prune", "-af")

@@ -1,0 +1,126 @@
+"""The Procfile's processes, one by one, so that a test can stop and kill each of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.processes import Daemon, listens, wait_until
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+PLUGINS = Path("/run/docker/plugins")
+START_ORDER = ("redis", "gateway", "import", "push")
+
+
+@dataclass
+class Stack:
+    """redis, gateway, import and push workers with their own root, run directory and plugin socket.
+
+    Args:
+        directory: Holds GEAR_ROOT (`gear`) and the logs.
+        name: The plugin's name, hence dockerd's `--storage-driver`.
+        settings: Further GEAR_… variables.
+    """
+
+    directory: Path
+    name: str = "gear"
+    settings: dict[str, str] = field(default_factory=dict)
+    daemons: dict[str, Daemon] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for path in (self.directory, self.root / "redis", self.run_dir, PLUGINS):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.daemons = {name: self._daemon(name, command) for name, command in _procfile().items()}
+
+    @property
+    def root(self) -> Path:
+        """GEAR_ROOT."""
+        return self.directory / "gear"
+
+    @property
+    def run_dir(self) -> Path:
+        """GEAR_RUN_DIR; on the sandbox's tmpfs, with a short path."""
+        return Path("/run/docker/private") / self.name
+
+    @property
+    def plugin_socket(self) -> Path:
+        """GEAR_PLUGIN_SOCKET."""
+        return PLUGINS / f"{self.name}.sock"
+
+    @property
+    def node(self) -> str:
+        """GEAR_NODE."""
+        return f"{self.name}-node"
+
+    @property
+    def redis_socket(self) -> Path:
+        """Where Redis listens."""
+        return self.run_dir / "redis.sock"
+
+    def environ(self) -> dict[str, str]:
+        """The environment of all its processes, and of `gear` commands about it."""
+        return {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PYTHONUNBUFFERED": "1",
+            "GEAR_ROOT": str(self.root),
+            "GEAR_RUN_DIR": str(self.run_dir),
+            "GEAR_PLUGIN_SOCKET": str(self.plugin_socket),
+            "GEAR_BROKER_URL": f"redis+socket://{self.redis_socket}?virtual_host=0",
+            "GEAR_NODE": self.node,
+            **self.settings,
+        }
+
+    def _daemon(self, name: str, command: str) -> Daemon:
+        return Daemon(["/bin/sh", "-c", command], self.directory / f"{name}.log", self.environ(), CHECKOUT)
+
+    def start(self, *names: str) -> None:
+        """Start the processes named, all if none is, and return when each is ready for work."""
+        for name in names or START_ORDER:
+            if not self.daemons[name].is_running():
+                self.daemons[name].start()
+        for name in names or START_ORDER:
+            self._wait_until_ready(name)
+
+    def stop(self, *names: str) -> None:
+        """SIGTERM to the processes named, all if none is, in the reverse order."""
+        for name in names or reversed(START_ORDER):
+            self.daemons[name].stop()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the whole session of a process: a Celery worker with its children."""
+        daemon = self.daemons[name]
+        if daemon.is_running():
+            os.killpg(daemon.pid, signal.SIGKILL)
+        daemon.kill()
+
+    def is_running(self, name: str) -> bool:
+        """Whether that process is alive."""
+        return self.daemons[name].is_running()
+
+    def _wait_until_ready(self, name: str) -> None:
+        daemon = self.daemons[name]
+        if name == "redis":
+            daemon.wait_until(lambda: listens(self.redis_socket), "Redis's socket")
+        elif name == "gateway":
+            daemon.wait_until(lambda: listens(self.plugin_socket), "the plugin's socket")
+        else:
+            daemon.wait_until(lambda: daemon.has_logged(b" ready."), f"the {name} worker")
+
+    def logs(self) -> str:
+        """The end of every process's log."""
+        return "\n".join(f"--- {name}\n{daemon.log_tail()}" for name, daemon in self.daemons.items())
+
+    def wait_until_idle(self, timeout_s: float = 60.0) -> None:
+        """Return when staging is empty: no import is under way and none was left half done."""
+        build = self.root / "build"
+        wait_until(lambda: not build.exists() or not any(build.iterdir()), f"{build} is empty", timeout_s)
+
+
+def _procfile() -> dict[str, str]:
+    lines = (CHECKOUT / "Procfile").read_text().splitlines()
+    pairs = (line.split(":", 1) for line in lines if line.strip() and not line.startswith("#"))
+    return {name.strip(): command.strip() for name, command in pairs}
