@@ -1,0 +1,134 @@
+"""Docker goes on when the queue does not: no Redis, no worker, a worker or the gateway killed in the middle."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.support.dockerd import Dockerd
+from tests.support.processes import wait_until
+from tests.support.stack import Stack
+from tests.support.tiny import tiny_tar
+
+
+@dataclass
+class HalfImport:
+    """A `docker import` that has sent the first half of its tar and holds the rest back."""
+
+    process: subprocess.Popen[bytes]
+    rest: bytes
+
+    def finish(self) -> int:
+        """Send the rest; returns docker's exit code."""
+        try:
+            self.process.communicate(self.rest, timeout=120)
+        except BrokenPipeError:
+            self.process.wait(timeout=120)
+        return self.process.returncode
+
+
+@pytest.fixture
+def half(dockerd: Dockerd, stack: Stack) -> Iterator[HalfImport]:
+    """An import under way: the layer's staging exists, half of its bytes were sent."""
+    big = tiny_tar({f"big/{n}": f"{n} {time.time_ns()} ".encode() * 10_000 for n in range(40)})
+    process = dockerd.popen("import", "-", "half")
+    assert process.stdin is not None
+    process.stdin.write(big[: len(big) // 2])
+    process.stdin.flush()
+    build = stack.root / "build"
+    wait_until(lambda: build.exists() and any(build.iterdir()), "the import began")
+    yield HalfImport(process, big[len(big) // 2 :])
+    process.kill()
+    process.wait()
+    dockerd.call("rmi", "half")
+
+
+def assert_imports_runs_and_commits(dockerd: Dockerd, name: str) -> None:
+    """The main calls work, the heavy ones included."""
+    dockerd.docker("import", "-", name, stdin=tiny_tar({"etc/name": name.encode()}))
+    assert dockerd.run(name, "cat", "/etc/name") == name
+    dockerd.run(name, "sh", "-c", "echo b > /b", options=("--name", name))
+    dockerd.docker("commit", name, f"{name}-2")
+    dockerd.docker("rm", name)
+    assert len(dockerd.call("save", f"{name}-2").stdout) > 10_000
+    assert dockerd.run(f"{name}-2", "cat", "/b") == "b"
+    dockerd.docker("rmi", f"{name}-2", name)
+
+
+def test_docker_works_while_redis_is_stopped(dockerd: Dockerd, stack: Stack) -> None:
+    stack.stop("redis")
+    assert_imports_runs_and_commits(dockerd, "noredis")
+    assert "true" in degraded(dockerd)
+    stack.start("redis")
+    assert_imports_runs_and_commits(dockerd, "redisback")
+
+
+def test_docker_works_while_no_worker_is_alive(dockerd: Dockerd, stack: Stack) -> None:
+    stack.stop("import", "push")
+    assert_imports_runs_and_commits(dockerd, "noworker")
+    stack.start("import", "push")
+    assert_imports_runs_and_commits(dockerd, "workerback")
+
+
+def degraded(dockerd: Dockerd) -> str:
+    """The line of `docker info` that says so."""
+    lines = dockerd.docker("info").splitlines()
+    return next((line.strip().lower() for line in lines if "degraded" in line.lower()), "not said")
+
+
+def test_a_worker_killed_in_the_middle_fails_the_import_cleanly(
+    dockerd: Dockerd, stack: Stack, half: HalfImport
+) -> None:
+    stack.kill("import")
+    assert half.finish() != 0
+    assert dockerd.call("image", "inspect", "half").returncode != 0
+    stack.wait_until_idle()
+    stack.start("import")
+    assert_imports_runs_and_commits(dockerd, "afterkill")
+
+
+def test_a_gateway_killed_in_the_middle_fails_the_import_cleanly(
+    dockerd: Dockerd, stack: Stack, half: HalfImport
+) -> None:
+    stack.kill("gateway")
+    stack.start("gateway")
+    assert half.finish() != 0
+    assert dockerd.call("image", "inspect", "half").returncode != 0
+    assert_imports_runs_and_commits(dockerd, "aftergateway")
+    stack.wait_until_idle()
+
+
+def test_redis_stopped_in_the_middle_does_not_disturb_an_import(
+    dockerd: Dockerd, stack: Stack, half: HalfImport
+) -> None:
+    stack.kill("redis")
+    assert half.finish() == 0
+    assert dockerd.run("half", "cat", "/big/39").startswith("39 ")
+    stack.start("redis")
+
+
+def test_a_client_that_gives_up_in_the_middle_leaves_nothing(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
+    half.process.kill()
+    half.process.wait()
+    stack.wait_until_idle()
+    assert dockerd.call("image", "inspect", "half").returncode != 0
+
+
+def test_a_commits_new_objects_reach_the_remote_in_the_background(dockerd: Dockerd, stack: Stack) -> None:
+    remote = stack.directory.parent / "remote"
+    known = {path for path in remote.rglob("*") if path.is_file()}
+    dockerd.run("tiny", "sh", "-c", "seq 100000 > /pushed", options=("--name", "topush"))
+    dockerd.docker("commit", "topush", "topush")
+    content = "".join(f"{n}\n" for n in range(1, 100_001)).encode()
+
+    def has_arrived() -> bool:
+        new = {path for path in remote.rglob("*") if path.is_file()} - known
+        return any(path.read_bytes() == content for path in new)
+
+    wait_until(has_arrived, "the file in the remote")
+    dockerd.docker("rm", "topush")
+    dockerd.docker("rmi", "topush")

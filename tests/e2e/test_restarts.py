@@ -1,0 +1,74 @@
+"""Daemons die and come back; containers live on."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.e2e.test_containers import started
+from tests.support.dockerd import Dockerd
+from tests.support.stack import Stack
+from tests.support.tiny import tiny_tar
+
+
+@pytest.fixture
+def live(dockerd: Dockerd) -> str:
+    """A running container that has written /mine."""
+    container = started(dockerd, "debian")
+    dockerd.docker("exec", container, "sh", "-c", "echo mine > /mine")
+    return container
+
+
+def assert_works(dockerd: Dockerd, live: str) -> None:
+    """The old container still reads old and new files, stops and is removed; a new one runs."""
+    assert dockerd.docker("exec", live, "sh", "-c", "cat /mine; ls /usr/bin/git") == "mine\n/usr/bin/git"
+    assert dockerd.docker("diff", live).splitlines() == ["A /mine"]
+    dockerd.docker("restart", "-t", "0", live)
+    assert dockerd.docker("exec", live, "cat", "/mine") == "mine"
+    dockerd.docker("rm", "-f", live)
+    assert dockerd.run("debian", "cat", "/etc/debian_version") != ""
+
+
+def test_containers_survive_a_restart_of_dockerd(dockerd: Dockerd, live: str) -> None:
+    dockerd.restart()
+    assert_works(dockerd, live)
+
+
+def test_containers_survive_a_killed_dockerd(dockerd: Dockerd, live: str) -> None:
+    dockerd.kill()
+    dockerd.start()
+    assert_works(dockerd, live)
+
+
+def test_containers_survive_a_killed_gateway(dockerd: Dockerd, stack: Stack, live: str) -> None:
+    stack.kill("gateway")
+    stack.start("gateway")
+    assert_works(dockerd, live)
+
+
+def test_docker_waits_out_a_gateway_that_is_away_for_a_moment(dockerd: Dockerd, stack: Stack) -> None:
+    stack.kill("gateway")
+    waiting = dockerd.popen("run", "--rm", "--network", "none", "tiny", "echo", "came back")
+    stack.start("gateway")
+    output, _ = waiting.communicate(timeout=60)
+    assert output.strip() == b"came back"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", list(itertools.permutations(("gateway", "redis", "dockerd")))[::2], ids="-".join)
+def test_an_image_runs_after_a_restart_of_everything_in_any_order(
+    dockerd: Dockerd, stack: Stack, live: str, order: tuple[str, ...]
+) -> None:
+    dockerd.docker("import", "-", "fresh", stdin=tiny_tar({"etc/fresh": b"fresh\n"}))
+    for name in order:
+        if name == "dockerd":
+            dockerd.restart()
+        else:
+            stack.stop(name)
+            stack.start(name)
+    stack.stop("import", "push")
+    stack.start("import", "push")
+    assert dockerd.run("fresh", "cat", "/etc/fresh") == "fresh"
+    dockerd.docker("rmi", "fresh")
+    assert_works(dockerd, live)
