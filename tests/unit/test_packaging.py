@@ -1,0 +1,39 @@
+"""The files that start gearworkers elsewhere are what their readers accept and name the same processes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+def procfile() -> dict[str, str]:
+    """The Procfile's processes."""
+    lines = (CHECKOUT / "Procfile").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() -> None:
+    assert shutil.which("docker-compose"), "run `make setup`"
+    command = ["docker-compose", "-f", str(CHECKOUT / "docker-compose.yml"), "config", "--services"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == set(procfile())
+
+
+@pytest.mark.parametrize("name", ["gateway", "import", "push"])
+def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
+    unit = (CHECKOUT / "packaging" / "systemd" / f"gear-{name}.service").read_text()
+    started = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
+    words = procfile()[name].removeprefix("exec ").removeprefix("nice ").split()
+    assert started.split()[1:] == [word.replace("$GEAR_NODE", "${GEAR_NODE}") for word in words[1:]]
+
+
+def test_redis_keeps_what_it_was_given() -> None:
+    lines = (CHECKOUT / "packaging" / "redis.conf").read_text().splitlines()
+    assert "appendonly yes" in lines
+    assert "maxmemory-policy noeviction" in lines

@@ -1,0 +1,67 @@
+"""The sandbox takes everything that ran and was mounted in it with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import wait_until
+
+pytestmark = pytest.mark.root
+# A process that outlives its parent, a mount, and a word when both are there.
+BUSY = 'mkdir "$0/m"; mount -t tmpfs tmpfs "$0/m"; setsid sleep 1000 & touch "$0/ready"; exec sleep 1000'
+
+
+@pytest.fixture
+def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+    """A sandbox in a sandbox, with a mount on tmp_path/m."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, "-m", "tests.support.sandbox", "sh", "-c", BUSY, str(tmp_path)]
+    process = subprocess.Popen(command)
+    wait_until((tmp_path / "ready").exists, "the sandbox's command")
+    return process
+
+
+def sleepers() -> list[str]:
+    """Processes of this PID namespace that are BUSY's sleeps."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes() == b"sleep\x001000\x00":
+                found.append(path.parent.name)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_runs_or_is_mounted_after_a_signal(
+    busy: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
+) -> None:
+    assert sleepers() != []
+    busy.send_signal(number)
+    busy.wait()
+    wait_until(lambda: sleepers() == [], "the sandbox's processes end")
+    assert not os.path.ismount(tmp_path / "m")
+
+
+def test_its_scratch_directory_goes_and_one_left_by_a_kill_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    left = tmp_path / "gear-sandbox-left"
+    (left / "data").mkdir(parents=True)
+    script = 'cat /run/docker/gear-sandbox; test -d "$(cat /run/docker/gear-sandbox)"'
+    command = [sys.executable, "-m", "tests.support.sandbox", "sh", "-c", script]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert Path(done.stdout).parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_exit_code_is_handed_on() -> None:
+    assert subprocess.run([sys.executable, "-m", "tests.support.sandbox", "sh", "-c", "exit 7"]).returncode == 7
