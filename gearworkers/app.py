@@ -1,0 +1,92 @@
+"""The Celery application: queues, acknowledgement, redelivery.
+
+Workers of a node, one process a core for imports, one for what may take its time::
+
+    celery -A gearworkers.app worker -n import@%h -Q import@$GEAR_NODE --concurrency $(nproc) \\
+        --without-gossip --without-mingle --without-heartbeat
+    nice celery -A gearworkers.app worker -n push@%h -Q push@$GEAR_NODE --concurrency 1 \\
+        --without-gossip --without-mingle --without-heartbeat
+
+Nobody waits for a result through Redis: a heavy call's answer comes over the streams socket. So there is no result
+backend, and every task ignores its result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+
+from celery import Celery, signals
+
+from gearworkers.log import configure_logging
+from gearworkers.processes import end_with_parent
+from gearworkers.settings import Settings
+
+TIME_LIMIT_S = 3600
+"""Of push, collect_garbage and absorb; an import takes as long as its stream."""
+VISIBILITY_TIMEOUT_S = 3 * TIME_LIMIT_S
+"""After it Redis hands an unacknowledged task to another worker: above every time limit and every retry's delay."""
+RETRIES = 10
+_LONGEST_DELAY_S = 300
+
+
+def retry_delay_s(retries: int) -> int:
+    """Seconds before the next attempt: 2, 4, 8 … 300.
+
+    With RETRIES, and the few attempts that the remote itself makes in each (`objects.retry`), a push is tried for
+    some 25 minutes; what is left then stays in the spool for the next one.
+    """
+    return int(min(2 << retries, _LONGEST_DELAY_S))
+
+
+def import_queue(node: str) -> str:
+    """The queue of the node's ApplyDiffs and Diffs."""
+    return f"import@{node}"
+
+
+def push_queue(node: str) -> str:
+    """The queue of the node's upkeep: push, collect_garbage, absorb."""
+    return f"push@{node}"
+
+
+def make_app(settings: Settings, transport_options: Mapping[str, object] | None = None) -> Celery:
+    """The application for the broker of *settings*; connects to nothing yet.
+
+    Args:
+        settings: Names the broker and how logs look.
+        transport_options: For kombu's Redis transport, beside the visibility timeout.
+    """
+    app = Celery("gearworkers", set_as_current=False, include=["gearworkers.tasks"])
+    app.conf.update(
+        broker_url=settings.effective_broker_url,
+        broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT_S, **(transport_options or {})},
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # a Redis that is away for long is still waited for
+        worker_cancel_long_running_tasks_on_connection_loss=False,  # an import under way needs no Redis
+        worker_prefetch_multiplier=1,
+        worker_send_task_events=False,
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_track_started=False,
+        enable_utc=True,
+    )
+    return app
+
+
+@cache
+def _worker_app() -> Celery:
+    settings = Settings.from_environ()
+    app = make_app(settings)
+    app.set_current()
+    signals.setup_logging.connect(lambda **_: configure_logging(settings), weak=False)
+    signals.worker_process_init.connect(lambda **_: end_with_parent(os.getppid()), weak=False)
+    return app
+
+
+def __getattr__(name: str) -> Celery:
+    """``app``, for ``celery -A gearworkers.app``: made when asked for, not at import."""
+    if name == "app":
+        return _worker_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,20 @@
+"""What a process of ours asks of the kernel about itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have this process get SIGTERM when the thread that started it ends, so that none outlives a killed parent.
+
+    Args:
+        parent_pid: Who it should be; if it is gone already, this process ends at once.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:
+        os._exit(1)

@@ -1,0 +1,425 @@
+"""Where a heavy call meets the process that does it: the node's streams socket, and a caller's connection handed over.
+
+Glossary
+    order       what is to be done, as a task carries it: ids and a token, never bytes (`Order`)
+    token       names one offer of one order; whoever shows it first does the order
+    control     the connection to the streams socket: claim, grant, answer; its end is the death of the other side
+    connection  the caller's own HTTP connection: its descriptor comes with the grant, so a body is read, or an
+                answer's bytes are written, by the process that needs them, and by no one between
+
+What is said on the control connection, each a frame (4 bytes little-endian length, JSON)::
+
+    worker  -> Claim            I take this token
+    gateway -> Grant            yes (with the connection's descriptor, and what was read of the body), or no
+    worker  -> Answer(started)  only Diff, before its first byte: from now on an error can only be told by breaking off
+    worker  -> Answer           the end
+
+The connection stays non-blocking, since that flag is shared with the gateway.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound, Unavailable, from_os_error
+
+CHUNKED = -1
+"""As a body's length: it comes in chunks."""
+
+RESPONSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.plugins.v1.1+json\r\n"
+    b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
+
+_LENGTH = struct.Struct("<I")
+_FRAME_LIMIT_BYTES = 1 << 20
+_LINE_LIMIT_BYTES = 4096
+_GATHER_BYTES = 64 << 10
+_SEND_BUFFER_BYTES = 1 << 20
+_GRANT_TIMEOUT_S = 10.0
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What a worker is asked to do; travels through Redis."""
+
+    call: str
+    """``apply_diff``, ``diff``, ``push``, ``collect_garbage`` or ``absorb``."""
+    gear_root: str
+    token: str
+    id: str = ""
+    parent: str = ""
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A process offers to do the order with this token."""
+
+    token: str
+    by: str
+    """``worker`` or ``gateway``: a process of the gateway's own pool."""
+    pid: int
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """Whether it may."""
+
+    accepted: bool
+    has_connection: bool = False
+    body_bytes: int = CHUNKED
+    """Length of the request's body, or CHUNKED."""
+    head_bytes: int = 0
+    """How much of the body, as it came, follows this frame."""
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of it."""
+
+    error: str = ""
+    retryable: bool = False
+    size_bytes: int = 0
+    started: bool = False
+    """Not the end: the answer's first byte is about to be written to the connection."""
+    figures: dict[str, int] = {}
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """The message as it goes over the control connection."""
+    data = msgspec.json.encode(message)
+    return _LENGTH.pack(len(data)) + data
+
+
+class FrameBuffer:
+    """Makes frames of received bytes."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Add what was received."""
+        self._data += data
+
+    def next(self) -> bytes | None:
+        """The next whole frame's JSON, or None if more bytes are needed; InvalidInput if it is absurdly long."""
+        if len(self._data) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._data)
+        if length > _FRAME_LIMIT_BYTES:
+            raise InvalidInput(f"streams socket: a message of {length} bytes")
+        end = _LENGTH.size + length
+        if len(self._data) < end:
+            return None
+        message = bytes(self._data[_LENGTH.size : end])
+        del self._data[:end]
+        return message
+
+    def rest(self) -> bytes:
+        """What follows the last frame."""
+        rest = bytes(self._data)
+        self._data.clear()
+        return rest
+
+
+# -- the worker's side
+
+
+class Stream:
+    """A granted claim: the control connection and, for ApplyDiff and Diff, the caller's connection."""
+
+    def __init__(self, control: socket.socket, connection: socket.socket | None, grant: Grant, head: bytes) -> None:
+        self._control = control
+        self._connection = connection
+        self._grant = grant
+        self._head = head
+
+    def source(self) -> BodySource:
+        """The request's body."""
+        return BodySource(self._line(), self._head, self._grant.body_bytes)
+
+    def sink(self) -> ChunkedSink:
+        """The response's body."""
+        return ChunkedSink(self._line())
+
+    def answer(self, answer: Answer) -> None:
+        """Tell the gateway the end; if it is gone there is nobody to tell."""
+        try:
+            self._control.sendall(frame(answer))
+        except OSError:
+            pass
+
+    def _line(self) -> _Line:
+        if self._connection is None:
+            raise GearError("streams socket: no connection came with the grant")
+        return _Line(self._connection, self._control)
+
+
+@contextmanager
+def claimed(path: Path, token: str, by: str) -> Iterator[Stream | None]:
+    """Claim *token* at the streams socket *path*.
+
+    Yields:
+        The stream; None if somebody else does the order, or it is wanted no more.
+
+    Raises:
+        NotFound, Unavailable: No gateway is there.
+
+    Crash: the gateway sees the control connection end and answers its caller with an error.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+        try:
+            grant, head, fds = _negotiate(control, path, Claim(token, by, os.getpid()))
+        except OSError as exc:
+            raise from_os_error(exc, f"connect to the gateway's {path}") from exc
+        if not grant.accepted:
+            yield None
+        elif not fds:
+            yield Stream(control, None, grant, head)
+        else:
+            with socket.socket(fileno=fds[0]) as connection:
+                yield Stream(control, connection, grant, head)
+
+
+def _negotiate(control: socket.socket, path: Path, claim: Claim) -> tuple[Grant, bytes, list[int]]:
+    control.settimeout(_GRANT_TIMEOUT_S)
+    try:
+        control.connect(str(path))
+    except FileNotFoundError as exc:
+        raise NotFound(f"connect to the gateway's {path}: it is not there") from exc
+    control.sendall(frame(claim))
+    buffer, fds = FrameBuffer(), list[int]()
+    while (message := buffer.next()) is None:
+        data, new_fds, _, _ = socket.recv_fds(control, 65536, 1)
+        fds += new_fds
+        if not data:
+            raise Unavailable(f"the gateway at {path} broke off")
+        buffer.feed(data)
+    grant = msgspec.json.decode(message, type=Grant)
+    if grant.has_connection != bool(fds):
+        raise Unavailable(f"the gateway at {path} did not hand over its caller's connection")
+    head = bytearray(buffer.rest())
+    while len(head) < grant.head_bytes:
+        data = control.recv(65536)
+        if not data:
+            raise Unavailable(f"the gateway at {path} broke off")
+        head += data
+    control.settimeout(None)
+    return grant, bytes(head), fds
+
+
+class _Line:
+    """The caller's connection, watched together with the gateway's life."""
+
+    def __init__(self, connection: socket.socket, control: socket.socket) -> None:
+        self._connection = connection
+        self._control = control
+        self._readable = self._poller(select.POLLIN)
+        self._writable = self._poller(select.POLLOUT)
+
+    def _poller(self, events: int) -> select.poll:
+        poller = select.poll()
+        poller.register(self._connection, events)
+        poller.register(self._control, select.POLLIN)
+        return poller
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Some bytes; waits for them. 0: the caller has closed. Unavailable: it or the gateway is gone."""
+        while True:
+            try:
+                return self._connection.recv_into(buffer)
+            except BlockingIOError:
+                self._wait(self._readable)
+            except OSError as exc:
+                raise Unavailable(f"read the request's body: {exc.strerror}; it broke off") from exc
+
+    def send(self, parts: list[bytes | memoryview]) -> None:
+        """All of *parts*; waits. Unavailable: the caller or the gateway is gone."""
+        while parts:
+            try:
+                sent = self._connection.sendmsg(parts)
+            except BlockingIOError:
+                self._wait(self._writable)
+                continue
+            except OSError as exc:
+                raise Unavailable(f"write the answer: {exc.strerror}; the caller is gone") from exc
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if sent:
+                parts[0] = memoryview(parts[0])[sent:]
+
+    def announce(self) -> None:
+        """Tell the gateway that the answer's first byte follows."""
+        try:
+            self._control.sendall(frame(Answer(started=True)))
+        except OSError as exc:
+            raise Unavailable(f"write the answer: the gateway is gone ({exc.strerror})") from exc
+
+    def widen(self) -> None:
+        """Ask for a send buffer that saves the caller and us some wake-ups."""
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+
+    def check_gateway(self) -> None:
+        """Unavailable if the gateway is gone: nobody is left to answer the caller."""
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        if poller.poll(0):
+            raise Unavailable("the gateway is gone or has given the call up")
+
+    def _wait(self, poller: select.poll) -> None:
+        if any(fd == self._control.fileno() for fd, _ in poller.poll()):
+            raise Unavailable("the gateway is gone or has given the call up")
+
+
+class BodySource:
+    """A request's body, its transfer coding taken off; `Readable`.
+
+    Chunks are taken apart in the caller's buffer: what lies between them is overwritten by what follows, so a byte
+    is received once and moved at most once.
+
+    Source: RFC 9112, section 7.1, "Chunked Transfer Coding".
+    """
+
+    def __init__(self, line: _Line, head: bytes, body_bytes: int) -> None:
+        self._line = line
+        self._head = memoryview(head)
+        self._chunked = body_bytes == CHUNKED
+        self._left_bytes = 0 if self._chunked else body_bytes  # of the chunk, or of the body
+        self._between = b""  # of a chunk's end and the next one's size, as far as it has come
+        self._expects_end = False  # of a chunk: CRLF
+        self._in_trailer = False
+        self._ended = body_bytes == 0
+        self._empty = True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill some of *buffer*; 0 only at the body's proper end.
+
+        Raises:
+            Unavailable: The caller broke off, or the gateway is gone.
+            IntegrityError: The chunks are malformed.
+            InvalidInput: The body has no bytes: what a caller sends that lost them in an earlier attempt.
+        """
+        while not self._ended:
+            received = self._receive(buffer)
+            kept = self._decode(buffer, received) if self._chunked else self._count(received)
+            if kept:
+                self._empty = False
+                return kept
+        if self._empty:
+            raise InvalidInput("the request has an empty body; was it sent before, over a connection that broke?")
+        self._line.check_gateway()
+        return 0
+
+    def _receive(self, buffer: memoryview) -> int:
+        if self._head:
+            taken = min(len(self._head), len(buffer))
+            buffer[:taken] = self._head[:taken]
+            self._head = self._head[taken:]
+            return taken
+        received = self._line.receive_into(buffer)
+        if not received:
+            raise Unavailable("the request's body broke off before its end")
+        return received
+
+    def _count(self, received: int) -> int:
+        if received > self._left_bytes:
+            raise IntegrityError("the request's body is longer than its Content-Length")
+        self._left_bytes -= received
+        self._ended = not self._left_bytes
+        return received
+
+    def _decode(self, buffer: memoryview, received: int) -> int:
+        """Move the payload in ``buffer[:received]`` together at its begin; how many bytes it is."""
+        at = kept = 0
+        while at < received:
+            if self._left_bytes:
+                step = min(self._left_bytes, received - at)
+                if at != kept:
+                    buffer[kept : kept + step] = buffer[at : at + step]
+                self._left_bytes -= step
+                at += step
+                kept += step
+            elif self._ended:
+                raise IntegrityError("the request's body goes on behind its last chunk")
+            else:
+                at += self._take_line(bytes(buffer[at : min(at + 32, received)]))
+        return kept
+
+    def _take_line(self, piece: bytes) -> int:
+        """Take what belongs to the line under way; how many bytes of *piece* that is."""
+        end = piece.find(b"\n") + 1
+        line = self._between + (piece[:end] if end else piece)
+        if end:
+            self._between = b""
+            self._line_ended(line.rstrip(b"\r\n"))
+            return end
+        if len(line) > _LINE_LIMIT_BYTES:
+            self._malformed(line)
+        self._between = line
+        return len(piece)
+
+    def _line_ended(self, line: bytes) -> None:
+        if self._expects_end:
+            if line:
+                self._malformed(line)
+            self._expects_end = False
+        elif self._in_trailer:
+            self._ended = not line
+        else:
+            self._left_bytes = self._chunk_size(line)
+            self._expects_end = bool(self._left_bytes)
+            self._in_trailer = not self._left_bytes
+
+    def _chunk_size(self, line: bytes) -> int:
+        digits = line.partition(b";")[0].strip()
+        if not digits or len(digits) > 15 or digits.strip(b"0123456789abcdefABCDEF"):
+            self._malformed(line)
+        return int(digits, 16)
+
+    def _malformed(self, line: bytes) -> NoReturn:
+        raise IntegrityError(f"the request's body: {line[:40]!r} where a chunk's size or end should be")
+
+
+class ChunkedSink:
+    """A response with a chunked body; `Writable`. Until the first byte is written an error can be told otherwise."""
+
+    def __init__(self, line: _Line) -> None:
+        self._line = line
+        self._gathered = bytearray()
+        self._started = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Take all of *data*; what is small is gathered first.
+
+        Raises:
+            Unavailable: The caller, or the gateway, is gone.
+        """
+        if len(self._gathered) + len(data) < _GATHER_BYTES:
+            self._gathered += data
+        else:
+            self._send_chunk(memoryview(data).cast("B"))
+
+    def finish(self) -> None:
+        """Write what is gathered and the clean end."""
+        if self._gathered:
+            self._send_chunk(memoryview(b""))
+        self._start()
+        self._line.send([b"0\r\n\r\n"])
+
+    def _send_chunk(self, data: memoryview) -> None:
+        self._start()
+        gathered, self._gathered = self._gathered, bytearray()
+        size = b"%x\r\n" % (len(gathered) + len(data))
+        self._line.send([size, memoryview(gathered), data, b"\r\n"])
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._line.announce()
+            self._line.widen()
+            self._line.send([RESPONSE_HEAD])

@@ -1,0 +1,62 @@
+"""``python -m plugin_gateway``: start the gateway."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import uvloop
+
+from gearworkers.driver import GearDriver
+from gearworkers.errors import GearError
+from gearworkers.log import configure_logging
+from gearworkers.settings import LOG_LEVELS, Settings
+from plugin_gateway.app import Gateway
+
+_HELP = """Answers Docker's graphdriver plugin calls on a Unix socket.
+Set by the environment: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
+GEAR_METRICS_LISTEN, GEAR_LOG_LEVEL, GEAR_LOG_FORMAT (console or json)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM; exit status 1 with one line on stderr if it cannot."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = Settings.from_environ()
+        if options.log_level:
+            settings = replace(settings, log_level=options.log_level)
+        configure_logging(settings)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings))
+    except GearError as exc:
+        print(f"plugin_gateway: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    await Gateway(settings, GearDriver(settings)).serve()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "plugin_gateway", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="instead of GEAR_LOG_LEVEL")
+    parser.add_argument("--version", action="version", version=f"gearworkers {_version()}")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("gearworkers")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Unix sockets that the gateway listens on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from gearworkers.errors import FailedPrecondition, from_os_error
+
+_BACKLOG = 128
+
+
+def listen(path: Path) -> socket.socket:
+    """A non-blocking listening socket at *path*, for root alone; its directory is made.
+
+    A socket that nobody listens on, as a crash leaves it, is replaced.
+
+    Raises:
+        FailedPrecondition: Somebody listens there.
+        GearError: The kernel refuses.
+    """
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if _is_live(path):
+            raise FailedPrecondition(f"listen on {path}: another gateway answers there; stop it, or set another path")
+        path.unlink(missing_ok=True)
+        return _bound(path)
+    except OSError as exc:
+        raise from_os_error(exc, f"listen on {path}") from exc
+
+
+def _is_live(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
+
+
+def _bound(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    umask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(umask)
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
+    return listener
