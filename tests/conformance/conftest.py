@@ -1,0 +1,43 @@
+"""Every test of the suite runs on each way to call the driver."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.settings import Settings
+from tests.conformance.drivers import Driver, InProcess, OverSocket
+from tests.support.sandbox import scratch
+from tests.support.stack import Stack
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A GEAR_ROOT of the test's own."""
+    return Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", node="test")
+
+
+@pytest.fixture(params=["in process", "over the socket"])
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    """The driver under test, its dockerd just started."""
+    if request.param == "in process":
+        driver: Driver = InProcess(request.getfixturevalue("settings"))
+    else:
+        if importlib.util.find_spec("plugin_gateway.__main__") is None:
+            pytest.skip("no gateway")
+        driver = OverSocket(request.getfixturevalue("stack"))
+    driver.init()
+    yield driver
+    driver.cleanup()
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """Redis, gateway and import worker, shared by all tests over the socket."""
+    stack = Stack(scratch() / "conformance", name="conformance")
+    stack.start("redis", "gateway", "import")
+    yield stack
+    stack.stop("import", "gateway", "redis")
