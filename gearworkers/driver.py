@@ -143,6 +143,11 @@ class GearDriver:
         for id in self._mounts.mounted():
             with self._mounts.locked(id):
                 self._drop_mount(id)
+        self.release()
+
+    def release(self) -> None:
+        """The gateway ends: keep only the mounts that containers have."""
+        self._layers.release()
 
     # -- layers
 

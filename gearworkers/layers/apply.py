@@ -1,11 +1,13 @@
-"""ApplyDiff: a tar stream becomes a layer's tree, its objects, its `objects` list and its exact stream."""
+"""ApplyDiff: a tar stream becomes a layer's index, its objects, its `objects` list and its exact stream."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +16,12 @@ from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.tree import TreeBuilder
+from gearworkers.layers.index import Index
 from gearworkers.objects.claims import Claims
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 
-TREE = "tree"
+INDEX_FILE = "index.erofs"
 STREAM_FILE = "stream.zst"
 
 _BUFFER_BYTES = 4 << 20
@@ -44,7 +46,7 @@ class Applied:
 
 
 def apply_tar(source: Readable, build: Path, store: ObjectStore, ids: IdMaps, spool: PushSpool | None) -> Applied:
-    """Fill the empty directory *build* with `tree/`, `stream.zst` and `objects`.
+    """Fill the empty directory *build* with `index.erofs`, `stream.zst` and `objects`.
 
     Args:
         source: The tar; read to its clean end.
@@ -55,30 +57,26 @@ def apply_tar(source: Readable, build: Path, store: ObjectStore, ids: IdMaps, sp
 
     Raises:
         InvalidInput, IntegrityError: The tar is malformed, hostile or ends early; the message names the entry.
-        ResourceExhausted: No space or inodes left.
+        ResourceExhausted: No space or inodes left, or too many files.
 
     Crash: leaves *build*, and objects that no layer refers to, which the garbage collector removes.
     """
-    (build / TREE).mkdir(mode=0o755)
     with ExitStack() as stack:
-        stack.enter_context(_umask_0())
         staging_fd = os.open(build, _DIRECTORY)
         stack.callback(os.close, staging_fd)
-        root_fd = os.open(build / TREE, _DIRECTORY)
-        stack.callback(os.close, root_fd)
-        os.fchown(root_fd, *ids.root)
-        tree = TreeBuilder(root_fd, ids)
-        stack.callback(tree.close)
         claims = Claims(build)
         stack.callback(claims.close)
         stream_file = stack.enter_context(open(build / STREAM_FILE, "xb", buffering=0))
         log = StreamWriter(stream_file)
+        index = Index(ids, time_ns=time.time_ns())
         contents = _Contents(TarReader(source, log, buffer_bytes=_BUFFER_BYTES), log, store, claims, staging_fd, spool)
-        contents.fill(tree)
-        size_bytes = tree.finish()
+        contents.fill(index)
+        (build / INDEX_FILE).write_bytes(index.image(secrets.token_bytes(16)))
         log.close()
         objects, object_bytes = claims.seal()
-        return Applied(size_bytes, objects, object_bytes, contents.new_objects, contents.new_bytes, contents.complete)
+        return Applied(
+            index.size_bytes(), objects, object_bytes, contents.new_objects, contents.new_bytes, contents.complete
+        )
 
 
 class _Contents:
@@ -103,8 +101,8 @@ class _Contents:
         self.new_bytes = 0
         self.complete = True
 
-    def fill(self, tree: TreeBuilder) -> None:
-        reader, add = self._reader, tree.add
+    def fill(self, index: Index) -> None:
+        reader, add = self._reader, index.add
         while (entry := reader.next()) is not None:
             add(entry, self._digest(entry) if entry.type == REG else None)
         reader.finish()
@@ -208,13 +206,3 @@ def _free_bytes(fd: int) -> int:
     except OSError as exc:
         raise from_os_error(exc, "ask how much space is free") from exc
     return status.f_bavail * status.f_frsize
-
-
-@contextmanager
-def _umask_0() -> Iterator[None]:
-    """Modes as the tar has them; the umask is the process's, so one apply at a time in a process."""
-    before = os.umask(0)
-    try:
-        yield
-    finally:
-        os.umask(before)

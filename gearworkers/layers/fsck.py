@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gearworkers.archive.stream import StreamReader
 from gearworkers.errors import GearError, IntegrityError
-from gearworkers.layers.apply import STREAM_FILE
+from gearworkers.layers.apply import INDEX_FILE, STREAM_FILE
 from gearworkers.layers.store import APPLYING_FILE, Kind, Layer, LayerStore
 from gearworkers.objects.claims import OBJECTS_FILE, read_objects
 from gearworkers.objects.store import ObjectStore
@@ -56,6 +56,8 @@ def _image_faults(
             missing += 1
     if missing or damaged:
         yield LayerFault(layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch)
+    if not (directory / INDEX_FILE).exists():
+        yield LayerFault(layer.id, f"its {INDEX_FILE} is missing", refetch)
     try:
         with open(directory / STREAM_FILE, "rb") as file:
             for _ in StreamReader(file):

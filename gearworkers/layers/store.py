@@ -23,15 +23,18 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
-from gearworkers.layers.apply import TREE, Applied
+from gearworkers.layers.apply import INDEX_FILE, Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts import sys as kernel
+from gearworkers.mounts.index import mount_index
+from gearworkers.mounts.overlay import unmount
 from gearworkers.objects.garbage import publishing
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
 RECORD_FILE = "layer.json"
 APPLYING_FILE = "applying"
+TREE = "tree"
 UPPER = "upper"
 WORK = "work"
 MERGED = "merged"
@@ -86,7 +89,7 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self._chains: dict[str, tuple[Path, ...]] = {}
+        self._settled: dict[str, Layer] = {}  # image layers: their records never change
 
     def prepare(self) -> None:
         """Make the directories that are missing."""
@@ -129,7 +132,7 @@ class LayerStore:
         return (self._containers if layer.kind is Kind.CONTAINER else self._images) / layer.id
 
     def lower(self, layer: Layer) -> Path:
-        """What stands for the layer in a mount above it.
+        """What stands for the layer in a mount above it: of an image layer its index, mounted.
 
         Raises:
             FailedPrecondition: Its ApplyDiff did not finish.
@@ -137,7 +140,11 @@ class LayerStore:
         directory = self.directory(layer)
         if layer.kind is Kind.NEW and (directory / APPLYING_FILE).exists():
             raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
-        return directory / (UPPER if layer.kind is Kind.CONTAINER else TREE)
+        if layer.kind is Kind.CONTAINER:
+            return directory / UPPER
+        if layer.kind is Kind.IMAGE:
+            mount_index(directory / INDEX_FILE, directory / TREE)
+        return directory / TREE
 
     def chain(self, id: str) -> tuple[Path, ...]:
         """The lowers of this layer and its parents, the topmost first; empty for the empty id.
@@ -146,28 +153,16 @@ class LayerStore:
             NotFound: One of them is missing.
             FailedPrecondition: One of them is unfinished.
         """
-        below: list[tuple[str, Path, bool]] = []
-        lowers: tuple[Path, ...] = ()
-        while id:
-            known = self._chains.get(id)
-            if known is not None:
-                lowers = known
-                break
-            layer = self.get(id)
-            below.append((id, self.lower(layer), layer.kind is Kind.IMAGE))
-            id = layer.parent
-        settled = True
-        for id, lower, is_image in reversed(below):
-            lowers = (lower, *lowers)
-            settled = settled and is_image
-            if settled:
-                self._chains[id] = lowers
-        return lowers
+        return tuple(self.lower(layer) for layer in self.parents(id))
 
     def parents(self, id: str) -> Iterator[Layer]:
         """The layer, its parent, and so on down."""
         while id:
-            layer = self.get(id)
+            layer = self._settled.get(id)
+            if layer is None:
+                layer = self.get(id)
+                if layer.kind is Kind.IMAGE:
+                    self._settled[id] = layer
             yield layer
             id = layer.parent
 
@@ -230,7 +225,8 @@ class LayerStore:
 
         Crash: before the rename the layer is unfinished, after it whole.
         """
-        (build / MERGED).mkdir(mode=0o700)
+        for name in (TREE, MERGED):
+            (build / name).mkdir(mode=0o700)
         write_record(build, layer)
         place = self._images / layer.id
         with _open_directory(self._images) as images_fd:
@@ -251,7 +247,7 @@ class LayerStore:
         Crash: what was begun is out of sight, and removed from build/ at the next start.
         """
         check_id(id)
-        self._chains.pop(id, None)
+        self._settled.pop(id, None)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
         return any(found)
 
@@ -265,6 +261,11 @@ class LayerStore:
             if image.exists() and self.get(path.name).kind is Kind.IMAGE:
                 self._discard(path)
         return len(leftovers)
+
+    def release(self) -> None:
+        """Unmount all indexes; containers that run keep what they have, and what is asked for comes back."""
+        for path in self._images.iterdir():
+            unmount(path / TREE)
 
     @contextmanager
     def building(self, id: str) -> Iterator[Path]:
@@ -291,6 +292,7 @@ class LayerStore:
 
     def _discard(self, place: Path) -> bool:
         """Out of sight by one rename, then removed."""
+        unmount(place / TREE)
         grave = self._build / f"removed.{place.name}.{secrets.token_hex(4)}"
         try:
             os.rename(place, grave)

@@ -1,0 +1,69 @@
+"""A layer's index, an EROFS image in a file, mounted where overlays find it.
+
+Source: Linux Documentation/filesystems/erofs.rst; file-backed mounts are there from 6.12 on, before a loop device
+stands between.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from pathlib import Path
+
+from gearworkers.errors import from_os_error
+from gearworkers.mounts import sys
+from gearworkers.mounts.overlay import is_mounted
+
+_NO_BLOCK_DEVICE = frozenset((errno.ENOTBLK, errno.EINVAL))
+
+
+def mount_index(image: Path, target: Path) -> None:
+    """Mount *image* at the directory *target*, unless it is; many processes may try at once.
+
+    Raises:
+        NotFound: The image or the directory is missing.
+        GearError: What the kernel refused.
+    """
+    if is_mounted(target):
+        return
+    try:
+        directory_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX)
+            if not is_mounted(target):
+                _mount(image, target)
+        finally:
+            os.close(directory_fd)
+    except OSError as exc:
+        raise from_os_error(exc, f"mounting {image}: {exc.strerror}") from exc
+
+
+def _mount(image: Path, target: Path) -> None:
+    context_fd = sys.fsopen("erofs")
+    try:
+        sys.fsconfig_string(context_fd, "source", os.fsencode(image))
+        sys.fsconfig_flag(context_fd, "ro")
+        try:
+            sys.fsconfig_create(context_fd)
+        except OSError as exc:
+            if exc.errno not in _NO_BLOCK_DEVICE:
+                raise
+            _mount_by_loop(image, target, exc)
+            return
+        mount_fd = sys.fsmount(context_fd, sys.MOUNT_ATTR_RDONLY)
+        try:
+            sys.move_mount(mount_fd, target)
+        finally:
+            os.close(mount_fd)
+    finally:
+        os.close(context_fd)
+
+
+def _mount_by_loop(image: Path, target: Path, cause: OSError) -> None:
+    """For kernels that mount block devices only; mount(8) sets up the loop device and lets go of it at the unmount."""
+    command = ["mount", "-t", "erofs", "-o", "ro,loop", str(image), str(target)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise OSError(cause.errno, f"{cause.strerror}; by a loop device: {told.stderr.strip()}")
