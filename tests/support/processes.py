@@ -103,9 +103,9 @@ class Daemon:
             self.process.wait()
         self.process = None
 
-    def has_logged(self, text: bytes) -> bool:
-        """Whether the present run has written *text*."""
-        return text in self.log.read_bytes()[self.log_start_bytes :]
+    def log_count(self, text: bytes) -> int:
+        """How often the present run has written *text*."""
+        return self.log.read_bytes()[self.log_start_bytes :].count(text)
 
     def log_tail(self, size_bytes: int = 4000) -> str:
         """The end of its log."""

@@ -29,11 +29,14 @@ class Stack:
     name: str = "gear"
     settings: dict[str, str] = field(default_factory=dict)
     daemons: dict[str, Daemon] = field(init=False)
+    honcho: Daemon = field(init=False)
 
     def __post_init__(self) -> None:
         for path in (self.directory, self.root / "redis", self.run_dir, PLUGINS):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.daemons = {name: self._daemon(name, command) for name, command in _procfile().items()}
+        command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
+        self.honcho = Daemon(command, self.directory / "honcho.log", self.environ(), CHECKOUT)
 
     @property
     def root(self) -> Path:
@@ -69,7 +72,7 @@ class Stack:
             "GEAR_ROOT": str(self.root),
             "GEAR_RUN_DIR": str(self.run_dir),
             "GEAR_PLUGIN_SOCKET": str(self.plugin_socket),
-            "GEAR_BROKER_URL": f"redis+socket://{self.redis_socket}?virtual_host=0",
+            "GEAR_BROKER_URL": "",
             "GEAR_NODE": self.node,
             **self.settings,
         }
@@ -84,6 +87,15 @@ class Stack:
                 self.daemons[name].start()
         for name in names or START_ORDER:
             self._wait_until_ready(name)
+
+    def up(self) -> None:
+        """Start all as `make up` does, and return when all are ready; ended by `honcho.stop()`."""
+        self.honcho.start()
+        self.honcho.wait_until(self._is_up, "the stack")
+
+    def _is_up(self) -> bool:
+        sockets = self.redis_socket.exists() and self.plugin_socket.exists() and listens(self.plugin_socket)
+        return sockets and self.honcho.log_count(b" ready.") >= len(("import", "push"))
 
     def stop(self, *names: str) -> None:
         """SIGTERM to the processes named, all if none is, in the reverse order."""
@@ -108,7 +120,7 @@ class Stack:
         elif name == "gateway":
             daemon.wait_until(lambda: listens(self.plugin_socket), "the plugin's socket")
         else:
-            daemon.wait_until(lambda: daemon.has_logged(b" ready."), f"the {name} worker")
+            daemon.wait_until(lambda: daemon.log_count(b" ready.") > 0, f"the {name} worker")
 
     def logs(self) -> str:
         """The end of every process's log."""

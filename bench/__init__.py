@@ -1,0 +1,1 @@
+"""gearworkers beside Docker's overlay2: the same dockerd, the same disk, in turns."""

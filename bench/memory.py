@@ -1,0 +1,114 @@
+"""What gearworkers takes: time of Get and Put, resident memory, disk."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import statistics
+import time
+from pathlib import Path
+
+from bench.frame import Figure, Pairs, Side, both_sides, fresh_disk
+from tests.support import rootfs
+from tests.support.stack import Stack
+
+CALLS = 300
+IMAGES = 5
+_MS = 1000.0
+_MIB = 1 << 20
+
+
+def memory() -> list[Figure]:
+    """Get and Put in ms, resident memory in MiB, bytes on disk of five images that share a base."""
+    figures = []
+    with fresh_disk() as disk:
+        rootfs.write_unshared_tree(disk / "tree.tar", "memory", rootfs.ONE_GB)
+        with both_sides(disk) as sides:
+            ours = next(side for side in sides if side.is_ours)
+            assert ours.stack is not None
+            ours.dockerd.docker("import", str(disk / "tree.tar"), "tree")
+            figures += _resident(ours.stack)
+            figures += _get_and_put(ours)
+        with both_sides(disk, 1) as sides:
+            stored = Pairs()
+            for side in sides:
+                stored.add(side, _five_images(side))
+            figures.append(stored.figure("disk used by 5 images that share a base, bytes", None))
+    return figures
+
+
+def _resident(stack: Stack) -> list[Figure]:
+    """Peaks since the processes began, the import included."""
+    gateway = _peak_bytes(stack.daemons["gateway"].pid) / _MIB
+    workers = max(_peak_bytes(pid) for pid in _session(stack.daemons["import"].pid)) / _MIB
+    return [
+        Figure("resident memory of the gateway, MiB", gateway, None, 80),
+        Figure("resident memory of a worker during the import, MiB", workers, None, 150),
+    ]
+
+
+def _peak_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
+
+
+def _session(leader: int) -> list[int]:
+    """All processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        if int(path.read_text().rsplit(")", 1)[1].split()[3]) == leader:
+            found.append(int(path.parent.name))
+    return found
+
+
+def _get_and_put(side: Side) -> list[Figure]:
+    """Medians of the plugin's own calls, for a container of an image of ten steps."""
+    assert side.stack is not None
+    steps = "\n".join(["FROM tree", *(f"COPY Dockerfile /{step}" for step in range(10))])
+    context = side.dockerd.directory / "context"
+    context.mkdir()
+    (context / "Dockerfile").write_text(steps)
+    side.dockerd.docker("build", "-t", "steps", str(context))
+    container = side.dockerd.docker("create", "steps", "true")
+    mount_id = (side.dockerd.data_root / f"image/gear/layerdb/mounts/{container}/mount-id").read_text()
+    gets, puts = [], []
+    connection = _PluginConnection(side.stack.plugin_socket)
+    for _ in range(CALLS):
+        gets.append(connection.ms("Get", {"ID": mount_id, "MountLabel": ""}))
+        puts.append(connection.ms("Put", {"ID": mount_id}))
+    return [
+        Figure("Get, ms", statistics.median(gets), None, 2.0),
+        Figure("Put, ms", statistics.median(puts), None, 2.0),
+    ]
+
+
+class _PluginConnection(http.client.HTTPConnection):
+    """HTTP over the plugin's Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("plugin")
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket instead of a host."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
+
+    def ms(self, method: str, arguments: dict[str, str]) -> float:
+        """Call a method; milliseconds until its answer was read."""
+        begin = time.perf_counter()
+        self.request("POST", f"/GraphDriver.{method}", json.dumps(arguments))
+        response = self.getresponse()
+        answer = json.loads(response.read())
+        assert not answer.get("Err"), answer
+        return (time.perf_counter() - begin) * _MS
+
+
+def _five_images(side: Side) -> float:
+    """Bytes on disk of five images whose upper layers hold the same dependencies, installed by each anew."""
+    side.dockerd.docker("import", str(rootfs.debian()), "debian")
+    for number in range(IMAGES):
+        text = f"FROM debian\nRUN mkdir /app{number} && cp -a /usr/lib /app{number}/lib\nRUN echo {number} > /number\n"
+        side.dockerd.docker("build", "-t", f"image{number}", "-", stdin=text.encode())
+    return side.stored_bytes()
