@@ -1,0 +1,183 @@
+"""Requests and answers of /dev/fuse: only what a read-only file system of objects is asked.
+
+Source: Linux include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.4) to 7.45.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+ROOT_NODE = 1
+REQUEST_BYTES = 1 << 17
+"""A read of /dev/fuse must offer room for the longest request; ours carry no data."""
+FOREVER_S = 1 << 30
+MAX_READ_BYTES = 1 << 20
+
+_IN = struct.Struct("<IIQQIIIHH")
+_OUT = struct.Struct("<IiQ")
+_ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
+_ENTRY = struct.Struct("<QQQQII")
+_ATTR_VALID = struct.Struct("<QII")
+_OPEN = struct.Struct("<QIi")
+_READ = struct.Struct("<QQI")
+_FORGET = struct.Struct("<Q")
+_INIT_IN = struct.Struct("<IIIII")
+_INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
+_STATFS = struct.Struct("<QQQQQIIII24x")
+
+_NOTIFY_RESEND = 7
+_PAGE_BYTES = 4096
+_TIMES_GRANULARITY_NS = 1
+_MAX_BACKGROUND = 256
+_CONGESTION = 192
+
+
+class Op(IntEnum):
+    """FUSE_* operations that are answered, or known to want no answer."""
+
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    OPEN = 14
+    READ = 15
+    STATFS = 17
+    RELEASE = 18
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    INTERRUPT = 36
+    DESTROY = 38
+    BATCH_FORGET = 42
+
+
+class InitFlag(IntFlag):
+    """What is agreed on at the start; bits from 32 on travel in flags2."""
+
+    ASYNC_READ = 1 << 0
+    PARALLEL_DIROPS = 1 << 18
+    MAX_PAGES = 1 << 22
+    INIT_EXT = 1 << 30
+    HAS_RESEND = 1 << 39
+
+
+_WANTED = InitFlag.ASYNC_READ | InitFlag.PARALLEL_DIROPS | InitFlag.MAX_PAGES | InitFlag.INIT_EXT | InitFlag.HAS_RESEND
+
+KEEP_CACHE = 1 << 1
+"""In the answer to OPEN: pages of earlier opens stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as the kernel wrote it."""
+
+    op: int
+    unique: int
+    node: int
+    pid: int
+    """The asking thread, as the server's PID namespace names it; 0 if it is not in it."""
+    body: memoryview
+
+
+def parse(raw: memoryview) -> Request:
+    """The request that a read of /dev/fuse gave."""
+    length, op, unique, node, _uid, _gid, pid, _extensions, _padding = _IN.unpack_from(raw)
+    return Request(op, unique, node, pid, raw[_IN.size : length])
+
+
+def answer(unique: int, body_bytes: int, error: int = 0) -> bytes:
+    """The header of an answer; *error* is an errno, positive, and goes with an empty body."""
+    return _OUT.pack(_OUT.size + body_bytes, -error, unique)
+
+
+def resend() -> bytes:
+    """Ask for every request that was read and not answered once more, with the top bit of its number set (6.9)."""
+    return _OUT.pack(_OUT.size, _NOTIFY_RESEND, 0)
+
+
+# -- bodies of requests
+
+
+def name_of(body: memoryview) -> bytes:
+    """LOOKUP's name."""
+    return bytes(body[:-1])
+
+
+def read_range(body: memoryview) -> tuple[int, int]:
+    """READ's offset and size in bytes."""
+    _handle, offset, size_bytes = _READ.unpack_from(body)
+    return offset, size_bytes
+
+
+def interrupted(body: memoryview) -> int:
+    """INTERRUPT's number of the request that is no longer waited for."""
+    unique: int = _FORGET.unpack_from(body)[0]
+    return unique
+
+
+def forgotten(op: int, node: int, body: memoryview) -> list[int]:
+    """The nodes that FORGET or BATCH_FORGET names."""
+    if op == Op.FORGET:
+        return [node]
+    return [one for one, _lookups in struct.iter_unpack("<QQ", body[8:])]
+
+
+# -- bodies of answers
+
+
+def init_body(body: memoryview) -> tuple[bytes, InitFlag]:
+    """The answer to INIT, and what the kernel and this program agree on."""
+    _major, minor, readahead_bytes, flags, flags2 = _INIT_IN.unpack_from(bytes(body) + bytes(4))
+    offered = flags | (flags2 << 32 if flags & InitFlag.INIT_EXT else 0)
+    agreed = InitFlag(offered) & _WANTED
+    out = _INIT_OUT.pack(
+        7,
+        min(minor, 45),
+        readahead_bytes,
+        agreed & 0xFFFFFFFF,
+        _MAX_BACKGROUND,
+        _CONGESTION,
+        _PAGE_BYTES,
+        _TIMES_GRANULARITY_NS,
+        MAX_READ_BYTES // _PAGE_BYTES,
+        0,
+        agreed >> 32,
+        0,
+        0,
+    )
+    return out, agreed
+
+
+def directory(node: int) -> bytes:
+    """Attributes of a directory that nobody lists."""
+    return _ATTR.pack(node, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o555, 2, 0, 0, 0, _PAGE_BYTES, 0)
+
+
+def regular(node: int, size_bytes: int) -> bytes:
+    """Attributes of an object; the overlay takes owner, mode and times from the index."""
+    blocks = (size_bytes + 511) // 512
+    return _ATTR.pack(node, size_bytes, blocks, 0, 0, 0, 0, 0, 0, stat.S_IFREG | 0o444, 1, 0, 0, 0, _PAGE_BYTES, 0)
+
+
+def entry_body(node: int, attributes: bytes) -> bytes:
+    """The answer to a LOOKUP that found something; it stays as it is."""
+    return _ENTRY.pack(node, 0, FOREVER_S, FOREVER_S, 0, 0) + attributes
+
+
+def attributes_body(attributes: bytes) -> bytes:
+    """The answer to GETATTR."""
+    return _ATTR_VALID.pack(FOREVER_S, 0, 0) + attributes
+
+
+def open_body(flags: int) -> bytes:
+    """The answer to OPEN and OPENDIR; there are no handles, a node says all."""
+    return _OPEN.pack(0, flags, 0)
+
+
+def statfs_body() -> bytes:
+    """The answer to STATFS."""
+    return _STATFS.pack(0, 0, 0, 0, 0, _PAGE_BYTES, 255, _PAGE_BYTES, 0)

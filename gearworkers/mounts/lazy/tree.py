@@ -1,0 +1,170 @@
+"""What the lazy file system shows: nothing to list, every object to look up.
+
+The tree is that of an object cache, ``/\\x01a/bcd…``. Looking an object up makes it arrive; then the answer is that
+there is none, and the overlay goes on to arrivals/, where it is by now (the trap). A large object is answered with
+a file, whose reads wait for the parts they need only.
+
+A node's number says all about it, so a successor of a dead server needs none of its memory: 1 is the root, 2 to 65
+its directories, and an object has the first 63 bits of its digest below a set top bit.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gearworkers.digest import ALPHABET, RESERVED
+from gearworkers.errors import GearError, ResourceExhausted
+from gearworkers.mounts.lazy import protocol
+from gearworkers.mounts.lazy.connection import Waiter
+from gearworkers.mounts.lazy.protocol import ROOT_NODE, Op, Request
+
+_FIRST_DIRECTORY = ROOT_NODE + 1
+_OBJECT_BIT = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """The object is in arrivals/."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The object is still coming and read through this file system meanwhile."""
+
+    node: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """No incomplete layer has such an object."""
+
+
+Found = Arrived | Served | Unknown | GearError
+
+
+class Contents(Protocol):
+    """Where the objects come from; called from several threads at once, and answers from any."""
+
+    def want(self, name: bytes, done: Callable[[Found], None]) -> None:
+        """Make the object with this name of 21 characters arrive; *done* is called once, now or later."""
+
+    def size_bytes(self, node: int) -> int | GearError:
+        """How long the object of this node is."""
+
+    def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
+        """Verified bytes of a served object; *done* is called once, now or later."""
+
+    def forget(self, node: int) -> None:
+        """The kernel knows the node no longer."""
+
+
+def node_of(digest: bytes) -> int:
+    """The number of the object with this digest."""
+    return int.from_bytes(digest[:8], "big") >> 1 | _OBJECT_BIT
+
+
+def digests_from(node: int) -> tuple[bytes, bytes]:
+    """The least and the greatest first eight bytes that a digest of this node can have."""
+    bits = (node & ~_OBJECT_BIT) << 1
+    return bits.to_bytes(8, "big"), (bits | 1).to_bytes(8, "big")
+
+
+class Tree:
+    """Answers the requests of a connection from `Contents`."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self._answers: dict[int, Callable[[Request, Waiter], None]] = {
+            Op.LOOKUP: self._lookup,
+            Op.GETATTR: self._getattr,
+            Op.OPEN: self._open,
+            Op.READ: self._read,
+            Op.FORGET: self._forget,
+            Op.BATCH_FORGET: self._forget,
+            Op.STATFS: lambda _, waiter: waiter.give(protocol.statfs_body()),
+            Op.OPENDIR: lambda _, waiter: waiter.give(protocol.open_body(0)),
+            Op.READDIR: lambda _, waiter: waiter.give(),
+            Op.RELEASEDIR: lambda _, waiter: waiter.give(),
+            Op.RELEASE: lambda _, waiter: waiter.give(),
+            Op.DESTROY: lambda _, waiter: waiter.give(),
+        }
+
+    def handle(self, request: Request, waiter: Waiter) -> None:
+        """Answer *request* through *waiter*, now or when its object is here."""
+        handler = self._answers.get(request.op)
+        if handler is None:
+            waiter.fail(errno.ENOSYS)
+        else:
+            handler(request, waiter)
+
+    def _lookup(self, request: Request, waiter: Waiter) -> None:
+        name = protocol.name_of(request.body)
+        if request.node == ROOT_NODE:
+            node = _directory_node(name)
+            if node is None:
+                waiter.fail(errno.ENOENT)
+            else:
+                waiter.give(protocol.entry_body(node, protocol.directory(node)))
+        elif _is_object(request.node):
+            waiter.fail(errno.ENOTDIR)
+        else:
+            order = request.node - _FIRST_DIRECTORY
+            self._contents.want(ALPHABET[order : order + 1] + name, lambda found: _tell(found, waiter))
+
+    def _getattr(self, request: Request, waiter: Waiter) -> None:
+        if not _is_object(request.node):
+            waiter.give(protocol.attributes_body(protocol.directory(request.node)))
+            return
+        size_bytes = self._contents.size_bytes(request.node)
+        if isinstance(size_bytes, GearError):
+            waiter.fail(error_number(size_bytes))
+        else:
+            waiter.give(protocol.attributes_body(protocol.regular(request.node, size_bytes)))
+
+    def _open(self, _request: Request, waiter: Waiter) -> None:
+        waiter.give(protocol.open_body(protocol.KEEP_CACHE))
+
+    def _read(self, request: Request, waiter: Waiter) -> None:
+        offset, size_bytes = protocol.read_range(request.body)
+
+        def done(result: bytes | GearError) -> None:
+            if isinstance(result, GearError):
+                waiter.fail(error_number(result))
+            else:
+                waiter.give(result)
+
+        self._contents.read(request.node, offset, size_bytes, done)
+
+    def _forget(self, request: Request, _waiter: Waiter) -> None:
+        for node in protocol.forgotten(request.op, request.node, request.body):
+            if _is_object(node):
+                self._contents.forget(node)
+
+
+def error_number(error: GearError) -> int:
+    """What a reader is told: no space is said as such, all else is EIO."""
+    return errno.ENOSPC if isinstance(error, ResourceExhausted) else errno.EIO
+
+
+def _tell(found: Found, waiter: Waiter) -> None:
+    if isinstance(found, Served):
+        waiter.give(protocol.entry_body(found.node, protocol.regular(found.node, found.size_bytes)))
+    elif isinstance(found, GearError):
+        waiter.fail(error_number(found))
+    else:
+        waiter.fail(errno.ENOENT)
+
+
+def _is_object(node: int) -> bool:
+    return node >= _OBJECT_BIT
+
+
+def _directory_node(name: bytes) -> int | None:
+    if len(name) != 2 or name[:1] != RESERVED:
+        return None
+    order = ALPHABET.find(name[1:])
+    return None if order < 0 else _FIRST_DIRECTORY + order
