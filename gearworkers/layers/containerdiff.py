@@ -163,7 +163,7 @@ class _Tar:
             return
         first = self._written.get((status.st_dev, status.st_ino)) if status.st_nlink > 1 else None
         if first is not None and kind != DIR:
-            self._put(header(self._entry(path, HARDLINK, status, linkname=first)))
+            self._add_contentless(path, dir_fd, name, HARDLINK, status, linkname=first)
         elif kind == REG:
             self._add_file(path, dir_fd, name)
         else:
@@ -195,14 +195,18 @@ class _Tar:
         finally:
             os.close(fd)
 
-    def _add_contentless(self, path: bytes, dir_fd: int, name: bytes, kind: int, status: os.stat_result) -> None:
+    def _add_contentless(
+        self, path: bytes, dir_fd: int, name: bytes, kind: int, status: os.stat_result, linkname: bytes = b""
+    ) -> None:
+        """A hard link has its inode's xattrs too: who applies it sets the owner, which takes a capability away."""
         try:
             with _Reading(path):
-                linkname = os.readlink(name, dir_fd=dir_fd) if kind == SYMLINK else b""
+                if kind == SYMLINK:
+                    linkname = os.readlink(name, dir_fd=dir_fd)
                 xattrs = kept_xattrs(dir_fd, name)
         except (NotFound, InvalidInput):  # gone, or no symlink any more
             return
-        if kind != DIR:
+        if kind not in (DIR, HARDLINK):
             self._remember(path, status)
         shown_path = path + b"/" if kind == DIR else path
         self._put(header(self._entry(shown_path, kind, status, linkname=linkname, xattrs=xattrs)))
