@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,6 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     if request.param == "in process":
         driver: Driver = InProcess(request.getfixturevalue("settings"))
     else:
-        if importlib.util.find_spec("plugin_gateway.__main__") is None:
-            pytest.skip("no gateway")
         driver = OverSocket(request.getfixturevalue("stack"))
     driver.init()
     yield driver

@@ -178,7 +178,7 @@ class OverSocket:
         self._call("Put", ID=id)
 
     def exists(self, id: str) -> bool:
-        return bool(self._call("Exists", ID=id)["Exists"])
+        return bool(self._call("Exists", ID=id).get("Exists", False))
 
     def status(self) -> dict[str, str]:
         return dict(self._call("Status")["Status"])
@@ -196,16 +196,16 @@ class OverSocket:
         return data
 
     def changes(self, id: str, parent: str = "") -> list[tuple[str, int]]:
-        found = self._call("Changes", ID=id, Parent=parent)["Changes"]
-        return [(change["Path"], change["Kind"]) for change in found or []]
+        found = self._call("Changes", ID=id, Parent=parent).get("Changes")
+        return [(change.get("Path", ""), change.get("Kind", 0)) for change in found or []]
 
     def apply_diff(self, id: str, parent: str, source: bytes | Readable) -> int:
         body = _pieces(io.BytesIO(source) if isinstance(source, bytes) else source)
         answer, data = self._post(f"/GraphDriver.ApplyDiff?id={id}&parent={parent}", body)
-        return int(_checked(answer, data)["Size"])
+        return int(_checked(answer, data).get("Size", 0))
 
     def diff_size(self, id: str, parent: str = "") -> int:
-        return int(self._call("DiffSize", ID=id, Parent=parent)["Size"])
+        return int(self._call("DiffSize", ID=id, Parent=parent).get("Size", 0))
 
     def restart(self) -> None:
         self._stack.stop("gateway")
@@ -251,7 +251,7 @@ def _checked(answer: http.client.HTTPResponse, data: bytes) -> Any:
         raise Refused(f"{answer.status}: {data.decode(errors='replace')}") from None
     if answer.status != http.client.OK or decoded.get("Err"):
         raise Refused(decoded.get("Err") or f"{answer.status} without a text")
-    return decoded
+    return decoded  # a field that is missing has Go's zero value
 
 
 def _pieces(source: Readable) -> Iterator[bytes]:

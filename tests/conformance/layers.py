@@ -18,6 +18,8 @@ from tests.support.overlays import Node, snapshot
 File = tuple[Entry, bytes]
 
 MTIME_NS = 1_600_000_000_123_456_789
+NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
+"""A file capability as `setcap cap_net_raw+ep` writes it."""
 
 
 def file(name: str | bytes, content: bytes = b"", mode: int = 0o644, uid: int = 0, gid: int = 0) -> File:
@@ -41,9 +43,9 @@ def symlink(name: str | bytes, to: str | bytes) -> File:
     return Entry(_bytes(name), SYMLINK, _bytes(to), 0o777, mtime_ns=MTIME_NS), b""
 
 
-def hardlink(name: str | bytes, to: str | bytes) -> File:
-    """A hard link to an earlier entry."""
-    return Entry(_bytes(name), HARDLINK, _bytes(to), mtime_ns=MTIME_NS), b""
+def hardlink(name: str | bytes, to: str | bytes, mode: int = 0o644, uid: int = 0, gid: int = 0) -> File:
+    """A hard link to an earlier entry; its header's owner and mode count, as in Docker."""
+    return Entry(_bytes(name), HARDLINK, _bytes(to), mode, uid, gid, 0, MTIME_NS), b""
 
 
 def device(name: str | bytes, major: int, minor: int, kind: int = CHAR) -> File:
