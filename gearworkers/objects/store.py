@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -107,6 +108,30 @@ class ObjectStore:
         """A new object whose digest is not known yet; use as a context manager."""
         return PendingObject(self, staging_fd)
 
+    def adopt(self, fd: int, staging_fd: int, name: bytes, digest: bytes) -> bool:
+        """Make a finished file an object, its bytes verified by the caller; the one place where a file enters a cache.
+
+        Args:
+            fd: The file, open.
+            staging_fd: The directory it lies in, on the cache's file system.
+            name: Its name there, gone if it is new.
+            digest: SHA-256 of its bytes.
+
+        Returns:
+            Whether the object is new; if another was first, the file stays where it is.
+
+        Raises:
+            IntegrityError: Another content stands at its name.
+        """
+        try:
+            os.setxattr(fd, DIGEST_XATTR, digest)
+            kernel.renameat2(staging_fd, name, -1, self.path(digest), kernel.Rename.NOREPLACE)
+        except OSError as exc:
+            if exc.errno == errno.EEXIST and self.has(digest):
+                return False
+            raise from_os_error(exc, f"store object {digest.hex()}") from exc
+        return True
+
     def remove(self, digest: bytes) -> None:
         """Remove the object's name; not being there is fine."""
         try:
@@ -123,13 +148,12 @@ class ObjectStore:
 class PendingObject:
     """Bytes on their way into a store: write, then publish; gone when the block ends without it."""
 
-    _serial = 0
+    _serial = itertools.count(1)
 
     def __init__(self, store: ObjectStore, staging_fd: int) -> None:
         self._store = store
         self._dir_fd = staging_fd
-        PendingObject._serial += 1
-        self._name = b"object-%d-%d" % (os.getpid(), PendingObject._serial)
+        self._name = b"object-%d-%d" % (os.getpid(), next(PendingObject._serial))
         self._size_bytes = 0
         self._published = False
         try:
@@ -162,7 +186,7 @@ class PendingObject:
         self._size_bytes += size_bytes
 
     def publish(self, digest: bytes) -> bool:
-        """Give the bytes their name; the one place where a file enters a cache.
+        """Give the bytes their name.
 
         Returns:
             Whether the object is new; False if another import was first.
@@ -173,14 +197,10 @@ class PendingObject:
         try:
             if os.lseek(self._fd, 0, os.SEEK_CUR) != os.fstat(self._fd).st_size:
                 os.ftruncate(self._fd, self._size_bytes)
-            os.setxattr(self._fd, DIGEST_XATTR, digest)
-            kernel.renameat2(self._dir_fd, self._name, -1, self._store.path(digest), kernel.Rename.NOREPLACE)
         except OSError as exc:
-            if exc.errno == errno.EEXIST and self._store.has(digest):
-                return False
             raise from_os_error(exc, f"store object {digest.hex()}") from exc
-        self._published = True
-        return True
+        self._published = self._store.adopt(self._fd, self._dir_fd, self._name, digest)
+        return self._published
 
 
 def _is_zero(data: memoryview) -> bool:

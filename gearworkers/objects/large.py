@@ -1,0 +1,249 @@
+"""A large object while it arrives: chunks are fetched when they are read, the rest behind.
+
+Its file lies in staging, sparse, and becomes the object when all its chunks are here and the whole is verified.
+Beside it lies its layout. A crash leaves both; whoever opens it again believes none of the bytes before it has
+compared them with their chunk's digest, which costs less than to fetch them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from gearworkers.digest import DIGEST_BYTES
+from gearworkers.errors import GearError, IntegrityError, from_os_error
+from gearworkers.objects.sources import Chunk
+from gearworkers.objects.workpool import Urgency, WorkPool
+
+_RECORD = struct.Struct(f"<QQ{DIGEST_BYTES}s")
+_LAYOUT_SUFFIX = ".layout"
+_LEAST_AHEAD_BYTES = 256 << 10
+_MOST_AHEAD_BYTES = 4 << 20
+
+ReadDone = Callable[[bytes | GearError], None]
+
+
+class _State(IntEnum):
+    MISSING = 0
+    QUEUED = 1
+    COMING = 2
+    HERE = 3
+
+
+@dataclass(slots=True)
+class _Read:
+    """Somebody who waits for chunks."""
+
+    offset: int
+    size_bytes: int
+    missing: int
+    done: ReadDone
+
+
+class File:
+    """An open file that closes when nobody refers to it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
+        """Call *done* with the bytes, fewer only at the end, or with the error."""
+        try:
+            data = os.pread(self.fd, size_bytes, offset)
+        except OSError as exc:
+            done(from_os_error(exc, f"read {size_bytes} bytes of an object at {offset}"))
+            return
+        done(data)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class LargeObject:
+    """One object on its way; all methods from any thread."""
+
+    def __init__(
+        self,
+        file: File,
+        layout: Sequence[Chunk],
+        pool: WorkPool,
+        fetch_chunk: Callable[[Chunk], bytes],
+        whole: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            file: Open for reading and writing; what it holds already is verified before it is used.
+            layout: As `checked_layout` lets through.
+            pool: Where chunks are fetched.
+            fetch_chunk: A chunk's bytes, verified, or GearError.
+            whole: Called once, in a thread of the pool, when all chunks are here.
+        """
+        self._file = file
+        self._layout = layout
+        self._offsets = [chunk.offset for chunk in layout]
+        self._states = bytearray(len(layout))
+        self._missing = len(layout)
+        self._pool = pool
+        self._fetch_chunk = fetch_chunk
+        self._whole = whole
+        self._lock = threading.Lock()
+        self._waiting: dict[int, list[_Read]] = {}
+        self._read_end = 0
+        self._ahead_bytes = 0
+        self.last_read_s = time.monotonic()
+
+    def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
+        """Call *done* once with the bytes, fewer only at the end, or with what went wrong; now or later."""
+        self.last_read_s = time.monotonic()
+        wanted = self._chunks(offset, size_bytes)
+        read = _Read(offset, size_bytes, 0, done)
+        with self._lock:
+            missing = [order for order in wanted if self._states[order] != _State.HERE]
+            read.missing = len(missing)
+            for order in missing:
+                self._waiting.setdefault(order, []).append(read)
+            to_fetch = self._queued(missing, even_if_queued=True)
+            ahead = self._queued(self._chunks(offset + size_bytes, self._grown_ahead(offset, size_bytes)))
+        self._submit(to_fetch, Urgency.ON_DEMAND)
+        self._submit(ahead, Urgency.READ_AHEAD)
+        if not missing:
+            self._file.read(offset, size_bytes, done)
+
+    def fill(self) -> None:
+        """Have everything fetched that is missing, behind what is read."""
+        with self._lock:
+            to_fetch = self._queued(range(len(self._layout)))
+        self._submit(to_fetch, Urgency.BACKGROUND)
+
+    def _chunks(self, offset: int, size_bytes: int) -> range:
+        if size_bytes <= 0 or not self._layout:
+            return range(0)
+        first = max(bisect.bisect_right(self._offsets, offset) - 1, 0)
+        return range(first, bisect.bisect_left(self._offsets, offset + size_bytes))
+
+    def _grown_ahead(self, offset: int, size_bytes: int) -> int:
+        """How far to read ahead: nothing for random access, ever more for a sequence."""
+        if offset == self._read_end and offset:
+            self._ahead_bytes = min(max(self._ahead_bytes * 2, _LEAST_AHEAD_BYTES), _MOST_AHEAD_BYTES)
+        else:
+            self._ahead_bytes = 0
+        self._read_end = offset + size_bytes
+        return self._ahead_bytes
+
+    def _queued(self, orders: Sequence[int], *, even_if_queued: bool = False) -> list[int]:
+        """Mark what is to be fetched of *orders*; those waiting for their turn only if asked. Under the lock."""
+        last = _State.QUEUED if even_if_queued else _State.MISSING
+        found = [order for order in orders if self._states[order] <= last]
+        for order in found:
+            self._states[order] = _State.QUEUED
+        return found
+
+    def _submit(self, orders: Sequence[int], urgency: Urgency) -> None:
+        for order in orders:
+            self._pool.submit(lambda order=order: self._load(order), urgency)  # type: ignore[misc]
+
+    def _load(self, order: int) -> None:
+        with self._lock:
+            if self._states[order] != _State.QUEUED:
+                return
+            self._states[order] = _State.COMING
+        chunk = self._layout[order]
+        try:
+            if not self._is_here_already(chunk):
+                _write_all(self._file.fd, self._fetch_chunk(chunk), chunk.offset)
+        except GearError as exc:
+            self._failed(order, exc)
+        except OSError as exc:
+            self._failed(order, from_os_error(exc, f"keep a chunk at {chunk.offset}"))
+        except BaseException as exc:
+            self._failed(order, GearError(f"chunk at {chunk.offset}: {exc!r}"))
+            raise
+        else:
+            self._arrived(order)
+
+    def _is_here_already(self, chunk: Chunk) -> bool:
+        """Whether an earlier process had fetched it."""
+        data = os.pread(self._file.fd, chunk.size_bytes, chunk.offset)
+        return len(data) == chunk.size_bytes and hashlib.sha256(data).digest() == chunk.digest
+
+    def _arrived(self, order: int) -> None:
+        with self._lock:
+            self._states[order] = _State.HERE
+            self._missing -= 1
+            is_whole = not self._missing
+            ready = []
+            for read in self._waiting.pop(order, ()):
+                read.missing -= 1
+                if not read.missing:
+                    ready.append(read)
+        for read in ready:
+            self._file.read(read.offset, read.size_bytes, read.done)
+        if is_whole:
+            self._whole()
+
+    def _failed(self, order: int, error: GearError) -> None:
+        """Whoever waits for the chunk is told; whoever reads it next has it fetched anew."""
+        with self._lock:
+            self._states[order] = _State.MISSING
+            failed = self._waiting.pop(order, [])
+            for read in failed:
+                read.missing = -1  # it waits for no other chunk
+        for read in failed:
+            read.done(error)
+
+
+# -- layouts
+
+
+def checked_layout(layout: Sequence[Chunk], size_bytes: int) -> Sequence[Chunk]:
+    """*layout*, if its chunks follow each other and make up *size_bytes*.
+
+    Raises:
+        IntegrityError: They do not.
+    """
+    at = 0
+    for chunk in layout:
+        if chunk.offset != at or chunk.size_bytes <= 0:
+            raise IntegrityError(f"layout: a chunk of {chunk.size_bytes} bytes at {chunk.offset}, expected at {at}")
+        at += chunk.size_bytes
+    if at != size_bytes:
+        raise IntegrityError(f"layout: chunks of {at} bytes for an object of {size_bytes}")
+    return layout
+
+
+def layout_path(path: Path) -> Path:
+    """Where the layout of the arriving object at *path* lies."""
+    return path.with_name(path.name + _LAYOUT_SUFFIX)
+
+
+def save_layout(path: Path, layout: Sequence[Chunk]) -> None:
+    """Write the layout of the arriving object at *path*."""
+    records = b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_bytes(records)
+    temporary.rename(layout_path(path))
+
+
+def load_layout(path: Path, size_bytes: int) -> Sequence[Chunk] | None:
+    """What `save_layout` wrote; None if there is none or a power cut has spoilt it."""
+    try:
+        raw = layout_path(path).read_bytes()
+        return checked_layout([Chunk(*fields) for fields in _RECORD.iter_unpack(raw)], size_bytes)
+    except (FileNotFoundError, struct.error, IntegrityError):
+        return None
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        offset += written
+        view = view[written:]

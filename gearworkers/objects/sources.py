@@ -1,0 +1,52 @@
+"""Where objects come from when they are not here: the interface that fetching is written against.
+
+Glossary: a *source* is one place that may have objects; the *layout* of a large object is the list of the chunks
+that make it up; a *chunk* is a piece of it with a digest of its own, so that it can be verified alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a large object."""
+
+    offset: int
+    size_bytes: int
+    digest: bytes
+    """SHA-256 of the piece, 32 bytes."""
+
+
+class Source(Protocol):
+    """One place that may have objects; its methods are called from many threads at once.
+
+    A source retries by itself what is worth it, within bounds. What it gives need not be verified: who fetches does.
+    """
+
+    def fetch(self, digest: bytes) -> Iterator[bytes]:
+        """The object's bytes in pieces.
+
+        Raises:
+            NotFound: It is not there.
+            Unavailable: The source does not answer, after bounded retries.
+        """
+
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """(digest, whole content) of those of *digests* that are there, in one request where the source can.
+
+        For small objects; in any order.
+        """
+
+    def layout(self, digest: bytes) -> Sequence[Chunk] | None:
+        """The chunks of an object in order of offset; None if it is kept whole or not at all."""
+
+    def chunk(self, digest: bytes) -> bytes:
+        """One chunk by its own digest.
+
+        Raises:
+            NotFound, Unavailable: As `fetch`.
+        """
