@@ -1,0 +1,199 @@
+"""Calls that are wrong, come twice, or come at the wrong moment; and what the light ones answer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gearworkers.layers.idmap import IDMap
+from tests.conformance.drivers import Driver, Refused, an_id
+from tests.conformance.layers import applied, committed, container, directory, file, mounted, shown, tar
+
+pytestmark = pytest.mark.root
+
+BAD_IDS = ["../x", "..", ".", "", "a/b", "/etc", "a" * 201, "nul\0", "new\nline", "-\N{BULLET}"]
+
+
+@pytest.mark.parametrize("id", BAD_IDS, ids=repr)
+def test_an_id_that_is_no_name_never_becomes_a_path(driver: Driver, id: str) -> None:
+    for call in (driver.create, driver.create_read_write, driver.get, driver.put, driver.remove, driver.get_metadata):
+        with pytest.raises(Refused, match="layer id"):
+            call(id)
+
+
+def test_what_is_not_there_is_said_so_or_passes(driver: Driver) -> None:
+    id = an_id()
+    assert not driver.exists(id)
+    driver.remove(id)
+    driver.put(id)
+    for call in (driver.get, driver.get_metadata, driver.changes, driver.diff_size, driver.diff):
+        with pytest.raises(Refused, match=f"layer {id}: there is none"):
+            call(id)
+    with pytest.raises(Refused, match=f"layer {id}: there is none"):
+        driver.apply_diff(id, "", tar())
+
+
+def test_the_driver_reproduces_exact_diffs(driver: Driver) -> None:
+    assert driver.capabilities() == {"ReproducesExactDiffs": True}
+
+
+def test_an_unknown_option_is_refused_by_the_names_of_the_known(driver: Driver) -> None:
+    with pytest.raises(Refused, match=r"gear.size=1G.*gear.root=….*gear.broker=…"):
+        driver.init(["gear.size=1G"])
+    with pytest.raises(Refused, match="absolute"):
+        driver.init(["gear.root=relative"])
+
+
+def test_get_metadata_has_overlay2s_keys(driver: Driver) -> None:
+    base = applied(driver, file("a", b"a"))
+    middle = applied(driver, file("b", b"b"), parent=base)
+    id = an_id()
+    driver.create_read_write(id, middle)
+    metadata = driver.get_metadata(id)
+    assert set(metadata) == {"LowerDir", "UpperDir", "WorkDir", "MergedDir"}
+    assert [sorted(os.listdir(path)) for path in metadata["LowerDir"].split(":")] == [["b"], ["a"]]
+    with mounted(driver, id) as merged:
+        assert str(merged) == metadata["MergedDir"]
+        (merged / "new").touch()
+        assert os.listdir(metadata["UpperDir"]) == ["new"]
+    assert set(driver.get_metadata(base)) == {"UpperDir", "WorkDir", "MergedDir"}
+
+
+def test_status_tells_where_and_what(driver: Driver) -> None:
+    status = driver.status()
+    assert status["Root Dir"] == str(driver.settings.gear_root)
+    assert {"Backing Filesystem", "Kernel Mode", "Objects", "Logical Bytes", "Stored Bytes"} <= set(status)
+
+
+def test_a_layer_is_filled_once(driver: Driver) -> None:
+    id = applied(driver, file("a", b"a"))
+    with pytest.raises(Refused, match="has content"):
+        driver.apply_diff(id, "", tar(file("b", b"b")))
+    assert set(shown(driver, id)) == {b"a"}
+
+
+def test_a_broken_off_layer_refuses_all_but_remove(driver: Driver) -> None:
+    id = an_id()
+    driver.create(id)
+    whole = tar(file("a", b"a" * 5000))
+    with pytest.raises(Refused, match="ends early"):
+        driver.apply_diff(id, "", whole[:3000])
+    for call in (
+        lambda: driver.apply_diff(id, "", whole),
+        lambda: driver.get(id),
+        lambda: driver.create_read_write(an_id(), id),
+    ):
+        with pytest.raises(Refused, match="remove"):
+            call()
+    driver.remove(id)
+    assert not driver.exists(id)
+    driver.create(id)
+    driver.apply_diff(id, "", whole)
+    assert set(shown(driver, id)) == {b"a"}
+
+
+def test_a_body_of_no_bytes_is_an_error(driver: Driver) -> None:
+    id = an_id()
+    driver.create(id)
+    with pytest.raises(Refused, match=r"empty|no byte"):
+        driver.apply_diff(id, "", b"")
+
+
+def test_a_diff_for_another_parent_than_creates_is_refused(driver: Driver) -> None:
+    base, id = applied(driver, file("a", b"a")), an_id()
+    driver.create(id)
+    with pytest.raises(Refused, match="parent"):
+        driver.apply_diff(id, base, tar())
+
+
+def test_a_written_layer_is_not_filled(driver: Driver) -> None:
+    id = an_id()
+    driver.create(id)
+    with mounted(driver, id) as merged:
+        (merged / "a").touch()
+    with pytest.raises(Refused, match="has content"):
+        driver.apply_diff(id, "", tar())
+
+
+def test_diff_and_changes_answer_for_any_pair(driver: Driver) -> None:
+    base = applied(driver, directory("d"), file("d/a", b"a"), file("d/b", b"bb"))
+    one = applied(driver, file("d/a", b"other"), parent=base)
+    two = applied(driver, file("d/c", b"ccc"), parent=base)
+    assert driver.changes(two, one) == [("/d", 0), ("/d/a", 0), ("/d/c", 1)]
+    assert driver.diff_size(two, one) == len(b"a") + len(b"ccc")
+    again = an_id()
+    driver.create(again, one)
+    driver.apply_diff(again, one, driver.diff(two, one))
+    assert shown(driver, again) == shown(driver, two)
+    whole = an_id()
+    driver.create(whole)
+    driver.apply_diff(whole, "", driver.diff(two))
+    assert set(shown(driver, whole)) >= {b"d/c"}
+
+
+def test_a_mount_label_without_selinux_is_refused_in_the_kernels_own_words(driver: Driver) -> None:
+    if Path("/sys/fs/selinux/enforce").exists():
+        pytest.skip("SELinux is here")
+    base, id = applied(driver, file("a", b"a")), an_id()
+    label = "system_u:object_r:container_file_t:s0:c1,c2"
+    driver.create_read_write(id, base, label)
+    with pytest.raises(Refused, match="context"):
+        driver.get(id, label)
+    driver.remove(id)
+    assert not driver.exists(id), "and leaves nothing"
+
+
+MAPS = [IDMap(0, 100_000, 65_536)]
+
+
+@pytest.fixture
+def remapped(driver: Driver) -> Driver:
+    """The driver of a dockerd with --userns-remap."""
+    driver.init([], MAPS, MAPS)
+    return driver
+
+
+def test_remapped_owners_are_the_hosts_in_the_tree_and_the_tars_in_the_diff(remapped: Driver) -> None:
+    data = tar(directory("d", uid=5, gid=6), file("d/a", b"a", 0o4755, 1000, 1001), file("e/implied", b"b"))
+    id = an_id()
+    remapped.create(id)
+    remapped.apply_diff(id, "", data)
+    nodes = shown(remapped, id)
+    assert (nodes[b"d"].uid, nodes[b"d"].gid) == (100_005, 100_006)
+    assert (nodes[b"d/a"].uid, nodes[b"d/a"].gid, nodes[b"d/a"].mode & 0o7777) == (101_000, 101_001, 0o4755)
+    assert (nodes[b"e"].uid, nodes[b"e"].gid) == (100_000, 100_000), "a parent that was made is the container's root's"
+    assert remapped.diff(id) == data
+
+
+def test_a_remapped_container_is_committed_and_read_back(remapped: Driver) -> None:
+    base, id = applied(remapped, file("a", b"a", 0o644, 7, 7)), an_id()
+    remapped.create_read_write(id, base)
+    with mounted(remapped, id) as merged:
+        root = merged.lstat()
+        assert (root.st_uid, root.st_gid) == (100_000, 100_000)
+        os.chown(merged / "a", 100_033, 100_034)
+        (merged / "new").write_text("new")
+        os.chown(merged / "new", 165_535, 100_000)
+    seen = shown(remapped, id)
+    assert b"165535" not in remapped.diff(id, base)
+    assert shown(remapped, committed(remapped, id, base)) == seen
+
+
+def test_an_owner_in_no_range_is_refused_by_name(remapped: Driver) -> None:
+    id = an_id()
+    remapped.create(id)
+    with pytest.raises(Refused, match=r"far.*70000"):
+        remapped.apply_diff(id, "", tar(file("far", b"", uid=70_000)))
+    base = applied(remapped, file("a", b"a"))
+    with container(remapped, base, id := an_id_of(remapped, base)) as merged:
+        (merged / "hosts").touch()
+        with pytest.raises(Refused, match="hosts"):
+            remapped.diff(id, base)
+
+
+def an_id_of(driver: Driver, parent: str) -> str:
+    id = an_id()
+    driver.create_read_write(id, parent)
+    return id

@@ -1,0 +1,151 @@
+"""Get and Put are counted by the driver, and the count outlives it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gearworkers.mounts.overlay import is_mounted
+from tests.conformance.drivers import Driver, an_id
+from tests.conformance.layers import applied, container, file, mounted, shown, tar
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def id(driver: Driver) -> str:
+    """A read-write layer on an image."""
+    id = an_id()
+    driver.create_read_write(id, applied(driver, file("lower", b"lower")))
+    return id
+
+
+def test_the_last_put_unmounts(driver: Driver, id: str) -> None:
+    merged = driver.get(id)
+    assert driver.get(id) == merged
+    driver.put(id)
+    assert is_mounted(merged)
+    driver.put(id)
+    assert not is_mounted(merged)
+
+
+def test_a_put_too_many_does_no_harm(driver: Driver, id: str) -> None:
+    merged = driver.get(id)
+    driver.put(id)
+    driver.put(id)
+    assert driver.get(id) == merged
+    assert is_mounted(merged), "the count did not go below nought"
+    driver.put(id)
+    assert not is_mounted(merged)
+
+
+def test_what_is_written_is_there_at_the_next_mount(driver: Driver, id: str) -> None:
+    with mounted(driver, id) as merged:
+        (merged / "written").write_text("by the first")
+    with mounted(driver, id) as merged:
+        assert (merged / "written").read_text() == "by the first"
+
+
+def test_a_restarted_driver_counts_on(driver: Driver, id: str) -> None:
+    merged = driver.get(id)
+    driver.get(id)
+    (merged / "written").touch()
+    driver.restart()
+    assert is_mounted(merged), "the container does not notice"
+    assert (merged / "lower").read_bytes() == b"lower"
+    driver.put(id)
+    assert is_mounted(merged)
+    driver.get(id)
+    driver.put(id)
+    driver.put(id)
+    assert not is_mounted(merged)
+
+
+def test_after_init_what_is_mounted_has_one_user(driver: Driver, id: str) -> None:
+    merged = driver.get(id)
+    driver.get(id)
+    driver.init()
+    driver.put(id)
+    assert not is_mounted(merged), "a dockerd that has just started knows of one Get"
+
+
+def test_a_restarted_driver_knows_all_layers(driver: Driver, id: str) -> None:
+    base = applied(driver, file("a", b"a"))
+    data = driver.diff(base)
+    driver.restart()
+    assert set(shown(driver, base)) == {b"a"}
+    assert driver.diff(base) == data
+    with container(driver, base) as merged:
+        assert (merged / "a").read_bytes() == b"a"
+
+
+def test_remove_takes_a_mounted_layer_away(driver: Driver, id: str) -> None:
+    merged = driver.get(id)
+    with (merged / "lower").open("rb") as held:
+        driver.remove(id)
+        assert not merged.exists()
+        assert not driver.exists(id)
+        assert held.read() == b"lower", "what is open stays open, as with overlay2"
+
+
+def test_cleanup_unmounts_everything(driver: Driver, id: str) -> None:
+    merged = driver.get(id)
+    driver.get(id)
+    driver.cleanup()
+    assert not is_mounted(merged)
+    with mounted(driver, id) as again:
+        assert (again / "lower").exists()
+
+
+def test_gets_at_the_same_time_share_one_mount(driver: Driver, id: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        merged = set(pool.map(lambda _: driver.get(id), range(24)))
+        assert len(merged) == 1
+        for _ in pool.map(lambda _: driver.put(id), range(23)):
+            pass
+    (path,) = merged
+    assert is_mounted(path)
+    driver.put(id)
+    assert not is_mounted(path)
+
+
+def test_layers_of_one_parent_come_and_go_at_the_same_time(driver: Driver) -> None:
+    base = applied(driver, file("a", b"a"))
+
+    def live(number: int) -> bytes:
+        id = an_id()
+        driver.create_read_write(id, base)
+        with mounted(driver, id) as merged:
+            (merged / "own").write_text(str(number))
+            content = (merged / "own").read_bytes() + (merged / "a").read_bytes()
+        driver.remove(id)
+        return content
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(live, range(24))) == [b"%da" % number for number in range(24)]
+
+
+def test_an_empty_parent_is_no_parent(driver: Driver) -> None:
+    with container(driver, "") as merged:
+        assert not list(merged.iterdir())
+        (merged / "a").touch()
+
+
+def test_a_layer_that_was_looked_at_can_still_be_filled(driver: Driver) -> None:
+    base, id = applied(driver, file("a", b"a")), an_id()
+    driver.create(id, base)
+    with mounted(driver, id) as merged:
+        assert (merged / "a").exists()
+    driver.apply_diff(id, base, tar(file("b", b"b")))
+    assert set(shown(driver, id)) == {b"a", b"b"}
+    driver.restart()
+    assert set(shown(driver, id)) == {b"a", b"b"}
+
+
+def test_init_again_leaves_layers_alone(driver: Driver, id: str) -> None:
+    driver.init()
+    assert driver.exists(id)
+    with mounted(driver, id) as merged:
+        assert Path(merged / "lower").read_bytes() == b"lower"
