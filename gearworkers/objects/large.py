@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 from gearworkers.digest import DIGEST_BYTES
@@ -75,7 +76,7 @@ class LargeObject:
         file: File,
         layout: Sequence[Chunk],
         pool: WorkPool,
-        fetch_chunk: Callable[[Chunk], bytes],
+        fetch_chunk: Callable[[Chunk, float], bytes],
         whole: Callable[[], None],
     ) -> None:
         """
@@ -83,7 +84,8 @@ class LargeObject:
             file: Open for reading and writing; what it holds already is verified before it is used.
             layout: As `checked_layout` lets through.
             pool: Where chunks are fetched.
-            fetch_chunk: A chunk's bytes, verified, or GearError.
+            fetch_chunk: Given a chunk and the monotonic time at which it was asked for, its bytes, verified; or
+                GearError.
             whole: Called once, in a thread of the pool, when all chunks are here.
         """
         self._file = file
@@ -99,9 +101,13 @@ class LargeObject:
         self._read_end = 0
         self._ahead_bytes = 0
         self.last_read_s = time.monotonic()
+        self.broken: GearError | None = None
 
     def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
         """Call *done* once with the bytes, fewer only at the end, or with what went wrong; now or later."""
+        if self.broken is not None:
+            done(self.broken)
+            return
         self.last_read_s = time.monotonic()
         wanted = self._chunks(offset, size_bytes)
         read = _Read(offset, size_bytes, 0, done)
@@ -122,6 +128,10 @@ class LargeObject:
         with self._lock:
             to_fetch = self._queued(range(len(self._layout)))
         self._submit(to_fetch, Urgency.BACKGROUND)
+
+    def break_off(self, error: GearError) -> None:
+        """The whole is not what its layout promised: nothing of it is given any more."""
+        self.broken = error
 
     def _chunks(self, offset: int, size_bytes: int) -> range:
         if size_bytes <= 0 or not self._layout:
@@ -147,10 +157,11 @@ class LargeObject:
         return found
 
     def _submit(self, orders: Sequence[int], urgency: Urgency) -> None:
+        asked_s = time.monotonic()
         for order in orders:
-            self._pool.submit(lambda order=order: self._load(order), urgency)  # type: ignore[misc]
+            self._pool.submit(partial(self._load, order, asked_s), urgency)
 
-    def _load(self, order: int) -> None:
+    def _load(self, order: int, asked_s: float) -> None:
         with self._lock:
             if self._states[order] != _State.QUEUED:
                 return
@@ -158,7 +169,7 @@ class LargeObject:
         chunk = self._layout[order]
         try:
             if not self._is_here_already(chunk):
-                _write_all(self._file.fd, self._fetch_chunk(chunk), chunk.offset)
+                _write_all(self._file.fd, self._fetch_chunk(chunk, asked_s), chunk.offset)
         except GearError as exc:
             self._failed(order, exc)
         except OSError as exc:
