@@ -297,7 +297,7 @@ class GearDriver:
         layer = self._layers.begin_apply(id, parent)
         spool = self._spool if self.settings.remote else None
         with self._layers.building(id) as build:
-            applied = apply_tar(source, build, self._objects, self._id_maps(), spool)
+            applied = apply_tar(source, build, self._objects, self._id_maps(), spool, self.settings.gear_root)
             self._layers.publish(build, image_layer(layer, applied))
         return applied.size_bytes
 

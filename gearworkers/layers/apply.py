@@ -18,8 +18,10 @@ from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.objects.claims import Claims
+from gearworkers.objects.inplace import permission
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.writer import ContentWriter
 
 INDEX_FILE = "index.erofs"
 STREAM_FILE = "stream.zst"
@@ -45,7 +47,9 @@ class Applied:
     """Whether all contents are here; False for a Gear layer whose objects are still to come."""
 
 
-def apply_tar(source: Readable, build: Path, store: ObjectStore, ids: IdMaps, spool: PushSpool | None) -> Applied:
+def apply_tar(
+    source: Readable, build: Path, store: ObjectStore, ids: IdMaps, spool: PushSpool | None, root: Path
+) -> Applied:
     """Fill the empty directory *build* with `index.erofs`, `stream.zst` and `objects`.
 
     Args:
@@ -54,6 +58,7 @@ def apply_tar(source: Readable, build: Path, store: ObjectStore, ids: IdMaps, sp
         store: Where contents go.
         ids: From the tar's owners to the host's.
         spool: Where new objects are noted for push; None for nowhere.
+        root: GEAR_ROOT, which knows whether contents may be stored in place.
 
     Raises:
         InvalidInput, IntegrityError: The tar is malformed, hostile or ends early; the message names the entry.
@@ -69,13 +74,16 @@ def apply_tar(source: Readable, build: Path, store: ObjectStore, ids: IdMaps, sp
         stream_file = stack.enter_context(open(build / STREAM_FILE, "xb", buffering=0))
         log = StreamWriter(stream_file)
         index = Index(ids, time_ns=time.time_ns())
-        contents = _Contents(TarReader(source, log, buffer_bytes=_BUFFER_BYTES), log, store, claims, staging_fd, spool)
+        in_place = stack.enter_context(permission(root))
+        writer = stack.enter_context(ContentWriter(store, staging_fd, spool, in_place=in_place))
+        contents = _Contents(TarReader(source, log, buffer_bytes=_BUFFER_BYTES), log, store, claims, staging_fd, writer)
         contents.fill(index)
         (build / INDEX_FILE).write_bytes(index.image(secrets.token_bytes(16)))
         log.close()
         objects, object_bytes = claims.seal()
+        writer.flush()
         return Applied(
-            index.size_bytes(), objects, object_bytes, contents.new_objects, contents.new_bytes, contents.complete
+            index.size_bytes(), objects, object_bytes, writer.new_objects, writer.new_bytes, contents.complete
         )
 
 
@@ -89,16 +97,14 @@ class _Contents:
         store: ObjectStore,
         claims: Claims,
         staging_fd: int,
-        spool: PushSpool | None,
+        writer: ContentWriter,
     ) -> None:
         self._reader = reader
         self._log = log
         self._store = store
         self._claims = claims
         self._staging_fd = staging_fd
-        self._spool = spool
-        self.new_objects = 0
-        self.new_bytes = 0
+        self._writer = writer
         self.complete = True
 
     def fill(self, index: Index) -> None:
@@ -117,9 +123,7 @@ class _Contents:
             return self._streamed(entry)
         digest = hashlib.sha256(payload).digest()
         self._claims.add(digest, len(payload))
-        if not self._store.has(digest):
-            self._store.put(digest, payload, self._staging_fd)
-            self._count_new(digest, len(payload))
+        self._writer.put(digest, payload)
         self._log.content(digest, len(payload))
         return digest
 
@@ -152,7 +156,7 @@ class _Contents:
             digest = hasher.digest()
             self._claims.add(digest, entry.size_bytes)
             if not self._store.has(digest) and pending.publish(digest):
-                self._count_new(digest, entry.size_bytes)
+                self._writer.stored(digest, entry.size_bytes)
         for offset, length in segments:
             self._log.slice(digest, offset, length)
         return digest
@@ -164,12 +168,6 @@ class _Contents:
                 f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, "
                 f"and {free_bytes} are free in {self._store.cache}"
             )
-
-    def _count_new(self, digest: bytes, size_bytes: int) -> None:
-        self.new_objects += 1
-        self.new_bytes += size_bytes
-        if self._spool is not None:
-            self._spool.add(digest)
 
 
 def _expanded(

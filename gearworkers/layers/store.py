@@ -28,6 +28,7 @@ from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts import sys as kernel
 from gearworkers.mounts.index import mount_index
 from gearworkers.mounts.overlay import unmount
+from gearworkers.objects import inplace
 from gearworkers.objects.garbage import publishing
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
@@ -231,6 +232,8 @@ class LayerStore:
         place = self._images / layer.id
         with _open_directory(self._images) as images_fd:
             kernel.syncfs(images_fd)
+            if not layer.complete:
+                inplace.forbid(self._root)
             with publishing(self._root, self._objects):
                 if place.exists():
                     _rename(build, place, kernel.Rename.EXCHANGE)
@@ -239,6 +242,8 @@ class LayerStore:
                 else:
                     raise NotFound(f"layer {layer.id}: it was removed while its ApplyDiff ran")
             os.fsync(images_fd)
+            if not layer.complete:
+                inplace.forbid(self._root)  # once more: a `recover` may just have found no incomplete layer
         self._discard(self._containers / layer.id)
 
     def remove(self, id: str) -> bool:
@@ -260,7 +265,15 @@ class LayerStore:
             image = self._images / path.name / RECORD_FILE
             if image.exists() and self.get(path.name).kind is Kind.IMAGE:
                 self._discard(path)
+        if all(self._is_complete(id) for id in self.ids()):
+            inplace.allow(self._root)
         return len(leftovers)
+
+    def _is_complete(self, id: str) -> bool:
+        try:
+            return self.get(id).complete
+        except GearError:
+            return False
 
     def release(self) -> None:
         """Unmount all indexes; containers that run keep what they have, and what is asked for comes back."""

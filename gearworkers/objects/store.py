@@ -47,7 +47,7 @@ class ObjectStore:
         return self._prefix + object_path(digest)
 
     def has(self, digest: bytes) -> bool:
-        """Whether the object is here.
+        """Whether the object is here; a file without digest is none: not yet, or no longer to be.
 
         Raises:
             IntegrityError: Another content stands at its name.
@@ -56,16 +56,11 @@ class ObjectStore:
         try:
             found = os.getxattr(path, DIGEST_XATTR)
         except OSError as exc:
-            if exc.errno == errno.ENOENT:
+            if exc.errno in (errno.ENOENT, errno.ENODATA):
                 return False
-            if exc.errno != errno.ENODATA:
-                raise from_os_error(exc, f"look up object {digest.hex()}") from exc
-            found = b""
+            raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
-            raise IntegrityError(
-                f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex() or 'a file without digest'}; "
-                "run `gear fsck`"
-            )
+            raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")
         return True
 
     def open(self, digest: bytes) -> int:
@@ -89,8 +84,8 @@ class ObjectStore:
             raise
         return fd
 
-    def put(self, digest: bytes, data: memoryview, staging_fd: int) -> None:
-        """Store *data*, whose SHA-256 the caller has computed, unless it is here.
+    def put(self, digest: bytes, data: memoryview, staging_fd: int) -> bool:
+        """Store *data*, whose SHA-256 the caller has computed, unless it is here; whether it is new.
 
         Args:
             digest: SHA-256 of data.
@@ -102,7 +97,7 @@ class ObjectStore:
         """
         with self.create(staging_fd) as pending:
             pending.write(data)
-            pending.publish(digest)
+            return pending.publish(digest)
 
     def create(self, staging_fd: int) -> PendingObject:
         """A new object whose digest is not known yet; use as a context manager."""
@@ -123,12 +118,16 @@ class ObjectStore:
         Raises:
             IntegrityError: Another content stands at its name.
         """
+        path = self.path(digest)
         try:
             os.setxattr(fd, DIGEST_XATTR, digest)
-            kernel.renameat2(staging_fd, name, -1, self.path(digest), kernel.Rename.NOREPLACE)
+            try:
+                kernel.renameat2(staging_fd, name, -1, path, kernel.Rename.NOREPLACE)
+            except FileExistsError:
+                if self.has(digest):
+                    return False
+                os.rename(name, path, src_dir_fd=staging_fd)  # over what a broken-off `inplace` write left
         except OSError as exc:
-            if exc.errno == errno.EEXIST and self.has(digest):
-                return False
             raise from_os_error(exc, f"store object {digest.hex()}") from exc
         return True
 
@@ -175,7 +174,7 @@ class PendingObject:
             if len(data) >= _HOLE_BYTES and data[0] == 0 and data[-1] == 0 and _is_zero(data):
                 os.lseek(self._fd, len(data), os.SEEK_CUR)
             else:
-                _write_all(self._fd, data)
+                write_all(self._fd, data)
         except OSError as exc:
             raise from_os_error(exc, "write an object") from exc
         self._size_bytes += len(data)
@@ -207,7 +206,7 @@ def _is_zero(data: memoryview) -> bool:
     return data.tobytes().count(0) == len(data)
 
 
-def _write_all(fd: int, data: memoryview) -> None:
+def write_all(fd: int, data: memoryview) -> None:
     written = os.write(fd, data)
     while written < len(data):
         more = os.write(fd, data[written:])
