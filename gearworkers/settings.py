@@ -7,12 +7,18 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from gearworkers.errors import InvalidInput
+
+Number = TypeVar("Number", int, float)
 
 DEFAULT_ROOT = Path("/var/lib/gear")
 DEFAULT_RUN_DIR = Path("/run/gear")
 DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
+DEFAULT_LARGE_OBJECT_BYTES = 1 << 20
+DEFAULT_FETCH_THREADS = 24
+DEFAULT_FILL_DELAY_S = 10.0
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 
@@ -34,6 +40,12 @@ class Settings:
     node: str = field(default_factory=socket.gethostname)
     metrics_listen: str = ""
     """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
+    large_object_bytes: int = DEFAULT_LARGE_OBJECT_BYTES
+    """From this size on an object that a container opens is served in parts while it arrives."""
+    fetch_threads: int = DEFAULT_FETCH_THREADS
+    """How many requests to the remote the lazy file server has under way at most."""
+    fill_delay_s: float = DEFAULT_FILL_DELAY_S
+    """So long after its last read the rest of a large object is fetched behind."""
     log_level: str = "info"
     log_format: str = "console"
     """``console`` or ``json``."""
@@ -41,10 +53,11 @@ class Settings:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
-        GEAR_METRICS_LISTEN, GEAR_LOG_LEVEL and GEAR_LOG_FORMAT.
+        GEAR_METRICS_LISTEN, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S,
+        GEAR_LOG_LEVEL and GEAR_LOG_FORMAT.
 
         Raises:
-            InvalidInput: A path is not absolute, a level or format is none.
+            InvalidInput: A path is not absolute, a number not positive, a level or format none.
         """
         return cls(
             gear_root=_absolute(environ, "GEAR_ROOT", DEFAULT_ROOT),
@@ -52,6 +65,9 @@ class Settings:
             plugin_socket=_absolute(environ, "GEAR_PLUGIN_SOCKET", DEFAULT_PLUGIN_SOCKET),
             broker_url=environ.get("GEAR_BROKER_URL", ""),
             remote=environ.get("GEAR_REMOTE", ""),
+            large_object_bytes=_positive(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
+            fetch_threads=_positive(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
+            fill_delay_s=_positive(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
             log_level=_one_of(environ, "GEAR_LOG_LEVEL", LOG_LEVELS, "info"),
@@ -94,6 +110,31 @@ class Settings:
         return self.gear_root / "push"
 
     @property
+    def gear_arrivals_path(self) -> Path:
+        """Links to objects that arrived while incomplete layers were mounted."""
+        return self.gear_root / "arrivals"
+
+    @property
+    def gear_fetching_path(self) -> Path:
+        """Objects on their way."""
+        return self.gear_root / "fetching"
+
+    @property
+    def lazy_mount_path(self) -> Path:
+        """Where the lazy file system is mounted."""
+        return self.run_dir / "lazy"
+
+    @property
+    def lazyfs_socket(self) -> Path:
+        """Where the lazy file server tells its status and takes orders to prefetch."""
+        return self.run_dir / "lazyfs.sock"
+
+    @property
+    def lazyfs_keeper_socket(self) -> Path:
+        """Where the lazy file system's descriptor is kept."""
+        return self.run_dir / "lazyfs-keeper.sock"
+
+    @property
     def streams_socket(self) -> Path:
         """Where the gateway meets whoever does an ApplyDiff or a Diff."""
         return self.run_dir / "streams.sock"
@@ -117,6 +158,19 @@ def _absolute(environ: Mapping[str, str], name: str, default: Path) -> Path:
     if not path.is_absolute():
         raise InvalidInput(f"{name}={value}: an absolute path is needed")
     return path
+
+
+def _positive(environ: Mapping[str, str], name: str, default: Number) -> Number:
+    value = environ.get(name)
+    if not value:
+        return default
+    try:
+        number = type(default)(value)
+    except ValueError:
+        number = type(default)(0)
+    if not number > 0:
+        raise InvalidInput(f"{name}={value}: a number above 0 is needed")
+    return number
 
 
 def _one_of(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:

@@ -1,0 +1,174 @@
+"""What incomplete layers still want: from an object's short name to its full digest and size.
+
+A layer is incomplete while an object of its `objects` list is not in the public cache. Layers appear and vanish
+while the lists are in use; each list is a sorted file that is mapped, not read.
+"""
+
+from __future__ import annotations
+
+import binascii
+import bisect
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from gearworkers.digest import object_name
+from gearworkers.errors import GearError
+from gearworkers.layers.store import RECORD_FILE, Kind, Layer
+from gearworkers.objects.claims import OBJECTS_FILE, RECORD
+from gearworkers.objects.store import ObjectStore
+
+_log = structlog.get_logger(__name__)
+_STEP_OBJECTS = 5000
+_FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
+
+
+@dataclass(slots=True)
+class _List:
+    """The objects of one incomplete layer."""
+
+    records: mmap.mmap
+    entries: range
+    here: int = 0
+    """So many of the first records are known to be in the store."""
+
+    def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
+        """The records whose digest begins with what lies between the two, of one length."""
+        length = len(least)
+        first = bisect.bisect_left(self.entries, least, key=lambda at: self._prefix(at, length))
+        found = []
+        for at in self.entries[first:]:
+            if self._prefix(at, length) > greatest:
+                break
+            found.append(self.record(at))
+        return found
+
+    def record(self, at: int) -> tuple[bytes, int]:
+        """Digest and size in bytes."""
+        digest, size_bytes = RECORD.unpack_from(self.records, at * RECORD.size)
+        return digest, size_bytes
+
+    def _prefix(self, at: int, length: int) -> bytes:
+        return self.records[at * RECORD.size : at * RECORD.size + length]
+
+
+class WantedObjects:
+    """The incomplete layers of one root; all methods from any thread."""
+
+    def __init__(self, images: Path) -> None:
+        self._images = images
+        self._lists: dict[str, _List] = {}
+        self._seen_ns = -1
+        self._lock = threading.Lock()
+
+    def named(self, name: bytes) -> tuple[bytes, int] | None:
+        """Digest and size in bytes of the object with this name of 21 characters, if an incomplete layer has it."""
+        least = _least_digest(name)
+        if least is None:
+            return None
+        found = self._find(least[:15], least[:15], lambda digest: object_name(digest) == name)
+        return found[0] if found else None
+
+    def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
+        """The distinct objects whose digest begins with what lies between the two, of one length."""
+        return self._find(least, greatest, lambda _: True)
+
+    def layers(self) -> list[str]:
+        """The ids of the incomplete layers."""
+        self._refresh()
+        return list(self._lists)
+
+    def missing(self, id: str, store: ObjectStore) -> list[tuple[bytes, int]]:
+        """What the layer lacks, as (digest, size in bytes); nothing if it is not incomplete."""
+        self._refresh()
+        wanted = self._lists.get(id)
+        if wanted is None:
+            return []
+        return [record for record in map(wanted.record, wanted.entries) if not store.has(record[0])]
+
+    def completed(self, store: ObjectStore) -> list[str]:
+        """The layers that lack nothing any more; looks at some thousand objects a call, each one once."""
+        self._refresh()
+        done = []
+        for id, wanted in list(self._lists.items()):
+            for at in wanted.entries[wanted.here : wanted.here + _STEP_OBJECTS]:
+                if not _is_here(store, wanted.record(at)[0]):
+                    break
+                wanted.here += 1
+            if wanted.here == len(wanted.entries):
+                done.append(id)
+        return done
+
+    def _find(self, least: bytes, greatest: bytes, matches: Callable[[bytes], bool]) -> list[tuple[bytes, int]]:
+        self._refresh()
+        found = self._search(least, greatest, matches)
+        if not found and self._refresh(even_if_unchanged=True):
+            found = self._search(least, greatest, matches)
+        return found
+
+    def _search(self, least: bytes, greatest: bytes, matches: Callable[[bytes], bool]) -> list[tuple[bytes, int]]:
+        found: dict[bytes, int] = {}
+        for wanted in tuple(self._lists.values()):
+            found.update((digest, size) for digest, size in wanted.between(least, greatest) if matches(digest))
+        return list(found.items())
+
+    def _refresh(self, *, even_if_unchanged: bool = False) -> bool:
+        """Look for layers that came or went; whether anything changed.
+
+        The directory's time tells that it was changed; two changes within one tick of the kernel's clock look like
+        one, therefore who finds nothing looks again anyway.
+        """
+        seen_ns = self._images.stat().st_mtime_ns
+        if seen_ns == self._seen_ns and not even_if_unchanged:
+            return False
+        with self._lock:
+            before = self._lists
+            ids = [id for id in os.listdir(self._images) if _is_incomplete(self._images / id)]
+            lists = {id: before.get(id) or _mapped(self._images / id / OBJECTS_FILE) for id in ids}
+            self._lists = {id: wanted for id, wanted in lists.items() if wanted is not None}
+            self._seen_ns = seen_ns
+            return self._lists.keys() != before.keys()
+
+
+def _least_digest(name: bytes) -> bytes | None:
+    """The first 126 bits of the digests with this name, two zero bits behind them."""
+    try:
+        return binascii.a2b_base64(name.translate(_FROM_URLSAFE) + b"A==") if len(name) == 21 else None
+    except binascii.Error:
+        return None
+
+
+def _is_here(store: ObjectStore, digest: bytes) -> bool:
+    try:
+        return store.has(digest)
+    except GearError as exc:
+        _log.error("an object cannot be looked at", error=str(exc))
+        return False
+
+
+def _is_incomplete(directory: Path) -> bool:
+    try:
+        layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except msgspec.DecodeError as exc:
+        _log.error("a layer's record is damaged", layer=directory.name, error=str(exc))
+        return False
+    return layer.kind is Kind.IMAGE and not layer.complete
+
+
+def _mapped(path: Path) -> _List | None:
+    try:
+        with open(path, "rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if not size_bytes:
+                return None
+            return _List(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // RECORD.size))
+    except FileNotFoundError:
+        return None  # the layer was removed meanwhile
