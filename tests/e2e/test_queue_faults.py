@@ -43,7 +43,7 @@ def half(dockerd: Dockerd, stack: Stack) -> Iterator[HalfImport]:
     wait_until(lambda: build.exists() and any(build.iterdir()), "the import began")
     yield HalfImport(process, big[len(big) // 2 :])
     process.kill()
-    process.wait()
+    process.communicate()
     dockerd.call("rmi", "half")
 
 
@@ -86,9 +86,11 @@ def test_a_worker_killed_in_the_middle_fails_the_import_cleanly(
     stack.kill("import")
     assert half.finish() != 0
     assert dockerd.call("image", "inspect", "half").returncode != 0
-    stack.wait_until_idle()
     stack.start("import")
     assert_imports_runs_and_commits(dockerd, "afterkill")
+    stack.stop("gateway")
+    stack.start("gateway")
+    stack.wait_until_idle()
 
 
 def test_a_gateway_killed_in_the_middle_fails_the_import_cleanly(
@@ -113,7 +115,7 @@ def test_redis_stopped_in_the_middle_does_not_disturb_an_import(
 
 def test_a_client_that_gives_up_in_the_middle_leaves_nothing(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
     half.process.kill()
-    half.process.wait()
+    half.process.communicate()
     stack.wait_until_idle()
     assert dockerd.call("image", "inspect", "half").returncode != 0
 

@@ -26,6 +26,7 @@ def used_bytes(path: Path) -> int:
 
 
 def tree_bytes(path: Path) -> int:
-    """Bytes allocated below *path*, each inode once, mounts below it left out."""
-    done = subprocess.run(["du", "-sx", "--block-size=1", str(path)], stdout=subprocess.PIPE, check=True)
+    """Bytes allocated below *path*, each inode once, mounts below it left out; files may go away meanwhile."""
+    command = ["du", "-sx", "--block-size=1", str(path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return int(done.stdout.split()[0])

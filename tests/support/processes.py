@@ -17,8 +17,10 @@ class NotReady(AssertionError):
     """What was waited for did not come; the text holds the end of the process's log."""
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Return as soon as *condition* holds.
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout_s: float = 30.0, found: Callable[[], str] = str
+) -> None:
+    """Return as soon as *condition* holds; *found* tells what there was instead.
 
     Raises:
         NotReady: It did not within *timeout_s*.
@@ -26,7 +28,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise NotReady(f"not within {timeout_s:g} s: {what}")
+            raise NotReady(f"not within {timeout_s:g} s: {what} {found()}".rstrip())
         time.sleep(POLL_S)
 
 

@@ -128,8 +128,12 @@ class Stack:
 
     def wait_until_idle(self, timeout_s: float = 60.0) -> None:
         """Return when staging is empty: no import is under way and none was left half done."""
+        wait_until(lambda: not self.staged(), "staging is empty", timeout_s, lambda: str(self.staged()))
+
+    def staged(self) -> list[str]:
+        """What lies in staging, everything below it included."""
         build = self.root / "build"
-        wait_until(lambda: not build.exists() or not any(build.iterdir()), f"{build} is empty", timeout_s)
+        return sorted(str(path.relative_to(build)) for path in build.rglob("*"))[:50] if build.exists() else []
 
 
 def _procfile() -> dict[str, str]:
