@@ -1,0 +1,128 @@
+"""`make demo`: the main job on real input, on gearworkers and then on overlay2, and a table of both."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.frame import Side, fresh_disk
+from tests.support import rootfs, sandbox
+from tests.support.dockerd import Dockerd
+from tests.support.stack import Stack
+
+RECORD_BYTES = 40
+"""Of a layer's `objects` list: a digest of 32 bytes and a size."""
+_STEPS = (
+    b"FROM first\n"
+    b"RUN mkdir /app && cp -a /usr/lib/git-core /app/git-core\n"
+    b"RUN chown -R 1000:1000 /app\n"
+    b"RUN rm -r /usr/share/doc && echo done > /app/done\n"
+    b'CMD ["cat", "/app/done"]\n'
+)
+
+
+@dataclass
+class Outcome:
+    """What one side's run of the job gave."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    stored_bytes: int = 0
+    shared_files: int | None = None
+
+    def step(self, name: str, work: Callable[[], str]) -> str:
+        """Do one step and keep its time."""
+        begin = time.perf_counter()
+        said = work()
+        self.seconds[name] = time.perf_counter() - begin
+        return said
+
+
+def job(side: Side) -> Outcome:
+    """Import, run, build, run what was built, import a second image that shares most files, run it."""
+    outcome, docker = Outcome(), side.dockerd.docker
+    outcome.step("import a Debian", lambda: docker("import", str(rootfs.debian()), "first"))
+    outcome.step("run a container", lambda: side.dockerd.run("first", "git", "--version"))
+    outcome.step("build 4 steps on it", lambda: docker("build", "-t", "built", "-", stdin=_STEPS))
+    said = outcome.step("run what was built", lambda: side.dockerd.run("built"))
+    assert said == "done", said
+    outcome.step("import a second Debian", lambda: docker("import", str(rootfs.debian_variant()), "second"))
+    outcome.step("run the second", lambda: side.dockerd.run("second", "cat", "/etc/debian_version"))
+    outcome.stored_bytes = side.stored_bytes()
+    if side.stack is not None:
+        outcome.shared_files = shared_objects(side.stack.root)
+    return outcome
+
+
+def shared_objects(gear_root: Path) -> int:
+    """Contents that more than one layer refers to."""
+    seen: set[bytes] = set()
+    shared: set[bytes] = set()
+    for path in gear_root.glob("images/*/objects"):
+        records = path.read_bytes()
+        digests = {records[at : at + 32] for at in range(0, len(records), RECORD_BYTES)}
+        shared |= seen & digests
+        seen |= digests
+    return len(shared)
+
+
+def logical_bytes(*tars: Path) -> int:
+    """The sizes of all files in the tars."""
+    total = 0
+    for path in tars:
+        with tarfile.open(path) as tar:
+            total += sum(info.size for info in tar if info.isreg())
+    return total
+
+
+@contextmanager
+def running(disk: Path, driver: str) -> Iterator[Side]:
+    """A dockerd with *driver*; for gearworkers the Procfile's processes, brought up by honcho as `make up` does."""
+    stack = Stack(disk / "stack") if driver == "gear" else None
+    side = Side(Dockerd(driver, disk / driver, driver), stack)
+    try:
+        if stack is not None:
+            stack.up()
+        side.dockerd.start()
+        yield side
+    finally:
+        side.dockerd.stop()
+        if stack is not None:
+            stack.honcho.stop()
+
+
+def show(ours: Outcome, peer: Outcome) -> None:
+    """The table: seconds of each step, bytes logical and stored, files shared."""
+    table = Table("", "gearworkers", "overlay2", title="the same steps, the same dockerd, the same disk")
+    for name, taken_s in ours.seconds.items():
+        table.add_row(f"{name}, s", f"{taken_s:.2f}", f"{peer.seconds[name]:.2f}")
+    logical = f"{logical_bytes(rootfs.debian(), rootfs.debian_variant()) / 1e6:.0f}"
+    table.add_row("logical bytes of the two imports, MB", logical, logical)
+    table.add_row("stored bytes, all images, MB", f"{ours.stored_bytes / 1e6:.0f}", f"{peer.stored_bytes / 1e6:.0f}")
+    table.add_row("files stored once for several layers", str(ours.shared_files), "–")
+    Console(width=90).print(table)
+
+
+def main() -> int:
+    """Run the job in a sandbox, from which nothing is left."""
+    if not sandbox.is_inside():
+        return sandbox.run([sys.executable, "-m", "bench.demo"])
+    outcomes = []
+    with fresh_disk() as disk:
+        for driver in ("gear", "overlay2"):
+            print(f"running the steps on {driver}", flush=True)
+            with running(disk, driver) as side:
+                outcomes.append(job(side))
+    show(*outcomes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
