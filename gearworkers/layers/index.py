@@ -30,6 +30,8 @@ _OPAQUE = b"trusted.overlay.opaque"
 _LONGEST_NAME_BYTES = 255
 _LONGEST_PATH_BYTES = 4095
 _MOST_SYMLINKS = 40
+_NO_ID = (1 << 32) - 1  # what chown(2) takes for "leave it"
+_DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
 
 
 class Inode:
@@ -153,18 +155,27 @@ class Index:
             inode.target = entry.linkname
         else:
             inode = self._inode(entry, _FORMATS[kind])
-            inode.rdev = erofs.encode_device(entry.devmajor, entry.devminor) if kind != FIFO else 0
+            inode.rdev = _device(entry) if kind != FIFO else 0
         self._place(parent, name, inode)
 
     def _inode(self, entry: Entry, format: int, mode: int | None = None) -> Inode:
-        self._inodes += 1
-        if self._inodes > MAX_INODES:
-            raise ResourceExhausted(f"tar entry {shown(entry.name)}: a layer has {MAX_INODES} files at most")
-        uid, gid = self._ids.to_host(entry.uid, entry.gid)
+        self._count_inode(entry.name)
+        uid, gid = self._owner(entry)
         inode = Inode(format | (entry.mode if mode is None else mode), uid, gid, entry.mtime_ns)
         if entry.xattrs:
             inode.attributes = dict(entry.xattrs)
         return inode
+
+    def _count_inode(self, name: bytes) -> None:
+        self._inodes += 1
+        if self._inodes > MAX_INODES:
+            raise ResourceExhausted(f"tar entry {shown(name)}: a layer has {MAX_INODES} files at most")
+
+    def _owner(self, entry: Entry) -> tuple[int, int]:
+        uid, gid = self._ids.to_host(entry.uid, entry.gid)
+        if not (0 <= uid < _NO_ID and 0 <= gid < _NO_ID):
+            raise InvalidInput(f"its owner, uid {uid} and gid {gid}, is none that Linux has")
+        return uid, gid
 
     def _place(self, parent: Inode, name: bytes, inode: Inode) -> None:
         assert parent.children is not None
@@ -201,16 +212,16 @@ class Index:
 
     def _add_link(self, entry: Entry, parent: Inode, name: bytes) -> None:
         target_parent, target_name = clean_name(entry.linkname)
-        directory = self._find(target_parent)
         # What stands at the name goes first, as with Docker: a link to itself finds nothing.
         self._remove(parent, name)
+        directory = self._find(target_parent)
         target = None if directory is None or directory.children is None else directory.children.get(target_name)
         if target is None or not target_name:
             raise InvalidInput(f"it is a hard link to {shown(entry.linkname)}, which is not in this layer")
         if target.children is not None:
             raise InvalidInput(f"it is a hard link to {shown(entry.linkname)}, which is a directory")
         target.nlink += 1
-        target.uid, target.gid = self._ids.to_host(entry.uid, entry.gid)
+        target.uid, target.gid = self._owner(entry)
         if not target.target:
             target.mode = stat.S_IFMT(target.mode) | entry.mode
             target.mtime_ns = entry.mtime_ns
@@ -297,6 +308,7 @@ class Index:
         self._refuse_reserved(parent, name)
         if len(name) > _LONGEST_NAME_BYTES:
             raise InvalidInput("its name is too long for a file system")
+        self._count_inode(name)
         made = parent.children[name] = self._new_directory(0o755, *self._ids.root, mtime_ns)
         return made
 
@@ -319,9 +331,21 @@ def clean_name(name: bytes) -> tuple[bytes, bytes]:
     return parent, last
 
 
+def _device(entry: Entry) -> int:
+    major, minor = entry.devmajor, entry.devminor
+    if not (0 <= major < _DEVICE_LIMITS[0] and 0 <= minor < _DEVICE_LIMITS[1]):
+        raise InvalidInput(f"its device number {major}:{minor} is none that Linux has")
+    return erofs.encode_device(major, minor)
+
+
+def _storable(attributes: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """Without those that no file system here knows, as Docker leaves them out."""
+    return {name: value for name, value in attributes.items() if erofs.is_storable(name)}
+
+
 def _encode(inode: Inode) -> None:
-    """Set the attributes as they are written; those that no file system here knows are left out, as by Docker."""
-    attributes = {name: value for name, value in (inode.attributes or {}).items() if erofs.is_storable(name)}
+    """Set the attributes as they are written."""
+    attributes = _storable(inode.attributes) if inode.attributes else {}
     if inode.digest is not None:
         marks = {_REDIRECT: object_path(inode.digest)}
         inode.xattrs = erofs.encode_xattrs({**attributes, **marks}, metacopy=True)
@@ -333,3 +357,4 @@ def _check_xattrs(xattrs: dict[bytes, bytes]) -> None:
     for name in xattrs:
         if name.startswith(_FORBIDDEN_XATTRS):
             raise InvalidInput(f"its extended attribute {shown(name)} would redirect reads to other layers' files")
+    erofs.encode_xattrs(_storable(xattrs))  # here, where an error still has the entry's name

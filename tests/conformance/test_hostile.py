@@ -1,0 +1,292 @@
+"""Hostile and broken tars: what Docker's overlay2 makes of them, or a refusal that names the entry; nothing else.
+
+After each: nothing outside the layer was touched, a refused layer shows nothing, nothing is left behind, and the
+driver goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.archive.entry import CHAR, Entry
+from gearworkers.archive.writer import END, header, padding
+from gearworkers.digest import object_path
+from gearworkers.layers.fsck import layer_faults
+from gearworkers.layers.store import LayerStore
+from gearworkers.objects.store import ObjectStore
+from gearworkers.settings import Settings
+from tests.conformance.drivers import Driver, Refused, an_id
+from tests.conformance.layers import (
+    applied,
+    device,
+    directory,
+    file,
+    hardlink,
+    mounted,
+    shown,
+    symlink,
+    tar,
+    whiteout,
+    with_xattrs,
+)
+from tests.conformance.test_trees import checksummed, pax_header, sparse_tar
+from tests.support.processes import wait_until
+
+pytestmark = pytest.mark.root
+
+DIGEST = bytes(range(32))
+
+
+def block(**fields: bytes) -> bytes:
+    """One header block with raw fields put over a right one."""
+    made = bytearray(header(Entry(b"entry", mtime_ns=0)))
+    places = {"name": 0, "mode": 100, "uid": 108, "gid": 116, "size": 124, "mtime": 136, "type": 156, "link": 157}
+    places |= {"major": 329, "minor": 337}
+    for name, value in fields.items():
+        at = places[name]
+        made[at : at + len(value)] = value
+    return checksummed(made)
+
+
+def huge(value: int) -> bytes:
+    """A base-256 number of a field of 8 bytes."""
+    return (value | 1 << 63).to_bytes(8, "big")
+
+
+def records(pairs: dict[bytes, bytes], name: bytes = b"entry") -> bytes:
+    """An empty file with these PAX records."""
+    return pax_header(pairs) + header(Entry(name, mtime_ns=0)) + END
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a hard link out of the layer": (lambda: tar(hardlink("out", "../../canary")), r"'out'.*not in this layer"),
+    "a hard link to an absolute path": (lambda: tar(hardlink("out", "/etc/passwd")), r"'out'.*not in this layer"),
+    "a hard link through a symlink out": (
+        lambda: tar(symlink("s", "/etc"), hardlink("out", "s/passwd")),
+        r"'out'.*not in this layer",
+    ),
+    "a hard link to itself": (lambda: tar(hardlink("me", "me")), r"'me'.*not in this layer"),
+    "a hard link over the directory of its target": (
+        lambda: tar(directory("d"), file("d/a", b"a"), hardlink("d", "d/a")),
+        r"'d'.*not in this layer",
+    ),
+    "a hard link to a directory": (lambda: tar(directory("d"), hardlink("e", "d")), r"'e'.*directory"),
+    "a parent that is a file": (lambda: tar(file("f"), file("f/below")), r"'f/below'.*parent"),
+    "a parent that is a dangling symlink": (lambda: tar(symlink("s", "none"), file("s/a")), r"'s/a'.*parent"),
+    "a parent that is a symlink to itself": (lambda: tar(symlink("s", "s"), file("s/a")), r"'s/a'.*(parent|symbolic)"),
+    "an overlay redirect": (
+        lambda: tar(with_xattrs(file("r", b"x"), trusted__overlay__redirect=object_path(DIGEST))),
+        r"'r'.*trusted\.overlay\.redirect",
+    ),
+    "an overlay mark on a directory": (
+        lambda: tar(with_xattrs(directory("d"), trusted__overlay__opaque=b"y")),
+        r"'d/'.*trusted\.overlay\.opaque",
+    ),
+    "a forged digest": (
+        lambda: tar(with_xattrs(file("g", b"x"), trusted__gear__sha256=DIGEST)),
+        r"'g'.*trusted\.gear\.sha256",
+    ),
+    "a name that would shadow the object store": (
+        lambda: tar(file(object_path(DIGEST)[1:], b"evil")),
+        r"\\x01a?.*top-level",
+    ),
+    "the same by a detour": (
+        lambda: tar(symlink("s", "."), file(b"s/\x01A/x", b"evil")),
+        r"top-level|'s/\\x01A/x'.*parent",
+    ),
+    "a whiteout of an object": (lambda: tar(whiteout("\x01A")), r"top-level"),
+    "a hard link at an object's place": (lambda: tar(file("f", b"x"), hardlink(b"\x01A", "f")), r"top-level"),
+    "a whiteout of nothing": (lambda: tar(file("d/.wh.")), r"'d/\.wh\.'"),
+    "a whiteout of the directory above": (lambda: tar(file("d/.wh...")), r"'d/\.wh\.\.\.'"),
+    "a whiteout of what the layer holds": (lambda: tar(file("a", b"a"), whiteout("a")), r"'\.wh\.a'.*same layer"),
+    "a name of 5000 characters": (lambda: tar(file("n" * 5000, b"x")), r"'nnn.*5000 bytes.*too long"),
+    "a path of 5000 characters": (lambda: tar(file("d/" * 2500 + "f", b"x")), r"'d/d/.*too long"),
+    "a symlink to 5000 characters": (lambda: tar(symlink("s", "t" * 5000)), r"'s'.*too long"),
+    "a symlink to nothing": (lambda: block(type=b"2") + END, r"'entry'.*(empty|long)"),
+    "an end inside a content": (lambda: tar(file("cut", b"c" * 9000))[:4096], r"'cut'.*content is cut"),
+    "an end inside a header": (lambda: tar(file("a", b"a"), file("b", b"b"))[:2148], r"ends early.*header"),
+    "an end behind an extended header": (
+        lambda: pax_header({b"path": b"never"}),
+        r"ends early",
+    ),
+    "a wrong checksum": (lambda: b"X" + tar(file("a", b"a"))[1:], r"byte 0.*checksum"),
+    "no tar at all": (lambda: b"\x1f\x8b\x08\x00" + os.urandom(2000), r"checksum"),
+    "a size that is no number": (lambda: block(size=b"12x45678901\0") + END, r"'entry'.*octal"),
+    "a negative size": (lambda: block(size=b"\xff" * 12) + END, r"'entry'.*negative"),
+    "a size of 8 EiB": (lambda: block(size=b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7) + END, r"'entry'"),
+    "a size of 1 TiB that lies": (lambda: block(size=b"\x80" + bytes(5) + b"\x01" + bytes(5)) + END, r"'entry'"),
+    "a PAX size that lies": (lambda: records({b"size": b"1099511627776"}), r"'entry'"),
+    "a PAX size that is none": (lambda: records({b"size": b"many"}), r"'entry'.*number"),
+    "a PAX size beyond 64 bits": (lambda: records({b"size": b"9" * 40}), r"'entry'.*64 bits"),
+    "a PAX record that lies about its length": (
+        lambda: checksummed_x(b"999 path=x\n") + header(Entry(b"entry")) + END,
+        r"length",
+    ),
+    "a PAX bomb": (lambda: block(type=b"x", size=b"77777777777\0") + bytes(4096), r"extended header is larger"),
+    "a long-name bomb": (lambda: block(type=b"L", size=b"77777777777\0") + bytes(4096), r"extended header is larger"),
+    "a sparse map that runs backwards": (
+        lambda: records({b"GNU.sparse.map": b"10,5,0,5", b"GNU.sparse.size": b"20", b"GNU.sparse.numblocks": b"2"}),
+        r"'entry'",
+    ),
+    "a sparse map of more than the file": (
+        lambda: records({b"GNU.sparse.map": b"0,999", b"GNU.sparse.size": b"20", b"GNU.sparse.numblocks": b"1"}),
+        r"'entry'",
+    ),
+    "a sparse file of 4 EiB": (lambda: sparse_tar(b"sparse", 1 << 62, b"t" * 512), r"'sparse'.*free"),
+    "a uid beyond 32 bits": (lambda: block(uid=huge(1 << 40)) + END, r"'entry'.*uid"),
+    "a gid beyond 32 bits": (lambda: records({b"gid": b"4294967296"}), r"'entry'.*gid"),
+    "a negative uid": (lambda: records({b"uid": b"-5"}), r"'entry'.*uid"),
+    "a device beyond the kernel's": (lambda: block(type=b"3", major=huge(1 << 40)) + END, r"'entry'.*device"),
+    "a type that nobody knows": (lambda: block(type=b"Q") + END, r"'entry'.*type"),
+    "a socket's type": (lambda: block(type=b"s") + END, r"'entry'.*type"),
+    "attributes of 100 KiB": (
+        lambda: tar(with_xattrs(file("x", b"x"), user__big=b"v" * 100_000)),
+        r"'x'.*attribute",
+    ),
+    "an attribute's name of 300 characters": (
+        lambda: records({b"SCHILY.xattr.user." + b"n" * 300: b"v"}),
+        r"'entry'.*attribute",
+    ),
+    "a NUL in a PAX path": (lambda: records({b"path": b"a\0b"}), r"NUL"),
+    "Gear records that are none": (lambda: records({b"GEAR.sha256": b"xyz", b"GEAR.size": b"5"}), r"'entry'.*Gear"),
+    "Gear records beside another size": (
+        lambda: (
+            pax_header({b"GEAR.sha256": DIGEST.hex().encode(), b"GEAR.size": b"5"})
+            + header(Entry(b"entry", size_bytes=3))
+            + b"abc"
+            + padding(3)
+            + END
+        ),
+        r"'entry'",
+    ),
+}
+
+ACCEPTED: dict[str, tuple[Callable[[], bytes], set[bytes]]] = {
+    "names with ..": (lambda: tar(file("../../canary", b"x"), file("a/../../b", b"y")), {b"canary", b"b"}),
+    "absolute names": (lambda: tar(file("/etc/passwd", b"x")), {b"etc", b"etc/passwd"}),
+    "a parent that is a symlink out": (
+        lambda: tar(directory("etc"), symlink("s", "/etc"), file("s/canary", b"x")),
+        {b"etc", b"s", b"etc/canary"},
+    ),
+    "a parent that is a symlink up and out": (
+        lambda: tar(symlink("up", "../../.."), file("up/canary", b"x")),
+        {b"up", b"canary"},
+    ),
+    "a symlink that leads out": (lambda: tar(symlink("s", "/etc/shadow")), {b"s"}),
+    "a file where a directory was": (lambda: tar(directory("d"), file("d/a", b"a"), file("d", b"f")), {b"d"}),
+    "a directory where a file was": (lambda: tar(file("d", b"f"), directory("d"), file("d/a")), {b"d", b"d/a"}),
+    "the same name twice": (lambda: tar(file("a", b"1"), file("a", b"2")), {b"a"}),
+    "names that are not UTF-8": (lambda: tar(file(b"\xff\xfe", b"x")), {b"\xff\xfe"}),
+    "a reserved byte further down": (lambda: tar(file(b"d/\x01A", b"x")), {b"d", b"d/\x01A"}),
+    "a device that opens the host's disk": (lambda: tar(device("vda", 254, 0, CHAR)), {b"vda"}),
+    "an aufs link directory": (
+        lambda: tar(directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2", b"x")),
+        {b".wh..wh.plnk", b".wh..wh.plnk/1.2"},
+    ),
+    "a time before 1970 and one after 2500": (
+        lambda: records({b"mtime": b"-1.5"}, b"old")[:-1024] + records({b"mtime": b"9223372036854775807"}, b"new"),
+        {b"old", b"new"},
+    ),
+    "no end mark": (lambda: tar(file("a", b"a"))[:-1024], {b"a"}),
+    "a size on a directory": (lambda: block(type=b"5", size=b"00000001000\0") + END, {b"entry"}),
+    "a global header": (
+        lambda: checksummed_x(b"30 comment=of the whole tar.\n\n"[:30], b"g") + tar(file("a", b"a")),
+        {b"a"},
+    ),
+}
+
+
+def checksummed_x(content: bytes, kind: bytes = b"x") -> bytes:
+    """An extended header with this content, whatever it is."""
+    size = b"%011o\0" % len(content)
+    return block(type=kind, size=size) + content + padding(len(content))
+
+
+@pytest.fixture
+def untouched(driver: Driver, tmp_path: Path) -> Iterator[None]:
+    """Nothing around GEAR_ROOT changes, and nothing is left in it."""
+    root = driver.settings.gear_root
+    canaries = {root.parent / "canary", root / "canary", tmp_path / "canary"}
+    for canary in canaries:
+        canary.write_text("untouched")
+    hosts = [Path("/etc"), Path("/etc/passwd"), root.parent]
+    before = [facts(path) for path in hosts]
+    yield
+    assert [facts(path) for path in hosts] == before
+    for canary in canaries:
+        assert (canary.read_text(), canary.stat().st_nlink) == ("untouched", 1)
+        canary.unlink()
+    check_whole(driver.settings)
+
+
+def facts(path: Path) -> tuple[int, int, int, int]:
+    """What a write to *path* would change."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_nlink, status.st_mode, status.st_uid
+
+
+def check_whole(settings: Settings) -> None:
+    """Nothing in staging, every object what its name says, every published layer whole."""
+    build = settings.gear_build_path
+    wait_until(lambda: not any(build.iterdir()), "staging is empty", timeout_s=5)
+    store = ObjectStore(settings.gear_public_cache_path)
+    faults = [fault for fault in layer_faults(LayerStore(settings, store), store, []) if "not finish" not in fault.what]
+    assert not faults
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.usefixtures("untouched")
+def test_it_is_refused_by_the_entrys_name(driver: Driver, what: str) -> None:
+    made, reason = REFUSED[what]
+    base = applied(driver, file("lower", b"lower"))
+    id = an_id()
+    driver.create(id, base)
+    with pytest.raises(Refused, match=f"(?s){reason}") as refused:
+        driver.apply_diff(id, base, made())
+    assert "internal error" not in str(refused.value)
+    with pytest.raises(Refused):
+        driver.get(id)
+    driver.remove(id)
+    after = applied(driver, file("after", b"after"), parent=base)
+    assert set(shown(driver, after)) == {b"lower", b"after"}, "the driver goes on"
+
+
+@pytest.mark.parametrize("what", ACCEPTED)
+@pytest.mark.usefixtures("untouched")
+def test_it_is_taken_as_overlay2_takes_it(driver: Driver, what: str) -> None:
+    made, names = ACCEPTED[what]
+    id = an_id()
+    data = made()
+    driver.create(id)
+    driver.apply_diff(id, "", data)
+    assert set(shown(driver, id)) == names
+    assert driver.diff(id) == data
+
+
+def test_whiteouts_in_odd_places_hide_only_in_their_layer(driver: Driver) -> None:
+    base = applied(driver, directory("d"), file("d/a", b"a"), file("keep", b"k"))
+    top = applied(driver, whiteout("../d/a"), whiteout("/x/../not-there"), parent=base)
+    assert set(shown(driver, top)) == {b"d", b"keep"}
+
+
+def test_many_long_names_in_one_directory(driver: Driver) -> None:
+    names = [b"%d-" % number + b"x" * (number * 7 % 240) for number in range(3000)]
+    id = applied(driver, directory("d"), *(file(b"d/" + name) for name in names))
+    assert set(shown(driver, id)) == {b"d"} | {b"d/" + name for name in names}
+
+
+def test_a_deep_tree(driver: Driver) -> None:
+    id = applied(driver, file("d/" * 1900 + "deepest", b"found"))
+    with mounted(driver, id) as merged:
+        here = os.open(merged, os.O_RDONLY)
+        for _ in range(1900):
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        assert os.listdir(here) == ["deepest"]
+        os.close(here)
+    assert len(driver.changes(id)) == 1901
