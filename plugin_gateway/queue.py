@@ -16,7 +16,14 @@ from gearworkers.streams import Order
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_TRANSPORT = {"socket_timeout": 1.0, "socket_connect_timeout": 0.5}
+_TRANSPORT = {
+    "socket_timeout": 1.0,
+    "socket_connect_timeout": 0.5,
+    "max_retries": 1,  # of kombu's own connecting, which else goes on for minutes
+    "interval_start": 0,
+    "interval_step": 0,
+    "interval_max": 0,
+}
 _PATIENCE_S = 2.0
 _ATTEMPTS = 2  # the first may meet a connection that a restart of Redis has cut
 
@@ -80,9 +87,9 @@ class TaskQueue:
             future = asyncio.get_running_loop().run_in_executor(self._thread, _attempted, call)
             return await asyncio.wait_for(future, _PATIENCE_S)
         except TimeoutError:
-            _log.warning("Redis does not answer in time", patience_s=_PATIENCE_S)
+            _log.info("Redis does not answer in time", patience_s=_PATIENCE_S)
         except Exception as exc:  # kombu and redis-py let many kinds through; each means: not published
-            _log.warning("Redis does not answer", error=f"{type(exc).__name__}: {exc}")
+            _log.info("Redis does not answer", error=f"{type(exc).__name__}: {exc}")
         return None
 
     def close(self) -> None:
