@@ -275,9 +275,11 @@ class Index:
         """Follow *path*, symlinks in the layer included; make missing directories if *mtime_ns* says of when."""
         trail = [self._root]
         left = path.split(b"/")[::-1]
-        symlinks = 0
+        symlinks = linked = 0  # linked: how many of the components left are of a symlink's target
         while left:
             name = left.pop()
+            is_linked = linked > 0
+            linked -= is_linked
             here = trail[-1]
             if here.children is None:
                 return None
@@ -289,14 +291,16 @@ class Index:
                 continue
             child = here.children.get(name)
             if child is None:
-                if mtime_ns is None or symlinks:
+                if mtime_ns is None or is_linked:
                     return None
                 child = self._implied(here, name, mtime_ns)
             if child.target:
                 symlinks += 1
                 if symlinks > _MOST_SYMLINKS:
                     raise InvalidInput(f"its parent {shown(path)} goes through too many symbolic links")
-                left += child.target.split(b"/")[::-1]
+                target = child.target.split(b"/")[::-1]
+                left += target
+                linked += len(target)
                 if child.target.startswith(b"/"):
                     trail = [self._root]
             else:

@@ -11,12 +11,13 @@ ReadSecurityXattrToTarHeader, for the capabilities of a user namespace.
 from __future__ import annotations
 
 import errno
-import os
 
-CAPABILITY = "security.capability"
+import xattr
 
-_KEPT_PREFIXES = ("user.", "trusted.", "system.posix_acl_")
-_DROPPED_PREFIXES = ("trusted.overlay.", "trusted.gear.")
+CAPABILITY = b"security.capability"
+
+_KEPT_PREFIXES = (b"user.", b"trusted.", b"system.posix_acl_")
+_DROPPED_PREFIXES = (b"trusted.overlay.", b"trusted.gear.")
 _VERSION_BYTE = 3
 _REVISION_2 = 2
 _REVISION_3 = 3
@@ -34,29 +35,17 @@ def kept_xattrs_of(fd: int) -> dict[bytes, bytes]:
 
 
 def _kept(target: int | bytes) -> dict[bytes, bytes]:
-    follow_symlinks = isinstance(target, int)
     try:
-        names = os.listxattr(target, follow_symlinks=follow_symlinks)
+        found: list[tuple[bytes, bytes]] = xattr.get_all(target, nofollow=not isinstance(target, int))
     except OSError as exc:
         if exc.errno == errno.ENOTSUP:
             return {}
         raise
-    kept = {}
-    for name in sorted(names):
-        if not _is_kept(name):
-            continue
-        try:
-            value = os.getxattr(target, name, follow_symlinks=follow_symlinks)
-        except OSError as exc:
-            if exc.errno == errno.ENODATA:
-                continue
-            raise
-        kept[os.fsencode(name)] = _portable(value) if name == CAPABILITY else value
-    return kept
+    return {name: _portable(value) if name == CAPABILITY else value for name, value in sorted(found) if _is_kept(name)}
 
 
-def _is_kept(name: str) -> bool:
-    if "=" in name:
+def _is_kept(name: bytes) -> bool:
+    if b"=" in name:
         return False
     return name == CAPABILITY or (name.startswith(_KEPT_PREFIXES) and not name.startswith(_DROPPED_PREFIXES))
 

@@ -1,0 +1,168 @@
+"""A layer's index: what names mean, and that the kernel reads the image as it was meant."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gearworkers.archive.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.digest import object_path
+from gearworkers.errors import InvalidInput
+from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.index import Index
+from gearworkers.mounts.index import mount_index
+from gearworkers.mounts.overlay import unmount
+
+DIGEST = bytes(range(32))
+
+
+def index_of(*entries: Entry, ids: IdMaps | None = None) -> Index:
+    index = Index(ids or IdMaps(), time_ns=1_700_000_000_000_000_007)
+    for entry in entries:
+        index.add(entry, DIGEST if entry.type == REG and entry.size_bytes else None)
+    return index
+
+
+@contextmanager
+def mounted(index: Index, place: Path) -> Iterator[Path]:
+    image, tree = place / "index.erofs", place / "tree"
+    image.write_bytes(index.image(bytes(16)))
+    tree.mkdir()
+    mount_index(image, tree)
+    try:
+        yield tree
+    finally:
+        unmount(tree)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("count", [1, 2, 150, 151, 152, 153, 154, 5000])
+def test_every_name_of_a_directory_is_found(count: int, tmp_path: Path) -> None:
+    names = {f"file-{number:07d}-of-many".encode() for number in range(count)}
+    with mounted(index_of(*(Entry(b"dir/" + name) for name in names)), tmp_path) as tree:
+        assert set(os.listdir(os.fsencode(tree / "dir"))) == names
+        for name in names:
+            os.lstat(os.fsencode(tree / "dir") + b"/" + name)
+        assert not (tree / "dir" / "file-0000000-of-man").exists()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name_bytes", range(240, 256))
+def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_path: Path) -> None:
+    names = [b"%02d" % number + b"x" * (name_bytes - 2) for number in range(16)]
+    entries = [Entry(b"dir/" + name) for name in names] + [Entry(b"zz-behind", size_bytes=1)]
+    with mounted(index_of(*entries), tmp_path) as tree:
+        assert sorted(os.listdir(os.fsencode(tree / "dir"))) == names
+        for name in names:
+            os.lstat(os.fsencode(tree / "dir") + b"/" + name)
+
+
+@pytest.mark.root
+def test_metadata_is_what_the_tar_says(tmp_path: Path) -> None:
+    index = index_of(
+        Entry(
+            b"f", mode=0o6754, uid=70000, gid=4, size_bytes=5 << 30, mtime_ns=-1_500_000_000, xattrs={b"user.a": b"b"}
+        ),
+        Entry(b"d", type=DIR, mode=0o1777, mtime_ns=123_456_789_987_654_321),
+        Entry(b"c", type=CHAR, mode=0o600, devmajor=300, devminor=70000),
+        Entry(b"p", type=FIFO, mode=0o640),
+        Entry(b"h", type=HARDLINK, linkname=b"f", mode=0o6754, uid=70000, gid=4, mtime_ns=-1_500_000_000),
+    )
+    with mounted(index, tmp_path) as tree:
+        file = (tree / "f").stat()
+        assert (file.st_mode, file.st_uid, file.st_gid, file.st_size) == (stat.S_IFREG | 0o6754, 70000, 4, 5 << 30)
+        assert (file.st_mtime_ns, file.st_nlink, (tree / "h").stat().st_ino) == (-1_500_000_000, 2, file.st_ino)
+        assert os.getxattr(tree / "f", "user.a") == b"b"
+        assert os.getxattr(tree / "f", "trusted.overlay.metacopy") == b""
+        assert os.getxattr(tree / "f", "trusted.overlay.redirect") == object_path(DIGEST)
+        assert (tree / "d").stat().st_mtime_ns == 123_456_789_987_654_321
+        assert (tree / "d").stat().st_mode == stat.S_IFDIR | 0o1777
+        assert (tree / "c").stat().st_rdev == os.makedev(300, 70000)
+        assert stat.S_ISFIFO((tree / "p").stat().st_mode)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("target_bytes", [1, 3000, 3950, 4030, 4031, 4032, 4095])
+def test_symlinks_of_every_length_are_read(target_bytes: int, tmp_path: Path) -> None:
+    target = b"t" * target_bytes
+    with mounted(index_of(Entry(b"a", size_bytes=3), Entry(b"l", type=SYMLINK, linkname=target)), tmp_path) as tree:
+        assert os.readlink(os.fsencode(tree / "l")) == target
+
+
+@pytest.mark.root
+def test_attributes_larger_than_a_block_are_read(tmp_path: Path) -> None:
+    xattrs = {b"user.%02d" % number: bytes([number]) * 1000 for number in range(40)}
+    entries = [Entry(b"f", size_bytes=1, xattrs=xattrs), Entry(b"l", type=SYMLINK, linkname=b"f")]
+    with mounted(index_of(*entries), tmp_path) as tree:
+        assert os.getxattr(tree / "f", "user.39") == xattrs[b"user.39"]
+        assert os.readlink(tree / "l") == "f"
+
+
+@pytest.mark.root
+def test_a_parent_that_is_a_symlink_is_followed_inside_the_layer(tmp_path: Path) -> None:
+    index = index_of(
+        Entry(b"usr/lib", type=DIR),
+        Entry(b"lib", type=SYMLINK, linkname=b"usr/lib"),
+        Entry(b"out", type=SYMLINK, linkname=b"/../../usr"),
+        Entry(b"lib/one"),
+        Entry(b"out/two"),
+        Entry(b"../../three"),
+    )
+    with mounted(index, tmp_path) as tree:
+        assert {path.name for path in (tree / "usr").rglob("*")} == {"lib", "one", "two"}
+        assert (tree / "three").exists()
+
+
+@pytest.mark.root
+def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
+    index = index_of(
+        Entry(b"a/b/c"),
+        Entry(b"a", size_bytes=2),
+        Entry(b"d", size_bytes=3),
+        Entry(b"d", type=DIR, mode=0o700),
+        Entry(b"d/e"),
+        Entry(b"d", type=DIR, mode=0o711),
+    )
+    assert index.size_bytes() == 2
+    with mounted(index, tmp_path) as tree:
+        assert (tree / "a").is_file()
+        assert (tree / "d" / "e").exists()
+        assert (tree / "d").stat().st_mode & 0o7777 == 0o711
+
+
+@pytest.mark.root
+def test_owners_are_mapped(tmp_path: Path) -> None:
+    ids = IdMaps((IDMap(0, 100000, 65536),), (IDMap(0, 200000, 65536),))
+    with mounted(index_of(Entry(b"implied/f", uid=1, gid=2), ids=ids), tmp_path) as tree:
+        owners = [(path.stat().st_uid, path.stat().st_gid) for path in (tree, tree / "implied", tree / "implied/f")]
+        assert owners == [(100000, 200000), (100000, 200000), (100001, 200002)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        ([Entry(b"a"), Entry(b"a/b")], "not a directory"),
+        ([Entry(b"l", type=SYMLINK, linkname=b"nowhere"), Entry(b"l/b")], "not a directory"),
+        ([Entry(b"l", type=SYMLINK, linkname=b"l"), Entry(b"l/b")], "too many symbolic links"),
+        ([Entry(b"h", type=HARDLINK, linkname=b"../etc/shadow")], "not in this layer"),
+        ([Entry(b"h", type=HARDLINK, linkname=b"h")], "not in this layer"),
+        ([Entry(b"d", type=DIR), Entry(b"h", type=HARDLINK, linkname=b"d")], "is a directory"),
+        ([Entry(b"\x01a/x")], "0x01"),
+        ([Entry(b"l", type=SYMLINK, linkname=b"/"), Entry(b"l/\x01a/x")], "0x01"),
+        ([Entry(b".wh.\x01a")], "0x01"),
+        ([Entry(b"f", xattrs={b"trusted.overlay.redirect": b"/x"})], "would redirect"),
+        ([Entry(b"f", xattrs={b"trusted.gear.sha256": DIGEST})], "would redirect"),
+        ([Entry(b"n" * 256)], "too long"),
+        ([Entry(b"n/" * 2500 + b"n")], "too long"),
+        ([Entry(b"f"), Entry(b".wh.f")], "whiteout"),
+        ([Entry(b"l", type=SYMLINK, linkname=b"")], "link target"),
+    ],
+)
+def test_what_docker_refuses_or_reaches_outside_is_refused(entries: list[Entry], why: str) -> None:
+    with pytest.raises(InvalidInput, match=why):
+        index_of(*entries)
