@@ -106,6 +106,8 @@ class Gateway:
         await self._upkeep.close()
         for runner in self._runners:
             await runner.cleanup()
+        if self._settings.effective_metrics_listen.startswith("/"):
+            Path(self._settings.effective_metrics_listen).unlink(missing_ok=True)
         self._dispatcher.close()
         self._threads.shutdown(wait=False)
         _log.info("gateway ended")

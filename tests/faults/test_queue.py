@@ -1,0 +1,172 @@
+"""The real Redis and the real workers fail in the middle; a caller of the plugin socket sees an answer all the same."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.plugin import Plugin, UnixHTTPConnection
+from tests.support.processes import wait_until
+from tests.support.stack import Stack
+from tests.support.tiny import tiny_tar
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("stack"), name="queue")
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture
+def plugin(stack: Stack) -> Plugin:
+    """The plugin with all its processes alive, and healthy."""
+    stack.start()
+    plugin = Plugin(stack.plugin_socket)
+    wait_until(lambda: is_served_by_worker(plugin), "a worker takes calls")
+    return plugin
+
+
+def is_served_by_worker(plugin: Plugin) -> bool:
+    apply(plugin, an_id())
+    return "import" not in plugin.status()["Degraded"]
+
+
+def an_id() -> str:
+    return os.urandom(16).hex()
+
+
+def a_tar() -> bytes:
+    return tiny_tar({"etc/new": os.urandom(1000), "etc/big": os.urandom(1 << 20)})
+
+
+def apply(plugin: Plugin, id: str, tar: bytes | None = None) -> tuple[int, dict[str, object]]:
+    plugin.call("Create", ID=id, Parent="")
+    return plugin.apply_diff(id, [tar or a_tar()])
+
+
+def children(stack: Stack) -> list[int]:
+    listing = subprocess.run(
+        ["pgrep", "-P", str(stack.daemons["import"].pid)], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in listing.stdout.split()]
+
+
+def count(stack: Stack, by: str) -> float:
+    """How many ApplyDiffs *by* has done."""
+    connection = UnixHTTPConnection(stack.run_dir / "metrics.sock")
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    name = f'gear_orders_total{{by="{by}",call="apply_diff"}} '
+    return sum(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
+
+
+def is_staged(stack: Stack, id: str) -> bool:
+    return any(path.name.startswith(id) for path in (stack.root / "build").iterdir())
+
+
+@contextmanager
+def begun(plugin: Plugin, stack: Stack, id: str, tar: bytes) -> Iterator[socket.socket]:
+    """A connection that has sent the first half of *tar*, and a worker that has begun with it."""
+    plugin.call("Create", ID=id, Parent="")
+    with plugin.begin_apply(id, tar[: len(tar) // 2]) as connection:
+        wait_until(lambda: is_staged(stack, id), "the worker has begun")
+        yield connection
+
+
+def answer_on(connection: socket.socket) -> tuple[int, bytes]:
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    with response:
+        return response.status, response.read()
+
+
+def test_what_a_worker_stored_comes_back(plugin: Plugin, stack: Stack) -> None:
+    id, tar, before = an_id(), a_tar(), count(stack, "worker")
+    assert apply(plugin, id, tar)[0] == 200
+    assert plugin.diff(id) == (200, tar)
+    assert count(stack, "worker") == before + 1
+
+
+def test_a_worker_killed_in_the_middle_is_an_error_and_the_next_call_works(plugin: Plugin, stack: Stack) -> None:
+    id, tar = an_id(), a_tar()
+    with begun(plugin, stack, id, tar) as connection:
+        for pid in children(stack):
+            os.kill(pid, signal.SIGKILL)
+        status, error = answer_on(connection)
+        assert status == 500 and b"died" in error
+    status, answer = plugin.apply_diff(id, [tar])
+    assert status == 500 and "remove the layer" in str(answer["Err"])
+    plugin.call("Remove", ID=id)
+    assert apply(plugin, id, tar)[0] == 200
+    assert plugin.diff(id) == (200, tar)
+
+
+def test_without_redis_the_gateway_works_and_recovers_when_it_is_back(plugin: Plugin, stack: Stack) -> None:
+    stack.kill("redis")
+    id, tar, before = an_id(), a_tar(), count(stack, "gateway")
+    assert apply(plugin, id, tar)[0] == 200
+    assert plugin.diff(id) == (200, tar)
+    assert count(stack, "gateway") == before + 1
+    assert "Redis does not answer" in plugin.status()["Degraded"]
+    stack.start("redis")
+    wait_until(lambda: is_served_by_worker(plugin), "the workers have found Redis again")
+
+
+def test_an_import_under_way_survives_the_end_of_redis(plugin: Plugin, stack: Stack) -> None:
+    id, tar = an_id(), a_tar()
+    with begun(plugin, stack, id, tar) as connection:
+        stack.kill("redis")
+        rest = tar[len(tar) // 2 :]
+        connection.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(rest), rest))
+        assert answer_on(connection)[0] == 200
+    assert plugin.diff(id) == (200, tar)
+
+
+def test_without_workers_the_gateway_works_and_what_it_queued_is_not_done_again(plugin: Plugin, stack: Stack) -> None:
+    stack.kill("import")
+    ids, tar = [an_id(), an_id()], a_tar()
+    assert [apply(plugin, id, tar)[0] for id in ids] == [200, 200]
+    assert "no worker takes tasks" in plugin.status()["Degraded"]
+    stack.start("import")
+    wait_until(lambda: is_served_by_worker(plugin), "the new workers take calls")
+    assert [plugin.diff(id) for id in ids] == [(200, tar), (200, tar)]
+
+
+def test_a_gateway_killed_in_the_middle_leaves_no_half_layer(plugin: Plugin, stack: Stack) -> None:
+    id, tar = an_id(), a_tar()
+    with begun(plugin, stack, id, tar):
+        stack.kill("gateway")
+        wait_until(lambda: not is_staged(stack, id), "the worker has given up")
+    stack.start("gateway")
+    status, answer = plugin.apply_diff(id, [tar])
+    assert status == 500 and "remove the layer" in str(answer["Err"])
+    plugin.call("Remove", ID=id)
+    assert apply(plugin, id, tar)[0] == 200
+    assert plugin.diff(id) == (200, tar)
+
+
+def test_objects_of_removed_layers_go_by_themselves(plugin: Plugin, stack: Stack) -> None:
+    content = os.urandom(300_000)
+    id = an_id()
+    assert apply(plugin, id, tiny_tar({"only/here": content}))[0] == 200
+
+    def is_stored() -> bool:
+        return any(
+            path.stat().st_size == len(content) for path in Path(stack.root / "public").rglob("*") if path.is_file()
+        )
+
+    assert is_stored()
+    plugin.call("Remove", ID=id)
+    wait_until(lambda: not is_stored(), "the object is collected", timeout_s=60)

@@ -1,0 +1,340 @@
+"""Every call over the real socket: answers, errors, and who does the heavy ones."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
+from gearworkers.settings import Settings
+from gearworkers.streams import Answer, Order, Stream
+from plugin_gateway.dispatch import Patience
+from plugin_gateway.sockets import listen
+from tests.support.plugin import Plugin, UnixHTTPConnection
+from tests.support.processes import wait_until
+from tests.unit.gateways import Running, Work, run_gateway
+
+Start = Callable[..., tuple[Running, Plugin]]
+PATIENCE = Patience(pickup_s=0.3, degraded_pickup_s=0.05, busy_s=0.5, upkeep_pickup_s=0.3)
+
+
+def do(order: Order, stream: Stream) -> None:
+    """What a worker with a driver in memory does: apply counts, diff writes as many bytes as the id says."""
+    try:
+        stream.answer(_done(order, stream))
+    except GearError as exc:
+        stream.answer(Answer(error=str(exc), retryable=exc.retryable))
+
+
+def _done(order: Order, stream: Stream) -> Answer:
+    if order.call == "apply_diff":
+        buffer, size_bytes = memoryview(bytearray(1 << 16)), 0
+        source = stream.source()
+        while count := source.readinto(buffer):
+            size_bytes += count
+        return Answer(size_bytes=size_bytes)
+    if order.call == "diff":
+        sink = stream.sink()
+        sink.write(bytes(int(order.id)))
+        if order.parent == "damaged":
+            raise IntegrityError("an object is damaged")
+        sink.finish()
+    return Answer()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        gear_root=tmp_path / "gear",
+        run_dir=tmp_path / "run",
+        plugin_socket=tmp_path / "plugins" / "gear.sock",
+        node="n",
+    )
+
+
+@pytest.fixture
+def start(settings: Settings) -> Iterator[Start]:
+    started: list[Running] = []
+
+    def begin(work: Work = do, *, workers: int = 1) -> tuple[Running, Plugin]:
+        started.append(run_gateway(settings, work, workers=workers, patience=PATIENCE))
+        return started[-1], Plugin(settings.plugin_socket)
+
+    yield begin
+    for running in started:
+        running.stop()
+
+
+def test_the_plugin_says_that_it_is_a_graph_driver(start: Start) -> None:
+    _, plugin = start()
+    assert plugin.request("Plugin.Activate", b"") == (200, b'{"Implements":["GraphDriver"]}')
+
+
+def test_the_light_calls_reach_the_driver(start: Start) -> None:
+    running, plugin = start()
+    assert plugin.call("Init", Home="/h", Opts=None, UIDMaps=[{"container_id": 0, "host_id": 9, "size": 1}]) == {}
+    assert running.driver.inits[0][1][0].host_id == 9
+    assert plugin.call("Capabilities") == {"Capabilities": {"ReproducesExactDiffs": True}}
+    assert plugin.call("Create", ID="a", Parent="") == {}
+    assert plugin.call("CreateReadWrite", ID="b", Parent="a") == {}
+    assert plugin.call("Exists", ID="b") == {"Exists": True}
+    assert plugin.call("Get", ID="b") == {"Dir": "/merged/b"}
+    assert plugin.call("GetMetadata", ID="b") == {"Metadata": {"MergedDir": "/merged/b"}}
+    assert plugin.call("Put", ID="b") == {}
+    assert plugin.call("Changes", ID="b", Parent="a") == {"Changes": [{"Path": "/a", "Kind": 1}]}
+    assert plugin.call("DiffSize", ID="b", Parent="a") == {"Size": 42}
+    assert plugin.call("Remove", ID="b") == {}
+    assert plugin.call("Exists", ID="b") == {}
+    assert plugin.call("Cleanup") == {}
+    assert plugin.status()["Layers"] == "1"
+
+
+def test_errors_of_the_driver_become_err_without_a_traceback(start: Start) -> None:
+    running, plugin = start()
+    assert plugin.call("Get", ID="none") == {"Err": "layer none: there is none"}
+    running.driver.broken = InvalidInput("a bad id")
+    assert plugin.call("Exists", ID="x") == {"Err": "a bad id"}
+    running.driver.broken = ZeroDivisionError("oops")
+    answer = plugin.call("Status")["Err"]
+    assert answer.startswith("internal error: ZeroDivisionError: oops") and "Traceback" not in answer
+    running.driver.broken = OSError(28, "x")
+    assert plugin.call("Exists", ID="x") == {"Err": "GraphDriver.Exists: No space left on device"}
+
+
+@pytest.mark.parametrize("method", ["GraphDriver.Nope", "Nope", "GraphDriver.Get/x", "GraphDriver.DiffNope"])
+def test_an_unknown_method_is_an_error(start: Start, method: str) -> None:
+    _, plugin = start()
+    status, body = plugin.request(method, b"{}")
+    assert status == 404
+    assert "no such call" in json.loads(body)["Err"]
+
+
+@pytest.mark.parametrize("method", ["GraphDriver.Init", "GraphDriver.Get", "GraphDriver.Diff"])
+def test_a_body_that_is_no_request_is_an_error(start: Start, method: str) -> None:
+    _, plugin = start()
+    status, body = plugin.request(method, b'{"ID": 7')
+    assert status == 400
+    assert "the request's body" in json.loads(body)["Err"]
+
+
+def test_a_body_goes_to_the_worker_and_its_size_comes_back(start: Start) -> None:
+    running, plugin = start()
+    assert plugin.apply_diff("a", [b"x" * 40_000] * 30) == (200, {"Size": 1_200_000})
+    order = next(order for order in running.queue.orders if order.call == "apply_diff")
+    assert (order.id, order.parent) == ("a", "")
+
+
+def test_light_and_heavy_calls_share_a_connection_until_a_heavy_one_ends_it(start: Start) -> None:
+    _, plugin = start()
+    connection = UnixHTTPConnection(plugin.path)
+    for _ in range(3):
+        connection.request("POST", "/GraphDriver.Exists", b'{"ID":"a"}')
+        assert connection.getresponse().read() == b"{}"
+    assert connection.sock is not None
+    first = connection.sock
+    connection.request("POST", "/GraphDriver.Diff", b'{"ID":"100000"}')
+    assert connection.sock is first
+    answer = connection.getresponse()
+    assert len(answer.read()) == 100_000 and answer.getheader("Connection") == "close"
+    connection.close()
+
+
+def test_a_request_that_arrives_byte_by_byte_is_the_same_request(start: Start) -> None:
+    _, plugin = start()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(plugin.path))
+        for request in (
+            b'POST /GraphDriver.DiffSize HTTP/1.1\r\nHost: p\r\nContent-Length: 10\r\n\r\n{"ID":"a"}',
+            b'POST /GraphDriver.Diff HTTP/1.1\r\nHost: p\r\nContent-Length: 10\r\n\r\n{"ID":"7"}',
+        ):
+            for at in range(len(request)):
+                connection.sendall(request[at : at + 1])
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.read() in (b'{"Size":42}', bytes(7))
+            answer.close()
+
+
+def test_diff_answers_any_number_of_bytes(start: Start) -> None:
+    _, plugin = start()
+    for size in (0, 1, 65_535, 65_536, 5_000_000):
+        assert plugin.diff(str(size)) == (200, bytes(size))
+
+
+def test_an_error_of_diff_before_the_first_byte_is_told_and_after_it_breaks_the_connection(start: Start) -> None:
+    _, plugin = start()
+    status, body = plugin.diff("10", "damaged")
+    assert (status, json.loads(body)) == (500, {"Err": "an object is damaged"})
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        plugin.diff("1000000", "damaged")
+
+
+def test_a_refused_body_is_read_to_its_end_so_that_its_sender_sees_the_answer(start: Start) -> None:
+    def refuse(order: Order, stream: Stream) -> None:
+        stream.answer(Answer(error="no"))
+
+    _, plugin = start(refuse)
+    assert plugin.apply_diff("a", [bytes(1 << 16)] * 200) == (500, {"Err": "no"})
+
+
+def test_an_empty_body_is_an_error(start: Start) -> None:
+    _, plugin = start()
+    status, answer = plugin.apply_diff("a", [])
+    assert status == 500 and "empty body" in answer["Err"]
+    status, body = plugin.request("GraphDriver.ApplyDiff?id=a&parent=", b"")
+    assert status == 400 and "empty" in json.loads(body)["Err"]
+
+
+def test_a_body_that_breaks_off_is_an_error_for_the_worker(start: Start) -> None:
+    errors: list[str] = []
+
+    def note(order: Order, stream: Stream) -> None:
+        try:
+            do(order, stream) if order.call != "apply_diff" else _done(order, stream)
+        except GearError as exc:
+            errors.append(str(exc))
+
+    _, plugin = start(note)
+    plugin.begin_apply("a", b"half").close()
+    wait_until(lambda: bool(errors), "the worker fails")
+    assert "broke off" in errors[0]
+
+
+def test_a_worker_that_dies_in_the_middle_is_an_error_for_docker(start: Start) -> None:
+    def die(order: Order, stream: Stream) -> None:
+        if order.call == "apply_diff":
+            stream.source().readinto(memoryview(bytearray(10)))
+
+    _, plugin = start(die)
+    status, answer = plugin.apply_diff("a", [bytes(1000)] * 100)
+    assert status == 500 and "died" in answer["Err"] and str(os.getpid()) in answer["Err"]
+
+
+def test_when_nothing_can_be_published_the_gateway_does_the_work_and_says_so(start: Start) -> None:
+    running, plugin = start()
+    assert plugin.status()["Degraded"] == "no"
+    running.queue.accepts = False
+    assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
+    status = plugin.status()
+    assert "Redis does not answer" in status["Degraded"] and status["Queue"] == "Redis does not answer"
+    assert b'gear_orders_total{by="gateway",call="apply_diff"} 1.0' in running.gateway.metrics.text()
+    assert b"gear_degraded 1.0" in running.gateway.metrics.text()
+    running.queue.accepts = True
+    assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
+    assert "import" not in plugin.status()["Degraded"]
+
+
+def test_when_no_worker_comes_the_gateway_does_the_work_and_waits_less_the_next_time(start: Start) -> None:
+    _, plugin = start(workers=0)
+    begun_s = time.monotonic()
+    assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
+    assert time.monotonic() - begun_s >= PATIENCE.pickup_s
+    assert "no worker takes tasks" in plugin.status()["Degraded"]
+    begun_s = time.monotonic()
+    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
+    assert time.monotonic() - begun_s < PATIENCE.pickup_s
+
+
+def test_a_worker_that_comes_too_late_is_turned_away(start: Start) -> None:
+    running, plugin = start(workers=0)
+    assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
+    late = next(order for order in running.queue.orders if order.call == "apply_diff")
+    assert running.queue.take(late) is False
+
+
+def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(start: Start) -> None:
+    running, plugin = start(workers=1)
+    slow = plugin.begin_apply("slow", b"x")
+    wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the worker is busy")
+    begun_s = time.monotonic()
+    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
+    assert time.monotonic() - begun_s >= PATIENCE.busy_s
+    assert "import" not in plugin.status()["Degraded"]
+    assert b'gear_orders_total{by="gateway",call="apply_diff"} 1.0' in running.gateway.metrics.text()
+    slow.sendall(b"0\r\n\r\n")
+    assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    slow.close()
+
+
+def test_a_waiting_call_gets_the_worker_that_becomes_free(start: Start) -> None:
+    running, plugin = start(workers=1)
+    slow = plugin.begin_apply("slow", b"x")
+    wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the worker is busy")
+    answers: list[Any] = []
+    waiting = threading.Thread(target=lambda: answers.append(plugin.apply_diff("b", [b"abc"])))
+    waiting.start()
+    wait_until(lambda: any(order.id == "b" for order in running.queue.orders), "the second is published")
+    slow.sendall(b"0\r\n\r\n")
+    waiting.join()
+    slow.close()
+    assert answers == [(200, {"Size": 3})]
+    assert b'gear_orders_total{by="worker",call="apply_diff"} 2.0' in running.gateway.metrics.text()
+
+
+def test_garbage_is_collected_at_the_start_and_a_finished_snapshot_absorbed_after_its_diff(start: Start) -> None:
+    running, plugin = start()
+    wait_until(lambda: any(order.call == "collect_garbage" for order in running.queue.orders), "garbage collection")
+    running.driver.layers["5"] = ""
+    running.driver.absorbable.add("5")
+    plugin.call("Get", ID="5")
+    assert plugin.diff("5") == (200, bytes(5))
+    assert not any(order.call == "absorb" for order in running.queue.orders)
+    plugin.call("Put", ID="5")
+    wait_until(lambda: ("absorb", "5") in {(order.call, order.id) for order in running.queue.orders}, "absorption")
+
+
+def test_metrics_are_served_beside_the_plugin(start: Start, settings: Settings) -> None:
+    _, plugin = start()
+    plugin.call("Exists", ID="a")
+    connection = UnixHTTPConnection(Path(settings.effective_metrics_listen))
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read()
+    connection.close()
+    assert b'gear_calls_total{method="GraphDriver.Exists",outcome="ok"} 1.0' in text
+
+
+def test_the_sockets_are_for_root_alone_and_gone_at_the_end(start: Start, settings: Settings) -> None:
+    running, _ = start()
+    sockets = [settings.plugin_socket, settings.streams_socket, Path(settings.effective_metrics_listen)]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in sockets] == [0o600] * 3
+    running.stop = lambda: None  # type: ignore[method-assign] # the fixture need not do it again
+    Running.stop(running)
+    assert not any(path.exists() for path in sockets)
+
+
+def test_a_call_under_way_is_finished_before_the_gateway_ends(start: Start) -> None:
+    running, plugin = start()
+    slow = plugin.begin_apply("slow", b"x")
+    wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the import is under way")
+    running.stop = lambda: None  # type: ignore[method-assign] # the fixture need not do it again
+    ending = threading.Thread(target=Running.stop, args=(running,))
+    ending.start()
+    wait_until(lambda: not plugin.path.exists(), "no new connections are taken")
+    slow.sendall(b"0\r\n\r\n")
+    assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    slow.close()
+    ending.join()
+
+
+def test_a_second_gateway_is_refused_and_a_dead_ones_socket_replaced(start: Start, settings: Settings) -> None:
+    dead = listen_and_die(settings.plugin_socket)
+    assert dead.exists()
+    start()
+    with pytest.raises(FailedPrecondition, match="another gateway"):
+        run_gateway(settings, do)
+
+
+def listen_and_die(path: Path) -> Path:
+    """Leave a socket file as a SIGKILL does."""
+    listen(path).close()
+    return path

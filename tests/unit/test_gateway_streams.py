@@ -1,0 +1,197 @@
+"""A body comes out of a connection as it went in, or as an error; never shorter."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gearworkers.errors import GearError, IntegrityError, InvalidInput, Unavailable
+from gearworkers.streams import CHUNKED, Answer, BodySource, FrameBuffer, Grant, Stream, frame
+
+
+@dataclass
+class Pair:
+    """A stream with both of its far ends."""
+
+    caller: socket.socket
+    gateway: socket.socket
+    connection: socket.socket
+    control: socket.socket
+
+    def stream(self, head: bytes = b"", body_bytes: int = CHUNKED) -> Stream:
+        return Stream(self.control, self.connection, Grant(True, True, body_bytes, len(head)), head)
+
+    def close(self) -> None:
+        for end in (self.caller, self.gateway, self.connection, self.control):
+            end.close()
+
+
+def connected() -> Pair:
+    caller, connection = socket.socketpair()
+    gateway, control = socket.socketpair()
+    connection.setblocking(False)
+    return Pair(caller, gateway, connection, control)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = connected()
+    yield pair
+    pair.close()
+
+
+def chunked(parts: list[bytes]) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+def read_all(source: BodySource, buffer_bytes: int = 4096) -> bytes:
+    buffer = memoryview(bytearray(buffer_bytes))
+    body = bytearray()
+    while count := source.readinto(buffer):
+        body += buffer[:count]
+    return bytes(body)
+
+
+@given(
+    parts=st.lists(st.binary(min_size=1, max_size=90), min_size=1, max_size=12),
+    buffer_bytes=st.integers(1, 64),
+    head_bytes=st.integers(0, 400),
+)
+def test_a_chunked_body_is_the_same_however_it_is_cut(parts: list[bytes], buffer_bytes: int, head_bytes: int) -> None:
+    pair = connected()
+    try:
+        wire = chunked(parts)
+        pair.caller.sendall(wire[head_bytes:])
+        assert read_all(pair.stream(wire[:head_bytes]).source(), buffer_bytes) == b"".join(parts)
+    finally:
+        pair.close()
+
+
+@given(parts=st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=4), data=st.data())
+def test_a_chunked_body_cut_anywhere_is_an_error(parts: list[bytes], data: st.DataObject) -> None:
+    pair = connected()
+    try:
+        wire = chunked(parts)
+        pair.caller.sendall(wire[: data.draw(st.integers(0, len(wire) - 1))])
+        pair.caller.close()
+        with pytest.raises(Unavailable, match="broke off"):
+            read_all(pair.stream().source())
+    finally:
+        pair.close()
+
+
+def test_extensions_and_trailers_of_chunks_are_taken_off(pair: Pair) -> None:
+    pair.caller.sendall(b'3;a="b"\r\nabc\r\n0\r\nX: y\r\n\r\n')
+    assert read_all(pair.stream().source()) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"x\r\n",
+        b"-1\r\nab",
+        b"3\r\nabcd\r\n",
+        b"\r\n",
+        b"1" * 16 + b"\r\n",
+        b"a" * 5000,
+        b"0\r\n\r\nmore",
+        b"+3\r\nabc",
+    ],
+)
+def test_malformed_chunks_are_an_error(pair: Pair, wire: bytes) -> None:
+    pair.caller.sendall(wire)
+    with pytest.raises(IntegrityError, match="the request's body"):
+        read_all(pair.stream().source())
+
+
+def test_an_empty_body_is_refused(pair: Pair) -> None:
+    pair.caller.sendall(b"0\r\n\r\n")
+    with pytest.raises(InvalidInput, match="empty body"):
+        read_all(pair.stream().source())
+
+
+def test_a_body_with_a_length_is_read_to_that_length_and_an_early_end_is_an_error(pair: Pair) -> None:
+    pair.caller.sendall(b"cdef")
+    assert read_all(pair.stream(b"ab", 6).source()) == b"abcdef"
+    pair.caller.close()
+    with pytest.raises(Unavailable, match="broke off"):
+        read_all(pair.stream(b"ab", 6).source())
+
+
+def test_a_reader_that_waits_learns_that_the_gateway_is_gone(pair: Pair) -> None:
+    pair.caller.sendall(b"1\r\na\r\n")
+    source = pair.stream().source()
+    buffer = memoryview(bytearray(10))
+    assert source.readinto(buffer) == 1
+    threading.Timer(0.05, pair.gateway.shutdown, (socket.SHUT_RDWR,)).start()
+    with pytest.raises(Unavailable, match="gateway is gone"):
+        source.readinto(buffer)
+
+
+def test_a_body_that_ends_after_the_gateway_is_not_taken_as_whole(pair: Pair) -> None:
+    pair.caller.sendall(chunked([b"abc"]))
+    pair.gateway.close()
+    with pytest.raises(Unavailable, match="gateway is gone"):
+        read_all(pair.stream().source())
+
+
+def test_what_is_written_arrives_as_one_response_with_its_clean_end(pair: Pair) -> None:
+    sink = pair.stream().sink()
+    parts: list[bytes | bytearray | memoryview] = [b"a" * 10, bytearray(b"b" * 100_000), memoryview(b"c" * 3)]
+    for part in parts:
+        sink.write(part)
+    sink.finish()
+    pair.connection.shutdown(socket.SHUT_WR)
+    response = http.client.HTTPResponse(pair.caller)
+    response.begin()
+    assert response.status == 200
+    assert response.read() == b"".join(parts)
+    response.close()
+
+
+def test_the_gateway_is_told_before_the_first_byte_is_written_and_not_earlier(pair: Pair) -> None:
+    sink = pair.stream().sink()
+    pair.gateway.setblocking(False)
+    sink.write(b"small")
+    with pytest.raises(BlockingIOError):
+        pair.gateway.recv(1)
+    sink.write(bytes(100_000))
+    frames = FrameBuffer()
+    frames.feed(pair.gateway.recv(1000))
+    assert frames.next() == frame(Answer(started=True))[4:]
+
+
+def test_a_writer_whose_caller_is_gone_ends_with_an_error(pair: Pair) -> None:
+    pair.caller.close()
+    with pytest.raises(Unavailable, match="the caller is gone"):
+        pair.stream().sink().write(bytes(100_000))
+
+
+def test_a_writer_that_waits_learns_that_the_gateway_is_gone(pair: Pair) -> None:
+    threading.Timer(0.05, pair.gateway.shutdown, (socket.SHUT_RDWR,)).start()
+    sink = pair.stream().sink()
+    with pytest.raises(Unavailable, match="gateway is gone"):
+        for _ in range(1000):
+            sink.write(bytes(1 << 16))
+
+
+def test_frames_come_whole_however_they_are_cut_and_absurd_ones_are_refused() -> None:
+    frames = FrameBuffer()
+    wire = frame(Answer(error="x")) + frame(Answer())
+    found = []
+    for at in range(len(wire)):
+        frames.feed(wire[at : at + 1])
+        if (message := frames.next()) is not None:
+            found.append(message)
+    assert found == [b'{"error":"x"}', b"{}"]
+    absurd = FrameBuffer()
+    absurd.feed(b"\xff\xff\xff\x7f")
+    with pytest.raises(GearError, match="a message of"):
+        absurd.next()

@@ -1,0 +1,105 @@
+"""What Celery is told, and what a task does: acknowledgement, retries, upkeep with and without a gateway."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery.exceptions import Retry
+
+from gearworkers.app import RETRIES, TIME_LIMIT_S, VISIBILITY_TIMEOUT_S, make_app, retry_delay_s
+from gearworkers.driver import GearDriver
+from gearworkers.settings import Settings
+from gearworkers.streams import Order
+from gearworkers.work import perform
+
+HEAVY = ("gearworkers.apply_diff", "gearworkers.diff")
+UPKEEP = ("gearworkers.push", "gearworkers.collect_garbage", "gearworkers.absorb")
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Any:
+    app = make_app(Settings(run_dir=tmp_path))
+    app.loader.import_default_modules()
+    app.finalize()
+    return app
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GEAR_ROOT without a gateway, named by the environment as for a worker."""
+    monkeypatch.setenv("GEAR_ROOT", str(tmp_path / "gear"))
+    monkeypatch.setenv("GEAR_RUN_DIR", str(tmp_path / "run"))
+    return tmp_path / "gear"
+
+
+def test_streams_are_acknowledged_early_and_upkeep_late(app: Any) -> None:
+    assert [app.tasks[name].acks_late for name in HEAVY] == [False, False]
+    assert all(app.tasks[name].acks_late and app.tasks[name].reject_on_worker_lost for name in UPKEEP)
+
+
+def test_nothing_keeps_a_result_and_only_json_is_spoken(app: Any) -> None:
+    assert all(app.tasks[name].ignore_result for name in HEAVY + UPKEEP)
+    assert app.conf.accept_content == ["json"] and app.conf.task_serializer == "json"
+    assert app.conf.worker_prefetch_multiplier == 1
+
+
+def test_redis_redelivers_only_after_every_limit_and_delay(app: Any) -> None:
+    limits = [app.tasks[name].time_limit for name in UPKEEP]
+    assert limits == [TIME_LIMIT_S] * len(UPKEEP)
+    longest_s = TIME_LIMIT_S + max(retry_delay_s(attempt) for attempt in range(RETRIES))
+    assert app.conf.broker_transport_options["visibility_timeout"] == VISIBILITY_TIMEOUT_S > longest_s
+
+
+def test_the_delay_between_attempts_doubles_up_to_a_bound() -> None:
+    assert [retry_delay_s(attempt) for attempt in range(10)] == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+
+
+def test_importing_the_application_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEAR_ROOT", "not absolute: reading it would raise")
+    monkeypatch.delitem(sys.modules, "gearworkers.app")
+    assert "app" not in vars(importlib.import_module("gearworkers.app"))
+
+
+def test_a_stream_order_without_a_gateway_is_dropped(root: Path) -> None:
+    settings = Settings.from_environ()
+    assert perform(settings, Order("apply_diff", str(root), "token", "a"), "worker") is None
+    assert not root.exists()
+
+
+@pytest.mark.root
+def test_upkeep_without_a_gateway_is_done(app: Any, root: Path) -> None:
+    GearDriver(Settings.from_environ()).prepare()
+    answer = perform(Settings.from_environ(), Order("collect_garbage", str(root), "token"), "worker")
+    assert answer is not None
+    assert (answer.error, answer.figures) == ("", {"removed_objects": 0, "removed_bytes": 0})
+    app.tasks["gearworkers.collect_garbage"](str(root), "token", "", "")
+
+
+def arguments(root: Path) -> dict[str, str]:
+    return {"gear_root": str(root), "token": "t", "id": "", "parent": ""}
+
+
+@pytest.mark.root
+def test_a_push_whose_remote_is_away_is_tried_again_and_one_without_remote_is_not(
+    app: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GearDriver(Settings.from_environ()).prepare()
+    push = app.tasks["gearworkers.push"]
+    push.push_request(retries=0, called_directly=False, is_eager=True, kwargs=arguments(root), delivery_info={})
+    try:
+        push.run(**arguments(root))
+        monkeypatch.setattr(GearDriver, "push_pending", _unavailable)
+        with pytest.raises(Retry, match="2s"):
+            push.run(**arguments(root))
+    finally:
+        push.pop_request()
+
+
+def _unavailable(driver: GearDriver) -> int:
+    from gearworkers.errors import Unavailable
+
+    raise Unavailable("the remote is away")
