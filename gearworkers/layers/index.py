@@ -34,6 +34,10 @@ _NO_ID = (1 << 32) - 1  # what chown(2) takes for "leave it"
 _DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
 
 
+_REDIRECTED = erofs.encode_xattrs({_REDIRECT: object_path(bytes(32))}, metacopy=True)[: -len(object_path(bytes(32)))]
+"""The attributes of a file that has no others than the overlay's marks, up to the object's path."""
+
+
 class Inode:
     """An inode of the index; `erofs.Node`."""
 
@@ -114,7 +118,8 @@ class Index:
         stack = [self._root]
         while stack:
             inode = stack.pop()
-            _encode(inode)
+            if inode.attributes:
+                _encode(inode)
             if inode.children is not None:
                 inode.nlink = 2
                 for child in inode.children.values():
@@ -142,6 +147,8 @@ class Index:
         if kind == REG:
             inode = self._inode(entry, stat.S_IFREG)
             inode.size_bytes, inode.digest = entry.size_bytes, digest
+            if digest is not None:
+                inode.xattrs = _REDIRECTED + object_path(digest)
         elif kind == DIR:
             self._add_directory(entry, parent, parent_path, name)
             return
