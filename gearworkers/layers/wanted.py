@@ -19,8 +19,9 @@ import msgspec
 import structlog
 
 from gearworkers.digest import object_name
-from gearworkers.errors import GearError
+from gearworkers.errors import GearError, from_os_error
 from gearworkers.layers.store import RECORD_FILE, Kind, Layer
+from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.objects.store import ObjectStore
 
@@ -76,8 +77,16 @@ class WantedObjects:
         return found[0] if found else None
 
     def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
-        """The distinct objects whose digest begins with what lies between the two, of one length."""
-        return self._find(least, greatest, lambda _: True)
+        """The distinct objects whose digest begins with what lies between the two, of one length.
+
+        Also of complete layers, which takes longer: one may have become complete with a file of it open.
+        """
+        found = self._find(least, greatest, lambda _: True)
+        if not found:
+            for path in self._images.iterdir():
+                complete = _mapped(path / OBJECTS_FILE)
+                found = found or (complete.between(least, greatest) if complete is not None else [])
+        return found
 
     def layers(self) -> list[str]:
         """The ids of the incomplete layers."""
@@ -104,6 +113,11 @@ class WantedObjects:
             if wanted.here == len(wanted.entries):
                 done.append(id)
         return done
+
+    def drop(self, id: str) -> None:
+        """The layer is complete."""
+        with self._lock:
+            self._lists = {known: wanted for known, wanted in self._lists.items() if known != id}
 
     def _find(self, least: bytes, greatest: bytes, matches: Callable[[bytes], bool]) -> list[tuple[bytes, int]]:
         self._refresh()
@@ -170,5 +184,30 @@ def _mapped(path: Path) -> _List | None:
             if not size_bytes:
                 return None
             return _List(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // RECORD.size))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None  # the layer was removed meanwhile
+
+
+def mark_complete(images: Path, id: str) -> None:
+    """Say durably that all objects of the layer are here; later mounts leave the lazy file system out.
+
+    Raises:
+        GearError: It cannot be written; the layer stays incomplete.
+
+    Crash: the layer is incomplete before the rename and complete after it; its objects were synced before.
+    """
+    directory = images / id
+    try:
+        layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+        images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            kernel.syncfs(images_fd)
+        finally:
+            os.close(images_fd)
+        temporary = directory / f"{RECORD_FILE}.new"
+        temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=True)))
+        temporary.rename(directory / RECORD_FILE)
+    except FileNotFoundError:
+        return  # it was removed meanwhile
+    except OSError as exc:
+        raise from_os_error(exc, f"mark layer {id} complete") from exc

@@ -132,7 +132,7 @@ class Fetcher:
             job = _Job(digest, size_bytes)
             self.open_large(digest, size_bytes, urgency, lambda opened: self._fill(job, opened, urgency, done))
         else:
-            self._fetch_whole(digest, size_bytes, urgency, done)
+            self.fetch_whole(digest, size_bytes, urgency, done)
 
     def open_large(self, digest: bytes, size_bytes: int, urgency: Urgency, done: OpenDone) -> None:
         """Have a large object ready to be read while it arrives.
@@ -185,7 +185,8 @@ class Fetcher:
 
     # -- whole objects
 
-    def _fetch_whole(self, digest: bytes, size_bytes: int, urgency: Urgency, done: Done) -> None:
+    def fetch_whole(self, digest: bytes, size_bytes: int, urgency: Urgency, done: Done) -> None:
+        """As `fetch`, in one piece however large it is."""
         with self._lock:
             job = self._jobs.get(digest)
             if job is None or (urgency is Urgency.ON_DEMAND and not job.started):
@@ -398,7 +399,7 @@ class Fetcher:
         elif isinstance(opened, File):
             done(None)
         elif opened is None:
-            self._fetch_whole(job.digest, job.size_bytes, urgency, done)
+            self.fetch_whole(job.digest, job.size_bytes, urgency, done)
         else:
             with self._lock:
                 is_coming = self._large.get(job.digest) is opened

@@ -1,0 +1,217 @@
+"""The lazy file server of a node: `gear lazyfs`.
+
+It keeps no state that a restart needs. A keeper process holds the descriptor of its FUSE connection: whatever a
+dead server had read and not answered comes to its successor once more, so a container notices a pause.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import structlog
+
+from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.layers.wanted import WantedObjects, mark_complete
+from gearworkers.mounts import overlay
+from gearworkers.mounts.lazy import connection as fuse
+from gearworkers.mounts.lazy.connection import Connection
+from gearworkers.mounts.lazy.keeper import Keeper
+from gearworkers.mounts.lazy.tree import Tree
+from gearworkers.objects.arrivals import Arrivals
+from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.sources import Source
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.workpool import WorkPool
+from gearworkers.services.lazyfs_contents import LazyContents
+from gearworkers.services.lazyfs_control import ControlServer, LazyStatus
+from gearworkers.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+_SERVING_THREADS = 3
+_UPKEEP_S = 0.5
+_USERS_EVERY = 10
+_LOCK_FILE = "lazyfs.lock"
+
+
+class LazyServer:
+    """One node's lazy file system, from mount to unmount; `run` once."""
+
+    def __init__(self, settings: Settings, sources: Sequence[Source]) -> None:
+        self._settings = settings
+        self._store = ObjectStore(settings.gear_public_cache_path)
+        self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
+        self._wanted = WantedObjects(settings.gear_images_path)
+        self._pool = WorkPool(settings.fetch_threads, for_background=max(settings.fetch_threads // 3, 1))
+        large_bytes = settings.large_object_bytes
+        self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)
+        self._contents = LazyContents(self._store, self._arrivals, self._wanted, self._fetcher, large_bytes=large_bytes)
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or `stop`.
+
+        The file system stays mounted, for a successor, while an overlay looks into it.
+
+        Raises:
+            FailedPrecondition: Another server of this root runs.
+            GearError: What could not be set up.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(_alone(self._settings.run_dir / _LOCK_FILE))
+            self._arrivals.prepare()
+            self._fetcher.prepare()
+            keeper = Keeper(self._settings.lazyfs_keeper_socket)
+            connection = self._connect(keeper)
+            for number in range(_SERVING_THREADS):
+                threading.Thread(target=self._serve, args=(connection,), name=f"fuse-{number}", daemon=True).start()
+            os.stat(self._settings.lazy_mount_path)  # once asked, the kernel knows the root while no server lives
+            stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, self._prefetch))
+            _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
+            self._look_after(connection, keeper)
+            if not is_in_use(self._settings):
+                overlay.unmount(self._settings.lazy_mount_path)
+        self._pool.close()
+
+    def stop(self) -> None:
+        """Let `run` return."""
+        self._stop.set()
+
+    def _connect(self, keeper: Keeper) -> Connection:
+        """To the file system that a dead server has left, or to a new one."""
+        target = self._settings.lazy_mount_path
+        tree = Tree(self._contents)
+        kept_fd = keeper.take()
+        if kept_fd is not None and _is_mount_point(target):
+            connection = Connection(kept_fd, tree.handle)
+            connection.resume()
+            _log.info("took over a mounted lazy file system")
+            return connection
+        overlay.unmount(target)  # one whose descriptor is lost answers nobody
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fuse_fd = fuse.mount(target)
+        keeper.keep(fuse_fd)
+        return Connection(fuse_fd, tree.handle)
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        except Exception:
+            _log.exception("the lazy file system cannot be served")
+        self.stop()  # unmounted by somebody, or broken: the next start mounts it anew
+
+    # -- upkeep
+
+    def _look_after(self, connection: Connection, keeper: Keeper) -> None:
+        turn = 0
+        while not self._stop.wait(_UPKEEP_S):
+            turn += 1
+            connection.give_up_killed()
+            keeper = self._revived(keeper, connection.fuse_fd)
+            try:
+                self._upkeep(with_users=turn % _USERS_EVERY == 0)
+            except (GearError, OSError) as exc:
+                _log.error("upkeep of the lazy file system failed", error=str(exc))
+
+    def _upkeep(self, *, with_users: bool) -> None:
+        self._fetcher.fill_idle(self._settings.fill_delay_s)
+        for id in self._wanted.completed(self._store):
+            mark_complete(self._settings.gear_images_path, id)
+            self._wanted.drop(id)
+            _log.info("a layer is complete", layer=id)
+        if with_users and not is_in_use(self._settings):
+            self._arrivals.empty()
+
+    def _revived(self, keeper: Keeper, fuse_fd: int) -> Keeper:
+        """The keeper, or a new one if it has died."""
+        if not select.select([keeper], [], [], 0)[0]:
+            return keeper
+        _log.warning("the keeper of the lazy file system died; another one is started")
+        keeper.close()
+        keeper = Keeper(self._settings.lazyfs_keeper_socket)
+        keeper.keep(fuse_fd)
+        return keeper
+
+    # -- what others ask
+
+    def _status(self) -> LazyStatus:
+        counts = self._fetcher.counts
+        return LazyStatus(
+            incomplete_layers=len(self._wanted.layers()),
+            lookups=self._contents.lookups,
+            arriving=self._fetcher.arriving,
+            serving=self._contents.serving,
+            fetched_objects=counts.objects,
+            received_bytes=counts.received_bytes,
+            failed=counts.failed,
+            corrupt=counts.corrupt,
+            failures={digest.hex(): failure.why for digest, failure in list(self._fetcher.failures.items())},
+        )
+
+    def _prefetch(self, ids: Sequence[str]) -> int:
+        """Have the named layers' missing objects fetched behind, in the order of the lists; how many they are."""
+        wanted = {record[0]: record for id in ids for record in self._wanted.missing(id, self._store)}
+        self._fetcher.prefetch(wanted.values())
+        return len(wanted)
+
+
+def serve(settings: Settings, sources: Sequence[Source]) -> None:
+    """Be the lazy file server until a signal says to end."""
+    server = LazyServer(settings, sources)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    server.run()
+
+
+def is_in_use(settings: Settings) -> bool:
+    """Whether an overlay of this process's mount namespace looks into the arrivals of this root."""
+    arrivals = os.fsencode(settings.gear_arrivals_path)
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        return any(arrivals in line for line in mounts)
+
+
+def wait_until_mounted(settings: Settings, timeout_s: float) -> None:
+    """Return when the lazy file system is there.
+
+    Raises:
+        FailedPrecondition: Nobody has mounted it in that time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not _is_mount_point(settings.lazy_mount_path):
+        if time.monotonic() > deadline_s:
+            raise FailedPrecondition(
+                f"the lazy file system is not mounted at {settings.lazy_mount_path}; start `gear lazyfs`"
+            )
+        time.sleep(0.02)
+
+
+def _is_mount_point(target: Path) -> bool:
+    """Without asking the file system itself, whose server may be dead."""
+    encoded = os.fsencode(target).replace(b"\\", b"\\134").replace(b" ", b"\\040")
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        return any(line.split(b" ", 5)[4] == encoded for line in mounts)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise from_os_error(exc, f"open {path}") from exc
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise FailedPrecondition(f"a lazy file server runs already ({path} is locked)") from exc
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,154 @@
+"""What the lazy file system's tree asks: objects by their short names, and the bytes of large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
+from gearworkers.layers.wanted import WantedObjects
+from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, digests_from, node_of
+from gearworkers.objects.arrivals import Arrivals
+from gearworkers.objects.fetch import Fetcher, Opened
+from gearworkers.objects.large import File, LargeObject, ReadDone
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.workpool import Urgency
+
+
+class LazyContents:
+    """The objects of one store's incomplete layers; implements `mounts.lazy.tree.Contents`."""
+
+    def __init__(
+        self, store: ObjectStore, arrivals: Arrivals, wanted: WantedObjects, fetcher: Fetcher, *, large_bytes: int
+    ) -> None:
+        self._store = store
+        self._arrivals = arrivals
+        self._wanted = wanted
+        self._fetcher = fetcher
+        self._large_bytes = large_bytes
+        self._served: dict[int, LargeObject | File] = {}
+        self.lookups = 0
+
+    def want(self, name: bytes, done: Callable[[Found], None]) -> None:
+        """Make the object arrive, or be ready to be read while it does."""
+        self.lookups += 1
+        try:
+            found = self._wanted.named(name)
+            if found is None:
+                done(Unknown())
+                return
+            digest, size_bytes = found
+            is_here = self._store.has(digest)
+        except GearError as exc:
+            done(exc)
+            return
+        if is_here:
+            done(self._arrive(digest))
+        elif size_bytes >= self._large_bytes:
+            self._fetcher.open_large(
+                digest, size_bytes, Urgency.ON_DEMAND, lambda opened: self._opened(digest, size_bytes, opened, done)
+            )
+        else:
+            self._fetch(digest, size_bytes, done)
+
+    def size_bytes(self, node: int) -> int | GearError:
+        """From the lists of the incomplete layers."""
+        try:
+            return self._object(node)[1]
+        except GearError as exc:
+            return exc
+
+    def read(self, node: int, offset: int, size_bytes: int, done: ReadDone) -> None:
+        """Of a large object, arriving or here."""
+        served = self._served.get(node)
+        if served is None or (isinstance(served, LargeObject) and served.broken is not None):
+            self._reopen(node, lambda opened: _read(opened, offset, size_bytes, done))
+        else:
+            served.read(offset, size_bytes, done)
+
+    def forget(self, node: int) -> None:
+        """Close the file; who looks it up again opens it again."""
+        self._served.pop(node, None)
+
+    @property
+    def serving(self) -> int:
+        """How many objects are read through the lazy file system."""
+        return len(self._served)
+
+    def _arrive(self, digest: bytes) -> Found:
+        try:
+            self._arrivals.link(digest)
+        except GearError as exc:
+            return exc
+        return Arrived()
+
+    def _fetch(self, digest: bytes, size_bytes: int, done: Callable[[Found], None]) -> None:
+        def fetched(error: GearError | None) -> None:
+            done(self._arrive(digest) if error is None else error)
+
+        self._fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, fetched)
+
+    def _opened(self, digest: bytes, size_bytes: int, opened: Opened, done: Callable[[Found], None]) -> None:
+        if isinstance(opened, GearError):
+            done(opened)
+        elif isinstance(opened, File):
+            done(self._arrive(digest))
+        elif opened is None:
+            self._fetch(digest, size_bytes, done)
+        else:
+            node = node_of(digest)
+            self._served[node] = opened
+            done(Served(node, size_bytes))
+
+    # -- nodes that another process, or this one before, has given out
+
+    def _reopen(self, node: int, use: Callable[[LargeObject | File | GearError], None]) -> None:
+        def fetched(digest: bytes, error: GearError | None) -> None:
+            use(self._remembered(node, self._whole(digest) if error is None else error))
+
+        def opened(digest: bytes, size_bytes: int, found: Opened) -> None:
+            if found is None:  # no source keeps it in chunks
+                self._fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, lambda error: fetched(digest, error))
+            else:
+                use(self._remembered(node, found))
+
+        try:
+            digest, size_bytes = self._object(node)
+        except GearError as exc:
+            use(exc)
+            return
+        self._fetcher.open_large(digest, size_bytes, Urgency.ON_DEMAND, lambda found: opened(digest, size_bytes, found))
+
+    def _remembered(self, node: int, opened: LargeObject | File | GearError) -> LargeObject | File | GearError:
+        if not isinstance(opened, GearError):
+            self._served[node] = opened
+        return opened
+
+    def _whole(self, digest: bytes) -> File | GearError:
+        try:
+            return File(self._store.open(digest))
+        except GearError as exc:
+            return exc
+
+    def _object(self, node: int) -> tuple[bytes, int]:
+        """Digest and size in bytes of the object with this node.
+
+        Raises:
+            NotFound: No incomplete layer has it.
+            IntegrityError: Two have the same.
+        """
+        try:
+            found = self._wanted.between(*digests_from(node))
+        except OSError as exc:
+            raise from_os_error(exc, "read the lists of incomplete layers") from exc
+        if not found:
+            raise NotFound(f"object {digests_from(node)[0].hex()}…: no incomplete layer has it")
+        if len(found) > 1:
+            raise IntegrityError(f"objects {', '.join(digest.hex() for digest, _ in found)} begin with the same bits")
+        return found[0]
+
+
+def _read(opened: LargeObject | File | GearError, offset: int, size_bytes: int, done: ReadDone) -> None:
+    if isinstance(opened, GearError):
+        done(opened)
+    else:
+        opened.read(offset, size_bytes, done)
