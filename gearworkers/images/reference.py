@@ -1,0 +1,129 @@
+"""Names of images: which registry, which repository, which tag or digest.
+
+Source: distribution/reference, "Grammar"; `docker.io` and `library/` are what Docker adds where nothing is said.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, replace
+
+from gearworkers.errors import InvalidInput
+
+DOCKER_HUB = "docker.io"
+_HUB_API_HOST = "registry-1.docker.io"
+_DEFAULT_TAG = "latest"
+_MAX_REPOSITORY_CHARACTERS = 255
+
+_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|"
+                   r"\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?\Z")  # fmt: skip
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An image in a registry."""
+
+    host: str
+    """As users write it, with the port if there is one."""
+    repository: str
+    tag: str | None
+    digest: str | None
+    """Where both are given, the digest counts."""
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read ``[HOST/]REPOSITORY[:TAG][@DIGEST]`` as Docker does; the tag is latest where nothing is said.
+
+        Raises:
+            InvalidInput: It is not of that form.
+        """
+        name, _, digest = text.removeprefix("docker://").partition("@")
+        host, repository = _split_host(name)
+        repository, tag = _split_tag(repository)
+        if host == DOCKER_HUB and "/" not in repository:
+            repository = f"library/{repository}"
+        if not _HOST.match(host) or not _REPOSITORY.match(repository):
+            raise InvalidInput(
+                f"{text!r} is no image name: [HOST/]repository[:TAG][@DIGEST], repositories in lower case"
+            )
+        if len(repository) > _MAX_REPOSITORY_CHARACTERS:
+            raise InvalidInput(
+                f"{text[:40]!r}…: a repository's name has {_MAX_REPOSITORY_CHARACTERS} characters at most"
+            )
+        if tag is not None and not _TAG.match(tag):
+            raise InvalidInput(f"{text!r}: {tag!r} is no tag")
+        if "@" in text:
+            check_digest(digest)
+        elif tag is None:
+            tag = _DEFAULT_TAG
+        return cls(host, repository, tag, digest or None)
+
+    @property
+    def api_host(self) -> str:
+        """Where the registry's API answers."""
+        return _HUB_API_HOST if self.host == DOCKER_HUB else self.host
+
+    @property
+    def version(self) -> str:
+        """What stands behind ``/manifests/``."""
+        return self.digest or self.tag or _DEFAULT_TAG
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the registry is on this machine, where plain HTTP is as good as TLS."""
+        return is_loopback(self.host)
+
+    def at(self, digest: str) -> Reference:
+        """The manifest of this digest in the same repository."""
+        return replace(self, tag=None, digest=digest)
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag else ""
+        digest = f"@{self.digest}" if self.digest else ""
+        return f"{self.host}/{self.repository}{tag}{digest}"
+
+
+def check_digest(digest: str) -> str:
+    """*digest* if it is ``sha256:`` and 64 hex digits.
+
+    Raises:
+        InvalidInput: It is not; other algorithms are none that registries use.
+    """
+    if not _DIGEST.match(digest):
+        raise InvalidInput(f"{digest[:100]!r} is no SHA-256 digest")
+    return digest
+
+
+def is_loopback(host: str) -> bool:
+    """Whether *host*, with or without a port, is ``localhost`` or a loopback address."""
+    name = host_name(host)
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def host_name(host: str) -> str:
+    """*host* without its port and without the brackets of an IPv6 address."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _split_host(name: str) -> tuple[str, str]:
+    first, slash, rest = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return (DOCKER_HUB if first == "index.docker.io" else first), rest
+    return DOCKER_HUB, name
+
+
+def _split_tag(repository: str) -> tuple[str, str | None]:
+    base, colon, tag = repository.rpartition(":")
+    return (base, tag) if colon else (repository, None)
