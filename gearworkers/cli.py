@@ -15,6 +15,7 @@ from rich.table import Table
 from gearworkers import doctor as checks
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError
+from gearworkers.log import configure_logging
 from gearworkers.mounts.probe import Check
 from gearworkers.settings import Settings
 
@@ -82,6 +83,16 @@ def fsck(
 def push() -> None:
     """Push what waits in the spool to GEAR_REMOTE, now."""
     _out.print(f"pushed {GearDriver(Settings.from_environ()).push_pending()} objects")
+
+
+@app.command()
+def lazyfs() -> None:
+    """Serve the files of images that have not arrived; runs until SIGTERM."""
+    from gearworkers.services.lazyfs import serve, sources_of  # of use to no other command
+
+    settings = Settings.from_environ()
+    configure_logging(settings)
+    serve(settings, sources_of(settings))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
 from gearworkers.mounts import overlay
+from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.mounts.table import MountTable
 from gearworkers.objects.claims import OBJECTS_FILE
@@ -43,6 +44,8 @@ _INIT_FILE = "init.json"
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EMPTY = "empty"
+_LAZY_TIMEOUT_S = 10.0
+"""At a start of all parts a container may be mounted before the lazy file server is up."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -210,7 +213,7 @@ class GearDriver:
             self._mounts.drop(id, parent / id / MERGED)
 
     def _spec(self, layer: Layer, mount_label: str) -> overlay.OverlaySpec:
-        data = (self.settings.gear_public_cache_path,)
+        data = self._data(layer.id)
         label = mount_label or layer.mount_label
         if layer.kind is Kind.IMAGE:
             return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label)
@@ -219,6 +222,14 @@ class GearDriver:
         return overlay.OverlaySpec(
             lowers, data, directory / UPPER, directory / WORK, context=label, volatile=_is_volatile(layer.id)
         )
+
+    def _data(self, id: str) -> tuple[Path, ...]:
+        """Where contents are looked up: in public/; for an incomplete chain also by the trap and where it leads."""
+        settings = self.settings
+        if self._layers.is_complete(id):
+            return (settings.gear_public_cache_path,)
+        wait_until_mounted(settings.lazy_mount_path, _LAZY_TIMEOUT_S)
+        return (settings.gear_public_cache_path, settings.lazy_mount_path, settings.gear_arrivals_path)
 
     @contextmanager
     def _view(self, id: str) -> Iterator[int | None]:
@@ -235,7 +246,7 @@ class GearDriver:
             with self._view(layer.parent) as parent_view:
                 yield parent_view
         else:
-            spec = overlay.OverlaySpec(self._layers.chain(id), (self.settings.gear_public_cache_path,))
+            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id))
             with overlay.detached(spec) as fd:
                 yield fd
 

@@ -90,7 +90,7 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self._settled: dict[str, Layer] = {}  # image layers: their records never change
+        self._settled: dict[str, Layer] = {}  # complete image layers: their records never change
 
     def prepare(self) -> None:
         """Make the directories that are missing."""
@@ -162,10 +162,14 @@ class LayerStore:
             layer = self._settled.get(id)
             if layer is None:
                 layer = self.get(id)
-                if layer.kind is Kind.IMAGE:
+                if layer.kind is Kind.IMAGE and layer.complete:
                     self._settled[id] = layer
             yield layer
             id = layer.parent
+
+    def is_complete(self, id: str) -> bool:
+        """Whether all contents of the layer and its parents are here."""
+        return all(layer.complete for layer in self.parents(id))
 
     # -- a layer's life
 

@@ -11,23 +11,23 @@ import os
 import select
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import structlog
 
-from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, from_os_error
 from gearworkers.layers.wanted import WantedObjects, mark_complete
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy import connection as fuse
 from gearworkers.mounts.lazy.connection import Connection
 from gearworkers.mounts.lazy.keeper import Keeper
+from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.lazy.tree import Tree
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
-from gearworkers.objects.sources import Source
+from gearworkers.objects.sources import DirectorySource, Source
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_contents import LazyContents
@@ -77,7 +77,7 @@ class LazyServer:
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, self._prefetch))
             _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
             self._look_after(connection, keeper)
-            if not is_in_use(self._settings):
+            if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)
         self._pool.close()
 
@@ -90,7 +90,7 @@ class LazyServer:
         target = self._settings.lazy_mount_path
         tree = Tree(self._contents)
         kept_fd = keeper.take()
-        if kept_fd is not None and _is_mount_point(target):
+        if kept_fd is not None and is_mount_point(target):
             connection = Connection(kept_fd, tree.handle)
             connection.resume()
             _log.info("took over a mounted lazy file system")
@@ -127,7 +127,7 @@ class LazyServer:
             mark_complete(self._settings.gear_images_path, id)
             self._wanted.drop(id)
             _log.info("a layer is complete", layer=id)
-        if with_users and not is_in_use(self._settings):
+        if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
 
     def _revived(self, keeper: Keeper, fuse_fd: int) -> Keeper:
@@ -171,33 +171,18 @@ def serve(settings: Settings, sources: Sequence[Source]) -> None:
     server.run()
 
 
-def is_in_use(settings: Settings) -> bool:
-    """Whether an overlay of this process's mount namespace looks into the arrivals of this root."""
-    arrivals = os.fsencode(settings.gear_arrivals_path)
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        return any(arrivals in line for line in mounts)
-
-
-def wait_until_mounted(settings: Settings, timeout_s: float) -> None:
-    """Return when the lazy file system is there.
+def sources_of(settings: Settings) -> list[Source]:
+    """Where this node gets objects: nfs/, then its remote.
 
     Raises:
-        FailedPrecondition: Nobody has mounted it in that time.
+        InvalidInput: GEAR_REMOTE is none that is known.
     """
-    deadline_s = time.monotonic() + timeout_s
-    while not _is_mount_point(settings.lazy_mount_path):
-        if time.monotonic() > deadline_s:
-            raise FailedPrecondition(
-                f"the lazy file system is not mounted at {settings.lazy_mount_path}; start `gear lazyfs`"
-            )
-        time.sleep(0.02)
-
-
-def _is_mount_point(target: Path) -> bool:
-    """Without asking the file system itself, whose server may be dead."""
-    encoded = os.fsencode(target).replace(b"\\", b"\\134").replace(b" ", b"\\040")
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        return any(line.split(b" ", 5)[4] == encoded for line in mounts)
+    sources: list[Source] = [DirectorySource(settings.gear_nfs_path)]
+    if settings.remote:
+        if not os.path.isabs(settings.remote):
+            raise InvalidInput(f"GEAR_REMOTE={settings.remote}: an absolute path is needed")
+        sources.append(DirectorySource(Path(settings.remote)))
+    return sources
 
 
 @contextmanager
