@@ -1,0 +1,32 @@
+"""`make up`: the whole stack in the foreground, ended cleanly by one signal, beside another stack."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.dockerd import Dockerd
+from tests.support.stack import Stack
+from tests.support.tiny import tiny_tar
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_stack_comes_up_serves_a_dockerd_and_ends_cleanly(
+    stack: Stack, disk: Path, number: signal.Signals
+) -> None:
+    second = Stack(disk / f"up-{number.name}", name="gear2")
+    second.up()
+    dockerd = Dockerd("d2", disk / f"docker-{number.name}", "gear2")
+    dockerd.start()
+    dockerd.docker("import", "-", "tiny", stdin=tiny_tar())
+    assert dockerd.run("tiny", "echo", "up") == "up"
+    dockerd.stop()
+    process = second.honcho.process
+    assert process is not None
+    process.send_signal(number)
+    assert process.wait(30) in (0, 128 + number, -number)
+    assert not second.plugin_socket.exists()
+    assert not second.redis_socket.exists()
+    assert stack.is_running("gateway")
