@@ -28,6 +28,7 @@ from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStor
 from gearworkers.layers.usage import Usage, UsageMeter
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy.place import wait_until_mounted
+from gearworkers.mounts.lazy.tree import FAILED, FETCH
 from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.mounts.table import MountTable
 from gearworkers.objects.claims import OBJECTS_FILE
@@ -224,12 +225,13 @@ class GearDriver:
         )
 
     def _data(self, id: str) -> tuple[Path, ...]:
-        """Where contents are looked up: in public/; for an incomplete chain also by the trap and where it leads."""
+        """Where contents are looked up: in public/; for an incomplete chain by the trap, too (mounts.lazy.tree)."""
         settings = self.settings
         if self._layers.is_complete(id):
             return (settings.gear_public_cache_path,)
-        wait_until_mounted(settings.lazy_mount_path, _LAZY_TIMEOUT_S)
-        return (settings.gear_public_cache_path, settings.lazy_mount_path, settings.gear_arrivals_path)
+        lazy = settings.lazy_mount_path
+        wait_until_mounted(lazy, _LAZY_TIMEOUT_S)
+        return (settings.gear_public_cache_path, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
 
     @contextmanager
     def _view(self, id: str) -> Iterator[int | None]:

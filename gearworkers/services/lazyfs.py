@@ -24,7 +24,7 @@ from gearworkers.mounts.lazy import connection as fuse
 from gearworkers.mounts.lazy.connection import Connection
 from gearworkers.mounts.lazy.keeper import Keeper
 from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
-from gearworkers.mounts.lazy.tree import Tree
+from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.sources import DirectorySource, Source
@@ -73,7 +73,8 @@ class LazyServer:
             connection = self._connect(keeper)
             for number in range(_SERVING_THREADS):
                 threading.Thread(target=self._serve, args=(connection,), name=f"fuse-{number}", daemon=True).start()
-            os.stat(self._settings.lazy_mount_path)  # once asked, the kernel knows the root while no server lives
+            for name in (FETCH, FAILED):
+                os.stat(self._settings.lazy_mount_path / name)  # once asked, the kernel knows it while no server lives
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, self._prefetch))
             _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
             self._look_after(connection, keeper)

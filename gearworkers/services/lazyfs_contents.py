@@ -50,6 +50,10 @@ class LazyContents:
         else:
             self._fetch(digest, size_bytes, done)
 
+    def is_wanted(self, name: bytes) -> bool:
+        """Whether an incomplete layer has such an object."""
+        return self._wanted.named(name) is not None
+
     def size_bytes(self, node: int) -> int | GearError:
         """From the lists of the incomplete layers."""
         try:

@@ -1,11 +1,14 @@
 """What the lazy file system shows: nothing to list, every object to look up.
 
-The tree is that of an object cache, ``/\\x01a/bcd…``. Looking an object up makes it arrive; then the answer is that
-there is none, and the overlay goes on to arrivals/, where it is by now (the trap). A large object is answered with
-a file, whose reads wait for the parts they need only.
+``fetch/`` is a tree as that of an object cache, ``\\x01a/bcd…``. Looking an object up there makes it arrive; then the
+answer is that there is none, and the overlay goes on to arrivals/, where it is by now (the trap). A large object is
+answered with a file, whose reads wait for the parts they need only.
 
-A node's number says all about it, so a successor of a dead server needs none of its memory: 1 is the root, 2 to 65
-its directories, and an object has the first 63 bits of its digest below a set top bit.
+``failed/`` is another one, where an overlay looks last. It takes every error of a data layer for a missing object
+and tells its reader the last layer's error. So here the answer is EIO for an object that should have arrived.
+
+A node's number says all about it, so a successor of a dead server needs none of its memory: 1 is the root, 2 and 3
+its directories, the next 128 theirs, and an object has the first 63 bits of its digest below a set top bit.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from gearworkers.mounts.lazy import protocol
 from gearworkers.mounts.lazy.connection import Waiter
 from gearworkers.mounts.lazy.protocol import ROOT_NODE, Op, Request
 
-_FIRST_DIRECTORY = ROOT_NODE + 1
+FETCH = "fetch"
+FAILED = "failed"
+_FETCH_NODE = 2
+_FAILED_NODE = 3
+_FETCH_SHARDS = 4
+_FAILED_SHARDS = _FETCH_SHARDS + len(ALPHABET)
+_TOP = {FETCH.encode(): _FETCH_NODE, FAILED.encode(): _FAILED_NODE}
+_SHARDS = {_FETCH_NODE: _FETCH_SHARDS, _FAILED_NODE: _FAILED_SHARDS}
 _OBJECT_BIT = 1 << 63
 
 
@@ -51,6 +61,9 @@ class Contents(Protocol):
 
     def want(self, name: bytes, done: Callable[[Found], None]) -> None:
         """Make the object with this name of 21 characters arrive; *done* is called once, now or later."""
+
+    def is_wanted(self, name: bytes) -> bool:
+        """Whether an incomplete layer has such an object."""
 
     def size_bytes(self, node: int) -> int | GearError:
         """How long the object of this node is."""
@@ -102,18 +115,17 @@ class Tree:
             handler(request, waiter)
 
     def _lookup(self, request: Request, waiter: Waiter) -> None:
-        name = protocol.name_of(request.body)
-        if request.node == ROOT_NODE:
-            node = _directory_node(name)
-            if node is None:
-                waiter.fail(errno.ENOENT)
-            else:
-                waiter.give(protocol.entry_body(node, protocol.directory(node)))
-        elif _is_object(request.node):
+        name, parent = protocol.name_of(request.body), request.node
+        if _is_object(parent):
             waiter.fail(errno.ENOTDIR)
+        elif parent < _FETCH_SHARDS:
+            _tell_directory(_directory_node(parent, name), waiter)
+        elif parent < _FAILED_SHARDS:
+            full_name = _full_name(parent - _FETCH_SHARDS, name)
+            self._contents.want(full_name, lambda found: _tell(found, waiter))
         else:
-            order = request.node - _FIRST_DIRECTORY
-            self._contents.want(ALPHABET[order : order + 1] + name, lambda found: _tell(found, waiter))
+            is_wanted = self._contents.is_wanted(_full_name(parent - _FAILED_SHARDS, name))
+            waiter.fail(errno.EIO if is_wanted else errno.ENOENT)
 
     def _getattr(self, request: Request, waiter: Waiter) -> None:
         if not _is_object(request.node):
@@ -163,8 +175,21 @@ def _is_object(node: int) -> bool:
     return node >= _OBJECT_BIT
 
 
-def _directory_node(name: bytes) -> int | None:
+def _tell_directory(node: int | None, waiter: Waiter) -> None:
+    if node is None:
+        waiter.fail(errno.ENOENT)
+    else:
+        waiter.give(protocol.entry_body(node, protocol.directory(node)))
+
+
+def _full_name(shard: int, name: bytes) -> bytes:
+    return ALPHABET[shard : shard + 1] + name
+
+
+def _directory_node(parent: int, name: bytes) -> int | None:
+    if parent == ROOT_NODE:
+        return _TOP.get(name)
     if len(name) != 2 or name[:1] != RESERVED:
         return None
-    order = ALPHABET.find(name[1:])
-    return None if order < 0 else _FIRST_DIRECTORY + order
+    shard = ALPHABET.find(name[1:])
+    return None if shard < 0 else _SHARDS[parent] + shard
