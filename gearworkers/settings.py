@@ -46,6 +46,12 @@ class Settings:
     """How many requests to the remote the lazy file server has under way at most."""
     fill_delay_s: float = DEFAULT_FILL_DELAY_S
     """So long after its last read the rest of a large object is fetched behind."""
+    docker_config: Path = field(default_factory=lambda: Path.home() / ".docker")
+    """Where Docker's clients keep the credentials for registries: the directory of config.json."""
+    https_proxy: str = ""
+    """URL of the proxy on the way to registries; empty for none."""
+    no_proxy: str = ""
+    """Hosts and domains, with commas between, that the proxy is not asked for."""
     log_level: str = "info"
     log_format: str = "console"
     """``console`` or ``json``."""
@@ -70,6 +76,9 @@ class Settings:
             fill_delay_s=_positive(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
+            docker_config=_absolute(environ, "DOCKER_CONFIG", Path.home() / ".docker"),
+            https_proxy=environ.get("HTTPS_PROXY") or environ.get("https_proxy", ""),
+            no_proxy=environ.get("NO_PROXY") or environ.get("no_proxy", ""),
             log_level=_one_of(environ, "GEAR_LOG_LEVEL", LOG_LEVELS, "info"),
             log_format=_one_of(environ, "GEAR_LOG_FORMAT", LOG_FORMATS, "console"),
         )

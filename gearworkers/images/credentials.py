@@ -1,0 +1,125 @@
+"""Who we are to a registry: from the config.json that `docker login` writes, and from credential helpers.
+
+Source: docker/cli, "config.json"; docker/docker-credential-helpers, "Development" (the protocol on stdin and stdout).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from gearworkers.errors import FailedPrecondition, InvalidInput, from_os_error
+from gearworkers.images.reference import DOCKER_HUB
+
+_HUB_KEY = "https://index.docker.io/v1/"
+_HELPER_TIMEOUT_S = 60
+_IDENTITY_TOKEN_USER = "<token>"
+_NOT_THERE = "credentials not found"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A user and a password, or an identity token that is exchanged for access tokens."""
+
+    user: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+
+
+class _Auth(msgspec.Struct, frozen=True):
+    auth: str = ""
+    username: str = ""
+    password: str = ""
+    identity_token: str = msgspec.field(name="identitytoken", default="")
+
+
+class _Config(msgspec.Struct, frozen=True):
+    auths: dict[str, _Auth] = {}
+    helpers: dict[str, str] = msgspec.field(name="credHelpers", default_factory=dict)
+    store: str = msgspec.field(name="credsStore", default="")
+
+
+class _HelperAnswer(msgspec.Struct, frozen=True):
+    user: str = msgspec.field(name="Username")
+    secret: str = msgspec.field(name="Secret")
+
+
+def find_credentials(directory: Path, host: str) -> Credentials | None:
+    """What Docker's own client would say to the registry *host*; None to come as nobody.
+
+    Read anew at each call, so a new `docker login` counts at once.
+
+    Args:
+        directory: That of config.json; it need not be there.
+        host: As in an image's name.
+
+    Raises:
+        InvalidInput: config.json is malformed.
+        FailedPrecondition: A credential helper is not there or fails.
+    """
+    config = _read(directory / "config.json")
+    helper = config.helpers.get(host) or config.store
+    if helper:
+        found = _ask_helper(helper, _HUB_KEY if host == DOCKER_HUB else host)
+        if found is not None:
+            return found
+    for key, auth in config.auths.items():
+        if _names(key, host):
+            return _credentials(auth, key)
+    return None
+
+
+def _read(path: Path) -> _Config:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Config)
+    except FileNotFoundError:
+        return _Config()
+    except OSError as exc:
+        raise from_os_error(exc, f"read {path}") from exc
+    except msgspec.MsgspecError as exc:
+        raise InvalidInput(f"{path}: {exc}") from exc
+
+
+def _names(key: str, host: str) -> bool:
+    """Whether a key of `auths`, which may be a URL, is that of *host*."""
+    if host == DOCKER_HUB:
+        return key in (_HUB_KEY, DOCKER_HUB, "index.docker.io")
+    return key == host or urlsplit(key).netloc == host
+
+
+def _credentials(auth: _Auth, key: str) -> Credentials | None:
+    user, password = auth.username, auth.password
+    if auth.auth:
+        try:
+            user, _, password = base64.b64decode(auth.auth).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError) as exc:
+            raise InvalidInput(f"config.json: the auth of {key} is not base64 of user:password") from exc
+    if auth.identity_token:
+        return Credentials(identity_token=auth.identity_token)
+    return Credentials(user, password.rstrip("\0")) if user else None
+
+
+def _ask_helper(name: str, server: str) -> Credentials | None:
+    command = [f"docker-credential-{name}", "get"]
+    try:
+        done = subprocess.run(command, input=server.encode(), capture_output=True, timeout=_HELPER_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise FailedPrecondition(f"{command[0]}, which config.json names for {server}: {exc}") from exc
+    if done.returncode != 0:
+        said = (done.stdout + done.stderr).decode(errors="replace").strip()
+        if _NOT_THERE in said:
+            return None
+        raise FailedPrecondition(f"{command[0]} gives no credentials for {server}: {said[:200]}")
+    try:
+        answer = msgspec.json.decode(done.stdout, type=_HelperAnswer)
+    except msgspec.MsgspecError as exc:
+        raise FailedPrecondition(f"{command[0]} answers for {server} in a way not understood: {exc}") from exc
+    if answer.user == _IDENTITY_TOKEN_USER:
+        return Credentials(identity_token=answer.secret)
+    return Credentials(answer.user, answer.secret)
