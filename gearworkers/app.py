@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
 
 from gearworkers.log import configure_logging
 from gearworkers.processes import end_with_parent
@@ -50,6 +51,22 @@ def push_queue(node: str) -> str:
     return f"push@{node}"
 
 
+class _MendPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
+    """Replaces pool processes that died while Redis was away, before the worker listens to them again.
+
+    A process's pipe closes a moment before it can be waited for; Celery then forgets the pipe and keeps the process
+    for up to 5 s more. If the broker is lost in them, the worker ends with "file descriptor is None" (seen with 5.7).
+    """
+
+    requires = ("celery.worker.consumer:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        """The consumer starts, for the first time or after the broker was lost."""
+        maintain = getattr(consumer.pool, "maintain_pool", None)
+        if maintain is not None:
+            maintain()
+
+
 def make_app(settings: Settings, transport_options: Mapping[str, object] | None = None) -> Celery:
     """The application for the broker of *settings*; connects to nothing yet.
 
@@ -72,6 +89,7 @@ def make_app(settings: Settings, transport_options: Mapping[str, object] | None 
         task_track_started=False,
         enable_utc=True,
     )
+    app.steps["consumer"].add(_MendPool)
     return app
 
 

@@ -124,6 +124,17 @@ def test_without_redis_the_gateway_works_and_recovers_when_it_is_back(plugin: Pl
     wait_until(lambda: is_served_by_worker(plugin), "the workers have found Redis again")
 
 
+def test_a_worker_whose_processes_die_just_before_redis_takes_calls_again(plugin: Plugin, stack: Stack) -> None:
+    worker = stack.daemons["import"]
+    noticed = worker.log_count(b"Cannot connect")
+    for pid in children(stack):
+        os.kill(pid, signal.SIGKILL)
+    stack.kill("redis")
+    worker.wait_until(lambda: worker.log_count(b"Cannot connect") > noticed, "the worker has noticed")
+    stack.start("redis")
+    worker.wait_until(lambda: is_served_by_worker(plugin), "the worker takes calls again")
+
+
 def test_an_import_under_way_survives_the_end_of_redis(plugin: Plugin, stack: Stack) -> None:
     id, tar = an_id(), a_tar()
     with begun(plugin, stack, id, tar) as connection:
