@@ -264,7 +264,11 @@ class LayerStore:
         """Remove what crashes left in build/; for the gateway's start only. How many directories."""
         leftovers = list(self._build.iterdir())
         for path in leftovers:
-            shutil.rmtree(path)
+            # Out of its name first: a worker that outlived the gateway must not publish what is half removed.
+            grave = path.with_name(f"removed.{secrets.token_hex(8)}")
+            os.rename(path, grave)
+            unmount(grave / TREE)
+            shutil.rmtree(grave)
         for path in self._containers.iterdir():
             image = self._images / path.name / RECORD_FILE
             if image.exists() and self.get(path.name).kind is Kind.IMAGE:

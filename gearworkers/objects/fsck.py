@@ -17,12 +17,14 @@ class BadObject(NamedTuple):
 
     path: bytes
     digest: bytes
-    """What it says it is; empty if it says nothing."""
+    """What it says it is."""
     why: str
 
 
 def bad_objects(store: ObjectStore, *, read_data: bool) -> Iterator[BadObject]:
     """Check the name of every object against its digest and, with *read_data*, its bytes.
+
+    A file without digest is no object: an import is writing it, or a crash has left it to the collector.
 
     Raises:
         GearError: The cache cannot be read.
@@ -44,8 +46,10 @@ def _checked(path: bytes, name: bytes, read_data: bool) -> BadObject | None:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         digest = _digest(fd)
+        if not digest:
+            return None
         if len(digest) != DIGEST_BYTES or object_name(digest) != name:
-            return BadObject(path, digest, f"its digest {digest.hex() or 'is missing and'} does not make its name")
+            return BadObject(path, digest, f"its digest {digest.hex()} does not make its name")
         if read_data:
             verify_file(fd, digest)
     except IntegrityError as exc:

@@ -2,7 +2,9 @@
 
 How a race with an import is decided: the import writes its claim, then looks for the object; the collector hides
 the object, then reads the claims. So either the import does not find it and stores it anew, or the collector sees
-the claim and puts it back. A layer cannot become visible while objects are hidden (locks.GarbageLock).
+the claim and puts it back. What is claimed before that is not hidden at all: it may be a file that an import is
+writing in place (inplace.py), whose claim is older than the file. A layer cannot become visible while objects are
+hidden (locks.GarbageLock).
 
 Crash: hidden objects lie in hidden/ and are put back before anything else is published or collected.
 """
@@ -10,6 +12,7 @@ Crash: hidden objects lie in hidden/ and are put back before anything else is pu
 from __future__ import annotations
 
 import bisect
+import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.digest import ALPHABET, DIGEST_BYTES, RESERVED, object_name
+from gearworkers.digest import ALPHABET, DIGEST_BYTES, DIGEST_XATTR, RESERVED, object_name
 from gearworkers.errors import from_os_error
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD, read_objects
@@ -74,13 +77,17 @@ class GarbageCollector:
     def _remove(self, order: int, shard: bytes, names: list[bytes], read: set[Path]) -> tuple[int, int]:
         """Hide, look at the claims once more, then remove; how many objects and bytes went."""
         with self._lock.exclusive():
-            for name in names:
+            unclaimed = set(names) - self._claimed(read)
+            for name in unclaimed:
                 self._hidden.hide(shard, name)
-            late = self._lists(self._building) | (self._lists(*self._published) - read)
-            claimed = {object_name(digest)[1:] for path in late for digest, _ in read_objects(path)}
-            for name in claimed.intersection(names):
+            for name in unclaimed & self._claimed(read):
                 self._hidden.put_back(ALPHABET[order : order + 1] + name)
             return self._hidden.clear()
+
+    def _claimed(self, read: set[Path]) -> set[bytes]:
+        """Names, without the shard's character, that imports under way and layers not in *read* refer to."""
+        late = self._lists(self._building) | (self._lists(*self._published) - read)
+        return {object_name(digest)[1:] for path in late for digest, _ in read_objects(path)}
 
     def _lists(self, *parents: Path) -> set[Path]:
         return {
@@ -114,14 +121,17 @@ class HiddenObjects:
             raise from_os_error(exc, f"hide object {os.fsdecode(name)}") from exc
 
     def put_back(self, name: bytes) -> None:
-        """Make it visible again; if an import has stored it anew meanwhile, that one stays."""
+        """Make it visible again; if an import has stored it anew meanwhile, that one stays, if it is whole."""
         target = os.fsencode(self._store.cache) + b"/" + RESERVED + name[:1] + b"/" + name[1:]
         try:
             kernel.renameat2(-1, self._prefix + name, -1, target, kernel.Rename.NOREPLACE)
         except FileNotFoundError:
             pass
         except FileExistsError:
-            os.unlink(self._prefix + name)
+            if _has_digest(self._prefix + name) and not _has_digest(target):
+                os.rename(self._prefix + name, target)  # the import that writes there may die, others have found this
+            else:
+                os.unlink(self._prefix + name)
 
     def clear(self) -> tuple[int, int]:
         """Remove what is hidden; how many objects and bytes."""
@@ -136,6 +146,17 @@ class HiddenObjects:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for name in os.listdir(self._prefix):
             self.put_back(name)
+
+
+def _has_digest(path: bytes) -> bool:
+    """Whether it is a whole object."""
+    try:
+        os.getxattr(path, DIGEST_XATTR)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.ENOENT):
+            return False
+        raise
+    return True
 
 
 def _marked(lists: Iterable[Path], order: int) -> set[bytes]:
