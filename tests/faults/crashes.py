@@ -1,0 +1,129 @@
+"""Processes that are killed at their n-th step: a call that changes something on the disk."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from gearworkers.mounts import sys as kernel
+
+_CHANGES = frozenset(
+    ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.setxattr", "os.truncate", "os.utime")
+)
+_UNAUDITED = (
+    (os, "write"),
+    (os, "fsync"),
+    (kernel, "renameat2"),
+    (kernel, "syncfs"),
+    (kernel, "move_mount"),
+    (kernel, "umount2"),
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+Say = Callable[[bytes], None]
+
+
+class Outcome:
+    """What a child came to."""
+
+    def __init__(self, said: bytes, status: int) -> None:
+        self.said = said.split()
+        self.was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        self.failed = not self.was_killed and os.waitstatus_to_exitcode(status) != 0
+
+
+def killed_at_every_step(work: Callable[[Say], None], *, stride: int = 1) -> Iterator[Outcome]:
+    """Run *work* in a child that dies before its first step, then before a later one, and so on to its end.
+
+    Args:
+        work: Gets a function that tells the parent how far it is: a word at a time.
+        stride: How many steps later the next child dies.
+    """
+    step = 1
+    while True:
+        outcome = run_child(partial(_work_until, work, step))
+        assert not outcome.failed, f"the child that should die at step {step} failed: {outcome.said}"
+        yield outcome
+        if not outcome.was_killed:
+            return
+        step += stride
+
+
+def run_child(work: Callable[[Say], None]) -> Outcome:
+    """Run *work* in a forked child and wait for its end."""
+    pid, reader = start_child(work)
+    return finish_child(pid, reader)
+
+
+def start_child(work: Callable[[Say], None]) -> tuple[int, int]:
+    """Fork; the child's pid and a descriptor with what it says."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        return pid, reader
+    write = os.write
+    code = 1
+    try:
+        work(lambda word: _say(write, writer, word))
+        code = 0
+    except BaseException as exc:
+        write(writer, f" {type(exc).__name__}:{str(exc).replace(' ', '_')}".encode())
+    finally:
+        os._exit(code)
+
+
+def finish_child(pid: int, reader: int) -> Outcome:
+    """Wait for it; what it said and how it ended."""
+    said = b""
+    while data := os.read(reader, 65536):
+        said += data
+    os.close(reader)
+    _, status = os.waitpid(pid, 0)
+    return Outcome(said, status)
+
+
+def has_said(reader: int) -> bool:
+    """Whether there is something to read from a child."""
+    return bool(select.select([reader], [], [], 0)[0])
+
+
+def _say(write: Callable[[int, bytes], int], writer: int, word: bytes) -> None:
+    write(writer, b" " + word)
+
+
+def _work_until(work: Callable[[Say], None], step: int, say: Say) -> None:
+    left = step
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _CHANGES and (event != "open" or _writes(arguments)):
+            count()
+
+    for module, name in _UNAUDITED:
+        setattr(module, name, _counted(getattr(module, name), count))
+    sys.addaudithook(audit)
+    work(say)
+
+
+def _counted(call: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        count()
+        return call(*arguments, **keywords)
+
+    return counted
+
+
+def _writes(arguments: tuple[Any, ...]) -> bool:
+    flags = arguments[2]
+    return isinstance(flags, int) and bool(flags & _WRITING)

@@ -1,0 +1,193 @@
+"""SIGKILL at every step of an import, a removal and a collection: what is left is never a lie, and is mended."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gearworkers.driver import GearDriver
+from gearworkers.objects.garbage import HIDDEN
+from gearworkers.settings import Settings
+from tests.conformance.drivers import InProcess, Refused
+from tests.conformance.layers import File, applied, directory, file, hardlink, object_names, object_path, shown, tar
+from tests.faults.crashes import Outcome, Say, killed_at_every_step
+from tests.support.overlays import Node
+
+pytestmark = pytest.mark.root
+
+LAYER = "layer"
+SHARED = b"shared by both layers"
+FILES: tuple[File, ...] = (
+    directory("d"),
+    file("d/new", b"only in this layer", 0o4755, 5, 5),
+    file("d/shared", SHARED),
+    hardlink("link", "d/new", 0o4755, 5, 5),
+    file("large", b"large " * 900_000),
+)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", node="test")
+
+
+@pytest.fixture
+def base(settings: Settings) -> str:
+    return applied(InProcess(settings), file("base", b"only in the base"), file("shared", SHARED))
+
+
+@pytest.fixture
+def whole(settings: Settings, base: str) -> dict[bytes, Node]:
+    """What the layer shows when it is whole."""
+    driver = InProcess(settings)
+    id = applied(driver, *FILES, parent=base)
+    nodes = shown(driver, id)
+    driver.remove(id)
+    return nodes
+
+
+def recovered(settings: Settings) -> InProcess:
+    """A driver that starts after a crash; nothing is left over and nothing damaged."""
+    driver = InProcess(settings)
+    assert not list(settings.gear_build_path.iterdir())
+    assert not list((settings.gear_root / HIDDEN).iterdir())
+    faults = list(GearDriver(settings).faults(read_data=True, repair=False))
+    assert not [fault for fault in faults if "did not finish" not in fault]
+    return driver
+
+
+def test_an_import_killed_at_any_step_leaves_a_whole_layer_or_none(
+    settings: Settings, base: str, whole: dict[bytes, Node]
+) -> None:
+    data = tar(*FILES)
+
+    def work(say: Say) -> None:
+        driver = GearDriver(settings)
+        driver.create(LAYER, base)
+        say(b"created")
+        driver.apply_diff(LAYER, base, io.BytesIO(data))
+        say(b"applied")
+
+    ends = []
+    for outcome in killed_at_every_step(work):
+        driver = recovered(settings)
+        ends.append(state(driver, whole))
+        check_state(outcome, ends[-1])
+        if ends[-1] == "whole":
+            assert driver.diff(LAYER, base) == data
+        driver.remove(LAYER)
+        check_only_base(settings, driver, base)
+    assert {"absent", "empty", "unfinished", "whole"} <= set(ends), "the sweep met every state"
+
+
+def state(driver: InProcess, whole: dict[bytes, Node]) -> str:
+    if not driver.exists(LAYER):
+        return "absent"
+    try:
+        driver.get_metadata(LAYER)
+    except Refused as exc:
+        assert "remove it" in str(exc)
+        return "unfinished"
+    nodes = shown(driver, LAYER)
+    if nodes == whole:
+        return "whole"
+    assert set(nodes) == {b"base", b"shared"}
+    return "empty"
+
+
+def check_state(outcome: Outcome, end: str) -> None:
+    match outcome.said:
+        case []:
+            assert end in ("absent", "empty")
+        case [b"created"]:
+            assert end in ("empty", "unfinished", "whole")
+        case _:
+            assert end == "whole", "ApplyDiff had answered"
+
+
+def check_only_base(settings: Settings, driver: InProcess, base: str) -> None:
+    """The collector finds all that the crash has left, and no more."""
+    GearDriver(settings).collect_garbage()
+    assert set(shown(driver, base)) == {b"base", b"shared"}
+    assert object_names(settings) == {object_path(settings, content) for content in (b"only in the base", SHARED)}
+
+
+def test_a_removal_killed_at_any_step_leaves_the_layer_or_nothing(
+    settings: Settings, base: str, whole: dict[bytes, Node]
+) -> None:
+    def work(say: Say) -> None:
+        GearDriver(settings).remove(LAYER)
+        say(b"removed")
+
+    data = tar(*FILES)
+    GearDriver(settings).create(LAYER, base)
+    GearDriver(settings).apply_diff(LAYER, base, io.BytesIO(data))
+    for outcome in killed_at_every_step(work):
+        driver = recovered(settings)
+        end = state(driver, whole)
+        assert end == "absent" if outcome.said else end in ("absent", "whole")
+        if end == "absent":
+            driver.create(LAYER, base)
+            driver.apply_diff(LAYER, base, data)
+
+
+def test_a_collection_killed_at_any_step_loses_nothing_that_is_wanted(settings: Settings, base: str) -> None:
+    def work(say: Say) -> None:
+        GearDriver(settings).collect_garbage()
+        say(b"collected")
+
+    for outcome in killed_at_every_step(work):
+        driver = recovered(settings)
+        assert set(shown(driver, base)) == {b"base", b"shared"}
+        if not outcome.was_killed:
+            assert len(object_names(settings)) == 2
+        make_garbage(settings)
+
+
+def make_garbage(settings: Settings) -> None:
+    driver = InProcess(settings)
+    driver.remove(applied(driver, *FILES, *(file(f"g{number}", b"garbage %d" % number) for number in range(3))))
+
+
+def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Settings, base: str) -> None:
+    """The import finds an object, the collector takes it for garbage, hides it and dies; the layer is whole."""
+    make_garbage(settings)
+    first, second = tar(*FILES)[:-1024], tar(file("end", b"the end"))
+
+    def work(say: Say) -> None:
+        GearDriver(settings).collect_garbage()
+
+    collector = killed_at_every_step(work)
+    driver = InProcess(settings)
+    for number in range(1000):
+        id = f"layer-{number}"
+        driver.create(id, base)
+        paused = Interrupted(first, lambda: next(collector, None), second)
+        driver.apply_diff(id, base, paused)
+        assert driver.diff(id, base) == first + second, "every object is there"
+        assert not list(GearDriver(settings).faults(read_data=True, repair=False))
+        driver.remove(id)
+        if paused.outcome is None:
+            break
+    assert number > 5, "the sweep had steps"
+
+
+class Interrupted:
+    """A tar that pauses for something to happen."""
+
+    def __init__(self, first: bytes, meanwhile: Callable[[], Outcome | None], second: bytes) -> None:
+        self._parts = [first, second]
+        self._meanwhile = meanwhile
+        self._file = io.BytesIO(first)
+        self.outcome: Outcome | None = None
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        taken = self._file.readinto(buffer)
+        if not taken and len(self._parts) == 2:
+            self.outcome = self._meanwhile()
+            self._file = io.BytesIO(self._parts.pop())
+            taken = self._file.readinto(buffer)
+        return taken
