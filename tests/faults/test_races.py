@@ -1,0 +1,140 @@
+"""Imports, removals and the collector at the same time, in processes of their own."""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gearworkers.archive.stream import Raw, StreamReader
+from gearworkers.driver import GearDriver
+from gearworkers.layers.apply import STREAM_FILE
+from gearworkers.settings import Settings
+from tests.conformance.drivers import InProcess
+from tests.conformance.layers import file, object_names, tar
+from tests.faults.crashes import Say, finish_child, has_said, start_child
+
+pytestmark = pytest.mark.root
+
+ROUNDS = 40
+CONTENTS = [b"content %d" % number for number in range(120)]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", node="test")
+    InProcess(settings)
+    return settings
+
+
+def the_tar(salt: int = 0) -> bytes:
+    return tar(*(file(f"{salt}-{number}", content) for number, content in enumerate(CONTENTS)))
+
+
+def import_and_remove(settings: Settings, name: str, say: Say) -> None:
+    """Import the same contents again and again; each published layer must be whole while the collector runs."""
+    for round in range(ROUNDS):
+        id, data = f"{name}-{round}", the_tar(round)
+        driver = GearDriver(settings)
+        driver.create(id, "")
+        driver.apply_diff(id, "", io.BytesIO(data))
+        out = io.BytesIO()
+        driver.diff(id, "", out)
+        assert out.getvalue() == data
+        driver.remove(id)
+        say(b"round")
+
+
+def test_a_published_layer_never_lacks_an_object(settings: Settings) -> None:
+    importers = [start_child(partial(import_and_remove, settings, name)) for name in ("a", "b")]
+    collections = removed = 0
+    running = dict(importers)
+    while running:
+        report = GearDriver(settings).collect_garbage()
+        collections, removed = collections + 1, removed + report.removed_objects
+        for pid, reader in list(running.items()):
+            if has_said(reader) and not _is_alive(pid):
+                outcome = finish_child(pid, reader)
+                assert outcome.said == [b"round"] * ROUNDS
+                del running[pid]
+    assert collections > 3
+    assert removed > len(CONTENTS), "the collector had something to take away"
+    GearDriver(settings).collect_garbage()
+    assert object_names(settings) == set()
+    assert not list((settings.gear_root / "hidden").iterdir())
+
+
+def _is_alive(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) -> None:
+    def work(id: str, say: Say) -> None:
+        driver = GearDriver(settings)
+        driver.create(id, "")
+        driver.apply_diff(id, "", io.BytesIO(the_tar()))
+
+    ids = [f"layer-{number}" for number in range(4)]
+    for pid, reader in [start_child(partial(work, id)) for id in ids]:
+        outcome = finish_child(pid, reader)
+        assert not outcome.failed, outcome.said
+    assert len(object_names(settings)) == len(CONTENTS)
+    records = [msgspec.json.decode((settings.gear_images_path / id / "layer.json").read_bytes()) for id in ids]
+    assert all(record["objects"] == len(CONTENTS) for record in records)
+    # Two that write one content at the same moment may both count it as new; it lies there once all the same.
+    assert sum(record.get("new_objects", 0) for record in records) >= len(CONTENTS)
+    for id in ids:
+        with open(settings.gear_images_path / id / STREAM_FILE, "rb") as stream:
+            contents = {piece.digest for piece in StreamReader(stream) if not isinstance(piece, Raw)}
+        assert len(contents) == len(CONTENTS)
+    assert not list(GearDriver(settings).faults(read_data=True, repair=False))
+
+
+def test_one_layer_is_applied_by_one_process_only(settings: Settings) -> None:
+    GearDriver(settings).create("layer", "")
+
+    def work(say: Say) -> None:
+        GearDriver(settings).apply_diff("layer", "", io.BytesIO(the_tar()))
+
+    outcomes = [finish_child(pid, reader) for pid, reader in [start_child(work) for _ in range(4)]]
+    assert [outcome.failed for outcome in outcomes].count(False) == 1
+    for outcome in outcomes:
+        if outcome.failed:
+            assert outcome.said[0].startswith((b"FailedPrecondition", b"AlreadyExists")), outcome.said
+    assert not list(GearDriver(settings).faults(read_data=True, repair=False))
+
+
+def test_a_layer_removed_while_it_is_applied_stays_away(settings: Settings) -> None:
+    driver = GearDriver(settings)
+    driver.create("layer", "")
+    first, second = tar(file("a", b"a"))[:-1024], tar(file("b", b"b"))
+    pid, reader = start_child(partial(_apply_slowly, settings, first, second))
+    assert os.read(reader, 64) == b" begun"
+    driver.remove("layer")
+    (settings.gear_root / "go").touch()
+    outcome = finish_child(pid, reader)
+    assert outcome.failed
+    assert outcome.said[0].startswith(b"NotFound")
+    assert not driver.exists("layer")
+    assert not list(settings.gear_build_path.iterdir())
+
+
+def _apply_slowly(settings: Settings, first: bytes, second: bytes, say: Say) -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.parts = [second, first]
+
+        def readinto(self, buffer: memoryview, /) -> int:
+            if len(self.parts) == 1:
+                say(b"begun")
+                while not (settings.gear_root / "go").exists():
+                    os.sched_yield()
+            part = self.parts.pop() if self.parts else b""
+            buffer[: len(part)] = part
+            return len(part)
+
+    GearDriver(settings).apply_diff("layer", "", Slow())
