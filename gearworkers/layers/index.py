@@ -136,7 +136,8 @@ class Index:
             return
         if entry.xattrs:
             _check_xattrs(entry.xattrs)
-        if len(name) > _LONGEST_NAME_BYTES or len(parent_path) + len(name) >= _LONGEST_PATH_BYTES:
+        name_bytes = len(name) - len(whiteouts.PREFIX) if name.startswith(whiteouts.PREFIX) else len(name)
+        if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= _LONGEST_PATH_BYTES:
             raise InvalidInput("its name is too long for a file system")
         parent = self._known.get(parent_path)
         if parent is None:

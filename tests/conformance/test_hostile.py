@@ -22,6 +22,7 @@ from gearworkers.settings import Settings
 from tests.conformance.drivers import Driver, Refused, an_id
 from tests.conformance.layers import (
     applied,
+    committed,
     device,
     directory,
     file,
@@ -271,6 +272,14 @@ def test_whiteouts_in_odd_places_hide_only_in_their_layer(driver: Driver) -> Non
     base = applied(driver, directory("d"), file("d/a", b"a"), file("keep", b"k"))
     top = applied(driver, whiteout("../d/a"), whiteout("/x/../not-there"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"keep"}
+
+
+def test_a_name_of_255_bytes_is_removed_by_a_container(driver: Driver) -> None:
+    base, id = applied(driver, file("n" * 255, b"n"), file("kept", b"k")), an_id()
+    driver.create_read_write(id, base)
+    with mounted(driver, id) as merged:
+        (merged / ("n" * 255)).unlink()
+    assert set(shown(driver, committed(driver, id, base))) == {b"kept"}
 
 
 def test_many_long_names_in_one_directory(driver: Driver) -> None:
