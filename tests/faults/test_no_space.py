@@ -1,0 +1,93 @@
+"""A GEAR_ROOT without space or inodes left: a clear error, nothing visible, the store whole, and on it goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.driver import GearDriver
+from gearworkers.settings import Settings
+from tests.conformance.drivers import InProcess, Refused
+from tests.conformance.layers import applied, file, mounted, object_names, shown, tar
+from tests.support.disk import mount_fresh
+
+pytestmark = pytest.mark.root
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 24 MiB with some 3,000 inodes."""
+    target = tmp_path / "disk"
+    mount_fresh(tmp_path / "image", target, 24 * MIB)
+    yield target
+    subprocess.run(["umount", "--recursive", str(target)], check=True)
+
+
+@pytest.fixture
+def driver(disk: Path, tmp_path: Path) -> Iterator[InProcess]:
+    driver = InProcess(Settings(gear_root=disk / "gear", run_dir=tmp_path / "run", node="test"))
+    driver.init()
+    yield driver
+    driver.cleanup()
+
+
+def refused_and_whole(driver: InProcess, data: bytes) -> None:
+    """The import fails by its right name and leaves nothing but garbage."""
+    base = applied(driver, file("base", b"base"))
+    driver.create("full", base)
+    with pytest.raises(Refused, match=r"[Nn]o space left|are free in"):
+        driver.apply_diff("full", base, data)
+    assert not list(driver.settings.gear_build_path.iterdir())
+    with pytest.raises(Refused, match="remove"):
+        driver.get("full")
+    assert set(shown(driver, base)) == {b"base"}
+    faults = list(GearDriver(driver.settings).faults(read_data=True, repair=False))
+    assert not [fault for fault in faults if "did not finish" not in fault]
+    driver.remove("full")
+    GearDriver(driver.settings).collect_garbage()
+    assert len(object_names(driver.settings)) == 1, "what the failed import had stored is garbage"
+    after = applied(driver, file("after", os.urandom(MIB)), parent=base)
+    assert set(shown(driver, after)) == {b"base", b"after"}, "it works again"
+
+
+def test_many_contents_that_do_not_fit(driver: InProcess) -> None:
+    refused_and_whole(driver, tar(*(file(f"f{number}", os.urandom(MIB // 2)) for number in range(64))))
+
+
+def test_one_content_that_does_not_fit(driver: InProcess) -> None:
+    refused_and_whole(driver, tar(file("huge", os.urandom(32 * MIB))))
+
+
+def test_a_content_that_fits_until_another_takes_the_room(driver: InProcess, disk: Path) -> None:
+    free = os.statvfs(disk)
+    room = free.f_bavail * free.f_frsize
+    contents = [file("first", os.urandom(room // 2)), file("second", os.urandom(room * 2 // 3))]
+    refused_and_whole(driver, tar(*contents))
+
+
+def test_more_contents_than_inodes(driver: InProcess, disk: Path) -> None:
+    count = os.statvfs(disk).f_favail + 100
+    refused_and_whole(driver, tar(*(file(f"f{number}", b"content %d" % number) for number in range(count))))
+
+
+def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, disk: Path) -> None:
+    base = applied(driver, file("base", b"base"))
+    driver.create_read_write("container", base)
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file_, pytest.raises(OSError, match="No space"):
+        while file_.write(bytes(4096)):
+            pass
+    with mounted(driver, "container") as merged:
+        assert (merged / "base").read_bytes() == b"base", "what is there can be read"
+        with pytest.raises(OSError, match="No space"):
+            (merged / "new").write_bytes(os.urandom(MIB))
+    filler.unlink()
+    with mounted(driver, "container") as merged:
+        (merged / "new").write_bytes(b"fits")
+    driver.remove("container")
