@@ -1,0 +1,193 @@
+"""Where the contents of converted layers go: each that the remote lacks is put there, many at once, in bounded memory.
+
+What is asked of a remote stands in `Remote`; any of `gearworkers.objects` that has these methods will do.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from gearworkers.errors import FailedPrecondition, from_os_error
+
+_BATCH_CONTENTS = 256
+_BATCH_BYTES = 4 << 20
+_BATCHES_AHEAD = 8
+"""That wait or are put: with _BATCH_BYTES the bound on memory."""
+_THREADS = 4
+_SHOWN_DIGESTS = 3
+
+
+class Remote(Protocol):
+    """A shared store of objects and small documents; called from many threads at once.
+
+    Retries by itself what is worth it, within bounds; what it raises then is told to whoever converts.
+    """
+
+    def has(self, digests: Sequence[bytes]) -> Collection[bytes]:
+        """Which of *digests* are there."""
+
+    def put(self, digest: bytes, source_fd: int) -> None:
+        """Store the bytes of *source_fd*; idempotent, verified, visible only when whole."""
+
+    def document(self, name: str) -> bytes | None:
+        """A small document; None if there is none of that name."""
+
+    def put_document(self, name: str, data: bytes) -> None:
+        """Store a small document, whole or not at all; the last one of a name counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of a layer's contents."""
+
+    objects: int
+    """Distinct contents that the layer names."""
+    object_bytes: int
+    new_objects: int
+    """Of them, how many the remote did not have."""
+    new_bytes: int
+
+
+class Contents:
+    """Takes contents and names of contents from one thread; use it within `storing`, which waits for all of them."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
+        self._room = threading.BoundedSemaphore(_BATCHES_AHEAD)
+        self._futures: list[Future[tuple[int, int]]] = []
+        self._failed: list[Future[tuple[int, int]]] = []
+        self._seen: dict[bytes, int] = {}
+        self._batch: list[tuple[bytes, bytes]] = []
+        self._batch_bytes = 0
+        self._named: set[bytes] = set()
+
+    def add(self, digest: bytes, data: bytes | memoryview) -> None:
+        """A whole content, copied before this returns.
+
+        Raises:
+            GearError: An earlier one could not be put.
+        """
+        if digest in self._seen:
+            return
+        self._seen[digest] = len(data)
+        self._batch.append((digest, bytes(data)))
+        self._batch_bytes += len(data)
+        if len(self._batch) >= _BATCH_CONTENTS or self._batch_bytes >= _BATCH_BYTES:
+            self._send_batch()
+
+    def add_file(self, digest: bytes, fd: int, size_bytes: int) -> None:
+        """A large content; *fd* is closed when it was put, or will not be."""
+        if digest in self._seen:
+            os.close(fd)
+            return
+        self._seen[digest] = size_bytes
+        self._submit(lambda: self._put_file(digest, fd, size_bytes)).add_done_callback(lambda _: os.close(fd))
+
+    def name(self, digest: bytes, size_bytes: int) -> None:
+        """A content that is not here, but must be in the remote already."""
+        self._seen.setdefault(digest, size_bytes)
+        self._named.add(digest)
+
+    def finish(self) -> Stored:
+        """Wait until the remote has all of them.
+
+        Raises:
+            GearError: One could not be put.
+            FailedPrecondition: One that was only named is not there.
+        """
+        self._send_batch()
+        new_objects = new_bytes = 0
+        for future in self._futures:
+            objects, size_bytes = future.result()
+            new_objects += objects
+            new_bytes += size_bytes
+        self._check_named()
+        return Stored(len(self._seen), sum(self._seen.values()), new_objects, new_bytes)
+
+    def close(self) -> None:
+        """Drop what waits and let the threads end."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _send_batch(self) -> None:
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if batch:
+            self._submit(lambda: self._put_batch(batch))
+
+    def _submit(self, call: _Call) -> Future[tuple[int, int]]:
+        self._room.acquire()
+        if self._failed:
+            self._failed[0].result()
+        future = self._pool.submit(call)
+        future.add_done_callback(self._done)
+        self._futures.append(future)
+        return future
+
+    def _done(self, future: Future[tuple[int, int]]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self._failed.append(future)
+        self._room.release()
+
+    def _put_batch(self, batch: list[tuple[bytes, bytes]]) -> tuple[int, int]:
+        """Put what the remote lacks; how many contents, and how many bytes."""
+        present = set(self._remote.has([digest for digest, _ in batch]))
+        lacking = [(digest, data) for digest, data in batch if digest not in present]
+        for digest, data in lacking:
+            with _memory_file(data) as fd:
+                self._remote.put(digest, fd)
+        return len(lacking), sum(len(data) for _, data in lacking)
+
+    def _put_file(self, digest: bytes, fd: int, size_bytes: int) -> tuple[int, int]:
+        if self._remote.has([digest]):
+            return 0, 0
+        os.lseek(fd, 0, os.SEEK_SET)
+        self._remote.put(digest, fd)
+        return 1, size_bytes
+
+    def _check_named(self) -> None:
+        named = sorted(self._named)
+        present = set(self._remote.has(named)) if named else set()
+        missing = [digest.hex() for digest in named if digest not in present]
+        if missing:
+            shown = ", ".join(missing[:_SHOWN_DIGESTS])
+            raise FailedPrecondition(
+                f"the layer names {len(missing)} contents that the remote does not have: {shown}…; "
+                "push them from the host that has them (`gear push`)"
+            )
+
+
+class _Call(Protocol):
+    def __call__(self) -> tuple[int, int]: ...
+
+
+@contextmanager
+def storing(remote: Remote) -> Iterator[Contents]:
+    """A Contents whose threads end with the block."""
+    contents = Contents(remote)
+    try:
+        yield contents
+    finally:
+        contents.close()
+
+
+@contextmanager
+def _memory_file(data: bytes) -> Iterator[int]:
+    """*data* as a file; the remote's interface is written for large ones."""
+    try:
+        fd = os.memfd_create("content", os.MFD_CLOEXEC)
+    except OSError as exc:
+        raise from_os_error(exc, "make a file in memory") from exc
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)

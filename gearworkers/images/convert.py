@@ -1,0 +1,360 @@
+"""An image becomes a Gear image: planned once, converted layer by layer wherever there is a worker, then named.
+
+Glossary: a *plan* is what `plan_conversion` finds out about an image; a *layer job* is one distinct layer of it,
+which needs nothing but itself; a *record* is the small document in the remote that says what a layer became, so
+that nobody converts it again.
+
+Order of writes: contents, then the layer's blob, then its record; when all layers are there, config, manifest,
+index, and the tag last. So a run that dies leaves nothing wrong, and its finished layers are found done.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO, Protocol
+
+import msgspec
+
+from gearworkers.archive.reader import Readable
+from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
+from gearworkers.images import manifest as m
+from gearworkers.images.blobs import unpacked
+from gearworkers.images.contents import Remote, storing
+from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
+from gearworkers.images.reference import Reference
+from gearworkers.images.registry import Repository
+from gearworkers.images.source import Source, open_source, small_blob
+from gearworkers.settings import Settings
+
+Progress = Callable[[int], None]
+"""Called with the bytes that were read since the last call."""
+
+_COPY_BYTES = 1 << 20
+
+
+class LayerJob(msgspec.Struct, frozen=True):
+    """One distinct layer of an image, to be converted anywhere."""
+
+    source: str
+    target: str
+    digest: str
+    size_bytes: int
+    diff_id: str
+    again: bool = False
+    """Whether to convert it though there is a record of it."""
+
+
+class LayerDone(msgspec.Struct, frozen=True):
+    """What a layer became."""
+
+    source_digest: str
+    digest: str
+    size_bytes: int
+    diff_id: str
+    files: int
+    objects: int
+    object_bytes: int
+    new_objects: int
+    new_bytes: int
+    reused: bool = False
+    """Whether it had been converted before."""
+
+
+class ImagePlan(msgspec.Struct, frozen=True):
+    """One manifest of what is converted."""
+
+    manifest: str
+    media_type: str
+    layers: tuple[LayerJob, ...]
+    """In the manifest's order; a layer may come twice."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """All of a conversion; JSON, for the tasks."""
+
+    source: str
+    target: str
+    index: str
+    """The digest of the index that is converted whole; empty for one image."""
+    images: tuple[ImagePlan, ...]
+
+    def jobs(self) -> list[LayerJob]:
+        """The distinct layers, the largest first, since they take longest."""
+        distinct = {job.digest: job for image in self.images for job in image.layers}
+        return sorted(distinct.values(), key=lambda job: (-job.size_bytes, job.digest))
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a conversion came to; sums over the distinct layers."""
+
+    target: str
+    digest: str
+    layers: int
+    reused_layers: int
+    bytes_before: int
+    bytes_after: int
+    objects: int
+    new_objects: int
+    object_bytes: int
+    new_bytes: int
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What the remote knows of a converted layer."""
+
+    done: LayerDone
+    repository: str
+    """Where the layer's blob was pushed: ``HOST/NAME``."""
+
+
+def plan_conversion(
+    settings: Settings, source: str, target: str, platform: m.Platform | None, *, again: bool = False
+) -> Plan:
+    """Find out what there is to convert; reads manifests and configs, changes nothing.
+
+    Args:
+        settings: Credentials and proxy.
+        source: As `open_source` takes it.
+        target: A reference to a registry, with a tag or without, but not by digest.
+        platform: Of an index, this one; None for all.
+        again: Convert also what was converted before.
+
+    Raises:
+        InvalidInput: A name is malformed, the image is none that can be converted.
+        NotFound: It is not there, or not for this platform.
+    """
+    named = Reference.parse(target)
+    if named.digest:
+        raise InvalidInput(f"{target}: a digest cannot be chosen; name a tag")
+    image = open_source(settings, source)
+    data, media_type = image.root()
+    digest = m.digest_of(data)
+    if media_type in m.MANIFESTS:
+        return Plan(source, str(named), "", (_plan_image(image, digest, data, media_type, source, str(named), again),))
+    children = _chosen(m.decode_index(data, f"index {digest}"), platform, source)
+    manifests = [(child.digest, *image.manifest(child.digest)) for child in children]
+    images = tuple(_plan_image(image, *manifest, source, str(named), again) for manifest in manifests)
+    return Plan(source, str(named), "" if platform else digest, images)
+
+
+def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: Progress) -> LayerDone:
+    """Have the target hold the Gear layer of *job*, and the remote its contents and the record; idempotent.
+
+    Raises:
+        IntegrityError, InvalidInput: The layer is not what its digest says, or no layer.
+        NotFound, Unavailable, FailedPrecondition: Source, target or remote do not do what is asked of them.
+
+    Crash: leaves objects in the remote that no image names yet, and an upload that the registry ends by itself.
+    """
+    repository = Repository.of(settings, Reference.parse(job.target))
+    name = _record_name(job)
+    known = None if job.again else _known(remote, name)
+    if known is not None and _taken_over(settings, repository, known):
+        progress(job.size_bytes)
+        return msgspec.structs.replace(known.done, new_objects=0, new_bytes=0, reused=True)
+    with tempfile.TemporaryFile() as file:
+        done = _converted(open_source(settings, job.source), remote, job, file, progress)
+        repository.put_blob(done.digest, file, done.size_bytes)
+    record = _Record(done, f"{repository.registry.reference.host}/{repository.name}")
+    remote.put_document(name, msgspec.json.encode(record))
+    return done
+
+
+def finish_conversion(settings: Settings, plan: Plan, layers: Iterable[LayerDone]) -> Report:
+    """Push config and manifest of each image, then the index; the tag comes last. Idempotent.
+
+    Args:
+        settings: Credentials and proxy.
+        plan: What was planned.
+        layers: What became of `plan.jobs()`, in any order.
+
+    Raises:
+        As `convert_layer`.
+    """
+    done = {layer.source_digest: layer for layer in layers}
+    target = Reference.parse(plan.target)
+    repository = Repository.of(settings, target)
+    source = open_source(settings, plan.source)
+    pushed = [_push_image(source, repository, image, done) for image in plan.images]
+    if plan.index:
+        data, media_type = _gear_index(source, plan, pushed)
+    else:
+        data, media_type = pushed[0]
+    digest = repository.put_manifest(target.version, media_type, data)
+    return _report(plan, digest, done.values())
+
+
+class Converter(Protocol):
+    """Converts the layers of a plan and finishes it, in processes of this host or on workers."""
+
+    def __call__(self, plan: Plan, progress: Mapping[str, Progress]) -> Report:
+        """Do all of *plan*; *progress* has a callback by the digest of each layer."""
+
+
+def _chosen(index: m.Index, platform: m.Platform | None, source: str) -> list[m.Descriptor]:
+    """The images of an index; attestations, which are about digests that will be others, are left out."""
+    images = [child for child in index.manifests if child.media_type in m.MANIFESTS and not child.is_attestation]
+    if platform is None:
+        return images
+    found = [child for child in images if child.platform and platform.runs(child.platform)]
+    if not found:
+        there = ", ".join(sorted({str(child.platform) for child in images}))
+        raise NotFound(f"{source} has no image for {platform}; there are {there}")
+    return found[:1]
+
+
+def _plan_image(
+    image: Source, digest: str, data: bytes, media_type: str, source: str, target: str, again: bool
+) -> ImagePlan:
+    what = f"manifest {digest}"
+    manifest = m.decode_manifest(data, what)
+    config = m.decode_config(small_blob(image, manifest.config), manifest, f"config {manifest.config.digest}")
+    pairs = zip(manifest.layers, config.rootfs.diff_ids, strict=True)
+    jobs = (LayerJob(source, target, layer.digest, layer.size, diff_id, again) for layer, diff_id in pairs)
+    return ImagePlan(digest, media_type, tuple(jobs))
+
+
+def _record_name(job: LayerJob) -> str:
+    return f"layer-{FORMAT}-{INLINE_BYTES}-{job.digest.removeprefix('sha256:')}"
+
+
+def _known(remote: Remote, name: str) -> _Record | None:
+    """The record; one that cannot be read is as good as none."""
+    data = remote.document(name)
+    try:
+        return msgspec.json.decode(data, type=_Record) if data is not None else None
+    except msgspec.MsgspecError:
+        return None
+
+
+def _taken_over(settings: Settings, repository: Repository, known: _Record) -> bool:
+    """Have the blob of a layer converted before in *repository*; False if it is nowhere to be had any more."""
+    digest = known.done.digest
+    if repository.has_blob(digest):
+        return True
+    origin = Reference.parse(known.repository)
+    try:
+        if origin.host == repository.registry.reference.host and repository.mount(digest, origin.repository):
+            return True
+        blob = Repository.of(settings, origin).blob(digest, known.done.size_bytes)
+        with tempfile.TemporaryFile() as file:
+            _copy(blob, file)
+            repository.put_blob(digest, file, known.done.size_bytes)
+    except (NotFound, FailedPrecondition, Unavailable):
+        return False
+    return True
+
+
+def _copy(blob: Readable, file: BinaryIO) -> None:
+    buffer = memoryview(bytearray(_COPY_BYTES))
+    while count := blob.readinto(buffer):
+        file.write(buffer[:count])
+
+
+def _converted(source: Source, remote: Remote, job: LayerJob, file: BinaryIO, progress: Progress) -> LayerDone:
+    """The layer's Gear tar in *file*, once all of its contents are in the remote."""
+    blob = _Counted(source.blob(job.digest, job.size_bytes), progress)
+    with unpacked(blob, job.diff_id) as tar, storing(remote) as contents:
+        made: GearTar = write_gear_layer(tar, file, contents)
+        stored = contents.finish()
+    return LayerDone(
+        source_digest=job.digest,
+        digest=made.digest,
+        size_bytes=made.size_bytes,
+        diff_id=made.diff_id,
+        files=made.files,
+        objects=stored.objects,
+        object_bytes=stored.object_bytes,
+        new_objects=stored.new_objects,
+        new_bytes=stored.new_bytes,
+    )
+
+
+class _Counted:
+    """A blob that tells how much of it was read."""
+
+    def __init__(self, blob: Readable, progress: Progress) -> None:
+        self._blob = blob
+        self._progress = progress
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """As the blob's."""
+        count = self._blob.readinto(buffer) or 0
+        if count:
+            self._progress(count)
+        return count
+
+
+def _push_image(
+    source: Source, repository: Repository, plan: ImagePlan, done: Mapping[str, LayerDone]
+) -> tuple[bytes, str]:
+    """Config and manifest of one image, by their digests; the manifest and its type."""
+    data, _ = source.manifest(plan.manifest)
+    manifest = m.decode_manifest(data, f"manifest {plan.manifest}")
+    layers = [done[job.digest] for job in plan.layers]
+    config = _gear_config(small_blob(source, manifest.config), layers)
+    with tempfile.TemporaryFile() as file:
+        file.write(config)
+        repository.put_blob(m.digest_of(config), file, len(config))
+    made = _gear_manifest(msgspec.json.decode(data), plan.media_type, config, layers)
+    repository.put_manifest(m.digest_of(made), plan.media_type, made)
+    return made, plan.media_type
+
+
+def _gear_config(data: bytes, layers: list[LayerDone]) -> bytes:
+    """The config with the Gear layers' diff IDs and the mark; history and all else stay."""
+    document: m.Document = msgspec.json.decode(data)
+    document["rootfs"]["diff_ids"] = [layer.diff_id for layer in layers]
+    run: dict[str, Any] = document.setdefault("config", {}) or {}
+    run["Labels"] = {**(run.get("Labels") or {}), m.GEAR_MARK: "1"}
+    document["config"] = run
+    return m.encode(document)
+
+
+def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers: list[LayerDone]) -> bytes:
+    """The manifest of the same schema; what it says of other manifests is not true of this one and is left out."""
+    oci = media_type == m.OCI_MANIFEST
+    document["mediaType"] = media_type
+    document["config"] |= {"digest": m.digest_of(config), "size": len(config)}
+    kind = m.OCI_LAYER_GZIP if oci else m.DOCKER_LAYER_GZIP
+    document["layers"] = [
+        {"mediaType": kind, "digest": layer.digest, "size": layer.size_bytes}
+        | ({"annotations": old["annotations"]} if old.get("annotations") else {})
+        for layer, old in zip(layers, document["layers"], strict=True)
+    ]
+    document.pop("subject", None)
+    if oci:
+        document["annotations"] = {**(document.get("annotations") or {}), m.GEAR_MARK: "1"}
+    return m.encode(document)
+
+
+def _gear_index(source: Source, plan: Plan, pushed: list[tuple[bytes, str]]) -> tuple[bytes, str]:
+    """The index with the Gear images in the place of what they were made of, and nothing else in it."""
+    data, media_type = source.manifest(plan.index)
+    document: m.Document = msgspec.json.decode(data)
+    new = {image.manifest: made for image, (made, _) in zip(plan.images, pushed, strict=True)}
+    document["manifests"] = [
+        child | {"digest": m.digest_of(new[child["digest"]]), "size": len(new[child["digest"]])}
+        for child in document["manifests"]
+        if child["digest"] in new
+    ]
+    document["mediaType"] = media_type
+    document.pop("subject", None)
+    return m.encode(document), media_type
+
+
+def _report(plan: Plan, digest: str, done: Iterable[LayerDone]) -> Report:
+    layers = list(done)
+    return Report(
+        target=plan.target,
+        digest=digest,
+        layers=len(layers),
+        reused_layers=sum(layer.reused for layer in layers),
+        bytes_before=sum(job.size_bytes for job in plan.jobs()),
+        bytes_after=sum(layer.size_bytes for layer in layers),
+        objects=sum(layer.objects for layer in layers),
+        new_objects=sum(layer.new_objects for layer in layers),
+        object_bytes=sum(layer.object_bytes for layer in layers),
+        new_bytes=sum(layer.new_bytes for layer in layers),
+    )
