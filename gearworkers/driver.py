@@ -245,6 +245,7 @@ class GearDriver:
             with _opened(merged) as fd:
                 yield fd
         elif layer.kind is Kind.NEW:
+            self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
             with self._view(layer.parent) as parent_view:
                 yield parent_view
         else:

@@ -109,6 +109,7 @@ class Gateway:
         if self._settings.effective_metrics_listen.startswith("/"):
             Path(self._settings.effective_metrics_listen).unlink(missing_ok=True)
         self._dispatcher.close()
+        await asyncio.to_thread(self._driver.release)
         self._threads.shutdown(wait=False)
         _log.info("gateway ended")
 

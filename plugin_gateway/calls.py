@@ -54,6 +54,9 @@ class Driver(Protocol):
     def cleanup(self) -> None:
         """dockerd ends."""
 
+    def release(self) -> None:
+        """The gateway ends: keep only the mounts that containers have."""
+
     def changes(self, id: str, parent: str) -> list[Change]:
         """For docker diff."""
 

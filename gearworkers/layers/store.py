@@ -258,6 +258,8 @@ class LayerStore:
         check_id(id)
         self._settled.pop(id, None)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
+        for leftover in self._build.glob(f"{id}.????????"):
+            shutil.rmtree(leftover, ignore_errors=True)  # of an import that died
         return any(found)
 
     def recover(self) -> int:
@@ -285,7 +287,7 @@ class LayerStore:
 
     def release(self) -> None:
         """Unmount all indexes; containers that run keep what they have, and what is asked for comes back."""
-        for path in self._images.iterdir():
+        for path in self._images.glob("*"):
             unmount(path / TREE)
 
     @contextmanager

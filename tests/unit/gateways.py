@@ -82,6 +82,9 @@ class MemoryDriver:
     def cleanup(self) -> None:
         self.mounted.clear()
 
+    def release(self) -> None:
+        pass
+
     def changes(self, id: str, parent: str) -> list[Change]:
         return [Change(b"/a", ChangeKind.ADD)]
 
