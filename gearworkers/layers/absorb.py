@@ -127,8 +127,10 @@ def _stored(
                 digest = _digest(fd)
                 claims.add(digest, status.st_size)
                 if not store.has(digest):
-                    _store(fd, digest, store, build_fd)
                     if spool is not None:
+                        spool.announce(digest)
+                    _store(fd, digest, store, build_fd)
+                    if spool is not None and store.has(digest):
                         spool.add(digest)
                 contents[status.st_ino] = _Content(digest, _identity(status))
             finally:

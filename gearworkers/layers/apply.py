@@ -155,8 +155,10 @@ class _Contents:
                     pending.write_zeros(hole_bytes)
             digest = hasher.digest()
             self._claims.add(digest, entry.size_bytes)
-            if not self._store.has(digest) and pending.publish(digest):
-                self._writer.stored(digest, entry.size_bytes)
+            if not self._store.has(digest):
+                self._writer.announce(digest)
+                if pending.publish(digest):
+                    self._writer.stored(digest, entry.size_bytes)
         for offset, length in segments:
             self._log.slice(digest, offset, length)
         return digest

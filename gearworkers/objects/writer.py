@@ -67,6 +67,11 @@ class ContentWriter:
             self._hand_over()
             self._raise()
 
+    def announce(self, digest: bytes) -> None:
+        """The caller is about to store this object, which is not here, otherwise."""
+        if self._spool is not None:
+            self._spool.announce(digest)
+
     def stored(self, digest: bytes, size_bytes: int) -> None:
         """Note a new object that the caller has stored otherwise."""
         self.new_objects += 1
@@ -105,6 +110,8 @@ class ContentWriter:
     def _store_all(self, batch: _Batch) -> None:
         store, staging_fd = self._store, self._staging_fd
         for digest, data in batch:
+            if self._spool is not None and not store.has(digest):
+                self._spool.announce(digest)
             if self._in_place:
                 new = put_in_place(store, digest, memoryview(data), staging_fd)
             else:
