@@ -1,0 +1,152 @@
+"""What waits for push outlives crashes, the collector and a remote that goes away; and nothing new is forgotten."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gearworkers.driver import GearDriver
+from gearworkers.errors import GearError
+from gearworkers.settings import Settings
+from tests.conformance.drivers import InProcess, an_id
+from tests.conformance.layers import applied, file, mounted, tar
+from tests.faults.crashes import Say, killed_at_every_step
+
+pytestmark = pytest.mark.root
+
+CONTENTS = [b"small", b"another", b"large " * 900_000]
+DATA = tar(*(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    (tmp_path / "remote").mkdir()
+    settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", node="test")
+    settings = replace(settings, remote=str(tmp_path / "remote"))
+    InProcess(settings)
+    return settings
+
+
+def pushed(settings: Settings) -> set[str]:
+    """What the remote has, each verified."""
+    found = set()
+    for path in Path(settings.remote).rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+            found.add(path.name)
+    return found
+
+
+def waiting(settings: Settings) -> int:
+    return len(list(settings.gear_push_path.iterdir()))
+
+
+WANTED = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
+
+
+def test_what_is_new_is_pushed_once(settings: Settings) -> None:
+    driver = InProcess(settings)
+    applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
+    assert GearDriver(settings).push_pending() == len(CONTENTS)
+    assert pushed(settings) == WANTED
+    applied(driver, file("again", CONTENTS[0]))
+    assert GearDriver(settings).push_pending() == 0
+    assert waiting(settings) == 0
+
+
+def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
+    driver = InProcess(settings)
+    base, id, image = applied(driver, file("base", b"base")), an_id(), an_id()
+    driver.create_read_write(id, base)
+    with mounted(driver, id) as merged:
+        (merged / "new").write_bytes(CONTENTS[0])
+    driver.create(image, base)
+    driver.apply_diff(image, base, driver.diff(id, base))
+    GearDriver(settings).push_pending()
+    assert hashlib.sha256(CONTENTS[0]).hexdigest() in pushed(settings)
+
+
+def test_a_push_killed_at_any_step_is_ended_by_the_next(settings: Settings) -> None:
+    def work(say: Say) -> None:
+        GearDriver(settings).push_pending()
+
+    driver = InProcess(settings)
+    driver.create("layer")
+    driver.apply_diff("layer", "", DATA)
+    for outcome in killed_at_every_step(work):
+        assert len(pushed(settings)) + waiting(settings) >= len(CONTENTS), "each is there or still waits"
+        if not outcome.was_killed:
+            break
+        GearDriver(settings).push_pending()
+        assert pushed(settings) == WANTED
+        assert waiting(settings) == 0
+        shutil.rmtree(settings.remote)
+        Path(settings.remote).mkdir()
+        driver.remove("layer")
+        GearDriver(settings).collect_garbage()
+        driver.create("layer")
+        driver.apply_diff("layer", "", DATA)
+    assert pushed(settings) == WANTED
+
+
+def test_an_import_killed_at_any_step_and_done_again_is_pushed_whole(settings: Settings) -> None:
+    def work(say: Say) -> None:
+        driver = GearDriver(settings)
+        driver.create("layer", "")
+        driver.apply_diff("layer", "", io.BytesIO(DATA))
+
+    for outcome in killed_at_every_step(work):
+        driver = InProcess(settings)
+        if outcome.was_killed:
+            driver.remove("layer")
+            driver.create("layer")
+            driver.apply_diff("layer", "", DATA)
+        GearDriver(settings).push_pending()
+        assert pushed(settings) == WANTED
+        driver.remove("layer")
+        GearDriver(settings).collect_garbage()
+        shutil.rmtree(settings.remote)
+        Path(settings.remote).mkdir()
+
+
+def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> None:
+    driver = InProcess(settings)
+    driver.remove(applied(driver, file("a", CONTENTS[0])))
+    GearDriver(settings).collect_garbage()
+    assert GearDriver(settings).push_pending() == 1
+    assert pushed(settings) == {hashlib.sha256(CONTENTS[0]).hexdigest()}
+
+
+def test_a_remote_that_goes_away_and_comes_back_gets_everything(settings: Settings) -> None:
+    remote, away = Path(settings.remote), Path(settings.remote + "-away")
+    driver = InProcess(settings)
+    driver.create("layer")
+    remote.rename(away)
+    remote.write_text("no directory")
+    driver.apply_diff("layer", "", DATA)
+    with pytest.raises(GearError, match="remote"):
+        GearDriver(settings).push_pending()
+    assert waiting(settings) == len(CONTENTS)
+    remote.unlink()
+    away.rename(remote)
+    assert InProcess(settings).exists("layer")
+    GearDriver(settings).push_pending()
+    assert pushed(settings) == WANTED
+    assert waiting(settings) == 0
+
+
+def test_a_damaged_object_is_not_pushed(settings: Settings) -> None:
+    driver = InProcess(settings)
+    driver.create("layer")
+    driver.apply_diff("layer", "", tar(file("a", CONTENTS[0])))
+    (object_,) = settings.gear_public_cache_path.glob("*/*")
+    object_.write_bytes(b"smalL")
+    with pytest.raises(GearError, match="SHA-256"):
+        GearDriver(settings).push_pending()
+    assert pushed(settings) == set()
+    assert not [path for path in Path(settings.remote).rglob("*") if path.is_file()], "no temporary file either"
