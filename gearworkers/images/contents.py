@@ -1,19 +1,17 @@
-"""Where the contents of converted layers go: each that the remote lacks is put there, many at once, in bounded memory.
-
-What is asked of a remote stands in `Remote`; any of `gearworkers.objects` that has these methods will do.
-"""
+"""Where the contents of a converted layer go: what the remote lacks is put there, many at once, in bounded memory."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from gearworkers.errors import FailedPrecondition, from_os_error
+from gearworkers.errors import FailedPrecondition
+from gearworkers.images.remote import Remote
 
 _BATCH_CONTENTS = 256
 _BATCH_BYTES = 4 << 20
@@ -21,25 +19,6 @@ _BATCHES_AHEAD = 8
 """That wait or are put: with _BATCH_BYTES the bound on memory."""
 _THREADS = 4
 _SHOWN_DIGESTS = 3
-
-
-class Remote(Protocol):
-    """A shared store of objects and small documents; called from many threads at once.
-
-    Retries by itself what is worth it, within bounds; what it raises then is told to whoever converts.
-    """
-
-    def has(self, digests: Sequence[bytes]) -> Collection[bytes]:
-        """Which of *digests* are there."""
-
-    def put(self, digest: bytes, source_fd: int) -> None:
-        """Store the bytes of *source_fd*; idempotent, verified, visible only when whole."""
-
-    def document(self, name: str) -> bytes | None:
-        """A small document; None if there is none of that name."""
-
-    def put_document(self, name: str, data: bytes) -> None:
-        """Store a small document, whole or not at all; the last one of a name counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +38,7 @@ class Contents:
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
+        self._transfer = remote.transfer()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
         self._room = threading.BoundedSemaphore(_BATCHES_AHEAD)
         self._futures: list[Future[tuple[int, int]]] = []
@@ -96,7 +76,7 @@ class Contents:
         self._named.add(digest)
 
     def finish(self) -> Stored:
-        """Wait until the remote has all of them.
+        """Wait until the remote has all of them, durable.
 
         Raises:
             GearError: One could not be put.
@@ -109,11 +89,14 @@ class Contents:
             new_objects += objects
             new_bytes += size_bytes
         self._check_named()
+        if new_objects:
+            self._transfer.publish()
         return Stored(len(self._seen), sum(self._seen.values()), new_objects, new_bytes)
 
     def close(self) -> None:
         """Drop what waits and let the threads end."""
         self._pool.shutdown(cancel_futures=True)
+        self._transfer.close()
 
     def _send_batch(self) -> None:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
@@ -139,15 +122,13 @@ class Contents:
         present = set(self._remote.has([digest for digest, _ in batch]))
         lacking = [(digest, data) for digest, data in batch if digest not in present]
         for digest, data in lacking:
-            with _memory_file(data) as fd:
-                self._remote.put(digest, fd)
+            self._transfer.put(digest, data)
         return len(lacking), sum(len(data) for _, data in lacking)
 
     def _put_file(self, digest: bytes, fd: int, size_bytes: int) -> tuple[int, int]:
         if self._remote.has([digest]):
             return 0, 0
-        os.lseek(fd, 0, os.SEEK_SET)
-        self._remote.put(digest, fd)
+        self._transfer.put_file(digest, fd)
         return 1, size_bytes
 
     def _check_named(self) -> None:
@@ -174,20 +155,3 @@ def storing(remote: Remote) -> Iterator[Contents]:
         yield contents
     finally:
         contents.close()
-
-
-@contextmanager
-def _memory_file(data: bytes) -> Iterator[int]:
-    """*data* as a file; the remote's interface is written for large ones."""
-    try:
-        fd = os.memfd_create("content", os.MFD_CLOEXEC)
-    except OSError as exc:
-        raise from_os_error(exc, "make a file in memory") from exc
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)

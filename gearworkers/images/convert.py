@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -20,10 +20,11 @@ from gearworkers.archive.reader import Readable
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from gearworkers.images import manifest as m
 from gearworkers.images.blobs import unpacked
-from gearworkers.images.contents import Remote, storing
+from gearworkers.images.contents import storing
 from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
+from gearworkers.images.remote import Remote
 from gearworkers.images.source import Source, open_source, small_blob
 from gearworkers.settings import Settings
 
@@ -185,22 +186,15 @@ def finish_conversion(settings: Settings, plan: Plan, layers: Iterable[LayerDone
     return _report(plan, digest, done.values())
 
 
-class Converter(Protocol):
-    """Converts the layers of a plan and finishes it, in processes of this host or on workers."""
-
-    def __call__(self, plan: Plan, progress: Mapping[str, Progress]) -> Report:
-        """Do all of *plan*; *progress* has a callback by the digest of each layer."""
-
-
 def _chosen(index: m.Index, platform: m.Platform | None, source: str) -> list[m.Descriptor]:
     """The images of an index; attestations, which are about digests that will be others, are left out."""
     images = [child for child in index.manifests if child.media_type in m.MANIFESTS and not child.is_attestation]
-    if platform is None:
+    if platform is None and images:
         return images
-    found = [child for child in images if child.platform and platform.runs(child.platform)]
+    found = [child for child in images if child.platform and platform and platform.runs(child.platform)]
     if not found:
         there = ", ".join(sorted({str(child.platform) for child in images}))
-        raise NotFound(f"{source} has no image for {platform}; there are {there}")
+        raise NotFound(f"{source} has no image for {platform or 'any platform'}; there are: {there}")
     return found[:1]
 
 
