@@ -1,0 +1,208 @@
+"""Registries that ask who comes, speak TLS, or stand behind a connection that breaks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from tests.support.registry import Registry
+
+USER, PASSWORD = "gear", "of:workers"
+SERVICE = "a registry of tests"
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def registry(directory: Path, *, auth: str = "", http: str = "") -> Iterator[Registry]:
+    """A running docker-registry.
+
+    Args:
+        directory: Its own.
+        auth: Lines of its config, from ``auth:`` on.
+        http: More lines of its section ``http``, indented by two.
+    """
+    made = Registry(directory, free_port())
+    config = directory / "config.yml"
+    config.write_text(
+        "version: 0.1\nlog: {level: warn}\n"
+        f"storage:\n  filesystem: {{rootdirectory: {directory / 'storage'}}}\n  delete: {{enabled: true}}\n"
+        f'http:\n  addr: "127.0.0.1:{made.port}"\n{http}{auth}'
+    )
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def basic_auth(directory: Path) -> str:
+    """Config of a registry that knows USER by PASSWORD."""
+    script = "print crypt($ARGV[0], '$2y$05$abcdefghijklmnopqrstuu')"
+    hashed = subprocess.run(["perl", "-e", script, PASSWORD], check=True, capture_output=True, text=True).stdout
+    directory.mkdir(exist_ok=True)
+    (directory / "htpasswd").write_text(f"{USER}:{hashed}\n")
+    return f"auth:\n  htpasswd:\n    realm: tests\n    path: {directory / 'htpasswd'}\n"
+
+
+def make_certificate(directory: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    directory.mkdir(exist_ok=True)
+    certificate, key = directory / "ca.crt", directory / "ca.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=tests"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    return certificate, key
+
+
+@dataclass
+class TokenServer:
+    """Gives tokens that the registry's own code verifies, to USER for all and to nobody for pulling."""
+
+    directory: Path
+    lifetime_s: int = 300
+    port: int = field(default_factory=free_port)
+    asked: list[str] = field(default_factory=list)
+    """``METHOD scope scope…`` of each request."""
+
+    def __post_init__(self) -> None:
+        self._certificate, self._key = make_certificate(self.directory)
+
+    @property
+    def auth(self) -> str:
+        """The registry's config."""
+        return (
+            f"auth:\n  token:\n    realm: http://127.0.0.1:{self.port}/token\n    service: {SERVICE}\n"
+            f"    issuer: tests\n    rootcertbundle: {self._certificate}\n"
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Serve."""
+        server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    def token(self, scopes: list[str], all_allowed: bool) -> str:
+        """A token as the distribution's specification has it."""
+        der = subprocess.run(
+            ["openssl", "x509", "-in", str(self._certificate), "-outform", "der"], check=True, capture_output=True
+        ).stdout
+        access = []
+        for scope in scopes:
+            kind, name, actions = scope.split(":")
+            allowed = [action for action in actions.split(",") if all_allowed or action == "pull"]
+            access.append({"type": kind, "name": name, "actions": allowed})
+        now = int(time.time())
+        head = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
+        claims = {"iss": "tests", "aud": SERVICE, "nbf": now - 10, "iat": now, "exp": now + self.lifetime_s}
+        signed = f"{_part(head)}.{_part(claims | {'sub': '', 'jti': '1', 'access': access})}"
+        command = ["openssl", "dgst", "-sha256", "-sign", str(self._key)]
+        signature = subprocess.run(command, input=signed.encode(), check=True, capture_output=True).stdout
+        return f"{signed}.{_base64url(signature)}"
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                query = parse_qs(urlsplit(self.path).query)
+                known = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+                authorization = self.headers.get("Authorization")
+                if authorization not in (None, f"Basic {known}"):
+                    self.send_error(401)
+                    return
+                self._answer("GET", query.get("scope", []), authorization is not None)
+
+            def do_POST(self) -> None:
+                form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                if form["refresh_token"] != ["identity"] or form["grant_type"] != ["refresh_token"]:
+                    self.send_error(401)
+                    return
+                self._answer("POST", form["scope"][0].split(), True)
+
+            def _answer(self, method: str, scopes: list[str], all_allowed: bool) -> None:
+                owner.asked.append(" ".join([method, *scopes]))
+                body = {"access_token": owner.token(scopes, all_allowed), "expires_in": owner.lifetime_s}
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        return Handler
+
+
+@contextmanager
+def breaking(port: int, after_bytes: list[int]) -> Iterator[int]:
+    """A port that leads to *port*; the n-th connection is cut when so many bytes of its answer have passed.
+
+    Connections beyond the list are not cut.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=_accept, args=(server, port, list(after_bytes)), daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def _accept(server: socket.socket, port: int, after_bytes: list[int]) -> None:
+    threads = []
+    while True:
+        try:
+            client, _ = server.accept()
+        except OSError:
+            break
+        limit = after_bytes.pop(0) if after_bytes else 1 << 60
+        peer = socket.create_connection(("127.0.0.1", port))
+        threads += [
+            threading.Thread(target=_pump, args=(client, peer, 1 << 60), daemon=True),
+            threading.Thread(target=_pump, args=(peer, client, limit), daemon=True),
+        ]
+        for thread in threads[-2:]:
+            thread.start()
+
+
+def _pump(source: socket.socket, target: socket.socket, limit: int) -> None:
+    try:
+        while limit and (data := source.recv(min(limit, 1 << 16))):
+            target.sendall(data)
+            limit -= len(data)
+    except OSError:
+        pass
+    for end in (source, target):
+        try:
+            end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+def _part(document: object) -> str:
+    return _base64url(json.dumps(document).encode())
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
