@@ -7,10 +7,12 @@ gateway; `ApplyDiff`, `Diff` and upkeep may run in any process of the node that 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
@@ -39,6 +41,9 @@ from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 _OPTIONS = ("gear.root", "gear.broker")
 _INIT_SUFFIX = "-init"
 _INIT_FILE = "init.json"
@@ -55,6 +60,22 @@ class _InitRecord(msgspec.Struct, frozen=True):
 
     uid_maps: tuple[IDMap, ...] = ()
     gid_maps: tuple[IDMap, ...] = ()
+
+
+def _translated(
+    call: Callable[Concatenate[GearDriver, str, _Arguments], _Result],
+) -> Callable[Concatenate[GearDriver, str, _Arguments], _Result]:
+    """A call about one layer, what the file system refuses told as GearError."""
+
+    @wraps(call)
+    def translated(self: GearDriver, id: str, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        try:
+            return call(self, id, *arguments, **keywords)
+        except OSError as exc:
+            where = f": {os.fsdecode(exc.filename)}" if isinstance(exc.filename, str | bytes) else ""
+            raise from_os_error(exc, f"{call.__name__} of layer {id}{where}") from exc
+
+    return translated
 
 
 class GearDriver:
@@ -155,6 +176,7 @@ class GearDriver:
 
     # -- layers
 
+    @_translated
     def create(self, id: str, parent: str, mount_label: str = "") -> None:
         """Make a layer that is to be filled, by ApplyDiff or through a mount.
 
@@ -163,10 +185,12 @@ class GearDriver:
         """
         self._layers.create(new_layer(id, parent, Kind.NEW, mount_label), self._id_maps())
 
+    @_translated
     def create_read_write(self, id: str, parent: str, mount_label: str = "") -> None:
         """Make a layer that a container writes."""
         self._layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label), self._id_maps())
 
+    @_translated
     def remove(self, id: str) -> None:
         """Remove the layer, mounted or not; one that is not there is fine."""
         check_id(id)
@@ -180,6 +204,7 @@ class GearDriver:
 
     # -- mounts
 
+    @_translated
     def get(self, id: str, mount_label: str = "") -> str:
         """Mount the layer, or count one more user of its mount.
 
@@ -199,6 +224,7 @@ class GearDriver:
             self._mounts.acquire(id, target, lambda: overlay.mount(self._spec(layer, mount_label), target))
             return str(target)
 
+    @_translated
     def put(self, id: str) -> None:
         """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
         check_id(id)
@@ -255,6 +281,7 @@ class GearDriver:
 
     # -- what a layer holds
 
+    @_translated
     def get_metadata(self, id: str) -> dict[str, str]:
         """LowerDir, UpperDir, WorkDir and MergedDir, as overlay2 names them."""
         layer = self._layers.get(id)
@@ -268,6 +295,7 @@ class GearDriver:
             metadata["LowerDir"] = ":".join(map(str, self._layers.chain(layer.parent)))
         return metadata
 
+    @_translated
     def changes(self, id: str, parent: str) -> list[Change]:
         """What the layer has that *parent* has not; sorted by path."""
         layer = self._layers.get(id)
@@ -278,6 +306,7 @@ class GearDriver:
         with self._view(parent) as parent_fd, self._view(id) as own_fd:
             return tree_changes(own_fd, parent_fd)
 
+    @_translated
     def diff_size(self, id: str, parent: str) -> int:
         """Bytes of the files that the layer has over *parent*, each inode once."""
         layer = self._layers.get(id)
@@ -290,6 +319,7 @@ class GearDriver:
         with _opened(self._layers.lower(layer)) as upper_fd:
             return tree_size(upper_fd)
 
+    @_translated
     def apply_diff(self, id: str, parent: str, source: Readable) -> int:
         """Fill an empty layer from a tar.
 
@@ -315,6 +345,7 @@ class GearDriver:
             self._layers.publish(build, image_layer(layer, applied))
         return applied.size_bytes
 
+    @_translated
     def diff(self, id: str, parent: str, sink: Writable) -> None:
         """Write the layer's tar: what *parent* lacks or has otherwise.
 
@@ -400,6 +431,7 @@ class GearDriver:
             and not overlay.is_mounted(directory / MERGED)
         )
 
+    @_translated
     def absorb(self, id: str) -> int:
         """Move the contents of a finished read-write layer to the object store; how many files.
 

@@ -258,19 +258,15 @@ class LayerStore:
         check_id(id)
         self._settled.pop(id, None)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
-        for leftover in self._build.glob(f"{id}.????????"):
-            shutil.rmtree(leftover, ignore_errors=True)  # of an import that died
+        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died
+            self._discard(leftover)
         return any(found)
 
     def recover(self) -> int:
         """Remove what crashes left in build/; for the gateway's start only. How many directories."""
         leftovers = list(self._build.iterdir())
         for path in leftovers:
-            # Out of its name first: a worker that outlived the gateway must not publish what is half removed.
-            grave = path.with_name(f"removed.{secrets.token_hex(8)}")
-            os.rename(path, grave)
-            unmount(grave / TREE)
-            shutil.rmtree(grave)
+            self._discard(path)
         for path in self._containers.iterdir():
             image = self._images / path.name / RECORD_FILE
             if image.exists() and self.get(path.name).kind is Kind.IMAGE:
@@ -314,9 +310,9 @@ class LayerStore:
         write_record(build, layer)
 
     def _discard(self, place: Path) -> bool:
-        """Out of sight by one rename, then removed."""
+        """Out of sight by one rename, then removed; so nobody publishes what is half removed."""
         unmount(place / TREE)
-        grave = self._build / f"removed.{place.name}.{secrets.token_hex(4)}"
+        grave = self._build / f"removed.{secrets.token_hex(8)}"
         try:
             os.rename(place, grave)
         except FileNotFoundError:

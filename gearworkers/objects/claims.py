@@ -55,7 +55,8 @@ class Claims:
         os.close(self._fd)
 
     def _grown(self, size_bytes: int) -> mmap.mmap:
-        os.ftruncate(self._fd, size_bytes)
+        # Not a hole: a disk that fills up later would kill the process at a write into shared memory.
+        os.posix_fallocate(self._fd, 0, size_bytes)
         return mmap.mmap(self._fd, size_bytes)
 
 
