@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from gearworkers.mounts import sys as kernel
 
@@ -24,6 +25,8 @@ _UNAUDITED = (
     (kernel, "umount2"),
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+_Result = TypeVar("_Result")
 
 Say = Callable[[bytes], None]
 
@@ -127,3 +130,21 @@ def _counted(call: Callable[..., Any], count: Callable[[], None]) -> Callable[..
 def _writes(arguments: tuple[Any, ...]) -> bool:
     flags = arguments[2]
     return isinstance(flags, int) and bool(flags & _WRITING)
+
+
+class Interrupted(Generic[_Result]):
+    """A tar that pauses for something to happen."""
+
+    def __init__(self, first: bytes, meanwhile: Callable[[], _Result | None], second: bytes) -> None:
+        self._parts = [first, second]
+        self._meanwhile = meanwhile
+        self._file = io.BytesIO(first)
+        self.outcome: _Result | None = None
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        taken = self._file.readinto(buffer)
+        if not taken and len(self._parts) == 2:
+            self.outcome = self._meanwhile()
+            self._file = io.BytesIO(self._parts.pop())
+            taken = self._file.readinto(buffer)
+        return taken

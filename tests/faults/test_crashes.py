@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from gearworkers.objects.garbage import HIDDEN
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import File, applied, directory, file, hardlink, object_names, object_path, shown, tar
-from tests.faults.crashes import Outcome, Say, killed_at_every_step
+from tests.faults.crashes import Interrupted, Outcome, Say, killed_at_every_step
 from tests.support.overlays import Node
 
 pytestmark = pytest.mark.root
@@ -173,21 +172,3 @@ def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Set
         if paused.outcome is None:
             break
     assert number > 5, "the sweep had steps"
-
-
-class Interrupted:
-    """A tar that pauses for something to happen."""
-
-    def __init__(self, first: bytes, meanwhile: Callable[[], Outcome | None], second: bytes) -> None:
-        self._parts = [first, second]
-        self._meanwhile = meanwhile
-        self._file = io.BytesIO(first)
-        self.outcome: Outcome | None = None
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        taken = self._file.readinto(buffer)
-        if not taken and len(self._parts) == 2:
-            self.outcome = self._meanwhile()
-            self._file = io.BytesIO(self._parts.pop())
-            taken = self._file.readinto(buffer)
-        return taken

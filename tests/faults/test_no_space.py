@@ -13,6 +13,7 @@ from gearworkers.driver import GearDriver
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import applied, file, mounted, object_names, shown, tar
+from tests.faults.crashes import Interrupted, Say, run_child
 from tests.support.disk import mount_fresh
 
 pytestmark = pytest.mark.root
@@ -76,13 +77,41 @@ def test_more_contents_than_inodes(driver: InProcess, disk: Path) -> None:
     refused_and_whole(driver, tar(*(file(f"f{number}", b"content %d" % number) for number in range(count))))
 
 
-def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, disk: Path) -> None:
-    base = applied(driver, file("base", b"base"))
-    driver.create_read_write("container", base)
+def fill(disk: Path) -> Path:
+    """Leave not a block free; the file that has them all."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file_, pytest.raises(OSError, match="No space"):
         while file_.write(bytes(4096)):
             pass
+    return filler
+
+
+def test_a_disk_that_fills_up_while_known_contents_come_does_not_kill_the_process(
+    driver: InProcess, disk: Path
+) -> None:
+    """The list of claims is shared memory: a page of it without a block behind would be a SIGBUS."""
+    applied(driver, file("known", b"known"))
+    driver.create("layer")
+    first, second = tar(file("a", b"known")), tar(*(file(f"b{number}", b"known") for number in range(5000)))
+
+    def work(say: Say) -> None:
+        data = Interrupted(first[:-1024], lambda: fill(disk), second)
+        GearDriver(driver.settings).apply_diff("layer", "", data)
+
+    outcome = run_child(work)
+    (disk / "filler").unlink()
+    assert outcome.failed, "an error and no signal"
+    assert outcome.said[0].startswith(b"ResourceExhausted"), outcome.said
+    InProcess(driver.settings).remove("layer")
+
+
+def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, disk: Path) -> None:
+    base = applied(driver, file("base", b"base"))
+    driver.create_read_write("container", base)
+    filler = fill(disk)
+    with pytest.raises(Refused, match="No space"):
+        driver.create("another", base)
+    assert not driver.exists("another")
     with mounted(driver, "container") as merged:
         assert (merged / "base").read_bytes() == b"base", "what is there can be read"
         with pytest.raises(OSError, match="No space"):
