@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,15 +123,19 @@ def test_a_client_that_gives_up_in_the_middle_leaves_nothing(dockerd: Dockerd, s
 
 def test_a_commits_new_objects_reach_the_remote_in_the_background(dockerd: Dockerd, stack: Stack) -> None:
     remote = stack.directory.parent / "remote"
-    known = {path for path in remote.rglob("*") if path.is_file()}
+    known = _objects(remote)
     dockerd.run("tiny", "sh", "-c", "seq 100000 > /pushed", options=("--name", "topush"))
     dockerd.docker("commit", "topush", "topush")
     content = "".join(f"{n}\n" for n in range(1, 100_001)).encode()
 
     def has_arrived() -> bool:
-        new = {path for path in remote.rglob("*") if path.is_file()} - known
-        return any(path.read_bytes() == content for path in new)
+        return any(path.read_bytes() == content for path in _objects(remote) - known)
 
     wait_until(has_arrived, "the file in the remote")
     dockerd.docker("rm", "topush")
     dockerd.docker("rmi", "topush")
+
+
+def _objects(remote: Path) -> set[Path]:
+    """What the remote holds; a name with a dot in front is a file on its way."""
+    return {path for path in remote.rglob("[!.]*") if path.is_file()}
