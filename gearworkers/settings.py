@@ -19,6 +19,10 @@ DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
 DEFAULT_LARGE_OBJECT_BYTES = 1 << 20
 DEFAULT_FETCH_THREADS = 24
 DEFAULT_FILL_DELAY_S = 10.0
+DEFAULT_REMOTE_TIMEOUT_S = 60.0
+DEFAULT_MANAGER_LISTEN = "127.0.0.1:2019"
+DEFAULT_MOST_OBJECT_BYTES = 64 << 30
+DEFAULT_CLIENT_TIMEOUT_S = 30.0
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 
@@ -36,7 +40,31 @@ class Settings:
     broker_url: str = ""
     """Empty: the Unix socket redis.sock in run_dir, database 0."""
     remote: str = ""
-    """Where new objects are pushed: a directory; empty for nowhere."""
+    """Where objects are kept for all nodes: a directory, s3://BUCKET/PREFIX?…, a manager's URL; empty for nowhere."""
+    remote_token: str = ""
+    """What the manager is shown; `remote_token_file` goes before it."""
+    remote_token_file: Path | None = None
+    """Read again for each request, so that a token can be replaced."""
+    remote_ca_file: Path | None = None
+    """The CA of the manager's certificate; None for the system's trust."""
+    remote_timeout_s: float = DEFAULT_REMOTE_TIMEOUT_S
+    """What a remote may take to answer, all attempts together; a file system that hangs is given up after it."""
+    aws_credentials_file: Path = field(default_factory=lambda: Path.home() / ".aws" / "credentials")
+    aws_profile: str = "default"
+    manager_listen: str = DEFAULT_MANAGER_LISTEN
+    """host:port of `gear manager`."""
+    manager_store: str = ""
+    """Where the manager keeps what it is given: a directory or s3://…; empty: manager/ in gear_root."""
+    manager_read_tokens_file: Path | None = None
+    """Tokens that may read, one a line; read again when it changes."""
+    manager_write_tokens_file: Path | None = None
+    """Tokens that may also write."""
+    manager_tls_cert_file: Path | None = None
+    manager_tls_key_file: Path | None = None
+    manager_most_object_bytes: int = DEFAULT_MOST_OBJECT_BYTES
+    """The largest object that the manager takes."""
+    manager_client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
+    """A client that sends or takes nothing for so long is dropped."""
     node: str = field(default_factory=socket.gethostname)
     metrics_listen: str = ""
     """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
@@ -60,7 +88,10 @@ class Settings:
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
         GEAR_METRICS_LISTEN, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S,
-        GEAR_LOG_LEVEL and GEAR_LOG_FORMAT.
+        GEAR_REMOTE_TOKEN, GEAR_REMOTE_TOKEN_FILE, GEAR_REMOTE_CA_FILE, GEAR_REMOTE_TIMEOUT_S, GEAR_MANAGER_LISTEN,
+        GEAR_MANAGER_STORE, GEAR_MANAGER_READ_TOKENS_FILE, GEAR_MANAGER_WRITE_TOKENS_FILE, GEAR_MANAGER_TLS_CERT_FILE,
+        GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES, GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_LOG_LEVEL and
+        GEAR_LOG_FORMAT.
 
         Raises:
             InvalidInput: A path is not absolute, a number not positive, a level or format none.
@@ -71,6 +102,22 @@ class Settings:
             plugin_socket=_absolute(environ, "GEAR_PLUGIN_SOCKET", DEFAULT_PLUGIN_SOCKET),
             broker_url=environ.get("GEAR_BROKER_URL", ""),
             remote=environ.get("GEAR_REMOTE", ""),
+            remote_token=environ.get("GEAR_REMOTE_TOKEN", ""),
+            remote_token_file=_optional(environ, "GEAR_REMOTE_TOKEN_FILE"),
+            remote_ca_file=_optional(environ, "GEAR_REMOTE_CA_FILE"),
+            remote_timeout_s=_positive(environ, "GEAR_REMOTE_TIMEOUT_S", DEFAULT_REMOTE_TIMEOUT_S),
+            aws_credentials_file=_absolute(
+                environ, "AWS_SHARED_CREDENTIALS_FILE", Path.home() / ".aws" / "credentials"
+            ),
+            aws_profile=environ.get("AWS_PROFILE") or "default",
+            manager_listen=environ.get("GEAR_MANAGER_LISTEN") or DEFAULT_MANAGER_LISTEN,
+            manager_store=environ.get("GEAR_MANAGER_STORE", ""),
+            manager_read_tokens_file=_optional(environ, "GEAR_MANAGER_READ_TOKENS_FILE"),
+            manager_write_tokens_file=_optional(environ, "GEAR_MANAGER_WRITE_TOKENS_FILE"),
+            manager_tls_cert_file=_optional(environ, "GEAR_MANAGER_TLS_CERT_FILE"),
+            manager_tls_key_file=_optional(environ, "GEAR_MANAGER_TLS_KEY_FILE"),
+            manager_most_object_bytes=_positive(environ, "GEAR_MANAGER_MOST_OBJECT_BYTES", DEFAULT_MOST_OBJECT_BYTES),
+            manager_client_timeout_s=_positive(environ, "GEAR_MANAGER_CLIENT_TIMEOUT_S", DEFAULT_CLIENT_TIMEOUT_S),
             large_object_bytes=_positive(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
             fetch_threads=_positive(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
             fill_delay_s=_positive(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
@@ -149,6 +196,11 @@ class Settings:
         return self.run_dir / "streams.sock"
 
     @property
+    def effective_manager_store(self) -> str:
+        """manager_store, or a directory in gear_root."""
+        return self.manager_store or str(self.gear_root / "manager")
+
+    @property
     def effective_metrics_listen(self) -> str:
         """metrics_listen, or the socket in run_dir."""
         return self.metrics_listen or str(self.run_dir / "metrics.sock")
@@ -167,6 +219,10 @@ def _absolute(environ: Mapping[str, str], name: str, default: Path) -> Path:
     if not path.is_absolute():
         raise InvalidInput(f"{name}={value}: an absolute path is needed")
     return path
+
+
+def _optional(environ: Mapping[str, str], name: str) -> Path | None:
+    return _absolute(environ, name, Path()) if environ.get(name) else None
 
 
 def _positive(environ: Mapping[str, str], name: str, default: Number) -> Number:

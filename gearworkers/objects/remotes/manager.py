@@ -1,0 +1,243 @@
+"""Blobs of a manager (`gear manager`), over HTTP."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import urllib3
+from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
+from urllib3.util import Timeout
+
+from gearworkers.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    GearError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    from_os_error,
+)
+from gearworkers.objects.remotes import codec, frames
+from gearworkers.objects.remotes.blobs import Document
+from gearworkers.settings import Settings
+
+NODE_HEADER = "Gear-Node"
+VERSION_HEADER = "Gear-Version"
+MOST_DIGESTS = 10_000
+"""What one query or pull may name."""
+
+_CONNECT_S = 5.0
+_VERIFY_BYTES_PER_S = 50e6
+_KINDS: dict[int, type[GearError]] = {
+    400: InvalidInput,
+    401: FailedPrecondition,
+    403: FailedPrecondition,
+    404: NotFound,
+    408: Unavailable,
+    409: AlreadyExists,
+    422: IntegrityError,
+    429: Unavailable,
+    507: ResourceExhausted,
+}
+
+
+class Digests(msgspec.Struct, frozen=True):
+    """What a query or a pull names, in hex."""
+
+    digests: list[str]
+
+
+class Present(msgspec.Struct, frozen=True):
+    """What a query finds, in hex."""
+
+    present: list[str]
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """The body of an error."""
+
+    error: str
+
+
+class ManagerStore:
+    """A `BlobStore` that is a manager; tries once: for decorators to better.
+
+    At most settings.fetch_threads requests at once. The token file is read for each request.
+    """
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self._url = url.rstrip("/")
+        self._settings = settings
+        self._timeout_s = settings.remote_timeout_s
+        self._pool = urllib3.PoolManager(
+            maxsize=settings.fetch_threads, block=True, retries=False, ssl_context=_trust(url, settings)
+        )
+
+    def present(self, digests: Sequence[bytes]) -> set[bytes]:
+        """One request for MOST_DIGESTS."""
+        found: set[bytes] = set()
+        for part in _parts(digests):
+            body = msgspec.json.encode(Digests([digest.hex() for digest in part]))
+            with self._asked("POST", "/v1/query", body=body) as response, self._translated("query"):
+                answer = msgspec.json.decode(response.read(), type=Present)
+            found.update(bytes.fromhex(digest) for digest in answer.present)
+        return found
+
+    def get(self, digest: bytes) -> bytes:
+        """One request."""
+        with self._asked("GET", f"/v1/blobs/{digest.hex()}") as response, self._translated(f"get {digest.hex()}"):
+            return bytes(response.read())
+
+    def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """One request for MOST_DIGESTS, in the order asked for."""
+        for part in _parts(digests):
+            body = msgspec.json.encode(Digests([digest.hex() for digest in part]))
+            with self._asked("POST", "/v1/pull", body=body) as response:
+                yield from self._frames(response)
+
+    def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+        """One request."""
+        body = b"".join(frames.frame(digest, blob) for digest, blob in blobs)
+        timeout_s = self._timeout_s + sum(_size_bytes(digest, blob) for digest, blob in blobs) / _VERIFY_BYTES_PER_S
+        with self._asked("POST", "/v1/push", body=body, kind=frames.CONTENT_TYPE, timeout_s=timeout_s):
+            pass
+
+    def get_document(self, name: str) -> Document | None:
+        """One request."""
+        try:
+            with self._asked("GET", f"/v1/documents/{name}") as response, self._translated(f"get document {name}"):
+                return Document(bytes(response.read()), int(response.headers[VERSION_HEADER]))
+        except NotFound:
+            return None
+
+    def put_document(self, name: str, document: Document) -> None:
+        """One request."""
+        with self._asked(
+            "PUT",
+            f"/v1/documents/{name}",
+            body=document.data,
+            kind="application/octet-stream",
+            headers={VERSION_HEADER: str(document.version)},
+        ):
+            pass
+
+    def join(self) -> None:
+        """Tell the manager of this node; to be told again within a few minutes.
+
+        Raises:
+            Unavailable: It does not answer.
+        """
+        with self._asked("POST", "/v1/join", body=msgspec.json.encode({"node": self._settings.node})):
+            pass
+
+    # -- HTTP
+
+    def _frames(self, response: urllib3.BaseHTTPResponse) -> Iterator[tuple[bytes, bytes]]:
+        stream = frames.read_frames(lambda size_bytes: _read_exactly(response, size_bytes))
+        while True:
+            with self._translated("pull"):
+                try:
+                    found = next(stream, None)
+                except InvalidInput as exc:
+                    raise Unavailable(f"{self._url}: {exc}") from exc
+            if found is None:
+                return
+            yield found
+
+    @contextmanager
+    def _asked(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        kind: str = "application/json",
+        headers: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[urllib3.BaseHTTPResponse]:
+        """The answer of a request that went well; its connection is used again if it was read to the end."""
+        sent: dict[str, Any] = {NODE_HEADER: self._settings.node, **self._authorization(), **(headers or {})}
+        if body is not None:
+            sent["Content-Type"] = kind
+        with self._translated(f"{method} {path}"):
+            response = self._pool.request(
+                method,
+                self._url + path,
+                body=body,
+                headers=sent,
+                timeout=Timeout(connect=_CONNECT_S, read=timeout_s or self._timeout_s),
+                preload_content=False,
+                decode_content=False,
+            )
+        try:
+            if response.status >= 400:
+                raise self._problem(response, f"{method} {path}")
+            yield response
+        except BaseException:
+            response.close()
+            raise
+        finally:
+            response.release_conn()
+
+    def _authorization(self) -> dict[str, str]:
+        token = self._settings.remote_token
+        if self._settings.remote_token_file is not None:
+            try:
+                token = self._settings.remote_token_file.read_text().strip()
+            except OSError as exc:
+                raise from_os_error(exc, f"read the remote's token from {self._settings.remote_token_file}") from exc
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def _problem(self, response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
+        kind = _KINDS.get(response.status) or (Unavailable if response.status >= 500 else InvalidInput)
+        try:
+            said = msgspec.json.decode(response.read(64 << 10), type=Problem).error
+        except (HTTPError, OSError, msgspec.MsgspecError):
+            said = response.reason or ""
+        return kind(f"{self._url}: {tried}: {response.status} {said}")
+
+    @contextmanager
+    def _translated(self, tried: str) -> Iterator[None]:
+        try:
+            yield
+        except (HTTPError, OSError) as exc:
+            reason = exc.reason if isinstance(exc, MaxRetryError) else exc
+            if isinstance(reason, SSLError) and "CERTIFICATE" in str(reason).upper():
+                raise FailedPrecondition(f"{self._url}: {reason}; its CA belongs in GEAR_REMOTE_CA_FILE") from exc
+            raise Unavailable(f"{self._url}: {tried}: {reason}") from exc
+        except (msgspec.MsgspecError, KeyError, ValueError) as exc:
+            raise Unavailable(f"{self._url}: {tried}: not a manager's answer ({exc})") from exc
+
+
+def _trust(url: str, settings: Settings) -> ssl.SSLContext | None:
+    if not url.startswith("https://"):
+        return None
+    try:
+        return ssl.create_default_context(cafile=settings.remote_ca_file)
+    except OSError as exc:
+        raise FailedPrecondition(f"GEAR_REMOTE_CA_FILE={settings.remote_ca_file}: {exc}") from exc
+
+
+def _parts(digests: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    return (digests[start : start + MOST_DIGESTS] for start in range(0, len(digests), MOST_DIGESTS))
+
+
+def _read_exactly(response: urllib3.BaseHTTPResponse, size_bytes: int) -> bytes:
+    data = response.read(size_bytes)
+    while len(data) < size_bytes:
+        more = response.read(size_bytes - len(data))
+        if not more:
+            break
+        data += more
+    return bytes(data)
+
+
+def _size_bytes(digest: bytes, blob: bytes) -> int:
+    """What the manager reads to verify it."""
+    return codec.layout_bytes(codec.decode_layout(digest, blob)) if codec.is_layout(blob) else len(blob)

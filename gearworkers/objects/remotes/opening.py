@@ -1,0 +1,72 @@
+"""Which remote the settings ask for; the one place where stores and their decorators are stacked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.mounts.lazy.place import is_mount_point
+from gearworkers.objects.remotes.blobs import BlobStore
+from gearworkers.objects.remotes.bucket import in_directory
+from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
+from gearworkers.objects.remotes.manager import ManagerStore
+from gearworkers.objects.remotes.remote import Remote
+from gearworkers.objects.remotes.s3 import in_s3
+from gearworkers.settings import Settings
+
+_DIRECTORY_THREADS = 8
+_DIRECTORY_TOGETHER = 64
+
+
+def open_remote(settings: Settings) -> Remote:
+    """The remote of GEAR_REMOTE, behind the node's nfs/ if there is one; nothing is asked of it yet.
+
+    Raises:
+        FailedPrecondition: GEAR_REMOTE is not set.
+        InvalidInput: It is nothing that is known.
+    """
+    if not settings.remote:
+        raise FailedPrecondition(
+            "no remote is set; set GEAR_REMOTE to a directory, s3://BUCKET/PREFIX or a manager's http(s)://HOST:PORT"
+        )
+    blobs = blobs_at(settings.remote, settings)
+    if has_near(settings):
+        blobs = Cached(_directory(settings.gear_nfs_path, settings), blobs)
+    return Remote(blobs)
+
+
+def open_near(settings: Settings) -> Remote:
+    """The node's nfs/ alone: for a node that has no remote."""
+    return Remote(_directory(settings.gear_nfs_path, settings))
+
+
+def has_near(settings: Settings) -> bool:
+    """Whether nfs/ is more than an empty directory: mounted, a link, or filled by somebody."""
+    near = settings.gear_nfs_path
+    return is_mount_point(near) or near.is_symlink() or (near / "objects").is_dir()
+
+
+def blobs_at(url: str, settings: Settings) -> BlobStore:
+    """The store at a directory's path or a URL, with retry and limits.
+
+    Raises:
+        InvalidInput: It is nothing that is known.
+    """
+    if os.path.isabs(url):
+        return _directory(Path(url), settings)
+    if url.startswith("s3://"):
+        threads = settings.fetch_threads
+        return Bounded(Retried(in_s3(url, settings)), threads=threads, timeout_s=settings.remote_timeout_s, together=1)
+    if url.startswith(("http://", "https://")):
+        return Retried(ManagerStore(url, settings))
+    raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
+
+
+def _directory(path: Path, settings: Settings) -> BlobStore:
+    return Bounded(
+        Retried(in_directory(path)),
+        threads=_DIRECTORY_THREADS,
+        timeout_s=settings.remote_timeout_s,
+        together=_DIRECTORY_TOGETHER,
+    )

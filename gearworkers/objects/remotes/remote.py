@@ -1,0 +1,240 @@
+"""A remote: contents and documents over a store of blobs; every content is verified, going in and coming out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import structlog
+
+from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, from_os_error
+from gearworkers.objects.remotes import codec
+from gearworkers.objects.remotes.blobs import MOST_DOCUMENT_BYTES, BlobStore, Document, checked_name
+from gearworkers.objects.remotes.chunking import chunks_of
+from gearworkers.objects.sources import Chunk
+from gearworkers.objects.store import verify_file
+
+_log = structlog.get_logger(__name__)
+
+_WINDOW_CHUNKS = 64
+_BATCH_BLOBS = 256
+_BATCH_BYTES = 4 << 20
+_RACES = 20
+
+
+class Remote:
+    """Where objects are kept for all nodes; implements `sources.Source`. All methods from any thread.
+
+    Idempotent; an object is visible only when whole, and durable when the call that put it has returned.
+    """
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self.blobs = blobs
+
+    # -- putting
+
+    def has(self, digests: Sequence[bytes]) -> list[bytes]:
+        """Those of *digests* that are there, in their order."""
+        present = self.blobs.present(digests)
+        return [digest for digest in digests if digest in present]
+
+    def put(self, digest: bytes, source_fd: int) -> None:
+        """Store the bytes of *source_fd*, from its beginning to its end; its offset stays.
+
+        Raises:
+            IntegrityError: Its SHA-256 is not *digest*; nothing is visible.
+            Unavailable: The store does not answer, after bounded retries.
+
+        Crash: may leave chunks that no layout names yet; the next put uses them.
+        """
+        if self.blobs.present([digest]):
+            return
+        verify_file(source_fd, digest)
+        if os.fstat(source_fd).st_size < codec.LARGE_BYTES:
+            self.blobs.put_many([(digest, codec.encode(_read_all(source_fd)))])
+            return
+        layout = list(self._put_chunks(source_fd))
+        self.blobs.put_many([(digest, codec.encode_layout(layout))])
+
+    def put_many(self, contents: Iterable[tuple[bytes, bytes]]) -> int:
+        """Store each (digest, content) that is not there; how many were new. For small ones: below LARGE_BYTES.
+
+        Raises:
+            IntegrityError: A content is not what its digest says.
+            InvalidInput: One is too large.
+        """
+        new = 0
+        for batch in _batches(contents):
+            blobs = [
+                (digest, _checked_encoded(digest, content))
+                for digest, content in _missing(batch, self.blobs.present([digest for digest, _ in batch]))
+            ]
+            if blobs:
+                self.blobs.put_many(blobs)
+            new += len(blobs)
+        return new
+
+    def _put_chunks(self, source_fd: int) -> Iterator[tuple[int, bytes]]:
+        """Store the chunks that are missing; (size in bytes, digest) of all, in order."""
+        pieces = ((hashlib.sha256(piece).digest(), bytes(piece)) for piece in chunks_of(source_fd))
+        while batch := list(islice(pieces, _WINDOW_CHUNKS)):
+            missing = _missing(batch, self.blobs.present([digest for digest, _ in batch]))
+            if missing:
+                self.blobs.put_many([(digest, codec.encode(piece)) for digest, piece in missing])
+            yield from ((len(piece), digest) for digest, piece in batch)
+
+    # -- fetching
+
+    def size_bytes(self, digest: bytes) -> int:
+        """The object's size.
+
+        Raises:
+            NotFound: It is not there.
+        """
+        blob = self.blobs.get(digest)
+        if codec.is_layout(blob):
+            return codec.layout_bytes(codec.decode_layout(digest, blob))
+        return len(codec.decode(digest, blob))
+
+    def fetch(self, digest: bytes) -> Iterator[bytes]:
+        """The object's bytes in pieces, each verified; that they make it up is known at the end.
+
+        Raises:
+            NotFound: It is not there.
+            IntegrityError: What is there is another content.
+            Unavailable: The store does not answer, after bounded retries.
+        """
+        blob = self.blobs.get(digest)
+        if not codec.is_layout(blob):
+            yield codec.decode(digest, blob)
+            return
+        hasher = hashlib.sha256()
+        for _, piece in self.pieces(codec.decode_layout(digest, blob)):
+            hasher.update(piece)
+            yield piece
+        if hasher.digest() != digest:
+            raise IntegrityError(f"object {digest.hex()}: its chunks make up {hasher.hexdigest()}")
+
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """(digest, content) of those that are there, verified, in any order; what is damaged is left out and logged."""
+        for digest, blob in self.blobs.get_many(digests):
+            try:
+                if codec.is_layout(blob):
+                    yield digest, b"".join(self.fetch(digest))
+                else:
+                    yield digest, codec.decode(digest, blob)
+            except IntegrityError as exc:
+                _log.error("a remote gave wrong bytes", error=str(exc))
+
+    def layout(self, digest: bytes) -> list[Chunk] | None:
+        """The chunks of an object in order of offset; None if it is kept whole or not at all."""
+        try:
+            blob = self.blobs.get(digest)
+        except NotFound:
+            return None
+        return codec.decode_layout(digest, blob) if codec.is_layout(blob) else None
+
+    def chunk(self, digest: bytes) -> bytes:
+        """One chunk by its own digest, verified.
+
+        Raises:
+            NotFound, IntegrityError, Unavailable: As `fetch`.
+        """
+        return codec.decode(digest, self.blobs.get(digest))
+
+    def pieces(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, bytes]]:
+        """Chunks with their bytes, verified, in order; a window of them at a time in memory.
+
+        Raises:
+            NotFound, IntegrityError, Unavailable: As `fetch`.
+        """
+        for start in range(0, len(chunks), _WINDOW_CHUNKS):
+            window = chunks[start : start + _WINDOW_CHUNKS]
+            blobs = dict(self.blobs.get_many(list({chunk.digest for chunk in window})))
+            for chunk in window:
+                if chunk.digest not in blobs:
+                    raise NotFound(f"chunk {chunk.digest.hex()} is not there")
+                piece = codec.decode(chunk.digest, blobs[chunk.digest])
+                if len(piece) != chunk.size_bytes:
+                    raise IntegrityError(f"chunk {chunk.digest.hex()}: its layout says {chunk.size_bytes} bytes")
+                yield chunk, piece
+
+    # -- documents
+
+    def document(self, name: str) -> bytes | None:
+        """What the document holds now; None if there is none.
+
+        Raises:
+            InvalidInput: No document can have this name.
+        """
+        found = self.versioned(name)
+        return None if found is None else found.data
+
+    def versioned(self, name: str) -> Document | None:
+        """As `document`, with its version."""
+        return self.blobs.get_document(checked_name(name))
+
+    def put_document(self, name: str, data: bytes) -> None:
+        """Have the document hold *data*, whatever it held; atomic, durable, the last one wins.
+
+        Raises:
+            InvalidInput: No document can have this name or size.
+        """
+        for _ in range(_RACES):
+            found = self.versioned(name)
+            try:
+                self.replace_document(name, data, found.version if found else 0)
+                return
+            except AlreadyExists:
+                continue
+        raise AlreadyExists(f"document {name}: others kept replacing it")
+
+    def replace_document(self, name: str, data: bytes, version: int) -> None:
+        """Have the document hold *data* if its version is still *version*; 0 if there was none.
+
+        Raises:
+            AlreadyExists: Somebody has replaced it meanwhile.
+            InvalidInput: As `put_document`.
+        """
+        if len(data) > MOST_DOCUMENT_BYTES:
+            raise InvalidInput(f"document {name}: {len(data)} bytes; {MOST_DOCUMENT_BYTES} are allowed")
+        self.blobs.put_document(checked_name(name), Document(data, version + 1))
+
+
+def _missing(contents: Sequence[tuple[bytes, bytes]], present: set[bytes]) -> list[tuple[bytes, bytes]]:
+    return list({digest: content for digest, content in contents if digest not in present}.items())
+
+
+def _checked_encoded(digest: bytes, content: bytes) -> bytes:
+    if len(content) > codec.LARGE_BYTES:
+        raise InvalidInput(f"object {digest.hex()}: {len(content)} bytes are too many to be put among many")
+    if hashlib.sha256(content).digest() != digest:
+        raise IntegrityError(f"object {digest.hex()}: its bytes have SHA-256 {hashlib.sha256(content).hexdigest()}")
+    return codec.encode(content)
+
+
+def _batches(contents: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
+    batch: list[tuple[bytes, bytes]] = []
+    batch_bytes = 0
+    for digest, content in contents:
+        batch.append((digest, content))
+        batch_bytes += len(content)
+        if len(batch) >= _BATCH_BLOBS or batch_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, batch_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _read_all(fd: int) -> bytes:
+    parts = []
+    at = 0
+    try:
+        while part := os.pread(fd, codec.LARGE_BYTES, at):
+            parts.append(part)
+            at += len(part)
+    except OSError as exc:
+        raise from_os_error(exc, "read an object") from exc
+    return b"".join(parts)
