@@ -69,6 +69,8 @@ _WANTED = InitFlag.ASYNC_READ | InitFlag.PARALLEL_DIROPS | InitFlag.MAX_PAGES | 
 
 KEEP_CACHE = 1 << 1
 """In the answer to OPEN: pages of earlier opens stay."""
+NO_FLUSH = 1 << 5
+"""In the answer to OPEN: closing asks nothing, so it does not wait while no server lives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ class Tree:
             waiter.give(protocol.attributes_body(protocol.regular(request.node, size_bytes)))
 
     def _open(self, _request: Request, waiter: Waiter) -> None:
-        waiter.give(protocol.open_body(protocol.KEEP_CACHE))
+        waiter.give(protocol.open_body(protocol.KEEP_CACHE | protocol.NO_FLUSH))
 
     def _read(self, request: Request, waiter: Waiter) -> None:
         offset, size_bytes = protocol.read_range(request.body)

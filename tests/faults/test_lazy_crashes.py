@@ -1,0 +1,177 @@
+"""The lazy file server or its keeper dies while containers run: they notice a pause at most."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import FailedPrecondition
+from gearworkers.mounts.lazy.place import is_mount_point
+from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node, until
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse]
+
+LARGE = random.Random(1).randbytes(8 << 20)
+SMALL = {f"etc/file{number}": b"content %d" % number * 50 for number in range(200)}
+FILES = {**SMALL, "lib/large": LARGE}
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[LazyNode]:
+    with lazy_node(tmp_path) as one:
+        one.pull(FILES)
+        yield one
+
+
+def keepers(node: LazyNode) -> list[int]:
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                command = (process / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if os.fsencode(node.settings.lazyfs_keeper_socket) in command:
+                found.append(int(process.name))
+    return found
+
+
+def has_asked(node: LazyNode, requests: int) -> bool:
+    return len(node.shelf.requests()) >= requests
+
+
+def test_readers_do_not_notice_that_the_server_is_killed_again_and_again(node: LazyNode) -> None:
+    node.shelf.behave(delay_s=0.02)
+    roots = [node.run(f"c{number}") for number in range(5)]
+
+    def read_all(number: int) -> bool:
+        names = list(FILES)
+        random.Random(number).shuffle(names)
+        return all((roots[number % 5] / name).read_bytes() == FILES[name] for name in names)
+
+    with ThreadPoolExecutor(15) as readers:
+        results = [readers.submit(read_all, number) for number in range(15)]
+        for _ in range(4):
+            until(partial(has_asked, node, len(node.shelf.requests()) + 30), "objects are being fetched")
+            node.kill()
+            node.start()
+        assert all(result.result(60) for result in results)
+    assert node.status().failures == {}
+
+
+def test_a_request_under_way_is_answered_by_the_successor(node: LazyNode) -> None:
+    node.shelf.behave(delay_s=30)
+    root = node.run("c1")
+    readers = [
+        subprocess.Popen(["sha256sum", root / name], stdout=subprocess.PIPE) for name in ("etc/file1", "lib/large")
+    ]
+    until(lambda: len(node.shelf.requests()) >= 2, "both are being fetched")
+    node.kill()
+    node.shelf.behave()
+    time.sleep(0.2)
+    assert [reader.poll() for reader in readers] == [None, None]
+    node.start()
+    for reader, content in zip(readers, (SMALL["etc/file1"], LARGE), strict=True):
+        said, _ = reader.communicate(timeout=20)
+        assert said.split()[0] == hashlib.sha256(content).hexdigest().encode()
+        assert reader.returncode == 0
+
+
+def test_what_was_opened_and_read_goes_on_while_the_server_is_down(node: LazyNode) -> None:
+    root = node.run("c1")
+    small = open(root / "etc/file1", "rb")
+    large = open(root / "lib/large", "rb")
+    with small, large, mmap.mmap(large.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[:] == LARGE
+        node.kill()
+        assert small.read() == SMALL["etc/file1"]
+        assert mapped[:] == LARGE
+        assert large.read() == LARGE
+        assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+
+
+def test_a_large_file_that_is_open_is_read_on_after_a_restart_and_its_chunks_are_not_fetched_again(
+    node: LazyNode,
+) -> None:
+    node.shelf.behave(delay_s=0.05)
+    root = node.run("c1")
+    with open(root / "lib/large", "rb") as large:
+        assert large.read(1 << 20) == LARGE[: 1 << 20]
+        node.kill()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        node.shelf.behave()
+        node.start()
+        assert os.pread(large.fileno(), len(LARGE), 0) == LARGE
+    chunks = [line for line in node.shelf.requests() if line.startswith("chunk")]
+    under_way = node.settings.fetch_threads
+    assert len(chunks) <= len(LARGE) // CHUNK_BYTES + under_way
+
+
+def test_files_of_a_complete_layer_are_read_on_after_a_restart(node: LazyNode) -> None:
+    root = node.run("c1")
+    with open(root / "lib/large", "rb") as large:
+        assert large.read() == LARGE
+        for name in SMALL:
+            (root / name).read_bytes()
+        until(lambda: node.status().incomplete_layers == 0, "the layer is complete")
+        node.kill()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        node.start()
+        assert os.pread(large.fileno(), 1 << 20, 1 << 20) == LARGE[1 << 20 : 2 << 20]
+
+
+def test_a_stopped_server_leaves_the_mount_to_its_successor_while_a_container_needs_it(node: LazyNode) -> None:
+    root = node.run("c1")
+    node.stop()
+    assert is_mount_point(node.settings.lazy_mount_path)
+    node.start()
+    assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+
+
+def test_a_stopped_server_that_nobody_needs_leaves_neither_mount_nor_keeper(node: LazyNode) -> None:
+    node.run("c1")
+    node.driver.remove("c1")
+    node.stop()
+    assert not is_mount_point(node.settings.lazy_mount_path)
+    until(lambda: keepers(node) == [], "the keeper has ended")
+
+
+def test_a_killed_keeper_is_replaced_and_the_file_system_survives_the_server_then(node: LazyNode) -> None:
+    root = node.run("c1")
+    (old,) = keepers(node)
+    os.kill(old, signal.SIGKILL)
+    until(lambda: keepers(node) not in ([], [old]), "there is another keeper")
+    until(lambda: len(node.status().failures) == 0, "the server is well")
+    time.sleep(0.6)  # the new keeper holds the descriptor after the server's next turn
+    node.kill()
+    node.start()
+    assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+
+
+def test_server_and_keeper_dead_at_once_leave_nothing_that_hangs(node: LazyNode) -> None:
+    node.run("c1")
+    (keeper,) = keepers(node)
+    os.kill(keeper, signal.SIGSTOP)
+    node.kill()
+    os.kill(keeper, signal.SIGKILL)
+    until(lambda: keepers(node) == [], "the keeper is dead")
+    node.start()
+    assert (node.run("c2") / "etc/file1").read_bytes() == SMALL["etc/file1"]
+
+
+def test_a_second_server_is_refused(node: LazyNode) -> None:
+    from gearworkers.services.lazyfs import LazyServer
+
+    with pytest.raises(FailedPrecondition, match="runs already"):
+        LazyServer(node.settings, []).run()
