@@ -36,5 +36,18 @@ def stack() -> Iterator[Stack]:
     """Redis, gateway and import worker, shared by all tests over the socket."""
     stack = Stack(scratch() / "conformance", name="conformance")
     stack.start("redis", "gateway", "import")
-    yield stack
-    stack.stop("import", "gateway", "redis")
+    try:
+        yield stack
+        check_logs(stack)
+    finally:
+        stack.stop("import", "gateway", "redis")
+
+
+def check_logs(stack: Stack) -> None:
+    """Whatever came, the worker did it and lived, and nobody met a bug."""
+    assert stack.is_running("import")
+    logs = {name: stack.daemons[name].log.read_text(errors="replace") for name in ("import", "gateway")}
+    assert "gearworkers.apply_diff" in logs["import"]
+    for name, log in logs.items():
+        for bad in ("exited prematurely", "a bug", "Traceback"):
+            assert bad not in log, f"{name}: {stack.daemons[name].log_tail()}"
