@@ -17,6 +17,7 @@ from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError
 from gearworkers.log import configure_logging
 from gearworkers.mounts.probe import Check
+from gearworkers.services.lazyfs_control import read_status
 from gearworkers.settings import Settings
 
 _EXIT_FAULTS = 1
@@ -48,6 +49,8 @@ def status() -> None:
     table = Table(show_header=False, box=None)
     settings = Settings.from_environ()
     for key, value in checks.gateway_status(settings) or [*GearDriver(settings).status(), ("Gateway", "not running")]:
+        table.add_row(key, value)
+    for key, value in _lazy_status(settings):
         table.add_row(key, value)
     _out.print(table)
 
@@ -99,6 +102,17 @@ def main() -> None:
     """Run `gear`; an error is one line on stderr and exit status 2."""
     with _errors_told():
         app()
+
+
+def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:
+    found = read_status(settings.lazyfs_socket)
+    if found is None:
+        yield "Lazy Files", "not served: `gear lazyfs` does not run"
+        return
+    yield "Lazy Files", f"{found.incomplete_layers} incomplete layers, {found.arriving} objects arriving"
+    yield "Fetched", f"{found.fetched_objects} objects, {found.received_bytes} bytes received, {found.corrupt} corrupt"
+    for digest, why in found.failures.items():
+        yield f"Failed {digest}", why
 
 
 def _print_check(check: Check) -> None:

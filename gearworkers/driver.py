@@ -28,6 +28,7 @@ from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
+from gearworkers.layers.wanted import remove_unvouched
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.mounts.lazy.tree import FAILED, FETCH
@@ -124,11 +125,12 @@ class GearDriver:
     def _distrust_after_reboot(self) -> None:
         """Remove the objects that no published layer vouches for: a power cut may have left them without bytes.
 
-        A published layer's objects were synced before it was published.
+        A published layer's objects were synced before it was published, but for what an incomplete one gets later.
         """
         record = self.settings.gear_root / _BOOT_FILE
         boot_id = _BOOT_ID.read_text()
         if not record.exists() or record.read_text() != boot_id:
+            remove_unvouched(self.settings.gear_images_path, self._objects)
             self.collect_garbage()
             self._spool.prune()
             record.write_text(boot_id)

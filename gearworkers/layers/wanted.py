@@ -19,11 +19,12 @@ import msgspec
 import structlog
 
 from gearworkers.digest import object_name
-from gearworkers.errors import GearError, from_os_error
+from gearworkers.errors import GearError, IntegrityError, from_os_error
 from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD
-from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.large import File
+from gearworkers.objects.store import ObjectStore, verify_file
 
 _log = structlog.get_logger(__name__)
 _STEP_OBJECTS = 5000
@@ -92,6 +93,11 @@ class WantedObjects:
         """The ids of the incomplete layers."""
         self._refresh()
         return list(self._lists)
+
+    def digests(self) -> set[bytes]:
+        """All that the incomplete layers refer to."""
+        self._refresh()
+        return {wanted.record(at)[0] for wanted in self._lists.values() for at in wanted.entries}
 
     def missing(self, id: str, store: ObjectStore) -> list[tuple[bytes, int]]:
         """What the layer lacks, as (digest, size in bytes); nothing if it is not incomplete."""
@@ -186,6 +192,30 @@ def _mapped(path: Path) -> _List | None:
             return _List(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // RECORD.size))
     except (FileNotFoundError, NotADirectoryError):
         return None  # the layer was removed meanwhile
+
+
+def remove_unvouched(images: Path, store: ObjectStore) -> int:
+    """After a power cut: compare each object that only incomplete layers have with its digest; how many were removed.
+
+    What was fetched was not synced, so such an object may have its name without its bytes. A complete layer's objects
+    were synced before it was complete.
+    """
+    wanted = WantedObjects(images)
+    incomplete = wanted.layers()
+    vouching = [_mapped(path / OBJECTS_FILE) for path in images.iterdir() if path.name not in incomplete]
+    removed = 0
+    for digest in wanted.digests():
+        if any(known is not None and known.between(digest, digest) for known in vouching):
+            continue
+        try:
+            if store.has(digest):
+                object = File(store.open(digest))
+                verify_file(object.fd, digest)
+        except IntegrityError as exc:
+            _log.warning("an object did not survive the power cut", error=str(exc))
+            store.remove(digest)
+            removed += 1
+    return removed
 
 
 def mark_complete(images: Path, id: str) -> None:

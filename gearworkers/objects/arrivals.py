@@ -33,6 +33,7 @@ class Arrivals:
     def prepare(self) -> None:
         """Make the directories that are missing."""
         self._links.prepare()
+        (self._links.cache / "replacing").unlink(missing_ok=True)
 
     def link(self, digest: bytes) -> None:
         """Have an object of the store here too; idempotent.
@@ -43,12 +44,21 @@ class Arrivals:
         with self._lock:
             self._last_s = time.monotonic()
             self._count += 1
+            link, object = self._prefix + object_path(digest), self._store.path(digest)
             try:
-                os.link(self._store.path(digest), self._prefix + object_path(digest))
-            except FileExistsError:
-                pass
+                try:
+                    os.link(object, link)
+                except FileExistsError:
+                    if not os.path.samestat(os.stat(object), os.stat(link)):
+                        self._replace(object, link)
             except OSError as exc:
                 raise from_os_error(exc, f"link object {digest.hex()} to arrivals") from exc
+
+    def _replace(self, object: bytes, link: bytes) -> None:
+        """The link is of an object that was found damaged since, and has come again."""
+        temporary = self._prefix + b"/replacing"
+        os.link(object, temporary)
+        os.rename(temporary, link)
 
     def empty(self) -> int:
         """Remove all links, unless one was asked for a moment ago; how many. For when no overlay looks here."""

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
-
-from gearworkers.errors import NotFound, from_os_error
-from gearworkers.objects.retry import retried
-
-_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,49 +50,3 @@ class Source(Protocol):
         Raises:
             NotFound, Unavailable: As `fetch`.
         """
-
-
-class DirectorySource:
-    """A directory of whole objects under their full digest in hex, ``ab/abcd…``, local or on NFS."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def fetch(self, digest: bytes) -> Iterator[bytes]:
-        """Piece by piece."""
-        path = self._path(digest)
-        offset = 0
-        while piece := _read_piece(path, offset):
-            yield piece
-            offset += len(piece)
-
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """One after the other."""
-        for digest in digests:
-            try:
-                yield digest, b"".join(self.fetch(digest))
-            except NotFound:
-                continue
-
-    def layout(self, digest: bytes) -> Sequence[Chunk] | None:
-        """None: objects are whole here."""
-        return None
-
-    def chunk(self, digest: bytes) -> bytes:
-        """There are none."""
-        raise NotFound(f"chunk {digest.hex()}: {self._root} keeps whole objects only")
-
-    def _path(self, digest: bytes) -> Path:
-        name = digest.hex()
-        return self._root / name[:2] / name
-
-
-@retried
-def _read_piece(path: Path, offset: int) -> bytes:
-    """Opened anew for each piece: after NFS's ESTALE the same path works again."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(_PIECE_BYTES)
-    except OSError as exc:
-        raise from_os_error(exc, f"fetch {path}") from exc

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, from_os_error
+from gearworkers.errors import FailedPrecondition, GearError, from_os_error
 from gearworkers.layers.wanted import WantedObjects, mark_complete
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy import connection as fuse
@@ -27,7 +27,8 @@ from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
-from gearworkers.objects.sources import DirectorySource, Source
+from gearworkers.objects.remotes.opening import has_near, open_near, open_remote
+from gearworkers.objects.sources import Source
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_contents import LazyContents
@@ -173,17 +174,14 @@ def serve(settings: Settings, sources: Sequence[Source]) -> None:
 
 
 def sources_of(settings: Settings) -> list[Source]:
-    """Where this node gets objects: nfs/, then its remote.
+    """Where this node gets objects: its remote behind nfs/, or nfs/ alone.
 
     Raises:
         InvalidInput: GEAR_REMOTE is none that is known.
     """
-    sources: list[Source] = [DirectorySource(settings.gear_nfs_path)]
     if settings.remote:
-        if not os.path.isabs(settings.remote):
-            raise InvalidInput(f"GEAR_REMOTE={settings.remote}: an absolute path is needed")
-        sources.append(DirectorySource(Path(settings.remote)))
-    return sources
+        return [open_remote(settings)]
+    return [open_near(settings)] if has_near(settings) else []
 
 
 @contextmanager
