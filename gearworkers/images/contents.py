@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
-from gearworkers.errors import FailedPrecondition
-from gearworkers.images.remote import Remote
+from gearworkers.errors import FailedPrecondition, from_os_error
+from gearworkers.objects.remotes import codec
+from gearworkers.objects.remotes.remote import Remote
 
-_BATCH_CONTENTS = 256
-_BATCH_BYTES = 4 << 20
-_BATCHES_AHEAD = 8
-"""That wait or are put: with _BATCH_BYTES the bound on memory."""
+SMALL_BYTES = codec.LARGE_BYTES
+"""Contents below this size may be handed over in memory."""
+
+_BATCH_CONTENTS = 512
+_BATCH_BYTES = 8 << 20
+_CALLS_AHEAD = 6
+"""Batches or files that wait or are put: with _BATCH_BYTES the bound on memory."""
 _THREADS = 4
 _SHOWN_DIGESTS = 3
 
@@ -34,13 +38,12 @@ class Stored:
 
 
 class Contents:
-    """Takes contents and names of contents from one thread; use it within `storing`, which waits for all of them."""
+    """Takes contents and names of contents from one thread; made by `storing`."""
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
-        self._transfer = remote.transfer()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
-        self._room = threading.BoundedSemaphore(_BATCHES_AHEAD)
+        self._room = threading.BoundedSemaphore(_CALLS_AHEAD)
         self._futures: list[Future[tuple[int, int]]] = []
         self._failed: list[Future[tuple[int, int]]] = []
         self._seen: dict[bytes, int] = {}
@@ -49,7 +52,7 @@ class Contents:
         self._named: set[bytes] = set()
 
     def add(self, digest: bytes, data: bytes | memoryview) -> None:
-        """A whole content, copied before this returns.
+        """A whole content below SMALL_BYTES, copied before this returns.
 
         Raises:
             GearError: An earlier one could not be put.
@@ -63,12 +66,16 @@ class Contents:
             self._send_batch()
 
     def add_file(self, digest: bytes, fd: int, size_bytes: int) -> None:
-        """A large content; *fd* is closed when it was put, or will not be."""
+        """A content as a file; *fd* is closed when it was put, or will not be.
+
+        Raises:
+            GearError: An earlier one could not be put.
+        """
         if digest in self._seen:
             os.close(fd)
             return
         self._seen[digest] = size_bytes
-        self._submit(lambda: self._put_file(digest, fd, size_bytes)).add_done_callback(lambda _: os.close(fd))
+        self._submit(lambda: self._put_file(digest, fd, size_bytes), lambda: os.close(fd))
 
     def name(self, digest: bytes, size_bytes: int) -> None:
         """A content that is not here, but must be in the remote already."""
@@ -89,46 +96,45 @@ class Contents:
             new_objects += objects
             new_bytes += size_bytes
         self._check_named()
-        if new_objects:
-            self._transfer.publish()
         return Stored(len(self._seen), sum(self._seen.values()), new_objects, new_bytes)
 
     def close(self) -> None:
         """Drop what waits and let the threads end."""
         self._pool.shutdown(cancel_futures=True)
-        self._transfer.close()
 
     def _send_batch(self) -> None:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if batch:
-            self._submit(lambda: self._put_batch(batch))
+            self._submit(lambda: self._put_batch(batch), lambda: None)
 
-    def _submit(self, call: _Call) -> Future[tuple[int, int]]:
+    def _submit(self, call: Callable[[], tuple[int, int]], after: Callable[[], None]) -> None:
+        """Have a thread do *call*, and then, or if it comes to nothing, *after*."""
         self._room.acquire()
         if self._failed:
+            after()
             self._failed[0].result()
         future = self._pool.submit(call)
-        future.add_done_callback(self._done)
+        future.add_done_callback(lambda done: self._done(done, after))
         self._futures.append(future)
-        return future
 
-    def _done(self, future: Future[tuple[int, int]]) -> None:
+    def _done(self, future: Future[tuple[int, int]], after: Callable[[], None]) -> None:
         if not future.cancelled() and future.exception() is not None:
             self._failed.append(future)
+        after()
         self._room.release()
 
     def _put_batch(self, batch: list[tuple[bytes, bytes]]) -> tuple[int, int]:
-        """Put what the remote lacks; how many contents, and how many bytes."""
+        """Put what the remote lacks; how many contents, and how many bytes. The digests were just made of the bytes."""
         present = set(self._remote.has([digest for digest, _ in batch]))
         lacking = [(digest, data) for digest, data in batch if digest not in present]
-        for digest, data in lacking:
-            self._transfer.put(digest, data)
+        if lacking:
+            self._remote.blobs.put_many([(digest, codec.encode(data)) for digest, data in lacking])
         return len(lacking), sum(len(data) for _, data in lacking)
 
     def _put_file(self, digest: bytes, fd: int, size_bytes: int) -> tuple[int, int]:
         if self._remote.has([digest]):
             return 0, 0
-        self._transfer.put_file(digest, fd)
+        self._remote.put(digest, fd)
         return 1, size_bytes
 
     def _check_named(self) -> None:
@@ -138,13 +144,9 @@ class Contents:
         if missing:
             shown = ", ".join(missing[:_SHOWN_DIGESTS])
             raise FailedPrecondition(
-                f"the layer names {len(missing)} contents that the remote does not have: {shown}…; "
-                "push them from the host that has them (`gear push`)"
+                f"the layer names {len(missing)} contents that the remote does not have, as {shown}; "
+                "push them from the host that has them: `gear push`"
             )
-
-
-class _Call(Protocol):
-    def __call__(self) -> tuple[int, int]: ...
 
 
 @contextmanager
@@ -155,3 +157,17 @@ def storing(remote: Remote) -> Iterator[Contents]:
         yield contents
     finally:
         contents.close()
+
+
+@contextmanager
+def nameless_file() -> Iterator[int]:
+    """A descriptor of an empty file that ends with it, in the system's directory for such.
+
+    Raises:
+        GearError: In the block too, what the kernel says.
+    """
+    try:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            yield file.fileno()
+    except OSError as exc:
+        raise from_os_error(exc, f"keep a content in {tempfile.gettempdir()}") from exc

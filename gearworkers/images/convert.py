@@ -24,8 +24,8 @@ from gearworkers.images.contents import storing
 from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.images.remote import Remote
 from gearworkers.images.source import Source, open_source, small_blob
+from gearworkers.objects.remotes.remote import Remote
 from gearworkers.settings import Settings
 
 Progress = Callable[[int], None]

@@ -107,7 +107,7 @@ def problem(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
 
 def _said(response: urllib3.BaseHTTPResponse) -> str:
     try:
-        body = response.read(_SHOWN_ERROR_BYTES)
+        body = response.read(_SHOWN_ERROR_BYTES) or response.data  # the latter, if it was read already
         found = msgspec.json.decode(body, type=_Errors).errors
     except (HTTPError, OSError, msgspec.MsgspecError):
         return ""

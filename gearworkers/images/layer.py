@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from typing import BinaryIO
 from gearworkers.archive import writer
 from gearworkers.archive.entry import REG, Entry
 from gearworkers.archive.reader import Readable, TarReader
-from gearworkers.errors import from_os_error
-from gearworkers.images.contents import Contents
+from gearworkers.images.contents import SMALL_BYTES, Contents, nameless_file
 
 FORMAT = 1
 """Raise it when the same layer would give other bytes."""
@@ -95,7 +93,7 @@ def _keep_gear(entry: Entry, reader: TarReader, contents: Contents) -> None:
 
 
 def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
-    payload = reader.payload() if entry.sparse is None else None
+    payload = reader.payload() if entry.sparse is None and entry.size_bytes < SMALL_BYTES else None
     if payload is not None:
         digest = hashlib.sha256(payload).digest()
         contents.add(digest, payload)
@@ -108,17 +106,13 @@ def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
 def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
     """A content that is large or sparse goes to the remote by way of a file without a name."""
     hasher = hashlib.sha256()
-    try:
-        with tempfile.TemporaryFile(buffering=0) as file:
-            for piece in _expanded(entry, reader):
-                hasher.update(piece)
-                _write_or_skip(file.fileno(), piece)
-            os.ftruncate(file.fileno(), entry.size_bytes)
-            digest = hasher.digest()
-            contents.add_file(digest, os.dup(file.fileno()), entry.size_bytes)
-    except OSError as exc:
-        raise from_os_error(exc, f"keep a content of {entry.size_bytes} bytes in {tempfile.gettempdir()}") from exc
-    return digest
+    with nameless_file() as fd:
+        for piece in _expanded(entry, reader):
+            hasher.update(piece)
+            _write_or_skip(fd, piece)
+        os.ftruncate(fd, entry.size_bytes)
+        contents.add_file(hasher.digest(), os.dup(fd), entry.size_bytes)
+    return hasher.digest()
 
 
 def _write_or_skip(fd: int, piece: memoryview) -> None:

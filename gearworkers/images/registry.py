@@ -225,21 +225,27 @@ class Repository:
                 breaks += 1
                 if breaks >= ATTEMPTS:
                     raise
-                response = self._status(location)
-                at = _received_bytes(response)
+                response, at = self._resumed(location)
             location = str(response.headers.get("Location") or location)
         self._finish(location, digest, b"")
 
     @retried
-    def _status(self, location: str) -> urllib3.BaseHTTPResponse:
-        return self.registry.send("GET", location, self._push, (202, 204))
+    def _resumed(self, location: str) -> tuple[urllib3.BaseHTTPResponse, int]:
+        """Where a broken upload goes on; if the registry has lost it, as docker-registry 2.8 may, a new one's start."""
+        try:
+            response = self.registry.send("GET", location, self._push, (202, 204))
+            return response, _received_bytes(response)
+        except NotFound:
+            return self._post_upload(), 0
 
     def _begin(self) -> str:
-        response = self.registry.send("POST", self._path("blobs/uploads/"), self._push, (202,))
-        location = response.headers.get("Location", "")
+        location = self._post_upload().headers.get("Location", "")
         if not location:
             raise NotFound(f"{self.registry.reference.host} begins an upload to {self.name} without saying where")
         return str(location)
+
+    def _post_upload(self) -> urllib3.BaseHTTPResponse:
+        return self.registry.send("POST", self._path("blobs/uploads/"), self._push, (202,))
 
     def _finish(self, location: str, digest: str, data: bytes) -> None:
         parts = urlsplit(location)

@@ -1,0 +1,296 @@
+"""The registry client, against Debian's own docker-registry."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, NotFound, Unavailable
+from gearworkers.images import http, registry
+from gearworkers.images.blobs import read_all
+from gearworkers.images.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, digest_of, encode
+from gearworkers.images.reference import Reference
+from gearworkers.images.registry import Repository
+from gearworkers.settings import Settings
+from tests.support import registries
+from tests.support.registries import PASSWORD, USER, TokenServer
+from tests.support.registry import Registry
+
+BLOB = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Registry]:
+    with registries.registry(tmp_path / "registry") as running:
+        yield running
+
+
+def repository(host: str, docker_config: Path, name: str = "some/image") -> Repository:
+    return Repository.of(Settings(docker_config=docker_config), Reference.parse(f"{host}/{name}"))
+
+
+def put(target: Repository, data: bytes) -> str:
+    target.put_blob(digest_of(data), io.BytesIO(data), len(data))
+    return digest_of(data)
+
+
+def put_image(target: Repository, version: str) -> bytes:
+    config = put(target, b"{}")
+    document = {"mediaType": DOCKER_CONFIG, "size": 2, "digest": config}
+    data = encode({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": document, "layers": []})
+    target.put_manifest(version, DOCKER_MANIFEST, data)
+    return data
+
+
+def logged_in(directory: Path, host: str, **auth: str) -> Path:
+    """A directory with the config.json that `docker login` writes."""
+    directory.mkdir(exist_ok=True)
+    pair = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    (directory / "config.json").write_text(json.dumps({"auths": {host: auth or {"auth": pair}}}))
+    return directory
+
+
+def test_a_blob_that_was_put_is_read_back(peer: Registry, tmp_path: Path) -> None:
+    target = repository(peer.host, tmp_path)
+    assert not target.has_blob(digest_of(BLOB))
+    digest = put(target, BLOB)
+    assert target.has_blob(digest)
+    assert read_all(target.blob(digest, len(BLOB))) == BLOB
+
+
+def test_a_blob_larger_than_a_chunk_goes_in_chunks(
+    peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 100_000)
+    target = repository(peer.host, tmp_path)
+    assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
+
+
+def test_a_chunk_that_broke_is_sent_from_where_the_registry_is(
+    peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
+    target = repository(peer.host, tmp_path)
+    broken: list[str] = []
+    send = target.registry.send
+
+    def breaks_once(method: str, url: str, *rest: object, **options: object) -> object:
+        answer = send(method, url, *rest, **options)  # type: ignore[arg-type]  # the same arguments
+        if method == "PATCH" and not broken:
+            broken.append(url)
+            raise Unavailable("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(target.registry, "send", breaks_once)
+    assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
+    assert broken
+
+
+def test_an_upload_of_other_bytes_is_refused(peer: Registry, tmp_path: Path) -> None:
+    target = repository(peer.host, tmp_path)
+    with pytest.raises(GearError, match="DIGEST_INVALID"):
+        target.put_blob(digest_of(BLOB), io.BytesIO(BLOB[:-1] + b"x"), len(BLOB))
+    assert not target.has_blob(digest_of(BLOB))
+
+
+def test_a_blob_is_mounted_from_another_repository(peer: Registry, tmp_path: Path) -> None:
+    digest = put(repository(peer.host, tmp_path, "one"), BLOB)
+    other = repository(peer.host, tmp_path, "other")
+    assert not other.has_blob(digest)
+    assert other.mount(digest, "one")
+    assert other.has_blob(digest)
+
+
+def test_what_is_not_there_cannot_be_mounted(peer: Registry, tmp_path: Path) -> None:
+    assert not repository(peer.host, tmp_path).mount(digest_of(BLOB), "one")
+
+
+def test_a_manifest_is_found_by_tag_and_by_digest(peer: Registry, tmp_path: Path) -> None:
+    target = repository(peer.host, tmp_path)
+    data = put_image(target, "v1")
+    assert target.manifest("v1") == (data, DOCKER_MANIFEST)
+    assert target.manifest(digest_of(data)) == (data, DOCKER_MANIFEST)
+
+
+def test_what_is_not_there_is_not_found(peer: Registry, tmp_path: Path) -> None:
+    target = repository(peer.host, tmp_path)
+    with pytest.raises(NotFound, match="MANIFEST_UNKNOWN"):
+        target.manifest("v1")
+    with pytest.raises(NotFound):
+        read_all(target.blob(digest_of(BLOB), None))
+
+
+def test_a_blob_that_is_damaged_in_the_registry_is_an_error(peer: Registry, tmp_path: Path) -> None:
+    target = repository(peer.host, tmp_path)
+    digest = put(target, BLOB)
+    (stored,) = peer.directory.glob(f"storage/**/{digest.removeprefix('sha256:')}/data")
+    stored.write_bytes(BLOB[:-1] + b"x")
+    with pytest.raises(IntegrityError):
+        read_all(target.blob(digest, len(BLOB)))
+
+
+def test_a_download_goes_on_where_it_broke(peer: Registry, tmp_path: Path) -> None:
+    digest = put(repository(peer.host, tmp_path), BLOB)
+    with registries.breaking(peer.port, [1 << 60, 1 << 60, 400_000, 300_000]) as port:
+        found = read_all(repository(f"127.0.0.1:{port}", tmp_path).blob(digest, len(BLOB)))
+    assert found == BLOB
+
+
+def test_a_registry_that_is_away_is_unavailable(tmp_path: Path) -> None:
+    target = repository(f"127.0.0.1:{registries.free_port()}", tmp_path)
+    with pytest.raises(Unavailable):
+        target.manifest("v1")
+
+
+def test_plain_http_is_not_tried_on_other_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: list[str] = []
+
+    def refuses(transport: http.Transport, method: str, url: str, **options: object) -> object:
+        sent.append(url)
+        raise Unavailable("nobody there")
+
+    monkeypatch.setattr(http.Transport, "send", refuses)
+    with pytest.raises(Unavailable):
+        repository("registry.example.org", tmp_path).has_blob(digest_of(BLOB))
+    assert set(sent) == {"https://registry.example.org/v2/"}
+
+
+class TestBasic:
+    @pytest.fixture
+    def peer(self, tmp_path: Path) -> Iterator[Registry]:
+        auth = registries.basic_auth(tmp_path / "auth")
+        with registries.registry(tmp_path / "registry", auth=auth) as running:
+            yield running
+
+    def test_who_is_logged_in_may(self, peer: Registry, tmp_path: Path) -> None:
+        target = repository(peer.host, logged_in(tmp_path / "docker", peer.host))
+        assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
+
+    def test_the_user_may_stand_in_plain(self, peer: Registry, tmp_path: Path) -> None:
+        config = logged_in(tmp_path / "docker", f"https://{peer.host}/v1/", username=USER, password=PASSWORD)
+        assert not repository(peer.host, config).has_blob(digest_of(BLOB))
+
+    def test_who_is_not_logged_in_is_told_so(self, peer: Registry, tmp_path: Path) -> None:
+        with pytest.raises(FailedPrecondition, match=f"docker login {peer.host}"):
+            put(repository(peer.host, tmp_path), BLOB)
+
+    def test_a_wrong_password_is_told(self, peer: Registry, tmp_path: Path) -> None:
+        config = logged_in(tmp_path / "docker", peer.host, username=USER, password="other")
+        with pytest.raises(FailedPrecondition, match="docker login"):
+            put(repository(peer.host, config), BLOB)
+
+    def test_a_credential_helper_is_asked(
+        self, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        helper = tmp_path / "docker-credential-tests"
+        answer = json.dumps({"ServerURL": peer.host, "Username": USER, "Secret": PASSWORD})
+        helper.write_text(f"#!/bin/sh\n[ \"$1 $(cat)\" = 'get {peer.host}' ] && echo '{answer}'\n")
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {peer.host: "tests"}}))
+        assert not repository(peer.host, tmp_path).has_blob(digest_of(BLOB))
+
+    def test_a_helper_that_knows_nothing_is_no_error(
+        self, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        helper = tmp_path / "docker-credential-tests"
+        helper.write_text("#!/bin/sh\necho 'credentials not found in native keychain'; exit 1\n")
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        config = json.loads((logged_in(tmp_path, peer.host) / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"credsStore": "tests"}))
+        assert not repository(peer.host, tmp_path).has_blob(digest_of(BLOB))
+
+    def test_a_helper_that_is_not_there_is_named(self, peer: Registry, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"credsStore": "not-there"}))
+        with pytest.raises(FailedPrecondition, match="docker-credential-not-there"):
+            put(repository(peer.host, tmp_path), BLOB)
+
+
+class TestTokens:
+    @pytest.fixture
+    def tokens(self, tmp_path: Path) -> Iterator[TokenServer]:
+        server = TokenServer(tmp_path / "tokens")
+        with server.running():
+            yield server
+
+    @pytest.fixture
+    def peer(self, tmp_path: Path, tokens: TokenServer) -> Iterator[Registry]:
+        with registries.registry(tmp_path / "registry", auth=tokens.auth) as running:
+            yield running
+
+    def test_a_token_allows_what_was_asked(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
+        target = repository(peer.host, logged_in(tmp_path / "docker", peer.host))
+        assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
+        assert tokens.asked == ["GET repository:some/image:pull", "GET repository:some/image:pull,push"]
+
+    def test_nobody_may_pull_but_not_push(self, peer: Registry, tmp_path: Path) -> None:
+        digest = put(repository(peer.host, logged_in(tmp_path / "docker", peer.host)), BLOB)
+        nobody = repository(peer.host, tmp_path / "nobody")
+        assert read_all(nobody.blob(digest, len(BLOB))) == BLOB
+        with pytest.raises(FailedPrecondition, match="docker login"):
+            put(nobody, b"something new")
+
+    def test_a_mount_asks_for_both_repositories(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
+        config = logged_in(tmp_path / "docker", peer.host)
+        digest = put(repository(peer.host, config, "one"), BLOB)
+        assert repository(peer.host, config, "other").mount(digest, "one")
+        assert tokens.asked[-1] == "GET repository:other:pull,push repository:one:pull"
+
+    def test_an_identity_token_is_exchanged(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
+        target = repository(peer.host, logged_in(tmp_path / "docker", peer.host, identitytoken="identity"))
+        put(target, BLOB)
+        assert tokens.asked[-1] == "POST repository:some/image:pull,push"
+
+    def test_a_token_that_the_registry_refuses_is_asked_for_anew(
+        self, peer: Registry, tokens: TokenServer, tmp_path: Path
+    ) -> None:
+        target = repository(peer.host, tmp_path)
+        target.has_blob(digest_of(BLOB))
+        known = target.registry.authority.known(("repository:some/image:pull",))
+        target.registry.authority._tokens[("repository:some/image:pull",)] = (f"{known}x", float("inf"))
+        assert not target.has_blob(digest_of(BLOB))
+        assert len(tokens.asked) == 2
+
+    def test_a_password_is_not_told_to_an_open_realm(self, tmp_path: Path) -> None:
+        target = repository("registry.example.org", logged_in(tmp_path, "registry.example.org"))
+        with pytest.raises(FailedPrecondition, match="not https"):
+            target.registry.authority.answer('Bearer realm="http://example.org/token",service="s"', ("scope",))
+
+
+class TestTls:
+    @pytest.fixture
+    def certificate(self, tmp_path: Path) -> tuple[Path, Path]:
+        return registries.make_certificate(tmp_path / "tls")
+
+    @pytest.fixture
+    def peer(self, tmp_path: Path, certificate: tuple[Path, Path]) -> Iterator[Registry]:
+        tls = f"  tls:\n    certificate: {certificate[0]}\n    key: {certificate[1]}\n"
+        with registries.registry(tmp_path / "registry", http=tls) as running:
+            yield running
+
+    def test_a_certificate_beside_dockers_own_is_trusted(
+        self, peer: Registry, certificate: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "certs.d" / peer.host).mkdir(parents=True)
+        (tmp_path / "certs.d" / peer.host / "ca.crt").write_bytes(certificate[0].read_bytes())
+        monkeypatch.setattr(http, "CERTIFICATES", tmp_path / "certs.d")
+        target = repository(peer.host, tmp_path)
+        assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
+
+    def test_an_unknown_certificate_is_refused(self, peer: Registry, tmp_path: Path) -> None:
+        with pytest.raises(FailedPrecondition, match=r"ca\.crt"):
+            put(repository(peer.host, tmp_path), BLOB)
+
+    def test_a_certificate_that_cannot_be_read_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "localhost").mkdir()
+        (tmp_path / "localhost" / "ca.crt").write_text("nonsense")
+        monkeypatch.setattr(http, "CERTIFICATES", tmp_path)
+        with pytest.raises((FailedPrecondition, ssl.SSLError), match="localhost"):
+            repository("localhost", tmp_path)
