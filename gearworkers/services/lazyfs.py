@@ -23,6 +23,7 @@ from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy import connection as fuse
 from gearworkers.mounts.lazy.connection import Connection
 from gearworkers.mounts.lazy.keeper import Keeper
+from gearworkers.mounts.lazy.openings import Openings
 from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree
 from gearworkers.objects.arrivals import Arrivals
@@ -41,6 +42,7 @@ _SERVING_THREADS = 3
 _UPKEEP_S = 0.5
 _USERS_EVERY = 10
 _LOCK_FILE = "lazyfs.lock"
+_OPENINGS = "lazyfs-passed"
 
 
 class LazyServer:
@@ -51,7 +53,7 @@ class LazyServer:
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
         self._wanted = WantedObjects(settings.gear_images_path)
-        self._pool = WorkPool(settings.fetch_threads, for_background=max(settings.fetch_threads // 3, 1))
+        self._pool = WorkPool(settings.fetch_threads, for_background=max(settings.fetch_threads // 2, 1))
         large_bytes = settings.large_object_bytes
         self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)
         self._contents = LazyContents(self._store, self._arrivals, self._wanted, self._fetcher, large_bytes=large_bytes)
@@ -90,18 +92,20 @@ class LazyServer:
     def _connect(self, keeper: Keeper) -> Connection:
         """To the file system that a dead server has left, or to a new one."""
         target = self._settings.lazy_mount_path
-        tree = Tree(self._contents)
-        kept_fd = keeper.take()
-        if kept_fd is not None and is_mount_point(target):
-            connection = Connection(kept_fd, tree.handle)
+        fuse_fd = keeper.take() if is_mount_point(target) else None
+        is_new = fuse_fd is None
+        if fuse_fd is None:
+            overlay.unmount(target)  # one whose descriptor is lost answers nobody
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fuse_fd = fuse.mount(target)
+            keeper.keep(fuse_fd)
+        openings = Openings(fuse_fd, self._settings.run_dir / _OPENINGS)
+        openings.begin(is_new=is_new)
+        connection = Connection(fuse_fd, Tree(self._contents, openings).handle)
+        if not is_new:
             connection.resume()
             _log.info("took over a mounted lazy file system")
-            return connection
-        overlay.unmount(target)  # one whose descriptor is lost answers nobody
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fuse_fd = fuse.mount(target)
-        keeper.keep(fuse_fd)
-        return Connection(fuse_fd, tree.handle)
+        return connection
 
     def _serve(self, connection: Connection) -> None:
         try:

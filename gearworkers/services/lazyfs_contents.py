@@ -69,6 +69,19 @@ class LazyContents:
         else:
             served.read(offset, size_bytes, done)
 
+    def whole(self, node: int) -> int | None:
+        """Of an object that is in the store by now."""
+        served = self._served.get(node)
+        if not isinstance(served, File):
+            try:
+                digest, _ = self._object(node)
+                if not self._store.has(digest):
+                    return None
+                served = self._served[node] = File(self._store.open(digest))
+            except GearError:
+                return None  # a read will tell
+        return served.fd
+
     def forget(self, node: int) -> None:
         """Close the file; who looks it up again opens it again."""
         self._served.pop(node, None)

@@ -175,3 +175,30 @@ def test_a_second_server_is_refused(node: LazyNode) -> None:
 
     with pytest.raises(FailedPrecondition, match="runs already"):
         LazyServer(node.settings, []).run()
+
+
+def test_a_whole_file_is_read_past_the_server_before_and_after_a_restart(node: LazyNode) -> None:
+    root, second = node.run("c1"), node.run("c2")
+    held = open(root / "lib/large", "rb")
+    assert held.read() == LARGE
+    until(lambda: node.status().fetched_objects == 1, "it is whole")
+    passed = node.settings.run_dir / "lazyfs-passed"
+    assert (root / "lib/large").read_bytes() == LARGE
+    assert list(passed.iterdir()) == []  # still open through the server
+    held.close()
+    until(partial(is_passed, root, passed), "it is opened past the server")
+    with open(root / "lib/large", "rb") as open_past:
+        node.kill()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        assert open_past.read() == LARGE
+        node.start()
+        assert (root / "lib/large").read_bytes() == LARGE
+        assert (second / "lib/large").read_bytes() == LARGE
+        with open(root / "lib/large", "rb") as again, mmap.mmap(again.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert mapped[:] == LARGE
+
+
+def is_passed(root: Path, passed: Path) -> bool:
+    """Open once more: a close reaches the server a little later."""
+    assert (root / "lib/large").read_bytes() == LARGE
+    return any(passed.iterdir())

@@ -62,15 +62,25 @@ class InitFlag(IntFlag):
     PARALLEL_DIROPS = 1 << 18
     MAX_PAGES = 1 << 22
     INIT_EXT = 1 << 30
+    PASSTHROUGH = 1 << 37
     HAS_RESEND = 1 << 39
 
 
-_WANTED = InitFlag.ASYNC_READ | InitFlag.PARALLEL_DIROPS | InitFlag.MAX_PAGES | InitFlag.INIT_EXT | InitFlag.HAS_RESEND
+_WANTED = (
+    InitFlag.ASYNC_READ
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.MAX_PAGES
+    | InitFlag.INIT_EXT
+    | InitFlag.PASSTHROUGH
+    | InitFlag.HAS_RESEND
+)
 
 KEEP_CACHE = 1 << 1
 """In the answer to OPEN: pages of earlier opens stay."""
 NO_FLUSH = 1 << 5
 """In the answer to OPEN: closing asks nothing, so it does not wait while no server lives."""
+PASSTHROUGH = 1 << 7
+"""In the answer to OPEN: reads go to a backing file; goes with NO_FLUSH only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +131,17 @@ def interrupted(body: memoryview) -> int:
     return unique
 
 
-def forgotten(op: int, node: int, body: memoryview) -> list[int]:
-    """The nodes that FORGET or BATCH_FORGET names."""
+def released(body: memoryview) -> int:
+    """RELEASE's handle, as the answer to OPEN gave it."""
+    handle: int = _FORGET.unpack_from(body)[0]
+    return handle
+
+
+def forgotten(op: int, node: int, body: memoryview) -> list[tuple[int, int]]:
+    """The nodes that FORGET or BATCH_FORGET names, each with how many lookups it takes back."""
     if op == Op.FORGET:
-        return [node]
-    return [one for one, _lookups in struct.iter_unpack("<QQ", body[8:])]
+        return [(node, _FORGET.unpack_from(body)[0])]
+    return list(struct.iter_unpack("<QQ", body[8:]))
 
 
 # -- bodies of answers
@@ -148,7 +164,7 @@ def init_body(body: memoryview) -> tuple[bytes, InitFlag]:
         MAX_READ_BYTES // _PAGE_BYTES,
         0,
         agreed >> 32,
-        0,
+        1 if agreed & InitFlag.PASSTHROUGH else 0,  # backing files lie on no stacked file system
         0,
     )
     return out, agreed
@@ -175,9 +191,9 @@ def attributes_body(attributes: bytes) -> bytes:
     return _ATTR_VALID.pack(FOREVER_S, 0, 0) + attributes
 
 
-def open_body(flags: int) -> bytes:
-    """The answer to OPEN and OPENDIR; there are no handles, a node says all."""
-    return _OPEN.pack(0, flags, 0)
+def open_body(flags: int, *, handle: int = 0, backing: int = 0) -> bytes:
+    """The answer to OPEN and OPENDIR."""
+    return _OPEN.pack(handle, flags, backing)
 
 
 def statfs_body() -> bytes:

@@ -22,6 +22,7 @@ from gearworkers.digest import ALPHABET, RESERVED
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.mounts.lazy import protocol
 from gearworkers.mounts.lazy.connection import Waiter
+from gearworkers.mounts.lazy.openings import Openings
 from gearworkers.mounts.lazy.protocol import ROOT_NODE, Op, Request
 
 FETCH = "fetch"
@@ -71,6 +72,9 @@ class Contents(Protocol):
     def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
         """Verified bytes of a served object; *done* is called once, now or later."""
 
+    def whole(self, node: int) -> int | None:
+        """A descriptor, open until the node is forgotten, if all of the object is here."""
+
     def forget(self, node: int) -> None:
         """The kernel knows the node no longer."""
 
@@ -89,8 +93,9 @@ def digests_from(node: int) -> tuple[bytes, bytes]:
 class Tree:
     """Answers the requests of a connection from `Contents`."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: Contents, openings: Openings) -> None:
         self._contents = contents
+        self._openings = openings
         self._answers: dict[int, Callable[[Request, Waiter], None]] = {
             Op.LOOKUP: self._lookup,
             Op.GETATTR: self._getattr,
@@ -102,7 +107,7 @@ class Tree:
             Op.OPENDIR: lambda _, waiter: waiter.give(protocol.open_body(0)),
             Op.READDIR: lambda _, waiter: waiter.give(),
             Op.RELEASEDIR: lambda _, waiter: waiter.give(),
-            Op.RELEASE: lambda _, waiter: waiter.give(),
+            Op.RELEASE: self._release,
             Op.DESTROY: lambda _, waiter: waiter.give(),
         }
 
@@ -122,7 +127,7 @@ class Tree:
             _tell_directory(_directory_node(parent, name), waiter)
         elif parent < _FAILED_SHARDS:
             full_name = _full_name(parent - _FETCH_SHARDS, name)
-            self._contents.want(full_name, lambda found: _tell(found, waiter))
+            self._contents.want(full_name, lambda found: self._tell(found, waiter))
         else:
             is_wanted = self._contents.is_wanted(_full_name(parent - _FAILED_SHARDS, name))
             waiter.fail(errno.EIO if is_wanted else errno.ENOENT)
@@ -137,8 +142,13 @@ class Tree:
         else:
             waiter.give(protocol.attributes_body(protocol.regular(request.node, size_bytes)))
 
-    def _open(self, _request: Request, waiter: Waiter) -> None:
-        waiter.give(protocol.open_body(protocol.KEEP_CACHE | protocol.NO_FLUSH))
+    def _open(self, request: Request, waiter: Waiter) -> None:
+        node = request.node
+        waiter.give(self._openings.open(node, lambda: self._contents.whole(node)))
+
+    def _release(self, request: Request, waiter: Waiter) -> None:
+        self._openings.release(request.node, protocol.released(request.body))
+        waiter.give()
 
     def _read(self, request: Request, waiter: Waiter) -> None:
         offset, size_bytes = protocol.read_range(request.body)
@@ -152,23 +162,23 @@ class Tree:
         self._contents.read(request.node, offset, size_bytes, done)
 
     def _forget(self, request: Request, _waiter: Waiter) -> None:
-        for node in protocol.forgotten(request.op, request.node, request.body):
-            if _is_object(node):
+        for node, lookups in protocol.forgotten(request.op, request.node, request.body):
+            if _is_object(node) and self._openings.forget(node, lookups):
                 self._contents.forget(node)
+
+    def _tell(self, found: Found, waiter: Waiter) -> None:
+        if isinstance(found, Served):
+            self._openings.looked_up(found.node)
+            waiter.give(protocol.entry_body(found.node, protocol.regular(found.node, found.size_bytes)))
+        elif isinstance(found, GearError):
+            waiter.fail(error_number(found))
+        else:
+            waiter.fail(errno.ENOENT)
 
 
 def error_number(error: GearError) -> int:
     """What a reader is told: no space is said as such, all else is EIO."""
     return errno.ENOSPC if isinstance(error, ResourceExhausted) else errno.EIO
-
-
-def _tell(found: Found, waiter: Waiter) -> None:
-    if isinstance(found, Served):
-        waiter.give(protocol.entry_body(found.node, protocol.regular(found.node, found.size_bytes)))
-    elif isinstance(found, GearError):
-        waiter.fail(error_number(found))
-    else:
-        waiter.fail(errno.ENOENT)
 
 
 def _is_object(node: int) -> bool:
