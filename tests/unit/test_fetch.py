@@ -1,0 +1,138 @@
+"""Fetching without a kernel: who waits for whom, and for how long."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import GearError, IntegrityError, NotFound, Unavailable
+from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.large import checked_layout
+from gearworkers.objects.sources import Chunk
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.workpool import Urgency, WorkPool
+
+pytestmark = pytest.mark.root
+
+CONTENTS = {hashlib.sha256(b"%d" % number).digest(): b"%d" % number for number in range(300)}
+
+
+class Gate:
+    """A source that answers when it is let; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.asked: list[bytes] = []
+        self.away = False
+
+    def fetch(self, digest: bytes) -> Iterator[bytes]:
+        self.asked.append(digest)
+        self.opened.wait(20)
+        if self.away:
+            raise Unavailable("away")
+        if digest not in CONTENTS:
+            raise NotFound("none")
+        yield CONTENTS[digest]
+
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        self.opened.wait(20)
+        for digest in digests:
+            yield digest, CONTENTS[digest]
+
+    def layout(self, digest: bytes) -> None:
+        return None
+
+    def chunk(self, digest: bytes) -> bytes:
+        raise NotFound("none")
+
+
+class Results:
+    """What was told to those who waited."""
+
+    def __init__(self, expected: int) -> None:
+        self.told: list[GearError | None] = []
+        self._expected = expected
+        self._all = threading.Event()
+
+    def done(self, error: GearError | None) -> None:
+        self.told.append(error)
+        if len(self.told) == self._expected:
+            self._all.set()
+
+    def wait(self) -> list[GearError | None]:
+        assert self._all.wait(20)
+        return self.told
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path, gate: Gate) -> Iterator[Fetcher]:
+    store = ObjectStore(tmp_path / "public")
+    store.prepare()
+    pool = WorkPool(4, for_background=2)
+    one = Fetcher(store, tmp_path / "fetching", [gate], pool, large_bytes=1 << 20)
+    one.prepare()
+    yield one
+    gate.opened.set()
+    pool.close()
+
+
+def ask(fetcher: Fetcher, digests: Sequence[bytes], results: Results) -> None:
+    for digest in digests:
+        fetcher.fetch(digest, len(CONTENTS[digest]), Urgency.ON_DEMAND, results.done)
+
+
+def test_a_queue_of_readers_waits_once_for_a_source_that_is_away(fetcher: Fetcher, gate: Gate) -> None:
+    results = Results(len(CONTENTS))
+    gate.away = True
+    ask(fetcher, list(CONTENTS), results)
+    gate.opened.set()
+    assert all(isinstance(error, Unavailable) for error in results.wait())
+    assert len(gate.asked) <= 4
+    gate.away = False
+    again = Results(1)
+    ask(fetcher, [next(iter(CONTENTS))], again)
+    assert again.wait() == [None]
+
+
+def test_all_who_ask_for_one_object_are_told_of_one_download(fetcher: Fetcher, gate: Gate) -> None:
+    results = Results(50)
+    ask(fetcher, [next(iter(CONTENTS))] * 50, results)
+    gate.opened.set()
+    assert results.wait() == [None] * 50
+    assert len(gate.asked) == 1
+
+
+def test_what_is_on_demand_goes_before_the_prefetch_that_holds_it(fetcher: Fetcher, gate: Gate) -> None:
+    fetcher.prefetch([(digest, len(content)) for digest, content in CONTENTS.items()])
+    last = list(CONTENTS)[-1]
+    results = Results(1)
+    ask(fetcher, [last], results)
+    for _ in range(2000):
+        if gate.asked:
+            break
+        threading.Event().wait(0.01)
+    assert gate.asked == [last]
+    gate.opened.set()
+    assert results.wait() == [None]
+
+
+def test_a_layout_that_leaves_a_gap_or_ends_early_is_refused() -> None:
+    chunk = Chunk(0, 10, bytes(32))
+    assert checked_layout([chunk], 10) == [chunk]
+    for layout, size_bytes in (
+        ([chunk], 11),
+        ([chunk, Chunk(11, 10, bytes(32))], 21),
+        ([Chunk(0, 0, bytes(32)), chunk], 10),
+        ([], 1),
+    ):
+        with pytest.raises(IntegrityError):
+            checked_layout(layout, size_bytes)
