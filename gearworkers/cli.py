@@ -98,6 +98,16 @@ def lazyfs() -> None:
     serve(settings, sources_of(settings))
 
 
+@app.command()
+def manager() -> None:
+    """Keep objects for all nodes and serve them over HTTP (GEAR_MANAGER_LISTEN); runs until SIGTERM."""
+    from gearworkers.services.manager.server import serve  # of use to no other command
+
+    settings = Settings.from_environ()
+    configure_logging(settings)
+    serve(settings)
+
+
 def main() -> None:
     """Run `gear`; an error is one line on stderr and exit status 2."""
     with _errors_told():

@@ -1,0 +1,246 @@
+"""What every remote does: in a directory, in memory, in S3, and a manager over each of the real ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound
+from gearworkers.objects.large import checked_layout
+from gearworkers.objects.remotes import codec
+from gearworkers.objects.remotes.bucket import in_memory
+from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.objects.remotes.remote import Remote
+from gearworkers.settings import Settings
+from tests.support.remotes import Service, credentials_file, manager_thread, new_bucket, s3_server
+
+KINDS = ["directory", "memory", "memory behind memory", "S3", "manager over directory", "manager over S3"]
+LARGE = 3 << 20
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return credentials_file(tmp_path_factory.mktemp("aws"))
+
+
+@pytest.fixture(params=KINDS)
+def remote(request: pytest.FixtureRequest, tmp_path: Path, credentials: Path) -> Iterator[Remote]:
+    """An empty remote."""
+    settings = replace(Settings(), gear_root=tmp_path / "gear", node="test", aws_credentials_file=credentials)
+    with opened(request.param, request, settings) as remote:
+        yield remote
+        remote.close()
+
+
+@contextmanager
+def opened(kind: str, request: pytest.FixtureRequest, settings: Settings) -> Iterator[Remote]:
+    directory = str(settings.gear_root / "remote")
+    where = new_bucket(request.getfixturevalue("s3")) if "S3" in kind else directory
+    if kind == "memory":
+        yield Remote(Retried(in_memory()))
+    elif kind == "memory behind memory":
+        near = Bounded(Retried(in_memory()), threads=4, timeout_s=60, together=3)
+        yield Remote(Cached(near, Bounded(Retried(in_memory()), threads=4, timeout_s=60, together=1)))
+    elif kind.startswith("manager"):
+        with manager_thread(replace(settings, manager_store=where)) as url:
+            yield open_remote(replace(settings, remote=url))
+    else:
+        yield open_remote(replace(settings, remote=where))
+
+
+@pytest.fixture
+def put(remote: Remote, tmp_path: Path) -> Callable[[bytes], bytes]:
+    """Put a content; its digest."""
+
+    def put(content: bytes) -> bytes:
+        return put_as(remote, tmp_path, content, sha256(content))
+
+    return put
+
+
+def put_as(remote: Remote, tmp_path: Path, content: bytes, digest: bytes) -> bytes:
+    path = tmp_path / "content"
+    path.write_bytes(content)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        remote.put(digest, fd)
+    finally:
+        os.close(fd)
+    return digest
+
+
+def sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def noise(size_bytes: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size_bytes)
+
+
+CONTENTS = [
+    b"",
+    b"x",
+    b"text " * 1000,
+    noise(5000),
+    noise(codec.LARGE_BYTES - 1),
+    noise(codec.LARGE_BYTES),
+    noise(LARGE),
+    bytes(LARGE),
+    b"\x28\xb5\x2f\xfd looks like zstd",
+]
+
+
+def test_what_was_put_is_fetched(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    for content in CONTENTS:
+        assert b"".join(remote.fetch(put(content))) == content
+
+
+def test_putting_twice_is_putting_once(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    for content in (b"twice", noise(LARGE)):
+        assert put(content) == put(content)
+        assert b"".join(remote.fetch(sha256(content))) == content
+
+
+def test_wrong_bytes_are_refused_and_leave_nothing(remote: Remote, tmp_path: Path) -> None:
+    for content in (b"wrong", noise(LARGE)):
+        digest = sha256(content + b"!")
+        with pytest.raises(IntegrityError):
+            put_as(remote, tmp_path, content, digest)
+        with pytest.raises(IntegrityError):
+            remote.put_many([(digest, content[:100])])
+        assert remote.has([digest]) == []
+        with pytest.raises(NotFound):
+            list(remote.fetch(digest))
+
+
+def test_a_store_verifies_or_a_reader_does(remote: Remote) -> None:
+    """A blob that lies gets no further than to whoever reads it."""
+    digest = sha256(b"the truth")
+    try:
+        remote.blobs.put_many([(digest, codec.encode(b"a lie"))])
+    except IntegrityError:
+        assert remote.has([digest]) == []
+        return
+    with pytest.raises((IntegrityError, NotFound)):
+        list(remote.fetch(digest))
+    with pytest.raises((IntegrityError, NotFound)):
+        remote.chunk(digest)
+    assert list(remote.fetch_many([digest])) == []
+
+
+def test_it_is_told_what_is_there_in_the_order_asked(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    here = [put(b"%d" % number) for number in range(70)]
+    absent = [sha256(b"absent %d" % number) for number in range(70)]
+    mixed = [digest for pair in zip(absent, reversed(here), strict=True) for digest in pair]
+    assert remote.has(mixed) == here[::-1]
+    assert remote.has([]) == []
+
+
+def test_many_are_put_and_fetched_together(remote: Remote) -> None:
+    contents = {sha256(content): content for content in (noise(100 + number, number) for number in range(400))}
+    assert remote.put_many(contents.items()) == 400
+    assert remote.put_many(contents.items()) == 0
+    wanted = [*contents, sha256(b"absent")]
+    assert dict(remote.fetch_many(wanted)) == contents
+    assert list(remote.fetch_many([])) == []
+
+
+def test_large_ones_may_be_among_many(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    small, large = put(b"small"), put(noise(LARGE))
+    assert dict(remote.fetch_many([large, small])) == {small: b"small", large: noise(LARGE)}
+
+
+def test_a_large_object_has_a_layout_whose_chunks_make_it_up(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    content = noise(LARGE)
+    layout = remote.layout(put(content))
+    assert layout is not None
+    checked_layout(layout, len(content))
+    assert b"".join(remote.chunk(chunk.digest) for chunk in layout) == content
+    assert 20 < len(layout) < 100
+
+
+def test_a_small_or_absent_object_has_no_layout(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    assert remote.layout(put(b"small")) is None
+    assert remote.layout(sha256(b"absent")) is None
+
+
+def test_the_size_is_known(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    for content in (b"", b"12345", noise(LARGE)):
+        assert remote.size_bytes(put(content)) == len(content)
+
+
+def test_versions_of_a_file_share_their_chunks(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+    old = noise(LARGE)
+    new = old[: LARGE // 2] + b"a few more bytes" + old[LARGE // 2 :]
+    layouts = [remote.layout(put(content)) for content in (old, new)]
+    first, second = ({chunk.digest for chunk in layout or ()} for layout in layouts)
+    assert len(second - first) <= 3
+
+
+def test_what_is_absent_is_not_found(remote: Remote) -> None:
+    with pytest.raises(NotFound):
+        list(remote.fetch(sha256(b"absent")))
+    with pytest.raises(NotFound):
+        remote.chunk(sha256(b"absent"))
+    with pytest.raises(NotFound):
+        remote.size_bytes(sha256(b"absent"))
+
+
+def test_many_threads_may_put_the_same(remote: Remote) -> None:
+    contents = [(sha256(content), content) for content in (noise(2000, number) for number in range(20))]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: remote.put_many(contents), range(8)))
+        fetched = list(threads.map(lambda _: dict(remote.fetch_many([digest for digest, _ in contents])), range(8)))
+    assert fetched == [dict(contents)] * 8
+
+
+NAME = "profiles/registry.example:5000/library/nginx:1.27@amd64+v2"
+
+
+def test_a_document_is_replaced(remote: Remote) -> None:
+    assert remote.document(NAME) is None
+    for data in (b"one", b"", b"three " * 1000, b"four"):
+        remote.put_document(NAME, data)
+        assert remote.document(NAME) == data
+    assert remote.document("profiles") is None
+    assert remote.document(NAME + "0") is None
+
+
+def test_of_two_who_replace_a_version_one_is_told(remote: Remote) -> None:
+    remote.replace_document("layer", b"first", 0)
+    found = remote.versioned("layer")
+    assert found is not None
+    remote.replace_document("layer", b"second", found.version)
+    with pytest.raises(AlreadyExists):
+        remote.replace_document("layer", b"late", found.version)
+    assert remote.document("layer") == b"second"
+
+
+def test_a_document_that_many_replace_holds_what_one_of_them_put(remote: Remote) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda number: remote.put_document("raced", b"%d" % number), range(6)))
+    assert remote.document("raced") in {b"%d" % number for number in range(6)}
+
+
+@pytest.mark.parametrize("name", ["", "/a", "a/", "a//b", "../a", "a/../b", ".a", "a/@1", "a b", "ä", "a" * 513])
+def test_a_name_that_no_document_can_have_is_refused(name: str) -> None:
+    remote = Remote(in_memory())
+    with pytest.raises(InvalidInput):
+        remote.document(name)
+    with pytest.raises(InvalidInput):
+        remote.put_document(name, b"")

@@ -70,6 +70,9 @@ class BlobStore(Protocol):
             AlreadyExists: There is that version already: somebody was quicker.
         """
 
+    def close(self) -> None:
+        """Let go of connections and threads; nothing is asked after that."""
+
 
 def checked_name(name: str) -> str:
     """*name*, if a document may have it: parts of letters, digits and ``._:@+-`` with slashes between.

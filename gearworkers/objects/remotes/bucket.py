@@ -119,6 +119,10 @@ class Bucket:
                 if version < document.version - 1:
                     self._delete(_document_key(name, version))
 
+    def close(self) -> None:
+        """Nothing is held: obstore's connections end with the object."""
+        self._made = None
+
     def _versions(self, name: str) -> list[int]:
         with _translated(f"list document {name} of {self._name}"):
             found = obstore.list_with_delimiter(self._store(), f"documents/{name}")["objects"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -47,16 +47,20 @@ class Retried:
         def advance() -> tuple[bytes, bytes] | None:
             nonlocal stream
             if stream is None:
-                stream = self._blobs.get_many(list(missing))
+                stream = self._blobs.get_many(list(missing)) if missing else iter(())
             try:
                 return next(stream, None)
             except GearError:
                 stream = None
                 raise
 
-        while missing and (found := advance()) is not None:
-            missing.pop(found[0], None)
-            yield found
+        try:
+            while (found := advance()) is not None:
+                missing.pop(found[0], None)
+                yield found
+        finally:
+            if isinstance(stream, Generator):
+                stream.close()
 
     @retried
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
@@ -72,6 +76,10 @@ class Retried:
     def put_document(self, name: str, document: Document) -> None:
         """As the store's; AlreadyExists may mean that an earlier attempt had worked."""
         self._blobs.put_document(name, document)
+
+    def close(self) -> None:
+        """As the store's."""
+        self._blobs.close()
 
 
 class Bounded:
@@ -118,6 +126,11 @@ class Bounded:
     def put_document(self, name: str, document: Document) -> None:
         """As the store's."""
         self._crew.call(lambda: self._blobs.put_document(name, document))
+
+    def close(self) -> None:
+        """End the threads that do not hang."""
+        self._crew.close()
+        self._blobs.close()
 
     def _parts(self, items: Sequence[P]) -> Iterator[Sequence[P]]:
         return (items[start : start + self._together] for start in range(0, len(items), self._together))
@@ -166,6 +179,11 @@ class Cached:
         """Into the far store."""
         self._far.put_document(name, document)
 
+    def close(self) -> None:
+        """Both."""
+        self._near.close()
+        self._far.close()
+
     def _from_near(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         found = {}
         try:
@@ -190,7 +208,7 @@ class _Crew:
     def __init__(self, threads: int, timeout_s: float) -> None:
         self._most = threads
         self._timeout_s = timeout_s
-        self._jobs: queue.SimpleQueue[tuple[Future[object], Callable[[], object]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._started = 0
 
@@ -207,6 +225,11 @@ class _Crew:
                 yield self._result(waiting.popleft())
         while waiting:
             yield self._result(waiting.popleft())
+
+    def close(self) -> None:
+        """Let each thread end after what it is at."""
+        for _ in range(self._started):
+            self._jobs.put(None)
 
     def _submit(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -227,8 +250,8 @@ class _Crew:
             ) from exc
 
     def _work(self) -> None:
-        while True:
-            future, call = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
+            future, call = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -237,7 +260,7 @@ class _Crew:
                 future.set_exception(exc)
             else:
                 future.set_result(result)
-            del future, call
+            del job, future, call
 
 
 def _is_right(digest: bytes, blob: bytes) -> bool:

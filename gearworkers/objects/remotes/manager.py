@@ -136,6 +136,10 @@ class ManagerStore:
         with self._asked("POST", "/v1/join", body=msgspec.json.encode({"node": self._settings.node})):
             pass
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.clear()
+
     # -- HTTP
 
     def _frames(self, response: urllib3.BaseHTTPResponse) -> Iterator[tuple[bytes, bytes]]:

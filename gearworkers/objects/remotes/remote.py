@@ -161,6 +161,10 @@ class Remote:
                     raise IntegrityError(f"chunk {chunk.digest.hex()}: its layout says {chunk.size_bytes} bytes")
                 yield chunk, piece
 
+    def close(self) -> None:
+        """Let go of connections and threads; nothing is asked after that."""
+        self.blobs.close()
+
     # -- documents
 
     def document(self, name: str) -> bytes | None:

@@ -1,0 +1,102 @@
+"""Who may read, and who may write: bearer tokens in files that may be replaced at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+from pathlib import Path
+
+from gearworkers.errors import FailedPrecondition, from_os_error
+from gearworkers.settings import Settings
+
+
+class TokenFile:
+    """Tokens, one a line; ``#`` begins a comment. Read again when the file changes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int, int] | None = None
+        self._hashes: frozenset[bytes] = frozenset()
+
+    def has(self, token: str) -> bool:
+        """Whether *token* is one of them; how long it takes tells of its hash only.
+
+        Raises:
+            GearError: The file cannot be read: nobody is let in.
+        """
+        self._refresh()
+        return hashlib.sha256(token.encode()).digest() in self._hashes
+
+    def check(self) -> None:
+        """See that there is a token.
+
+        Raises:
+            FailedPrecondition: There is none.
+        """
+        self._refresh()
+        if not self._hashes:
+            raise FailedPrecondition(f"{self._path} holds no token; write one into it, such as `openssl rand -hex 32`")
+
+    def _refresh(self) -> None:
+        try:
+            found = os.stat(self._path)
+            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if seen != self._seen:
+                lines = (line.strip() for line in self._path.read_text().splitlines())
+                tokens = [line for line in lines if line and not line.startswith("#")]
+                self._hashes = frozenset(hashlib.sha256(token.encode()).digest() for token in tokens)
+                self._seen = seen
+        except OSError as exc:
+            raise from_os_error(exc, f"read tokens from {self._path}") from exc
+
+
+class Access:
+    """What a request's Authorization header lets it do."""
+
+    def __init__(self, settings: Settings) -> None:
+        """
+        Raises:
+            FailedPrecondition: A token file is empty.
+        """
+        self._write = _checked(settings.manager_write_tokens_file)
+        self._read = _checked(settings.manager_read_tokens_file)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody without a token may write, or read."""
+        return self._write is None
+
+    def may_read(self, authorization: str) -> bool:
+        """With a token of either file; anybody if there is none."""
+        if self._read is None and self._write is None:
+            return True
+        token = _token(authorization)
+        return any(file is not None and file.has(token) for file in (self._read, self._write))
+
+    def may_write(self, authorization: str) -> bool:
+        """With a token for writing; anybody if there is no token at all, nobody if there are only tokens to read."""
+        if self._write is None:
+            return self._read is None
+        return self._write.has(_token(authorization))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _checked(path: Path | None) -> TokenFile | None:
+    if path is None:
+        return None
+    file = TokenFile(path)
+    file.check()
+    return file
+
+
+def _token(authorization: str) -> str:
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,44 @@
+"""The calls for documents: profiles and what else has a name of its own."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from gearworkers.errors import InvalidInput, NotFound
+from gearworkers.objects.remotes.blobs import MOST_DOCUMENT_BYTES
+from gearworkers.objects.remotes.manager import VERSION_HEADER
+from gearworkers.services.manager.metrics import Metrics
+from gearworkers.services.manager.store import Store
+from gearworkers.services.manager.streams import Body
+
+
+class DocumentCalls:
+    """Handlers; each is one call of the API."""
+
+    def __init__(self, store: Store, patience_s: float, metrics: Metrics) -> None:
+        self._store = store
+        self._patience_s = patience_s
+        self._metrics = metrics
+
+    async def get(self, request: web.Request) -> web.Response:
+        """The newest version."""
+        name = request.match_info["name"]
+        found = await self._store.run(lambda: self._store.remote.versioned(name))
+        if found is None:
+            raise NotFound(f"document {name} is not there")
+        headers = {VERSION_HEADER: str(found.version), "Cache-Control": "no-cache"}
+        return web.Response(body=found.data, headers=headers, content_type="application/octet-stream")
+
+    async def put(self, request: web.Request) -> web.Response:
+        """A version, if it is the next; without a version in the request, whatever was there."""
+        name = request.match_info["name"]
+        version = request.headers.get(VERSION_HEADER, "")
+        if version and not (version.isascii() and version.isdigit() and 0 < int(version) < 10**10):
+            raise InvalidInput(f"{VERSION_HEADER}: {version!r} is no version")
+        data = await Body(request, self._patience_s, self._metrics).whole(MOST_DOCUMENT_BYTES)
+        remote = self._store.remote
+        if version:
+            await self._store.run(lambda: remote.replace_document(name, data, int(version) - 1))
+        else:
+            await self._store.run(lambda: remote.put_document(name, data))
+        return web.Response(status=204)

@@ -1,0 +1,186 @@
+"""`gear manager`: listens, bounds what connections may take, stops by finishing what it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import ssl
+import weakref
+from typing import Any, cast
+
+import structlog
+from aiohttp import web
+
+from gearworkers.errors import FailedPrecondition, InvalidInput, from_os_error
+from gearworkers.objects.remotes.opening import blobs_at
+from gearworkers.objects.remotes.remote import Remote
+from gearworkers.services.manager.access import Access, is_loopback
+from gearworkers.services.manager.app import Manager
+from gearworkers.services.manager.store import Store
+from gearworkers.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+MOST_CONNECTIONS = 2048
+_MOST_LINE_BYTES = 8190
+_KEEPALIVE_S = 60.0
+_FINISHING_S = 60.0
+_BACKLOG = 512
+
+
+class ManagerServer:
+    """One listening manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        """
+        Raises:
+            FailedPrecondition: It would listen beyond this machine to whoever comes, or a token file is empty.
+            InvalidInput: Where to listen, or the store, cannot be understood.
+        """
+        self._settings = settings
+        self._host, self._port = _address(settings.manager_listen)
+        access = Access(settings)
+        if access.is_open and not is_loopback(self._host):
+            raise FailedPrecondition(
+                f"GEAR_MANAGER_LISTEN={settings.manager_listen} can be reached by others, and anybody could write; "
+                "set GEAR_MANAGER_WRITE_TOKENS_FILE, or listen on 127.0.0.1"
+            )
+        self._tls = _tls(settings)
+        if self._tls is None and not is_loopback(self._host):
+            _log.warning("tokens and objects go over the network in the clear; set GEAR_MANAGER_TLS_CERT_FILE")
+        remote = Remote(blobs_at(settings.effective_manager_store, settings))
+        self._store = Store(remote, settings.manager_most_object_bytes)
+        uploads = settings.gear_root / "manager-uploads"
+        self.manager = Manager(self._store, access, uploads, settings.manager_client_timeout_s)
+        self._runner = web.AppRunner(
+            self.manager.application(),
+            access_log=None,
+            keepalive_timeout=_KEEPALIVE_S,
+            max_line_size=_MOST_LINE_BYTES,
+            max_field_size=_MOST_LINE_BYTES,
+            shutdown_timeout=_FINISHING_S,
+        )
+        self._connections: weakref.WeakSet[_Guarded] = weakref.WeakSet()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> int:
+        """Listen; the port."""
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                self._connection, self._host, self._port, ssl=self._tls, backlog=_BACKLOG
+            )
+        except OSError as exc:
+            raise from_os_error(exc, f"listen on {self._settings.manager_listen}") from exc
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Finish what is served, for a minute at most; nothing new is taken."""
+        if self._server is not None:
+            self._server.close()
+        await self._runner.cleanup()
+        self._store.close()
+
+    def _connection(self) -> asyncio.Protocol:
+        assert self._runner.server is not None
+        inner = cast(asyncio.Protocol, self._runner.server())
+        guarded = _Guarded(inner, self, self._settings.manager_client_timeout_s)
+        self._connections.add(guarded)
+        return guarded
+
+    def opened(self) -> bool:
+        """Count a connection; whether it may stay."""
+        self.manager.metrics.connections.inc()
+        return len(self._connections) <= MOST_CONNECTIONS
+
+    def closed(self) -> None:
+        """Count it out."""
+        self.manager.metrics.connections.dec()
+
+
+class _Guarded(asyncio.Protocol):
+    """aiohttp's connection, but ended if its first header does not come in time, or if there are too many."""
+
+    def __init__(self, inner: asyncio.Protocol, server: ManagerServer, patience_s: float) -> None:
+        self._inner = inner
+        self._server = server
+        self._patience_s = patience_s
+        self._tail = b""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._inner.connection_made(transport)
+        if not self._server.opened():
+            cast(asyncio.Transport, transport).abort()
+            return
+        abort = cast(asyncio.Transport, transport).abort
+        self._timer = asyncio.get_running_loop().call_later(self._patience_s, abort)
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is not None:
+            self._tail = (self._tail + data)[-(len(data) + 3) :]
+            if b"\r\n\r\n" in self._tail:
+                self._headers_came()
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_came()
+        self._server.closed()
+        self._inner.connection_lost(exc)
+
+    def _headers_came(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._tail = b""
+
+
+def serve(settings: Settings) -> None:
+    """Be the manager until SIGTERM or SIGINT.
+
+    Raises:
+        GearError: As `ManagerServer`, or it cannot listen.
+    """
+    asyncio.run(_serve(ManagerServer(settings)))
+
+
+async def _serve(server: ManagerServer) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        port = await server.start()
+        _log.info("the manager listens", port=port)
+        await ended.wait()
+    finally:
+        await server.stop()
+
+
+def _address(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise InvalidInput(f"GEAR_MANAGER_LISTEN={listen}: HOST:PORT is needed")
+    return host.strip("[]"), int(port)
+
+
+def _tls(settings: Settings) -> Any:
+    cert, key = settings.manager_tls_cert_file, settings.manager_tls_key_file
+    if cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as exc:
+        raise FailedPrecondition(f"GEAR_MANAGER_TLS_CERT_FILE={cert}: {exc}") from exc
+    return context
