@@ -7,8 +7,13 @@ Workers of a node, one process a core for imports, one for what may take its tim
     nice celery -A gearworkers.app worker -n push@%h -Q push@$GEAR_NODE --concurrency 1 \\
         --without-gossip --without-mingle --without-heartbeat
 
-Nobody waits for a result through Redis: a heavy call's answer comes over the streams socket. So there is no result
-backend, and every task ignores its result.
+Any node's, for conversions of images (`conversions`)::
+
+    nice celery -A gearworkers.app worker -n convert@%h -Q convert --concurrency $(nproc)
+
+Nobody waits for a result of a node's tasks through Redis: a heavy call's answer comes over the streams socket. So the
+gateway has no result backend, and these tasks ignore their results. A conversion waits for those of its layers: its
+tasks keep theirs for a day, and workers have the backend for them alone.
 """
 
 from __future__ import annotations
@@ -29,6 +34,11 @@ TIME_LIMIT_S = 3600
 VISIBILITY_TIMEOUT_S = 3 * TIME_LIMIT_S
 """After it Redis hands an unacknowledged task to another worker: above every time limit and every retry's delay."""
 RETRIES = 10
+CONVERT_QUEUE = "convert"
+LAYER_TASK = "gearworkers.convert_layer"
+IMAGE_TASK = "gearworkers.convert_image"
+PROGRESS = "PROGRESS"
+"""State of a layer's conversion while it runs; its meta is ``{"read_bytes": …}``."""
 _LONGEST_DELAY_S = 300
 
 
@@ -67,16 +77,20 @@ class _MendPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no 
             maintain()
 
 
-def make_app(settings: Settings, transport_options: Mapping[str, object] | None = None) -> Celery:
+def make_app(
+    settings: Settings, transport_options: Mapping[str, object] | None = None, *, with_results: bool = False
+) -> Celery:
     """The application for the broker of *settings*; connects to nothing yet.
 
     Args:
         settings: Names the broker and how logs look.
         transport_options: For kombu's Redis transport, beside the visibility timeout.
+        with_results: Whether results are kept and can be waited for, in the same Redis.
     """
     app = Celery("gearworkers", set_as_current=False, include=["gearworkers.tasks"])
     app.conf.update(
         broker_url=settings.effective_broker_url,
+        result_backend=settings.effective_broker_url if with_results else None,
         broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT_S, **(transport_options or {})},
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # a Redis that is away for long is still waited for
@@ -96,7 +110,7 @@ def make_app(settings: Settings, transport_options: Mapping[str, object] | None 
 @cache
 def _worker_app() -> Celery:
     settings = Settings.from_environ()
-    app = make_app(settings)
+    app = make_app(settings, with_results=True)
     app.set_current()
     signals.setup_logging.connect(lambda **_: configure_logging(settings), weak=False)
     signals.worker_process_init.connect(lambda **_: end_with_parent(os.getppid()), weak=False)

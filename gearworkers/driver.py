@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from gearworkers.archive.reader import Readable
-from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, from_os_error
+from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.layers.absorb import absorb, settled
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
@@ -37,7 +37,8 @@ from gearworkers.mounts.table import MountTable
 from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
-from gearworkers.objects.remote import DirectoryRemote, push_pending
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.objects.remotes.push import push_pending
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
@@ -454,9 +455,11 @@ class GearDriver:
             FailedPrecondition: No remote is set.
             Unavailable: It does not answer; what is left stays in the spool.
         """
-        if not self.settings.remote:
-            raise FailedPrecondition("push: no remote is set; set GEAR_REMOTE to a directory")
-        return push_pending(self._spool, DirectoryRemote(Path(self.settings.remote)))
+        remote = open_remote(self.settings)
+        try:
+            return push_pending(self._spool, remote)
+        finally:
+            remote.close()
 
     def _id_maps(self) -> IdMaps:
         try:

@@ -1,20 +1,30 @@
 """Celery tasks: thin, ids in, `work.perform` called.
 
 apply_diff and diff are acknowledged when they begin and never come again: their stream is gone with them. push,
-collect_garbage and absorb are idempotent, acknowledged when done, and come again after a crash; only errors marked
-retryable are retried.
+collect_garbage, absorb and the conversions are idempotent, acknowledged when done, and come again after a crash; only
+errors marked retryable are retried.
 """
 
 from __future__ import annotations
 
-from celery import Task, shared_task
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
-from gearworkers.app import RETRIES, TIME_LIMIT_S, retry_delay_s
-from gearworkers.errors import Unavailable
+import msgspec
+from celery import Task, shared_task
+from redis.exceptions import RedisError
+
+from gearworkers.app import IMAGE_TASK, LAYER_TASK, PROGRESS, RETRIES, TIME_LIMIT_S, retry_delay_s
+from gearworkers.errors import GearError, Unavailable
+from gearworkers.images import convert
+from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from gearworkers.work import perform, perform_alone
 
+_TELL_S = 0.2
 _UPKEEP = {
     "bind": True,
     "ignore_result": True,
@@ -53,6 +63,55 @@ def collect_garbage(self: Task, gear_root: str, token: str, id: str, parent: str
 def absorb(self: Task, gear_root: str, token: str, id: str, parent: str) -> None:
     """Move the contents of the finished read-write layer *id* to the object store."""
     _keep_up(self, Order("absorb", gear_root, token, id, parent))
+
+
+@shared_task(name=LAYER_TASK, **{**_UPKEEP, "ignore_result": False})
+def convert_layer(self: Task, job: dict[str, Any]) -> dict[str, Any]:
+    """Convert one layer of an image; what it became."""
+    settings = Settings.from_environ()
+    with _retried(self):
+        layer = msgspec.convert(job, convert.LayerJob)
+        return _plain(convert.convert_layer(settings, open_remote(settings), layer, _Teller(self)))
+
+
+@shared_task(name=IMAGE_TASK, **{**_UPKEEP, "ignore_result": False})
+def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+    """Push config and manifest of an image whose layers are done; what it came to."""
+    with _retried(self):
+        done = msgspec.convert(layers, list[convert.LayerDone])
+        planned = msgspec.convert(plan, convert.Plan)
+        return _plain(convert.finish_conversion(Settings.from_environ(), planned, done))
+
+
+@contextmanager
+def _retried(task: Task) -> Iterator[None]:
+    try:
+        yield
+    except GearError as exc:
+        if exc.retryable:
+            raise task.retry(exc=exc, countdown=retry_delay_s(task.request.retries)) from exc
+        raise
+
+
+def _plain(made: msgspec.Struct) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.to_builtins(made)
+    return built
+
+
+class _Teller:
+    """Tells the progress of a layer's task, a few times a second at most."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._read_bytes = 0
+        self._last_s = 0.0
+
+    def __call__(self, count: int) -> None:
+        self._read_bytes += count
+        if time.monotonic() - self._last_s > _TELL_S:
+            self._last_s = time.monotonic()
+            with suppress(RedisError):  # nobody is told, and the work goes on
+                self._task.update_state(state=PROGRESS, meta={"read_bytes": self._read_bytes})
 
 
 def _keep_up(task: Task, order: Order) -> None:

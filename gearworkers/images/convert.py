@@ -149,7 +149,7 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
     Crash: leaves objects in the remote that no image names yet, and an upload that the registry ends by itself.
     """
     repository = Repository.of(settings, Reference.parse(job.target))
-    name = _record_name(job)
+    name = record_name(job)
     known = None if job.again else _known(remote, name)
     if known is not None and _taken_over(settings, repository, known):
         progress(job.size_bytes)
@@ -209,7 +209,8 @@ def _plan_image(
     return ImagePlan(digest, media_type, tuple(jobs))
 
 
-def _record_name(job: LayerJob) -> str:
+def record_name(job: LayerJob) -> str:
+    """The document that says what a layer became; another format or threshold has another."""
     return f"layer-{FORMAT}-{INLINE_BYTES}-{job.digest.removeprefix('sha256:')}"
 
 

@@ -284,22 +284,22 @@ class _Download:
             Unavailable: It broke too often without a byte in between.
         """
         while True:
+            self._response = self._response or self._open_at(self._at)
             try:
-                return self._read(buffer)
+                return self._read(self._response, buffer)
             except Unavailable:
                 self._response = None
                 self._breaks += 1
                 if self._breaks >= ATTEMPTS:
                     raise
 
-    def _read(self, buffer: memoryview) -> int:
-        self._response = self._response or self._open_at(self._at)
+    def _read(self, response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
         with translated(f"read {self._what}"):
-            data = self._response.read(len(buffer), decode_content=False)
+            data = response.read(len(buffer), decode_content=False)
         buffer[: len(data)] = data
         self._at += len(data)
         if data:
             self._breaks = 0
         else:
-            self._response.release_conn()
+            response.release_conn()
         return len(data)

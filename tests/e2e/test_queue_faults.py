@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
+from gearworkers.objects.remotes.bucket import in_directory
+from gearworkers.objects.remotes.remote import Remote
 from tests.support.dockerd import Dockerd
 from tests.support.processes import wait_until
 from tests.support.stack import Stack
@@ -122,20 +124,12 @@ def test_a_client_that_gives_up_in_the_middle_leaves_nothing(dockerd: Dockerd, s
 
 
 def test_a_commits_new_objects_reach_the_remote_in_the_background(dockerd: Dockerd, stack: Stack) -> None:
-    remote = stack.directory.parent / "remote"
-    known = _objects(remote)
+    remote = Remote(in_directory(stack.directory.parent / "remote"))
     dockerd.run("tiny", "sh", "-c", "seq 100000 > /pushed", options=("--name", "topush"))
     dockerd.docker("commit", "topush", "topush")
     content = "".join(f"{n}\n" for n in range(1, 100_001)).encode()
-
-    def has_arrived() -> bool:
-        return any(path.read_bytes() == content for path in _objects(remote) - known)
-
-    wait_until(has_arrived, "the file in the remote")
+    digest = hashlib.sha256(content).digest()
+    wait_until(lambda: remote.has([digest]) == [digest], "the file in the remote")
+    assert b"".join(remote.fetch(digest)) == content
     dockerd.docker("rm", "topush")
     dockerd.docker("rmi", "topush")
-
-
-def _objects(remote: Path) -> set[Path]:
-    """What the remote holds; a name with a dot in front is a file on its way."""
-    return {path for path in remote.rglob("[!.]*") if path.is_file()}

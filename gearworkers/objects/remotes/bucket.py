@@ -36,7 +36,6 @@ _SYNC_EACH = 8
 """So many files are synced one by one; of more, the whole file system at once."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_HTTP_STATUS = re.compile(r"\b(?:status(?: code)?:?|Server returned|response:?|HTTP) *(\d{3})\b")
 
 _Mode = Literal["create", "overwrite"]
 _Item = tuple[str, bytes]
@@ -44,6 +43,8 @@ _Item = tuple[str, bytes]
 
 class Bucket:
     """A `BlobStore` over one of obstore's stores; tries once, waits as long as it takes: for decorators to better."""
+
+    _used_by = 0
 
     def __init__(self, name: str, make_store: Callable[[], ObjectStore], directory: Path | None = None) -> None:
         """
@@ -65,7 +66,7 @@ class Bucket:
         found = set()
         for digest in digests:
             try:
-                with _translated(f"look for {digest.hex()} in {self._name}"):
+                with translated(f"look for {digest.hex()} in {self._name}"):
                     obstore.head(self._store(), _key(digest))
             except NotFound:
                 continue
@@ -74,7 +75,7 @@ class Bucket:
 
     def get(self, digest: bytes) -> bytes:
         """One GET or read."""
-        with _translated(f"get {digest.hex()} from {self._name}"):
+        with translated(f"get {digest.hex()} from {self._name}"):
             return obstore.get(self._store(), _key(digest)).bytes().to_bytes()
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -87,7 +88,7 @@ class Bucket:
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """One after the other; in a directory they are synced together."""
-        with _translated(f"put {len(blobs)} blobs into {self._name}"):
+        with translated(f"put {len(blobs)} blobs into {self._name}"):
             self._place([(_key(digest), blob) for digest, blob in blobs], "overwrite")
 
     # -- documents
@@ -99,7 +100,7 @@ class Bucket:
             if not version:
                 return None
             try:
-                with _translated(f"get document {name} from {self._name}"):
+                with translated(f"get document {name} from {self._name}"):
                     data = obstore.get(self._store(), _document_key(name, version)).bytes().to_bytes()
             except NotFound:
                 continue  # replaced twice since it was listed
@@ -113,7 +114,7 @@ class Bucket:
         versions = self._versions(name)
         if any(version >= document.version for version in versions):
             raise AlreadyExists(f"document {name} of {self._name} has version {max(versions)} already")
-        with _translated(f"put document {name} into {self._name}"):
+        with translated(f"put document {name} into {self._name}"):
             self._place([(_document_key(name, document.version), document.data)], "create")
             for version in versions:
                 if version < document.version - 1:
@@ -124,7 +125,7 @@ class Bucket:
         self._made = None
 
     def _versions(self, name: str) -> list[int]:
-        with _translated(f"list document {name} of {self._name}"):
+        with translated(f"list document {name} of {self._name}"):
             found = obstore.list_with_delimiter(self._store(), f"documents/{name}")["objects"]
         last = [item["path"].rpartition("/")[2] for item in found]
         return [int(part[1:]) for part in last if part[:1] == "@" and part[1:].isdigit()]
@@ -132,6 +133,15 @@ class Bucket:
     # -- the store
 
     def _store(self) -> ObjectStore:
+        """Made when first needed.
+
+        Raises:
+            FailedPrecondition: This process was forked from one that had used obstore, whose threads it lacks: it
+                would wait for ever.
+        """
+        if Bucket._used_by not in (0, os.getpid()):
+            raise FailedPrecondition(f"{self._name}: process {Bucket._used_by} used it before this one was forked")
+        Bucket._used_by = os.getpid()
         if self._made is None:
             self._made = self._make_store()
         return self._made
@@ -216,7 +226,7 @@ def _with_open(path: Path, call: Callable[[int], None]) -> None:
 
 
 @contextmanager
-def _translated(tried: str) -> Iterator[None]:
+def translated(tried: str) -> Iterator[None]:
     """Tell obstore's errors in ours."""
     try:
         yield

@@ -64,8 +64,8 @@ class Access:
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody without a token may write, or read."""
-        return self._write is None
+        """Whether anybody may read and write: there are no tokens."""
+        return self._write is None and self._read is None
 
     def may_read(self, authorization: str) -> bool:
         """With a token of either file; anybody if there is none."""

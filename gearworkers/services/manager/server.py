@@ -24,6 +24,7 @@ _log = structlog.get_logger(__name__)
 MOST_CONNECTIONS = 2048
 _MOST_LINE_BYTES = 8190
 _KEEPALIVE_S = 60.0
+_LINGERING_S = 1.0
 _FINISHING_S = 60.0
 _BACKLOG = 512
 
@@ -56,6 +57,7 @@ class ManagerServer:
             self.manager.application(),
             access_log=None,
             keepalive_timeout=_KEEPALIVE_S,
+            lingering_time=_LINGERING_S,
             max_line_size=_MOST_LINE_BYTES,
             max_field_size=_MOST_LINE_BYTES,
             shutdown_timeout=_FINISHING_S,
