@@ -9,6 +9,7 @@ from bench.builds import build_steps, chown_tree, save
 from bench.containers import read_tree, run_true
 from bench.frame import Figure, show, warm_memory
 from bench.imports import import_one, import_parallel, import_shared, load_layers
+from bench.many import many
 from bench.memory import memory
 from tests.support import sandbox
 
@@ -23,6 +24,7 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "read": read_tree,
     "chown": chown_tree,
     "memory": memory,
+    "many": many,
 }
 
 
