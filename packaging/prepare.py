@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ PACKAGES = (
 )
 PACKAGES_SINCE_13 = ("docker-cli", "docker-buildx")
 """Debian 12's docker.io holds the client, which has BuildKit built in."""
+COMPILER_PACKAGES = ("gcc", "libc6-dev")
+"""pyxattr comes as source alone."""
 
 
 def main() -> None:
@@ -49,16 +52,28 @@ def main() -> None:
 
 
 def missing_packages() -> list[str]:
-    """The Debian packages that are wanted and not installed; python3-venv only if this Python lacks it."""
+    """The Debian packages that are wanted and not installed; those for .venv only while there is none."""
     wanted = list(PACKAGES)
     if debian_release() >= 13:
         wanted += PACKAGES_SINCE_13
-    if not VENV.exists() and importlib.util.find_spec("ensurepip") is None:
-        wanted.append("python3-venv")
+    if not is_venv_current():
+        wanted += packages_to_build_with()
     query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *wanted]
     lines = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
     installed = {line.split()[0] for line in lines.splitlines() if line.endswith(" installed")}
     return [name for name in wanted if name not in installed]
+
+
+def packages_to_build_with() -> list[str]:
+    """What this Python lacks to make a virtual environment and to compile into it."""
+    wanted = []
+    if importlib.util.find_spec("ensurepip") is None:
+        wanted.append("python3-venv")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        wanted.append("libpython3-dev")
+    if shutil.which("cc") is None:
+        wanted += COMPILER_PACKAGES
+    return wanted
 
 
 def debian_release() -> int:
