@@ -135,7 +135,7 @@ def build_venv() -> None:
     if VENV.exists() and not shutil.which(str(VENV / "bin" / "python")):
         shutil.rmtree(VENV)
     subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--use-pep517"]
     subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[dev]"], cwd=CHECKOUT, check=True)
     STAMP.write_text(wanted_stamp())
 
