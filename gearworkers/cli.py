@@ -84,8 +84,13 @@ def fsck(
 
 @app.command()
 def push() -> None:
-    """Push what waits in the spool to GEAR_REMOTE, now."""
-    _out.print(f"pushed {GearDriver(Settings.from_environ()).push_pending()} objects")
+    """Push what waits in the spool to GEAR_REMOTE, now; exit 1 if an object cannot be pushed."""
+    report = GearDriver(Settings.from_environ()).push_pending()
+    for digest, why in report.refused.items():
+        _out.print(f"not pushed: object {digest.hex()}: {why}", markup=False)
+    _out.print(f"pushed {report.pushed_objects} objects, {len(report.refused)} could not be pushed")
+    if report.refused:
+        raise typer.Exit(_EXIT_FAULTS)
 
 
 @app.command()

@@ -38,7 +38,7 @@ from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
 from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.remotes.push import push_pending
+from gearworkers.objects.remotes.push import PushReport, damaged_in, push_pending
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
@@ -405,8 +405,13 @@ class GearDriver:
         for bad in bad_objects(self._objects, read_data=read_data):
             damaged.add(bad.digest)
             if repair:
+                self._spool.done(bad.digest)  # a link to the same bytes
                 os.unlink(bad.path)
             yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
+        for digest, why in damaged_in(self._spool) if read_data else ():
+            if repair:
+                self._spool.done(digest)
+            yield f"awaiting push: {why}" + (" (removed)" if repair else "")
         for fault in layer_faults(self._layers, self._objects, damaged):
             yield f"layer {fault.id}: {fault.what}; {fault.advice}"
 
@@ -448,8 +453,8 @@ class GearDriver:
         with self._layers.building(id) as build:
             return absorb(self._layers.directory(layer), self._layers.lower(layer), build, self._objects, spool)
 
-    def push_pending(self) -> int:
-        """Push what waits in the spool to the remote; how many objects.
+    def push_pending(self) -> PushReport:
+        """Push what waits in the spool to the remote; an object that is damaged keeps no other from being pushed.
 
         Raises:
             FailedPrecondition: No remote is set.

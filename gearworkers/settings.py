@@ -166,6 +166,11 @@ class Settings:
         return self.gear_root / "push"
 
     @property
+    def gear_remotes_path(self) -> Path:
+        """Which directories this node knows to hold a remote."""
+        return self.gear_root / "remotes"
+
+    @property
     def gear_arrivals_path(self) -> Path:
         """Links to objects that arrived while incomplete layers were mounted."""
         return self.gear_root / "arrivals"

@@ -87,7 +87,8 @@ def _diff(driver: GearDriver, order: Order, stream: Stream) -> Answer:
 
 
 def _push(driver: GearDriver, order: Order) -> Answer:
-    return Answer(figures={"pushed_objects": driver.push_pending()})
+    report = driver.push_pending()
+    return Answer(figures={"pushed_objects": report.pushed_objects, "refused_objects": len(report.refused)})
 
 
 def _collect_garbage(driver: GearDriver, order: Order) -> Answer:

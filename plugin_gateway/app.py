@@ -47,7 +47,7 @@ class Gateway:
         self._driver = driver
         self.metrics = Metrics()
         self._dispatcher = Dispatcher(settings, self.metrics, patience or Patience())
-        self._upkeep = Upkeep(self._dispatcher, lambda: self._driver.settings)
+        self._upkeep = Upkeep(self._dispatcher, lambda: self._driver.settings, self.metrics)
         self._threads = ThreadPoolExecutor(_THREADS, "light")
         self._heavy_tasks: set[asyncio.Task[None]] = set()
         self._to_absorb: set[str] = set()

@@ -21,6 +21,10 @@ class Metrics:
             "gear_orders", "Heavy calls and upkeep, by who did them", ["call", "by"], registry=self._registry
         )
         self.serving = Gauge("gear_orders_in_progress", "Orders being done", ["by"], registry=self._registry)
+        self.pushed = Counter("gear_pushed_objects", "Objects that the remote has confirmed", registry=self._registry)
+        self.refused = Gauge(
+            "gear_push_refused_objects", "Objects that the last push could not push", registry=self._registry
+        )
         self.degraded = Gauge("gear_degraded", "1 while the gateway works for the workers", registry=self._registry)
 
     def observe(self, method: str, seconds: float, failed: bool) -> None:

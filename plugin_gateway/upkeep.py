@@ -10,6 +10,7 @@ import structlog
 
 from gearworkers.settings import Settings
 from plugin_gateway.dispatch import Dispatcher, make_order
+from plugin_gateway.metrics import Metrics
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -53,6 +54,7 @@ class Upkeep:
     Args:
         dispatcher: Gets orders done.
         settings: Gives the settings as they are after Init.
+        metrics: Where it counts.
         gc_quiet_s: Seconds without a removal before garbage is collected.
         gc_at_most_s: Seconds after the first removal in which it is at the latest.
     """
@@ -61,12 +63,14 @@ class Upkeep:
         self,
         dispatcher: Dispatcher,
         settings: Callable[[], Settings],
+        metrics: Metrics,
         *,
         gc_quiet_s: float = 5.0,
         gc_at_most_s: float = 20.0,
     ) -> None:
         self._dispatcher = dispatcher
         self._settings = settings
+        self._metrics = metrics
         self._collect = Debounce(gc_quiet_s, gc_at_most_s, partial(self._start, "collect_garbage"))
         self._push = Debounce(1.0, 5.0, partial(self._start, "push"))
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,6 +113,9 @@ class Upkeep:
             _log.info("upkeep done", call=call, id=id, by=outcome.by, **answer.figures)
             if call == "absorb":
                 self.stored()
+            if call == "push":
+                self._metrics.pushed.inc(answer.figures.get("pushed_objects", 0))
+                self._metrics.refused.set(answer.figures.get("refused_objects", 0))
             return
         _log.warning("upkeep failed", call=call, id=id, by=outcome.by, error=answer.error)
         if answer.retryable and outcome.by != "worker":  # a worker's Celery tries again by itself

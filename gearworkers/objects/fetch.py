@@ -26,7 +26,7 @@ from gearworkers.objects.workpool import Urgency, WorkPool
 _log = structlog.get_logger(__name__)
 
 _MOST_FAILURES = 1000
-_BATCH_OBJECTS = 256
+_BATCH_OBJECTS = 1024
 _BATCH_BYTES = 16 << 20
 _READ_WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 

@@ -51,6 +51,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path, credentials: Path) ->
 def opened(kind: str, request: pytest.FixtureRequest, settings: Settings) -> Iterator[Remote]:
     directory = str(settings.gear_root / "remote")
     where = new_bucket(request.getfixturevalue("s3")) if "S3" in kind else directory
+    Path(directory).mkdir(parents=True)
     if kind == "memory":
         yield Remote(Retried(in_memory()))
     elif kind == "memory behind memory":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError
 from gearworkers.objects.remotes import codec
+from gearworkers.objects.remotes.push import PushReport
+from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import applied, file, mounted, tar
@@ -64,6 +67,11 @@ def _push(settings: Settings) -> None:
     GearDriver(settings).push_pending()
 
 
+def empty(settings: Settings) -> None:
+    shutil.rmtree(settings.remote)
+    (Path(settings.remote) / "objects").mkdir(parents=True)
+
+
 def waiting(settings: Settings) -> int:
     return len(list(settings.gear_push_path.iterdir()))
 
@@ -74,10 +82,10 @@ WANTED = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
 def test_what_is_new_is_pushed_once(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
-    assert GearDriver(settings).push_pending() == len(CONTENTS)
+    assert GearDriver(settings).push_pending().pushed_objects == len(CONTENTS)
     assert pushed(settings) == WANTED
     applied(driver, file("again", CONTENTS[0]))
-    assert GearDriver(settings).push_pending() == 0
+    assert GearDriver(settings).push_pending().pushed_objects == 0
     assert waiting(settings) == 0
 
 
@@ -113,8 +121,7 @@ def push_killed_at_every_step(settings: Settings) -> None:
         push(settings)
         assert pushed(settings) == WANTED
         assert waiting(settings) == 0
-        shutil.rmtree(settings.remote)
-        Path(settings.remote).mkdir()
+        empty(settings)
         driver.remove("layer")
         GearDriver(settings).collect_garbage()
         driver.create("layer")
@@ -138,15 +145,14 @@ def test_an_import_killed_at_any_step_and_done_again_is_pushed_whole(settings: S
         assert pushed(settings) == WANTED
         driver.remove("layer")
         GearDriver(settings).collect_garbage()
-        shutil.rmtree(settings.remote)
-        Path(settings.remote).mkdir()
+        empty(settings)
 
 
 def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> None:
     driver = InProcess(settings)
     driver.remove(applied(driver, file("a", CONTENTS[0])))
     GearDriver(settings).collect_garbage()
-    assert GearDriver(settings).push_pending() == 1
+    assert GearDriver(settings).push_pending().pushed_objects == 1
     assert pushed(settings) == {hashlib.sha256(CONTENTS[0]).hexdigest()}
 
 
@@ -168,16 +174,49 @@ def test_a_remote_that_goes_away_and_comes_back_gets_everything(settings: Settin
     assert waiting(settings) == 0
 
 
-def test_a_damaged_object_is_not_pushed(settings: Settings) -> None:
+def test_a_damaged_object_is_not_pushed_and_keeps_no_other_from_it(settings: Settings) -> None:
     driver = InProcess(settings)
-    driver.create("layer")
-    driver.apply_diff("layer", "", tar(file("a", CONTENTS[0])))
-    (object_,) = settings.gear_public_cache_path.glob("*/*")
-    object_.write_bytes(b"smalL")
-    with pytest.raises(GearError, match="SHA-256"):
-        GearDriver(settings).push_pending()
-    assert pushed(settings) == set()
-    assert not [path for path in Path(settings.remote).rglob("*") if path.is_file()], "no temporary file either"
+    applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
+    damaged = {spoil(settings, content) for content in (CONTENTS[0], CONTENTS[2])}
+    report = GearDriver(settings).push_pending()
+    assert set(report.refused) == damaged
+    assert pushed(settings) == {hashlib.sha256(CONTENTS[1]).hexdigest()}
+    assert {path.name for path in settings.gear_push_path.iterdir()} == {digest.hex() for digest in damaged}
+    assert list((Path(settings.remote) / "staging").iterdir()) == [], "no temporary file either"
+
+
+def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings: Settings) -> None:
+    driver = InProcess(settings)
+    layers = [applied(driver, file(f"f{number}", content)) for number, content in enumerate(CONTENTS[:2])]
+    for content in CONTENTS[:2]:
+        spoil(settings, content)
+    driver.remove(layers[1])
+    GearDriver(settings).collect_garbage()
+    faults = list(GearDriver(settings).faults(read_data=True, repair=True))
+    assert sum("removed" in fault for fault in faults) == 2, "the spool holds what no layer refers to any more"
+    assert waiting(settings) == 0
+    applied(driver, file("again", CONTENTS[0]))
+    assert GearDriver(settings).push_pending() == PushReport(1, {})
+
+
+def test_the_command_tells_what_could_not_be_pushed(settings: Settings) -> None:
+    driver = InProcess(settings)
+    applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
+    digest = spoil(settings, CONTENTS[0])
+    command = [sys.executable, "-c", "from gearworkers.cli import main; main()", "push"]
+    environ = {**os.environ, "GEAR_ROOT": str(settings.gear_root), "GEAR_REMOTE": settings.remote}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert digest.hex() in done.stdout
+    assert "pushed 1 objects, 1 could not be pushed" in done.stdout
+
+
+def spoil(settings: Settings, content: bytes) -> bytes:
+    """Change a byte of an object; its digest."""
+    digest = hashlib.sha256(content).digest()
+    path = Path(os.fsdecode(ObjectStore(settings.gear_public_cache_path).path(digest)))
+    path.write_bytes(content[:-1] + b"!")
+    return digest
 
 
 if __name__ == "__main__":

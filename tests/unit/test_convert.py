@@ -77,6 +77,8 @@ def peer(tmp_path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
+    for name in ("remote", "other-remote", "empty"):
+        (tmp_path / name).mkdir()
     return Settings(remote=str(tmp_path / "remote"), docker_config=tmp_path / "docker", gear_root=tmp_path / "gear")
 
 

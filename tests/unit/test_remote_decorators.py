@@ -215,11 +215,21 @@ def test_a_near_store_that_is_away_is_passed_by(store: Store) -> None:
     near = Store()
     store.held = blobs(2)
     cached = Cached(near, store)
-    for digest, blob in store.held.items():
-        near.errors = [Unavailable("away"), Unavailable("away")]
-        assert cached.get(digest) == blob
     near.errors = [Unavailable("away")]
+    assert all(cached.get(digest) == blob for digest, blob in store.held.items())
     cached.put_many([])
+    assert len(near.asked) == 1, "it is left alone for a while"
+
+
+def test_a_near_store_that_is_back_is_asked_again(store: Store) -> None:
+    near = Store()
+    store.held = blobs(1)
+    cached = Cached(near, store, rest_s=0.0)
+    near.errors = [Unavailable("away"), Unavailable("away")]
+    (digest,) = store.held
+    assert cached.get(digest) == store.held[digest]
+    assert cached.get(digest) == store.held[digest]
+    assert near.held == store.held
 
 
 def test_only_the_far_store_says_what_is_there(store: Store) -> None:
@@ -358,6 +368,7 @@ def _recording(keys: list[str]) -> Iterator[str]:
 def test_the_nodes_nfs_directory_is_a_level_before_the_remote(tmp_path: Path) -> None:
     settings = replace(Settings(), gear_root=tmp_path / "gear", remote=str(tmp_path / "remote"))
     (settings.gear_nfs_path / "objects").mkdir(parents=True)
+    (tmp_path / "remote").mkdir()
     assert has_near(settings)
     remote = open_remote(settings)
     digest = hashlib.sha256(b"shared").digest()

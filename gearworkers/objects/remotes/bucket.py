@@ -29,6 +29,7 @@ from gearworkers.errors import (
 )
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.remotes.blobs import Document
+from gearworkers.objects.remotes.root import Root
 
 _STAGING = "staging"
 _LEFT_BEHIND = timedelta(days=1)
@@ -46,18 +47,18 @@ class Bucket:
 
     _used_by = 0
 
-    def __init__(self, name: str, make_store: Callable[[], ObjectStore], directory: Path | None = None) -> None:
+    def __init__(self, name: str, make_store: Callable[[], ObjectStore], root: Root | None = None) -> None:
         """
         Args:
             name: What errors call it.
             make_store: Called at first use, and again until it works: it may wait for a file system.
-            directory: Where the store lies, if it is a directory: its writes are synced before they have a name.
+            root: Where the store lies, if it is a directory: its writes are synced before they have a name.
         """
         self._name = name
         self._make_store = make_store
-        self._directory = directory
+        self._root = root
         self._made: ObjectStore | None = None
-        self._tidied = directory is None
+        self._tidied = root is None
 
     # -- blobs
 
@@ -66,7 +67,7 @@ class Bucket:
         found = set()
         for digest in digests:
             try:
-                with translated(f"look for {digest.hex()} in {self._name}"):
+                with self._asked(f"look for {digest.hex()} in"):
                     obstore.head(self._store(), _key(digest))
             except NotFound:
                 continue
@@ -75,7 +76,7 @@ class Bucket:
 
     def get(self, digest: bytes) -> bytes:
         """One GET or read."""
-        with translated(f"get {digest.hex()} from {self._name}"):
+        with self._asked(f"get {digest.hex()} from"):
             return obstore.get(self._store(), _key(digest)).bytes().to_bytes()
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -88,7 +89,7 @@ class Bucket:
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """One after the other; in a directory they are synced together."""
-        with translated(f"put {len(blobs)} blobs into {self._name}"):
+        with self._asked(f"put {len(blobs)} blobs into"):
             self._place([(_key(digest), blob) for digest, blob in blobs], "overwrite")
 
     # -- documents
@@ -100,7 +101,7 @@ class Bucket:
             if not version:
                 return None
             try:
-                with translated(f"get document {name} from {self._name}"):
+                with self._asked(f"get document {name} from"):
                     data = obstore.get(self._store(), _document_key(name, version)).bytes().to_bytes()
             except NotFound:
                 continue  # replaced twice since it was listed
@@ -114,7 +115,7 @@ class Bucket:
         versions = self._versions(name)
         if any(version >= document.version for version in versions):
             raise AlreadyExists(f"document {name} of {self._name} has version {max(versions)} already")
-        with translated(f"put document {name} into {self._name}"):
+        with self._asked(f"put document {name} into"):
             self._place([(_document_key(name, document.version), document.data)], "create")
             for version in versions:
                 if version < document.version - 1:
@@ -125,12 +126,23 @@ class Bucket:
         self._made = None
 
     def _versions(self, name: str) -> list[int]:
-        with translated(f"list document {name} of {self._name}"):
+        with self._asked(f"list document {name} of"):
             found = obstore.list_with_delimiter(self._store(), f"documents/{name}")["objects"]
         last = [item["path"].rpartition("/")[2] for item in found]
         return [int(part[1:]) for part in last if part[:1] == "@" and part[1:].isdigit()]
 
     # -- the store
+
+    @contextmanager
+    def _asked(self, tried: str) -> Iterator[None]:
+        """Around what is asked of obstore; what is not to be found may be away with its whole file system."""
+        try:
+            with translated(f"{tried} {self._name}"):
+                yield
+        except NotFound:
+            if self._root is not None:
+                self._root.check()
+            raise
 
     def _store(self) -> ObjectStore:
         """Made when first needed.
@@ -148,37 +160,25 @@ class Bucket:
 
     def _place(self, items: Sequence[_Item], mode: _Mode) -> None:
         """Give bytes their names. In a directory: temporary files, sync, rename, sync the names."""
-        if self._directory is None:
+        if self._root is None:
             for key, data in items:
                 obstore.put(self._store(), key, data, mode=mode)
             return
+        self._root.check()
         self._tidy()
         staged = [(f"{_STAGING}/{secrets.token_hex(12)}", key) for key, _ in items]
         try:
             for (temporary, _), (_, data) in zip(staged, items, strict=True):
                 obstore.put(self._store(), temporary, data)
-            self._sync([temporary for temporary, _ in staged])
+            _sync(self._root.path, [temporary for temporary, _ in staged])
             for temporary, key in staged:
                 obstore.rename(self._store(), temporary, key, overwrite=mode == "overwrite")
-            self._sync(list({os.path.dirname(key) for _, key in staged}))
+            _sync(self._root.path, list({os.path.dirname(key) for _, key in staged}))
+            self._root.note()
         except BaseException:
             for temporary, _ in staged:
                 self._delete(temporary)
             raise
-
-    def _sync(self, keys: Sequence[str]) -> None:
-        """Have files, or directories with the names in them and above, survive a power cut."""
-        assert self._directory is not None
-        if len(keys) > _SYNC_EACH:
-            _with_open(self._directory, kernel.syncfs)
-            return
-        for key in keys:
-            path = self._directory / key
-            while path != self._directory.parent:
-                _with_open(path, os.fsync)
-                if path.is_file():
-                    break
-                path = path.parent
 
     def _delete(self, key: str) -> None:
         try:
@@ -203,9 +203,15 @@ def in_memory() -> Bucket:
     return Bucket("memory", MemoryStore)
 
 
-def in_directory(path: Path) -> Bucket:
-    """A directory, local or on NFS; made if it is not there."""
-    return Bucket(str(path), lambda: LocalStore(path, mkdir=True), path)
+def in_directory(path: Path, notes: Path | None = None) -> Bucket:
+    """A directory, local or on NFS; see `Root` for one that is not there."""
+    root = Root(path, notes)
+
+    def made() -> ObjectStore:
+        root.check()
+        return LocalStore(path)
+
+    return Bucket(str(path), made, root)
 
 
 def _key(digest: bytes) -> str:
@@ -215,6 +221,20 @@ def _key(digest: bytes) -> str:
 
 def _document_key(name: str, version: int) -> str:
     return f"documents/{name}/@{version:010d}"
+
+
+def _sync(root: Path, keys: Sequence[str]) -> None:
+    """Have files, or directories with the names in them and above, survive a power cut."""
+    if len(keys) > _SYNC_EACH:
+        _with_open(root, kernel.syncfs)
+        return
+    for key in keys:
+        path = root / key
+        while path != root.parent:
+            _with_open(path, os.fsync)
+            if path.is_file():
+                break
+            path = path.parent
 
 
 def _with_open(path: Path, call: Callable[[int], None]) -> None:

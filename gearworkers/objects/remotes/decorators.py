@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,9 @@ _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 P = TypeVar("P")
+
+NEAR_REST_S = 30.0
+"""So long a near store is left alone that has failed."""
 
 
 class Retried:
@@ -137,11 +141,16 @@ class Bounded:
 
 
 class Cached:
-    """A nearer store before the one that counts: read first, filled as blobs come by; it may fail or lie."""
+    """A nearer store before the one that counts: read first, filled as blobs come by; it may fail or lie.
 
-    def __init__(self, near: BlobStore, far: BlobStore) -> None:
+    One that does not answer is left alone for `rest_s`, so that only the first of many who read waits for it.
+    """
+
+    def __init__(self, near: BlobStore, far: BlobStore, *, rest_s: float = NEAR_REST_S) -> None:
         self._near = near
         self._far = far
+        self._rest_s = rest_s
+        self._rests_until_s = 0.0
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
         """What the far store has: the near one may be emptied."""
@@ -185,21 +194,32 @@ class Cached:
         self._far.close()
 
     def _from_near(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
-        found = {}
+        found: dict[bytes, bytes] = {}
+        if self._rests():
+            return found
         try:
             for digest, blob in self._near.get_many(digests):
                 if _is_right(digest, blob):
                     found[digest] = blob
         except GearError as exc:
-            _log.warning("the near store does not answer; the remote is asked", error=str(exc))
+            self._leave_alone("the near store does not answer; the remote is asked", exc)
         return found
 
     def _keep(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+        if self._rests():
+            return
         right = [(digest, blob) for digest, blob in blobs if _is_right(digest, blob)]
         try:
             self._near.put_many(right)
         except GearError as exc:
-            _log.warning("the near store does not take a blob", error=str(exc))
+            self._leave_alone("the near store does not take a blob", exc)
+
+    def _rests(self) -> bool:
+        return time.monotonic() < self._rests_until_s
+
+    def _leave_alone(self, what: str, error: GearError) -> None:
+        self._rests_until_s = time.monotonic() + self._rest_s
+        _log.warning(what, error=str(error), rest_s=self._rest_s)
 
 
 class _Crew:

@@ -17,6 +17,8 @@ from gearworkers.settings import Settings
 
 _DIRECTORY_THREADS = 8
 _DIRECTORY_TOGETHER = 64
+_NEAR_TIMEOUT_S = 5.0
+"""What the near store may take: the remote behind it is there too."""
 
 
 def open_remote(settings: Settings) -> Remote:
@@ -32,13 +34,14 @@ def open_remote(settings: Settings) -> Remote:
         )
     blobs = blobs_at(settings.remote, settings)
     if has_near(settings):
-        blobs = Cached(_directory(settings.gear_nfs_path, settings), blobs)
+        near = _directory(settings.gear_nfs_path, settings, min(_NEAR_TIMEOUT_S, settings.remote_timeout_s))
+        blobs = Cached(near, blobs)
     return Remote(blobs)
 
 
 def open_near(settings: Settings) -> Remote:
     """The node's nfs/ alone: for a node that has no remote."""
-    return Remote(_directory(settings.gear_nfs_path, settings))
+    return Remote(_directory(settings.gear_nfs_path, settings, settings.remote_timeout_s))
 
 
 def has_near(settings: Settings) -> bool:
@@ -54,7 +57,7 @@ def blobs_at(url: str, settings: Settings) -> BlobStore:
         InvalidInput: It is nothing that is known.
     """
     if os.path.isabs(url):
-        return _directory(Path(url), settings)
+        return _directory(Path(url), settings, settings.remote_timeout_s)
     if url.startswith("s3://"):
         threads = settings.fetch_threads
         return Bounded(Retried(in_s3(url, settings)), threads=threads, timeout_s=settings.remote_timeout_s, together=1)
@@ -63,10 +66,10 @@ def blobs_at(url: str, settings: Settings) -> BlobStore:
     raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
 
 
-def _directory(path: Path, settings: Settings) -> BlobStore:
+def _directory(path: Path, settings: Settings, timeout_s: float) -> BlobStore:
     return Bounded(
-        Retried(in_directory(path)),
+        Retried(in_directory(path, settings.gear_remotes_path)),
         threads=_DIRECTORY_THREADS,
-        timeout_s=settings.remote_timeout_s,
+        timeout_s=timeout_s,
         together=_DIRECTORY_TOGETHER,
     )

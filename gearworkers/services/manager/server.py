@@ -6,11 +6,13 @@ import asyncio
 import signal
 import ssl
 import weakref
+from pathlib import Path
 from typing import Any, cast
 
 import structlog
 from aiohttp import web
 
+from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import FailedPrecondition, InvalidInput, from_os_error
 from gearworkers.objects.remotes.opening import blobs_at
 from gearworkers.objects.remotes.remote import Remote
@@ -49,6 +51,8 @@ class ManagerServer:
         self._tls = _tls(settings)
         if self._tls is None and not is_loopback(self._host):
             _log.warning("tokens and objects go over the network in the clear; set GEAR_MANAGER_TLS_CERT_FILE")
+        if not settings.manager_store:
+            _make(settings.gear_root / "manager")
         remote = Remote(blobs_at(settings.effective_manager_store, settings))
         self._store = Store(remote, settings.manager_most_object_bytes)
         uploads = settings.gear_root / "manager-uploads"
@@ -66,7 +70,12 @@ class ManagerServer:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> int:
-        """Listen; the port."""
+        """Listen; the port.
+
+        Raises:
+            GearError: The store cannot be used, or the address.
+        """
+        await self._store.run(lambda: self._store.remote.has([bytes(DIGEST_BYTES)]))
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         try:
@@ -174,6 +183,13 @@ def _address(listen: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise InvalidInput(f"GEAR_MANAGER_LISTEN={listen}: HOST:PORT is needed")
     return host.strip("[]"), int(port)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise from_os_error(exc, f"make {directory}") from exc
 
 
 def _tls(settings: Settings) -> Any:
