@@ -14,7 +14,8 @@ from rich.table import Table
 
 from gearworkers import doctor as checks
 from gearworkers.driver import GearDriver
-from gearworkers.errors import GearError
+from gearworkers.errors import GearError, InvalidInput
+from gearworkers.images.manifest import Platform
 from gearworkers.log import configure_logging
 from gearworkers.mounts.probe import Check
 from gearworkers.services.lazyfs_control import read_status
@@ -24,9 +25,10 @@ _EXIT_FAULTS = 1
 _EXIT_ERROR = 2
 
 app = typer.Typer(
-    help="Look after a node's gearworkers store. Paths come from the environment: GEAR_ROOT, GEAR_RUN_DIR, "
-    "GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE.",
+    help="Look after a node's gearworkers store and its images. Paths come from the environment: GEAR_ROOT, "
+    "GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -91,6 +93,31 @@ def push() -> None:
     _out.print(f"pushed {report.pushed_objects} objects, {len(report.refused)} could not be pushed")
     if report.refused:
         raise typer.Exit(_EXIT_FAULTS)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="An image: [HOST/]NAME[:TAG][@DIGEST], oci:PATH[:TAG] or docker-archive:PATH[:TAG].")
+    ],
+    target: Annotated[str, typer.Argument(help="What the Gear image is to be called: [HOST/]NAME[:TAG].")],
+    platform: Annotated[
+        str, typer.Option(help="Of an image for several platforms, this one: OS/ARCHITECTURE[/VARIANT]. Default: ours.")
+    ] = "",
+    all_platforms: Annotated[bool, typer.Option("--all-platforms", help="Convert it for all platforms.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="By processes here instead of workers; paths are always converted here.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Convert also layers that were converted before.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="How many layers at once, here.")] = os.cpu_count() or 1,
+) -> None:
+    """Make a Gear image of an image: its contents go to GEAR_REMOTE, all else to TARGET's registry."""
+    from gearworkers.converting import convert_image  # of use to no other command
+
+    if all_platforms and platform:
+        raise InvalidInput("--platform or --all-platforms, not both")
+    wanted = None if all_platforms else Platform.parse(platform) if platform else Platform.here()
+    convert_image(Settings.from_environ(), source, target, wanted, again=again, processes=processes, local=local)
 
 
 @app.command()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -66,12 +67,13 @@ def absorb(self: Task, gear_root: str, token: str, id: str, parent: str) -> None
 
 
 @shared_task(name=LAYER_TASK, **{**_UPKEEP, "ignore_result": False})
-def convert_layer(self: Task, job: dict[str, Any]) -> dict[str, Any]:
-    """Convert one layer of an image; what it became."""
+def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any]:
+    """Convert one layer of an image; what it became. *remote* is where its contents go; empty: the worker's own."""
     settings = Settings.from_environ()
-    with _retried(self):
+    settings = replace(settings, remote=remote or settings.remote)
+    with _retried(self), closing(open_remote(settings)) as opened:
         layer = msgspec.convert(job, convert.LayerJob)
-        return _plain(convert.convert_layer(settings, open_remote(settings), layer, _Teller(self)))
+        return _plain(convert.convert_layer(settings, opened, layer, _Teller(self)))
 
 
 @shared_task(name=IMAGE_TASK, **{**_UPKEEP, "ignore_result": False})
@@ -103,6 +105,7 @@ class _Teller:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._id = task.request.id  # only the task's own thread has the request, and others read
         self._read_bytes = 0
         self._last_s = 0.0
 
@@ -111,7 +114,7 @@ class _Teller:
         if time.monotonic() - self._last_s > _TELL_S:
             self._last_s = time.monotonic()
             with suppress(RedisError):  # nobody is told, and the work goes on
-                self._task.update_state(state=PROGRESS, meta={"read_bytes": self._read_bytes})
+                self._task.update_state(self._id, PROGRESS, meta={"read_bytes": self._read_bytes})
 
 
 def _keep_up(task: Task, order: Order) -> None:

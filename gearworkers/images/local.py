@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from gearworkers.errors import GearError
@@ -61,6 +62,7 @@ def _pool(processes: int, context: Any, progress: Any) -> Iterator[ProcessPoolEx
 
 def _begin(progress: Any, parent_pid: int) -> None:
     global _told
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it without a word
     end_with_parent(parent_pid)
     _told = progress
 
@@ -75,7 +77,8 @@ def _convert(settings: Settings, job: LayerJob) -> LayerDone:
             _told.put((job.digest, untold_bytes))
             untold_bytes = 0
 
-    done = convert_layer(settings, open_remote(settings), job, tell)
+    with closing(open_remote(settings)) as remote:
+        done = convert_layer(settings, remote, job, tell)
     _told.put((job.digest, untold_bytes))
     return done
 

@@ -1,0 +1,125 @@
+"""`gear convert`: a conversion as a user sees it, with a bar a layer on a terminal and a line a layer elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from gearworkers.images.convert import Plan, Report, plan_conversion
+from gearworkers.images.local import convert_here
+from gearworkers.images.manifest import Platform
+from gearworkers.images.source import is_local
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.settings import Settings
+
+_SHOWN_DIGITS = 12
+
+
+class _Watcher(Protocol):
+    def told(self, digest: str, read_bytes: int) -> None:
+        """So many more bytes of a layer were read."""
+
+    def noted(self, line: str) -> None:
+        """Something goes on, but not as it should."""
+
+
+def convert_image(
+    settings: Settings,
+    source: str,
+    target: str,
+    platform: Platform | None,
+    *,
+    again: bool,
+    processes: int,
+    local: bool,
+) -> None:
+    """Convert *source* and print what it came to; progress goes to stderr.
+
+    Raises:
+        GearError: What kept it from being done. What is done stays done.
+    """
+    open_remote(settings).close()  # without a remote nothing is begun
+    plan = plan_conversion(settings, source, target, platform, again=again)
+    with _watcher(plan) as watcher:
+        if local or is_local(source):
+            report = convert_here(settings, plan, processes, watcher.told)
+        else:
+            from gearworkers.conversions import convert_on_workers  # Celery, which `--local` does without
+
+            report = convert_on_workers(settings, plan, watcher.told, watcher.noted)
+    _print(report)
+
+
+@contextmanager
+def _watcher(plan: Plan) -> Iterator[_Watcher]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(plan)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield _Bars(plan, progress)
+
+
+class _Bars:
+    """A bar for each layer and one for all."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[str, TaskID] = {
+            job.digest: progress.add_task(_short(job.digest), total=job.size_bytes) for job in plan.jobs()
+        }
+        self._total = progress.add_task("total", total=_total_bytes(plan))
+
+    def told(self, digest: str, read_bytes: int) -> None:
+        self._progress.advance(self._bars[digest], read_bytes)
+        self._progress.advance(self._total, read_bytes)
+
+    def noted(self, line: str) -> None:
+        self._progress.console.print(line, markup=False)
+
+
+class _Lines:
+    """A line when a layer has been read."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._sizes = {job.digest: job.size_bytes for job in plan.jobs()}
+        self._left = dict(self._sizes)
+        self._total_bytes = _total_bytes(plan)
+        self._read_bytes = 0
+
+    def told(self, digest: str, read_bytes: int) -> None:
+        self._read_bytes += read_bytes
+        self._left[digest] -= read_bytes
+        if read_bytes and not self._left[digest]:
+            read, total = decimal(self._read_bytes), decimal(self._total_bytes)
+            self.noted(f"layer {_short(digest)} read, {decimal(self._sizes[digest])}; {read} of {total}")
+
+    def noted(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _print(report: Report) -> None:
+    before, after = decimal(report.bytes_before), decimal(report.bytes_after)
+    shared = report.objects - report.new_objects
+    shared_bytes = report.object_bytes - report.new_bytes
+    print(f"Gear image      {report.target}")
+    print(f"Digest          {report.digest}")
+    print(f"Layers          {report.layers}, {report.reused_layers} of them converted before")
+    print(f"Layers' bytes   {before} before, {after} after")
+    print(f"New objects     {report.new_objects}, {decimal(report.new_bytes)}")
+    print(f"Shared objects  {shared}, {decimal(shared_bytes)}")
+
+
+def _total_bytes(plan: Plan) -> int:
+    return sum(job.size_bytes for job in plan.jobs())
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:_SHOWN_DIGITS]
