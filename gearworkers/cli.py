@@ -17,8 +17,8 @@ from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, InvalidInput
 from gearworkers.images.manifest import Platform
 from gearworkers.log import configure_logging
+from gearworkers.mounts.lazy.client import read_status
 from gearworkers.mounts.probe import Check
-from gearworkers.services.lazyfs_control import read_status
 from gearworkers.settings import Settings
 
 _EXIT_FAULTS = 1
@@ -153,6 +153,11 @@ def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:
         return
     yield "Lazy Files", f"{found.incomplete_layers} incomplete layers, {found.arriving} objects arriving"
     yield "Fetched", f"{found.fetched_objects} objects, {found.received_bytes} bytes received, {found.corrupt} corrupt"
+    yield (
+        "Profiles",
+        f"{found.profiles_found} found, {found.profiles_absent} absent; {found.prefetched} objects and chunks, "
+        f"{found.prefetched_bytes} bytes prefetched; {found.on_demand} requests on demand",
+    )
     for digest, why in found.failures.items():
         yield f"Failed {digest}", why
 

@@ -10,6 +10,7 @@ object's xattr and in every layer's `objects` list, so two contents that meet on
 from __future__ import annotations
 
 import binascii
+import re
 
 DIGEST_BYTES = 32
 RESERVED = b"\x01"
@@ -22,6 +23,9 @@ OPAQUE_XATTR = "trusted.overlay.opaque"
 
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 """base64url; an object's directory is RESERVED + one of these."""
+
+OBJECT_PATH = re.compile(rb"/\x01([A-Za-z0-9_-])/([A-Za-z0-9_-]{20})")
+"""What `object_path` gives; its two groups make up the name."""
 
 _URLSAFE = bytes.maketrans(b"+/", b"-_")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
+import structlog
 
 from gearworkers.archive.reader import Readable
 from gearworkers.errors import GearError, InvalidInput, from_os_error
@@ -24,12 +25,15 @@ from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
 from gearworkers.layers.fsck import layer_faults
 from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.recording import Recording, Recordings
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
+from gearworkers.layers.startup import image_of
 from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
 from gearworkers.layers.wanted import remove_unvouched
 from gearworkers.mounts import overlay
+from gearworkers.mounts.lazy.client import Known, tell
 from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.mounts.lazy.tree import FAILED, FETCH
 from gearworkers.mounts.probe import backing_fs_name, probe, require
@@ -42,6 +46,8 @@ from gearworkers.objects.remotes.push import PushReport, damaged_in, push_pendin
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
+
+_log = structlog.get_logger(__name__)
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -89,6 +95,7 @@ class GearDriver:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._recordings = Recordings()
         self._open()
 
     def _open(self) -> None:
@@ -171,10 +178,11 @@ class GearDriver:
         for id in self._mounts.mounted():
             with self._mounts.locked(id):
                 self._drop_mount(id)
-        self.release()
+        self._layers.release()
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts that containers have."""
+        self._recordings.close()
         self._layers.release()
 
     # -- layers
@@ -224,7 +232,7 @@ class GearDriver:
             if layer.kind is Kind.NEW:
                 layer = self._layers.promote(layer, self._id_maps())
             target = self._layers.directory(layer) / MERGED
-            self._mounts.acquire(id, target, lambda: overlay.mount(self._spec(layer, mount_label), target))
+            self._mounts.acquire(id, target, lambda: self._mount(layer, mount_label, target))
             return str(target)
 
     @_translated
@@ -235,10 +243,36 @@ class GearDriver:
             if not self._layers.exists(id):
                 return
             directory = self._layers.directory(self._layers.get(id))
-            if self._mounts.release(id, directory / MERGED) and _is_volatile(id):
+            is_unmounted = self._mounts.release(id, directory / MERGED)
+            if is_unmounted:
+                self._recordings.end(id)
+            if is_unmounted and _is_volatile(id):
                 overlay.clear_volatile(directory / WORK)
 
+    def _mount(self, layer: Layer, mount_label: str, target: Path) -> None:
+        overlay.mount(self._spec(layer, mount_label), target)
+        if layer.kind is Kind.CONTAINER and not layer.absorbable and not _is_volatile(layer.id):
+            self._begin_start(layer, target)
+
+    def _begin_start(self, layer: Layer, target: Path) -> None:
+        """A container of an incomplete image is going to start: by its profile, or to be recorded for one."""
+        if self._layers.is_complete(layer.id):
+            return
+        image = image_of(self._layers, layer.id)
+        known = self._tell_arrival(image, starts=True)
+        if known is not Known.FOUND and self.settings.profile_window_s and self.settings.remote:
+            self._recordings.begin(layer.id, Recording(self.settings, image, target))
+
+    def _tell_arrival(self, image: str, *, starts: bool) -> Known:
+        """Have the profile of an image looked for and prefetched; who starts it does not wait for that."""
+        try:
+            return tell(self.settings.lazyfs_socket, image, starts=starts)
+        except (GearError, msgspec.MsgspecError) as exc:
+            _log.warning("no profile is looked for", image=image, error=str(exc))
+            return Known.UNKNOWN
+
     def _drop_mount(self, id: str) -> None:
+        self._recordings.end(id)
         for parent in (self.settings.gear_containers_path, self.settings.gear_images_path):
             self._mounts.drop(id, parent / id / MERGED)
 
@@ -346,6 +380,8 @@ class GearDriver:
         with self._layers.building(id) as build:
             applied = apply_tar(source, build, self._objects, self._id_maps(), spool, self.settings.gear_root)
             self._layers.publish(build, image_layer(layer, applied))
+        if not self._layers.is_complete(id):
+            self._tell_arrival(id, starts=False)
         return applied.size_bytes
 
     @_translated

@@ -19,6 +19,7 @@ DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
 DEFAULT_LARGE_OBJECT_BYTES = 1 << 20
 DEFAULT_FETCH_THREADS = 32
 DEFAULT_FILL_DELAY_S = 10.0
+DEFAULT_PROFILE_WINDOW_S = 30.0
 DEFAULT_REMOTE_TIMEOUT_S = 60.0
 DEFAULT_MANAGER_LISTEN = "127.0.0.1:2019"
 DEFAULT_MOST_OBJECT_BYTES = 64 << 30
@@ -74,6 +75,8 @@ class Settings:
     """How many requests to the remote the lazy file server has under way at most."""
     fill_delay_s: float = DEFAULT_FILL_DELAY_S
     """So long after its last read the rest of a large object is fetched behind."""
+    profile_window_s: float = DEFAULT_PROFILE_WINDOW_S
+    """So long the first container of an image is watched, for the profile of its start; 0 for never."""
     docker_config: Path = field(default_factory=lambda: Path.home() / ".docker")
     """Where Docker's clients keep the credentials for registries: the directory of config.json."""
     https_proxy: str = ""
@@ -87,7 +90,7 @@ class Settings:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
-        GEAR_METRICS_LISTEN, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S,
+        GEAR_METRICS_LISTEN, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S, GEAR_PROFILE_WINDOW_S,
         GEAR_REMOTE_TOKEN, GEAR_REMOTE_TOKEN_FILE, GEAR_REMOTE_CA_FILE, GEAR_REMOTE_TIMEOUT_S, GEAR_MANAGER_LISTEN,
         GEAR_MANAGER_STORE, GEAR_MANAGER_READ_TOKENS_FILE, GEAR_MANAGER_WRITE_TOKENS_FILE, GEAR_MANAGER_TLS_CERT_FILE,
         GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES, GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_LOG_LEVEL and
@@ -121,6 +124,9 @@ class Settings:
             large_object_bytes=_positive(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
             fetch_threads=_positive(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
             fill_delay_s=_positive(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
+            profile_window_s=0.0
+            if _is_zero(environ, "GEAR_PROFILE_WINDOW_S")
+            else _positive(environ, "GEAR_PROFILE_WINDOW_S", DEFAULT_PROFILE_WINDOW_S),
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
             docker_config=_absolute(environ, "DOCKER_CONFIG", Path.home() / ".docker"),
@@ -241,6 +247,10 @@ def _positive(environ: Mapping[str, str], name: str, default: Number) -> Number:
     if not number > 0:
         raise InvalidInput(f"{name}={value}: a number above 0 is needed")
     return number
+
+
+def _is_zero(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name) in ("0", "0.0")
 
 
 def _one_of(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:

@@ -32,8 +32,8 @@ _FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass(slots=True)
-class _List:
-    """The objects of one incomplete layer."""
+class ObjectList:
+    """The objects of one layer, in the order of their digests."""
 
     records: mmap.mmap
     entries: range
@@ -51,6 +51,12 @@ class _List:
             found.append(self.record(at))
         return found
 
+    def named(self, name: bytes) -> tuple[bytes, int] | None:
+        """Digest and size in bytes of the object with this name of 21 characters."""
+        least = _least_digest(name)
+        found = self.between(least[:15], least[:15]) if least is not None else []
+        return next((record for record in found if object_name(record[0]) == name), None)
+
     def record(self, at: int) -> tuple[bytes, int]:
         """Digest and size in bytes."""
         digest, size_bytes = RECORD.unpack_from(self.records, at * RECORD.size)
@@ -65,7 +71,7 @@ class WantedObjects:
 
     def __init__(self, images: Path) -> None:
         self._images = images
-        self._lists: dict[str, _List] = {}
+        self._lists: dict[str, ObjectList] = {}
         self._seen_ns = -1
         self._lock = threading.Lock()
 
@@ -85,7 +91,7 @@ class WantedObjects:
         found = self._find(least, greatest, lambda _: True)
         if not found:
             for path in self._images.iterdir():
-                complete = _mapped(path / OBJECTS_FILE)
+                complete = object_list(path / OBJECTS_FILE)
                 found = found or (complete.between(least, greatest) if complete is not None else [])
         return found
 
@@ -150,7 +156,7 @@ class WantedObjects:
         with self._lock:
             before = self._lists
             ids = [id for id in os.listdir(self._images) if _is_incomplete(self._images / id)]
-            lists = {id: before.get(id) or _mapped(self._images / id / OBJECTS_FILE) for id in ids}
+            lists = {id: before.get(id) or object_list(self._images / id / OBJECTS_FILE) for id in ids}
             self._lists = {id: wanted for id, wanted in lists.items() if wanted is not None}
             self._seen_ns = seen_ns
             return self._lists.keys() != before.keys()
@@ -183,15 +189,16 @@ def _is_incomplete(directory: Path) -> bool:
     return layer.kind is Kind.IMAGE and not layer.complete
 
 
-def _mapped(path: Path) -> _List | None:
+def object_list(path: Path) -> ObjectList | None:
+    """The list in the file *path*; None if the layer was removed, or has no objects."""
     try:
         with open(path, "rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if not size_bytes:
                 return None
-            return _List(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // RECORD.size))
+            return ObjectList(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // RECORD.size))
     except (FileNotFoundError, NotADirectoryError):
-        return None  # the layer was removed meanwhile
+        return None
 
 
 def remove_unvouched(images: Path, store: ObjectStore) -> int:
@@ -202,7 +209,7 @@ def remove_unvouched(images: Path, store: ObjectStore) -> int:
     """
     wanted = WantedObjects(images)
     incomplete = wanted.layers()
-    vouching = [_mapped(path / OBJECTS_FILE) for path in images.iterdir() if path.name not in incomplete]
+    vouching = [object_list(path / OBJECTS_FILE) for path in images.iterdir() if path.name not in incomplete]
     removed = 0
     for digest in wanted.digests():
         if any(known is not None and known.between(digest, digest) for known in vouching):

@@ -18,6 +18,7 @@ from typing import TypeVar
 import structlog
 
 from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
+from gearworkers.objects.ahead import Patience
 from gearworkers.objects.large import File, LargeObject, checked_layout, layout_path, load_layout, save_layout
 from gearworkers.objects.sources import Chunk, Source
 from gearworkers.objects.store import ObjectStore, verify_file
@@ -26,8 +27,6 @@ from gearworkers.objects.workpool import Urgency, WorkPool
 _log = structlog.get_logger(__name__)
 
 _MOST_FAILURES = 1000
-_BATCH_OBJECTS = 1024
-_BATCH_BYTES = 16 << 20
 _READ_WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 Done = Callable[[GearError | None], None]
@@ -57,7 +56,7 @@ class FetchCounts:
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     """An object on its way as a whole."""
 
     digest: bytes
@@ -65,6 +64,8 @@ class _Job:
     waiters: list[Done] = field(default_factory=list)
     asked_s: float = field(default_factory=time.monotonic)
     started: bool = False
+    streamed: bool = False
+    """A request for many is to bring it."""
 
 
 class Fetcher:
@@ -90,9 +91,10 @@ class Fetcher:
         self._staging = staging
         self._sources = sources
         self._pool = pool
+        self._patience = Patience()
         self._large_bytes = large_bytes
         self._lock = threading.Lock()
-        self._jobs: dict[bytes, _Job] = {}
+        self._jobs: dict[bytes, Job] = {}
         self._large: dict[bytes, LargeObject] = {}
         self._opening: dict[bytes, list[OpenDone]] = {}
         self._opening_now: set[bytes] = set()
@@ -129,7 +131,7 @@ class Fetcher:
         if self._store.has(digest):
             done(None)
         elif size_bytes >= self._large_bytes:
-            job = _Job(digest, size_bytes)
+            job = Job(digest, size_bytes)
             self.open_large(digest, size_bytes, urgency, lambda opened: self._fill(job, opened, urgency, done))
         else:
             self.fetch_whole(digest, size_bytes, urgency, done)
@@ -152,23 +154,8 @@ class Fetcher:
                 if len(waiters) == 1 or urgency is Urgency.ON_DEMAND:
                     self._pool.submit(lambda: self._open_large(digest, size_bytes), urgency)
         if large is not None:
+            large.last_read_s = time.monotonic()
             done(large)
-
-    def prefetch(self, wanted: Iterable[tuple[bytes, int]]) -> None:
-        """Have objects, given as (digest, size in bytes), in the store some time: behind all that is on demand."""
-        batch: list[tuple[bytes, int]] = []
-        batch_bytes = 0
-        for digest, size_bytes in wanted:
-            if size_bytes >= self._large_bytes:
-                self.fetch(digest, size_bytes, Urgency.BACKGROUND, _ignore)
-                continue
-            batch.append((digest, size_bytes))
-            batch_bytes += size_bytes
-            if len(batch) == _BATCH_OBJECTS or batch_bytes >= _BATCH_BYTES:
-                self._submit_batch(batch)
-                batch, batch_bytes = [], 0
-        if batch:
-            self._submit_batch(batch)
 
     def fill_idle(self, idle_s: float) -> None:
         """Have the rest fetched of the large objects that nobody has read for so long."""
@@ -189,12 +176,22 @@ class Fetcher:
         """As `fetch`, in one piece however large it is."""
         with self._lock:
             job = self._jobs.get(digest)
-            if job is None or (urgency is Urgency.ON_DEMAND and not job.started):
-                job = job or self._jobs.setdefault(digest, _Job(digest, size_bytes))
+            if job is None:
+                job = self._jobs[digest] = Job(digest, size_bytes)
+                self._pool.submit(partial(self._run, job), urgency)
+            elif urgency is Urgency.ON_DEMAND and job.streamed:
+                self._patience.then(lambda: self._hurry(job))
+            elif urgency is Urgency.ON_DEMAND and not job.started:
                 self._pool.submit(partial(self._run, job), urgency)
             job.waiters.append(done)
 
-    def _run(self, job: _Job) -> None:
+    def _hurry(self, job: Job) -> None:
+        """Who waits for a stream has waited long enough."""
+        with self._lock:
+            if self._jobs.get(job.digest) is job and not job.started:
+                self._pool.submit(partial(self._run, job), Urgency.ON_DEMAND)
+
+    def _run(self, job: Job) -> None:
         if not self._start(job):
             return
         try:
@@ -209,7 +206,7 @@ class Fetcher:
         else:
             self._finish(job, None)
 
-    def _start(self, job: _Job) -> bool:
+    def _start(self, job: Job) -> bool:
         """Whether it is the caller who does it."""
         with self._lock:
             if job.started:
@@ -217,7 +214,7 @@ class Fetcher:
             job.started = True
             return True
 
-    def _store_pieces(self, job: _Job, pieces: Iterable[bytes]) -> None:
+    def _store_pieces(self, job: Job, pieces: Iterable[bytes]) -> None:
         """Store what *pieces* bring, if it is what was asked for."""
         hasher = hashlib.sha256()
         received_bytes = 0
@@ -237,60 +234,81 @@ class Fetcher:
             if pending.publish(job.digest):
                 self.counts.objects += 1
 
-    def _finish(self, job: _Job, error: GearError | None) -> None:
+    def _finish(self, job: Job, error: GearError | None) -> None:
+        """The first to finish it tells; a stream and a fetch of its own may both bring it."""
         with self._lock:
+            if self._jobs.get(job.digest) is not job:
+                return
             del self._jobs[job.digest]
             waiters = job.waiters
         self._note(job.digest, error)
         for done in waiters:
             done(error)
 
-    # -- many small objects in one request
+    # -- what requests for many bring (`objects.prefetch`)
 
-    def _submit_batch(self, batch: list[tuple[bytes, int]]) -> None:
-        self._pool.submit(lambda: self._run_batch(batch), Urgency.BACKGROUND)
+    def claim(self, digest: bytes, size_bytes: int) -> Job | None:
+        """A job for who asks, if the object is neither here nor on its way; `stored` or `unclaim` follows."""
+        if self.is_here(digest):
+            return None
+        with self._lock:
+            if digest in self._jobs:
+                return None
+            job = self._jobs[digest] = Job(digest, size_bytes, streamed=True)
+            return job
 
-    def _run_batch(self, batch: list[tuple[bytes, int]]) -> None:
-        """Whoever needs one of them now does not wait for the stream: `_run` goes ahead of it."""
-        jobs = self._claimed(batch)
-        for source in self._sources:
-            if not jobs:
-                return
-            try:
-                for digest, content in source.fetch_many(list(jobs)):
-                    if digest in jobs and self._stored(jobs[digest], content):
-                        del jobs[digest]
-            except GearError as exc:
-                _log.warning("a prefetch broke off", error=str(exc))
-        for job in jobs.values():
-            self._run(job)
-
-    def _claimed(self, batch: list[tuple[bytes, int]]) -> dict[bytes, _Job]:
-        """Jobs for those that are neither here nor on their way."""
-        jobs = {}
-        for digest, size_bytes in batch:
-            if self._store.has(digest):
-                continue
-            with self._lock:
-                if digest not in self._jobs:
-                    jobs[digest] = self._jobs[digest] = _Job(digest, size_bytes)
-        return jobs
-
-    def _stored(self, job: _Job, content: bytes) -> bool:
-        """Whether nothing more is to be done for the job."""
-        if not self._start(job):
-            return True
+    def stored(self, job: Job, content: bytes) -> bool:
+        """Whether *content* is what the job wants; then it is done, for all who wait."""
         try:
             self._store_pieces(job, (content,))
         except IntegrityError as exc:
             self._tell_corrupt(exc)
-            job.started = False
             return False
         except GearError as exc:
             self._finish(job, exc)
         else:
             self._finish(job, None)
         return True
+
+    def unclaim(self, job: Job, *, must_come: bool) -> None:
+        """It has not come; it is fetched alone if somebody waits for it, or if it must come."""
+        with self._lock:
+            job.streamed = False
+            if self._jobs.get(job.digest) is not job or job.started:
+                return
+            if job.waiters or must_come:
+                urgency = Urgency.ON_DEMAND if job.waiters else Urgency.BACKGROUND
+                self._pool.submit(partial(self._run, job), urgency)
+            else:
+                del self._jobs[job.digest]
+
+    def is_here(self, digest: bytes) -> bool:
+        """Whether nothing is to be fetched; also true where something else stands at its name."""
+        try:
+            return self._store.has(digest)
+        except GearError as exc:
+            _log.error("an object cannot be looked at", error=str(exc))
+            return True
+
+    def large(self, digest: bytes) -> LargeObject | None:
+        """The large object, if it is on its way."""
+        return self._large.get(digest)
+
+    def adopt_layout(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> None:
+        """A large object can be read from now on; nobody has asked for it yet."""
+        with self._lock:
+            if digest in self._large or digest in self._opening:
+                return
+        try:
+            opened = self._opened(digest, size_bytes, checked_layout(layout, size_bytes))
+        except IntegrityError as exc:
+            self._tell_corrupt(exc)
+        except GearError as exc:
+            _log.warning("a large object could not be prepared", error=str(exc))
+        else:
+            if isinstance(opened, LargeObject):
+                with self._lock:
+                    self._large.setdefault(digest, opened)
 
     # -- large objects
 
@@ -314,29 +332,34 @@ class Fetcher:
         with self._lock:
             if isinstance(result, LargeObject):
                 result = self._large.setdefault(digest, result)
+                result.last_read_s = time.monotonic()
             self._opening_now.discard(digest)
             waiters = self._opening.pop(digest, [])
         for done in waiters:
             done(result)
 
-    def _opened(self, digest: bytes, size_bytes: int) -> LargeObject | File | None:
+    def _opened(
+        self, digest: bytes, size_bytes: int, layout: Sequence[Chunk] | None = None
+    ) -> LargeObject | File | None:
+        """
+        Args:
+            layout: As it has come already.
+        """
         if self._store.has(digest):
             return File(self._store.open(digest))
         if digest in self._lied_about:
             return None
         path = self._staging / digest.hex()
-        layout = load_layout(path, size_bytes)
+        layout = load_layout(path, size_bytes) or layout or self._layout(digest, size_bytes)
         if layout is None:
-            layout = self._layout(digest, size_bytes)
-            if layout is None:
-                return None
+            return None
         try:
             save_layout(path, layout)
             file = File(os.open(path, _READ_WRITE, 0o400))
             os.ftruncate(file.fd, size_bytes)
         except OSError as exc:
             raise from_os_error(exc, f"keep object {digest.hex()}") from exc
-        return LargeObject(file, layout, self._pool, self._chunk, lambda: self._whole(digest, file))
+        return LargeObject(file, layout, self._pool, self._patience, self._chunk, lambda: self._whole(digest, file))
 
     def _layout(self, digest: bytes, size_bytes: int) -> Sequence[Chunk] | None:
         """From the first source that has one."""
@@ -392,7 +415,7 @@ class Fetcher:
         for done in waiters:
             done(error)
 
-    def _fill(self, job: _Job, opened: Opened, urgency: Urgency, done: Done) -> None:
+    def _fill(self, job: Job, opened: Opened, urgency: Urgency, done: Done) -> None:
         """Go on with `fetch` of a large object, now that it is known how it comes."""
         if isinstance(opened, GearError):
             done(opened)
@@ -459,7 +482,3 @@ class Fetcher:
     def _tell_corrupt(self, error: GearError) -> None:
         self.counts.corrupt += 1
         _log.error("a source gave wrong bytes", error=str(error))
-
-
-def _ignore(_: GearError | None) -> None:
-    """For what nobody waits for."""

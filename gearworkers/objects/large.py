@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import GearError, IntegrityError, from_os_error
+from gearworkers.objects.ahead import Patience
 from gearworkers.objects.sources import Chunk
 from gearworkers.objects.workpool import Urgency, WorkPool
 
@@ -76,6 +78,7 @@ class LargeObject:
         file: File,
         layout: Sequence[Chunk],
         pool: WorkPool,
+        patience: Patience,
         fetch_chunk: Callable[[Chunk, float], bytes],
         whole: Callable[[], None],
     ) -> None:
@@ -84,6 +87,7 @@ class LargeObject:
             file: Open for reading and writing; what it holds already is verified before it is used.
             layout: As `checked_layout` lets through.
             pool: Where chunks are fetched.
+            patience: How long who reads waits for a chunk that a stream brings.
             fetch_chunk: Given a chunk and the monotonic time at which it was asked for, its bytes, verified; or
                 GearError.
             whole: Called once, in a thread of the pool, when all chunks are here.
@@ -94,13 +98,16 @@ class LargeObject:
         self._states = bytearray(len(layout))
         self._missing = len(layout)
         self._pool = pool
+        self._patience = patience
         self._fetch_chunk = fetch_chunk
         self._whole = whole
         self._lock = threading.Lock()
         self._waiting: dict[int, list[_Read]] = {}
+        self._streamed: set[int] = set()
         self._read_end = 0
         self._ahead_bytes = 0
-        self.last_read_s = time.monotonic()
+        self.last_read_s = math.inf
+        """When it was opened or read last; infinite before the first time."""
         self.broken: GearError | None = None
 
     def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
@@ -117,9 +124,12 @@ class LargeObject:
             for order in missing:
                 self._waiting.setdefault(order, []).append(read)
             to_fetch = self._queued(missing, even_if_queued=True)
+            streamed = [order for order in missing if order in self._streamed]
             ahead = self._queued(self._chunks(offset + size_bytes, self._grown_ahead(offset, size_bytes)))
         self._submit(to_fetch, Urgency.ON_DEMAND)
         self._submit(ahead, Urgency.READ_AHEAD)
+        if streamed:
+            self._patience.then(lambda: self._hurry(streamed))
         if not missing:
             self._file.read(offset, size_bytes, done)
 
@@ -128,6 +138,57 @@ class LargeObject:
         with self._lock:
             to_fetch = self._queued(range(len(self._layout)))
         self._submit(to_fetch, Urgency.BACKGROUND)
+
+    # -- chunks that a stream brings
+
+    def orders(self, ranges: Iterable[tuple[int, int]]) -> list[int]:
+        """The numbers of the distinct chunks that hold these (offset, size in bytes), in their order."""
+        return list(dict.fromkeys(order for offset, size_bytes in ranges for order in self._chunks(offset, size_bytes)))
+
+    def chunk(self, order: int) -> Chunk:
+        """The chunk of this number."""
+        return self._layout[order]
+
+    def claim(self, order: int) -> bool:
+        """Whether the chunk is missing and nobody fetches it; then the caller does: `deliver` or `miss` follows."""
+        with self._lock:
+            if self._states[order] != _State.MISSING:
+                return False
+            self._states[order] = _State.COMING
+            self._streamed.add(order)
+            return True
+
+    def deliver(self, order: int, data: bytes) -> bool:
+        """Take the chunk; whether it was the right one and could be kept."""
+        chunk = self._layout[order]
+        if len(data) != chunk.size_bytes or hashlib.sha256(data).digest() != chunk.digest:
+            return False
+        try:
+            _write_all(self._file.fd, data, chunk.offset)
+        except OSError:
+            return False  # who reads it is told when it fails again
+        self._arrived(order)
+        return True
+
+    def miss(self, order: int) -> None:
+        """The chunk does not come by the stream."""
+        with self._lock:
+            if order not in self._streamed:
+                return
+            self._streamed.discard(order)
+            is_wanted = order in self._waiting
+            self._states[order] = _State.QUEUED if is_wanted else _State.MISSING
+        if is_wanted:
+            self._submit([order], Urgency.ON_DEMAND)
+
+    def _hurry(self, orders: Sequence[int]) -> None:
+        """Who waits for a stream has waited long enough."""
+        with self._lock:
+            late = [order for order in orders if order in self._streamed]
+            self._streamed.difference_update(late)
+            for order in late:
+                self._states[order] = _State.QUEUED
+        self._submit(late, Urgency.ON_DEMAND)
 
     def break_off(self, error: GearError) -> None:
         """The whole is not what its layout promised: nothing of it is given any more."""
@@ -187,7 +248,10 @@ class LargeObject:
 
     def _arrived(self, order: int) -> None:
         with self._lock:
+            if self._states[order] == _State.HERE:
+                return  # a stream and a fetch of its own both brought it
             self._states[order] = _State.HERE
+            self._streamed.discard(order)
             self._missing -= 1
             is_whole = not self._missing
             ready = []
@@ -203,6 +267,8 @@ class LargeObject:
     def _failed(self, order: int, error: GearError) -> None:
         """Whoever waits for the chunk is told; whoever reads it next has it fetched anew."""
         with self._lock:
+            if self._states[order] == _State.HERE:
+                return
             self._states[order] = _State.MISSING
             failed = self._waiting.pop(order, [])
             for read in failed:

@@ -21,6 +21,10 @@ class Chunk:
     """SHA-256 of the piece, 32 bytes."""
 
 
+Content = bytes | Sequence[Chunk]
+"""What is kept under a digest: all of it, or its layout."""
+
+
 class Source(Protocol):
     """One place that may have objects; its methods are called from many threads at once.
 
@@ -35,10 +39,11 @@ class Source(Protocol):
             Unavailable: The source does not answer, after bounded retries.
         """
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """(digest, whole content) of those of *digests* that are there, in one request where the source can.
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+        """(digest, what is there) of objects and chunks, in one request where the source can.
 
-        For small objects; in any order.
+        Of those that are kept whole the content, of a large object its layout; what is not there is left out. For
+        small ones, in any order, but that of *digests* is the one to prefer.
         """
 
     def layout(self, digest: bytes) -> Sequence[Chunk] | None:
@@ -49,4 +54,12 @@ class Source(Protocol):
 
         Raises:
             NotFound, Unavailable: As `fetch`.
+        """
+
+    def document(self, name: str) -> bytes | None:
+        """A small named thing that is kept beside the objects; None if there is none.
+
+        Raises:
+            InvalidInput: Nothing can have this name.
+            Unavailable: As `fetch`.
         """

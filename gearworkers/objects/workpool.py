@@ -44,12 +44,15 @@ class WorkPool:
             )
             for _ in range(count)
         ]
+        self.urgent_calls = 0
+        """How many calls were ON_DEMAND."""
         for thread in self._threads:
             thread.start()
 
     def submit(self, call: Callable[[], None], urgency: Urgency) -> None:
         """Have a thread run *call*, which must not raise."""
         if urgency is Urgency.ON_DEMAND:
+            self.urgent_calls += 1
             self._urgent.put(call)
         else:
             self._other.put((urgency, next(self._serial), call))

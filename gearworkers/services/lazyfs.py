@@ -15,11 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.layers.store import LayerStore
 from gearworkers.layers.wanted import WantedObjects, mark_complete
 from gearworkers.mounts import overlay
+from gearworkers.mounts.lazy import client
 from gearworkers.mounts.lazy import connection as fuse
 from gearworkers.mounts.lazy.connection import Connection
 from gearworkers.mounts.lazy.keeper import Keeper
@@ -28,12 +31,14 @@ from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.prefetch import Prefetcher
 from gearworkers.objects.remotes.opening import has_near, open_near, open_remote
 from gearworkers.objects.sources import Source
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_contents import LazyContents
-from gearworkers.services.lazyfs_control import ControlServer, LazyStatus
+from gearworkers.services.lazyfs_control import ControlServer
+from gearworkers.services.lazyfs_profiles import Profiles
 from gearworkers.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -57,6 +62,9 @@ class LazyServer:
         large_bytes = settings.large_object_bytes
         self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)
         self._contents = LazyContents(self._store, self._arrivals, self._wanted, self._fetcher, large_bytes=large_bytes)
+        self._sources = sources
+        self._prefetcher = Prefetcher(self._fetcher, sources, self._pool, large_bytes=large_bytes)
+        self._profiles = Profiles(LayerStore(settings, self._store), self._document, self._prefetcher.soon)
         self._stop = threading.Event()
 
     def run(self) -> None:
@@ -78,11 +86,13 @@ class LazyServer:
                 threading.Thread(target=self._serve, args=(connection,), name=f"fuse-{number}", daemon=True).start()
             for name in (FETCH, FAILED):
                 os.stat(self._settings.lazy_mount_path / name)  # once asked, the kernel knows it while no server lives
-            stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, self._prefetch))
+            orders = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
+            stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, orders))
             _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
             self._look_after(connection, keeper)
             if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)
+        self._profiles.close()
         self._pool.close()
 
     def stop(self) -> None:
@@ -148,9 +158,9 @@ class LazyServer:
 
     # -- what others ask
 
-    def _status(self) -> LazyStatus:
+    def _status(self) -> client.LazyStatus:
         counts = self._fetcher.counts
-        return LazyStatus(
+        return client.LazyStatus(
             incomplete_layers=len(self._wanted.layers()),
             lookups=self._contents.lookups,
             arriving=self._fetcher.arriving,
@@ -159,14 +169,31 @@ class LazyServer:
             received_bytes=counts.received_bytes,
             failed=counts.failed,
             corrupt=counts.corrupt,
+            on_demand=self._pool.urgent_calls,
+            prefetched=self._prefetcher.counts.contents,
+            prefetched_bytes=self._prefetcher.counts.size_bytes,
+            profiles_found=self._profiles.counts.found,
+            profiles_absent=self._profiles.counts.absent,
             failures={digest.hex(): failure.why for digest, failure in list(self._fetcher.failures.items())},
         )
 
-    def _prefetch(self, ids: Sequence[str]) -> int:
-        """Have the named layers' missing objects fetched behind, in the order of the lists; how many they are."""
+    def _prefetch(self, body: bytes) -> client.Coming:
+        """Have the named layers' missing objects fetched behind, in the order of the lists."""
+        ids = msgspec.json.decode(body, type=client.Layers).layers
         wanted = {record[0]: record for id in ids for record in self._wanted.missing(id, self._store)}
-        self._fetcher.prefetch(wanted.values())
-        return len(wanted)
+        self._prefetcher.wholly(wanted.values())
+        return client.Coming(len(wanted))
+
+    def _image(self, body: bytes) -> client.Known:
+        return self._profiles.tell(msgspec.json.decode(body, type=client.Image))
+
+    def _reads(self, body: bytes) -> client.Reads:
+        objects = msgspec.json.decode(body, type=client.Objects).objects
+        return {object: self._contents.reads(object) for object in objects}
+
+    def _document(self, name: str) -> bytes | None:
+        """From the first source that has it."""
+        return next((found for source in self._sources if (found := source.document(name)) is not None), None)
 
 
 def serve(settings: Settings, sources: Sequence[Source]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
+from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound, from_os_error
 from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, digests_from, node_of
 from gearworkers.objects.arrivals import Arrivals
@@ -12,6 +12,9 @@ from gearworkers.objects.fetch import Fetcher, Opened
 from gearworkers.objects.large import File, LargeObject, ReadDone
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency
+
+_MOST_READS = 2000
+"""Of one object, that are remembered."""
 
 
 class LazyContents:
@@ -26,6 +29,7 @@ class LazyContents:
         self._fetcher = fetcher
         self._large_bytes = large_bytes
         self._served: dict[int, LargeObject | File] = {}
+        self._reads: dict[int, list[tuple[int, int]]] = {}
         self.lookups = 0
 
     def want(self, name: bytes, done: Callable[[Found], None]) -> None:
@@ -63,11 +67,21 @@ class LazyContents:
 
     def read(self, node: int, offset: int, size_bytes: int, done: ReadDone) -> None:
         """Of a large object, arriving or here."""
+        reads = self._reads.setdefault(node, [])
+        if len(reads) < _MOST_READS:
+            reads.append((offset, size_bytes))
         served = self._served.get(node)
         if served is None or (isinstance(served, LargeObject) and served.broken is not None):
             self._reopen(node, lambda opened: _read(opened, offset, size_bytes, done))
         else:
             served.read(offset, size_bytes, done)
+
+    def reads(self, object: str) -> list[tuple[int, int]]:
+        """Which parts of the object, named by its digest in hex, were read here, as (offset, size in bytes)."""
+        try:
+            return list(self._reads.get(node_of(bytes.fromhex(object)), ()))
+        except ValueError as exc:
+            raise InvalidInput(f"object {object[:80]!r}: a digest in hex is needed") from exc
 
     def whole(self, node: int) -> int | None:
         """Of an object that is in the store by now."""

@@ -2,17 +2,18 @@
 
 GET  /status      `LazyStatus` as JSON
 GET  /metrics     the same for Prometheus
-POST /prefetch    {"layers": ["id", …]} → {"objects": how many are missing and will come}
+POST /prefetch    `Layers` → `Coming`
+POST /image       `Image` → `Known`
+POST /reads       `Objects` → `Reads`
 """
 
 from __future__ import annotations
 
-import http.client
+import http
 import os
-import socket
 import socketserver
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -20,43 +21,35 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from gearworkers.errors import GearError, InvalidInput, Unavailable
+from gearworkers.errors import GearError
+from gearworkers.mounts.lazy.client import LazyStatus
 
 _MOST_BODY_BYTES = 1 << 20
 _TIMEOUT_S = 10.0
 _METRIC_PREFIX = "gear_lazy_"
 
 
-class LazyStatus(msgspec.Struct, frozen=True):
-    """What the lazy file server has done since it began, and what it cannot get."""
-
-    incomplete_layers: int
-    lookups: int
-    arriving: int
-    serving: int
-    fetched_objects: int
-    received_bytes: int
-    failed: int
-    corrupt: int
-    failures: dict[str, str]
-    """Digest in hex to why, of the objects whose last fetch failed."""
-
-
-class _Order(msgspec.Struct, frozen=True):
-    layers: list[str]
+Order = Callable[[bytes], object]
+"""Given a request's body: the answer, for JSON; raises msgspec.DecodeError or GearError for what is wrong with it."""
 
 
 class ControlServer:
     """Answers on the socket from its own threads while the context lasts."""
 
-    def __init__(self, path: Path, status: Callable[[], LazyStatus], prefetch: Callable[[Sequence[str]], int]) -> None:
+    def __init__(self, path: Path, status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> None:
+        """
+        Args:
+            path: Of the socket.
+            status: What GET is told.
+            orders: What is done for POST, by its path.
+        """
         self._path = path
         self._status = status
-        self._prefetch = prefetch
+        self._orders = orders
 
     def __enter__(self) -> ControlServer:
         self._path.unlink(missing_ok=True)
-        self._server = _Server(os.fspath(self._path), _handler(self._status, self._prefetch))
+        self._server = _Server(os.fspath(self._path), _handler(self._status, self._orders))
         self._path.chmod(0o600)
         self._thread = threading.Thread(target=self._server.serve_forever, name="control", daemon=True)
         self._thread.start()
@@ -69,58 +62,12 @@ class ControlServer:
         self._server.server_close()
 
 
-def read_status(path: Path) -> LazyStatus | None:
-    """What the server at this socket tells; None if none runs."""
-    try:
-        return msgspec.json.decode(_ask(path, "GET", "/status", b""), type=LazyStatus)
-    except Unavailable:
-        return None
-
-
-def order_prefetch(path: Path, layers: Sequence[str]) -> int:
-    """Have the layers' missing objects fetched behind what containers read; how many they are.
-
-    Raises:
-        Unavailable: No server runs.
-    """
-    told = msgspec.json.decode(_ask(path, "POST", "/prefetch", msgspec.json.encode(_Order(list(layers)))))
-    return int(told["objects"])
-
-
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("lazyfs", timeout=_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT_S)
-        self.sock.connect(os.fspath(self._path))
-
-
-def _ask(path: Path, method: str, url: str, body: bytes) -> bytes:
-    connection = _Connection(path)
-    try:
-        connection.request(method, url, body)
-        response = connection.getresponse()
-        content = response.read()
-    except (OSError, http.client.HTTPException) as exc:
-        raise Unavailable(f"the lazy file server does not answer at {path} ({exc}); start `gear lazyfs`") from exc
-    finally:
-        connection.close()
-    if response.status != http.HTTPStatus.OK:
-        raise InvalidInput(f"{method} {url}: {content.decode(errors='replace')}")
-    return content
-
-
-def _handler(
-    status: Callable[[], LazyStatus], prefetch: Callable[[Sequence[str]], int]
-) -> type[BaseHTTPRequestHandler]:
+def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = _TIMEOUT_S
 
@@ -134,12 +81,12 @@ def _handler(
 
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            if self.path != "/prefetch" or length > _MOST_BODY_BYTES:
+            order = orders.get(self.path)
+            if order is None or length > _MOST_BODY_BYTES:
                 self.send_error(http.HTTPStatus.NOT_FOUND)
                 return
             try:
-                order = msgspec.json.decode(self.rfile.read(length), type=_Order)
-                self._answer(msgspec.json.encode({"objects": prefetch(order.layers)}), "application/json")
+                self._answer(msgspec.json.encode(order(self.rfile.read(length))), "application/json")
             except (msgspec.DecodeError, GearError) as exc:
                 self.send_error(http.HTTPStatus.BAD_REQUEST, explain=str(exc))
 
@@ -173,6 +120,11 @@ def metrics_page(status: LazyStatus) -> bytes:
         "received_bytes": ("Bytes received from sources.", status.received_bytes),
         "failures": ("Fetches that failed.", status.failed),
         "corrupt": ("Objects, chunks and layouts that came wrong.", status.corrupt),
+        "on_demand_requests": ("Requests that somebody waited for.", status.on_demand),
+        "prefetched_contents": ("Objects and chunks that came in requests for many.", status.prefetched),
+        "prefetched_bytes": ("Their bytes.", status.prefetched_bytes),
+        "profiles_found": ("Profiles that were prefetched.", status.profiles_found),
+        "profiles_absent": ("Images that started without a profile.", status.profiles_absent),
     }
 
     class Collector:

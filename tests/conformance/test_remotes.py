@@ -161,9 +161,12 @@ def test_many_are_put_and_fetched_together(remote: Remote) -> None:
     assert list(remote.fetch_many([])) == []
 
 
-def test_large_ones_may_be_among_many(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+def test_among_many_a_large_one_is_its_layout(remote: Remote, put: Callable[[bytes], bytes]) -> None:
     small, large = put(b"small"), put(noise(LARGE))
-    assert dict(remote.fetch_many([large, small])) == {small: b"small", large: noise(LARGE)}
+    layout = remote.layout(large)
+    assert dict(remote.fetch_many([large, small])) == {small: b"small", large: layout}
+    assert layout is not None
+    assert len(dict(remote.fetch_many([chunk.digest for chunk in layout]))) == len(layout)
 
 
 def test_a_large_object_has_a_layout_whose_chunks_make_it_up(remote: Remote, put: Callable[[bytes], bytes]) -> None:

@@ -1,7 +1,8 @@
 """A node with an incomplete image and a lazy file server of its own process, fed from a directory that misbehaves.
 
 The directory holds objects and chunks under their digest in hex, and these files, which each request reads:
-`delay_s` (before each answer), `away` (nothing answers), `log` (one line a request, written by the source).
+`delay_s` (before each answer), `away` (nothing answers), `log` (one line a request for objects, written by the source).
+Below `documents` it holds documents.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from pathlib import Path
 
 from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound, Unavailable
+from gearworkers.mounts.lazy.client import LazyStatus, read_status
 from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.mounts.overlay import unmount
-from gearworkers.objects.sources import Chunk
+from gearworkers.objects.sources import Chunk, Content
 from gearworkers.services.lazyfs import serve
-from gearworkers.services.lazyfs_control import LazyStatus, read_status
 from gearworkers.settings import Settings
 
 CHUNK_BYTES = 64 << 10
@@ -80,16 +81,25 @@ class Shelf:
         yield content[: len(content) // 2]
         yield content[len(content) // 2 :]
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+        self._asked("stream", digests[0])
         for digest in digests:
             self._asked("many", digest)
             try:
-                yield digest, self._read(digest)
+                yield digest, self._layout(digest) or self._read(digest)
             except NotFound:
                 continue
 
     def layout(self, digest: bytes) -> list[Chunk] | None:
         self._asked("layout", digest)
+        return self._layout(digest)
+
+    def document(self, name: str) -> bytes | None:
+        self._suffer()
+        path = self.root / "documents" / name
+        return path.read_bytes() if path.exists() else None
+
+    def _layout(self, digest: bytes) -> list[Chunk] | None:
         path = self._file(digest).with_suffix(".layout")
         if not path.exists():
             return None
@@ -108,6 +118,9 @@ class Shelf:
     def _asked(self, kind: str, digest: bytes) -> None:
         with open(self.root / "log", "a") as log:
             log.write(f"{kind} {digest.hex()}\n")
+        self._suffer()
+
+    def _suffer(self) -> None:
         delay = self.root / "delay_s"
         if delay.exists():
             time.sleep(float(delay.read_text()))

@@ -12,6 +12,7 @@ import pytest
 from gearworkers.errors import GearError, IntegrityError, NotFound, Unavailable
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import checked_layout
+from gearworkers.objects.prefetch import Prefetcher
 from gearworkers.objects.sources import Chunk
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency, WorkPool
@@ -49,6 +50,9 @@ class Gate:
     def chunk(self, digest: bytes) -> bytes:
         raise NotFound("none")
 
+    def document(self, name: str) -> None:
+        return None
+
 
 class Results:
     """What was told to those who waited."""
@@ -74,15 +78,20 @@ def gate() -> Gate:
 
 
 @pytest.fixture
-def fetcher(tmp_path: Path, gate: Gate) -> Iterator[Fetcher]:
+def pool() -> Iterator[WorkPool]:
+    one = WorkPool(4, for_background=2)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path, pool: WorkPool, gate: Gate) -> Iterator[Fetcher]:
     store = ObjectStore(tmp_path / "public")
     store.prepare()
-    pool = WorkPool(4, for_background=2)
     one = Fetcher(store, tmp_path / "fetching", [gate], pool, large_bytes=1 << 20)
     one.prepare()
     yield one
     gate.opened.set()
-    pool.close()
 
 
 def ask(fetcher: Fetcher, digests: Sequence[bytes], results: Results) -> None:
@@ -111,8 +120,9 @@ def test_all_who_ask_for_one_object_are_told_of_one_download(fetcher: Fetcher, g
     assert len(gate.asked) == 1
 
 
-def test_what_is_on_demand_goes_before_the_prefetch_that_holds_it(fetcher: Fetcher, gate: Gate) -> None:
-    fetcher.prefetch([(digest, len(content)) for digest, content in CONTENTS.items()])
+def test_what_is_on_demand_goes_before_the_prefetch_that_holds_it(fetcher: Fetcher, pool: WorkPool, gate: Gate) -> None:
+    prefetcher = Prefetcher(fetcher, [gate], pool, large_bytes=1 << 20)
+    prefetcher.wholly([(digest, len(content)) for digest, content in CONTENTS.items()])
     last = list(CONTENTS)[-1]
     results = Results(1)
     ask(fetcher, [last], results)

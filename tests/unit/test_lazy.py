@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.digest import object_path
-from gearworkers.services.lazyfs_control import order_prefetch
+from gearworkers.mounts.lazy.client import order_prefetch
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]

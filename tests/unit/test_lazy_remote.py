@@ -15,10 +15,10 @@ import pytest
 
 from gearworkers.driver import GearDriver
 from gearworkers.layers.wanted import remove_unvouched
+from gearworkers.mounts.lazy.client import read_status
 from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.store import ObjectStore
-from gearworkers.services.lazyfs_control import read_status
 from tests.support.lazynode import LazyNode, gear_tar, until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]

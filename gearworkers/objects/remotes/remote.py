@@ -13,7 +13,7 @@ from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotF
 from gearworkers.objects.remotes import codec
 from gearworkers.objects.remotes.blobs import MOST_DOCUMENT_BYTES, BlobStore, Document, checked_name
 from gearworkers.objects.remotes.chunking import chunks_of
-from gearworkers.objects.sources import Chunk
+from gearworkers.objects.sources import Chunk, Content
 from gearworkers.objects.store import verify_file
 
 _log = structlog.get_logger(__name__)
@@ -117,14 +117,11 @@ class Remote:
         if hasher.digest() != digest:
             raise IntegrityError(f"object {digest.hex()}: its chunks make up {hasher.hexdigest()}")
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """(digest, content) of those that are there, verified, in any order; what is damaged is left out and logged."""
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+        """(digest, content or layout) of those that are there, verified; what is damaged is left out and logged."""
         for digest, blob in self.blobs.get_many(digests):
             try:
-                if codec.is_layout(blob):
-                    yield digest, b"".join(self.fetch(digest))
-                else:
-                    yield digest, codec.decode(digest, blob)
+                yield digest, codec.decode_layout(digest, blob) if codec.is_layout(blob) else codec.decode(digest, blob)
             except IntegrityError as exc:
                 _log.error("a remote gave wrong bytes", error=str(exc))
 

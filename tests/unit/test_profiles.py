@@ -1,0 +1,128 @@
+"""Start-up profiles on the real kernel: recorded on one node by fanotify, prefetched on another by `gear lazyfs`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gearworkers.layers.startup import profile_name
+from gearworkers.layers.store import LayerStore
+from gearworkers.mounts.lazy.client import read_status
+from gearworkers.mounts.lazy.place import wait_until_mounted
+from gearworkers.objects import profile
+from gearworkers.objects.profile import Profile
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.objects.remotes.remote import Remote
+from gearworkers.objects.store import ObjectStore
+from gearworkers.settings import Settings
+from tests.support.lazynode import LazyNode, gear_tar, until
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse]
+
+GEAR = str(Path(sys.executable).with_name("gear"))
+LARGE = random.Random(1).randbytes(4 << 20)
+FILES = {f"etc/file{number}": b"content %d" % number * 50 for number in range(20)} | {"lib/large": LARGE}
+SMALL = [f"etc/file{number}" for number in (7, 3, 11)]
+
+StartNode = Callable[[str], LazyNode]
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    """A directory that has the contents of FILES."""
+    (tmp_path / "remote").mkdir()
+    remote = open_remote(Settings(gear_root=tmp_path, remote=str(tmp_path / "remote")))
+    for number, content in enumerate(FILES.values()):
+        (tmp_path / f"content{number}").write_bytes(content)
+        with open(tmp_path / f"content{number}", "rb") as file:
+            remote.put(hashlib.sha256(content).digest(), file.fileno())
+    return remote
+
+
+@pytest.fixture
+def start_node(tmp_path: Path, remote: Remote) -> Iterator[StartNode]:
+    """Makes nodes by name, each with a `gear lazyfs` of its own."""
+    with ExitStack() as stack:
+        yield lambda name: stack.enter_context(_node(tmp_path / name, tmp_path / "remote"))
+
+
+@contextmanager
+def _node(root: Path, remote: Path) -> Iterator[LazyNode]:
+    root.mkdir()
+    node = LazyNode(root)
+    node.settings = replace(node.settings, remote=str(remote))
+    node.driver.settings = node.settings
+    environ = {"GEAR_ROOT": str(root / "gear"), "GEAR_RUN_DIR": str(root / "run"), "GEAR_REMOTE": str(remote)}
+    with subprocess.Popen([GEAR, "lazyfs"], env=os.environ | environ) as server:
+        try:
+            wait_until_mounted(node.settings.lazy_mount_path, 20)
+            until(lambda: read_status(node.settings.lazyfs_socket) is not None, "it answers")
+            yield node
+        finally:
+            node.driver.cleanup()
+            server.terminate()
+            assert server.wait(20) == 0
+            node.close()
+
+
+def document(node: LazyNode, image: str = "image") -> str:
+    """The name of the image's profile."""
+    return profile_name(LayerStore(node.settings, ObjectStore(node.settings.gear_public_cache_path)), image)
+
+
+def digest(name: str) -> str:
+    return hashlib.sha256(FILES[name]).hexdigest()
+
+
+def has(node: LazyNode, name: str) -> bool:
+    return ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(digest(name)))
+
+
+def read_some(root: Path) -> None:
+    """What the container does."""
+    for name in SMALL:
+        assert (root / name).read_bytes() == FILES[name]
+    fd = os.open(root / "lib/large", os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    assert os.pread(fd, 4096, 2 << 20) == LARGE[2 << 20 : (2 << 20) + 4096]
+    os.close(fd)
+
+
+def recorded(remote: Remote, name: str) -> Profile:
+    until(lambda: remote.document(name) is not None, "the profile is there")
+    data = remote.document(name)
+    assert data is not None
+    return profile.unpack(data)
+
+
+def test_what_a_container_opens_on_one_node_is_here_on_another_before_it_is_opened(
+    start_node: StartNode, remote: Remote
+) -> None:
+    first = start_node("a")
+    first.apply(gear_tar(FILES), "image")
+    read_some(first.run("c1"))
+    first.driver.put("c1")
+    found = recorded(remote, document(first))
+    assert [opened.digest for opened in found.objects] == [*map(digest, SMALL), digest("lib/large")]
+    assert found.objects[0].ranges == ()
+    assert sum(size_bytes for _, size_bytes in found.objects[-1].ranges) < 1 << 20
+
+    second = start_node("b")
+    second.apply(gear_tar(FILES), "image")
+    until(lambda: all(has(second, name) for name in SMALL), "the small ones are here")
+    until(lambda: second.status().prefetched > len(SMALL), "so is what was read of the large one")
+    assert not has(second, "etc/file0")
+    lookups = second.status().lookups
+    read_some(second.run("c1"))
+    status = second.status()
+    assert status.lookups - lookups == 1  # the large one is read through the server
+    assert (status.on_demand, status.profiles_found, status.profiles_absent) == (0, 1, 0)
