@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.frame import Figure, fresh_disk, seconds
 from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.prefetch import Prefetcher
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.store import ObjectStore
@@ -110,7 +111,8 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
     fetcher.prepare()
     os.sync()
     began_s = time.perf_counter()
-    fetcher.prefetch((digest, len(content)) for digest, content in contents.items())
+    prefetcher = Prefetcher(fetcher, [remote], pool, large_bytes=large_bytes)
+    prefetcher.wholly((digest, len(content)) for digest, content in contents.items())
     wait_until(lambda: fetcher.counts.objects == len(contents), "all objects are here")
     taken_s = time.perf_counter() - began_s
     assert not fetcher.failures and not fetcher.counts.corrupt
