@@ -1,0 +1,114 @@
+"""Hostile tars through a real dockerd: what overlay2 makes of them, or a refusal that names the entry."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.layers import directory, file, symlink, tar
+from tests.conformance.test_hostile import ACCEPTED, REFUSED
+from tests.support.dockerd import Dockerd
+from tests.support.stack import Stack
+
+LOWER = tar(
+    directory("d", 0o750, 5, 6),
+    file("d/a", b"lower a"),
+    file("d/b", b"lower b"),
+    file("etc/passwd", b"lower"),
+    symlink("s", "d"),
+)
+"""What the hostile layer lies on, so that it meets files, a directory and a symlink of its names."""
+HOSTILE = {what: made for what, (made, _) in (REFUSED | ACCEPTED).items()} | {
+    "a parent that is a symlink of the layer below": lambda: tar(file("s/a", b"through")),
+    "a parent that is a file of the layer below": lambda: tar(file("etc/passwd/a", b"through")),
+}
+PEER_REFUSES = "duplicates of file paths"
+"""The bookkeeping of dockerd that we do without does not know such tars; overlay2 takes the last entry, as we do."""
+KEPT_TIMES = {"old", "new"}
+"""Before 1970, after 2262: we keep them, Docker sets them to 1970."""
+_OF_DOCKER = ("dev", ".dockerenv", "etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/mtab", "proc", "sys")
+
+Tree = dict[str, tuple[object, ...]]
+
+
+@pytest.fixture(scope="module")
+def peer(disk: Path) -> Iterator[Dockerd]:
+    """A dockerd with overlay2 on the same disk."""
+    peer = Dockerd("peer", disk / "peer", "overlay2")
+    peer.start()
+    yield peer
+    peer.stop()
+
+
+def archive(*layers: bytes) -> bytes:
+    """What `docker load` takes: an image of these layers, digests and all."""
+    digests = [hashlib.sha256(layer).hexdigest() for layer in layers]
+    rootfs = {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]}
+    config = json.dumps({"os": "linux", "architecture": "amd64", "config": {"Cmd": ["x"]}, "rootfs": rootfs})
+    names = [f"{number}/layer.tar" for number in range(len(layers))]
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": ["hostile:1"], "Layers": names}])
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as members:
+        for name, content in zip(
+            ("config.json", "manifest.json", *names), (config.encode(), manifest.encode(), *layers), strict=True
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            members.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def outcome(dockerd: Dockerd, image: bytes) -> tuple[str, Tree]:
+    """Why the image was refused, empty if it was not; and what a container of it shows."""
+    loaded = dockerd.call("load", stdin=image)
+    if loaded.returncode:
+        assert dockerd.call("image", "inspect", "hostile:1").returncode, "a refused image is not there"
+        return (loaded.stdout + loaded.stderr).decode(errors="surrogateescape"), {}
+    container = dockerd.docker("create", "hostile:1")
+    exported = dockerd.call("export", container)
+    dockerd.docker("rm", container)
+    dockerd.docker("rmi", "hostile:1")
+    assert exported.returncode == 0, exported.stderr
+    return "", tree(exported.stdout)
+
+
+def tree(exported: bytes) -> Tree:
+    """What an export says of each file; without what dockerd puts into a container, and directories' times,
+    since Docker dates a parent that it makes with the present.
+    """
+    found: Tree = {}
+    with tarfile.open(fileobj=io.BytesIO(exported), errors="surrogateescape") as members:
+        for info in members:
+            name = info.name.rstrip("/")
+            if name.startswith(_OF_DOCKER):
+                continue
+            content = b""
+            if info.isreg() or info.islnk():
+                extracted = members.extractfile(info)
+                assert extracted is not None
+                content = extracted.read()
+            kind = tarfile.REGTYPE if info.islnk() else info.type
+            link = info.linkname if info.issym() else ""
+            mtime_s = 0 if info.isdir() or name in KEPT_TIMES else int(info.mtime)
+            devices = (info.devmajor, info.devminor) if info.isdev() else ()
+            found[name] = (kind, info.mode, info.uid, info.gid, mtime_s, link, devices, content)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", HOSTILE)
+def test_it_is_what_overlay2_makes_of_it_or_refused(dockerd: Dockerd, stack: Stack, peer: Dockerd, what: str) -> None:
+    image = archive(LOWER, HOSTILE[what]())
+    error, ours = outcome(dockerd, image)
+    if error:
+        assert "GraphDriver.ApplyDiff" in error and "internal" not in error and "Traceback" not in error
+        return
+    peer_error, theirs = outcome(peer, image)
+    if PEER_REFUSES not in peer_error:
+        assert (error, ours) == (peer_error, theirs)
