@@ -307,6 +307,10 @@ class LayerStore:
                 (build / name).mkdir(mode=mode)
                 (build / name).chmod(mode)
             os.chown(build / UPPER, *ids.root)
+            os.chown(
+                build, 0, ids.root[1]
+            )  # as overlay2: the container's root gets to its tree, and changes no name here
+            build.chmod(0o710)
         write_record(build, layer)
 
     def _discard(self, place: Path) -> bool:

@@ -12,7 +12,8 @@ from gearworkers.errors import GearError, from_os_error
 from gearworkers.layers.store import Kind, LayerStore
 from gearworkers.objects.store import ObjectStore
 
-_FRESH_S = 60.0
+_AT_MOST_S = 60.0
+_TIMES_COUNTING = 50
 _BLOCK_BYTES = 512
 
 
@@ -29,28 +30,34 @@ class Usage(NamedTuple):
 
 
 class UsageMeter:
-    """Counts when asked and remembers for a minute; a count of a million objects takes seconds."""
+    """Counts when asked and remembers for 50 times as long as that took, a minute at most.
+
+    So a small store is told as it is, and one of a million objects, whose count takes seconds, is not counted all the
+    time.
+    """
 
     def __init__(self, layers: LayerStore, store: ObjectStore) -> None:
         self._layers = layers
         self._store = store
         self._lock = threading.Lock()
         self._counted: Usage | None = None
-        self._counted_at_s = 0.0
+        self._stale_at_s = 0.0
 
-    def get(self, *, fresh_s: float = _FRESH_S) -> Usage:
-        """The usage, at most *fresh_s* seconds old.
+    def get(self) -> Usage:
+        """The usage, at most a minute old.
 
         Raises:
             GearError: A directory cannot be read.
         """
         with self._lock:
-            if self._counted is None or time.monotonic() - self._counted_at_s > fresh_s:
+            begun_s = time.monotonic()
+            if self._counted is None or begun_s > self._stale_at_s:
                 try:
                     self._counted = self._count()
                 except OSError as exc:
                     raise from_os_error(exc, "count what is stored") from exc
-                self._counted_at_s = time.monotonic()
+                now_s = time.monotonic()
+                self._stale_at_s = now_s + min((now_s - begun_s) * _TIMES_COUNTING, _AT_MOST_S)
             return self._counted
 
     def _count(self) -> Usage:

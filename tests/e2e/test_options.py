@@ -1,0 +1,120 @@
+"""dockerd's options that reach the driver: --storage-opt, --userns-remap; and what `docker info` shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import sandbox
+from tests.support.dockerd import NO_NETWORK, Dockerd
+from tests.support.processes import NotReady
+from tests.support.stack import Stack
+from tests.support.tiny import tiny_tar
+
+REMAPPED = 231_000
+"""The host's id of the containers' root."""
+
+
+@pytest.fixture(scope="module")
+def own(disk: Path) -> Iterator[Stack]:
+    """A stack of its own, since an option is for all who use the plugin; its workers serve Redis's database 1."""
+    own = Stack(disk / "own", "gear3")
+    own.start("redis", "gateway")
+    own.settings["GEAR_BROKER_URL"] = other_broker(own)
+    for name in ("import", "push"):
+        own.daemons[name].environ = own.environ()
+    own.start("import", "push")
+    yield own
+    own.stop()
+
+
+def other_broker(stack: Stack) -> str:
+    """The database that the stack's gateway was not started with."""
+    return f"redis+socket://{stack.redis_socket}?virtual_host=1"
+
+
+def info(dockerd: Dockerd) -> dict[str, str]:
+    """What `docker info` shows of the driver."""
+    return dict(json.loads(dockerd.docker("info", "-f", "{{json .DriverStatus}}")))
+
+
+def test_info_shows_where_what_and_how(dockerd: Dockerd, stack: Stack) -> None:
+    shown = info(dockerd)
+    assert shown["Root Dir"] == str(stack.root)
+    assert (shown["Backing Filesystem"], shown["Degraded"]) == ("extfs", "no")
+    assert "data-only" in shown["Kernel Mode"]
+    assert int(shown["Objects"]) > 5000
+    assert min(int(shown["Logical Bytes"]), int(shown["Stored Bytes"])) > 100_000_000
+    assert {"Layers", "Queue", "At Work", "Awaiting Push"} <= set(shown)
+
+
+def test_an_unknown_option_keeps_dockerd_from_starting_and_names_the_known(own: Stack, disk: Path) -> None:
+    dockerd = Dockerd("d3", disk / "unknown", "gear3", ("--storage-opt", "gear.size=1G"))
+    with pytest.raises(NotReady, match=r"gear\.size=1G.*known are gear\.root=…, gear\.broker=…"):
+        dockerd.start()
+
+
+def test_root_and_broker_are_those_of_the_options(own: Stack, disk: Path) -> None:
+    options = ("--storage-opt", f"gear.root={disk}/elsewhere", "--storage-opt", f"gear.broker={other_broker(own)}")
+    dockerd = Dockerd("d3", disk / "options", "gear3", options)
+    dockerd.start()
+    try:
+        dockerd.docker("import", "-", "tiny", stdin=tiny_tar())
+        assert dockerd.run("tiny", "echo", "works") == "works"
+        shown = info(dockerd)
+        assert (shown["Root Dir"], shown["Degraded"]) == (f"{disk}/elsewhere", "no"), "a worker took the import"
+        assert len(list((disk / "elsewhere" / "images").iterdir())) == 1
+        assert not list(own.root.glob("images/*"))
+    finally:
+        dockerd.stop()
+
+
+@pytest.fixture
+def remapped(own: Stack, disk: Path) -> Iterator[Dockerd]:
+    """A dockerd with --userns-remap; the ranges are the sandbox's own."""
+    for directory in (sandbox.scratch(), own.directory, own.root):
+        directory.chmod(0o711)  # as any path that leads to a container's root
+    ranges = sandbox.scratch() / "ranges"
+    ranges.write_text(f"daemon:{REMAPPED}:65536\n")
+    for path in ("/etc/subuid", "/etc/subgid"):
+        subprocess.run(["mount", "--bind", str(ranges), path], check=True)
+    dockerd = Dockerd("d3", disk / "remapped", "gear3", ("--userns-remap", "daemon"))
+    dockerd.start()
+    yield dockerd
+    dockerd.stop()
+    for path in ("/etc/subuid", "/etc/subgid"):
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_remapped_containers_files_are_the_hosts_other_users(remapped: Dockerd, own: Stack) -> None:
+    remapped.docker("import", "-", "tiny", stdin=tiny_tar({"etc/owned": b"owned"}))
+    text = b"FROM tiny\nRUN chown 7:8 /etc/owned && echo new > /etc/new && chmod 4755 /etc/new\n"
+    remapped.docker("build", *NO_NETWORK, "-t", "built", "-", stdin=text)
+    said = remapped.run("built", "stat", "-c", "%u:%g:%a", "/bin/busybox", "/etc/owned", "/etc/new")
+    assert said.split() == ["0:0:755", "7:8:644", "0:0:4755"]
+    container = remapped.run(
+        "built", "sh", "-c", "cat /proc/self/uid_map; echo 1 > /etc/mine; sleep 1000", options=("-d",)
+    )
+    merged = Path(remapped.docker("inspect", "-f", "{{.GraphDriver.Data.MergedDir}}", container))
+    assert str(REMAPPED) in remapped.docker("logs", container)
+    assert (merged / "etc/mine").stat().st_uid == REMAPPED
+    assert (merged / "etc/owned").stat().st_gid == REMAPPED + 8
+    assert merged.stat().st_uid == REMAPPED
+    remapped.docker("rm", "-f", container)
+    assert saved_owners(remapped.call("save", "built").stdout)["etc/owned"] == (7, 8)
+
+
+def saved_owners(archive: bytes) -> dict[str, tuple[int, int]]:
+    """Owner and group of every file in the layers of a `docker save`."""
+    owners: dict[str, tuple[int, int]] = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
+        for layer in json.load(outer.extractfile("manifest.json") or io.BytesIO())[0]["Layers"]:
+            with tarfile.open(fileobj=outer.extractfile(layer)) as inner:
+                owners |= {info.name: (info.uid, info.gid) for info in inner}
+    return owners
