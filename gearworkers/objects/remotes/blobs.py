@@ -18,8 +18,9 @@ from typing import Protocol
 
 from gearworkers.errors import InvalidInput
 
-_DOCUMENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:@+-]*(/[A-Za-z0-9_][A-Za-z0-9._:@+-]*)*")
-_MOST_NAME_CHARS = 512
+_NAME_PART = "[A-Za-z0-9_][A-Za-z0-9._:@+-]{0,199}"  # what a file's name may be, in every file system
+DOCUMENT_NAME = re.compile(f"{_NAME_PART}(/{_NAME_PART})*")
+MOST_NAME_CHARS = 512
 
 MOST_DOCUMENT_BYTES = 16 << 20
 
@@ -75,11 +76,11 @@ class BlobStore(Protocol):
 
 
 def checked_name(name: str) -> str:
-    """*name*, if a document may have it: parts of letters, digits and ``._:@+-`` with slashes between.
+    """*name*, if a document may have it: parts of letters, digits and ``._:@+-``, 200 at most, slashes between.
 
     Raises:
         InvalidInput: It may not.
     """
-    if len(name) > _MOST_NAME_CHARS or not _DOCUMENT_NAME.fullmatch(name):
-        raise InvalidInput(f"document {name[:_MOST_NAME_CHARS]!r}: no document can have this name")
+    if len(name) > MOST_NAME_CHARS or not DOCUMENT_NAME.fullmatch(name):
+        raise InvalidInput(f"document {name[:MOST_NAME_CHARS]!r}: no document can have this name")
     return name

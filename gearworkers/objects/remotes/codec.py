@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 
 import zstandard
 
@@ -82,17 +82,20 @@ def decode_layout(digest: bytes, blob: bytes) -> list[Chunk]:
     Raises:
         IntegrityError: The blob is no layout.
     """
+    return list(chunks_in(digest, blob))
+
+
+def chunks_in(digest: bytes, blob: bytes) -> Iterator[Chunk]:
+    """As `decode_layout`, one after the other: for those who take any object, and hold no list of a million chunks."""
     records = memoryview(blob)[1:]
     if not is_layout(blob) or not records or len(records) % _RECORD.size:
         raise IntegrityError(f"layout of {digest.hex()}: damaged, {len(blob)} bytes")
-    chunks: list[Chunk] = []
     at = 0
     for size_bytes, chunk_digest in _RECORD.iter_unpack(records):
         if not 0 < size_bytes <= MOST_CONTENT_BYTES:
             raise IntegrityError(f"layout of {digest.hex()}: a chunk of {size_bytes} bytes")
-        chunks.append(Chunk(at, size_bytes, chunk_digest))
+        yield Chunk(at, size_bytes, chunk_digest)
         at += size_bytes
-    return chunks
 
 
 def check(digest: bytes, blob: bytes) -> None:
@@ -102,14 +105,18 @@ def check(digest: bytes, blob: bytes) -> None:
         IntegrityError: It is not.
     """
     if is_layout(blob):
-        decode_layout(digest, blob)
+        layout_bytes(digest, blob)
     else:
         decode(digest, blob)
 
 
-def layout_bytes(layout: Sequence[Chunk]) -> int:
-    """The size of the object."""
-    return layout[-1].offset + layout[-1].size_bytes
+def layout_bytes(digest: bytes, blob: bytes) -> int:
+    """The size of a large object, given its blob.
+
+    Raises:
+        IntegrityError: The blob is no layout.
+    """
+    return sum(chunk.size_bytes for chunk in chunks_in(digest, blob))
 
 
 def _unpacked(digest: bytes, blob: bytes) -> bytes:

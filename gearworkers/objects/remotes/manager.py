@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import urllib3
@@ -47,16 +47,20 @@ _KINDS: dict[int, type[GearError]] = {
 }
 
 
-class Digests(msgspec.Struct, frozen=True):
-    """What a query or a pull names, in hex."""
+Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+"""A digest in lower-case hex."""
 
-    digests: list[str]
+
+class Digests(msgspec.Struct, frozen=True):
+    """What a query or a pull names."""
+
+    digests: Annotated[list[Hex], msgspec.Meta(max_length=MOST_DIGESTS)]
 
 
 class Present(msgspec.Struct, frozen=True):
-    """What a query finds, in hex."""
+    """What a query finds."""
 
-    present: list[str]
+    present: list[Hex]
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -244,4 +248,4 @@ def _read_exactly(response: urllib3.BaseHTTPResponse, size_bytes: int) -> bytes:
 
 def _size_bytes(digest: bytes, blob: bytes) -> int:
     """What the manager reads to verify it."""
-    return codec.layout_bytes(codec.decode_layout(digest, blob)) if codec.is_layout(blob) else len(blob)
+    return codec.layout_bytes(digest, blob) if codec.is_layout(blob) else len(blob)

@@ -95,7 +95,7 @@ class Remote:
         """
         blob = self.blobs.get(digest)
         if codec.is_layout(blob):
-            return codec.layout_bytes(codec.decode_layout(digest, blob))
+            return codec.layout_bytes(digest, blob)
         return len(codec.decode(digest, blob))
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
@@ -111,7 +111,7 @@ class Remote:
             yield codec.decode(digest, blob)
             return
         hasher = hashlib.sha256()
-        for _, piece in self.pieces(codec.decode_layout(digest, blob)):
+        for _, piece in self.pieces(codec.chunks_in(digest, blob)):
             hasher.update(piece)
             yield piece
         if hasher.digest() != digest:
@@ -141,14 +141,14 @@ class Remote:
         """
         return codec.decode(digest, self.blobs.get(digest))
 
-    def pieces(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, bytes]]:
+    def pieces(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, bytes]]:
         """Chunks with their bytes, verified, in order; a window of them at a time in memory.
 
         Raises:
             NotFound, IntegrityError, Unavailable: As `fetch`.
         """
-        for start in range(0, len(chunks), _WINDOW_CHUNKS):
-            window = chunks[start : start + _WINDOW_CHUNKS]
+        remaining = iter(chunks)
+        while window := list(islice(remaining, _WINDOW_CHUNKS)):
             blobs = dict(self.blobs.get_many(list({chunk.digest for chunk in window})))
             for chunk in window:
                 if chunk.digest not in blobs:

@@ -25,7 +25,7 @@ from gearworkers.objects.remotes.manager import NODE_HEADER, Problem
 from gearworkers.services.manager.access import Access
 from gearworkers.services.manager.documents import DocumentCalls
 from gearworkers.services.manager.metrics import Metrics
-from gearworkers.services.manager.nodes import Nodes
+from gearworkers.services.manager.nodes import MOST_NODE_CHARS, Joining, Nodes
 from gearworkers.services.manager.objects import MOST_JSON_BYTES, ObjectCalls, answer
 from gearworkers.services.manager.openapi import document, page
 from gearworkers.services.manager.store import Store
@@ -36,7 +36,6 @@ _log = structlog.get_logger(__name__)
 MOST_UNDER_WAY = 256
 """Requests at once; what comes beyond is asked to come again."""
 
-_MOST_NODE_CHARS = 255
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (NotFound, 404),
     (AlreadyExists, 409),
@@ -50,10 +49,6 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class _Joining(msgspec.Struct, frozen=True):
-    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +182,14 @@ class Manager:
 
     def _note_node(self, request: web.Request) -> None:
         name = request.headers.get(NODE_HEADER, "")
-        if name and len(name) <= _MOST_NODE_CHARS:
+        if name and len(name) <= MOST_NODE_CHARS:
             self._nodes.seen(name, request.remote or "")
 
     # -- calls of no other room
 
     async def _join(self, request: web.Request) -> web.Response:
         body = await Body(request, self._patience_s, self.metrics).whole(MOST_JSON_BYTES)
-        joining = msgspec.json.decode(body, type=_Joining)
-        if not 0 < len(joining.node) <= _MOST_NODE_CHARS:
-            raise InvalidInput(f"a node's name has 1 to {_MOST_NODE_CHARS} characters")
+        joining = msgspec.json.decode(body, type=Joining)
         return answer(self._nodes.seen(joining.node, request.remote or ""))
 
     async def _list_nodes(self, request: web.Request) -> web.Response:
@@ -213,7 +206,9 @@ class Manager:
         return web.Response(text="ok\n")
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(document()), content_type="application/json")
+        return web.Response(
+            body=msgspec.json.encode(document(tokens=not self._access.is_open)), content_type="application/json"
+        )
 
     async def _page(self, request: web.Request) -> web.Response:
         return web.Response(text=page(), content_type="text/html")

@@ -11,6 +11,8 @@ from gearworkers.services.manager.metrics import Metrics
 from gearworkers.services.manager.store import Store
 from gearworkers.services.manager.streams import Body
 
+MOST_VERSION = 10**10 - 1
+
 
 class DocumentCalls:
     """Handlers; each is one call of the API."""
@@ -32,12 +34,12 @@ class DocumentCalls:
     async def put(self, request: web.Request) -> web.Response:
         """A version, if it is the next; without a version in the request, whatever was there."""
         name = request.match_info["name"]
-        version = request.headers.get(VERSION_HEADER, "")
-        if version and not (version.isascii() and version.isdigit() and 0 < int(version) < 10**10):
+        version = request.headers.get(VERSION_HEADER)
+        if version is not None and not (version.isascii() and version.isdigit() and 0 < int(version) <= MOST_VERSION):
             raise InvalidInput(f"{VERSION_HEADER}: {version!r} is no version")
         data = await Body(request, self._patience_s, self._metrics).whole(MOST_DOCUMENT_BYTES)
         remote = self._store.remote
-        if version:
+        if version is not None:
             await self._store.run(lambda: remote.replace_document(name, data, int(version) - 1))
         else:
             await self._store.run(lambda: remote.put_document(name, data))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from typing import Annotated
 
 import msgspec
 
 LIVES_S = 600.0
 """So long after it was last heard of a node is forgotten."""
 
+MOST_NODE_CHARS = 255
 _MOST_NODES = 10_000
+
+
+class Joining(msgspec.Struct, frozen=True):
+    """What a node says of itself."""
+
+    node: Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_NODE_CHARS)]
 
 
 class Node(msgspec.Struct, frozen=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from aiohttp import web
@@ -12,7 +13,8 @@ from aiohttp import web
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import InvalidInput, NotFound
 from gearworkers.objects.remotes import codec, frames
-from gearworkers.objects.remotes.manager import MOST_DIGESTS, Digests, Present
+from gearworkers.objects.remotes.blobs import DOCUMENT_NAME, MOST_NAME_CHARS
+from gearworkers.objects.remotes.manager import Digests, Hex, Present
 from gearworkers.objects.sources import Chunk
 from gearworkers.services.manager.metrics import Metrics
 from gearworkers.services.manager.store import Store
@@ -20,6 +22,7 @@ from gearworkers.services.manager.streams import Answer, Body, receive_blobs, re
 
 MOST_JSON_BYTES = 2 << 20
 _OCTETS = "application/octet-stream"
+_FRAMES_TOGETHER = 16
 _CHUNK_RECORD_BYTES = 36
 _MEAN_CHUNK_BYTES = 32 << 10
 _FOR_EVER = "public, max-age=31536000, immutable"
@@ -31,11 +34,17 @@ class Stored(msgspec.Struct, frozen=True):
     stored: int
 
 
+class Profile(msgspec.Struct, frozen=True):
+    """A document that names objects in the order in which they are wanted."""
+
+    digests: list[Hex]
+
+
 class Prefetch(msgspec.Struct, frozen=True):
     """What is wanted before it is asked for: a profile's objects, but those that are here."""
 
-    document: str
-    skip: list[str] = []
+    document: Annotated[str, msgspec.Meta(pattern=f"^{DOCUMENT_NAME.pattern}$", max_length=MOST_NAME_CHARS)]
+    skip: list[Hex] = []
 
 
 class ObjectCalls:
@@ -69,19 +78,18 @@ class ObjectCalls:
             return web.Response(status=304, headers=_lasting(digest))
         blob = await self._store.run(lambda: self._store.remote.blobs.get(digest))
         if codec.is_layout(blob):
-            layout = codec.decode_layout(digest, blob)
-            return await self._send_chunks(request, digest, layout)
+            return await self._send_chunks(request, digest, blob)
         content = await self._store.run(lambda: codec.decode(digest, blob))
         first, end = _range(request, len(content))
         out = await self._started(request, _ranged(request, digest, first, end, len(content)))
         await out.write(content[first:end])
         return out.response
 
-    async def _send_chunks(self, request: web.Request, digest: bytes, layout: Sequence[Chunk]) -> web.StreamResponse:
-        size_bytes = codec.layout_bytes(layout)
+    async def _send_chunks(self, request: web.Request, digest: bytes, layout: bytes) -> web.StreamResponse:
+        size_bytes = await self._store.run(lambda: codec.layout_bytes(digest, layout))
         first, end = _range(request, size_bytes)
         out = await self._started(request, _ranged(request, digest, first, end, size_bytes))
-        wanted = [chunk for chunk in layout if chunk.offset < end and chunk.offset + chunk.size_bytes > first]
+        wanted = _chunks_within(codec.chunks_in(digest, layout), first, end)
         async for chunk, piece in self._store.steps(self._store.remote.pieces(wanted)):
             await out.write(memoryview(piece)[max(first - chunk.offset, 0) : end - chunk.offset])
         return out.response
@@ -106,8 +114,8 @@ class ObjectCalls:
         profile = await self._store.run(lambda: self._store.remote.document(asked.document))
         if profile is None:
             raise NotFound(f"document {asked.document} is not there")
-        skipped = set(map(_digest, asked.skip))
-        named = map(_digest, msgspec.json.decode(profile, type=Digests).digests)
+        skipped = set(map(bytes.fromhex, asked.skip))
+        named = map(bytes.fromhex, msgspec.json.decode(profile, type=Profile).digests)
         return await self._send_blobs(request, [digest for digest in dict.fromkeys(named) if digest not in skipped])
 
     async def push_one(self, request: web.Request) -> web.Response:
@@ -138,16 +146,16 @@ class ObjectCalls:
         response = web.StreamResponse()
         response.content_type = frames.CONTENT_TYPE
         out = await self._started(request, response)
-        async for digest, blob in self._store.blobs(digests):
-            await out.write(frames.frame(digest, blob))
+        async for found in self._store.blobs(digests):
+            for start in range(0, len(found), _FRAMES_TOGETHER):
+                part = found[start : start + _FRAMES_TOGETHER]
+                await out.write(b"".join(frames.frame(digest, blob) for digest, blob in part))
         return response
 
     async def _digests(self, request: web.Request) -> list[bytes]:
         body = await self._body(request).whole(MOST_JSON_BYTES)
         asked = msgspec.json.decode(body, type=Digests).digests
-        if len(asked) > MOST_DIGESTS:
-            raise InvalidInput(f"{len(asked)} digests; {MOST_DIGESTS} are allowed")
-        return [_digest(text) for text in asked]
+        return [bytes.fromhex(text) for text in asked]
 
     async def _started(self, request: web.Request, response: web.StreamResponse) -> Answer:
         out = Answer(response, self._patience_s, self._metrics)
@@ -161,6 +169,14 @@ class ObjectCalls:
 def answer(content: msgspec.Struct | Sequence[msgspec.Struct], status: int = 200) -> web.Response:
     """*content* as JSON."""
     return web.Response(body=msgspec.json.encode(content), content_type="application/json", status=status)
+
+
+def _chunks_within(chunks: Iterable[Chunk], first: int, end: int) -> Iterator[Chunk]:
+    for chunk in chunks:
+        if chunk.offset >= end:
+            return
+        if chunk.offset + chunk.size_bytes > first:
+            yield chunk
 
 
 def _digest(text: str) -> bytes:

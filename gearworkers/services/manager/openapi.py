@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
+from types import GenericAlias
 from typing import Any
 
 import msgspec
 
 from gearworkers.objects.remotes import frames
+from gearworkers.objects.remotes.blobs import DOCUMENT_NAME, MOST_NAME_CHARS
 from gearworkers.objects.remotes.manager import MOST_DIGESTS, VERSION_HEADER, Digests, Present, Problem
-from gearworkers.services.manager.nodes import Node
-from gearworkers.services.manager.objects import Prefetch, Stored
+from gearworkers.services.manager.documents import MOST_VERSION
+from gearworkers.services.manager.nodes import Joining, Node
+from gearworkers.services.manager.objects import Prefetch, Profile, Stored
+
+_Kind = str | type | GenericAlias
+"""A media type, or what its JSON holds."""
 
 _OCTETS = "application/octet-stream"
 _REFS = "#/components/schemas/{name}"
@@ -28,14 +35,14 @@ _NAME = {
     "in": "path",
     "required": True,
     "description": "Letters, digits, ._:@+- and slashes between parts, such as profiles/library/nginx:1.27.",
-    "schema": {"type": "string"},
+    "schema": {"type": "string", "pattern": f"^{DOCUMENT_NAME.pattern}$", "maxLength": MOST_NAME_CHARS},
 }
 _RANGE = {"name": "Range", "in": "header", "description": "bytes=FIRST-LAST", "schema": {"type": "string"}}
 _VERSION = {
     "name": VERSION_HEADER,
     "in": "header",
     "description": "The version that this is to become; refused with 409 if it is there already.",
-    "schema": {"type": "integer", "minimum": 1},
+    "schema": {"type": "integer", "minimum": 1, "maximum": MOST_VERSION},
 }
 _FRAMES = (
     "A sequence of frames to the end of the body: SHA-256 (32 bytes), size (u32, little-endian), blob. A blob begins "
@@ -44,9 +51,11 @@ _FRAMES = (
 )
 
 
-def document() -> dict[str, Any]:
-    """The OpenAPI document."""
-    schemas = msgspec.json.schema_components([Digests, Present, Problem, Prefetch, Stored, Node], ref_template=_REFS)[1]
+def document(*, tokens: bool = True) -> dict[str, Any]:
+    """The OpenAPI document; *tokens* says whether they are asked for."""
+    schemas = msgspec.json.schema_components(
+        [Digests, Present, Problem, Prefetch, Profile, Stored, Joining, Node], ref_template=_REFS
+    )[1]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -54,7 +63,7 @@ def document() -> dict[str, Any]:
             "version": "1",
             "description": "Objects by SHA-256, and small named documents, for all nodes of a cluster.",
         },
-        "security": [{"token": []}],
+        "security": [{"token": []}] if tokens else [],
         "paths": {path: {m: _with_problems(call) for m, call in calls.items()} for path, calls in _paths().items()},
         "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
@@ -83,9 +92,13 @@ def _paths() -> dict[str, dict[str, Any]]:
     return {
         "/v1/objects/{digest}": {
             "head": _call("query_one", "Is this object there, and how large is it?", [_DIGEST]),
-            "get": {
-                **_call("pull_one", "An object, whole or a range of it.", [_DIGEST, _RANGE], answers=_OCTETS),
-            },
+            "get": _call(
+                "pull_one",
+                "An object, whole or a range of it.",
+                [_DIGEST, _RANGE],
+                answers=_OCTETS,
+                others={206: "The range.", 304: "It is what If-None-Match names: an object never changes."},
+            ),
             "put": _call(
                 "push_one",
                 "Store an object.",
@@ -93,6 +106,7 @@ def _paths() -> dict[str, dict[str, Any]]:
                 f"Verified while it comes; visible only when whole. {_WRITE}",
                 body=_OCTETS,
                 answers=Stored,
+                others={201: "It is new."},
             ),
         },
         "/v1/query": {
@@ -128,7 +142,7 @@ def _paths() -> dict[str, dict[str, Any]]:
                 "prefetch",
                 "The blobs that a profile names, in its order, in one stream.",
                 [],
-                "The profile is a document of the form of Digests.",
+                "The document has the form of Profile.",
                 body=Prefetch,
                 answers=frames.CONTENT_TYPE,
             )
@@ -137,7 +151,7 @@ def _paths() -> dict[str, dict[str, Any]]:
             "get": _call(
                 "get_document", "A document; its version is in the header.", [_NAME], VERSION_HEADER, answers=_OCTETS
             ),
-            "put": _call("put_document", "Replace a document.", [_NAME, _VERSION], _WRITE, body=_OCTETS),
+            "put": _call("put_document", "Replace a document.", [_NAME, _VERSION], _WRITE, body=_OCTETS, done=204),
         },
         "/v1/join": {
             "post": _call(
@@ -145,11 +159,11 @@ def _paths() -> dict[str, dict[str, Any]]:
                 "This node is there.",
                 [],
                 "Every request with a Gear-Node header says so too.",
-                body=Node,
+                body=Joining,
                 answers=Node,
             )
         },
-        "/v1/nodes": {"get": _call("nodes", "The nodes heard of in the last ten minutes.", [], answers=Node)},
+        "/v1/nodes": {"get": _call("nodes", "The nodes heard of in the last ten minutes.", [], answers=list[Node])},
         "/metrics": {"get": _call("metrics", "Counters for Prometheus.", [], answers="text/plain")},
         "/healthz": {"get": _open(_call("health", "The server answers.", [], answers="text/plain"))},
         "/openapi.json": {"get": _open(_call("openapi", "This document.", [], answers="application/json"))},
@@ -163,22 +177,29 @@ def _call(
     parameters: list[dict[str, Any]],
     description: str = "",
     *,
-    body: str | type | None = None,
-    answers: str | type | None = None,
+    body: _Kind | None = None,
+    answers: _Kind | None = None,
+    done: int = 200,
+    others: Mapping[int, str] = {},
 ) -> dict[str, Any]:
+    """One operation; *others* are statuses of success beside *done*, of the same content but for 304."""
     call: dict[str, Any] = {"operationId": name, "summary": summary, "parameters": parameters}
     if description:
         call["description"] = description
     if body is not None:
         call["requestBody"] = {"required": True, "content": _content(body)}
-    call["responses"] = {"2XX": {"description": "Done.", **({"content": _content(answers)} if answers else {})}}
+    content = {} if answers is None else {"content": _content(answers)}
+    call["responses"] = {str(done): {"description": "Done.", **content}}
+    for status, what in others.items():
+        call["responses"][str(status)] = {"description": what, **({} if status == 304 else content)}
     return call
 
 
-def _content(kind: str | type) -> dict[str, Any]:
+def _content(kind: _Kind) -> dict[str, Any]:
     if isinstance(kind, str):
         return {kind: {}}
-    return {"application/json": {"schema": {"$ref": _REFS.format(name=kind.__name__)}}}
+    schema = msgspec.json.schema_components([kind], ref_template=_REFS)[0][0]
+    return {"application/json": {"schema": schema}}
 
 
 def _open(call: dict[str, Any]) -> dict[str, Any]:

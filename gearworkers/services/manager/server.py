@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import ssl
-import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,6 @@ _log = structlog.get_logger(__name__)
 
 MOST_CONNECTIONS = 2048
 _MOST_LINE_BYTES = 8190
-_KEEPALIVE_S = 60.0
 _LINGERING_S = 1.0
 _FINISHING_S = 60.0
 _BACKLOG = 512
@@ -56,17 +54,18 @@ class ManagerServer:
         remote = Remote(blobs_at(settings.effective_manager_store, settings))
         self._store = Store(remote, settings.manager_most_object_bytes)
         uploads = settings.gear_root / "manager-uploads"
-        self.manager = Manager(self._store, access, uploads, settings.manager_client_timeout_s)
+        patience_s = settings.manager_client_timeout_s
+        self.manager = Manager(self._store, access, uploads, patience_s)
         self._runner = web.AppRunner(
             self.manager.application(),
             access_log=None,
-            keepalive_timeout=_KEEPALIVE_S,
+            keepalive_timeout=patience_s,  # for a connection's first header, too
             lingering_time=_LINGERING_S,
             max_line_size=_MOST_LINE_BYTES,
             max_field_size=_MOST_LINE_BYTES,
             shutdown_timeout=_FINISHING_S,
         )
-        self._connections: weakref.WeakSet[_Guarded] = weakref.WeakSet()
+        self._connections = 0
         self._server: asyncio.Server | None = None
 
     async def start(self) -> int:
@@ -80,7 +79,12 @@ class ManagerServer:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                self._connection, self._host, self._port, ssl=self._tls, backlog=_BACKLOG
+                self._connection,
+                self._host,
+                self._port,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else self._settings.manager_client_timeout_s,
+                backlog=_BACKLOG,
             )
         except OSError as exc:
             raise from_os_error(exc, f"listen on {self._settings.manager_listen}") from exc
@@ -96,43 +100,33 @@ class ManagerServer:
     def _connection(self) -> asyncio.Protocol:
         assert self._runner.server is not None
         inner = cast(asyncio.Protocol, self._runner.server())
-        guarded = _Guarded(inner, self, self._settings.manager_client_timeout_s)
-        self._connections.add(guarded)
-        return guarded
+        return _Counted(inner, self)
 
     def opened(self) -> bool:
         """Count a connection; whether it may stay."""
+        self._connections += 1
         self.manager.metrics.connections.inc()
-        return len(self._connections) <= MOST_CONNECTIONS
+        return self._connections <= MOST_CONNECTIONS
 
     def closed(self) -> None:
         """Count it out."""
+        self._connections -= 1
         self.manager.metrics.connections.dec()
 
 
-class _Guarded(asyncio.Protocol):
-    """aiohttp's connection, but ended if its first header does not come in time, or if there are too many."""
+class _Counted(asyncio.Protocol):
+    """aiohttp's connection, but ended at once if there are too many."""
 
-    def __init__(self, inner: asyncio.Protocol, server: ManagerServer, patience_s: float) -> None:
+    def __init__(self, inner: asyncio.Protocol, server: ManagerServer) -> None:
         self._inner = inner
         self._server = server
-        self._patience_s = patience_s
-        self._tail = b""
-        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._inner.connection_made(transport)
         if not self._server.opened():
             cast(asyncio.Transport, transport).abort()
-            return
-        abort = cast(asyncio.Transport, transport).abort
-        self._timer = asyncio.get_running_loop().call_later(self._patience_s, abort)
 
     def data_received(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._tail = (self._tail + data)[-(len(data) + 3) :]
-            if b"\r\n\r\n" in self._tail:
-                self._headers_came()
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
@@ -145,15 +139,8 @@ class _Guarded(asyncio.Protocol):
         self._inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_came()
         self._server.closed()
         self._inner.connection_lost(exc)
-
-    def _headers_came(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._tail = b""
 
 
 def serve(settings: Settings) -> None:

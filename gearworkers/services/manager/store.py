@@ -34,15 +34,13 @@ class Store:
         """What *call* gives; it may block."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    async def blobs(self, digests: Sequence[bytes]) -> AsyncIterator[tuple[bytes, bytes]]:
-        """(digest, blob) of those that are there, in the order asked for; a few MiB of them in memory at a time."""
+    async def blobs(self, digests: Sequence[bytes]) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """(digest, blob) of those that are there, in the order asked for; a few MiB of them at a time."""
         at, window = 0, _FIRST_WINDOW
         while at < len(digests):
             part = digests[at : at + window]
             found = await self.run(lambda part=part: dict(self.remote.blobs.get_many(part)))  # type: ignore[misc]
-            for digest in part:
-                if digest in found:
-                    yield digest, found[digest]
+            yield [(digest, found[digest]) for digest in part if digest in found]
             at += len(part)
             mean_bytes = sum(map(len, found.values())) // max(len(found), 1)
             window = min(max(_WINDOW_BYTES // max(mean_bytes, 1), _LEAST_WINDOW), _MOST_WINDOW)
@@ -74,12 +72,11 @@ class Store:
         return len(new)
 
     def _check_layout(self, digest: bytes, blob: bytes) -> None:
-        layout = codec.decode_layout(digest, blob)
-        if codec.layout_bytes(layout) > self.most_object_bytes:
+        if codec.layout_bytes(digest, blob) > self.most_object_bytes:
             raise InvalidInput(f"object {digest.hex()}: larger than {self.most_object_bytes} bytes")
         hasher = hashlib.sha256()
         try:
-            for _, piece in self.remote.pieces(layout):
+            for _, piece in self.remote.pieces(codec.chunks_in(digest, blob)):
                 hasher.update(piece)
         except NotFound as exc:
             raise InvalidInput(f"layout of {digest.hex()}: {exc}; chunks go first") from exc
