@@ -72,6 +72,8 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
     """
     app = make_app(settings, with_results=True)
     try:
+        with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1)
         return _Conversion(app, settings, plan, told, noted).run()
     except (OperationalError, RedisError) as exc:
         raise Unavailable(f"Redis at {settings.effective_broker_url}: {exc}; `--local` needs none") from exc

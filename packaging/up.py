@@ -29,7 +29,7 @@ def environment(settings: Settings) -> dict[str, str]:
 def main() -> None:
     """Make the directories that Redis needs and become honcho; a broker given by GEAR_BROKER_URL is not started."""
     settings = Settings.from_environ()
-    processes = ["gateway", "lazyfs", "import", "push"]
+    processes = ["gateway", "lazyfs", "import", "push", "convert"]
     if not settings.broker_url:
         processes.insert(0, "redis")
     settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)

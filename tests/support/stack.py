@@ -13,6 +13,7 @@ from tests.support.processes import Daemon, listens, wait_until
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PLUGINS = Path("/run/docker/plugins")
 START_ORDER = ("redis", "gateway", "import", "push")
+"""What is started if nothing is named; the others are started by the tests that need them."""
 
 
 @dataclass
@@ -95,11 +96,12 @@ class Stack:
 
     def _is_up(self) -> bool:
         sockets = self.redis_socket.exists() and self.plugin_socket.exists() and listens(self.plugin_socket)
-        return sockets and self.honcho.log_count(b" ready.") >= len(("import", "push"))
+        return sockets and self.honcho.log_count(b" ready.") >= len(("import", "push", "convert"))
 
     def stop(self, *names: str) -> None:
         """SIGTERM to the processes named, all if none is, in the reverse order."""
-        for name in names or reversed(START_ORDER):
+        others = [name for name in self.daemons if name not in START_ORDER]
+        for name in names or [*others, *reversed(START_ORDER)]:
             self.daemons[name].stop()
 
     def kill(self, name: str) -> None:

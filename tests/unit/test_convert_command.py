@@ -35,6 +35,12 @@ def source(peer: Registry) -> str:
     return f"{peer.host}/source:v1"
 
 
+@pytest.fixture
+def remote(tmp_path: Path) -> str:
+    (tmp_path / "remote").mkdir()
+    return str(tmp_path / "remote")
+
+
 def at(peer: Registry, name: str) -> Repository:
     return Repository.of(Settings(), Reference.parse(f"{peer.host}/{name}"))
 
@@ -44,8 +50,8 @@ def convert(remote: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*GEAR, "convert", *arguments], env=environ, capture_output=True, text=True, timeout=120)
 
 
-def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, tmp_path: Path) -> None:
-    done = convert(str(tmp_path / "remote"), source, f"{peer.host}/said:v1", "--local", "--processes", "1")
+def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, remote: str) -> None:
+    done = convert(remote, source, f"{peer.host}/said:v1", "--local", "--processes", "1")
     assert done.returncode == 0, done.stderr
     layers = pull(at(peer, "source"), "v1").manifest["layers"]
     read = [line.split()[1] for line in done.stderr.splitlines()]
@@ -59,6 +65,7 @@ def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, 
 
 
 def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source: str, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
     with manager_thread(Settings(manager_store=str(tmp_path / "store"))) as url:
         done = convert(url, source, f"{peer.host}/managed:v1", "--local", "--processes", "1")
         assert done.returncode == 0, done.stderr
@@ -68,9 +75,9 @@ def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source
     assert found == [contents_of(tar) for tar in TARS]
 
 
-def test_platforms_are_chosen(peer: Registry, tmp_path: Path) -> None:
+def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
     push_index(at(peer, "many"), "v1", [Image(TARS[:1], architecture="arm64"), Image(TARS[1:])])
-    remote, many = str(tmp_path / "remote"), f"{peer.host}/many:v1"
+    many = f"{peer.host}/many:v1"
     done = convert(remote, many, f"{peer.host}/arm:v1", "--local", "--platform", "linux/arm64")
     assert done.returncode == 0, done.stderr
     assert pull(at(peer, "arm"), "v1").config["architecture"] == "arm64"
@@ -88,8 +95,8 @@ def test_platforms_are_chosen(peer: Registry, tmp_path: Path) -> None:
         (("oci:/not/there", "localhost:1/y"), "/not/there"),
     ],
 )
-def test_an_error_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    done = convert(str(tmp_path / "remote"), *arguments)
+def test_an_error_is_one_line(remote: str, arguments: tuple[str, ...], said: str) -> None:
+    done = convert(remote, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gear: ") and done.stderr.count("\n") == 1 and said in done.stderr
 

@@ -25,7 +25,7 @@ def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() ->
     assert set(done.stdout.split()) == set(procfile())
 
 
-@pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs"])
+@pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
 def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / f"gear-{name}.service").read_text()
     started = next(line for line in unit.splitlines() if line.startswith("ExecStart="))

@@ -1,0 +1,185 @@
+"""Conversions by real workers over a real Redis: done, failed, killed in the middle, and done before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from gearworkers.app import CONVERT_QUEUE
+from gearworkers.images.reference import Reference
+from gearworkers.images.registry import Repository
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.settings import Settings
+from tests.support import registries
+from tests.support.images import Image, contents_of, pull, tar_of
+from tests.support.processes import wait_until
+from tests.support.registry import Registry
+from tests.support.stack import Stack
+
+pytestmark = pytest.mark.root
+
+GEAR = [sys.executable, "-c", "from gearworkers.cli import main; main()"]
+A_DAY_S = 24 * 3600
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with registries.registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    directory = tmp_path_factory.mktemp("stack")
+    (directory / "remote").mkdir()
+    stack = Stack(directory, name="convert", settings={"GEAR_REMOTE": str(directory / "remote")})
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture
+def stack(running: Stack) -> Stack:
+    """Redis and a convert worker, alive."""
+    running.start("redis", "convert")
+    return running
+
+
+def at(peer: Registry, name: str) -> Repository:
+    return Repository.of(Settings(), Reference.parse(f"{peer.host}/{name}"))
+
+
+def begin(stack: Stack, *arguments: str) -> subprocess.Popen[str]:
+    command = [*GEAR, "convert", *arguments]
+    return subprocess.Popen(command, env=stack.environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def convert(stack: Stack, *arguments: str) -> tuple[int, str, str]:
+    process = begin(stack, *arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def big_layers(count: int, size_bytes: int = 8 << 20) -> list[bytes]:
+    """Layers that take long enough to be met in the middle."""
+    return [tar_of([(f"{at}/{part}", os.urandom(size_bytes // 200)) for part in range(200)]) for at in range(count)]
+
+
+def children(stack: Stack) -> list[int]:
+    listing = subprocess.run(["pgrep", "-P", str(stack.daemons["convert"].pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listing.stdout.split()]
+
+
+def done_layers(stack: Stack) -> int:
+    documents = Path(stack.settings["GEAR_REMOTE"]) / "documents"
+    return len(list(documents.glob("layer-*"))) if documents.exists() else 0
+
+
+def test_workers_convert_every_layer_and_find_them_done_the_second_time(stack: Stack, peer: Registry) -> None:
+    tars = [tar_of([(f"{name}/file", name.encode() * 1000)]) for name in ("a", "b", "c", "d")]
+    Image(tars).push(at(peer, "small"), "v1")
+    code, out, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:small")
+    assert code == 0 and "4, 0 of them converted before" in out, err
+    assert len([line for line in err.splitlines() if line.startswith("layer ")]) == 4
+    remote = open_remote(Settings(remote=stack.settings["GEAR_REMOTE"]))
+    assert [contents_of(tar, remote) for tar in pull(at(peer, "gear"), "small").tars] == [
+        contents_of(tar) for tar in tars
+    ]
+    remote.close()
+    code, out, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:small2")
+    assert code == 0 and "4, 4 of them converted before" in out, err
+    assert pull(at(peer, "gear"), "small2") == pull(at(peer, "gear"), "small")
+
+
+def test_the_contents_go_where_the_caller_says(stack: Stack, peer: Registry, tmp_path: Path) -> None:
+    Image([tar_of([("here", b"here" * 1000)])]).push(at(peer, "here"), "v1")
+    (tmp_path / "other").mkdir()
+    stack.settings, before = {"GEAR_REMOTE": str(tmp_path / "other")}, stack.settings
+    code, _, err = convert(stack, f"{peer.host}/here:v1", f"{peer.host}/gear:here")
+    stack.settings = before
+    assert code == 0, err
+    assert len(list((tmp_path / "other" / "objects").rglob("*"))) == 2
+
+
+def test_what_a_task_met_is_one_line_and_no_image_has_the_name(stack: Stack, peer: Registry) -> None:
+    Image([b"no tar" * 1000, tar_of([("good", b"")])]).push(at(peer, "bad"), "v1")
+    code, out, err = convert(stack, f"{peer.host}/bad:v1", f"{peer.host}/gear:bad")
+    lines = [line for line in err.splitlines() if not line.startswith("layer ")]
+    assert (code, out) == (2, "")
+    assert len(lines) == 1 and lines[0].startswith("gear: tar header at byte 0: the checksum is wrong")
+    assert "bad" not in tags(peer)
+
+
+def tags(peer: Registry) -> str:
+    with urllib.request.urlopen(f"http://{peer.host}/v2/gear/tags/list") as page:
+        return str(page.read())
+
+
+def test_results_are_kept_for_a_day_and_no_longer(stack: Stack) -> None:
+    client = redis.Redis(unix_socket_path=str(stack.redis_socket))
+    left_s = [client.ttl(key) for key in client.keys("celery-task-meta-*")]
+    assert left_s and all(0 < ttl_s <= A_DAY_S for ttl_s in left_s)
+    assert client.llen(CONVERT_QUEUE) == 0
+    client.close()
+
+
+def test_a_process_killed_in_the_middle_costs_nothing_but_its_layer_again(stack: Stack, peer: Registry) -> None:
+    Image(big_layers(4), compression="").push(at(peer, "killed"), "v1")
+    before = done_layers(stack)
+    process = begin(stack, f"{peer.host}/killed:v1", f"{peer.host}/gear:killed")
+    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    for pid in children(stack):
+        os.kill(pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "a worker was lost" not in err and "Gear image" in out
+    assert len(pull(at(peer, "gear"), "killed").tars) == 4
+
+
+def test_a_run_whose_worker_and_caller_were_killed_finishes_when_started_again(stack: Stack, peer: Registry) -> None:
+    Image(big_layers(4), compression="").push(at(peer, "twice"), "v1")
+    before = done_layers(stack)
+    process = begin(stack, f"{peer.host}/twice:v1", f"{peer.host}/gear:twice")
+    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    stack.kill("convert")
+    process.kill()
+    process.communicate()
+    done = done_layers(stack) - before
+    assert 0 < done < 4, "too quick to be killed in the middle"
+    assert "twice" not in tags(peer)
+    stack.start("convert")
+    code, out, err = convert(stack, f"{peer.host}/twice:v1", f"{peer.host}/gear:twice")
+    assert code == 0, err
+    found = int(next(line for line in out.splitlines() if line.startswith("Layers ")).split()[2])
+    assert done <= found <= 4  # what waited in the queue was done too, by the new worker
+    assert len(pull(at(peer, "gear"), "twice").tars) == 4
+
+
+def test_a_caller_who_waits_sends_what_a_lost_worker_had_to_the_next(stack: Stack, peer: Registry) -> None:
+    Image(big_layers(3), compression="").push(at(peer, "lost"), "v1")
+    before = done_layers(stack)
+    process = begin(stack, f"{peer.host}/lost:v1", f"{peer.host}/gear:lost")
+    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    stack.kill("convert")
+    time.sleep(0.1)
+    stack.start("convert")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "a worker was lost" in err and "Gear image" in out
+
+
+def test_without_a_worker_it_says_how_to_get_one(stack: Stack, peer: Registry) -> None:
+    stack.stop("convert")
+    code, _, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:none")
+    assert code == 2 and "no worker takes from the queue convert" in err and "--local" in err
+    client = redis.Redis(unix_socket_path=str(stack.redis_socket))
+    assert client.llen(CONVERT_QUEUE) == 0
+    client.close()
