@@ -1,0 +1,261 @@
+"""Requests for many: order, overlap, who waits for them, and what comes of those that fail. No kernel is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import GearError, NotFound, Unavailable
+from gearworkers.objects import ahead
+from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.large import LargeObject
+from gearworkers.objects.prefetch import Part, Prefetcher
+from gearworkers.objects.sources import Chunk, Content
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.workpool import Urgency, WorkPool
+
+LARGE_BYTES = 64 << 10
+CHUNK_BYTES = 16 << 10
+
+
+def sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+class Shelf:
+    """A source whose streams give one content for each `let`; whatever is asked alone comes at once."""
+
+    def __init__(self) -> None:
+        self.contents: dict[bytes, Content] = {}
+        self.streams: list[list[bytes]] = []
+        self.alone: list[bytes] = []
+        self.away = False
+        self._let = threading.Semaphore(0)
+
+    def put(self, content: bytes) -> bytes:
+        digest = sha256(content)
+        self.contents[digest] = content
+        if len(content) >= LARGE_BYTES:
+            starts = range(0, len(content), CHUNK_BYTES)
+            pieces = [content[at : at + CHUNK_BYTES] for at in starts]
+            self.contents.update((sha256(piece), piece) for piece in pieces)
+            self.contents[digest] = [
+                Chunk(at, len(piece), sha256(piece)) for at, piece in zip(starts, pieces, strict=True)
+            ]
+        return digest
+
+    def let(self, count: int = 1_000_000) -> None:
+        self._let.release(count)
+
+    def fetch(self, digest: bytes) -> Iterator[bytes]:
+        self.alone.append(digest)
+        found = self.contents.get(digest)
+        if not isinstance(found, bytes):
+            raise NotFound("none")
+        yield found
+
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+        if self.away:
+            raise Unavailable("away")
+        self.streams.append(list(digests))
+        for digest in digests:
+            self._let.acquire()
+            if digest in self.contents:
+                yield digest, self.contents[digest]
+
+    def layout(self, digest: bytes) -> Sequence[Chunk] | None:
+        self.alone.append(digest)
+        found = self.contents.get(digest)
+        return None if isinstance(found, bytes) else found
+
+    def chunk(self, digest: bytes) -> bytes:
+        return b"".join(self.fetch(digest))
+
+    def document(self, name: str) -> None:
+        return None
+
+
+class Node:
+    """A store that is filled from a shelf."""
+
+    def __init__(self, root: Path) -> None:
+        self.shelf = Shelf()
+        self.store = ObjectStore(root / "public")
+        self.store.prepare()
+        self.pool = WorkPool(6, for_background=3)
+        self.fetcher = Fetcher(self.store, root / "fetching", [self.shelf], self.pool, large_bytes=LARGE_BYTES)
+        self.fetcher.prepare()
+        self.prefetcher = Prefetcher(self.fetcher, [self.shelf], self.pool, large_bytes=LARGE_BYTES)
+
+    def soon(self, digests: Sequence[bytes], size_bytes: int) -> None:
+        self.prefetcher.soon([Part(digest, size_bytes) for digest in digests])
+
+    def open(self, digest: bytes, size_bytes: int) -> GearError | None:
+        """As somebody who opens it and waits."""
+        told: queue.Queue[GearError | None] = queue.Queue()
+        self.fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, told.put)
+        return told.get(timeout=20)
+
+    def read(self, digest: bytes, size_bytes: int, offset: int, length: int) -> bytes | GearError:
+        """As somebody who reads a large object."""
+        told: queue.Queue[bytes | GearError] = queue.Queue()
+
+        def opened(large: object) -> None:
+            assert isinstance(large, LargeObject)
+            large.read(offset, length, told.put)
+
+        self.fetcher.open_large(digest, size_bytes, Urgency.ON_DEMAND, opened)
+        return told.get(timeout=20)
+
+    def wait_for(self, digests: Sequence[bytes]) -> None:
+        wait_until(lambda: all(self.store.has(digest) for digest in digests))
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    one = Node(tmp_path)
+    yield one
+    one.shelf.let()
+    one.pool.close()
+
+
+def small(node: Node, count: int, size_bytes: int = 100) -> list[bytes]:
+    return [node.shelf.put(random.Random(number).randbytes(size_bytes)) for number in range(count)]
+
+
+def test_many_small_objects_come_in_one_request_in_the_order_asked_for(node: Node) -> None:
+    digests = small(node, 300)[::-1]
+    node.shelf.let()
+    node.soon(digests, 100)
+    node.wait_for(digests)
+    assert node.shelf.streams == [digests]
+    assert node.shelf.alone == []
+    assert (node.prefetcher.counts.contents, node.prefetcher.counts.size_bytes) == (300, 30_000)
+
+
+def test_the_next_request_begins_before_the_last_bytes_of_the_one_before(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "_REQUEST_BYTES", 10_000)
+    monkeypatch.setattr(ahead, "_OVERLAP_BYTES", 2_000)
+    digests = small(node, 20, 1000)
+    node.soon(digests, 1000)
+    node.shelf.let(7)
+    wait_until(lambda: node.prefetcher.counts.contents == 7)
+    assert len(node.shelf.streams) == 1
+    node.shelf.let(1)
+    wait_until(lambda: len(node.shelf.streams) == 2)
+    assert [digest for stream in node.shelf.streams for digest in stream] == digests
+    node.shelf.let()
+    node.wait_for(digests)
+
+
+def test_who_opens_what_a_stream_is_about_to_bring_has_it_from_there(node: Node) -> None:
+    node.fetcher._patience = ahead.Patience(100.0)
+    digests = small(node, 3)
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    threading.Timer(0.01, node.shelf.let).start()
+    assert node.open(digests[2], 100) is None
+    assert node.shelf.alone == []
+
+
+def test_who_opens_what_comes_late_waits_a_moment_and_then_has_it_fetched(node: Node) -> None:
+    digests = small(node, 3)
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    began_s = time.monotonic()
+    assert node.open(digests[2], 100) is None
+    assert time.monotonic() - began_s >= ahead.PATIENCE_S
+    assert node.shelf.alone == [digests[2]]
+    node.shelf.let()
+    node.wait_for(digests)
+
+
+def test_what_was_fetched_in_the_meantime_is_left_out_of_later_requests(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "_REQUEST_BYTES", 1000)
+    monkeypatch.setattr(ahead, "_OVERLAP_BYTES", 0)
+    digests = small(node, 30)
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    assert node.open(digests[25], 100) is None
+    assert node.shelf.alone == [digests[25]]
+    node.shelf.let()
+    node.wait_for(digests)
+    assert [digest for stream in node.shelf.streams for digest in stream] == digests[:25] + digests[26:]
+
+
+def test_of_a_large_object_only_the_chunks_that_were_read_come(node: Node) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    ranges = ((5 * CHUNK_BYTES, 10), (2 * CHUNK_BYTES + 1, CHUNK_BYTES))
+    node.prefetcher.soon([Part(digest, len(content), ranges)])
+    wait_until(lambda: node.prefetcher.counts.contents == 3)
+    chunks = [sha256(content[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in (5, 2, 3)]
+    assert node.shelf.streams == [[digest], chunks]
+    assert node.read(digest, len(content), 5 * CHUNK_BYTES, 10) == content[5 * CHUNK_BYTES :][:10]
+    assert node.shelf.alone == []
+    node.fetcher.fill_idle(0.0)  # it has been read
+    node.wait_for([digest])
+
+
+def test_a_large_object_that_nobody_reads_does_not_come_whole(node: Node) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content), ((0, 1),))])
+    wait_until(lambda: node.prefetcher.counts.contents == 1)
+    node.fetcher.fill_idle(0.0)
+    assert node.fetcher.arriving == 1
+    assert node.shelf.alone == []
+
+
+def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
+    node.shelf.let(1)  # the layout
+    wait_until(lambda: len(node.shelf.streams) == 2)
+    assert node.read(digest, len(content), 7 * CHUNK_BYTES, 5) == content[7 * CHUNK_BYTES :][:5]
+    assert node.shelf.alone == [sha256(content[7 * CHUNK_BYTES : 8 * CHUNK_BYTES])]
+    node.shelf.let()
+    node.wait_for([digest])
+
+
+def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node: Node) -> None:
+    digests = small(node, 5)
+    node.shelf.contents[digests[1]] = b"wrong"
+    right = node.shelf.contents.pop(digests[3])
+    node.shelf.let()
+    node.soon(digests, 100)
+    node.wait_for([digests[0], digests[2], digests[4]])
+    wait_until(lambda: node.fetcher.arriving == 0)
+    assert node.fetcher.counts.corrupt == 1
+    assert node.shelf.alone == [] and node.fetcher.failures == {}
+    node.shelf.contents[digests[3]] = right
+    assert node.open(digests[3], 100) is None
+
+
+def test_a_source_that_is_away_leaves_nothing_behind(node: Node) -> None:
+    digests = small(node, 5)
+    node.shelf.away = True
+    node.soon(digests, 100)
+    wait_until(lambda: node.fetcher.arriving == 0)
+    assert node.open(digests[0], 100) is None
