@@ -64,6 +64,11 @@ class Health:
             return "no"
         return "yes: " + "; ".join(f"{kind}: {reason}" for kind, reason in sorted(self._reasons.items()))
 
+    def forget(self) -> None:
+        """What was known was about another broker's workers."""
+        self._reasons.clear()
+        self._metrics.degraded.set(False)
+
     def note(self, kind: str, reason: str) -> None:
         """*reason* empty: a worker took it. Logged when it changes."""
         if reason == self.reason(kind):
@@ -110,6 +115,7 @@ class Dispatcher:
             self._settings = settings
             self.queue.close()
             self.queue = TaskQueue(settings)
+            self.health.forget()
 
     async def do(self, order: Order, body: Body | None) -> Outcome:
         """Get *order* done and return its answer; errors are answers. With a *body*, Docker waits for it."""
