@@ -133,7 +133,8 @@ class Dispatcher:
         """See that somebody takes it; the task if it is the gateway's own pool."""
         kind = "import" if offer.heavy else "push"
         expires_s = self._patience.expires_s
-        if not await self.queue.publish(offer.order, heavy=offer.heavy, expires_s=expires_s):
+        queue = self.queue
+        if not await queue.publish(offer.order, heavy=offer.heavy, expires_s=expires_s):
             reason = "Redis does not answer"
         elif await self._picked_up(offer, kind):
             reason = ""
@@ -141,10 +142,11 @@ class Dispatcher:
             reason = "" if self._is_busy(offer) else "no worker takes tasks"
             _log.info("no worker is free", call=offer.order.call, id=offer.order.id, reason=reason or "all are busy")
         if offer.claimed.done():
-            self.health.note(kind, "")
-            return None
-        if reason:
+            reason = ""
+        if queue is self.queue and (reason or offer.claimed.done()):  # else it tells of a broker that was replaced
             self.health.note(kind, reason)
+        if offer.claimed.done():
+            return None
         return asyncio.get_running_loop().create_task(self._pool.perform(offer.order))
 
     async def _picked_up(self, offer: Offer, kind: str) -> bool:
