@@ -7,6 +7,7 @@ import http.client
 import json
 import random
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -354,8 +355,7 @@ def test_it_does_not_listen_to_others_without_a_token(tmp_path: Path) -> None:
         ManagerServer(replace(settings, manager_write_tokens_file=tmp_path / "one", manager_listen=listen))
 
 
-def test_it_speaks_tls_to_who_trusts_it(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def make_certificate(cert: Path, key: Path) -> None:
     subprocess.run(
         shlex.split(
             "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
@@ -364,15 +364,27 @@ def test_it_speaks_tls_to_who_trusts_it(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
+
+
+def test_it_speaks_tls_to_who_trusts_it_and_its_certificate_is_renewed(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_certificate(cert, key)
     environ = {"GEAR_MANAGER_TLS_CERT_FILE": str(cert), "GEAR_MANAGER_TLS_KEY_FILE": str(key)}
     with manager_server(tmp_path / "manager", environ) as server:
         url = server.url.replace("http://127.0.0.1", "https://localhost")
         settings = replace(Settings(), gear_root=tmp_path / "gear", remote=url)
-        trusting = open_remote(replace(settings, remote_ca_file=cert))
+        trusted = Path(shutil.copy(cert, tmp_path / "trusted.pem"))
+        trusting = open_remote(replace(settings, remote_ca_file=trusted))
         trusting.put_many([(hashlib.sha256(b"x").digest(), b"x")])
         assert trusting.has([hashlib.sha256(b"x").digest()])
         with pytest.raises(FailedPrecondition, match="GEAR_REMOTE_CA_FILE"):
             open_remote(settings).has([bytes(32)])
+        cert.write_text("half of a new one")
+        open_remote(replace(settings, remote_ca_file=trusted)).has([bytes(32)])
+        make_certificate(cert, key)
+        with pytest.raises(FailedPrecondition, match="GEAR_REMOTE_CA_FILE"):
+            open_remote(replace(settings, remote_ca_file=trusted)).has([bytes(32)])
+        open_remote(replace(settings, remote_ca_file=cert)).has([bytes(32)])
         trusting.close()
 
 

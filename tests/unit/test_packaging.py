@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.services.manager.server import FINISHING_S
+
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -22,7 +24,7 @@ def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() ->
     command = ["docker-compose", "-f", str(CHECKOUT / "docker-compose.yml"), "config", "--services"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == set(procfile())
+    assert set(done.stdout.split()) == {*procfile(), "manager"}, "a manager is no part of a node, and has a profile"
 
 
 @pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
@@ -31,6 +33,13 @@ def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
     started = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
     words = procfile()[name].removeprefix("exec ").removeprefix("nice ").split()
     assert started.split()[1:] == [word.replace("$GEAR_NODE", "${GEAR_NODE}") for word in words[1:]]
+
+
+def test_the_managers_unit_gives_it_time_to_finish() -> None:
+    unit = (CHECKOUT / "packaging" / "systemd" / "gear-manager.service").read_text()
+    (seconds,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("TimeoutStopSec=")]
+    assert int(seconds) > FINISHING_S
+    assert "ExecStart=/opt/gearworkers/.venv/bin/gear manager\n" in unit
 
 
 def test_redis_keeps_what_it_was_given() -> None:

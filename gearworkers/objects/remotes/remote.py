@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import structlog
@@ -19,6 +21,7 @@ from gearworkers.objects.store import verify_file
 _log = structlog.get_logger(__name__)
 
 _WINDOW_CHUNKS = 64
+_WINDOWS_AT_ONCE = 3
 _BATCH_BLOBS = 256
 _BATCH_BYTES = 4 << 20
 _RACES = 20
@@ -77,13 +80,25 @@ class Remote:
         return new
 
     def _put_chunks(self, source_fd: int) -> Iterator[tuple[int, bytes]]:
-        """Store the chunks that are missing; (size in bytes, digest) of all, in order."""
+        """Store the chunks that are missing; (size in bytes, digest) of all, in order.
+
+        A few windows are on their way at once: one is cut and hashed while others are packed, sent and synced.
+        """
         pieces = ((hashlib.sha256(piece).digest(), bytes(piece)) for piece in chunks_of(source_fd))
-        while batch := list(islice(pieces, _WINDOW_CHUNKS)):
-            missing = _missing(batch, self.blobs.present([digest for digest, _ in batch]))
-            if missing:
-                self.blobs.put_many([(digest, codec.encode(piece)) for digest, piece in missing])
-            yield from ((len(piece), digest) for digest, piece in batch)
+        under_way: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(_WINDOWS_AT_ONCE, thread_name_prefix="put") as threads:
+            while window := list(islice(pieces, _WINDOW_CHUNKS)):
+                if len(under_way) == _WINDOWS_AT_ONCE:
+                    under_way.popleft().result()
+                under_way.append(threads.submit(self._put_window, window))
+                yield from ((len(piece), digest) for digest, piece in window)
+            for future in under_way:
+                future.result()
+
+    def _put_window(self, window: Sequence[tuple[bytes, bytes]]) -> None:
+        missing = _missing(window, self.blobs.present([digest for digest, _ in window]))
+        if missing:
+            self.blobs.put_many([(digest, codec.encode(piece)) for digest, piece in missing])
 
     # -- fetching
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import ssl
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import structlog
 from aiohttp import web
@@ -18,6 +17,7 @@ from gearworkers.objects.remotes.remote import Remote
 from gearworkers.services.manager.access import Access, is_loopback
 from gearworkers.services.manager.app import Manager
 from gearworkers.services.manager.store import Store
+from gearworkers.services.manager.tls import certificate
 from gearworkers.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -25,7 +25,7 @@ _log = structlog.get_logger(__name__)
 MOST_CONNECTIONS = 2048
 _MOST_LINE_BYTES = 8190
 _LINGERING_S = 1.0
-_FINISHING_S = 60.0
+FINISHING_S = 60.0
 _BACKLOG = 512
 
 
@@ -46,7 +46,7 @@ class ManagerServer:
                 f"GEAR_MANAGER_LISTEN={settings.manager_listen} can be reached by others, and anybody could write; "
                 "set GEAR_MANAGER_WRITE_TOKENS_FILE, or listen on 127.0.0.1"
             )
-        self._tls = _tls(settings)
+        self._tls = certificate(settings)
         if self._tls is None and not is_loopback(self._host):
             _log.warning("tokens and objects go over the network in the clear; set GEAR_MANAGER_TLS_CERT_FILE")
         if not settings.manager_store:
@@ -63,7 +63,7 @@ class ManagerServer:
             lingering_time=_LINGERING_S,
             max_line_size=_MOST_LINE_BYTES,
             max_field_size=_MOST_LINE_BYTES,
-            shutdown_timeout=_FINISHING_S,
+            shutdown_timeout=FINISHING_S,
         )
         self._connections = 0
         self._server: asyncio.Server | None = None
@@ -82,7 +82,7 @@ class ManagerServer:
                 self._connection,
                 self._host,
                 self._port,
-                ssl=self._tls,
+                ssl=self._tls.context if self._tls is not None else None,
                 ssl_handshake_timeout=None if self._tls is None else self._settings.manager_client_timeout_s,
                 backlog=_BACKLOG,
             )
@@ -99,6 +99,8 @@ class ManagerServer:
 
     def _connection(self) -> asyncio.Protocol:
         assert self._runner.server is not None
+        if self._tls is not None:
+            self._tls.refresh()  # asyncio asks for the protocol before it shakes hands
         inner = cast(asyncio.Protocol, self._runner.server())
         return _Counted(inner, self)
 
@@ -177,15 +179,3 @@ def _make(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
         raise from_os_error(exc, f"make {directory}") from exc
-
-
-def _tls(settings: Settings) -> Any:
-    cert, key = settings.manager_tls_cert_file, settings.manager_tls_key_file
-    if cert is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(cert, key)
-    except OSError as exc:
-        raise FailedPrecondition(f"GEAR_MANAGER_TLS_CERT_FILE={cert}: {exc}") from exc
-    return context
