@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 _EVENT = struct.Struct("<IBBHQii")
 _VERSION = 3
+_EXECUTED = 0x1000
 _OVERFLOW = 0x4000
 _BUFFER_BYTES = 4096
 
@@ -19,8 +20,8 @@ class Overflow(Exception):
     """More was opened than the kernel remembers: what follows is incomplete."""
 
 
-def opened_files(group_fd: int) -> Iterator[int]:
-    """A descriptor of each file that was opened since the last call, in order; closed after its turn.
+def opened_files(group_fd: int) -> Iterator[tuple[int, bool]]:
+    """Each file that was opened since the last call, in order: a descriptor, closed after its turn; if it was executed.
 
     Reading opens each file once more: it may wait for whoever serves it.
 
@@ -38,18 +39,18 @@ def opened_files(group_fd: int) -> Iterator[int]:
         except OSError:
             continue  # a file that cannot be opened again: that event is gone
         at = 0
-        descriptors = []
+        opened = []
         lost = False
         while at < len(events):
             length, version, _, _, mask, fd, _ = _EVENT.unpack_from(events, at)
             at += length
             lost = lost or bool(mask & _OVERFLOW) or version != _VERSION
             if fd >= 0:
-                descriptors.append(fd)
+                opened.append((fd, bool(mask & _EXECUTED)))
         try:
-            yield from descriptors
+            yield from opened
         finally:
-            for fd in descriptors:
+            for fd, _ in opened:
                 os.close(fd)
         if lost:
             raise Overflow

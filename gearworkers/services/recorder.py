@@ -76,8 +76,9 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
 
 
 def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float) -> dict[bytes, int]:
-    """Digest and size in bytes of what is opened, in order."""
+    """Digest and size in bytes of what is opened, in order; nothing if nothing is executed, as when files are copied."""
     objects: dict[bytes, int] = {}
+    has_run = False
     poll = select.poll()
     poll.register(group_fd, select.POLLIN)
     poll.register(stop_fd, select.POLLIN)
@@ -87,14 +88,15 @@ def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float)
         ready = poll.poll(max(end_s - time.monotonic(), 0.0) * 1000)
         is_over = not ready or any(fd == stop_fd for fd, _ in ready) or len(objects) >= profile.MOST_OBJECTS
         try:
-            for fd in opened_files(group_fd):
+            for fd, is_executed in opened_files(group_fd):
+                has_run = has_run or is_executed
                 found = known.object(fd)
                 if found is not None:
                     objects.setdefault(*found)
         except Overflow:
             _log.warning("more was opened than the kernel could tell; what comes later is left out")
             break
-    return objects
+    return objects if has_run else {}
 
 
 def main() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,13 +21,14 @@ from gearworkers.layers.startup import profile_name
 from gearworkers.layers.store import LayerStore
 from gearworkers.mounts.lazy.client import read_status
 from gearworkers.mounts.lazy.place import wait_until_mounted
+from gearworkers.mounts.overlay import is_mounted
 from gearworkers.objects import profile
-from gearworkers.objects.profile import Profile
+from gearworkers.objects.profile import Opened, Profile
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
-from tests.support.lazynode import LazyNode, gear_tar, until
+from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -87,8 +91,15 @@ def has(node: LazyNode, name: str) -> bool:
     return ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(digest(name)))
 
 
+def start(root: Path) -> None:
+    """What the container does first: it runs a program, which is not the image's."""
+    shutil.copy("/bin/true", root / "true")
+    subprocess.run([root / "true"], check=True)
+    read_some(root)
+
+
 def read_some(root: Path) -> None:
-    """What the container does."""
+    """What it does then."""
     for name in SMALL:
         assert (root / name).read_bytes() == FILES[name]
     fd = os.open(root / "lib/large", os.O_RDONLY)
@@ -109,7 +120,7 @@ def test_what_a_container_opens_on_one_node_is_here_on_another_before_it_is_open
 ) -> None:
     first = start_node("a")
     first.apply(gear_tar(FILES), "image")
-    read_some(first.run("c1"))
+    start(first.run("c1"))
     first.driver.put("c1")
     found = recorded(remote, document(first))
     assert [opened.digest for opened in found.objects] == [*map(digest, SMALL), digest("lib/large")]
@@ -126,3 +137,110 @@ def test_what_a_container_opens_on_one_node_is_here_on_another_before_it_is_open
     status = second.status()
     assert status.lookups - lookups == 1  # the large one is read through the server
     assert (status.on_demand, status.profiles_found, status.profiles_absent) == (0, 1, 0)
+
+
+def test_a_container_in_its_own_namespaces_is_recorded_also_what_is_here_already(
+    start_node: StartNode, remote: Remote
+) -> None:
+    node = start_node("a")
+    node.apply(gear_tar(FILES), "image")
+    start(node.run("before"))
+    node.driver.put("before")
+    name = document(node)
+    recorded(remote, name)
+    remote.put_document(name, b"damaged")
+
+    root = node.run("c1")
+    (root / "old").mkdir()
+    shutil.copy("/bin/true", root / "true")
+    script = f"""
+        mount --bind {root} {root} && cd {root} && pivot_root . old && cd / && /true
+        for file in {" ".join(SMALL)}; do read line < /$file; done 2> /old/dev/null; exit 0
+    """
+    subprocess.run(["unshare", "-m", "sh", "-c", script], check=True)
+    node.driver.put("c1")
+    until(lambda: remote.document(name) != b"damaged", "it was recorded anew")
+    assert [opened.digest for opened in recorded(remote, name).objects] == [*map(digest, SMALL)]
+
+
+def test_a_recorded_container_can_be_removed_at_any_time_and_leaves_nothing(
+    start_node: StartNode, remote: Remote
+) -> None:
+    node = start_node("a")
+    node.apply(gear_tar(FILES), "image")
+    root = node.run("c1")
+    assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
+    until(lambda: bool(recorders()), "the recorder runs")
+    node.driver.remove("c1")
+    node.driver.remove("image")
+    assert not is_mounted(root)
+    until(lambda: not recorders(), "the recorder has ended")
+    assert not node.settings.gear_images_path.joinpath("image").exists()
+
+
+def test_files_that_are_read_without_a_program_running_are_no_start(start_node: StartNode, remote: Remote) -> None:
+    node = start_node("a")
+    node.apply(gear_tar(FILES), "image")
+    read_some(node.run("copied"))
+    node.driver.put("copied")
+    start(node.run("c1"))
+    node.driver.put("c1")
+    until(lambda: "recording" not in [thread.name for thread in threading.enumerate()], "both are over")
+    assert len(recorded(remote, document(node)).objects) == len(SMALL) + 1
+
+
+def test_the_gateways_end_ends_its_recordings(start_node: StartNode, remote: Remote) -> None:
+    node = start_node("a")
+    node.apply(gear_tar(FILES), "image")
+    root = node.run("c1")
+    assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
+    until(lambda: bool(recorders()), "the recorder runs")
+    node.driver.release()
+    assert not recorders()
+    assert is_mounted(root)
+
+
+def test_without_a_window_nothing_is_recorded(start_node: StartNode, remote: Remote) -> None:
+    node = start_node("a")
+    node.settings = node.driver.settings = replace(node.settings, profile_window_s=0.0)
+    node.apply(gear_tar(FILES), "image")
+    assert (node.run("c1") / SMALL[0]).read_bytes() == FILES[SMALL[0]]
+    assert "recording" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"damaged",
+        profile.pack(Profile((Opened("0" * 64, 5), Opened(hashlib.sha256(LARGE).hexdigest(), 5, ((1 << 50, 9),))))),
+    ],
+)
+def test_a_profile_that_is_damaged_or_of_something_else_disturbs_nobody(
+    start_node: StartNode, remote: Remote, data: bytes
+) -> None:
+    node = start_node("a")
+    node.apply(gear_tar(FILES), "image")
+    remote.put_document(document(node), data)
+    read_some(node.run("c1"))
+    assert node.status().prefetched == 0
+    assert node.status().failures == {}
+
+
+def test_a_remote_that_is_away_delays_no_start(tmp_path: Path) -> None:
+    with lazy_node(tmp_path) as node:
+        node.shelf.behave(away=True, delay_s=1.0)
+        node.pull(FILES)
+        began_s = time.monotonic()
+        root = node.run("c1")
+        assert time.monotonic() - began_s < 0.9
+        with pytest.raises(OSError):
+            (root / SMALL[0]).read_bytes()
+        node.shelf.behave()
+        read_some(root)
+
+
+def recorders() -> list[int]:
+    """The recorders of this process."""
+    children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [int(pid) for pid, command in commands.items() if b"gearworkers.services.recorder" in command]
