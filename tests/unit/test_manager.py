@@ -23,6 +23,7 @@ import openapi_spec_validator
 import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
+from gearworkers.objects import profile
 from gearworkers.objects.remotes import codec, frames
 from gearworkers.objects.remotes.manager import ManagerStore
 from gearworkers.objects.remotes.opening import open_remote
@@ -155,14 +156,33 @@ def test_what_is_no_request_is_refused(server: Service) -> None:
 
 def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> None:
     wanted = [push(server, b"first %d" % number) for number in range(50)]
-    profile = json.dumps({"digests": [*wanted, sha256(b"absent")]}).encode()
-    assert call(server, "PUT", "/v1/documents/profiles/app:1", profile)[0] == 204
+    opened = [profile.Opened(name, 10) for name in [*wanted, sha256(b"absent")]]
+    assert put_profile(server, "app:1", *opened) == 204
     body = json.dumps({"document": "profiles/app:1", "skip": wanted[:10]}).encode()
     status, _, stream = call(server, "POST", "/v1/prefetch", body)
     assert status == 200
-    file = iter_frames(stream)
-    assert [digest.hex() for digest, _ in file] == wanted[10:]
+    assert [digest.hex() for digest, _ in iter_frames(stream)] == wanted[10:]
     assert call(server, "POST", "/v1/prefetch", b'{"document": "profiles/none"}')[0] == 404
+    assert call(server, "PUT", "/v1/documents/profiles/lie", b"nothing")[0] == 204
+    assert call(server, "POST", "/v1/prefetch", b'{"document": "profiles/lie"}')[0] == 400
+
+
+def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) -> None:
+    name = push(server, LARGE)
+    at, size = 1_000_000, 300_000
+    assert put_profile(server, "large:1", profile.Opened(name, len(LARGE), ((at, size),))) == 204
+    (first, layout), *chunks = iter_frames(call(server, "POST", "/v1/prefetch", b'{"document": "profiles/large:1"}')[2])
+    assert first.hex() == name
+    offsets = {chunk.digest: chunk.offset for chunk in codec.decode_layout(first, layout)}
+    contents = {offsets[digest]: codec.decode(digest, blob) for digest, blob in chunks}
+    begin = min(contents)
+    together = b"".join(content for _, content in sorted(contents.items()))
+    assert begin <= at < at + size <= begin + len(together) < at + size + (512 << 10)
+    assert together == LARGE[begin : begin + len(together)]
+
+
+def put_profile(server: Service, name: str, *opened: profile.Opened) -> int:
+    return call(server, "PUT", f"/v1/documents/profiles/{name}", profile.pack(profile.Profile(opened)))[0]
 
 
 def test_a_document_has_versions(server: Service) -> None:

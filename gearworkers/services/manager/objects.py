@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from gearworkers.digest import DIGEST_BYTES
-from gearworkers.errors import InvalidInput, NotFound
+from gearworkers.errors import InvalidInput
 from gearworkers.objects.remotes import codec, frames
 from gearworkers.objects.remotes.blobs import DOCUMENT_NAME, MOST_NAME_CHARS
 from gearworkers.objects.remotes.manager import Digests, Hex, Present
@@ -34,14 +34,8 @@ class Stored(msgspec.Struct, frozen=True):
     stored: int
 
 
-class Profile(msgspec.Struct, frozen=True):
-    """A document that names objects in the order in which they are wanted."""
-
-    digests: list[Hex]
-
-
 class Prefetch(msgspec.Struct, frozen=True):
-    """What is wanted before it is asked for: a profile's objects, but those that are here."""
+    """What is wanted before it is asked for: what a profile names, but the contents that are here."""
 
     document: Annotated[str, msgspec.Meta(pattern=f"^{DOCUMENT_NAME.pattern}$", max_length=MOST_NAME_CHARS)]
     skip: list[Hex] = []
@@ -111,12 +105,9 @@ class ObjectCalls:
     async def prefetch(self, request: web.Request) -> web.StreamResponse:
         """What a profile names, in its order, in one stream."""
         asked = msgspec.json.decode(await self._body(request).whole(MOST_JSON_BYTES), type=Prefetch)
-        profile = await self._store.run(lambda: self._store.remote.document(asked.document))
-        if profile is None:
-            raise NotFound(f"document {asked.document} is not there")
+        named = await self._store.run(lambda: self._store.named_by(asked.document))
         skipped = set(map(bytes.fromhex, asked.skip))
-        named = map(bytes.fromhex, msgspec.json.decode(profile, type=Profile).digests)
-        return await self._send_blobs(request, [digest for digest in dict.fromkeys(named) if digest not in skipped])
+        return await self._send_blobs(request, [digest for digest in named if digest not in skipped])
 
     async def push_one(self, request: web.Request) -> web.Response:
         """An object, verified while it comes."""

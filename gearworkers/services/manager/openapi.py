@@ -14,7 +14,7 @@ from gearworkers.objects.remotes.blobs import DOCUMENT_NAME, MOST_NAME_CHARS
 from gearworkers.objects.remotes.manager import MOST_DIGESTS, VERSION_HEADER, Digests, Present, Problem
 from gearworkers.services.manager.documents import MOST_VERSION
 from gearworkers.services.manager.nodes import Joining, Node
-from gearworkers.services.manager.objects import Prefetch, Profile, Stored
+from gearworkers.services.manager.objects import Prefetch, Stored
 
 _Kind = str | type | GenericAlias
 """A media type, or what its JSON holds."""
@@ -54,7 +54,7 @@ _FRAMES = (
 def document(*, tokens: bool = True) -> dict[str, Any]:
     """The OpenAPI document; *tokens* says whether they are asked for."""
     schemas = msgspec.json.schema_components(
-        [Digests, Present, Problem, Prefetch, Profile, Stored, Joining, Node], ref_template=_REFS
+        [Digests, Present, Problem, Prefetch, Stored, Joining, Node], ref_template=_REFS
     )[1]
     return {
         "openapi": "3.1.0",
@@ -140,9 +140,9 @@ def _paths() -> dict[str, dict[str, Any]]:
         "/v1/prefetch": {
             "post": _call(
                 "prefetch",
-                "The blobs that a profile names, in its order, in one stream.",
+                "The blobs that a start-up profile names, in its order, in one stream.",
                 [],
-                "The document has the form of Profile.",
+                "After a large object's layout come the chunks that the profile says are read.",
                 body=Prefetch,
                 answers=frames.CONTENT_TYPE,
             )
