@@ -14,6 +14,8 @@ from pathlib import Path
 
 import structlog
 
+from gearworkers.errors import GearError
+from gearworkers.mounts.lazy.client import Known, tell
 from gearworkers.mounts.sys import watch_opens
 from gearworkers.settings import Settings
 
@@ -83,7 +85,7 @@ class Recordings:
 
     def _run(self, id: str, recording: Recording, group_fd: int, stop_fd: int, end: FileIO) -> None:
         try:
-            if _is_used(group_fd, stop_fd, recording.settings.profile_window_s):
+            if _is_used(group_fd, stop_fd, recording.settings.profile_window_s) and not _is_known(recording):
                 self._record(recording, group_fd, stop_fd)
         except OSError as exc:
             _log.warning("a start cannot be recorded", container=id, error=f"{exc}")
@@ -128,3 +130,11 @@ def _is_used(group_fd: int, stop_fd: int, window_s: float) -> bool:
         poll.unregister(group_fd)
         poll.poll(min(_HEAD_START_S, window_s) * 1000)
     return is_used
+
+
+def _is_known(recording: Recording) -> bool:
+    """Whether a profile has been found in the meantime."""
+    try:
+        return tell(recording.settings.lazyfs_socket, recording.image, starts=True) is Known.FOUND
+    except GearError:
+        return False

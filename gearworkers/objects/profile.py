@@ -28,6 +28,9 @@ _MOST_PACKED_BYTES = 4 << 20
 _MOST_BYTES = 32 << 20
 _LEVEL = 9
 _RACES = 5
+_WORTH_SHARE = 0.1
+_WORTH_BYTES = 1 << 20
+_REQUEST_COST_BYTES = 64 << 10
 _HEX_CHARS = 2 * DIGEST_BYTES
 
 Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
@@ -95,6 +98,20 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             result.append((offset, size_bytes))
     return result
+
+
+def adds_much(old: Profile, new: Profile) -> bool:
+    """Whether a start by the old one alone would wait for so much of the new one that it is worth another version."""
+    both = merged(old, new)
+    return _wanted_bytes(both) - _wanted_bytes(old) > _wanted_bytes(old) * _WORTH_SHARE + _WORTH_BYTES
+
+
+def _wanted_bytes(profile: Profile) -> int:
+    """What is prefetched, and something for each object: a request costs as much as some kilobytes."""
+    return sum(
+        _REQUEST_COST_BYTES + (sum(size for _, size in opened.ranges) if opened.ranges else opened.size_bytes)
+        for opened in profile.objects
+    )
 
 
 def keep(remote: Remote, name: str, profile: Profile, *, again: bool) -> bool:

@@ -33,11 +33,13 @@ from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.prefetch import Prefetcher
 from gearworkers.objects.remotes.opening import has_near, open_near, open_remote
+from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.sources import Source
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_contents import LazyContents
 from gearworkers.services.lazyfs_control import ControlServer
+from gearworkers.services.lazyfs_misses import Misses
 from gearworkers.services.lazyfs_profiles import Profiles
 from gearworkers.settings import Settings
 
@@ -61,10 +63,21 @@ class LazyServer:
         self._pool = WorkPool(settings.fetch_threads, for_background=max(settings.fetch_threads // 2, 1))
         large_bytes = settings.large_object_bytes
         self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)
-        self._contents = LazyContents(self._store, self._arrivals, self._wanted, self._fetcher, large_bytes=large_bytes)
+        layers = LayerStore(settings, self._store)
+        remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
         self._prefetcher = Prefetcher(self._fetcher, sources, self._pool, large_bytes=large_bytes)
-        self._profiles = Profiles(LayerStore(settings, self._store), self._document, self._prefetcher.soon)
+        self._profiles = Profiles(layers, self._document, self._prefetcher.soon)
+        self._misses = Misses(
+            layers,
+            remote,
+            lambda object: self._contents.reads(object),
+            self._profiles.known,
+            window_s=settings.profile_window_s,
+        )
+        self._contents = LazyContents(
+            self._store, self._arrivals, self._wanted, self._fetcher, self._misses.missed, large_bytes=large_bytes
+        )
         self._stop = threading.Event()
 
     def run(self) -> None:
@@ -185,7 +198,10 @@ class LazyServer:
         return client.Coming(len(wanted))
 
     def _image(self, body: bytes) -> client.Known:
-        return self._profiles.tell(msgspec.json.decode(body, type=client.Image))
+        news = msgspec.json.decode(body, type=client.Image)
+        if news.starts:
+            self._misses.begin(news.layer)
+        return self._profiles.tell(news)
 
     def _reads(self, body: bytes) -> client.Reads:
         objects = msgspec.json.decode(body, type=client.Objects).objects

@@ -21,12 +21,29 @@ class LazyContents:
     """The objects of one store's incomplete layers; implements `mounts.lazy.tree.Contents`."""
 
     def __init__(
-        self, store: ObjectStore, arrivals: Arrivals, wanted: WantedObjects, fetcher: Fetcher, *, large_bytes: int
+        self,
+        store: ObjectStore,
+        arrivals: Arrivals,
+        wanted: WantedObjects,
+        fetcher: Fetcher,
+        missed: Callable[[bytes, int], None],
+        *,
+        large_bytes: int,
     ) -> None:
+        """
+        Args:
+            store: Where objects are.
+            arrivals: Where the overlay finds them in time.
+            wanted: What there is.
+            fetcher: Who brings them.
+            missed: Told digest and size in bytes of each object that is wanted and not here.
+            large_bytes: From this size on an object is served while it arrives.
+        """
         self._store = store
         self._arrivals = arrivals
         self._wanted = wanted
         self._fetcher = fetcher
+        self._missed = missed
         self._large_bytes = large_bytes
         self._served: dict[int, LargeObject | File] = {}
         self._reads: dict[int, list[tuple[int, int]]] = {}
@@ -45,6 +62,8 @@ class LazyContents:
         except GearError as exc:
             done(exc)
             return
+        if not is_here:
+            self._missed(digest, size_bytes)
         if is_here:
             done(self._arrive(digest))
         elif size_bytes >= self._large_bytes:

@@ -22,7 +22,7 @@ _log = structlog.get_logger(__name__)
 
 _SETTLED_S = 0.2
 """A pull is over, or pauses, when no layer has come for so long; only the topmost one is an image then."""
-_MOST_KNOWN = 10_000
+_MOST_KNOWN = 100
 
 
 @dataclass(slots=True)
@@ -52,17 +52,21 @@ class Profiles:
         self._document = document
         self._bring = bring
         self._news: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, tuple[str, Profile | None]] = {}
         self.counts = ProfileCounts()
         self._thread = threading.Thread(target=self._run, name="profiles", daemon=True)
         self._thread.start()
 
     def tell(self, news: Image) -> Known:
         """A layer is here, or a container starts; what is known by now of the profile of the image that ends there."""
-        known = self._known.get(news.layer, Known.UNKNOWN)
-        if not news.starts or known is not Known.FOUND:
+        name, known = self.known(news.layer)
+        if known is None or not news.starts:
             self._news.put(news)
-        return known
+        return Known.FOUND if known is not None else Known.ABSENT if name else Known.UNKNOWN
+
+    def known(self, layer: str) -> tuple[str, Profile | None]:
+        """The document's name, empty if nobody has asked for it yet, and the profile of the image that ends there."""
+        return self._known.get(layer, ("", None))
 
     def close(self) -> None:
         """Let the thread end after what it is at."""
@@ -95,25 +99,28 @@ class Profiles:
         return [image for id, image in images.items() if image.starts or id not in parents]
 
     def _look_for(self, image: Image) -> None:
-        if image.starts and self._known.get(image.layer) is Known.FOUND:
-            return  # it came in the meantime
-        data = self._document(profile_name(self._layers, image.layer))
-        try:
-            found = profile.unpack(data) if data is not None else None
-        except IntegrityError as exc:
-            _log.warning("a profile is not what it should be", image=image.layer, error=str(exc))
-            found = None
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
+        found = self.known(image.layer)[1] if image.starts else None
+        found = found or self._asked_for(image.layer)
         if found is None:
-            self._known[image.layer] = Known.ABSENT
             self.counts.absent += image.starts
             return
-        self._known[image.layer] = Known.FOUND
         self.counts.found += 1
         parts = _parts(found, image_objects(self._layers, image.layer))
         _log.info("a profile is prefetched", image=image.layer, objects=len(parts), named=len(found.objects))
         self._bring(parts)
+
+    def _asked_for(self, layer: str) -> Profile | None:
+        name = profile_name(self._layers, layer)
+        data = self._document(name)
+        try:
+            found = profile.unpack(data) if data is not None else None
+        except IntegrityError as exc:
+            _log.warning("a profile is not what it should be", image=layer, error=str(exc))
+            found = None
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[layer] = name, found
+        return found
 
 
 def _parts(found: Profile, lists: Sequence[ObjectList]) -> list[Part]:

@@ -45,7 +45,7 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
         merged: Where the container is mounted.
         group_fd: As `mounts.sys.watch_opens` gives it.
         stop_fd: A pipe.
-        again: Whether to add to a profile that is there.
+        again: Whether to add to a profile that is there. If not, this is a start only if something is executed.
 
     Raises:
         GearError: The layers are gone, or what the remote says.
@@ -53,7 +53,7 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
     name = profile_name(layers, image)
     with OpenedObjects(layers.chain(image), image_objects(layers, image), merged) as known:
-        objects = _watched(known, group_fd, stop_fd, settings.profile_window_s)
+        objects = _watched(known, group_fd, stop_fd, settings.profile_window_s, must_run=not again)
     large = [digest.hex() for digest, size_bytes in objects.items() if size_bytes >= settings.large_object_bytes]
     try:
         reads = read_parts(settings.lazyfs_socket, large) if large else {}
@@ -75,8 +75,8 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
     return found
 
 
-def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float) -> dict[bytes, int]:
-    """Digest and size in bytes of what is opened, in order; nothing if nothing is executed, as when files are copied."""
+def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float, *, must_run: bool) -> dict[bytes, int]:
+    """Digest and size in bytes of what is opened, in order; nothing if *must_run* and nothing is executed."""
     objects: dict[bytes, int] = {}
     has_run = False
     poll = select.poll()
@@ -96,7 +96,7 @@ def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float)
         except Overflow:
             _log.warning("more was opened than the kernel could tell; what comes later is left out")
             break
-    return objects if has_run else {}
+    return objects if has_run or not must_run else {}
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -37,7 +38,11 @@ LARGE = random.Random(1).randbytes(4 << 20)
 FILES = {f"etc/file{number}": b"content %d" % number * 50 for number in range(20)} | {"lib/large": LARGE}
 SMALL = [f"etc/file{number}" for number in (7, 3, 11)]
 
-StartNode = Callable[[str], LazyNode]
+
+class StartNode(Protocol):
+    """Starts the node of this name."""
+
+    def __call__(self, name: str, window_s: float = 30.0) -> LazyNode: ...
 
 
 @pytest.fixture
@@ -56,16 +61,17 @@ def remote(tmp_path: Path) -> Remote:
 def start_node(tmp_path: Path, remote: Remote) -> Iterator[StartNode]:
     """Makes nodes by name, each with a `gear lazyfs` of its own."""
     with ExitStack() as stack:
-        yield lambda name: stack.enter_context(_node(tmp_path / name, tmp_path / "remote"))
+        yield lambda name, window_s=30.0: stack.enter_context(_node(tmp_path / name, tmp_path / "remote", window_s))
 
 
 @contextmanager
-def _node(root: Path, remote: Path) -> Iterator[LazyNode]:
+def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
     root.mkdir()
     node = LazyNode(root)
     node.settings = replace(node.settings, remote=str(remote))
     node.driver.settings = node.settings
     environ = {"GEAR_ROOT": str(root / "gear"), "GEAR_RUN_DIR": str(root / "run"), "GEAR_REMOTE": str(remote)}
+    environ["GEAR_PROFILE_WINDOW_S"] = str(window_s)
     with subprocess.Popen([GEAR, "lazyfs"], env=os.environ | environ) as server:
         try:
             wait_until_mounted(node.settings.lazy_mount_path, 20)
@@ -73,6 +79,7 @@ def _node(root: Path, remote: Path) -> Iterator[LazyNode]:
             yield node
         finally:
             node.driver.cleanup()
+            node.driver.release()
             server.terminate()
             assert server.wait(20) == 0
             node.close()
@@ -176,6 +183,26 @@ def test_a_recorded_container_can_be_removed_at_any_time_and_leaves_nothing(
     assert not is_mounted(root)
     until(lambda: not recorders(), "the recorder has ended")
     assert not node.settings.gear_images_path.joinpath("image").exists()
+
+
+def test_what_a_later_start_waits_for_is_added_to_the_profile(start_node: StartNode, remote: Remote) -> None:
+    first = start_node("a")
+    first.apply(gear_tar(FILES), "image")
+    root = first.run("c1")
+    start(root)
+    first.driver.put("c1")
+    name = document(first)
+    before = recorded(remote, name)
+
+    second = start_node("b", window_s=1.0)
+    second.apply(gear_tar(FILES), "image")
+    root = second.run("c1")
+    for path, content in FILES.items():
+        assert (root / path).read_bytes() == content
+    until(lambda: recorded(remote, name) != before, "it has grown")
+    after = recorded(remote, name)
+    assert after.objects[: len(SMALL)] == before.objects[: len(SMALL)]
+    assert {opened.digest for opened in after.objects} == {*map(digest, FILES)}
 
 
 def test_files_that_are_read_without_a_program_running_are_no_start(start_node: StartNode, remote: Remote) -> None:
