@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gearworkers import cli_profile
 from gearworkers import doctor as checks
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, InvalidInput
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_profile.app, name="profile")
 _out = Console(soft_wrap=True, highlight=False)
 
 

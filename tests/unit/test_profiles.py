@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -68,11 +69,9 @@ def start_node(tmp_path: Path, remote: Remote) -> Iterator[StartNode]:
 def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
     root.mkdir()
     node = LazyNode(root)
-    node.settings = replace(node.settings, remote=str(remote))
+    node.settings = replace(node.settings, remote=str(remote), profile_window_s=window_s)
     node.driver.settings = node.settings
-    environ = {"GEAR_ROOT": str(root / "gear"), "GEAR_RUN_DIR": str(root / "run"), "GEAR_REMOTE": str(remote)}
-    environ["GEAR_PROFILE_WINDOW_S"] = str(window_s)
-    with subprocess.Popen([GEAR, "lazyfs"], env=os.environ | environ) as server:
+    with subprocess.Popen([GEAR, "lazyfs"], env=environ(node) | {"GEAR_PROFILE_WINDOW_S": f"{window_s}"}) as server:
         try:
             wait_until_mounted(node.settings.lazy_mount_path, 20)
             until(lambda: read_status(node.settings.lazyfs_socket) is not None, "it answers")
@@ -205,6 +204,42 @@ def test_what_a_later_start_waits_for_is_added_to_the_profile(start_node: StartN
     assert {opened.digest for opened in after.objects} == {*map(digest, FILES)}
 
 
+def test_profiles_are_shown_and_added_to_by_hand(start_node: StartNode, remote: Remote) -> None:
+    node = start_node("a", window_s=0.0)
+    node.apply(gear_tar(FILES), "image")
+    root = node.run("c1")
+    none = gear(node, "profile", "show", "image")
+    assert none.returncode == 2 and "was recorded yet" in none.stderr
+    with subprocess.Popen([GEAR, "profile", "record", str(root), "--seconds", "60"], env=environ(node)) as recorder:
+        until(lambda: remote.document(document(node)) is not None or interrupted(recorder, root), "it is recorded")
+        assert recorder.wait() == 0
+    shown = gear(node, "profile", "show", "c1").stdout
+    assert digest(SMALL[0]) in shown and "1 objects" in shown
+    assert gear(node, "profile", "record", "image").returncode == 2
+    assert "not the path of a layer" in gear(node, "profile", "show", "/etc/passwd").stderr
+
+
+def interrupted(recorder: subprocess.Popen[bytes], root: Path) -> bool:
+    """Open a file, as a container does, and end the recorder if it is watching by now."""
+    (root / SMALL[0]).read_bytes()
+    watches = [link for link in Path(f"/proc/{recorder.pid}/fd").iterdir() if "fanotify" in os.readlink(link)]
+    if watches:
+        (root / SMALL[0]).read_bytes()
+        recorder.send_signal(signal.SIGINT)
+        recorder.wait(20)
+    return False
+
+
+def gear(node: LazyNode, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([GEAR, *arguments], env=environ(node), capture_output=True, text=True)
+
+
+def environ(node: LazyNode) -> dict[str, str]:
+    settings = node.settings
+    paths = {"GEAR_ROOT": settings.gear_root, "GEAR_RUN_DIR": settings.run_dir, "GEAR_REMOTE": settings.remote}
+    return os.environ | {name: str(value) for name, value in paths.items()}
+
+
 def test_files_that_are_read_without_a_program_running_are_no_start(start_node: StartNode, remote: Remote) -> None:
     node = start_node("a")
     node.apply(gear_tar(FILES), "image")
@@ -228,8 +263,7 @@ def test_the_gateways_end_ends_its_recordings(start_node: StartNode, remote: Rem
 
 
 def test_without_a_window_nothing_is_recorded(start_node: StartNode, remote: Remote) -> None:
-    node = start_node("a")
-    node.settings = node.driver.settings = replace(node.settings, profile_window_s=0.0)
+    node = start_node("a", window_s=0.0)
     node.apply(gear_tar(FILES), "image")
     assert (node.run("c1") / SMALL[0]).read_bytes() == FILES[SMALL[0]]
     assert "recording" not in [thread.name for thread in threading.enumerate()]
