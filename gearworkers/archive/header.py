@@ -14,16 +14,24 @@ from gearworkers.errors import InvalidInput
 
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 
-# name mode uid gid size mtime checksum type linkname magic version (uname gname) devmajor devminor prefix (…) trailer
-_FIELDS = struct.Struct("100s8s8s8s12s12s8sB100s6s2s64x8s8s155s8x4s")
 _USTAR_MAGIC = b"ustar\0"
 _GNU_MAGIC, _GNU_VERSION = b"ustar ", b" \0"
+_V7, _USTAR, _GNU = range(3)
 _STAR_TRAILER = b"tar\0"
 _STAR_PREFIX_BYTES = 131
 _STAR_ATIME = slice(476, 488)
 _GNU_ATIME = slice(345, 357)
 _GNU_CTIME = slice(357, 369)
 _CHECKSUM = slice(148, 156)
+_NAME = slice(0, 100)
+_OWNER = slice(100, 124)  # mode, uid, gid
+_SIZE = slice(124, 136)
+_MTIME = slice(136, 148)
+_TYPE = 156
+_LINKNAME = slice(157, 257)
+_FORMAT = slice(257, 345)  # magic, version, uname, gname, devmajor, devminor
+_PREFIX = slice(345, 500)
+_TRAILER = slice(508, 512)
 _NS = 1_000_000_000
 
 
@@ -37,39 +45,77 @@ def parse_header(block: bytes, offset: int) -> Entry:
     Raises:
         InvalidInput: The checksum is wrong, a number is not one, or the size is negative.
     """
-    if not _checksum_matches(block):
-        raise InvalidInput(f"tar header at byte {offset}: the checksum is wrong; this is not a tar or it is damaged")
-    (name, mode, uid, gid, size, mtime, _, kind, link, magic, version, major, minor, prefix, trailer) = _FIELDS.unpack(
-        block
-    )
+    kind = parse_type(block, offset)
     try:
+        mode, uid, gid = _parse_owner(block[_OWNER])
+        format, major, minor = _parse_format(block[_FORMAT])
+        size_bytes = parse_number(block[_SIZE])
         entry = Entry(
-            c_string(name),
+            c_string(block[_NAME]),
             kind,
-            c_string(link),
-            parse_number(mode) & 0o7777,
-            parse_number(uid),
-            parse_number(gid),
-            parse_number(size),
-            parse_number(mtime) * _NS,
+            c_string(block[_LINKNAME]) if block[_LINKNAME.start] else b"",
+            mode,
+            uid,
+            gid,
+            size_bytes,
+            parse_number(block[_MTIME]) * _NS,
+            None,
+            major,
+            minor,
         )
-        if magic == _USTAR_MAGIC or (magic == _GNU_MAGIC and version == _GNU_VERSION):
-            entry.devmajor = parse_number(major)
-            entry.devminor = parse_number(minor)
-            if magic == _GNU_MAGIC:
+        if format:
+            prefix = block[_PREFIX]
+            if format == _GNU:
                 prefix = _gnu_extras(entry, block, prefix)
-            elif trailer == _STAR_TRAILER:
+            elif block[_TRAILER] == _STAR_TRAILER:
                 prefix = _star_extras(entry, block, prefix)
             if prefix[0]:
                 entry.name = c_string(prefix) + b"/" + entry.name
     except ValueError as exc:
-        raise InvalidInput(f"tar entry {shown(c_string(name))} at byte {offset}: {exc}") from exc
+        raise InvalidInput(f"tar entry {shown(c_string(block[_NAME]))} at byte {offset}: {exc}") from exc
     entry.header_offset = offset
     if kind not in CONTENTLESS:
-        if entry.size_bytes < 0:
+        if size_bytes < 0:
             raise InvalidInput(f"tar entry {shown(entry.name)} at byte {offset}: its size is negative")
-        entry.stored_bytes = entry.size_bytes
+        entry.stored_bytes = size_bytes
     return entry
+
+
+def parse_type(block: bytes, offset: int) -> int:
+    """The type of the header *block*, which is a header.
+
+    Raises:
+        InvalidInput: The checksum is wrong.
+    """
+    if not _checksum_matches(block):
+        raise InvalidInput(f"tar header at byte {offset}: the checksum is wrong; this is not a tar or it is damaged")
+    return block[_TYPE]
+
+
+def parse_size(block: bytes) -> int:
+    """The size field of a header block; -1 if it is none, which `parse_header` then says."""
+    try:
+        return parse_number(block[_SIZE])
+    except ValueError:
+        return -1
+
+
+@lru_cache(maxsize=1024)
+def _parse_owner(fields: bytes) -> tuple[int, int, int]:
+    """Mode, uid and gid."""
+    return parse_number(fields[:8]) & 0o7777, parse_number(fields[8:16]), parse_number(fields[16:])
+
+
+@lru_cache(maxsize=1024)
+def _parse_format(fields: bytes) -> tuple[int, int, int]:
+    """Which format it is, and the device's major and minor number, which v7 has none of."""
+    if fields[:6] == _USTAR_MAGIC:
+        format = _USTAR
+    elif fields[:8] == _GNU_MAGIC + _GNU_VERSION:
+        format = _GNU
+    else:
+        return _V7, 0, 0
+    return format, parse_number(fields[72:80]), parse_number(fields[80:])
 
 
 def is_gnu(block: bytes) -> bool:

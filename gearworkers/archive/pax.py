@@ -23,8 +23,10 @@ _SPARSE_OFFSET = b"GNU.sparse.offset"
 _SPARSE_NUMBYTES = b"GNU.sparse.numbytes"
 
 _C_STRINGS = frozenset((b"path", b"linkpath", b"uname", b"gname"))
+_PLAIN_TIME = re.compile(rb"([0-9]{1,18})\.([0-9]{1,9})[0-9]*\Z")
 _INTEGER = re.compile(rb"[+-]?[0-9]+\Z")
 _TIME = re.compile(rb"([+-]?[0-9]+)(?:\.([0-9]*))?\Z")
+_TENS: tuple[int, ...] = tuple(10 ** (9 - digits) for digits in range(10))
 _INT64 = 1 << 63
 _MAX_INTEGER_DIGITS = 40
 
@@ -136,6 +138,11 @@ def parse_time_ns(value: bytes) -> int:
     Raises:
         ValueError: It is not of that form.
     """
+    plain = _PLAIN_TIME.match(value)
+    if plain:
+        seconds, fraction = plain.groups()
+        fraction_ns = int(fraction) * _TENS[len(fraction)]
+        return int(seconds) * 1_000_000_000 + fraction_ns
     found = _TIME.match(value)
     if not found:
         raise ValueError(f"{value[:_MAX_INTEGER_DIGITS]!r} in a PAX record is not a time")

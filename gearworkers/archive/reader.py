@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 
 from gearworkers.archive import pax, sparse
 from gearworkers.archive.entry import BLOCK_BYTES, CONTENTLESS, DIR, REG, Entry, shown
-from gearworkers.archive.header import ZERO_BLOCK, c_string, is_gnu, parse_header
+from gearworkers.archive.header import ZERO_BLOCK, c_string, is_gnu, parse_header, parse_size, parse_type
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import IntegrityError, InvalidInput
 
@@ -96,22 +96,22 @@ class TarReader:
             block = self._header_block(extended)
             if block is None:
                 return None
-            entry = parse_header(block, offset)
-            self._name = entry.name
-            kind = entry.type
+            kind = parse_type(block, offset)
             if kind not in _EXTENSIONS:
                 break
+            special = self._special_content(block, offset)
             extended = kind != _GLOBAL_RECORDS
-            special = self._special_content(entry)
-            if kind == _RECORDS:
-                records = self._records(entry, special)
-            elif kind == _LONG_NAME:
+            if kind == _LONG_NAME:
                 long_name = c_string(special)
             elif kind == _LONG_LINK:
                 long_link = c_string(special)
+            elif kind == _RECORDS:
+                records = _records(special, block, offset)
             else:  # Go hands a global header out as an entry, which ends the effect of the headers before it.
-                self._records(entry, special)
+                _records(special, block, offset)
                 records, long_name, long_link = None, b"", b""
+        entry = parse_header(block, offset)
+        self._name = entry.name
         if extended or kind not in _FILES:
             self._complete(entry, block, records or {}, long_name, long_link)
         elif kind != REG:
@@ -258,11 +258,17 @@ class TarReader:
         if self._left_bytes:
             self._flush_raw()
 
-    def _special_content(self, entry: Entry) -> bytes:
-        """The content of an extended header, which is not logged as content but raw."""
-        size_bytes = entry.stored_bytes
-        if size_bytes > pax.MAX_SPECIAL_BYTES:
-            _refuse(entry, f"its extended header is larger than {pax.MAX_SPECIAL_BYTES} bytes")
+    def _special_content(self, block: bytes, offset: int) -> bytes:
+        """The content behind the extended header *block*, which is not logged as content but raw."""
+        size_bytes = parse_size(block)
+        if not 0 <= size_bytes <= pax.MAX_SPECIAL_BYTES:
+            _refuse(parse_header(block, offset), f"its extended header is larger than {pax.MAX_SPECIAL_BYTES} bytes")
+        start = self._position
+        padded_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        if self._filled - start >= padded_bytes:
+            self._position = start + padded_bytes
+            return bytes(self._view[start : start + size_bytes])
+        self._name = parse_header(block, offset).name
         content = bytearray()
         while missing_bytes := size_bytes - len(content):
             if self._filled == self._position and not self._fill(1):
@@ -272,12 +278,6 @@ class TarReader:
             content += self._view[start : self._position]
         self._skip(-size_bytes % BLOCK_BYTES)
         return bytes(content)
-
-    def _records(self, entry: Entry, content: bytes) -> pax.Records:
-        try:
-            return pax.parse_records(content)
-        except ValueError as exc:
-            _refuse(entry, str(exc), exc)
 
     def _complete(self, entry: Entry, block: bytes, records: pax.Records, long_name: bytes, long_link: bytes) -> None:
         """Put what the extended headers say into *entry*, normalise its type, find its sparse map."""
@@ -320,6 +320,13 @@ class TarReader:
         raise IntegrityError(
             f"the tar ends early, at byte {self._base_offset + self._filled}: entry {shown(self._name)}: {what} is cut"
         )
+
+
+def _records(content: bytes, block: bytes, offset: int) -> pax.Records:
+    try:
+        return pax.parse_records(content)
+    except ValueError as exc:
+        _refuse(parse_header(block, offset), str(exc), exc)
 
 
 def _normalised(entry: Entry) -> int:

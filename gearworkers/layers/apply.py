@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,11 @@ from gearworkers.objects.claims import Claims
 from gearworkers.objects.inplace import permission
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
-from gearworkers.objects.writer import ContentWriter
+from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
 
 INDEX_FILE = "index.erofs"
 STREAM_FILE = "stream.zst"
 
-_BUFFER_BYTES = 4 << 20
 _ZEROS = bytes(1 << 20)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -76,8 +76,11 @@ def apply_tar(
         index = Index(ids, time_ns=time.time_ns())
         in_place = stack.enter_context(permission(root))
         writer = stack.enter_context(ContentWriter(store, staging_fd, spool, in_place=in_place))
-        contents = _Contents(TarReader(source, log, buffer_bytes=_BUFFER_BYTES), log, store, claims, staging_fd, writer)
-        contents.fill(index)
+        contents = _Contents(
+            TarReader(source, log, buffer_bytes=MOST_CONTENT_BYTES), log, store, claims, staging_fd, writer
+        )
+        with _no_garbage_collector():
+            contents.fill(index)
         (build / INDEX_FILE).write_bytes(index.image(secrets.token_bytes(16)))
         log.close()
         objects, object_bytes = claims.seal()
@@ -85,6 +88,18 @@ def apply_tar(
         return Applied(
             index.size_bytes(), objects, object_bytes, writer.new_objects, writer.new_bytes, contents.complete
         )
+
+
+@contextmanager
+def _no_garbage_collector() -> Iterator[None]:
+    """Python's would walk an index of a million inodes again and again, and there are no cycles to find in it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Contents:

@@ -82,6 +82,7 @@ class Index:
         self._root = self._new_directory(0o755, *ids.root, time_ns)
         self._known: dict[bytes, Inode] = {b"": self._root}
         self._inodes = 1
+        self._owners: dict[tuple[int, int], tuple[int, int]] = {}
 
     def add(self, entry: Entry, digest: bytes | None) -> None:
         """Put *entry* into the tree.
@@ -180,14 +181,22 @@ class Index:
             raise ResourceExhausted(f"tar entry {shown(name)}: a layer has {MAX_INODES} files at most")
 
     def _owner(self, entry: Entry) -> tuple[int, int]:
-        uid, gid = self._ids.to_host(entry.uid, entry.gid)
+        key = entry.uid, entry.gid
+        owner = self._owners.get(key)
+        if owner is None:
+            owner = self._owners[key] = self._host_owner(*key)
+        return owner
+
+    def _host_owner(self, uid: int, gid: int) -> tuple[int, int]:
+        uid, gid = self._ids.to_host(uid, gid)
         if not (0 <= uid < _NO_ID and 0 <= gid < _NO_ID):
             raise InvalidInput(f"its owner, uid {uid} and gid {gid}, is none that Linux has")
         return uid, gid
 
     def _place(self, parent: Inode, name: bytes, inode: Inode) -> None:
         assert parent.children is not None
-        self._remove(parent, name)
+        if name in parent.children:
+            self._remove(parent, name)
         parent.children[name] = inode
 
     def _remove(self, parent: Inode, name: bytes) -> None:

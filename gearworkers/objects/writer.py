@@ -1,30 +1,54 @@
-"""Storing an import's contents beside the thread that reads and hashes them."""
+"""Storing an import's contents beside the process that reads and hashes them."""
 
 from __future__ import annotations
 
-import queue
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
 import threading
 from types import TracebackType
+from typing import NoReturn
 
+from gearworkers.errors import GearError, from_os_error
+from gearworkers.mounts import sys as kernel
 from gearworkers.objects.inplace import put_in_place
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
+from gearworkers.processes import end_with_parent
 
+MOST_CONTENT_BYTES = 4 << 20
+"""A larger content is not to be put, but stored piece by piece by the caller."""
+
+_ALONE_BYTES = 8 << 20
+_ALONE_CONTENTS = 1000
+_RING_BYTES = 4 * MOST_CONTENT_BYTES
 _BATCH_CONTENTS = 128
 _BATCH_BYTES = 1 << 20
-_BATCHES_WAITING = 8
+_MESSAGE_BYTES = 1 << 16
+_WRITEBACK_BYTES = 64 << 20
 
-_Batch = list[tuple[bytes, bytes]]
+_PLACED = struct.Struct("<QI32s")  # position in all that went through the ring, length, digest
+_TAKEN = struct.Struct("<cQ")
+_TOTALS = struct.Struct("<cQQ")
+_BATCH, _FLUSH = b"B", b"F"
+_ACK, _DONE, _ERROR = b"A", b"D", b"E"
 
 
 class ContentWriter:
     """Takes contents with their digest and stores those that are new; a context manager, for one thread.
 
-    What was put is stored when `flush` has returned, or the context has ended without an error.
+    The first few are stored by this process. Once there are many, a forked one does it, which gets them through
+    shared memory: a thread would wait for the interpreter's lock at each of its system calls. What was put is stored
+    when `flush` has returned.
 
     Attributes:
         new_objects: How many were new; right after `flush`.
         new_bytes: Their bytes.
+
+    Crash: the kernel ends the other process with this one; see `inplace` and `store` for what a write leaves.
     """
 
     def __init__(self, store: ObjectStore, staging_fd: int, spool: PushSpool | None, *, in_place: bool) -> None:
@@ -32,40 +56,38 @@ class ContentWriter:
         self._staging_fd = staging_fd
         self._spool = spool
         self._in_place = in_place
-        self._batch: _Batch = []
-        self._batch_bytes = 0
-        self._queue: queue.Queue[_Batch | None] = queue.Queue(_BATCHES_WAITING)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="contents", daemon=True)
+        self._beside: _Beside | None = None
+        self._alone = self._alone_bytes = 0
         self.new_objects = 0
         self.new_bytes = 0
 
     def __enter__(self) -> ContentWriter:
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._error = self._error or error
-        self._hand_over()
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
+        if self._beside is not None:
+            self._beside.close()
 
     def put(self, digest: bytes, data: memoryview) -> None:
         """Store *data*, whose SHA-256 the caller has computed; copied before the call returns.
 
+        Args:
+            digest: SHA-256 of data.
+            data: At most MOST_CONTENT_BYTES.
+
         Raises:
             GearError: Of this or an earlier content.
         """
-        self._batch.append((digest, bytes(data)))
-        self._batch_bytes += len(data)
-        if len(self._batch) >= _BATCH_CONTENTS or self._batch_bytes >= _BATCH_BYTES:
-            self._hand_over()
-            self._raise()
+        if self._beside is not None:
+            self._beside.put(digest, data)
+            return
+        self._store_one(digest, data)
+        self._alone += 1
+        self._alone_bytes += len(data)
+        if self._alone >= _ALONE_CONTENTS or self._alone_bytes >= _ALONE_BYTES:
+            self._beside = _Beside(self)
 
     def announce(self, digest: bytes) -> None:
         """The caller is about to store this object, which is not here, otherwise."""
@@ -85,36 +107,171 @@ class ContentWriter:
         Raises:
             GearError: Of any of them.
         """
+        if self._beside is not None:
+            new_objects, new_bytes = self._beside.flush()
+            self.new_objects += new_objects
+            self.new_bytes += new_bytes
+
+    def _store_one(self, digest: bytes, data: memoryview) -> None:
+        store, staging_fd = self._store, self._staging_fd
+        if self._spool is not None and not store.has(digest):
+            self._spool.announce(digest)
+        if self._in_place:
+            new = put_in_place(store, digest, data, staging_fd)
+        else:
+            new = not store.has(digest) and store.put(digest, data, staging_fd)
+        if new:
+            self.stored(digest, len(data))
+
+    # -- in the other process
+
+    def _serve(self, line: socket.socket, ring: memoryview) -> None:
+        """Store what is told until the line ends."""
+        self.new_objects = self.new_bytes = 0
+        writeback = _Writeback(self._staging_fd)
+        while message := line.recv(_MESSAGE_BYTES):
+            if message[:1] == _FLUSH:
+                writeback.check()
+                line.send(_TOTALS.pack(_DONE, self.new_objects, self.new_bytes))
+                self.new_objects = self.new_bytes = 0
+                continue
+            end = 0
+            for position, length, digest in _PLACED.iter_unpack(message[1:]):
+                at = position % _RING_BYTES
+                self._store_one(digest, ring[at : at + length])
+                end = position + length
+            writeback.advance(end)
+            line.send(_TAKEN.pack(_ACK, end))
+
+
+class _Writeback:
+    """Has what was stored so far written to the disk while more comes, so that a layer's own syncfs is short."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._thread: threading.Thread | None = None
+        self._begun_at = 0
+        self._error: OSError | None = None
+
+    def advance(self, stored_bytes: int) -> None:
+        """So many bytes are stored in all; returns at once.
+
+        Raises:
+            GearError: The disk did not take what was stored before.
+        """
+        if stored_bytes - self._begun_at < _WRITEBACK_BYTES or (self._thread is not None and self._thread.is_alive()):
+            return
+        self.check()
+        self._begun_at = stored_bytes
+        self._thread = threading.Thread(target=self._sync, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Wait for what was begun. An error of the disk is told once, so it must not get lost here."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise from_os_error(self._error, "write objects to the disk") from self._error
+
+    def _sync(self) -> None:
+        try:
+            kernel.syncfs(self._fd)
+        except OSError as exc:
+            self._error = exc
+
+
+class _Beside:
+    """The process that stores, and the shared ring by which it gets the contents."""
+
+    def __init__(self, writer: ContentWriter) -> None:
+        self._ring = mmap.mmap(-1, _RING_BYTES)
+        self._put = 0  # bytes that went into the ring, what was left free at its end included
+        self._taken = 0  # of them, bytes that are stored
+        self._batch = bytearray(_BATCH)
+        self._batch_start = 0
+        self._line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent_pid = os.getpid()
+        self._pid = os.fork()
+        if not self._pid:
+            _run(writer, line, self._ring, writer._staging_fd, parent_pid)
+        line.close()
+
+    def put(self, digest: bytes, data: memoryview) -> None:
+        """Copy *data* into the ring; waits for room."""
+        length = len(data)
+        at = self._put % _RING_BYTES
+        if at + length > _RING_BYTES:
+            self._put += _RING_BYTES - at
+            at = 0
+        while self._put + length - self._taken > _RING_BYTES:
+            self._hand_over()
+            self._hear()
+        self._ring[at : at + length] = data
+        self._batch += _PLACED.pack(self._put, length, digest)
+        self._put += length
+        if len(self._batch) >= _BATCH_CONTENTS * _PLACED.size or self._put - self._batch_start >= _BATCH_BYTES:
+            self._hand_over()
+
+    def flush(self) -> tuple[int, int]:
+        """Wait until all is stored; how many were new, and their bytes, since the last time."""
         self._hand_over()
-        self._queue.join()
-        self._raise()
+        self._send(_FLUSH)
+        while (message := self._hear())[:1] != _DONE:
+            pass
+        _, new_objects, new_bytes = _TOTALS.unpack(message)
+        return new_objects, new_bytes
+
+    def close(self) -> None:
+        """End the process after the batches it has got."""
+        self._line.close()
+        os.waitpid(self._pid, 0)
+        self._ring.close()
 
     def _hand_over(self) -> None:
-        self._queue.put(self._batch)
-        self._batch, self._batch_bytes = [], 0
+        if len(self._batch) > len(_BATCH):
+            self._send(self._batch)
+            self._batch = bytearray(_BATCH)
+            self._batch_start = self._put
+            while self._hear(socket.MSG_DONTWAIT):  # so that neither side ever waits to be heard by the other
+                pass
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _send(self, message: bytes | bytearray) -> None:
+        try:
+            self._line.send(message)
+        except OSError:
+            while True:  # it has ended: what it said last is why
+                self._hear()
 
-    def _run(self) -> None:
-        while (batch := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._store_all(batch)
-            except BaseException as exc:
-                self._error = exc
-            finally:
-                self._queue.task_done()
+    def _hear(self, flags: int = 0) -> bytes:
+        """The next message, an error raised; empty if there is none and the flags say not to wait."""
+        try:
+            message = self._line.recv(_MESSAGE_BYTES, flags)
+        except BlockingIOError:
+            return b""
+        except ConnectionResetError:  # told ahead of what it said last
+            message = self._line.recv(_MESSAGE_BYTES)
+        if message[:1] == _ACK:
+            _, self._taken = _TAKEN.unpack(message)
+        elif message[:1] == _ERROR:
+            raise pickle.loads(message[1:])
+        elif not message:
+            raise GearError("the process that stores an import's contents was killed; is there too little memory?")
+        return message
 
-    def _store_all(self, batch: _Batch) -> None:
-        store, staging_fd = self._store, self._staging_fd
-        for digest, data in batch:
-            if self._spool is not None and not store.has(digest):
-                self._spool.announce(digest)
-            if self._in_place:
-                new = put_in_place(store, digest, memoryview(data), staging_fd)
-            else:
-                new = not store.has(digest) and store.put(digest, memoryview(data), staging_fd)
-            if new:
-                self.stored(digest, len(data))
+
+def _run(writer: ContentWriter, line: socket.socket, ring: mmap.mmap, staging_fd: int, parent_pid: int) -> NoReturn:
+    """All that the forked process does. It holds none of the caller's connections: their end would not be seen."""
+    try:
+        end_with_parent(parent_pid, signal.SIGKILL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        kept = sorted((line.fileno(), staging_fd))
+        for low, high in zip((2, *kept), (*kept, os.sysconf("SC_OPEN_MAX")), strict=True):
+            os.closerange(low + 1, high)
+        writer._serve(line, memoryview(ring))
+    except GearError as exc:
+        line.send(_ERROR + pickle.dumps(exc))
+    except BaseException as exc:
+        line.send(_ERROR + pickle.dumps(GearError(f"store contents: {type(exc).__name__}: {exc}")))
+    finally:
+        os._exit(0)

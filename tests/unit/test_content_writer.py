@@ -1,0 +1,167 @@
+"""Contents on their way into the store: alone, by the process beside, and when something fails."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from gearworkers.errors import GearError, ResourceExhausted
+from gearworkers.mounts import sys as kernel
+from gearworkers.objects import writer as module
+from gearworkers.objects.spool import PushSpool
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    store = ObjectStore(tmp_path / "public")
+    store.prepare()
+    return store
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+def put(writer: ContentWriter, content: bytes) -> bytes:
+    digest = hashlib.sha256(content).digest()
+    writer.put(digest, memoryview(content))
+    return digest
+
+
+def content_of(store: ObjectStore, digest: bytes) -> bytes:
+    fd = store.open(digest)
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+def children() -> list[str]:
+    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+
+
+def go_beside(writer: ContentWriter) -> int:
+    """Put until another process stores; its pid."""
+    before = set(children())
+    for number in range(module._ALONE_CONTENTS):
+        put(writer, b"alone %d" % number)
+    (pid,) = set(children()) - before
+    return int(pid)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_contents_of_all_sizes_are_stored_whole_beside(store: ObjectStore, staging: int, in_place: bool) -> None:
+    """More of them than the ring holds, the largest included."""
+    sizes = [
+        1,
+        2,
+        4096,
+        1 << 20,
+        MOST_CONTENT_BYTES,
+        *range(5000, 6500),
+        MOST_CONTENT_BYTES,
+        3 << 20,
+        1,
+        MOST_CONTENT_BYTES - 1,
+    ]
+    contents = [(b"%d " % number) * (size // 4 + 1) for number, size in enumerate(sizes)]
+    contents = [content[:size] for content, size in zip(contents, sizes, strict=True)]
+    with ContentWriter(store, staging, None, in_place=in_place) as writer:
+        go_beside(writer)
+        digests = [put(writer, content) for content in contents]
+        writer.flush()
+        assert writer.new_objects == module._ALONE_CONTENTS + len(set(contents))
+    for digest, content in zip(digests, contents, strict=True):
+        assert content_of(store, digest) == content
+    assert not children()
+
+
+def test_very_many_tiny_contents_keep_neither_side_waiting(store: ObjectStore, staging: int) -> None:
+    """All fit into the ring, so nobody hears the acknowledgements for want of room."""
+    content = b"the same"
+    digest = hashlib.sha256(content).digest()
+    with ContentWriter(store, staging, None, in_place=True) as writer:
+        go_beside(writer)
+        for _ in range(200_000):
+            writer.put(digest, memoryview(content))
+        writer.flush()
+        assert writer.new_objects == module._ALONE_CONTENTS + 1
+
+
+def test_what_is_new_is_spooled_beside_too(store: ObjectStore, staging: int, tmp_path: Path) -> None:
+    (tmp_path / "push").mkdir()
+    spool = PushSpool(tmp_path / "push", store)
+    with ContentWriter(store, staging, spool, in_place=True) as writer:
+        go_beside(writer)
+        digest = put(writer, b"new")
+        writer.flush()
+    assert digest in set(spool.pending())
+
+
+def test_a_killed_process_is_a_clear_error(store: ObjectStore, staging: int) -> None:
+    with pytest.raises(GearError, match="was killed"), ContentWriter(store, staging, None, in_place=True) as writer:
+        os.kill(go_beside(writer), signal.SIGKILL)
+        put(writer, b"more")
+        writer.flush()
+    assert not children()
+
+
+def test_an_error_beside_is_told_as_what_it_is(
+    store: ObjectStore, staging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "setxattr", _failing_after(module._ALONE_CONTENTS, os.setxattr))
+    with (
+        pytest.raises(ResourceExhausted, match="No space"),
+        ContentWriter(store, staging, None, in_place=True) as writer,
+    ):
+        go_beside(writer)
+        for number in range(5000):
+            put(writer, b"more %d" % number)
+        writer.flush()
+    assert not children()
+
+
+def test_an_error_of_the_early_writeback_is_not_lost(
+    store: ObjectStore, staging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it once."""
+
+    def fail(_: int) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(kernel, "syncfs", fail)
+    monkeypatch.setattr(module, "_WRITEBACK_BYTES", 1 << 20)
+    with pytest.raises(GearError, match="to the disk"), ContentWriter(store, staging, None, in_place=True) as writer:
+        go_beside(writer)
+        put(writer, bytes(2 << 20))
+        writer.flush()
+
+
+def test_a_broken_off_import_leaves_no_process(store: ObjectStore, staging: int) -> None:
+    with pytest.raises(KeyError), ContentWriter(store, staging, None, in_place=True) as writer:
+        go_beside(writer)
+        raise KeyError
+    assert not children()
+
+
+def _failing_after(count: int, call):  # type: ignore[no-untyped-def]  # stands in for os.setxattr
+    def counted(*arguments: object) -> None:
+        nonlocal count
+        count -= 1
+        if count < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        call(*arguments)
+
+    return counted
