@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from gearworkers import cli_profile
 from gearworkers import doctor as checks
@@ -50,13 +49,10 @@ def doctor() -> None:
 @app.command()
 def status() -> None:
     """What the store holds, and how the gateway is."""
-    table = Table(show_header=False, box=None)
     settings = Settings.from_environ()
-    for key, value in checks.gateway_status(settings) or [*GearDriver(settings).status(), ("Gateway", "not running")]:
-        table.add_row(key, value)
-    for key, value in _lazy_status(settings):
-        table.add_row(key, value)
-    _out.print(table)
+    told = checks.gateway_status(settings) or [*GearDriver(settings).status(), ("Gateway", "not running")]
+    for key, value in (*told, *_lazy_status(settings)):
+        _out.print(f"{key + ':':<20} {value}", markup=False)
 
 
 @app.command()

@@ -133,6 +133,11 @@ class LargeObject:
         if not missing:
             self._file.read(offset, size_bytes, done)
 
+    @property
+    def fd(self) -> int:
+        """The descriptor of its file."""
+        return self._file.fd
+
     def fill(self) -> None:
         """Have everything fetched that is missing, behind what is read."""
         with self._lock:

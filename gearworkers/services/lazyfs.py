@@ -28,7 +28,7 @@ from gearworkers.mounts.lazy.connection import Connection
 from gearworkers.mounts.lazy.keeper import Keeper
 from gearworkers.mounts.lazy.openings import Openings
 from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
-from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree
+from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree, entry_of
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.prefetch import Prefetcher
@@ -147,6 +147,7 @@ class LazyServer:
             keeper = self._revived(keeper, connection.fuse_fd)
             try:
                 self._upkeep(with_users=turn % _USERS_EVERY == 0)
+                self._forget_collected(connection)
             except (GearError, OSError) as exc:
                 _log.error("upkeep of the lazy file system failed", error=str(exc))
 
@@ -158,6 +159,11 @@ class LazyServer:
             _log.info("a layer is complete", layer=id)
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
+
+    def _forget_collected(self, connection: Connection) -> None:
+        for digest in self._contents.collected():
+            if not connection.waiting:  # else later: it would wait for their answers
+                connection.invalidate(*entry_of(digest))
 
     def _revived(self, keeper: Keeper, fuse_fd: int) -> Keeper:
         """The keeper, or a new one if it has died."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import TypeVar
 
+from gearworkers.digest import object_name
 from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound, from_os_error
 from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, digests_from, node_of
@@ -15,6 +18,8 @@ from gearworkers.objects.workpool import Urgency
 
 _MOST_READS = 2000
 """Of one object, that are remembered."""
+
+Kept = TypeVar("Kept", bound=LargeObject | File)
 
 
 class LazyContents:
@@ -47,6 +52,8 @@ class LazyContents:
         self._large_bytes = large_bytes
         self._served: dict[int, LargeObject | File] = {}
         self._reads: dict[int, list[tuple[int, int]]] = {}
+        self._digests: dict[int, bytes] = {}
+        """Of the served nodes."""
         self.lookups = 0
 
     def want(self, name: bytes, done: Callable[[Found], None]) -> None:
@@ -110,7 +117,7 @@ class LazyContents:
                 digest, _ = self._object(node)
                 if not self._store.has(digest):
                     return None
-                served = self._served[node] = File(self._store.open(digest))
+                served = self._keep(node, digest, File(self._store.open(digest)))
             except GearError:
                 return None  # a read will tell
         return served.fd
@@ -118,6 +125,28 @@ class LazyContents:
     def forget(self, node: int) -> None:
         """Close the file; who looks it up again opens it again."""
         self._served.pop(node, None)
+        self._digests.pop(node, None)
+
+    def collected(self) -> list[bytes]:
+        """Look after the served objects that were removed meanwhile, their image with them.
+
+        The kernel still knows them. One that an image wants again comes again.
+
+        Returns:
+            The others' digests: they should be forgotten, so that their disk space becomes free.
+        """
+        unwanted = []
+        for node, digest in list(self._digests.items()):
+            served = self._served.get(node)
+            if served is None or os.fstat(served.fd).st_nlink:
+                continue
+            if self._store.has(digest):
+                self._keep(node, digest, File(self._store.open(digest)))
+            elif self._wanted.named(object_name(digest)) is not None:
+                self._reopen(node, lambda _: None)
+            else:
+                unwanted.append(digest)
+        return unwanted
 
     @property
     def serving(self) -> int:
@@ -146,20 +175,20 @@ class LazyContents:
             self._fetch(digest, size_bytes, done)
         else:
             node = node_of(digest)
-            self._served[node] = opened
+            self._keep(node, digest, opened)
             done(Served(node, size_bytes))
 
     # -- nodes that another process, or this one before, has given out
 
     def _reopen(self, node: int, use: Callable[[LargeObject | File | GearError], None]) -> None:
         def fetched(digest: bytes, error: GearError | None) -> None:
-            use(self._remembered(node, self._whole(digest) if error is None else error))
+            use(self._remembered(node, digest, self._whole(digest) if error is None else error))
 
         def opened(digest: bytes, size_bytes: int, found: Opened) -> None:
             if found is None:  # no source keeps it in chunks
                 self._fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, lambda error: fetched(digest, error))
             else:
-                use(self._remembered(node, found))
+                use(self._remembered(node, digest, found))
 
         try:
             digest, size_bytes = self._object(node)
@@ -168,9 +197,14 @@ class LazyContents:
             return
         self._fetcher.open_large(digest, size_bytes, Urgency.ON_DEMAND, lambda found: opened(digest, size_bytes, found))
 
-    def _remembered(self, node: int, opened: LargeObject | File | GearError) -> LargeObject | File | GearError:
-        if not isinstance(opened, GearError):
-            self._served[node] = opened
+    def _remembered(
+        self, node: int, digest: bytes, opened: LargeObject | File | GearError
+    ) -> LargeObject | File | GearError:
+        return opened if isinstance(opened, GearError) else self._keep(node, digest, opened)
+
+    def _keep(self, node: int, digest: bytes, opened: Kept) -> Kept:
+        self._served[node] = opened
+        self._digests[node] = digest
         return opened
 
     def _whole(self, digest: bytes) -> File | GearError:

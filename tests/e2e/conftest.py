@@ -10,6 +10,7 @@ import pytest
 from tests.support import rootfs, sandbox
 from tests.support.disk import mount_fresh
 from tests.support.dockerd import Dockerd
+from tests.support.lazyhost import LazyHost, lazy_host
 from tests.support.registry import Registry
 from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar
@@ -87,3 +88,26 @@ def registry(disk: Path) -> Iterator[Registry]:
     registry.start()
     yield registry
     registry.stop()
+
+
+@pytest.fixture(scope="session")
+def session_host(request: pytest.FixtureRequest, disk: Path, registry: Registry) -> Iterator[LazyHost]:
+    """A second host, for Gear images."""
+    if request.config.getoption("--driver") != "gear":
+        pytest.skip("only of the gear driver")
+    with lazy_host(disk / "lazy", registry) as host:
+        yield host
+
+
+@pytest.fixture
+def empty_host(session_host: LazyHost) -> LazyHost:
+    """The host, up, with nothing stored."""
+    session_host.empty()
+    return session_host
+
+
+@pytest.fixture
+def host(empty_host: LazyHost) -> LazyHost:
+    """The host with the image's layers, and none of its files."""
+    empty_host.pull()
+    return empty_host

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gearworkers.services.lazyfs_control import LazyStatus, read_status
 from tests.support.processes import Daemon, listens, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PLUGINS = Path("/run/docker/plugins")
-START_ORDER = ("redis", "gateway", "import", "push")
+START_ORDER = ("redis", "gateway", "lazyfs", "import", "push")
 """What is started if nothing is named; the others are started by the tests that need them."""
 
 
 @dataclass
 class Stack:
-    """redis, gateway, import and push workers with their own root, run directory and plugin socket.
+    """redis, gateway, lazy file server, import and push workers with their own root, run directory and plugin socket.
 
     Args:
         directory: Holds GEAR_ROOT (`gear`) and the logs.
@@ -63,6 +65,28 @@ class Stack:
     def redis_socket(self) -> Path:
         """Where Redis listens."""
         return self.run_dir / "redis.sock"
+
+    @property
+    def lazyfs_socket(self) -> Path:
+        """Where the lazy file server is asked."""
+        return self.run_dir / "lazyfs.sock"
+
+    def lazy_status(self) -> LazyStatus:
+        """What the lazy file server has done."""
+        status = read_status(self.lazyfs_socket)
+        assert status is not None, self.daemons["lazyfs"].log_tail()
+        return status
+
+    def gear(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a `gear` command about this stack; returns it whatever its outcome."""
+        command = [str(Path(sys.executable).with_name("gear")), *arguments]
+        return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=120)
+
+    def set(self, **settings: str) -> None:
+        """Change GEAR_… variables for what is started from now on."""
+        self.settings |= settings
+        for daemon in (*self.daemons.values(), self.honcho):
+            daemon.environ = self.environ()
 
     def environ(self) -> dict[str, str]:
         """The environment of all its processes, and of `gear` commands about it."""
@@ -121,6 +145,8 @@ class Stack:
             daemon.wait_until(lambda: listens(self.redis_socket), "Redis's socket")
         elif name == "gateway":
             daemon.wait_until(lambda: listens(self.plugin_socket), "the plugin's socket")
+        elif name == "lazyfs":
+            daemon.wait_until(lambda: listens(self.lazyfs_socket), "the lazy file server's socket")
         else:
             daemon.wait_until(lambda: daemon.log_count(b" ready.") > 0, f"the {name} worker")
 

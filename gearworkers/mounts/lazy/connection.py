@@ -87,6 +87,17 @@ class Connection:
             elif _is_dying(waiter.pid):
                 waiter.fail(errno.EINTR)
 
+    def invalidate(self, parent: int, name: bytes) -> None:
+        """Have the kernel forget what it found of this name; if it does not know it, that is fine.
+
+        It waits for the answers to the look-ups in *parent* that are under way.
+        """
+        try:
+            os.write(self.fuse_fd, protocol.invalidate_entry(parent, name))
+        except OSError as exc:
+            if exc.errno != errno.ENOENT and exc.errno not in _GONE:
+                raise from_os_error(exc, "have the kernel forget an object") from exc
+
     @property
     def waiting(self) -> int:
         """How many requests have no answer yet."""

@@ -26,8 +26,10 @@ _READ = struct.Struct("<QQI")
 _FORGET = struct.Struct("<Q")
 _INIT_IN = struct.Struct("<IIIII")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
+_INVALIDATE_ENTRY = struct.Struct("<QII")
 _STATFS = struct.Struct("<QQQQQIIII24x")
 
+_NOTIFY_INVALIDATE_ENTRY = 3
 _NOTIFY_RESEND = 7
 _PAGE_BYTES = 4096
 _TIMES_GRANULARITY_NS = 1
@@ -109,6 +111,12 @@ def answer(unique: int, body_bytes: int, error: int = 0) -> bytes:
 def resend() -> bytes:
     """Ask for every request that was read and not answered once more, with the top bit of its number set (6.9)."""
     return _OUT.pack(_OUT.size, _NOTIFY_RESEND, 0)
+
+
+def invalidate_entry(parent: int, name: bytes) -> bytes:
+    """Tell the kernel to forget what it found of this name."""
+    body = _INVALIDATE_ENTRY.pack(parent, len(name), 0) + name + b"\0"
+    return _OUT.pack(_OUT.size + len(body), _NOTIFY_INVALIDATE_ENTRY, 0) + body
 
 
 # -- bodies of requests

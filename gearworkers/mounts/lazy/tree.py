@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from gearworkers.digest import ALPHABET, RESERVED
+from gearworkers.digest import ALPHABET, RESERVED, object_name
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.mounts.lazy import protocol
 from gearworkers.mounts.lazy.connection import Waiter
@@ -82,6 +82,12 @@ class Contents(Protocol):
 def node_of(digest: bytes) -> int:
     """The number of the object with this digest."""
     return int.from_bytes(digest[:8], "big") >> 1 | _OBJECT_BIT
+
+
+def entry_of(digest: bytes) -> tuple[int, bytes]:
+    """The directory below fetch/ in which this object is looked up, and its name there."""
+    name = object_name(digest)
+    return _FETCH_SHARDS + ALPHABET.index(name[:1]), name[1:]
 
 
 def digests_from(node: int) -> tuple[bytes, bytes]:

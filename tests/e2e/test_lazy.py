@@ -1,0 +1,168 @@
+"""Gear images on a host that has none of their files: what is seen, fetched, built, saved and removed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gearworkers.services.lazyfs_control import order_prefetch
+from tests.support import rootfs
+from tests.support.dockerd import Dockerd
+from tests.support.lazyhost import FILES, LARGE, LazyHost
+from tests.support.processes import wait_until
+
+AT_ONCE = 20
+REPLACED = {"/etc/hostname", "/etc/hosts", "/etc/resolv.conf"}
+
+
+def test_looking_at_files_shows_their_true_sizes_and_fetches_nothing(host: LazyHost) -> None:
+    """The looking program itself comes, so it looks twice: the second time nothing may."""
+    container = host.start()
+    look = (
+        "stat -c '%n %s' /app/*; ls -lR / > /dev/null; du -s --apparent-size -k /app /usr/share; find / -xdev -size +1M"
+    )
+    first = host.dockerd.docker("exec", container, "sh", "-c", look)
+    fetched = host.stack.lazy_status().fetched_objects
+    again = host.dockerd.docker("exec", container, "sh", "-c", look)
+    assert again == first
+    assert host.stack.lazy_status().fetched_objects == fetched < 40
+    sizes = dict(line.split() for line in first.splitlines()[: len(FILES)])
+    assert {f"/{name}": str(len(content)) for name, content in FILES.items()}.items() <= sizes.items()
+
+
+def test_images_and_history_show_the_real_sizes(host: LazyHost) -> None:
+    with tarfile.open(rootfs.debian()) as tar:
+        base_bytes = sum(info.size for info in tar if info.isreg())
+    app_bytes = sum(map(len, FILES.values()))
+    shown = json.loads(host.dockerd.docker("image", "inspect", host.image))[0]["Size"]
+    assert abs(shown - base_bytes - app_bytes) < 0.02 * base_bytes  # overlay2 counts symlinks too
+    history = host.dockerd.docker("history", "--human=false", "--format", "{{.Size}}", host.image).splitlines()
+    assert [int(size) for size in history[:2]] == [app_bytes, 0]
+    assert abs(int(history[2]) - base_bytes) < 0.02 * base_bytes
+
+
+def test_twenty_containers_on_an_empty_host_fetch_each_object_once(host: LazyHost) -> None:
+    before, inline, inline_bytes = host.stack.lazy_status(), host.objects(), host.object_bytes()
+    script = "cat /app/small* | sha256sum; sha256sum /app/large0"
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        said = set(pool.map(lambda _: host.dockerd.run(host.image, "sh", "-c", script), range(AT_ONCE)))
+    assert len(said) == 1
+    assert hashlib.sha256(LARGE["app/large0"]).hexdigest() in said.pop()
+    wait_until(lambda: host.stack.lazy_status().arriving == 0, "all has arrived", 60.0)
+    after = host.stack.lazy_status()
+    assert after.fetched_objects - before.fetched_objects == host.objects() - inline
+    assert after.received_bytes - before.received_bytes == host.object_bytes() - inline_bytes
+    assert after.failures == {}
+
+
+def test_a_saved_gear_image_is_what_was_pulled_byte_for_byte(host: LazyHost, tmp_path: Path) -> None:
+    fetched = host.stack.lazy_status().fetched_objects
+    host.dockerd.docker("save", "-o", str(tmp_path / "saved.tar"), host.image)
+    with tarfile.open(tmp_path / "saved.tar") as tar:
+        manifest = json.loads(_read(tar, "manifest.json"))[0]
+        assert [_read(tar, layer) for layer in manifest["Layers"]] == host.tars
+    assert host.stack.lazy_status().fetched_objects == fetched
+    image_id = host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", host.image)
+    host.dockerd.docker("rmi", host.image)
+    host.dockerd.docker("load", "-i", str(tmp_path / "saved.tar"))
+    assert host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", host.image) == image_id
+    assert host.dockerd.run(host.image, "cat", "/app/small1") == FILES["app/small1"].decode().strip()
+
+
+def _read(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(name)
+    assert file is not None
+    return file.read()
+
+
+def test_commit_and_build_upon_a_gear_image_give_normal_layers(host: LazyHost) -> None:
+    dockerd = host.dockerd
+    change = "(echo; echo more) >> /app/small1; rm /app/small2; chmod 600 /app/small3; mv /app/small4 /app/moved"
+    dockerd.run(host.image, "sh", "-c", change, options=("--name", "changed"))
+    dockerd.docker("commit", "changed", "committed")
+    dockerfile = f"FROM {host.image}\nRUN echo built > /app/built && chown 7:8 /app/large1\nRUN rm /app/small5\n"
+    dockerd.docker("build", "-t", "built", "--network", "none", "-", stdin=dockerfile.encode())
+    for image, added in (("committed", {"app/small1", "app/.wh.small2"}), ("built", {"app/built", "app/.wh.small5"})):
+        tops = _layers_above(dockerd, image, len(host.tars))
+        assert added <= set().union(*tops)
+        assert all("GEAR.sha256" not in info.pax_headers for top in tops for info in top.values())
+    sizes = {info.name: info.size for top in _layers_above(dockerd, "built", 2) for info in top.values()}
+    assert sizes["app/large1"] == len(LARGE["app/large1"])  # its owner changed: a tar has it whole
+    check = "tail -n1 /app/small1; ls /app/small2 2>/dev/null; stat -c %a /app/small3; sha256sum < /app/moved"
+    shown = dockerd.run("committed", "sh", "-c", check).split()
+    assert shown[:2] == ["more", "600"]
+    assert shown[2] == hashlib.sha256(FILES["app/small4"]).hexdigest()
+    shown = dockerd.run(
+        "built", "sh", "-c", "stat -c %u:%g /app/large1; sha256sum < /app/large1; ls /app/small5 || true"
+    )
+    assert shown.split()[:2] == ["7:8", hashlib.sha256(LARGE["app/large1"]).hexdigest()]
+    dockerd.docker("rm", "changed")
+
+
+def _layers_above(dockerd: Dockerd, image: str, below: int) -> list[dict[str, tarfile.TarInfo]]:
+    saved = dockerd.call("save", image).stdout
+    with tarfile.open(fileobj=io.BytesIO(saved)) as tar:
+        layers = json.loads(_read(tar, "manifest.json"))[0]["Layers"][below:]
+        found = []
+        for layer in layers:
+            with tarfile.open(fileobj=io.BytesIO(_read(tar, layer))) as inner:
+                found.append({info.name.removeprefix("./"): info for info in inner})
+        return found
+
+
+def test_every_file_is_what_the_image_holds_and_a_layer_that_has_all_leaves_the_lazy_file_system_out(
+    host: LazyHost,
+) -> None:
+    """All of a real root file system: by way of docker, while its contents arrive behind and on demand."""
+    lazy = host.start()
+    assert "/lazy/fetch" in _mounts(host)
+    layers = [path.name for path in (host.stack.root / "images").iterdir()]
+    order_prefetch(host.stack.lazyfs_socket, layers)
+    expected = _debian_files()
+    sums = host.dockerd.docker("exec", lazy, "sh", "-c", "find / -xdev -type f -exec sha256sum {} +")
+    found = {path: digest for digest, _, path in (line.partition("  ") for line in sums.splitlines())}
+    assert {name: found.get(name) for name in expected} == expected
+    assert host.stack.lazy_status().failures == {}
+    wait_until(lambda: host.stack.lazy_status().incomplete_layers == 0, "both layers are complete", 120.0)
+    host.dockerd.docker("rm", "-f", lazy)
+    whole = host.start()
+    assert "/lazy/fetch" not in _mounts(host)
+    host.stack.stop("lazyfs")
+    assert host.dockerd.docker("exec", whole, "cat", "/app/small7") == FILES["app/small7"].decode().strip()
+    assert host.dockerd.run(host.image, "sha256sum", "/app/large2").split()[0] == _digest("app/large2")
+    host.stack.start("lazyfs")
+
+
+def _debian_files() -> dict[str, str]:
+    """SHA-256 by path, without what docker replaces in a container."""
+    expected = {}
+    with tarfile.open(rootfs.debian()) as tar:
+        for info in tar:
+            if info.isreg():
+                expected[info.name.removeprefix(".")] = hashlib.sha256(_read(tar, info.name)).hexdigest()
+    assert len(expected) > 5000
+    return {name: digest for name, digest in expected.items() if name not in REPLACED}
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(FILES[name]).hexdigest()
+
+
+def _mounts(host: LazyHost) -> str:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return "\n".join(line for line in lines if str(host.stack.root / "containers") in line)
+
+
+def test_an_incomplete_image_is_removed_and_leaves_no_object_behind(host: LazyHost) -> None:
+    host.dockerd.run(host.image, "sh", "-c", "cat /app/small* /app/large0 > /dev/null")
+    assert host.objects() > 40
+    assert any((host.stack.root / "arrivals").glob("*/*"))
+    host.dockerd.docker("rmi", host.image)
+    wait_until(lambda: host.objects() == 0, "the objects are collected", 60.0, lambda: str(host.objects()))
+    wait_until(lambda: not any((host.stack.root / "arrivals").glob("*/*")), "arrivals is empty", 60.0)
+    assert host.stack.lazy_status().incomplete_layers == 0
+    assert not any((host.stack.root / "images").iterdir())

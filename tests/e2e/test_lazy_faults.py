@@ -1,0 +1,186 @@
+"""What becomes of containers of a Gear image when the remote, the network or a process of the host fails."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from gearworkers.digest import object_path
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.settings import Settings
+from tests.support.lazyhost import FILES, LARGE, LazyHost
+from tests.support.processes import wait_until
+
+_BOUND_S = 60.0
+"""Within so long a read fails: five attempts, four waits of up to 5 s, each answer within 5 s."""
+
+
+def digest_of(name: str) -> bytes:
+    return hashlib.sha256(FILES[name]).digest()
+
+
+def read(host: LazyHost, container: str, name: str) -> subprocess.CompletedProcess[bytes]:
+    """Read a file in the container, by a program that is in the container's memory by then."""
+    return host.dockerd.call("exec", container, "cat", f"/{name}", timeout_s=_BOUND_S)
+
+
+def assert_right(host: LazyHost, container: str, *names: str) -> None:
+    """The files are what they should be."""
+    for name in names:
+        done = read(host, container, name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == FILES[name]
+
+
+def assert_io_error(host: LazyHost, container: str, name: str) -> None:
+    """Reading it fails at last, with EIO."""
+    done = read(host, container, name)
+    assert done.returncode != 0
+    assert b"Input/output error" in done.stderr + done.stdout
+
+
+@pytest.fixture
+def container(host: LazyHost) -> str:
+    """A running container whose `cat` and `sh` are here."""
+    container = host.start()
+    host.dockerd.docker("exec", container, "sh", "-c", "cat /app/small0; ls /; sha256sum /app/small0")
+    return container
+
+
+def test_a_directory_serves_as_well(empty_host: LazyHost) -> None:
+    empty_host.use_remote(str(empty_host.store))
+    empty_host.pull()
+    assert_right(empty_host, empty_host.start(), "app/small1", "app/large1")
+
+
+def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_it_is_back(
+    host: LazyHost, container: str
+) -> None:
+    host.manager.kill()
+    for name in ("app/small1", "app/large1"):
+        assert_io_error(host, container, name)
+    assert_right(host, container, "app/small0")
+    named = {digest_of(name).hex() for name in ("app/small1", "app/large1")}
+    assert named <= host.stack.lazy_status().failures.keys()
+    assert all(f"Failed {digest}" in host.stack.gear("status").stdout for digest in named)
+    assert all(digest in host.stack.daemons["lazyfs"].log.read_text() for digest in named)
+    assert "gear_lazy_failing_objects 2.0" in host.metrics()
+    host.start_manager()
+    assert_right(host, container, "app/small1", "app/large1")
+    assert host.stack.lazy_status().failures == {}
+
+
+def test_wrong_bytes_are_never_served_and_never_kept_and_another_source_is_tried(
+    host: LazyHost, container: str
+) -> None:
+    remote = open_remote(Settings(remote=str(host.store)))
+    layout = remote.layout(digest_of("app/large1"))
+    assert layout is not None
+    remote.close()
+    blobs = {
+        host.blob(digest): host.blob(digest).read_bytes() for digest in (digest_of("app/small1"), layout[0].digest)
+    }
+    for path, content in blobs.items():
+        path.write_bytes(bytes(byte ^ 1 for byte in content))
+    corrupt = host.stack.lazy_status().corrupt
+    for name in ("app/small1", "app/large1"):
+        assert_io_error(host, container, name)
+        assert not host.has(digest_of(name))
+    assert host.stack.lazy_status().corrupt > corrupt
+    near = host.stack.root / "nfs" / "objects"
+    for path, content in blobs.items():
+        (near / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (near / path.parent.name / path.name).write_bytes(content)
+    host.restart_lazyfs()
+    assert_right(host, container, "app/small1", "app/large1")
+    for path, content in blobs.items():  # and the other way round: the near source lies, the far one is right
+        path.write_bytes(content)
+    wrong = host.blob(digest_of("app/small2"))
+    (near / wrong.parent.name).mkdir(exist_ok=True)
+    (near / wrong.parent.name / wrong.name).write_bytes(b"wrong")
+    assert_right(host, container, "app/small2")
+
+
+def test_slow_bytes_delay_only_what_is_asked_for(host: LazyHost, container: str) -> None:
+    host.link.bytes_per_s = 300e3
+    begin = time.monotonic()
+    head = host.dockerd.call("exec", container, "head", "-c", "4096", "/app/large1").stdout
+    assert head == LARGE["app/large1"][:4096]
+    assert time.monotonic() - begin < len(LARGE["app/large1"]) / 300e3 / 2
+    assert_right(host, container, "app/small3")
+    host.link.heal()
+    assert_right(host, container, "app/large1")
+
+
+def test_half_answers_are_asked_for_again_and_never_taken_for_whole_ones(host: LazyHost, container: str) -> None:
+    host.link.cut_after_bytes = 150_000
+    assert_right(host, container, "app/small4", "app/large1")
+    host.link.cut_after_bytes = 10
+    assert_io_error(host, container, "app/small5")
+    host.link.heal()
+    assert_right(host, container, "app/small5")
+
+
+def test_a_killed_lazy_file_server_is_a_pause_and_what_was_opened_goes_on(host: LazyHost, container: str) -> None:
+    assert_right(host, container, "app/small1")
+    reader = host.dockerd.popen(
+        "exec", "-i", container, "sh", "-c", "exec 3< /app/large1; head -c 1000000 <&3; read x; cat <&3"
+    )
+    assert reader.stdin is not None and reader.stdout is not None
+    content = reader.stdout.read(1_000_000)
+    wait_until(lambda: host.has(digest_of("app/large1")), "the rest has arrived behind", 30.0, lambda: str(host.stack.lazy_status()) + host.stack.daemons["lazyfs"].log_tail())
+    host.stack.kill("lazyfs")
+    assert_right(host, container, "app/small0", "app/small1")
+    waiting = host.dockerd.popen("exec", container, "cat", "/app/small6")
+    time.sleep(0.5)
+    assert waiting.poll() is None
+    host.stack.start("lazyfs")
+    assert waiting.communicate(timeout=60)[0] == FILES["app/small6"]
+    reader.stdin.write(b"\n")
+    reader.stdin.close()
+    assert content + reader.stdout.read() == LARGE["app/large1"]
+    assert reader.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("lazyfs", "dockerd", "gateway", "redis"),
+        ("redis", "gateway", "dockerd", "lazyfs"),
+        ("gateway", "lazyfs", "redis", "dockerd"),
+    ],
+    ids="-".join,
+)
+def test_an_incomplete_image_runs_on_after_a_restart_of_everything_in_any_order(
+    host: LazyHost, container: str, order: tuple[str, ...]
+) -> None:
+    for name in order:
+        if name == "dockerd":
+            host.dockerd.restart()
+        else:
+            host.stack.stop(name)
+            host.stack.start(name)
+    host.stack.stop("import", "push")
+    host.stack.start("import", "push")
+    assert_right(host, container, "app/small1", "app/large1")
+    second = host.start()
+    assert_right(host, second, "app/small2", "app/large2")
+    host.dockerd.docker("restart", "-t", "0", container)
+    assert_right(host, container, "app/small3", "app/large0")
+
+
+def test_with_no_lazy_file_server_a_container_is_refused_with_a_reason_and_runs_when_it_is_back(host: LazyHost) -> None:
+    host.stack.stop("lazyfs")
+    done = host.dockerd.call("run", "--rm", "--network", "none", host.image, "true")
+    assert done.returncode != 0
+    assert b"gear lazyfs" in done.stderr
+    host.stack.start("lazyfs")
+    assert host.dockerd.run(host.image, "echo", "back") == "back"
+
+
+def object_file(host: LazyHost, name: str) -> Path:
+    return Path(str(host.stack.root / "public") + object_path(digest_of(name)).decode())
