@@ -150,7 +150,10 @@ class WantedObjects:
         The directory's time tells that it was changed; two changes within one tick of the kernel's clock look like
         one, therefore who finds nothing looks again anyway.
         """
-        seen_ns = self._images.stat().st_mtime_ns
+        try:
+            seen_ns = self._images.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False  # the gateway has not started yet
         if seen_ns == self._seen_ns and not even_if_unchanged:
             return False
         with self._lock:

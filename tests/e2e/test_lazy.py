@@ -93,9 +93,9 @@ def test_commit_and_build_upon_a_gear_image_give_normal_layers(host: LazyHost) -
     sizes = {info.name: info.size for top in _layers_above(dockerd, "built", 2) for info in top.values()}
     assert sizes["app/large1"] == len(LARGE["app/large1"])  # its owner changed: a tar has it whole
     check = "tail -n1 /app/small1; ls /app/small2 2>/dev/null; stat -c %a /app/small3; sha256sum < /app/moved"
-    shown = dockerd.run("committed", "sh", "-c", check).split()
-    assert shown[:2] == ["more", "600"]
-    assert shown[2] == hashlib.sha256(FILES["app/small4"]).hexdigest()
+    words = dockerd.run("committed", "sh", "-c", check).split()
+    assert words[:2] == ["more", "600"]
+    assert words[2] == hashlib.sha256(FILES["app/small4"]).hexdigest()
     shown = dockerd.run(
         "built", "sh", "-c", "stat -c %u:%g /app/large1; sha256sum < /app/large1; ls /app/small5 || true"
     )

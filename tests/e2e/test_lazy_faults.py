@@ -132,7 +132,12 @@ def test_a_killed_lazy_file_server_is_a_pause_and_what_was_opened_goes_on(host: 
     )
     assert reader.stdin is not None and reader.stdout is not None
     content = reader.stdout.read(1_000_000)
-    wait_until(lambda: host.has(digest_of("app/large1")), "the rest has arrived behind", 30.0, lambda: str(host.stack.lazy_status()) + host.stack.daemons["lazyfs"].log_tail())
+    wait_until(
+        lambda: host.has(digest_of("app/large1")),
+        "the rest has arrived behind",
+        30.0,
+        lambda: str(host.stack.lazy_status()) + host.stack.daemons["lazyfs"].log_tail(),
+    )
     host.stack.kill("lazyfs")
     assert_right(host, container, "app/small0", "app/small1")
     waiting = host.dockerd.popen("exec", container, "cat", "/app/small6")

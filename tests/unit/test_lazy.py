@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gearworkers.digest import object_path
+from gearworkers.layers.store import RECORD_FILE, Layer
 from gearworkers.mounts.lazy.client import order_prefetch
+from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
@@ -28,6 +31,15 @@ SMALL = {f"etc/file{number}": b"content %d" % number * 50 for number in range(30
 def node(tmp_path: Path) -> Iterator[LazyNode]:
     with lazy_node(tmp_path) as one:
         yield one
+
+
+def incomplete(node: LazyNode, id: str) -> None:
+    """Take back that the layer is complete."""
+    record = node.settings.gear_images_path / id / RECORD_FILE
+    layer = msgspec.json.decode(record.read_bytes(), type=Layer)
+    record.with_suffix(".new").write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=False)))
+    record.with_suffix(".new").rename(record)
+    os.utime(node.settings.gear_images_path)
 
 
 def fetches(node: LazyNode, kind: str) -> list[str]:
@@ -188,6 +200,33 @@ def test_a_layout_that_makes_up_another_object_is_found_out_and_the_object_comes
         assert file.read(4096) == LARGE[:4096]
         until(lambda: node.status().corrupt == 1, "the whole was compared")
         until(lambda: (root / "large").read_bytes() == LARGE, "the right bytes are read")
+
+
+def test_a_large_object_that_was_removed_comes_again_while_an_image_wants_it(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)
+    digest = hashlib.sha256(LARGE).digest()
+    node.pull({"other": b"keeps the image incomplete"}, "other")
+    with open(root / "lib/large", "rb") as file:
+        assert file.read() == LARGE
+        until(lambda: store.has(digest), "it is whole")
+    store.remove(digest)
+    incomplete(node, "image")
+    assert (node.run("c2") / "lib/large").read_bytes() == LARGE
+    until(lambda: store.has(digest), "it has come again")
+
+
+def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE, "other": b"keeps the image incomplete"})
+    root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)
+    assert (root / "lib/large").read_bytes() == LARGE
+    until(lambda: store.has(hashlib.sha256(LARGE).digest()), "it is whole")
+    assert (root / "lib/large").read_bytes() == LARGE
+    for id in ("c1", "image"):
+        node.driver.remove(id)
+    node.driver.collect_garbage()
+    assert not store.has(hashlib.sha256(LARGE).digest())
+    until(lambda: node.status().serving == 0, "the kernel has forgotten it", 5)
 
 
 def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
