@@ -31,16 +31,18 @@ from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.startup import image_of
 from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
-from gearworkers.layers.wanted import remove_unvouched
+from gearworkers.layers.wanted import layers_naming, mark_incomplete, remove_unvouched
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy.client import Known, tell
 from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.mounts.lazy.tree import FAILED, FETCH
 from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.mounts.table import MountTable
+from gearworkers.objects import inplace
 from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
+from gearworkers.objects.locks import GarbageLock
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.push import PushReport, damaged_in, push_pending
 from gearworkers.objects.spool import PushSpool
@@ -435,21 +437,45 @@ class GearDriver:
 
         Args:
             read_data: Also read all bytes and compare their digest.
-            repair: Remove the names of damaged objects, so that they are stored or fetched anew.
+            repair: Remove damaged objects, and mark image layers that lack any as incomplete: they are fetched again.
         """
         damaged: set[bytes] = set()
         for bad in bad_objects(self._objects, read_data=read_data):
             damaged.add(bad.digest)
             if repair:
                 self._spool.done(bad.digest)  # a link to the same bytes
-                os.unlink(bad.path)
+                self._lose(bad.path)
             yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
         for digest, why in damaged_in(self._spool) if read_data else ():
             if repair:
                 self._spool.done(digest)
             yield f"awaiting push: {why}" + (" (removed)" if repair else "")
+        are_whole = not damaged
         for fault in layer_faults(self._layers, self._objects, damaged):
-            yield f"layer {fault.id}: {fault.what}; {fault.advice}"
+            are_whole = False
+            is_marked = repair and fault.lacks_objects and self._mark_incomplete(fault.id)
+            advice = "marked incomplete: what it lacks is fetched when it is opened" if is_marked else fault.advice
+            yield f"layer {fault.id}: {fault.what}; {advice}"
+        if are_whole:
+            inplace.found(self.settings.gear_root)
+
+    def _lose(self, path: bytes) -> None:
+        """Remove a damaged object, after its layers know.
+
+        Crash: they are incomplete and lack nothing but what is damaged; the next repair goes on.
+        """
+        name = path[-22:-21] + path[-20:]
+        inplace.lose(self.settings.gear_root)
+        with GarbageLock(self.settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
+            for id in layers_naming(self.settings.gear_images_path, name):
+                self._mark_incomplete(id)
+            os.unlink(path)
+
+    def _mark_incomplete(self, id: str) -> bool:
+        inplace.note_change(self.settings.gear_root)
+        done = mark_incomplete(self.settings.gear_images_path, id)
+        inplace.note_change(self.settings.gear_root)  # who had read the layer's record before reads it again
+        return done
 
     def collect_garbage(self) -> GarbageReport:
         """Remove the objects that no layer refers to; safe beside imports."""

@@ -19,6 +19,8 @@ class LayerFault(NamedTuple):
     id: str
     what: str
     advice: str
+    lacks_objects: bool = False
+    """Whether it would be whole with its objects."""
 
 
 def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection[bytes]) -> Iterator[LayerFault]:
@@ -55,7 +57,7 @@ def _image_faults(
         elif layer.complete and not store.has(digest):
             missing += 1
     if missing or damaged:
-        yield LayerFault(layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch)
+        yield LayerFault(layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch, lacks_objects=True)
     if not (directory / INDEX_FILE).exists():
         yield LayerFault(layer.id, f"its {INDEX_FILE} is missing", refetch)
     try:

@@ -90,7 +90,8 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self._settled: dict[str, Layer] = {}  # complete image layers: their records never change
+        self._settled: dict[str, Layer] = {}  # complete image layers: their records change with `inplace.note_change` only
+        self._settled_ns = 0
 
     def prepare(self) -> None:
         """Make the directories that are missing."""
@@ -158,6 +159,9 @@ class LayerStore:
 
     def parents(self, id: str) -> Iterator[Layer]:
         """The layer, its parent, and so on down."""
+        changed_ns = inplace.changed_ns(self._root)
+        if changed_ns != self._settled_ns:
+            self._settled, self._settled_ns = {}, changed_ns
         while id:
             layer = self._settled.get(id)
             if layer is None:

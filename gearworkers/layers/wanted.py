@@ -23,6 +23,7 @@ from gearworkers.errors import GearError, IntegrityError, from_os_error
 from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD
+from gearworkers.objects.garbage import publishing
 from gearworkers.objects.large import File
 from gearworkers.objects.store import ObjectStore, verify_file
 
@@ -126,10 +127,15 @@ class WantedObjects:
                 done.append(id)
         return done
 
-    def drop(self, id: str) -> None:
-        """The layer is complete."""
+    def complete(self, id: str, store: ObjectStore) -> bool:
+        """Say durably that the layer is complete, after a last look at all of it; whether it is."""
+        done = mark_complete(self._images, id, store)
         with self._lock:
+            if not done and id in self._lists:
+                self._lists[id].here = 0  # one was lost after it had been seen
+                return False
             self._lists = {known: wanted for known, wanted in self._lists.items() if known != id}
+        return done
 
     def _find(self, least: bytes, greatest: bytes, matches: Callable[[bytes], bool]) -> list[tuple[bytes, int]]:
         self._refresh()
@@ -228,26 +234,62 @@ def remove_unvouched(images: Path, store: ObjectStore) -> int:
     return removed
 
 
-def mark_complete(images: Path, id: str) -> None:
+def mark_complete(images: Path, id: str, store: ObjectStore) -> bool:
     """Say durably that all objects of the layer are here; later mounts leave the lazy file system out.
+
+    Returns:
+        Whether they are, and the layer too.
 
     Raises:
         GearError: It cannot be written; the layer stays incomplete.
 
     Crash: the layer is incomplete before the rename and complete after it; its objects were synced before.
     """
-    directory = images / id
-    try:
-        layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+    with publishing(images.parent, store):
+        records = _mapped(images / id / OBJECTS_FILE)
+        if records is None or not all(_is_here(store, records.record(at)[0]) for at in records.entries):
+            return False
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             kernel.syncfs(images_fd)
         finally:
             os.close(images_fd)
+        return _mark(images, id, complete=True)
+
+
+def mark_incomplete(images: Path, id: str) -> bool:
+    """Say that objects of the layer are about to be gone and must be fetched; whether there is such a layer.
+
+    The caller keeps objects from being stored in place (objects.inplace.lose), before and after.
+    """
+    done = _mark(images, id, complete=False)
+    os.utime(images)  # the lazy file server looks again
+    return done
+
+
+def layers_naming(images: Path, name: bytes) -> list[str]:
+    """The image layers that refer to an object of this name of 21 characters."""
+    least = _least_digest(name)
+    if least is None:
+        return []
+    found = []
+    for directory in images.iterdir():
+        records = _mapped(directory / OBJECTS_FILE)
+        close = records.between(least[:15], least[:15]) if records is not None else []
+        if any(object_name(digest) == name for digest, _ in close):
+            found.append(directory.name)
+    return found
+
+
+def _mark(images: Path, id: str, *, complete: bool) -> bool:
+    directory = images / id
+    try:
+        layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
         temporary = directory / f"{RECORD_FILE}.new"
-        temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=True)))
+        temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=complete)))
         temporary.rename(directory / RECORD_FILE)
     except FileNotFoundError:
-        return  # it was removed meanwhile
+        return False  # it was removed meanwhile
     except OSError as exc:
-        raise from_os_error(exc, f"mark layer {id} complete") from exc
+        raise from_os_error(exc, f"mark layer {id}") from exc
+    return True

@@ -2,7 +2,8 @@
 
 The digest's xattr is set last, and a file without it is no object, so whoever looks an object up by it is safe. The
 kernel, which follows an overlay's redirect, does not look: therefore this is only for a host without incomplete
-layers. On such a host no container can open an object before the layer that brings it is published.
+layers, and without layers that have lost an object. On such a host no container can open an object before the layer
+that brings it is published.
 
 Measured for 20,000 objects of 8 kB on ext4: 37 µs each, by way of a rename 49 µs and a look-up of 12 µs before.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from gearworkers.objects.store import ObjectStore, write_all
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _FORBIDDEN_FILE = "incomplete-layers"
+_LOST_FILE = "lost-objects"
 _LOCK_FILE = "inplace.lock"
 
 
@@ -71,8 +74,8 @@ def permission(root: Path) -> Iterator[bool]:
 
 
 def forbid(root: Path) -> None:
-    """No more from now on, and none under way: before an incomplete layer is published."""
-    (root / _FORBIDDEN_FILE).touch(mode=0o600)
+    """No more from now on, and none under way: before a layer is published, or marked, incomplete."""
+    note_change(root)
     fd = os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -80,6 +83,34 @@ def forbid(root: Path) -> None:
         os.close(fd)
 
 
+def note_change(root: Path) -> None:
+    """Forbid it, and have everybody read the layers' records again."""
+    forbidden = root / _FORBIDDEN_FILE
+    forbidden.touch(mode=0o600)
+    now_ns = time.time_ns()
+    os.utime(forbidden, ns=(now_ns, now_ns))  # finer than the kernel's own clock
+
+
+def changed_ns(root: Path) -> int:
+    """When the last layer became incomplete; 0 if all are complete."""
+    try:
+        return (root / _FORBIDDEN_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def allow(root: Path) -> None:
-    """Allowed again: the host has no incomplete layer, and nobody publishes one."""
-    (root / _FORBIDDEN_FILE).unlink(missing_ok=True)
+    """Allowed again: the host has no incomplete layer, and nobody publishes one; not after `lose`."""
+    if not (root / _LOST_FILE).exists():
+        (root / _FORBIDDEN_FILE).unlink(missing_ok=True)
+
+
+def lose(root: Path) -> None:
+    """Forbid it until `found`: a layer is about to lose an object that the kernel may be told to open."""
+    (root / _LOST_FILE).touch(mode=0o600)
+    forbid(root)
+
+
+def found(root: Path) -> None:
+    """No layer lacks anything; the next `allow` counts again."""
+    (root / _LOST_FILE).unlink(missing_ok=True)

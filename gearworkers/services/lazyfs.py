@@ -20,7 +20,7 @@ import structlog
 
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
 from gearworkers.layers.store import LayerStore
-from gearworkers.layers.wanted import WantedObjects, mark_complete
+from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy import client
 from gearworkers.mounts.lazy import connection as fuse
@@ -154,9 +154,8 @@ class LazyServer:
     def _upkeep(self, *, with_users: bool) -> None:
         self._fetcher.fill_idle(self._settings.fill_delay_s)
         for id in self._wanted.completed(self._store):
-            mark_complete(self._settings.gear_images_path, id)
-            self._wanted.drop(id)
-            _log.info("a layer is complete", layer=id)
+            if self._wanted.complete(id, self._store):
+                _log.info("a layer is complete", layer=id)
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gearworkers.services.lazyfs_control import LazyStatus, read_status
+from gearworkers.mounts.lazy.client import LazyStatus, read_status
 from tests.support.processes import Daemon, listens, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
