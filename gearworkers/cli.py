@@ -17,7 +17,7 @@ from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, InvalidInput
 from gearworkers.images.manifest import Platform
 from gearworkers.log import configure_logging
-from gearworkers.mounts.lazy.client import read_status
+from gearworkers.mounts.lazy.client import order_prefetch, read_status
 from gearworkers.mounts.probe import Check
 from gearworkers.settings import Settings
 
@@ -70,13 +70,20 @@ def fsck(
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Also read every byte and compare its SHA-256.")
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Remove damaged objects; pull their images again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove damaged objects; what is removed or missing is fetched again.")
+    ] = False,
 ) -> None:
     """Check that every object is what its name says and every layer is whole; exit 1 on faults."""
+    settings = Settings.from_environ()
+    incomplete: set[str] = set()
     faults = 0
-    for fault in GearDriver(Settings.from_environ()).faults(read_data=read_data, repair=repair):
+    for fault in GearDriver(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
         faults += 1
         _out.print(fault, markup=False)
+    if incomplete:
+        coming = order_prefetch(settings.lazyfs_socket, sorted(incomplete))
+        _out.print(f"{coming} objects are being fetched; `gear status` names those that cannot be had")
     _out.print(f"{faults} faults")
     if faults:
         raise typer.Exit(_EXIT_FAULTS)

@@ -432,19 +432,22 @@ class GearDriver:
             ("Awaiting Push", str(sum(1 for _ in self._spool.pending()))),
         ]
 
-    def faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
+    def faults(
+        self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
+    ) -> Iterator[str]:
         """Check every object and layer; a line for each fault.
 
         Args:
             read_data: Also read all bytes and compare their digest.
             repair: Remove damaged objects, and mark image layers that lack any as incomplete: they are fetched again.
+            incomplete: Called with the id of each layer that was marked.
         """
         damaged: set[bytes] = set()
         for bad in bad_objects(self._objects, read_data=read_data):
             damaged.add(bad.digest)
             if repair:
                 self._spool.done(bad.digest)  # a link to the same bytes
-                self._lose(bad.path)
+                self._lose(bad.path, incomplete)
             yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
         for digest, why in damaged_in(self._spool) if read_data else ():
             if repair:
@@ -453,13 +456,16 @@ class GearDriver:
         are_whole = not damaged
         for fault in layer_faults(self._layers, self._objects, damaged):
             are_whole = False
-            is_marked = repair and fault.lacks_objects and self._mark_incomplete(fault.id)
-            advice = "marked incomplete: what it lacks is fetched when it is opened" if is_marked else fault.advice
+            advice = fault.advice
+            if repair and fault.lacks_objects:
+                inplace.lose(self.settings.gear_root)
+                if self._mark_incomplete(fault.id, incomplete):
+                    advice = "marked incomplete: what it lacks is fetched from GEAR_REMOTE"
             yield f"layer {fault.id}: {fault.what}; {advice}"
         if are_whole:
             inplace.found(self.settings.gear_root)
 
-    def _lose(self, path: bytes) -> None:
+    def _lose(self, path: bytes, incomplete: Callable[[str], object]) -> None:
         """Remove a damaged object, after its layers know.
 
         Crash: they are incomplete and lack nothing but what is damaged; the next repair goes on.
@@ -468,13 +474,14 @@ class GearDriver:
         inplace.lose(self.settings.gear_root)
         with GarbageLock(self.settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
             for id in layers_naming(self.settings.gear_images_path, name):
-                self._mark_incomplete(id)
+                self._mark_incomplete(id, incomplete)
             os.unlink(path)
 
-    def _mark_incomplete(self, id: str) -> bool:
+    def _mark_incomplete(self, id: str, incomplete: Callable[[str], object]) -> bool:
         inplace.note_change(self.settings.gear_root)
         done = mark_incomplete(self.settings.gear_images_path, id)
         inplace.note_change(self.settings.gear_root)  # who had read the layer's record before reads it again
+        incomplete(id)
         return done
 
     def collect_garbage(self) -> GarbageReport:

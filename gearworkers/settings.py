@@ -16,7 +16,7 @@ Number = TypeVar("Number", int, float)
 DEFAULT_ROOT = Path("/var/lib/gear")
 DEFAULT_RUN_DIR = Path("/run/gear")
 DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
-DEFAULT_LARGE_OBJECT_BYTES = 1 << 20
+DEFAULT_LARGE_OBJECT_BYTES = 2 << 20
 DEFAULT_FETCH_THREADS = 32
 DEFAULT_FILL_DELAY_S = 10.0
 DEFAULT_PROFILE_WINDOW_S = 30.0
@@ -70,7 +70,10 @@ class Settings:
     metrics_listen: str = ""
     """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
     large_object_bytes: int = DEFAULT_LARGE_OBJECT_BYTES
-    """From this size on an object that a container opens is served in parts while it arrives."""
+    """From this size on an object that a container opens is served in parts while it arrives.
+
+    The C library is smaller: all programs open it, so it is worth to have it where no server is asked.
+    """
     fetch_threads: int = DEFAULT_FETCH_THREADS
     """How many requests to the remote the lazy file server has under way at most."""
     fill_delay_s: float = DEFAULT_FILL_DELAY_S

@@ -57,7 +57,9 @@ def _image_faults(
         elif layer.complete and not store.has(digest):
             missing += 1
     if missing or damaged:
-        yield LayerFault(layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch, lacks_objects=True)
+        yield LayerFault(
+            layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch, lacks_objects=True
+        )
     if not (directory / INDEX_FILE).exists():
         yield LayerFault(layer.id, f"its {INDEX_FILE} is missing", refetch)
     try:

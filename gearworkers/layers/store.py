@@ -90,7 +90,9 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self._settled: dict[str, Layer] = {}  # complete image layers: their records change with `inplace.note_change` only
+        self._settled: dict[
+            str, Layer
+        ] = {}  # complete image layers: their records change with `inplace.note_change` only
         self._settled_ns = 0
 
     def prepare(self) -> None:

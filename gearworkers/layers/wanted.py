@@ -246,7 +246,7 @@ def mark_complete(images: Path, id: str, store: ObjectStore) -> bool:
     Crash: the layer is incomplete before the rename and complete after it; its objects were synced before.
     """
     with publishing(images.parent, store):
-        records = _mapped(images / id / OBJECTS_FILE)
+        records = object_list(images / id / OBJECTS_FILE)
         if records is None or not all(_is_here(store, records.record(at)[0]) for at in records.entries):
             return False
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -274,7 +274,7 @@ def layers_naming(images: Path, name: bytes) -> list[str]:
         return []
     found = []
     for directory in images.iterdir():
-        records = _mapped(directory / OBJECTS_FILE)
+        records = object_list(directory / OBJECTS_FILE)
         close = records.between(least[:15], least[:15]) if records is not None else []
         if any(object_name(digest) == name for digest, _ in close):
             found.append(directory.name)

@@ -25,7 +25,7 @@ class Part:
     size_bytes: int
     """Of the whole."""
     ranges: tuple[tuple[int, int], ...] = ()
-    """Of a large object, (offset, size in bytes): what will be read. A small one is wanted whole."""
+    """Of an object that is served in parts, (offset, size in bytes): what will be read. Others are wanted whole."""
 
 
 @dataclass(slots=True)
@@ -40,18 +40,22 @@ class PrefetchCounts:
 class Prefetcher:
     """Brings many by few requests through one fetcher; all methods return at once."""
 
-    def __init__(self, fetcher: Fetcher, sources: Sequence[Source], pool: WorkPool, *, large_bytes: int) -> None:
+    def __init__(
+        self, fetcher: Fetcher, sources: Sequence[Source], pool: WorkPool, *, large_bytes: int, served_bytes: int = 0
+    ) -> None:
         """
         Args:
             fetcher: Who has the objects.
             sources: As the fetcher's.
             pool: Likewise.
             large_bytes: Likewise.
+            served_bytes: From this size on an object is served in parts.
         """
         self._fetcher = fetcher
         self._sources = sources
         self._pool = pool
         self._large_bytes = large_bytes
+        self._served_bytes = served_bytes
         self.counts = PrefetchCounts()
 
     def wholly(self, wanted: Iterable[tuple[bytes, int]]) -> None:
@@ -80,7 +84,8 @@ class Prefetcher:
         for part in parts:
             large = self._fetcher.large(part.digest)
             if large is not None:
-                yield from (_Piece(large, self._fetcher, self.counts, order) for order in large.orders(part.ranges))
+                ranges = part.ranges if part.size_bytes >= self._served_bytes else ((0, part.size_bytes),)
+                yield from (_Piece(large, self._fetcher, self.counts, order) for order in large.orders(ranges))
             elif part.size_bytes < self._large_bytes:
                 yield _Small(self._fetcher, self.counts, part.digest, part.size_bytes, must_come=False)
 

@@ -32,6 +32,7 @@ from gearworkers.mounts.lazy.tree import FAILED, FETCH, Tree, entry_of
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.prefetch import Prefetcher
+from gearworkers.objects.remotes.codec import LARGE_BYTES as CHUNKED_BYTES
 from gearworkers.objects.remotes.opening import has_near, open_near, open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.sources import Source
@@ -61,12 +62,15 @@ class LazyServer:
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
         self._wanted = WantedObjects(settings.gear_images_path)
         self._pool = WorkPool(settings.fetch_threads, for_background=max(settings.fetch_threads // 2, 1))
-        large_bytes = settings.large_object_bytes
+        served_bytes = settings.large_object_bytes
+        large_bytes = min(served_bytes, CHUNKED_BYTES)
         self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)
         layers = LayerStore(settings, self._store)
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
-        self._prefetcher = Prefetcher(self._fetcher, sources, self._pool, large_bytes=large_bytes)
+        self._prefetcher = Prefetcher(
+            self._fetcher, sources, self._pool, large_bytes=large_bytes, served_bytes=served_bytes
+        )
         self._profiles = Profiles(layers, self._document, self._prefetcher.soon)
         self._misses = Misses(
             layers,
@@ -76,7 +80,13 @@ class LazyServer:
             window_s=settings.profile_window_s,
         )
         self._contents = LazyContents(
-            self._store, self._arrivals, self._wanted, self._fetcher, self._misses.missed, large_bytes=large_bytes
+            self._store,
+            self._arrivals,
+            self._wanted,
+            self._fetcher,
+            self._misses.missed,
+            large_bytes=large_bytes,
+            served_bytes=served_bytes,
         )
         self._stop = threading.Event()
 

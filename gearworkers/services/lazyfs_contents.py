@@ -34,6 +34,7 @@ class LazyContents:
         missed: Callable[[bytes, int], None],
         *,
         large_bytes: int,
+        served_bytes: int,
     ) -> None:
         """
         Args:
@@ -42,7 +43,8 @@ class LazyContents:
             wanted: What there is.
             fetcher: Who brings them.
             missed: Told digest and size in bytes of each object that is wanted and not here.
-            large_bytes: From this size on an object is served while it arrives.
+            large_bytes: As the fetcher's.
+            served_bytes: From this size on an object is served in parts while it arrives.
         """
         self._store = store
         self._arrivals = arrivals
@@ -50,6 +52,7 @@ class LazyContents:
         self._fetcher = fetcher
         self._missed = missed
         self._large_bytes = large_bytes
+        self._served_bytes = served_bytes
         self._served: dict[int, LargeObject | File] = {}
         self._reads: dict[int, list[tuple[int, int]]] = {}
         self._digests: dict[int, bytes] = {}
@@ -166,6 +169,20 @@ class LazyContents:
 
         self._fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, fetched)
 
+    def _read_wholly(
+        self, digest: bytes, size_bytes: int, found: bytes | GearError, done: Callable[[Found], None]
+    ) -> None:
+        """All chunks are here, and the object about to be; or one is not to be had."""
+        if isinstance(found, GearError):
+            done(found)
+            return
+        self._fetcher.fetch(
+            digest,
+            size_bytes,
+            Urgency.ON_DEMAND,
+            lambda error: done(self._arrive(digest) if error is None else error),
+        )
+
     def _opened(self, digest: bytes, size_bytes: int, opened: Opened, done: Callable[[Found], None]) -> None:
         if isinstance(opened, GearError):
             done(opened)
@@ -173,6 +190,8 @@ class LazyContents:
             done(self._arrive(digest))
         elif opened is None:
             self._fetch(digest, size_bytes, done)
+        elif size_bytes < self._served_bytes:
+            opened.read(0, size_bytes, lambda found: self._read_wholly(digest, size_bytes, found, done))
         else:
             node = node_of(digest)
             self._keep(node, digest, opened)
