@@ -470,12 +470,14 @@ class GearDriver:
 
         Crash: they are incomplete and lack nothing but what is damaged; the next repair goes on.
         """
-        name = path[-22:-21] + path[-20:]
+        inside = path[len(os.fsencode(self.settings.gear_public_cache_path)) :]
+        name = inside[2:].replace(b"/", b"")
         inplace.lose(self.settings.gear_root)
         with GarbageLock(self.settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
             for id in layers_naming(self.settings.gear_images_path, name):
                 self._mark_incomplete(id, incomplete)
-            os.unlink(path)
+            for cache in (self.settings.gear_arrivals_path, self.settings.gear_public_cache_path):
+                Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
 
     def _mark_incomplete(self, id: str, incomplete: Callable[[str], object]) -> bool:
         inplace.note_change(self.settings.gear_root)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gearworkers.digest import object_path
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.settings import Settings
 from tests.support.lazyhost import FILES, LARGE, LazyHost
@@ -74,35 +74,43 @@ def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_i
     assert host.stack.lazy_status().failures == {}
 
 
-def test_wrong_bytes_are_never_served_and_never_kept_and_another_source_is_tried(
-    host: LazyHost, container: str
-) -> None:
+@pytest.fixture
+def spoilt(host: LazyHost) -> Iterator[dict[Path, bytes]]:
+    """Blobs of the remote that are wrong as long as the test lasts, with what they should be."""
     remote = open_remote(Settings(remote=str(host.store)))
     layout = remote.layout(digest_of("app/large1"))
     assert layout is not None
     remote.close()
-    blobs = {
+    right = {
         host.blob(digest): host.blob(digest).read_bytes() for digest in (digest_of("app/small1"), layout[0].digest)
     }
-    for path, content in blobs.items():
+    for path, content in right.items():
         path.write_bytes(bytes(byte ^ 1 for byte in content))
+    yield right
+    for path, content in right.items():
+        path.write_bytes(content)
+
+
+def put_near(host: LazyHost, path: Path, content: bytes) -> None:
+    """Have this content for a blob of the remote in the host's nfs/."""
+    near = host.stack.root / "nfs" / "objects" / path.parent.name
+    near.mkdir(parents=True, exist_ok=True)
+    (near / path.name).write_bytes(content)
+
+
+def test_wrong_bytes_are_never_served_and_never_kept_and_another_source_is_tried(
+    host: LazyHost, container: str, spoilt: dict[Path, bytes]
+) -> None:
     corrupt = host.stack.lazy_status().corrupt
     for name in ("app/small1", "app/large1"):
         assert_io_error(host, container, name)
         assert not host.has(digest_of(name))
     assert host.stack.lazy_status().corrupt > corrupt
-    near = host.stack.root / "nfs" / "objects"
-    for path, content in blobs.items():
-        (near / path.parent.name).mkdir(parents=True, exist_ok=True)
-        (near / path.parent.name / path.name).write_bytes(content)
+    for path, content in spoilt.items():
+        put_near(host, path, content)
+    put_near(host, host.blob(digest_of("app/small2")), b"here the near one is wrong")
     host.restart_lazyfs()
-    assert_right(host, container, "app/small1", "app/large1")
-    for path, content in blobs.items():  # and the other way round: the near source lies, the far one is right
-        path.write_bytes(content)
-    wrong = host.blob(digest_of("app/small2"))
-    (near / wrong.parent.name).mkdir(exist_ok=True)
-    (near / wrong.parent.name / wrong.name).write_bytes(b"wrong")
-    assert_right(host, container, "app/small2")
+    assert_right(host, container, "app/small1", "app/large1", "app/small2")
 
 
 def test_slow_bytes_delay_only_what_is_asked_for(host: LazyHost, container: str) -> None:
@@ -126,29 +134,22 @@ def test_half_answers_are_asked_for_again_and_never_taken_for_whole_ones(host: L
 
 
 def test_a_killed_lazy_file_server_is_a_pause_and_what_was_opened_goes_on(host: LazyHost, container: str) -> None:
+    script = "exec 3< /app/large1; head -c 1000000 <&3; read x; cat <&3"
     assert_right(host, container, "app/small1")
-    reader = host.dockerd.popen(
-        "exec", "-i", container, "sh", "-c", "exec 3< /app/large1; head -c 1000000 <&3; read x; cat <&3"
-    )
-    assert reader.stdin is not None and reader.stdout is not None
-    content = reader.stdout.read(1_000_000)
-    wait_until(
-        lambda: host.has(digest_of("app/large1")),
-        "the rest has arrived behind",
-        30.0,
-        lambda: str(host.stack.lazy_status()) + host.stack.daemons["lazyfs"].log_tail(),
-    )
-    host.stack.kill("lazyfs")
-    assert_right(host, container, "app/small0", "app/small1")
-    waiting = host.dockerd.popen("exec", container, "cat", "/app/small6")
-    time.sleep(0.5)
-    assert waiting.poll() is None
-    host.stack.start("lazyfs")
-    assert waiting.communicate(timeout=60)[0] == FILES["app/small6"]
-    reader.stdin.write(b"\n")
-    reader.stdin.close()
-    assert content + reader.stdout.read() == LARGE["app/large1"]
-    assert reader.wait(60) == 0
+    with host.dockerd.popen("exec", "-i", container, "sh", "-c", script) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+        content = reader.stdout.read(1_000_000)
+        wait_until(lambda: host.has(digest_of("app/large1")), "the rest has arrived behind", 60.0)
+        host.stack.kill("lazyfs")
+        assert_right(host, container, "app/small0", "app/small1")
+        with host.dockerd.popen("exec", container, "cat", "/app/small6") as waiting:
+            time.sleep(0.5)
+            assert waiting.poll() is None
+            host.stack.start("lazyfs")
+            assert waiting.communicate(timeout=60)[0] == FILES["app/small6"]
+        reader.stdin.write(b"\n")
+        reader.stdin.close()
+        assert content + reader.stdout.read() == LARGE["app/large1"]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,3 @@ def test_with_no_lazy_file_server_a_container_is_refused_with_a_reason_and_runs_
     assert b"gear lazyfs" in done.stderr
     host.stack.start("lazyfs")
     assert host.dockerd.run(host.image, "echo", "back") == "back"
-
-
-def object_file(host: LazyHost, name: str) -> Path:
-    return Path(str(host.stack.root / "public") + object_path(digest_of(name)).decode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -59,11 +60,17 @@ class LazyHost:
         self.link.heal()
         self.start_manager()
         self.use_remote(self.url)
+        near = self.stack.root / "nfs" / "objects"
+        if near.exists():
+            shutil.rmtree(near)
+            self.stack.stop("lazyfs")
         self.stack.start()
         if not self.dockerd.answers():
             self.dockerd.start()
         self.dockerd.remove_everything()
         self.stack.gear("gc")
+        for link in (self.stack.root / "arrivals").glob("*/*"):
+            link.unlink()  # the server does, some seconds later
         assert self.objects() == 0, self.stack.gear("status").stdout
 
     def pull(self) -> None:
@@ -134,7 +141,7 @@ def lazy_host(directory: Path, registry: Registry) -> Iterator[LazyHost]:
     manager = Daemon([str(Path(sys.executable).with_name("gear")), "manager"], directory / "manager.log", environ)
     with linked(port) as (link, link_port):
         url = f"http://127.0.0.1:{link_port}"
-        settings = {"GEAR_REMOTE": url, "GEAR_REMOTE_TIMEOUT_S": "5"}
+        settings = {"GEAR_REMOTE": url, "GEAR_REMOTE_TIMEOUT_S": "5", "GEAR_PROFILE_WINDOW_S": "0"}
         stack = Stack(directory / "stack", "lazy", settings)
         dockerd = Dockerd("l", directory / "docker", "lazy")
         try:
