@@ -71,7 +71,7 @@ def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_i
     assert "gear_lazy_failing_objects 2.0" in host.metrics()
     host.start_manager()
     assert_right(host, container, "app/small1", "app/large1")
-    assert host.stack.lazy_status().failures == {}
+    wait_until(lambda: host.stack.lazy_status().failures == {}, "both are whole")
 
 
 @pytest.fixture
