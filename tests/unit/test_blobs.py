@@ -68,6 +68,7 @@ def test_a_tar_other_than_the_config_says_is_an_error() -> None:
         unpack(gzip.compress(CONTENT), b"something else")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
 def test_a_bomb_comes_in_small_pieces(compress: Callable[[bytes], bytes]) -> None:
     zeros = bytes(200 << 20)

@@ -164,6 +164,7 @@ def test_a_directory_s_own_time_and_size_are_no_change_between_two_trees(tmp_pat
             os.close(fd)
 
 
+@pytest.mark.slow
 def test_trees_deeper_than_the_interpreter_s_stack_are_compared(overlay: Overlay) -> None:
     path = overlay.merged
     for _ in range(1500):

@@ -31,6 +31,8 @@ from tests.support import registries
 from tests.support.images import Image, Pulled, contents_of, pull, push_index, tar_of
 from tests.support.registry import Registry
 
+pytestmark = pytest.mark.slow
+
 AMD64 = m.Platform("amd64", "linux")
 
 

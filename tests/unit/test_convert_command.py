@@ -19,6 +19,8 @@ from tests.support.images import Image, contents_of, pull, push_index, tar_of
 from tests.support.registry import Registry
 from tests.support.remotes import manager_thread
 
+pytestmark = pytest.mark.slow
+
 GEAR = [sys.executable, "-c", "from gearworkers.cli import main; main()"]
 TARS = [tar_of([(f"{name}/file", name.encode() * 1000)]) for name in ("one", "two")]
 

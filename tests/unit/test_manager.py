@@ -265,6 +265,7 @@ def test_what_is_too_large_is_refused(server: Service) -> None:
     assert call(server, "POST", "/v1/query", many)[0] == 400
 
 
+@pytest.mark.slow
 def test_a_client_that_stands_still_is_dropped(server: Service) -> None:
     beginnings = [
         b"",
@@ -295,6 +296,7 @@ def test_a_client_that_takes_nothing_costs_no_other(server: Service) -> None:
             client.close()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:
     with manager_server(tmp_path) as server:
         push(server, LARGE)
@@ -411,6 +413,7 @@ def test_it_speaks_tls_to_who_trusts_it_and_its_certificate_is_renewed(tmp_path:
 # -- its end
 
 
+@pytest.mark.slow
 def test_it_ends_after_what_it_serves(tmp_path: Path) -> None:
     with manager_server(tmp_path) as server:
         content = LARGE * 8
@@ -433,6 +436,7 @@ def test_a_manager_that_is_away_is_unavailable(tmp_path: Path) -> None:
         ManagerStore("http://127.0.0.1:1", settings).present([bytes(32)])
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearworkers.cli import main; main()", "manager"]
     for listen in ("0.0.0.0:2019", "nonsense", "127.0.0.1:99999"):
