@@ -45,7 +45,8 @@ def main() -> None:
     """Install what is missing and build .venv."""
     if sys.version_info < (3, 11):  # noqa: UP036  the machine's python3 may be older
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON=…")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("interrupted"))
     install_packages(missing_packages())
     if not is_venv_current():
         build_venv()
@@ -92,12 +93,36 @@ def install_packages(names: list[str]) -> None:
     print(f"installing {' '.join(names)}", flush=True)
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *names]
-    with no_service_starts():
-        if subprocess.run(
-            command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
-        ).returncode:
-            subprocess.run(["apt-get", "update", "-q"], env=environ, stdout=subprocess.DEVNULL, check=True)
-            subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True)
+    with signals_put_off(), no_service_starts():
+        if apt_get(command, environ, stderr=subprocess.DEVNULL) != 0:
+            for needed in (["apt-get", "update", "-q"], command):
+                if apt_get(needed, environ) != 0:
+                    sys.exit(f"{' '.join(needed)} failed")
+
+
+def apt_get(command: list[str], environ: dict[str, str], stderr: int | None = None) -> int:
+    """Run *command* in a session of its own, where no Ctrl-C meets dpkg at work; its exit code."""
+    done = subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    return done.returncode
+
+
+@contextmanager
+def signals_put_off() -> Iterator[None]:
+    """Heed SIGINT, SIGTERM and SIGHUP at the end only: a dpkg that is broken off has to be repaired by hand."""
+    came: list[int] = []
+
+    def put_off(number: int, _frame: object) -> None:
+        print("finishing apt-get first", flush=True)
+        came.append(number)
+
+    before = {number: signal.signal(number, put_off) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        sys.exit("interrupted")
 
 
 @contextmanager

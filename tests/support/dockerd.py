@@ -63,6 +63,7 @@ class Dockerd:
             "DOCKER_HOST": f"unix://{self.socket}",
             "DOCKER_CONFIG": str(self.run_dir / "config"),
             "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS": "1",
+            "TMPDIR": str(sandbox.scratch()),
         }
 
     def _command(self) -> list[str]:

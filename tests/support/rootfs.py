@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,6 +24,9 @@ CHANGED_EVERY = 25
 """In the second root file system every n-th file differs: 4 % of the files, so 96 % are shared."""
 _RECIPE = "3"
 """Part of the cache's names; raise it when what is made below changes."""
+_STAGING = "making-"
+_ENDING_WHOLE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""What debootstrap starts and mounts ends with it."""
 _UNWANTED = ("./var/cache/apt/*", "./var/lib/apt/lists/*", "./dev/*")
 
 
@@ -56,16 +62,22 @@ def debian_variant() -> Path:
 
 
 def make_all() -> None:
-    """Make what is missing of the cached tars.
+    """Make what is missing of the cached tars; one process at a time does.
 
-    Crash: leaves temporary files in the cache directory, never a short tar.
+    Crash: leaves a directory ``making-*`` in the cache directory, which the next call removes; never a short tar.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("interrupted"))
     cache_dir().mkdir(parents=True, exist_ok=True)
-    if not _path("debian").exists():
-        print("making a Debian root file system (once)", flush=True)
-        _make_debian(_path("debian"))
-    if not _path("debian-variant").exists():
-        _make_variant(_path("debian"), _path("debian-variant"))
+    with open(cache_dir() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in cache_dir().glob(f"{_STAGING}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not _path("debian").exists():
+            print("making a Debian root file system (once)", flush=True)
+            _make_debian(_path("debian"))
+        if not _path("debian-variant").exists():
+            _make_variant(_path("debian"), _path("debian-variant"))
 
 
 def write_unshared_tree(target: Path, seed: str, size: TreeSize) -> None:
@@ -141,9 +153,17 @@ def _path(name: str) -> Path:
 
 def _make_debian(target: Path) -> None:
     suite, mirror = _suite(), _mirror()
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=target.parent, ignore_cleanup_errors=True) as name:
         root = Path(name) / "root"
         command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite, str(root), *mirror]
+        command[:0] = [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]  # ends whole, mounts too
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
             sys.exit(f"debootstrap failed:\n{done.stdout[-3000:]}")
@@ -168,8 +188,8 @@ def _mirror() -> list[str]:
 
 def _make_variant(source: Path, target: Path) -> None:
     """Copy *source*, a line added to every 25th non-empty file."""
-    temporary = target.with_suffix(".tmp")
     number = 0
+    temporary = target.with_name(f"{_STAGING}variant")
     with tarfile.open(source) as old, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as new:
         for info in old:
             if not (info.isreg() and info.size):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gearworkers.mounts.lazy.client import LazyStatus, read_status
+from tests.support import sandbox
 from tests.support.processes import Daemon, listens, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -94,6 +95,7 @@ class Stack:
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(sandbox.scratch()),
             "GEAR_ROOT": str(self.root),
             "GEAR_RUN_DIR": str(self.run_dir),
             "GEAR_PLUGIN_SOCKET": str(self.plugin_socket),
