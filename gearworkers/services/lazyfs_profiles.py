@@ -53,6 +53,7 @@ class Profiles:
         self._bring = bring
         self._news: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
         self._known: dict[str, tuple[str, Profile | None]] = {}
+        self._without: set[str] = set()  # images that have started without a profile
         self.counts = ProfileCounts()
         self._thread = threading.Thread(target=self._run, name="profiles", daemon=True)
         self._thread.start()
@@ -102,8 +103,11 @@ class Profiles:
         found = self.known(image.layer)[1] if image.starts else None
         found = found or self._asked_for(image.layer)
         if found is None:
-            self.counts.absent += image.starts
+            if image.starts and image.layer not in self._without:
+                self._without.add(image.layer)
+                self.counts.absent += 1
             return
+        self._without.discard(image.layer)
         self.counts.found += 1
         parts = _parts(found, image_objects(self._layers, image.layer))
         _log.info("a profile is prefetched", image=image.layer, objects=len(parts), named=len(found.objects))
