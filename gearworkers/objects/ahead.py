@@ -21,7 +21,7 @@ from gearworkers.objects.workpool import Urgency, WorkPool
 
 _log = structlog.get_logger(__name__)
 
-PATIENCE_S = 0.05
+PATIENCE_S = 0.1
 _REQUEST_BYTES = 4 << 20
 _REQUEST_ITEMS = 2000
 _OVERLAP_BYTES = 1 << 20
