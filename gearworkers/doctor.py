@@ -12,6 +12,7 @@ from typing import Any
 
 import redis
 
+from gearworkers.layers.trial import check_index
 from gearworkers.mounts.probe import Check, probe
 from gearworkers.settings import Settings
 
@@ -26,7 +27,7 @@ def diagnose(settings: Settings) -> list[Check]:
     root = settings.gear_root
     while not root.exists():
         root = root.parent
-    return [*probe(root), _redis(settings), _workers(settings), _gateway(settings), *_docker()]
+    return [*probe(root, check_index), _redis(settings), _workers(settings), _gateway(settings), *_docker()]
 
 
 def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:

@@ -19,6 +19,7 @@ import structlog
 
 from gearworkers.archive.reader import Readable
 from gearworkers.errors import GearError, InvalidInput, from_os_error
+from gearworkers.layers import trial
 from gearworkers.layers.absorb import absorb, settled
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
@@ -97,6 +98,7 @@ class GearDriver:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._kernel_mode = "not tried before Init"
         self._recordings = Recordings()
         self._open()
 
@@ -161,7 +163,10 @@ class GearDriver:
         self.settings = with_options(self.settings, opts)
         self._open()
         self.prepare()
-        require(probe(self.settings.gear_root))
+        checks = probe(self.settings.gear_root, trial.check_index)
+        require(checks)
+        how = next(check.found for check in checks if check.name == trial.NAME)
+        self._kernel_mode = f"overlay with data-only layers, EROFS indexes {how}"
         maps = _InitRecord(tuple(uid_maps), tuple(gid_maps))
         record = self.settings.gear_root / _INIT_FILE
         temporary = record.with_suffix(".new")
@@ -424,7 +429,7 @@ class GearDriver:
         return [
             ("Root Dir", str(root)),
             ("Backing Filesystem", backing_fs_name(root)),
-            ("Kernel Mode", "overlay with data-only layers"),
+            ("Kernel Mode", self._kernel_mode),
             ("Layers", f"{usage.image_layers} image, {usage.other_layers} read-write"),
             ("Objects", str(usage.objects)),
             ("Logical Bytes", str(usage.logical_bytes)),

@@ -55,11 +55,12 @@ class Check:
     """What to do about it; empty if ok."""
 
 
-def probe(root: Path) -> list[Check]:
+def probe(root: Path, *further: Callable[[Path], Check]) -> list[Check]:
     """Look at the kernel and at the file system that holds *root*; nothing is left in it.
 
     Args:
         root: A directory that exists: GEAR_ROOT.
+        further: Checks beside those made here; each is given an empty directory in *root*.
 
     Raises:
         GearError: *root* cannot be written to at all.
@@ -69,7 +70,7 @@ def probe(root: Path) -> list[Check]:
     checks = [_check_kernel(os.uname().release), _check_backing_fs(root)]
     try:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=root) as scratch:
-            for check in (_check_xattrs, _check_data_only, _check_d_type, _check_inode_room):
+            for check in (_check_xattrs, _check_data_only, *further, _check_d_type, _check_inode_room):
                 checks.append(_tried(check, Path(scratch)))
     except OSError as exc:
         raise from_os_error(exc, f"trying what the file system of {root} can do") from exc

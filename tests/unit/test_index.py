@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +17,14 @@ from gearworkers.digest import object_path
 from gearworkers.errors import InvalidInput
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index import Index
+from gearworkers.layers.trial import NAME, check_index
+from gearworkers.mounts import sys
 from gearworkers.mounts.index import mount_index
 from gearworkers.mounts.overlay import unmount
+from gearworkers.mounts.probe import probe
 
 DIGEST = bytes(range(32))
+LOOP_MAJOR = 7
 
 
 def index_of(*entries: Entry, ids: IdMaps | None = None) -> Index:
@@ -166,3 +172,35 @@ def test_owners_are_mapped(tmp_path: Path) -> None:
 def test_what_docker_refuses_or_reaches_outside_is_refused(entries: list[Entry], why: str) -> None:
     with pytest.raises(InvalidInput, match=why):
         index_of(*entries)
+
+
+@pytest.mark.root
+def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "fsconfig_create", refuse)
+        with mounted(index_of(Entry(b"a", size_bytes=5)), tmp_path) as tree:
+            assert os.major(tree.stat().st_dev) == LOOP_MAJOR
+            assert (tree / "a").stat().st_size == 5
+    losetup = subprocess.run(["losetup", "--associated", tmp_path / "index.erofs"], capture_output=True, check=True)
+    assert losetup.stdout == b"", "the device is let go"
+
+
+@pytest.mark.root
+def test_the_trial_tells_how_indexes_are_mounted_and_leaves_nothing(tmp_path: Path) -> None:
+    check = next(check for check in probe(tmp_path, check_index) if check.name == NAME)
+    assert (check.ok, check.found) == (True, "mounted from their files")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.root
+def test_the_trial_tells_what_a_kernel_without_erofs_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> int:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(sys, "fsopen", absent)
+    check = check_index(tmp_path)
+    assert check.needed and not check.ok
+    assert "CONFIG_EROFS_FS" in check.advice

@@ -1,0 +1,59 @@
+"""Whether this kernel mounts what layers are made of: an EROFS index, from its file or by a loop device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from gearworkers.archive.entry import Entry
+from gearworkers.digest import object_path
+from gearworkers.errors import GearError
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.index import Index
+from gearworkers.mounts.index import mount_index
+from gearworkers.mounts.overlay import OverlaySpec, detached, unmount
+from gearworkers.mounts.probe import Check
+
+NAME = "EROFS indexes"
+_CONTENT = b"trial"
+_LOOP_MAJOR = 7
+
+
+def check_index(scratch: Path) -> Check:
+    """Read a file through an index and a data-only layer, as a container does.
+
+    Args:
+        scratch: A directory below GEAR_ROOT; what is left in it may be removed.
+    """
+    advice = "boot a kernel with CONFIG_EROFS_FS, 6.12 or newer; before it loop devices are needed, too"
+    try:
+        mode, seen = _read_through(scratch)
+    except (GearError, OSError) as exc:
+        return Check(NAME, False, True, str(exc), advice)
+    if seen != _CONTENT:
+        return Check(NAME, False, True, "a file of the index reads as something else", advice)
+    return Check(NAME, True, True, mode)
+
+
+def _opened(name: str, dir_fd: int) -> BinaryIO:
+    return open(os.open(name, os.O_RDONLY, dir_fd=dir_fd), "rb")
+
+
+def _read_through(scratch: Path) -> tuple[str, bytes]:
+    digest = bytes(32)
+    index = Index(IdMaps(), time_ns=0)
+    index.add(Entry(b"file", size_bytes=len(_CONTENT)), digest)
+    image, tree, data = (scratch / name for name in ("index.erofs", "tree", "data"))
+    image.write_bytes(index.image(bytes(16)))
+    target = data / os.fsdecode(object_path(digest)[1:])
+    for directory in (tree, target.parent):
+        directory.mkdir(parents=True)
+    target.write_bytes(_CONTENT)
+    mount_index(image, tree)
+    try:
+        by_loop = os.major(tree.stat().st_dev) == _LOOP_MAJOR
+        with detached(OverlaySpec((tree,), (data,))) as root_fd, _opened("file", root_fd) as file:
+            return "mounted by loop devices" if by_loop else "mounted from their files", file.read()
+    finally:
+        unmount(tree)
