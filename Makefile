@@ -4,7 +4,7 @@ VENV := .venv/bin
 
 .PHONY: help setup rootfs up demo test check bench
 help:
-	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many)"
+	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many reread)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py

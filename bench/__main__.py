@@ -11,6 +11,7 @@ from bench.frame import Figure, show, warm_memory
 from bench.imports import import_one, import_parallel, import_shared, load_layers
 from bench.many import many
 from bench.memory import memory
+from bench.reread import reread
 from tests.support import sandbox
 
 ROWS: Mapping[str, Callable[[], list[Figure]]] = {
@@ -25,6 +26,7 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "chown": chown_tree,
     "memory": memory,
     "many": many,
+    "reread": reread,
 }
 
 

@@ -1,0 +1,159 @@
+"""Reads of files once they have been opened: what arrived in a running container of a Gear image, against overlay2."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk
+from gearworkers.images.convert import plan_conversion
+from gearworkers.images.local import convert_here
+from gearworkers.settings import Settings
+from tests.support import rootfs
+from tests.support.images import Image, tar_of
+from tests.support.processes import wait_until
+from tests.support.registry import Registry
+
+GOAL = 1.031
+"""0.97 of overlay2's throughput."""
+PASSES = 15
+COLD_PASSES = 5
+_SMALL_FILES = 2000
+_SMALL_BYTES = 20_000
+_LARGE_BYTES = 128 << 20
+_READER = """
+import os, sys, time
+small = sorted("/data/small/" + name for name in os.listdir("/data/small"))
+buffer = bytearray(131072)
+held = os.open("/data/large", os.O_RDONLY)
+def read(fd):
+    while os.readv(fd, [buffer]):
+        pass
+def opened(path):
+    fd = os.open(path, os.O_RDONLY)
+    read(fd)
+    os.close(fd)
+def still_open():
+    os.lseek(held, 0, os.SEEK_SET)
+    read(held)
+def close():
+    os.close(held)
+work = {"small": lambda: [opened(path) for path in small], "anew": lambda: opened("/data/large"),
+        "still open": still_open, "close": close}
+for line in sys.stdin:
+    begin = time.monotonic()
+    work[line.strip()]()
+    print(time.monotonic() - begin, flush=True)
+"""
+
+Ask = Callable[[str], float]
+"""Have a container's reader do some work; how many seconds it took."""
+
+
+def reread() -> list[Figure]:
+    """Small files that the trap brought; a large one that is still open as it was when it arrived, then opened anew."""
+    with fresh_disk() as disk, both_sides(disk) as sides, ExitStack() as stack:
+        image = _image()
+        readers = [(side, stack.enter_context(_reader(side, _provided(side, disk, image)))) for side in sides]
+        for side, ask in readers:
+            ask("small")
+            ask("still open")
+            if side.stack is not None:
+                wait_until(lambda side=side: _is_whole(side), "all has arrived", 120.0)  # type: ignore[misc]
+        figures = [
+            _warm(readers, "small", f"reread of {_SMALL_FILES} small files, warm, s"),
+            _warm(readers, "still open", "reread of 128 MB that are still open, warm, s"),
+        ]
+        for _, ask in readers:
+            ask("close")
+        figures += [
+            _warm(readers, "anew", "reread of 128 MB opened anew, warm, s"),
+            _cold(readers, "small", f"reread of {_SMALL_FILES} small files, cold, s"),
+            _cold(readers, "anew", "reread of 128 MB opened anew, cold, s"),
+            _warm(readers, "anew", "reread of 128 MB opened anew, warm after cold, s"),
+        ]
+    return figures
+
+
+def _warm(readers: list[tuple[Side, Ask]], work: str, text: str) -> Figure:
+    pairs = Pairs()
+    for turn in range(PASSES):
+        for side, ask in readers if turn % 2 else reversed(readers):
+            ask(work)
+            pairs.add(side, ask(work))
+    return pairs.figure(text, GOAL)
+
+
+def _cold(readers: list[tuple[Side, Ask]], work: str, text: str) -> Figure:
+    pairs = Pairs()
+    for turn in range(COLD_PASSES):
+        for side, ask in readers if turn % 2 else reversed(readers):
+            drop_caches()
+            pairs.add(side, ask(work))
+    return pairs.figure(text, GOAL)
+
+
+def _image() -> Image:
+    """Debian, and a layer of files that nobody has."""
+    noise = hashlib.shake_256(b"reread").digest(_LARGE_BYTES)
+    files = [("data/large", noise)]
+    for number in range(_SMALL_FILES):
+        at = number * _SMALL_BYTES
+        files.append((f"data/small/{number:04}", noise[at : at + _SMALL_BYTES]))
+    return Image((rootfs.debian().read_bytes(), tar_of(files)), compression="")
+
+
+def _provided(side: Side, disk: Path, image: Image) -> str:
+    """Have *image* on this side; on ours as a Gear image, none of whose contents are here."""
+    archive = disk / "image.tar"
+    if not archive.exists():
+        archive.write_bytes(image.saved("reread:1"))
+    if side.stack is None:
+        side.dockerd.docker("load", "-i", str(archive))
+        return "reread:1"
+    remote = disk / "remote"
+    remote.mkdir()
+    side.stack.set(GEAR_REMOTE=str(remote), GEAR_FILL_DELAY_S="1", GEAR_PROFILE_WINDOW_S="0")
+    side.stack.stop("lazyfs")
+    side.stack.start("lazyfs")
+    registry = Registry(disk / "registry")
+    registry.start()
+    try:
+        settings = replace(Settings(), remote=str(remote))
+        target = f"{registry.host}/reread:gear"
+        convert_here(settings, plan_conversion(settings, f"docker-archive:{archive}", target, None), 2, lambda *_: None)
+        side.dockerd.docker("pull", target)
+    finally:
+        registry.stop()
+    return target
+
+
+@contextmanager
+def _reader(side: Side, image: str) -> Iterator[Ask]:
+    """A container that reads when it is asked to."""
+    container = side.dockerd.run(image, "sleep", "100000", options=("-d",))
+    command = ("exec", "-i", container, "python3", "-u", "-c", _READER)
+    with side.dockerd.popen(*command) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def ask(work: str) -> float:
+            stdin.write(work.encode() + b"\n")
+            stdin.flush()
+            return float(stdout.readline())
+
+        yield ask
+        stdin.close()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _is_whole(side: Side) -> bool:
+    assert side.stack is not None
+    return side.stack.lazy_status().arriving == 0
