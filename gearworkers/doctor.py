@@ -7,16 +7,21 @@ import json
 import re
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from gearworkers.digest import DIGEST_BYTES
+from gearworkers.errors import GearError
 from gearworkers.layers.trial import check_index
 from gearworkers.mounts.probe import Check, probe
+from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.settings import Settings
 
 _TIMEOUT_S = 3.0
+_REMOTE_TIMEOUT_S = 10.0
 _FIRST_DOCKER = (20, 10)
 _LAST_DOCKER = 27
 _GATED_DOCKER = 27
@@ -27,7 +32,8 @@ def diagnose(settings: Settings) -> list[Check]:
     root = settings.gear_root
     while not root.exists():
         root = root.parent
-    return [*probe(root, check_index), _redis(settings), _workers(settings), _gateway(settings), *_docker()]
+    node = [_redis(settings), _workers(settings), _gateway(settings), remote_check(settings)]
+    return [*probe(root, check_index), *node, *_docker()]
 
 
 def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:
@@ -80,6 +86,22 @@ def _gateway(settings: Settings) -> Check:
         advice = "start it: python -m plugin_gateway"
         return Check(name, False, True, f"{settings.plugin_socket} does not answer ({exc})", advice)
     return Check(name, True, True, f"answers on {settings.plugin_socket}")
+
+
+def remote_check(settings: Settings) -> Check:
+    """Whether the remote answers this node."""
+    name = "Remote"
+    if not settings.remote:
+        return Check(name, True, False, "none is set: new objects stay on this node, Gear images cannot be used")
+    try:
+        remote = open_remote(replace(settings, remote_timeout_s=_REMOTE_TIMEOUT_S))
+        try:
+            remote.has([bytes(DIGEST_BYTES)])
+        finally:
+            remote.close()
+    except GearError as exc:
+        return Check(name, False, False, str(exc), "new objects wait in the spool until then")
+    return Check(name, True, False, f"{settings.remote.partition('?')[0]} answers")
 
 
 def _docker() -> list[Check]:

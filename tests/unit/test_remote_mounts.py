@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.doctor import remote_check
 from gearworkers.errors import NotFound, Unavailable
 from gearworkers.mounts import overlay
 from gearworkers.mounts.lazy import connection as fuse
@@ -57,13 +58,15 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
     ):
         with pytest.raises(Unavailable, match="not there: mount"):
             ask()
+    found = remote_check(settings)
+    assert not found.ok
+    assert "not there: mount" in found.found
     with opened(settings) as remote:
-        with pytest.raises(Unavailable, match="not there: mount"):
-            remote.put_many([(DIGEST, CONTENT)])
         assert not Path(settings.remote).exists()
         Path(settings.remote).mkdir()
         remote.put_many([(DIGEST, CONTENT)])
         assert list(remote.fetch(DIGEST)) == [CONTENT]
+    assert remote_check(settings).ok
 
 
 def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there(settings: Settings) -> None:
