@@ -436,6 +436,38 @@ def test_a_manager_that_is_away_is_unavailable(tmp_path: Path) -> None:
         ManagerStore("http://127.0.0.1:1", settings).present([bytes(32)])
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n186a0\r\n" + bytes(32) + b"\xa0\x86\1\0"],
+)
+def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=_drip, args=(listener, b"HTTP/1.1 200 OK\r\n" + beginning))
+        thread.start()
+        store = ManagerStore(f"http://127.0.0.1:{listener.getsockname()[1]}", replace(Settings(), remote_timeout_s=0.5))
+        with pytest.raises(Unavailable, match="bytes missing after"):
+            if b"chunked" in beginning:
+                list(store.get_many([bytes(32)]))
+            else:
+                store.get(bytes(32))
+        store.close()
+        thread.join()
+
+
+def _drip(listener: socket.socket, beginning: bytes) -> None:
+    """Begin an answer, then send a byte now and then until the client leaves."""
+    client, _ = listener.accept()
+    with client:
+        client.recv(65536)
+        client.sendall(beginning)
+        while True:
+            try:
+                client.sendall(b"x")
+            except OSError:
+                return
+            time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearworkers.cli import main; main()", "manager"]

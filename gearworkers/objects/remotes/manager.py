@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ MOST_DIGESTS = 10_000
 
 _CONNECT_S = 5.0
 _VERIFY_BYTES_PER_S = 50e6
+_LEAST_BYTES_PER_S = 4096
 _KINDS: dict[int, type[GearError]] = {
     400: InvalidInput,
     401: FailedPrecondition,
@@ -96,7 +98,11 @@ class ManagerStore:
     def get(self, digest: bytes) -> bytes:
         """One request."""
         with self._asked("GET", f"/v1/blobs/{digest.hex()}") as response, self._translated(f"get {digest.hex()}"):
-            return bytes(response.read())
+            size_bytes = int(response.headers["Content-Length"])
+            blob = self._read(response, size_bytes)
+            if len(blob) < size_bytes:
+                raise Unavailable(f"{self._url}: get {digest.hex()}: {len(blob)} of {size_bytes} bytes came")
+            return blob
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """One request for MOST_DIGESTS, in the order asked for."""
@@ -147,7 +153,7 @@ class ManagerStore:
     # -- HTTP
 
     def _frames(self, response: urllib3.BaseHTTPResponse) -> Iterator[tuple[bytes, bytes]]:
-        stream = frames.read_frames(lambda size_bytes: _read_exactly(response, size_bytes))
+        stream = frames.read_frames(lambda size_bytes: self._read(response, size_bytes))
         while True:
             with self._translated("pull"):
                 try:
@@ -157,6 +163,23 @@ class ManagerStore:
             if found is None:
                 return
             yield found
+
+    def _read(self, response: urllib3.BaseHTTPResponse, size_bytes: int) -> bytes:
+        """So many bytes; fewer only at the end.
+
+        Raises:
+            Unavailable: They come, but so slowly that a reader would wait for ever.
+        """
+        began_s = time.monotonic()
+        parts: list[bytes] = []
+        left_bytes = size_bytes
+        while left_bytes and (data := response.read1(left_bytes)):
+            parts.append(data)
+            left_bytes -= len(data)
+            allowed_s = self._timeout_s + (size_bytes - left_bytes) / _LEAST_BYTES_PER_S
+            if left_bytes and time.monotonic() - began_s > allowed_s:
+                raise Unavailable(f"{self._url}: {left_bytes} of {size_bytes} bytes missing after {allowed_s:.0f} s")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @contextmanager
     def _asked(
@@ -234,16 +257,6 @@ def _trust(url: str, settings: Settings) -> ssl.SSLContext | None:
 
 def _parts(digests: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
     return (digests[start : start + MOST_DIGESTS] for start in range(0, len(digests), MOST_DIGESTS))
-
-
-def _read_exactly(response: urllib3.BaseHTTPResponse, size_bytes: int) -> bytes:
-    data = response.read(size_bytes)
-    while len(data) < size_bytes:
-        more = response.read(size_bytes - len(data))
-        if not more:
-            break
-        data += more
-    return bytes(data)
 
 
 def _size_bytes(digest: bytes, blob: bytes) -> int:

@@ -20,7 +20,8 @@ from gearworkers.objects.store import verify_file
 
 _log = structlog.get_logger(__name__)
 
-_WINDOW_CHUNKS = 64
+_PUT_CHUNKS = 64
+_WINDOW_BYTES = 1 << 20
 _WINDOWS_AT_ONCE = 3
 _BATCH_BLOBS = 256
 _BATCH_BYTES = 4 << 20
@@ -87,7 +88,7 @@ class Remote:
         pieces = ((hashlib.sha256(piece).digest(), bytes(piece)) for piece in chunks_of(source_fd))
         under_way: deque[Future[None]] = deque()
         with ThreadPoolExecutor(_WINDOWS_AT_ONCE, thread_name_prefix="put") as threads:
-            while window := list(islice(pieces, _WINDOW_CHUNKS)):
+            while window := list(islice(pieces, _PUT_CHUNKS)):
                 if len(under_way) == _WINDOWS_AT_ONCE:
                     under_way.popleft().result()
                 under_way.append(threads.submit(self._put_window, window))
@@ -157,21 +158,35 @@ class Remote:
         return codec.decode(digest, self.blobs.get(digest))
 
     def pieces(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, bytes]]:
-        """Chunks with their bytes, verified, in order; a window of them at a time in memory.
+        """Chunks with their bytes, verified, in order; a few windows of them are in memory or on their way at a time.
 
         Raises:
             NotFound, IntegrityError, Unavailable: As `fetch`.
         """
-        remaining = iter(chunks)
-        while window := list(islice(remaining, _WINDOW_CHUNKS)):
-            blobs = dict(self.blobs.get_many(list({chunk.digest for chunk in window})))
-            for chunk in window:
-                if chunk.digest not in blobs:
-                    raise NotFound(f"chunk {chunk.digest.hex()} is not there")
-                piece = codec.decode(chunk.digest, blobs[chunk.digest])
-                if len(piece) != chunk.size_bytes:
-                    raise IntegrityError(f"chunk {chunk.digest.hex()}: its layout says {chunk.size_bytes} bytes")
-                yield chunk, piece
+        windows = _windows(chunks)
+        coming: deque[Future[list[tuple[Chunk, bytes]]]] = deque()
+        threads = ThreadPoolExecutor(_WINDOWS_AT_ONCE, thread_name_prefix="get")
+        try:
+            while True:
+                while len(coming) < _WINDOWS_AT_ONCE and (window := next(windows, None)):
+                    coming.append(threads.submit(self._window, window))
+                if not coming:
+                    return
+                yield from coming.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # whoever ends early waits for nothing
+
+    def _window(self, window: Sequence[Chunk]) -> list[tuple[Chunk, bytes]]:
+        blobs = dict(self.blobs.get_many(list({chunk.digest for chunk in window})))
+        pieces = []
+        for chunk in window:
+            if chunk.digest not in blobs:
+                raise NotFound(f"chunk {chunk.digest.hex()} is not there")
+            piece = codec.decode(chunk.digest, blobs[chunk.digest])
+            if len(piece) != chunk.size_bytes:
+                raise IntegrityError(f"chunk {chunk.digest.hex()}: its layout says {chunk.size_bytes} bytes")
+            pieces.append((chunk, piece))
+        return pieces
 
     def close(self) -> None:
         """Let go of connections and threads; nothing is asked after that."""
@@ -217,6 +232,19 @@ class Remote:
         if len(data) > MOST_DOCUMENT_BYTES:
             raise InvalidInput(f"document {name}: {len(data)} bytes; {MOST_DOCUMENT_BYTES} are allowed")
         self.blobs.put_document(checked_name(name), Document(data, version + 1))
+
+
+def _windows(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    window: list[Chunk] = []
+    window_bytes = 0
+    for chunk in chunks:
+        window.append(chunk)
+        window_bytes += chunk.size_bytes
+        if window_bytes >= _WINDOW_BYTES:
+            yield window
+            window, window_bytes = [], 0
+    if window:
+        yield window
 
 
 def _missing(contents: Sequence[tuple[bytes, bytes]], present: set[bytes]) -> list[tuple[bytes, bytes]]:
