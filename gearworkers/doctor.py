@@ -16,6 +16,8 @@ import redis
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import GearError
 from gearworkers.layers.trial import check_index
+from gearworkers.mounts.lazy.client import read_status
+from gearworkers.mounts.lazy.trial import check_fuse
 from gearworkers.mounts.probe import Check, probe
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.settings import Settings
@@ -32,8 +34,8 @@ def diagnose(settings: Settings) -> list[Check]:
     root = settings.gear_root
     while not root.exists():
         root = root.parent
-    node = [_redis(settings), _workers(settings), _gateway(settings), remote_check(settings)]
-    return [*probe(root, check_index), *node, *_docker()]
+    node = [_redis(settings), _workers(settings), _gateway(settings), _lazy_files(settings), remote_check(settings)]
+    return [*probe(root, check_index), check_fuse(), *node, *_docker()]
 
 
 def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:
@@ -86,6 +88,17 @@ def _gateway(settings: Settings) -> Check:
         advice = "start it: python -m plugin_gateway"
         return Check(name, False, True, f"{settings.plugin_socket} does not answer ({exc})", advice)
     return Check(name, True, True, f"answers on {settings.plugin_socket}")
+
+
+def _lazy_files(settings: Settings) -> Check:
+    name = "Lazy file server"
+    status = read_status(settings.lazyfs_socket)
+    if status is None:
+        return Check(name, False, False, "does not run: Gear images cannot", "start it (Procfile: lazyfs)")
+    if status.failures:
+        advice = "see `gear status`, and the remote"
+        return Check(name, False, False, f"{len(status.failures)} objects could not be fetched", advice)
+    return Check(name, True, False, f"runs, {status.incomplete_layers} incomplete layers")
 
 
 def remote_check(settings: Settings) -> Check:

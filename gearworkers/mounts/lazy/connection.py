@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gearworkers.errors import GearError, from_os_error
+from gearworkers.errors import from_os_error
 from gearworkers.mounts import sys
 from gearworkers.mounts.lazy import protocol
 from gearworkers.mounts.lazy.protocol import InitFlag, Op, Request
 
+DEVICE = Path("/dev/fuse")
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _SIGKILL_BIT = 1 << 8
 
@@ -143,24 +144,39 @@ def mount(target: Path) -> int:
     Raises:
         GearError: What the kernel refused.
     """
+    fuse_fd, mount_fd = begin(DEVICE)
+    try:
+        sys.move_mount(mount_fd, target)
+    except OSError as exc:
+        os.close(fuse_fd)
+        raise from_os_error(exc, f"mount the lazy file system at {target} ({exc.strerror})") from exc
+    finally:
+        os.close(mount_fd)
+    return fuse_fd
+
+
+def begin(device: Path) -> tuple[int, int]:
+    """A new file system that is mounted nowhere yet.
+
+    Returns:
+        The descriptors of its connection and of its detached mount.
+
+    Raises:
+        GearError: What the kernel refused.
+    """
     fuse_fd = -1
     try:
-        fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        fuse_fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         context_fd = sys.fsopen("fuse")
         try:
             _configure(context_fd, fuse_fd)
-            mount_fd = sys.fsmount(context_fd, sys.MOUNT_ATTR_RDONLY)
+            return fuse_fd, sys.fsmount(context_fd, sys.MOUNT_ATTR_RDONLY)
         finally:
             os.close(context_fd)
-        try:
-            sys.move_mount(mount_fd, target)
-        finally:
-            os.close(mount_fd)
     except OSError as exc:
         if fuse_fd >= 0:
             os.close(fuse_fd)
-        raise _refused(exc, target) from exc
-    return fuse_fd
+        raise from_os_error(exc, f"begin a lazy file system with {device} ({exc.strerror})") from exc
 
 
 def _configure(context_fd: int, fuse_fd: int) -> None:
@@ -170,10 +186,6 @@ def _configure(context_fd: int, fuse_fd: int) -> None:
     for flag in ("ro", "allow_other", "default_permissions"):
         sys.fsconfig_flag(context_fd, flag)
     sys.fsconfig_create(context_fd)
-
-
-def _refused(exc: OSError, target: Path) -> GearError:
-    return from_os_error(exc, f"mount the lazy file system at {target} ({exc.strerror})")
 
 
 def _is_dying(pid: int) -> bool:
