@@ -96,7 +96,10 @@ class OpenedObjects:
         if key in self._seen:
             return None
         self._seen.add(key)
-        path = os.readlink(b"/proc/self/fd/%d" % file_fd).removeprefix(self._prefix).lstrip(b"/")
+        try:
+            path = os.readlink(b"/proc/self/fd/%d" % file_fd).removeprefix(self._prefix).lstrip(b"/")
+        except OSError:
+            return None  # its name is too long
         for tree_fd in self._tree_fds:
             redirect = _redirect(tree_fd, path)
             if redirect is not None:

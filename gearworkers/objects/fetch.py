@@ -6,6 +6,7 @@ Crash: leaves files in staging, which `prepare` of the next process removes or g
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -167,8 +168,24 @@ class Fetcher:
 
     @property
     def arriving(self) -> int:
-        """How many objects are on their way."""
-        return len(self._jobs) + len(self._large)
+        """How many objects are on their way, those that are only held ready not counted."""
+        return len(self._jobs) + sum(large.last_read_s < math.inf for large in tuple(self._large.values()))
+
+    def forget_unwanted(self, is_wanted: Callable[[bytes], bool]) -> None:
+        """Let go of the parts of large objects that nobody reads and, given their digest, no image wants any more."""
+        with self._lock:
+            held = {digest.hex(): large for digest, large in self._large.items()}
+            opening = {digest.hex() for digest in self._opening}
+        for path in self._staging.glob(layout_path(Path("*")).name):
+            name = path.stem
+            large = held.get(name)
+            if name in opening or (large is not None and large.last_read_s < math.inf):
+                continue
+            if not is_wanted(bytes.fromhex(name)):
+                with self._lock:
+                    self._large.pop(bytes.fromhex(name), None)
+                path.with_suffix("").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     # -- whole objects
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import select
 import signal
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from gearworkers.digest import object_name
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
 from gearworkers.layers.store import LayerStore
 from gearworkers.layers.wanted import WantedObjects
@@ -168,6 +170,8 @@ class LazyServer:
                 _log.info("a layer is complete", layer=id)
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
+        if with_users:
+            self._fetcher.forget_unwanted(lambda digest: self._wanted.named(object_name(digest)) is not None)
 
     def _forget_collected(self, connection: Connection) -> None:
         for digest in self._contents.collected():
@@ -229,6 +233,8 @@ class LazyServer:
 
 def serve(settings: Settings, sources: Sequence[Source]) -> None:
     """Be the lazy file server until a signal says to end."""
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # large objects are held open
     server = LazyServer(settings, sources)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

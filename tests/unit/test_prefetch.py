@@ -223,8 +223,21 @@ def test_a_large_object_that_nobody_reads_does_not_come_whole(node: Node) -> Non
     node.prefetcher.soon([Part(digest, len(content), ((0, 1),))])
     wait_until(lambda: node.prefetcher.counts.contents == 1)
     node.fetcher.fill_idle(0.0)
-    assert node.fetcher.arriving == 1
+    assert node.fetcher.large(digest) is not None and node.fetcher.arriving == 0
     assert node.shelf.alone == []
+
+
+def test_what_was_brought_of_a_large_object_is_let_go_of_when_its_image_is_removed(node: Node, tmp_path: Path) -> None:
+    contents = [random.Random(number).randbytes(20 * CHUNK_BYTES) for number in range(3)]
+    wanted, read, unwanted = digests = [node.shelf.put(content) for content in contents]
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, 20 * CHUNK_BYTES, ((0, 1),)) for digest in digests])
+    wait_until(lambda: node.prefetcher.counts.contents == 3)
+    node.read(read, 20 * CHUNK_BYTES, 0, 5)
+    node.fetcher.forget_unwanted(lambda digest: digest == wanted)
+    assert [node.fetcher.large(digest) is None for digest in digests] == [False, False, True]
+    assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {wanted.hex(), read.hex()}
+    assert node.read(unwanted, 20 * CHUNK_BYTES, 0, 5) == contents[2][:5]
 
 
 def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:

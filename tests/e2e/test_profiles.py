@@ -1,0 +1,91 @@
+"""Start-up profiles with a real dockerd, registry and manager: recorded by a start, prefetched by a later pull."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.objects import profile
+from gearworkers.objects.profile import Profile
+from gearworkers.objects.store import ObjectStore
+from tests.support.lazyhost import LazyHost
+from tests.support.processes import wait_until
+
+SCRIPT = "cat /app/small1 /app/small7 /app/small3 | wc -c; git --version; dd if=/app/large1 bs=64k count=1 | wc -c"
+
+
+@pytest.fixture
+def recording_host(empty_host: LazyHost) -> Iterator[LazyHost]:
+    """An empty host that records starts, and no profile anywhere."""
+    _use_window(empty_host, "30")
+    yield empty_host
+    _use_window(empty_host, "0")
+
+
+def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_it(recording_host: LazyHost) -> None:
+    host = recording_host
+    host.pull()
+    said = host.dockerd.run(host.image, "sh", "-c", SCRIPT)
+    first = host.stack.lazy_status()
+    assert (first.profiles_found, first.profiles_absent) == (0, 1)
+    wait_until(lambda: bool(_profiles(host)), "the start was recorded", 60.0)
+    (found,) = _profiles(host)
+
+    host.empty()
+    host.restart_lazyfs()
+    host.pull()
+    store = ObjectStore(host.stack.root / "public")
+    small = [bytes.fromhex(opened.digest) for opened in found.objects if not opened.ranges]
+    wait_until(lambda: all(map(store.has, small)), "the small objects are here", 60.0)
+    wait_until(lambda: host.stack.lazy_status().prefetched > len(small), "so are chunks of the large ones", 60.0)
+    assert host.dockerd.run(host.image, "sh", "-c", SCRIPT) == said
+    status = host.stack.lazy_status()
+    assert status.profiles_found >= 1 and not status.failures
+    assert status.on_demand <= first.on_demand * 0.05
+    assert status.received_bytes <= first.received_bytes * 1.1
+    assert "prefetched" in host.stack.gear("status").stdout
+    assert f"gear_lazy_prefetched_contents_total {status.prefetched}" in host.metrics()
+    assert _profiles(host) == [found]
+
+
+def test_a_start_goes_on_when_its_recorder_or_gateway_is_killed_and_leaves_nothing(recording_host: LazyHost) -> None:
+    host = recording_host
+    host.pull()
+    container = host.start()
+    wait_until(lambda: bool(_recorders(host)), "the recorder runs", 60.0, lambda: host.stack.logs())
+    host.stack.kill("gateway")
+    wait_until(lambda: not _recorders(host), "the recorder has ended", 60.0)
+    host.stack.start("gateway")
+    assert host.dockerd.docker("exec", container, "git", "--version").startswith("git version")
+    host.dockerd.docker("rm", "-f", container)
+    host.dockerd.docker("rmi", host.image)
+
+
+def _use_window(host: LazyHost, window_s: str) -> None:
+    shutil.rmtree(host.store / "documents" / "profiles", ignore_errors=True)
+    host.stack.set(GEAR_PROFILE_WINDOW_S=window_s)
+    host.stack.stop("gateway", "lazyfs")
+    host.stack.start("gateway", "lazyfs")
+
+
+def _profiles(host: LazyHost) -> list[Profile]:
+    """Every version of every profile."""
+    files = sorted((host.store / "documents" / "profiles").rglob("@*"))
+    return [profile.unpack(path.read_bytes()) for path in files]
+
+
+def _recorders(host: LazyHost) -> list[int]:
+    """The host's recorders."""
+    root = f"GEAR_ROOT={host.stack.root}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            is_recorder = b"gearworkers.services.recorder" in (process / "cmdline").read_bytes().split(b"\0")
+            if is_recorder and root in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue  # it has ended
+    return found
