@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -138,4 +139,14 @@ def test_contents_of_a_removed_image_go_away_within_a_minute(dockerd: Dockerd, s
     held = tree_bytes(stack.root / "public")
     dockerd.docker("rmi", "removed")
     wait_until(lambda: tree_bytes(stack.root / "public") < held - 9_000_000, "the contents are collected", 60)
+    assert dockerd.run("tiny", "echo", "kept") == "kept"
+
+
+def test_contents_of_a_removed_image_go_at_once_by_gear_gc(dockerd: Dockerd, stack: Stack) -> None:
+    dockerd.docker("import", "-", "removed", stdin=tar_of({"big": b"for gear gc " * 500_000}))
+    held = tree_bytes(stack.root / "public")
+    dockerd.docker("rmi", "removed")
+    done = subprocess.run(["gear", "gc"], env=stack.environ(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:7]) == (0, "removed"), done.stderr
+    assert tree_bytes(stack.root / "public") < held - 5_000_000
     assert dockerd.run("tiny", "echo", "kept") == "kept"

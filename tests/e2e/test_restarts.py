@@ -72,3 +72,22 @@ def test_an_image_runs_after_a_restart_of_everything_in_any_order(
     assert dockerd.run("fresh", "cat", "/etc/fresh") == "fresh"
     dockerd.docker("rmi", "fresh")
     assert_works(dockerd, live)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["dockerd", "import"])
+def test_an_image_runs_whatever_starts_first_after_all_were_stopped(dockerd: Dockerd, stack: Stack, first: str) -> None:
+    dockerd.docker("import", "-", "fresh", stdin=tiny_tar({"etc/fresh": b"fresh\n"}))
+    dockerd.stop()
+    stack.stop()
+    daemons = {
+        "dockerd": dockerd.daemon,
+        **{name: stack.daemons[name] for name in ("import", "gateway", "redis", "push")},
+    }
+    daemons.pop(first).start()
+    for daemon in daemons.values():
+        daemon.start()
+    dockerd.daemon.wait_until(dockerd.answers, "dockerd's API")
+    assert dockerd.run("fresh", "cat", "/etc/fresh") == "fresh"
+    dockerd.docker("rmi", "fresh")
+    assert dockerd.run("debian", "cat", "/etc/debian_version") != ""

@@ -94,6 +94,22 @@ def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) 
     assert not list(GearDriver(settings).faults(read_data=True, repair=False))
 
 
+def test_an_import_does_not_wait_for_one_of_the_same_contents_that_stands_still(settings: Settings) -> None:
+    data = the_tar()
+    cut = len(data) // 2
+    GearDriver(settings).create("stalled", "")
+    pid, reader = start_child(partial(_apply_slowly, settings, "stalled", data[:cut], data[cut:]))
+    assert os.read(reader, 64) == b" begun"
+    driver = GearDriver(settings)
+    driver.create("other", "")
+    driver.apply_diff("other", "", io.BytesIO(data))
+    (settings.gear_root / "go").touch()
+    outcome = finish_child(pid, reader)
+    assert not outcome.failed, outcome.said
+    assert len(object_names(settings)) == len(CONTENTS)
+    assert not list(driver.faults(read_data=True, repair=False))
+
+
 def test_one_layer_is_applied_by_one_process_only(settings: Settings) -> None:
     GearDriver(settings).create("layer", "")
 
@@ -112,7 +128,7 @@ def test_a_layer_removed_while_it_is_applied_stays_away(settings: Settings) -> N
     driver = GearDriver(settings)
     driver.create("layer", "")
     first, second = tar(file("a", b"a"))[:-1024], tar(file("b", b"b"))
-    pid, reader = start_child(partial(_apply_slowly, settings, first, second))
+    pid, reader = start_child(partial(_apply_slowly, settings, "layer", first, second))
     assert os.read(reader, 64) == b" begun"
     driver.remove("layer")
     (settings.gear_root / "go").touch()
@@ -123,7 +139,7 @@ def test_a_layer_removed_while_it_is_applied_stays_away(settings: Settings) -> N
     assert not list(settings.gear_build_path.iterdir())
 
 
-def _apply_slowly(settings: Settings, first: bytes, second: bytes, say: Say) -> None:
+def _apply_slowly(settings: Settings, id: str, first: bytes, second: bytes, say: Say) -> None:
     class Slow:
         def __init__(self) -> None:
             self.parts = [second, first]
@@ -137,4 +153,4 @@ def _apply_slowly(settings: Settings, first: bytes, second: bytes, say: Say) -> 
             buffer[: len(part)] = part
             return len(part)
 
-    GearDriver(settings).apply_diff("layer", "", Slow())
+    GearDriver(settings).apply_diff(id, "", Slow())

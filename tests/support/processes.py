@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 POLL_S = 0.02
+PATIENCE_S = 90.0
+"""A bound, for a machine that has other work; what comes is seen at once."""
 
 
 class NotReady(AssertionError):
@@ -18,7 +20,7 @@ class NotReady(AssertionError):
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, timeout_s: float = 30.0, found: Callable[[], str] = str
+    condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S, found: Callable[[], str] = str
 ) -> None:
     """Return as soon as *condition* holds; *found* tells what there was instead.
 
@@ -74,7 +76,7 @@ class Daemon:
                 start_new_session=True,
             )
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
         """As the function; fails at once, with the log's end, if the process dies meanwhile."""
 
         def holds() -> bool:

@@ -42,6 +42,17 @@ def test_the_managers_unit_gives_it_time_to_finish() -> None:
     assert "ExecStart=/opt/gearworkers/.venv/bin/gear manager\n" in unit
 
 
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
+    units = tmp_path / "units"
+    units.mkdir()
+    for unit in (CHECKOUT / "packaging" / "systemd").glob("gear*"):
+        (units / unit.name).write_text(unit.read_text().replace("/opt/gearworkers", str(CHECKOUT)))
+    done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_redis_keeps_what_it_was_given() -> None:
     lines = (CHECKOUT / "packaging" / "redis.conf").read_text().splitlines()
     assert "appendonly yes" in lines
