@@ -62,12 +62,12 @@ def record(
     merged = settings.gear_containers_path / id / MERGED
     if not is_mounted(merged):
         raise InvalidInput(f"layer {id}: no container that runs has it")
+    stop_fd, end_fd = os.pipe()
+    signal.signal(signal.SIGINT, lambda *_: _close_once(end_fd))
     try:
         group_fd = watch_opens(merged)
     except OSError as exc:
         raise from_os_error(exc, f"watch {merged}") from exc
-    stop_fd, end_fd = os.pipe()
-    signal.signal(signal.SIGINT, lambda *_: _close_once(end_fd))
     found = recorded(settings, image_of(layers, id), merged, group_fd, stop_fd, again=True)
     _out.print(f"{len(found.objects)} objects were opened")
 
