@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,18 @@ def test_garbage_is_collected_at_the_start_and_a_finished_snapshot_absorbed_afte
     assert not any(order.call == "absorb" for order in running.queue.orders)
     plugin.call("Put", ID="5")
     wait_until(lambda: ("absorb", "5") in {(order.call, order.id) for order in running.queue.orders}, "absorption")
+
+
+def test_what_a_push_came_to_is_counted(settings: Settings) -> None:
+    def push(order: Order, stream: Stream) -> None:
+        figures = {"pushed_objects": 3, "refused_objects": 1} if order.call == "push" else {}
+        stream.answer(Answer(figures=figures))
+
+    running = run_gateway(replace(settings, remote="/remote"), push, workers=1, patience=PATIENCE)
+    text = running.gateway.metrics.text
+    wait_until(lambda: b"gear_pushed_objects_total 3.0" in text(), "the push at the start")
+    assert b"gear_push_refused_objects 1.0" in text()
+    running.stop()
 
 
 def test_metrics_are_served_beside_the_plugin(start: Start, settings: Settings) -> None:
