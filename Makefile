@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup rootfs up demo test check bench
+.PHONY: help setup rootfs images up demo test check bench
 help:
-	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many reread)"
+	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many reread lazy local bytes storage second)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py
@@ -12,13 +12,17 @@ setup:
 rootfs: setup
 	@$(VENV)/python -m tests.support.rootfs
 
+# What the tests need; the benches that need more versions make them by themselves.
+images: setup
+	@$(VENV)/python -m tests.support.appimages 1
+
 up: setup
 	@exec $(VENV)/python packaging/up.py
 
 demo: rootfs
 	@exec $(VENV)/python -m bench.demo
 
-test: rootfs
+test: rootfs images
 	$(VENV)/python -m pytest
 
 check: setup

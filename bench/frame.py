@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,14 +122,23 @@ def fresh_disk() -> Iterator[Path]:
         image.unlink()
 
 
+def make_sides(directory: Path, settings: Mapping[str, str] | None = None) -> tuple[Side, Side]:
+    """Ours and the peer, with empty data roots below *directory*, not started.
+
+    Args:
+        directory: Made here.
+        settings: Further GEAR_… variables of our stack.
+    """
+    directory.mkdir()
+    stack = Stack(directory / "stack", "gear", dict(settings or {}))
+    ours = Side(Dockerd("ours", directory / "ours", "gear"), stack)
+    return ours, Side(Dockerd("peer", directory / "peer", "overlay2"), None)
+
+
 @contextmanager
 def both_sides(disk: Path, turn: int = 0) -> Iterator[tuple[Side, Side]]:
     """Both sides with empty data roots, running; ours first in even turns, the peer first in odd ones."""
-    directory = disk / f"turn{turn}"
-    directory.mkdir()
-    stack = Stack(directory / "stack", "gear")
-    ours = Side(Dockerd("ours", directory / "ours", "gear"), stack)
-    peer = Side(Dockerd("peer", directory / "peer", "overlay2"), None)
+    ours, peer = make_sides(disk / f"turn{turn}")
     try:
         ours.start()
         peer.start()

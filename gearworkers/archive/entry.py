@@ -25,7 +25,8 @@ class Entry(msgspec.Struct, gc=False):
 
     `xattrs` has the names without the SCHILY.xattr prefix. `sparse` lists the (offset, length) of the data of
     a sparse file, in order; the stored content is these segments one after the other. `gear` is the (digest,
-    size in bytes) of content that lies elsewhere; the stored content may then be empty.
+    size in bytes) of content that lies elsewhere; the stored content may then be empty. `guard` marks a hard link to
+    nothing, at which programs fail that do not know `gear`; the reader checks it and hands none out.
     """
 
     name: bytes
@@ -46,6 +47,7 @@ class Entry(msgspec.Struct, gc=False):
     xattrs: dict[bytes, bytes] | None = None
     sparse: tuple[tuple[int, int], ...] | None = None
     gear: tuple[bytes, int] | None = None
+    guard: bool = False
     stored_bytes: int = 0
     """Of the content in the archive: size_bytes but for sparse files, and 0 where only `gear` names it."""
     header_offset: int = 0

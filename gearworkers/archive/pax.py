@@ -18,6 +18,7 @@ MAX_SPECIAL_BYTES = 1 << 20
 XATTR_PREFIX = b"SCHILY.xattr."
 GEAR_DIGEST = b"GEAR.sha256"
 GEAR_SIZE = b"GEAR.size"
+GEAR_GUARD = b"GEAR.guard"
 SPARSE_MAP = b"GNU.sparse.map"
 _SPARSE_OFFSET = b"GNU.sparse.offset"
 _SPARSE_NUMBYTES = b"GNU.sparse.numbytes"
@@ -85,6 +86,7 @@ def merge(entry: Entry, records: Records) -> None:
             _merge_field(entry, key, value)
     if GEAR_DIGEST in records or GEAR_SIZE in records:
         entry.gear = _gear(records)
+    entry.guard = GEAR_GUARD in records
 
 
 def _merge_field(entry: Entry, key: bytes, value: bytes) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NoReturn, Protocol
 
 from gearworkers.archive import pax, sparse
-from gearworkers.archive.entry import BLOCK_BYTES, CONTENTLESS, DIR, REG, Entry, shown
+from gearworkers.archive.entry import BLOCK_BYTES, CONTENTLESS, DIR, HARDLINK, REG, Entry, shown
 from gearworkers.archive.header import ZERO_BLOCK, c_string, is_gnu, parse_header, parse_size, parse_type
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import IntegrityError, InvalidInput
@@ -68,6 +68,8 @@ class TarReader:
         self._padding_bytes = 0  # behind it
         self._name = b""  # of the current entry, for messages
         self._ended = False
+        self.guarded = False
+        """Whether there was a guard so far; a Gear layer begins with one."""
 
     @property
     def offset(self) -> int:
@@ -85,6 +87,14 @@ class TarReader:
             InvalidInput: The archive or the entry is malformed, or of a type that Docker refuses.
             IntegrityError: The stream ends inside a header or a content.
         """
+        while (entry := self._entry()) is not None and entry.guard:
+            if entry.type != HARDLINK:
+                _refuse(entry, "it is marked as a guard, but is no hard link")
+            self.guarded = True
+        return entry
+
+    def _entry(self) -> Entry | None:
+        """As `next`, guards included."""
         if self._ended:
             return None
         self._leave_entry()

@@ -92,6 +92,8 @@ def _records(entry: Entry) -> pax.Records:
     if entry.gear is not None:
         records[pax.GEAR_DIGEST] = entry.gear[0].hex().encode()
         records[pax.GEAR_SIZE] = b"%d" % entry.gear[1]
+    if entry.guard:
+        records[pax.GEAR_GUARD] = b"1"
     for xattr, content in (entry.xattrs or {}).items():
         if b"=" in xattr or b"\0" in xattr:
             raise InvalidInput(f"{shown(entry.name)}: a tar cannot hold an xattr of the name {shown(xattr)}")

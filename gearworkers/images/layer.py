@@ -2,6 +2,10 @@
 
 In a Gear layer's tar a regular file's payload is empty, and two PAX records name what it was: GEAR.sha256 and
 GEAR.size. All else that Docker reads of an entry stays as it was. The same layer always gives the same bytes.
+
+Whoever takes such a layer for a common one would make empty files of it. So its first entry is a guard: a hard link
+that leads nowhere, marked by a PAX record. Docker's own drivers, containerd and others fail at it while they unpack,
+and show its name as the reason.
 """
 
 from __future__ import annotations
@@ -14,16 +18,23 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from gearworkers.archive import writer
-from gearworkers.archive.entry import REG, Entry
+from gearworkers.archive.entry import HARDLINK, REG, Entry
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.images.contents import SMALL_BYTES, Contents, nameless_file
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same layer would give other bytes."""
 INLINE_BYTES = 256
 """Contents of up to this size stay in the layer. Of a Debian root file system, 94 MB compressed, the Gear layer has
 708 KB with 0, 703 KB with 128, 712 KB with 256 and 1,037 KB with 1024; 256 spares 8 % of the objects."""
 
+_GUARD = Entry(
+    name=b".gear-image",
+    type=HARDLINK,
+    linkname=b"this is a Gear image, without file contents: "
+    b"it needs the storage driver of gearworkers (dockerd -s gear)",
+    guard=True,
+)
 _BUFFER_BYTES = 4 << 20
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
@@ -59,6 +70,7 @@ def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_by
     packed = _Packed(out)
     reader = TarReader(tar, buffer_bytes=_BUFFER_BYTES)
     files = 0
+    packed.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
         if entry.type == REG:
             files += 1
@@ -76,7 +88,7 @@ def _write_file(entry: Entry, reader: TarReader, packed: _Packed, contents: Cont
     elif entry.size_bytes > inline_bytes:
         _name_content(entry, reader, contents)
     else:
-        data = b"".join(_expanded(entry, reader))
+        data = b"".join(bytes(piece) for piece in _expanded(entry, reader))
         packed.write(_header(entry) + data + writer.padding(len(data)))
         return
     packed.write(_header(entry))

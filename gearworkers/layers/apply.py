@@ -124,8 +124,12 @@ class _Contents:
 
     def fill(self, index: Index) -> None:
         reader, add = self._reader, index.add
-        while (entry := reader.next()) is not None:
+        entry = reader.next()
+        if reader.guarded:
+            self._writer.push_nothing()
+        while entry is not None:
             add(entry, self._digest(entry) if entry.type == REG else None)
+            entry = reader.next()
         reader.finish()
 
     def _digest(self, entry: Entry) -> bytes | None:

@@ -89,6 +89,10 @@ class ContentWriter:
         if self._alone >= _ALONE_CONTENTS or self._alone_bytes >= _ALONE_BYTES:
             self._beside = _Beside(self)
 
+    def push_nothing(self) -> None:
+        """What comes is of a Gear layer: the remote has what it names, and each node gets the rest with the layer."""
+        self._spool = None
+
     def announce(self, digest: bytes) -> None:
         """The caller is about to store this object, which is not here, otherwise."""
         if self._spool is not None:

@@ -17,12 +17,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import FailedPrecondition
-from gearworkers.layers.startup import profile_name
-from gearworkers.layers.store import LayerStore
 from gearworkers.mounts.lazy.place import is_mount_point
-from gearworkers.objects import profile
-from gearworkers.objects.profile import Opened, Profile
-from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node, until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
@@ -73,30 +68,6 @@ def test_readers_do_not_notice_that_the_server_is_killed_again_and_again(node: L
             node.start()
         assert all(result.result(60) for result in results)
     assert node.status().failures == {}
-
-
-def test_containers_start_though_the_server_is_killed_while_it_prefetches(tmp_path: Path) -> None:
-    opened = [Opened(hashlib.sha256(content).hexdigest(), len(content)) for content in SMALL.values()]
-    opened.append(Opened(hashlib.sha256(LARGE).hexdigest(), len(LARGE), ((0, len(LARGE)),)))
-    with lazy_node(tmp_path) as node:
-        node.shelf.behave(delay_s=0.01)
-        node.pull(FILES, "other")  # tells the lists, hence the name
-        name = profile_name(LayerStore(node.settings, ObjectStore(node.settings.gear_public_cache_path)), "other")
-        node.driver.remove("other")
-        document = node.shelf.root / "documents" / name
-        document.parent.mkdir(parents=True)
-        document.write_bytes(profile.pack(Profile(tuple(opened))))
-        node.pull(FILES)
-        until(lambda: node.status().prefetched >= len(SMALL) + 5, "chunks are being prefetched")
-        root = node.run("c1")
-        reader = subprocess.Popen(["sha256sum", root / "lib/large"], stdout=subprocess.PIPE)
-        node.kill()
-        node.start()
-        said, _ = reader.communicate(timeout=60)
-        assert said.split()[0] == hashlib.sha256(LARGE).hexdigest().encode()
-        for path, content in FILES.items():
-            assert (root / path).read_bytes() == content
-        assert node.status().failures == {}
 
 
 def test_a_request_under_way_is_answered_by_the_successor(node: LazyNode) -> None:

@@ -36,3 +36,8 @@ def tree_bytes(path: Path) -> int:
     command = ["du", "-sx", "--block-size=1", str(path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return int(done.stdout.split()[0])
+
+
+def file_bytes(path: Path) -> int:
+    """Sizes of the files below *path*, added up."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

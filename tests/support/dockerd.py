@@ -11,6 +11,8 @@ from tests.support import sandbox
 from tests.support.processes import Daemon
 
 CLIENT = "/usr/bin/docker"
+FAR_NETWORK = "192.0.2.0/24"
+"""Where a bench has servers behind a slow network (RFC 5737: addresses that are nobody's)."""
 NO_NETWORK = ("--network", "none")
 """A sandbox has no bridge; said explicitly where a container is made."""
 
@@ -81,6 +83,7 @@ class Dockerd:
             "--iptables=false",
             "--live-restore",
             "--insecure-registry=127.0.0.1",
+            f"--insecure-registry={FAR_NETWORK}",
             *self.options,
         ]
 

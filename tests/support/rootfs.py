@@ -152,10 +152,9 @@ def _path(name: str) -> Path:
 
 
 def _make_debian(target: Path) -> None:
-    suite, mirror = _suite(), _mirror()
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=target.parent, ignore_cleanup_errors=True) as name:
         root = Path(name) / "root"
-        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite, str(root), *mirror]
+        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite(), str(root), *mirror()]
         command[:0] = [
             "unshare",
             "--mount",
@@ -173,14 +172,15 @@ def _make_debian(target: Path) -> None:
         temporary.rename(target)
 
 
-def _suite() -> str:
+def suite() -> str:
+    """This host's release of Debian."""
     fields = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     return fields["VERSION_CODENAME"].strip('"')
 
 
-def _mirror() -> list[str]:
+def mirror() -> list[str]:
     """Where this host's own apt gets Debian from; nothing, for debootstrap's default, if that cannot be told."""
-    wanted = ["Created-By: Packages", "Origin: Debian", f"Codename: {_suite()}", "Component: main"]
+    wanted = ["Created-By: Packages", "Origin: Debian", f"Codename: {suite()}", "Component: main"]
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return [uri for uri in done.stdout.splitlines() if uri.startswith(("http", "file"))][:1]

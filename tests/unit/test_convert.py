@@ -21,7 +21,7 @@ from gearworkers.images import convert
 from gearworkers.images import manifest as m
 from gearworkers.images.contents import SMALL_BYTES
 from gearworkers.images.convert import LayerDone, LayerJob, Report
-from gearworkers.images.layer import INLINE_BYTES
+from gearworkers.images.layer import _BUFFER_BYTES, INLINE_BYTES
 from gearworkers.images.local import convert_here
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
@@ -120,6 +120,25 @@ class TestImages:
         (tar,) = converted_image(settings, peer, Image([BASE])).tars
         assert SMALL in tar
         assert MIDDLE not in tar and LARGE[:1000] not in tar
+
+    def test_small_contents_are_right_wherever_they_lie_in_a_large_layer(
+        self, settings: Settings, peer: Registry
+    ) -> None:
+        layer = tar_of([(f"file{number}", noise(str(number), 40 + number % 200)) for number in range(9000)])
+        assert len(layer) > 2 * _BUFFER_BYTES
+        (tar,) = converted_image(settings, peer, Image([layer])).tars
+        assert contents_of(tar) == contents_of(layer)
+
+    def test_who_knows_nothing_of_gear_fails_at_a_layers_first_entry_and_shows_why(
+        self, settings: Settings, peer: Registry, tmp_path: Path
+    ) -> None:
+        for tar in converted_image(settings, peer, Image([BASE, TOP])).tars:
+            with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
+                first = opened.next()
+            assert first is not None and first.islnk()
+            done = subprocess.run(["tar", "-x"], input=tar, cwd=tmp_path, capture_output=True)
+            assert done.returncode != 0
+            assert b"this is a Gear image, without file contents" in done.stderr
 
     @pytest.mark.parametrize("compression", ["", "gzip", "zstd"])
     @pytest.mark.parametrize("oci", [False, True])

@@ -183,6 +183,7 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
         (extended((b"mtime", b"1.x")) + a_file(), "not a time"),
         (extended((b"ctime", b"")) + extended((b"ctime", b"soon")) + a_file(), "not a time"),
         (extended((b"GEAR.size", b"1")) + a_file(), "Gear"),
+        (extended((b"GEAR.guard", b"1")) + a_file(), "guard"),
         (extended((b"GEAR.sha256", b"ab" * 32), (b"GEAR.size", b"4")) + a_file(), "Gear"),
         (extended((b"GEAR.sha256", b"ab"), (b"GEAR.size", b"5")) + a_file(), "Gear"),
         (special(b"x", b"x" * ((1 << 20) + 1)), "larger than"),

@@ -1,0 +1,223 @@
+"""Five real images, converted and started on an empty host: each answers, and is what the original on overlay2 is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gearworkers.settings import Settings
+from tests.support import appimages, remotes
+from tests.support.applications import APPLICATIONS, JVM, NGINX, Application
+from tests.support.dockerd import Dockerd
+from tests.support.registry import Registry
+from tests.support.stack import Stack
+
+VERSION = "1"
+CONTENTS_OF_EVERY = {"python": 4, "node": 4}
+"""Of these images, whose files are many, the contents of every n-th are compared; of the others all."""
+_MADE_BY_DOCKER = {".dockerenv", "etc/hostname", "etc/hosts", "etc/resolv.conf", "etc/mtab"}
+_MOUNTED = {"dev", "proc", "sys"}
+
+Seen = tuple[str, int, int]
+"""Path, size and time of a file."""
+
+
+@dataclass
+class Node:
+    """A host of gearworkers with a dockerd."""
+
+    stack: Stack
+    dockerd: Dockerd
+
+    def gear(self, *arguments: str) -> str:
+        """Run a `gear` command about it; its output."""
+        done = subprocess.run(
+            ["gear", *arguments], env=self.stack.environ(), check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    def objects(self) -> int:
+        """How many objects are here."""
+        return sum(1 for path in (self.stack.root / "public").glob("*/*") if path.is_file())
+
+    def be_empty(self) -> None:
+        """Forget all images and their objects."""
+        self.dockerd.remove_everything()
+        self.gear("gc")
+        assert self.objects() == 0
+
+
+@dataclass
+class Peers:
+    """An empty host of ours, Docker's own beside it, and what is between images."""
+
+    ours: Node
+    overlay2: Dockerd
+    settings: Settings
+    """Of conversions."""
+    compared: set[Seen] = field(default_factory=set)
+    """Files whose contents have been compared in another image."""
+
+
+@contextmanager
+def node(directory: Path, name: str, remote: str, environ: dict[str, str] | None = None) -> Iterator[Node]:
+    """A running host whose GEAR_REMOTE is *remote*."""
+    stack = Stack(directory / "stack", name, {"GEAR_REMOTE": remote, **(environ or {})})
+    dockerd = Dockerd(name, directory / "docker", name)
+    try:
+        stack.start()
+        dockerd.start()
+        yield Node(stack, dockerd)
+    finally:
+        dockerd.stop()
+        stack.stop()
+
+
+@pytest.fixture(scope="module")
+def peers(request: pytest.FixtureRequest, disk: Path) -> Iterator[Peers]:
+    """Both hosts, the objects behind a manager."""
+    if request.config.getoption("--driver") != "gear":
+        pytest.skip("only of the gear driver")
+    directory = disk / "applications"
+    directory.mkdir()
+    overlay2 = Dockerd("plain", directory / "plain", "overlay2")
+    with ExitStack() as running:
+        manager = running.enter_context(remotes.manager_server(directory / "manager"))
+        ours = running.enter_context(node(directory, "apps", manager.url))
+        running.callback(overlay2.stop)
+        overlay2.start()
+        yield Peers(ours, overlay2, Settings(remote=manager.url, docker_config=directory / "docker-config"))
+
+
+@pytest.fixture
+def image(peers: Peers, registry: Registry, request: pytest.FixtureRequest) -> Iterator[tuple[Application, str, str]]:
+    """An application, the original's name and the Gear image's, both in the registry."""
+    app: Application = request.param
+    original, converted = f"{registry.host}/{app.name}:{VERSION}", f"{registry.host}/gear/{app.name}:{VERSION}"
+    appimages.push(peers.settings, f"{app.name}:{VERSION}", original)
+    appimages.convert(peers.settings, f"{app.name}:{VERSION}", converted)
+    yield app, original, converted
+    peers.overlay2.remove_everything()
+    peers.ours.be_empty()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image", APPLICATIONS, ids=lambda app: app.name, indirect=True)
+def test_an_application_answers_from_an_empty_host_and_is_what_it_was(
+    peers: Peers, image: tuple[Application, str, str]
+) -> None:
+    app, original, converted = image
+    answer = started(peers.ours.dockerd, converted, app)
+    arrived = peers.ours.objects()
+    assert answer == started(peers.overlay2, original, app)
+    with root_of(peers.ours.dockerd, converted) as ours, root_of(peers.overlay2, original) as theirs:
+        files = compare(ours, theirs, CONTENTS_OF_EVERY.get(app.name, 1), peers.compared)
+    assert 0 < arrived < files / 2, "the start brought what nobody opened"
+
+
+@pytest.mark.parametrize("image", [NGINX], ids=lambda app: app.name, indirect=True)
+def test_dockers_own_driver_refuses_a_gear_image_and_says_what_it_needs(
+    peers: Peers, image: tuple[Application, str, str]
+) -> None:
+    done = peers.overlay2.call("pull", image[2])
+    assert done.returncode != 0
+    assert b"this is a Gear image, without file contents" in done.stderr
+    assert b"it needs the storage driver of gearworkers" in done.stderr
+    assert peers.overlay2.docker("images", "-aq") == ""
+
+
+@pytest.mark.slow
+def test_an_application_answers_from_s3(peers: Peers, registry: Registry, disk: Path) -> None:
+    name = f"{registry.host}/s3/jvm:{VERSION}"
+    directory = disk / "s3"
+    directory.mkdir()
+    credentials = remotes.credentials_file(directory)
+    with remotes.s3_server(directory) as server:
+        bucket = remotes.new_bucket(server)
+        settings = Settings(
+            remote=bucket, aws_credentials_file=credentials, docker_config=directory, gear_root=directory / "gear"
+        )
+        appimages.convert(settings, f"jvm:{VERSION}", name)
+        environ = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
+        with node(directory, "s3", bucket, environ) as ours:
+            assert b"article 49" in started(ours.dockerd, name, JVM)
+
+
+def started(dockerd: Dockerd, name: str, app: Application) -> bytes:
+    """What the application answers in a new container of the image, which is pulled."""
+    container = dockerd.docker("run", "-d", "--network=host", name)
+    try:
+        return app.wait()
+    except TimeoutError as exc:
+        logs = dockerd.call("logs", container)
+        raise AssertionError(f"{exc}\n{(logs.stdout + logs.stderr).decode(errors='replace')[-3000:]}") from exc
+    finally:
+        dockerd.docker("rm", "-f", container)
+
+
+@contextmanager
+def root_of(dockerd: Dockerd, name: str) -> Iterator[Path]:
+    """The root file system of a container that does nothing."""
+    container = dockerd.docker("run", "-d", "--network=none", "--user=0", "--entrypoint=sleep", name, "infinity")
+    try:
+        yield Path(dockerd.docker("inspect", "-f", "{{.GraphDriver.Data.MergedDir}}", container))
+    finally:
+        dockerd.docker("rm", "-f", container)
+
+
+def compare(ours: Path, theirs: Path, contents_of_every: int, compared: set[Seen]) -> int:
+    """Both trees hold the same; how many regular files."""
+    files = 0
+    for directory, names, others in os.walk(theirs):
+        inside = os.path.relpath(directory, theirs)
+        if inside == ".":
+            names[:] = [name for name in names if name not in _MOUNTED]
+        expected = {*names, *others}
+        found = set(os.listdir(ours / inside)) - (_MOUNTED if inside == "." else set())
+        assert found == expected, inside
+        for name in expected:
+            path = os.path.normpath(os.path.join(inside, name))
+            is_chosen = zlib.crc32(path.encode()) % contents_of_every == 0
+            files += compare_file(ours / path, theirs / path, path, compared if is_chosen else None)
+    return files
+
+
+def compare_file(ours: Path, theirs: Path, path: str, compared: set[Seen] | None) -> bool:
+    """Both are the same, their contents too unless *compared* is None; whether they are regular files."""
+    if path in _MADE_BY_DOCKER:
+        return False
+    found, expected = ours.lstat(), theirs.lstat()
+    for name in ("st_mode", "st_uid", "st_gid", "st_nlink", "st_rdev"):
+        if name != "st_nlink" or not stat.S_ISDIR(expected.st_mode):
+            assert getattr(found, name) == getattr(expected, name), f"{path}: {name}"
+    assert xattrs(ours) == xattrs(theirs), path
+    if stat.S_ISLNK(expected.st_mode):
+        assert os.readlink(ours) == os.readlink(theirs), path
+    if not stat.S_ISREG(expected.st_mode):
+        return False
+    assert (found.st_size, found.st_mtime_ns) == (expected.st_size, expected.st_mtime_ns), path
+    seen = (path, expected.st_size, expected.st_mtime_ns)
+    if compared is not None and seen not in compared:
+        compared.add(seen)
+        assert digest(ours) == digest(theirs), path
+    return True
+
+
+def xattrs(path: Path) -> dict[str, bytes]:
+    """All of them."""
+    return {name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)}
+
+
+def digest(path: Path) -> bytes:
+    """SHA-256 of the contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
