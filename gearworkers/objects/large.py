@@ -8,6 +8,7 @@ compared them with their chunk's digest, which costs less than to fetch them.
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import math
 import os
@@ -155,13 +156,19 @@ class LargeObject:
         return self._layout[order]
 
     def claim(self, order: int) -> bool:
-        """Whether the chunk is missing and nobody fetches it; then the caller does: `deliver` or `miss` follows."""
+        """Whether the chunk is to be fetched and nobody does; then the caller does: `deliver` or `miss` follows."""
         with self._lock:
             if self._states[order] != _State.MISSING:
                 return False
             self._states[order] = _State.COMING
             self._streamed.add(order)
-            return True
+        try:
+            if self._is_here_already(self._layout[order]):
+                self._arrived(order)
+                return False
+        except OSError:
+            pass  # it is overwritten
+        return True
 
     def deliver(self, order: int, data: bytes) -> bool:
         """Take the chunk; whether it was the right one and could be kept."""
@@ -248,6 +255,8 @@ class LargeObject:
 
     def _is_here_already(self, chunk: Chunk) -> bool:
         """Whether an earlier process had fetched it."""
+        if _is_hole(self._file.fd, chunk.offset, chunk.size_bytes):
+            return False
         data = os.pread(self._file.fd, chunk.size_bytes, chunk.offset)
         return len(data) == chunk.size_bytes and hashlib.sha256(data).digest() == chunk.digest
 
@@ -321,6 +330,14 @@ def load_layout(path: Path, size_bytes: int) -> Sequence[Chunk] | None:
         return checked_layout([Chunk(*fields) for fields in _RECORD.iter_unpack(raw)], size_bytes)
     except (FileNotFoundError, struct.error, IntegrityError):
         return None
+
+
+def _is_hole(fd: int, offset: int, size_bytes: int) -> bool:
+    """Whether nothing was ever written there; False where the file system cannot tell."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) >= offset + size_bytes
+    except OSError as exc:
+        return exc.errno == errno.ENXIO
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:

@@ -85,8 +85,8 @@ class Shelf:
 class Node:
     """A store that is filled from a shelf."""
 
-    def __init__(self, root: Path) -> None:
-        self.shelf = Shelf()
+    def __init__(self, root: Path, shelf: Shelf) -> None:
+        self.shelf = shelf
         self.store = ObjectStore(root / "public")
         self.store.prepare()
         self.pool = WorkPool(6, for_background=3)
@@ -127,7 +127,7 @@ def wait_until(is_so: Callable[[], object]) -> None:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    one = Node(tmp_path)
+    one = Node(tmp_path, Shelf())
     yield one
     one.shelf.let()
     one.pool.close()
@@ -214,6 +214,21 @@ def test_of_a_large_object_only_the_chunks_that_were_read_come(node: Node) -> No
     assert node.shelf.alone == []
     node.fetcher.fill_idle(0.0)  # it has been read
     node.wait_for([digest])
+
+
+def test_chunks_that_an_earlier_process_has_brought_do_not_come_again(node: Node, tmp_path: Path) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content), ((0, 3 * CHUNK_BYTES),))])
+    wait_until(lambda: node.prefetcher.counts.contents == 3)
+    later = Node(tmp_path, node.shelf)
+    node.shelf.streams.clear()
+    later.prefetcher.soon([Part(digest, len(content), ((0, 5 * CHUNK_BYTES),))])
+    wait_until(lambda: later.prefetcher.counts.contents == 2)
+    chunks = [sha256(content[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in (3, 4)]
+    assert node.shelf.streams == [[digest], chunks]
+    later.pool.close()
 
 
 def test_a_large_object_that_nobody_reads_does_not_come_whole(node: Node) -> None:
