@@ -60,17 +60,16 @@ class LazyHost:
         self.link.heal()
         self.start_manager()
         self.use_remote(self.url)
-        near = self.stack.root / "nfs" / "objects"
-        if near.exists():
-            shutil.rmtree(near)
-            self.stack.stop("lazyfs")
         self.stack.start()
         if not self.dockerd.answers():
             self.dockerd.start()
         self.dockerd.remove_everything()
         self.stack.gear("gc")
+        self.stack.stop("lazyfs")  # nobody looks into its mount: what the kernel knows of it goes too
         for link in (self.stack.root / "arrivals").glob("*/*"):
             link.unlink()  # the server does, some seconds later
+        shutil.rmtree(self.stack.root / "nfs" / "objects", ignore_errors=True)
+        self.stack.start("lazyfs")
         assert self.objects() == 0, self.stack.gear("status").stdout
 
     def pull(self) -> None:
