@@ -156,7 +156,6 @@ def test_a_killed_lazy_file_server_is_a_pause_and_what_was_opened_goes_on(host: 
     "order",
     [
         ("lazyfs", "dockerd", "gateway", "redis"),
-        ("redis", "gateway", "dockerd", "lazyfs"),
         ("gateway", "lazyfs", "redis", "dockerd"),
     ],
     ids="-".join,

@@ -140,7 +140,12 @@ def lazy_host(directory: Path, registry: Registry) -> Iterator[LazyHost]:
     manager = Daemon([str(Path(sys.executable).with_name("gear")), "manager"], directory / "manager.log", environ)
     with linked(port) as (link, link_port):
         url = f"http://127.0.0.1:{link_port}"
-        settings = {"GEAR_REMOTE": url, "GEAR_REMOTE_TIMEOUT_S": "5", "GEAR_PROFILE_WINDOW_S": "0"}
+        settings = {
+            "GEAR_REMOTE": url,
+            "GEAR_REMOTE_TIMEOUT_S": "5",
+            "GEAR_FILL_DELAY_S": "2",
+            "GEAR_PROFILE_WINDOW_S": "0",
+        }
         stack = Stack(directory / "stack", "lazy", settings)
         dockerd = Dockerd("l", directory / "docker", "lazy")
         try:
