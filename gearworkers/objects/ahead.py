@@ -15,7 +15,7 @@ from typing import Protocol
 
 import structlog
 
-from gearworkers.errors import GearError
+from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.objects.sources import Content, Source
 from gearworkers.objects.workpool import Urgency, WorkPool
 
@@ -43,7 +43,11 @@ class Item(Protocol):
         """Whether it is still wanted: called right before it is asked for; `deliver` or `miss` follows."""
 
     def deliver(self, content: Content) -> bool:
-        """Take it; False if it is not what it should be, and then `miss` may follow."""
+        """Take it; False if it is not what it should be, and then `miss` may follow.
+
+        Raises:
+            ResourceExhausted: There is no room; all are missed that have not come.
+        """
 
     def miss(self) -> None:
         """No source has given it."""
@@ -90,26 +94,38 @@ class _Stream:
         self._pool = pool
         self._urgency = urgency
         self._lock = threading.Lock()
+        self._is_full = False
 
     def request(self) -> None:
         """Bring the next some megabytes, and have another request follow."""
         with self._lock:
             batch = self._claimed()
-        if not batch:
+        if not batch or self._is_full:
+            self._miss(batch)
             return
-        has_follower = False
+        try:
+            is_last = self._brought(batch)
+        finally:
+            self._miss(batch)
+        if is_last and not self._is_full:
+            self._pool.submit(self.request, self._urgency)
+
+    def _miss(self, batch: dict[bytes, list[Item]]) -> None:
+        for items in batch.values():
+            for item in items:
+                item.miss()
+
+    def _brought(self, batch: dict[bytes, list[Item]]) -> bool:
+        """Take out of *batch* what any source gives; whether no other request has followed yet."""
+        is_last = True
         left_bytes = sum(item.size_bytes for items in batch.values() for item in items)
         for source in self._sources:
             for size_bytes in self._answered(source, batch):
                 left_bytes -= size_bytes
-                if left_bytes <= _OVERLAP_BYTES and not has_follower:
-                    has_follower = True
+                if left_bytes <= _OVERLAP_BYTES and is_last:
+                    is_last = False
                     self._pool.submit(self.request, self._urgency)
-        for items in batch.values():
-            for item in items:
-                item.miss()
-        if not has_follower:
-            self._pool.submit(self.request, self._urgency)
+        return is_last
 
     def _claimed(self) -> dict[bytes, list[Item]]:
         """The next that are still wanted, by digest; contents that are wanted twice come once."""
@@ -126,11 +142,12 @@ class _Stream:
     def _answered(self, source: Source, batch: dict[bytes, list[Item]]) -> Iterator[int]:
         """Take out of *batch* what *source* gives; how many bytes, each time."""
         try:
-            for digest, content in source.fetch_many(list(batch)) if batch else ():
-                items = batch.pop(digest, [])
-                wrong = [item for item in items if not item.deliver(content)]
-                if wrong:
-                    batch[digest] = wrong
+            for digest, content in source.fetch_many(list(batch)) if batch and not self._is_full else ():
+                items = batch.get(digest, [])
+                batch[digest] = [item for item in items if not item.deliver(content)]
+                if not batch[digest]:
+                    del batch[digest]
                 yield sum(item.size_bytes for item in items)
         except GearError as exc:
+            self._is_full = self._is_full or isinstance(exc, ResourceExhausted)
             _log.warning("a prefetch broke off", error=str(exc))

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import structlog
 
-from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
+from gearworkers.errors import GearError, IntegrityError, NotFound, ResourceExhausted, from_os_error
 from gearworkers.objects.ahead import Patience
 from gearworkers.objects.large import File, LargeObject, checked_layout, layout_path, load_layout, save_layout
 from gearworkers.objects.sources import Chunk, Source
@@ -275,12 +275,18 @@ class Fetcher:
             return job
 
     def stored(self, job: Job, content: bytes) -> bool:
-        """Whether *content* is what the job wants; then it is done, for all who wait."""
+        """Whether *content* is what the job wants; then it is done, for all who wait.
+
+        Raises:
+            ResourceExhausted: There is no room.
+        """
         try:
             self._store_pieces(job, (content,))
         except IntegrityError as exc:
             self._tell_corrupt(exc)
             return False
+        except ResourceExhausted:
+            raise
         except GearError as exc:
             self._finish(job, exc)
         else:

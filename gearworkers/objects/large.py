@@ -171,14 +171,18 @@ class LargeObject:
         return True
 
     def deliver(self, order: int, data: bytes) -> bool:
-        """Take the chunk; whether it was the right one and could be kept."""
+        """Take the chunk; whether it was the right one.
+
+        Raises:
+            GearError: It could not be kept.
+        """
         chunk = self._layout[order]
         if len(data) != chunk.size_bytes or hashlib.sha256(data).digest() != chunk.digest:
             return False
         try:
             _write_all(self._file.fd, data, chunk.offset)
-        except OSError:
-            return False  # who reads it is told when it fails again
+        except OSError as exc:
+            raise from_os_error(exc, f"keep a chunk at {chunk.offset}") from exc
         self._arrived(order)
         return True
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import GearError, NotFound, Unavailable
+from gearworkers.errors import GearError, NotFound, ResourceExhausted, Unavailable
 from gearworkers.objects import ahead
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
@@ -287,3 +287,21 @@ def test_a_source_that_is_away_leaves_nothing_behind(node: Node) -> None:
     node.soon(digests, 100)
     wait_until(lambda: node.fetcher.arriving == 0)
     assert node.open(digests[0], 100) is None
+
+
+def test_a_full_disk_ends_a_prefetch_and_is_told_to_those_only_who_want_something(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ResourceExhausted("no space left")
+
+    monkeypatch.setattr(ahead, "_REQUEST_BYTES", 1000)
+    monkeypatch.setattr(ahead, "_OVERLAP_BYTES", 0)
+    digests = small(node, 30)
+    monkeypatch.setattr(node.fetcher, "_store_pieces", full)
+    node.shelf.let()
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams and node.fetcher.arriving == 0)
+    assert node.fetcher.failures == {}
+    assert isinstance(node.open(digests[20], 100), ResourceExhausted)
+    assert node.shelf.streams == [digests[:10]]
