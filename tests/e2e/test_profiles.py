@@ -33,6 +33,7 @@ def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_
     assert (first.profiles_found, first.profiles_absent) == (0, 1)
     wait_until(lambda: bool(_profiles(host)), "the start was recorded", 60.0)
     (found,) = _profiles(host)
+    wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of what was read is here", 60.0)
 
     host.empty()
     host.restart_lazyfs()
