@@ -83,7 +83,10 @@ def fsck(
         _out.print(fault, markup=False)
     if incomplete:
         coming = order_prefetch(settings.lazyfs_socket, sorted(incomplete))
-        _out.print(f"{coming} objects are being fetched; `gear status` names those that cannot be had")
+        _out.print(f"{coming} objects are being fetched; `gear status` names those that cannot be had.")
+        _out.print(
+            "Containers that had opened a damaged one keep it: stop and start them (`docker restart` is not enough)."
+        )
     _out.print(f"{faults} faults")
     if faults:
         raise typer.Exit(_EXIT_FAULTS)

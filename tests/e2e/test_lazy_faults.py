@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 from tests.support.lazyhost import FILES, LARGE, LazyHost
 from tests.support.processes import wait_until
@@ -176,6 +178,20 @@ def test_an_incomplete_image_runs_on_after_a_restart_of_everything_in_any_order(
     assert_right(host, second, "app/small2", "app/large2")
     host.dockerd.docker("restart", "-t", "0", container)
     assert_right(host, container, "app/small3", "app/large0")
+
+
+def test_a_damaged_object_is_found_and_fetched_again_by_gear_fsck(host: LazyHost, container: str) -> None:
+    assert_right(host, container, "app/small1")
+    path = Path(os.fsdecode(ObjectStore(host.stack.root / "public").path(digest_of("app/small1"))))
+    path.chmod(0o600)
+    path.write_bytes(b"damaged")
+    assert host.stack.gear("fsck", "--read-data").returncode == 1
+    told = host.stack.gear("fsck", "--read-data", "--repair").stdout
+    assert f"object {path}: " in told
+    wait_until(lambda: host.has(digest_of("app/small1")), "it has come again", 60.0)
+    host.dockerd.docker("stop", "-t", "0", container)  # a restart keeps the mount
+    host.dockerd.docker("start", container)
+    assert_right(host, container, "app/small1")
 
 
 def test_with_no_lazy_file_server_a_container_is_refused_with_a_reason_and_runs_when_it_is_back(host: LazyHost) -> None:
