@@ -207,8 +207,9 @@ class _Beside:
         if at + length > _RING_BYTES:
             self._put += _RING_BYTES - at
             at = 0
-        while self._put + length - self._taken > _RING_BYTES:
+        if not self._has_room(length):
             self._hand_over()
+        while not self._has_room(length):
             self._hear()
         self._ring[at : at + length] = data
         self._batch += _PLACED.pack(self._put, length, digest)
@@ -230,6 +231,9 @@ class _Beside:
         self._line.close()
         os.waitpid(self._pid, 0)
         self._ring.close()
+
+    def _has_room(self, length: int) -> bool:
+        return self._put + length - self._taken <= _RING_BYTES
 
     def _hand_over(self) -> None:
         if len(self._batch) > len(_BATCH):

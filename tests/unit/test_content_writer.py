@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -106,6 +107,31 @@ def test_very_many_tiny_contents_keep_neither_side_waiting(store: ObjectStore, s
             writer.put(digest, memoryview(content))
         writer.flush()
         assert writer.new_objects == module._ALONE_CONTENTS + 1
+
+
+def test_a_full_ring_waits_only_for_what_is_under_way(
+    store: ObjectStore, staging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process may have acknowledged all by the time it is found to be full."""
+    hear = module._Beside._hear
+    is_deaf = True
+
+    def hear_late(beside: module._Beside, flags: int = 0) -> bytes:
+        if flags and is_deaf:
+            return b""
+        if flags:
+            time.sleep(0.5)  # what is under way is done by then
+        return hear(beside, flags)
+
+    monkeypatch.setattr(module._Beside, "_hear", hear_late)
+    with ContentWriter(store, staging, None, in_place=True) as writer:
+        go_beside(writer)
+        for number in range(5):
+            put(writer, bytes([number + 1]) * (3 << 20))
+        put(writer, b"not handed over yet")
+        is_deaf = False
+        put(writer, b"\xff" * (3 << 20))
+        writer.flush()
 
 
 def test_what_is_new_is_spooled_beside_too(store: ObjectStore, staging: int, tmp_path: Path) -> None:
