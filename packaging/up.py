@@ -6,9 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+from honcho import command, manager
+
 from gearworkers.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+GRACE_S = 60
+"""What is under way is finished in; honcho's own 5 s would kill a worker that ends."""
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -27,7 +31,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def main() -> None:
-    """Make the directories that Redis needs and become honcho; a broker given by GEAR_BROKER_URL is not started."""
+    """Make the directories that Redis needs and run honcho; a broker given by GEAR_BROKER_URL is not started."""
     settings = Settings.from_environ()
     processes = ["gateway", "lazyfs", "import", "push", "convert"]
     if not settings.broker_url:
@@ -36,7 +40,9 @@ def main() -> None:
     (settings.gear_root / "redis").mkdir(mode=0o700, exist_ok=True)
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chdir(CHECKOUT)
-    os.execve(sys.executable, [sys.executable, "-m", "honcho", "start", *processes], environment(settings))
+    os.environ.update(environment(settings))
+    manager.KILL_WAIT = GRACE_S
+    command.main(["start", *processes])
 
 
 if __name__ == "__main__":
