@@ -20,6 +20,7 @@ The connection stays non-blocking, since that flag is shared with the gateway.
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import struct
@@ -39,6 +40,9 @@ RESPONSE_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.plugins.v1.1+json\r\n"
     b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 )
+
+_NEXT_CHUNK = re.compile(rb"\r\n([1-9a-f][0-9a-f]{0,13})\r\n")
+"""A chunk's end and the size of the next, as they mostly come: together and plain."""
 
 _LENGTH = struct.Struct("<I")
 _FRAME_LIMIT_BYTES = 1 << 20
@@ -347,7 +351,13 @@ class BodySource:
             elif self._ended:
                 raise IntegrityError("the request's body goes on behind its last chunk")
             else:
-                at += self._take_line(bytes(buffer[at : min(at + 32, received)]))
+                piece = bytes(buffer[at : min(at + 32, received)])
+                plain = _NEXT_CHUNK.match(piece) if self._expects_end and not self._between else None
+                if plain is not None:
+                    self._left_bytes = int(plain[1], 16)
+                    at += plain.end()
+                else:
+                    at += self._take_line(piece)
         return kept
 
     def _take_line(self, piece: bytes) -> int:
