@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -129,6 +129,30 @@ def convert(
 
 
 @app.command()
+def inspect(image: Annotated[str, typer.Argument(help="As Docker knows it; else as a registry does.")]) -> None:
+    """Whether an image is a Gear image, and how much of it is here, pinned, missing."""
+    from gearworkers import inspecting  # of use to no other command
+
+    _print_pairs(inspecting.inspect(Settings.from_environ(), image))
+
+
+@app.command()
+def pin(image: Annotated[str, typer.Argument(help="As Docker knows it.")]) -> None:
+    """Fetch all of a pulled image in the background, and keep it here whatever happens, until `gear unpin`."""
+    from gearworkers import inspecting
+
+    _print_pairs(inspecting.pin(Settings.from_environ(), image))
+
+
+@app.command()
+def unpin(image: Annotated[str, typer.Argument(help="As it was pinned, or its id.")]) -> None:
+    """Keep an image's files only as long as its layers are here."""
+    from gearworkers import inspecting
+
+    _print_pairs(inspecting.unpin(Settings.from_environ(), image))
+
+
+@app.command()
 def lazyfs() -> None:
     """Serve the files of images that have not arrived; runs until SIGTERM."""
     from gearworkers.services.lazyfs import serve, sources_of  # of use to no other command
@@ -168,6 +192,11 @@ def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:
     )
     for digest, why in found.failures.items():
         yield f"Failed {digest}", why
+
+
+def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    for key, value in pairs:
+        _out.print(f"{key:<16}{value}", markup=False)
 
 
 def _print_check(check: Check) -> None:

@@ -26,6 +26,7 @@ from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
 from gearworkers.layers.fsck import layer_faults
 from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.pins import Pins
 from gearworkers.layers.recording import Recording, Recordings
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
@@ -121,7 +122,12 @@ class GearDriver:
         settings = self.settings
         try:
             settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in (settings.gear_push_path, settings.gear_nfs_path, settings.gear_private_cache_path):
+            for path in (
+                settings.gear_push_path,
+                settings.gear_pins_path,
+                settings.gear_nfs_path,
+                settings.gear_private_cache_path,
+            ):
                 path.mkdir(mode=0o700, exist_ok=True)
             (settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
             self._objects.prepare()
@@ -142,7 +148,8 @@ class GearDriver:
         record = self.settings.gear_root / _BOOT_FILE
         boot_id = _BOOT_ID.read_text()
         if not record.exists() or record.read_text() != boot_id:
-            remove_unvouched(self.settings.gear_images_path, self._objects)
+            pinned = (digest for digest, _ in Pins(self.settings, self._layers, self._objects).objects())
+            remove_unvouched(self.settings.gear_images_path, self._objects, pinned)
             self.collect_garbage()
             self._spool.prune()
             record.write_text(boot_id)
@@ -495,10 +502,11 @@ class GearDriver:
         """Remove the objects that no layer refers to; safe beside imports."""
         settings = self.settings
         try:
+            settings.gear_pins_path.mkdir(mode=0o700, exist_ok=True)
             return GarbageCollector(
                 settings.gear_root,
                 self._objects,
-                published=(settings.gear_images_path, settings.gear_containers_path),
+                published=(settings.gear_images_path, settings.gear_containers_path, settings.gear_pins_path),
                 building=settings.gear_build_path,
             ).collect()
         except OSError as exc:

@@ -24,6 +24,7 @@ DEFAULT_REMOTE_TIMEOUT_S = 60.0
 DEFAULT_MANAGER_LISTEN = "127.0.0.1:2019"
 DEFAULT_MOST_OBJECT_BYTES = 64 << 30
 DEFAULT_CLIENT_TIMEOUT_S = 30.0
+DEFAULT_DOCKER_HOST = "unix:///var/run/docker.sock"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 
@@ -80,6 +81,8 @@ class Settings:
     """So long after its last read the rest of a large object is fetched behind."""
     profile_window_s: float = DEFAULT_PROFILE_WINDOW_S
     """So long the first container of an image is watched, for the profile of its start; 0 for never."""
+    docker_host: str = DEFAULT_DOCKER_HOST
+    """The dockerd that `gear` asks about images: unix:///PATH or tcp://HOST:PORT."""
     docker_config: Path = field(default_factory=lambda: Path.home() / ".docker")
     """Where Docker's clients keep the credentials for registries: the directory of config.json."""
     https_proxy: str = ""
@@ -132,6 +135,7 @@ class Settings:
             else _positive(environ, "GEAR_PROFILE_WINDOW_S", DEFAULT_PROFILE_WINDOW_S),
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
+            docker_host=environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST,
             docker_config=_absolute(environ, "DOCKER_CONFIG", Path.home() / ".docker"),
             https_proxy=environ.get("HTTPS_PROXY") or environ.get("https_proxy", ""),
             no_proxy=environ.get("NO_PROXY") or environ.get("no_proxy", ""),
@@ -178,6 +182,11 @@ class Settings:
     def gear_remotes_path(self) -> Path:
         """Which directories this node knows to hold a remote."""
         return self.gear_root / "remotes"
+
+    @property
+    def gear_pins_path(self) -> Path:
+        """Images whose objects are kept, and fetched if they are missing."""
+        return self.gear_root / "pins"
 
     @property
     def gear_arrivals_path(self) -> Path:

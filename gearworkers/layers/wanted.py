@@ -11,7 +11,7 @@ import bisect
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,8 +210,11 @@ def object_list(path: Path) -> ObjectList | None:
         return None
 
 
-def remove_unvouched(images: Path, store: ObjectStore) -> int:
-    """After a power cut: compare each object that only incomplete layers have with its digest; how many were removed.
+def remove_unvouched(images: Path, store: ObjectStore, pinned: Iterable[bytes] = ()) -> int:
+    """After a power cut: compare each object that only incomplete layers and pins have with its digest.
+
+    Returns:
+        How many were removed.
 
     What was fetched was not synced, so such an object may have its name without its bytes. A complete layer's objects
     were synced before it was complete.
@@ -220,7 +223,7 @@ def remove_unvouched(images: Path, store: ObjectStore) -> int:
     incomplete = wanted.layers()
     vouching = [object_list(path / OBJECTS_FILE) for path in images.iterdir() if path.name not in incomplete]
     removed = 0
-    for digest in wanted.digests():
+    for digest in wanted.digests().union(pinned):
         if any(known is not None and known.between(digest, digest) for known in vouching):
             continue
         try:

@@ -21,6 +21,7 @@ import structlog
 
 from gearworkers.digest import object_name
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
 from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts import overlay
@@ -43,6 +44,7 @@ from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_contents import LazyContents
 from gearworkers.services.lazyfs_control import ControlServer
 from gearworkers.services.lazyfs_misses import Misses
+from gearworkers.services.lazyfs_pins import PinKeeper
 from gearworkers.services.lazyfs_profiles import Profiles
 from gearworkers.settings import Settings
 
@@ -90,6 +92,8 @@ class LazyServer:
             large_bytes=large_bytes,
             served_bytes=served_bytes,
         )
+        pins = Pins(settings, layers, self._store)
+        self._pins = PinKeeper(pins, self._store, self._pool, self._prefetcher.wholly)
         self._stop = threading.Event()
 
     def run(self) -> None:
@@ -165,6 +169,7 @@ class LazyServer:
 
     def _upkeep(self, *, with_users: bool) -> None:
         self._fetcher.fill_idle(self._settings.fill_delay_s)
+        self._pins.look()
         for id in self._wanted.completed(self._store):
             if self._wanted.complete(id, self._store):
                 _log.info("a layer is complete", layer=id)

@@ -1,0 +1,112 @@
+"""What `gear` asks of a dockerd: which layers an image has here.
+
+Which layer is which is dockerd's own business; its API tells it, since it passes on what the driver's GetMetadata says.
+
+Source: Docker Engine API v1.40, "Inspect an image".
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from gearworkers.errors import FailedPrecondition, InvalidInput, Unavailable
+from gearworkers.images.manifest import GEAR_MARK
+from gearworkers.settings import Settings
+
+_TIMEOUT_S = 30.0
+
+
+class _Run(msgspec.Struct, frozen=True):
+    labels: dict[str, str] | None = msgspec.field(name="Labels", default=None)
+
+
+class _Driver(msgspec.Struct, frozen=True):
+    name: str = msgspec.field(name="Name", default="")
+    data: dict[str, str] | None = msgspec.field(name="Data", default=None)
+
+
+class _Inspected(msgspec.Struct, frozen=True):
+    id: str = msgspec.field(name="Id")
+    driver: _Driver = msgspec.field(name="GraphDriver", default_factory=_Driver)
+    config: _Run | None = msgspec.field(name="Config", default=None)
+
+
+class LocalImage(msgspec.Struct, frozen=True):
+    """An image that dockerd has on this node's GEAR_ROOT."""
+
+    id: str
+    """``sha256:…`` of its config."""
+    is_gear: bool
+    top_layer: str
+    """The driver's id of the topmost layer; empty if it has none."""
+
+
+def local_image(settings: Settings, name: str) -> LocalImage | None:
+    """The image that dockerd knows by *name*, a reference or an id; None if it has none.
+
+    Raises:
+        Unavailable: No dockerd answers.
+        FailedPrecondition: Its images lie elsewhere.
+    """
+    status, body = _get(settings.docker_host, f"/images/{quote(name, safe='/:@')}/json")
+    if status == http.HTTPStatus.NOT_FOUND:
+        return None
+    try:
+        if status != http.HTTPStatus.OK:
+            raise InvalidInput(f"dockerd: {name}: {msgspec.json.decode(body)['message']}")
+        found = msgspec.json.decode(body, type=_Inspected)
+    except (msgspec.MsgspecError, KeyError, TypeError) as exc:
+        raise Unavailable(f"{settings.docker_host} is no dockerd: {exc}") from exc
+    labels = (found.config and found.config.labels) or {}
+    return LocalImage(found.id, labels.get(GEAR_MARK) == "1", _top_layer(settings, found, name))
+
+
+def _top_layer(settings: Settings, found: _Inspected, name: str) -> str:
+    """``UpperDir`` is a directory of the layer's own."""
+    upper = (found.driver.data or {}).get("UpperDir")
+    if not upper:
+        return ""
+    layer = Path(upper).parent
+    if layer.parent not in (settings.gear_images_path, settings.gear_containers_path):
+        raise FailedPrecondition(
+            f"{name} is an image of storage driver {found.driver.name} at {upper}, not of {settings.gear_root}; "
+            "DOCKER_HOST says which dockerd is asked, GEAR_ROOT where the driver's layers are"
+        )
+    return layer.name
+
+
+def _get(docker_host: str, path: str) -> tuple[int, bytes]:
+    connection = _connection(docker_host)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException) as exc:
+        raise Unavailable(f"no dockerd answers at {docker_host}: {exc}") from exc
+    finally:
+        connection.close()
+
+
+def _connection(docker_host: str) -> http.client.HTTPConnection:
+    parts = urlsplit(docker_host)
+    if parts.scheme == "unix":
+        return _UnixConnection(parts.path)
+    if parts.scheme == "tcp" and parts.hostname:
+        return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=_TIMEOUT_S)
+    raise InvalidInput(f"DOCKER_HOST={docker_host}: unix:///PATH or tcp://HOST:PORT is needed")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.connect(self._path)

@@ -1,0 +1,63 @@
+"""What pins miss is fetched: at once when something is pinned, and again for as long as it is not here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from gearworkers.errors import GearError
+from gearworkers.layers.pins import Pins
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.workpool import Urgency, WorkPool
+
+_log = structlog.get_logger(__name__)
+
+_AGAIN_S = 60.0
+"""While something is missing: the remote may be away."""
+_LOOK_S = 600.0
+"""While nothing is: `gear fsck --repair` may have removed something damaged."""
+
+
+class PinKeeper:
+    """Looks after the pins; `look` is called a few times a second by one thread."""
+
+    def __init__(
+        self, pins: Pins, store: ObjectStore, pool: WorkPool, wholly: Callable[[Iterable[tuple[bytes, int]]], None]
+    ) -> None:
+        """
+        Args:
+            pins: Of the node.
+            store: Where their objects lie.
+            pool: Where the looking is done.
+            wholly: Has objects, given as (digest, size in bytes), fetched behind what containers read.
+        """
+        self._pins = pins
+        self._store = store
+        self._pool = pool
+        self._wholly = wholly
+        self._seen_version = 0
+        self._next_s = 0.0
+
+    def look(self) -> None:
+        """See whether it is time, or pins came; returns at once."""
+        version = self._pins.version()
+        if version != self._seen_version or time.monotonic() >= self._next_s:
+            self._seen_version = version
+            self._next_s = time.monotonic() + _LOOK_S
+            self._pool.submit(self._fetch_missing, Urgency.BACKGROUND)
+
+    def _fetch_missing(self) -> None:
+        missing = {digest: size_bytes for digest, size_bytes in self._pins.objects() if not self._has(digest)}
+        if missing:
+            self._next_s = time.monotonic() + _AGAIN_S
+            _log.info("pinned objects are fetched", objects=len(missing))
+            self._wholly(missing.items())
+
+    def _has(self, digest: bytes) -> bool:
+        try:
+            return self._store.has(digest)
+        except GearError as exc:
+            _log.error("an object cannot be looked at", error=str(exc))
+            return True  # fetching it would not help
