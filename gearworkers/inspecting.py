@@ -18,7 +18,7 @@ from gearworkers.images.blobs import unpacked
 from gearworkers.images.layer import INLINE_BYTES
 from gearworkers.images.source import Source, open_source, small_blob
 from gearworkers.layers.pins import Pin, Pins
-from gearworkers.layers.store import Kind, LayerStore
+from gearworkers.layers.store import LayerStore
 from gearworkers.mounts.lazy.client import read_status
 from gearworkers.objects.claims import OBJECTS_FILE, read_objects
 from gearworkers.objects.store import ObjectStore
@@ -85,7 +85,7 @@ def unpin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
 
 
 def _inspect_local(node: Node, name: str, image: LocalImage) -> Iterable[tuple[str, str]]:
-    layers = [layer for layer in node.layers.parents(image.top_layer) if layer.kind is Kind.IMAGE]
+    layers = list(node.layers.parents(image.top_layer))
     complete = sum(layer.complete for layer in layers)
     yield "Image", f"{name}, pulled"
     yield "Id", image.id
@@ -130,13 +130,8 @@ def _contents(node: Node, objects: Objects) -> Iterable[tuple[str, str]]:
 
 
 def _objects_of(node: Node, image: LocalImage) -> Objects:
-    ids = [layer.id for layer in node.layers.parents(image.top_layer)]
-    return {
-        digest: size_bytes
-        for id in ids
-        for parent in (node.settings.gear_images_path, node.settings.gear_containers_path)
-        for digest, size_bytes in read_objects(parent / id / OBJECTS_FILE)
-    }
+    layers = node.layers.parents(image.top_layer)
+    return dict(record for layer in layers for record in read_objects(node.layers.directory(layer) / OBJECTS_FILE))
 
 
 def _add_named(source: Source, layer: m.Descriptor, diff_id: str, objects: Objects) -> bool:

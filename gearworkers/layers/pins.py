@@ -51,7 +51,6 @@ class Pins:
     def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore) -> None:
         self._root = settings.gear_root
         self._directory = settings.gear_pins_path
-        self._images = settings.gear_images_path
         self._build = settings.gear_build_path
         self._layers = layers
         self._objects = objects
@@ -64,7 +63,7 @@ class Pins:
 
         Crash: the pin is there whole or not at all; what lies in build/ is removed at the next start.
         """
-        lists = [self._images / layer.id / OBJECTS_FILE for layer in self._layers.parents(top_layer)]
+        lists = [self._layers.directory(layer) / OBJECTS_FILE for layer in self._layers.parents(top_layer)]
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             with self._layers.building(f"pin.{_key(pin)[:12]}") as build:

@@ -1,0 +1,181 @@
+"""A real image is converted by real workers, then pulled, run, built upon and pinned on a host that has none of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.dockerd import Dockerd
+from tests.support.processes import wait_until
+from tests.support.registry import Registry
+from tests.support.stack import Stack
+
+PARTS = ("redis", "gateway", "import", "push", "lazyfs", "convert")
+GEAR = [sys.executable, "-c", "from gearworkers.cli import main; main()"]
+TREE = "find /usr /var /opt /root -printf '%P %y %m %U:%G %s %T@ %l\\n' | sort"
+CONTENTS = "find /var/lib /usr/bin /usr/share/perl5 -type f | sort | xargs sha256sum"
+
+
+@dataclass
+class Host:
+    """A node of its own with a dockerd of its own."""
+
+    stack: Stack
+    dockerd: Dockerd
+    registry: Registry
+
+    @property
+    def image(self) -> str:
+        """The Gear image."""
+        return f"{self.registry.host}/gear/debian:v1"
+
+    def gear(self, *arguments: str) -> dict[str, str]:
+        """Run a `gear` command; its lines by their keys."""
+        environ = self.stack.environ() | {"DOCKER_HOST": f"unix://{self.dockerd.socket}"}
+        done = subprocess.run([*GEAR, *arguments], env=environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return {line[:16].strip(): line[16:].strip() for line in done.stdout.splitlines()}
+
+    def count(self, key: str, image: str | None = None) -> int:
+        """How many files `gear inspect` tells under *key*."""
+        return int(self.gear("inspect", image or self.image)[key].split(",")[0])
+
+    def pull(self) -> None:
+        """Have the image."""
+        self.dockerd.docker("pull", self.image)
+
+    def forget(self) -> None:
+        """Have nothing of any image any more."""
+        self.dockerd.remove_everything()
+        self.gear("gc")
+
+
+@pytest.fixture(scope="module")
+def original(session_dockerd: Dockerd, session_stack: Stack | None, registry: Registry) -> Dockerd:
+    """The session's dockerd, whose image `debian` is in the registry, too."""
+    if session_stack is None:
+        pytest.skip("only of the gear driver")
+    session_stack.start()
+    session_dockerd.docker("tag", "debian", f"{registry.host}/debian:v1")
+    session_dockerd.docker("push", f"{registry.host}/debian:v1")
+    return session_dockerd
+
+
+@pytest.fixture(scope="module")
+def empty_host(original: Dockerd, registry: Registry, disk: Path) -> Iterator[Host]:
+    """Another node, and the image converted by its worker."""
+    remote = disk / "gear-remote"
+    remote.mkdir()
+    stack = Stack(disk / "empty-host", name="gear3", settings={"GEAR_REMOTE": str(remote)})
+    stack.start(*PARTS)
+    host = Host(stack, Dockerd("d3", disk / "docker-empty", "gear3"), registry)
+    host.dockerd.start()
+    host.gear("convert", f"{registry.host}/debian:v1", host.image)
+    yield host
+    host.dockerd.remove_everything()
+    host.dockerd.stop()
+    stack.stop()
+
+
+@pytest.fixture
+def host(empty_host: Host) -> Host:
+    empty_host.forget()
+    return empty_host
+
+
+def test_before_it_is_pulled_the_registry_tells_what_it_needs(host: Host) -> None:
+    told = host.gear("inspect", host.image)
+    assert (told["Image"], told["Gear image"]) == (f"{host.image}, not pulled here", "yes")
+    assert told["Missing"] == told["Distinct files"] and told["Here"].startswith("0,")
+    assert int(told["Distinct files"].split(",")[0]) > 5000
+    assert host.gear("inspect", f"{host.registry.host}/debian:v1")["Gear image"] == "no"
+
+
+def test_it_runs_with_the_same_files_and_what_is_not_read_does_not_come(host: Host, original: Dockerd) -> None:
+    host.pull()
+    inline = host.count("Here")
+    assert host.dockerd.run(host.image, "sh", "-c", TREE) == original.run("debian", "sh", "-c", TREE)
+    assert host.count("Here") - inline < 50, "a look at names has fetched contents"
+    assert host.dockerd.run(host.image, "sh", "-c", CONTENTS) == original.run("debian", "sh", "-c", CONTENTS)
+    assert "git version" in host.dockerd.run(host.image, "git", "--version")
+    assert host.count("Missing") > 3000
+
+
+def test_pinned_it_comes_whole_and_stays_whatever_is_removed(host: Host) -> None:
+    host.pull()
+    assert host.gear("inspect", host.image)["Kept whole"].startswith("no")
+    host.gear("pin", host.image)
+    wait_until(lambda: host.count("Missing") == 0, "all of it is here", 120)
+    told = host.gear("inspect", host.image)
+    assert told["Pinned"] == told["Here"] == told["Distinct files"] and told["Kept whole"].startswith("yes")
+    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1, 1 of them complete", "the layer is complete")
+    host.dockerd.docker("rmi", host.image)
+    host.gear("gc")
+    assert host.count("Missing") == 0
+    host.gear("unpin", host.image)
+    host.gear("gc")
+    assert host.count("Here") == 0
+
+
+def test_a_pinned_file_that_was_lost_comes_again_and_a_complete_image_needs_no_server(host: Host) -> None:
+    host.pull()
+    host.gear("pin", host.image)
+    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1, 1 of them complete", "it is complete", 120)
+    victim = next(path for path in (host.stack.root / "public").rglob("*") if path.is_file())
+    victim.unlink()
+    host.stack.stop("lazyfs")
+    host.stack.start("lazyfs")
+    wait_until(victim.exists, "it is here again")
+    host.stack.stop("lazyfs")
+    assert "git version" in host.dockerd.run(host.image, "git", "--version")
+    host.stack.start("lazyfs")
+    host.gear("unpin", host.image)
+
+
+def test_what_is_built_on_it_is_a_plain_layer_that_can_be_converted(host: Host) -> None:
+    host.pull()
+    content = os.urandom(20_000).hex()
+    dockerfile = f"FROM {host.image}\nRUN echo {content} > /etc/new && chmod 700 /usr/bin/git\n"
+    built, converted = f"{host.registry.host}/built:v1", f"{host.registry.host}/gear/built:v1"
+    host.dockerd.docker("build", "--network=none", "-t", built, "-", stdin=dockerfile.encode())
+    host.dockerd.docker("push", built)
+    assert len(host.gear("convert", built, converted)) == 6
+    layers = {name: manifest_layers(host.registry, name) for name in ("gear/debian", "built", "gear/built")}
+    assert layers["built"][0] == layers["gear/debian"][0] == layers["gear/built"][0]
+    assert layers["gear/built"][1]["size"] < 10_000 < layers["built"][1]["size"]
+    host.forget()
+    host.dockerd.docker("pull", converted)
+    assert host.dockerd.run(converted, "cat", "/etc/new") == content
+    assert host.dockerd.run(converted, "stat", "-c", "%a", "/usr/bin/git") == "700"
+
+
+def test_what_is_committed_on_it_is_saved_and_loaded(host: Host, original: Dockerd, tmp_path: Path) -> None:
+    host.pull()
+    container = host.dockerd.run(host.image, "sh", "-c", "echo made > /made; rm /etc/debian_version", options=())
+    assert container == ""
+    id = host.dockerd.docker("ps", "-alq")
+    host.dockerd.docker("commit", id, "committed")
+    host.dockerd.docker("rm", id)
+    assert host.dockerd.run("committed", "sh", "-c", "cat /made; ls /etc/debian_version || true") == "made"
+    host.dockerd.docker("save", "-o", str(tmp_path / "saved.tar"), "committed")
+    image_id = host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", "committed")
+    host.forget()
+    host.dockerd.docker("load", "-i", str(tmp_path / "saved.tar"))
+    assert host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", "committed") == image_id
+    assert host.dockerd.run("committed", "cat", "/made") == "made"
+
+
+def manifest_layers(registry: Registry, name: str) -> list[dict[str, int]]:
+    request = urllib.request.Request(f"http://{registry.host}/v2/{name}/manifests/v1")
+    request.add_header("Accept", "application/vnd.docker.distribution.manifest.v2+json")
+    with urllib.request.urlopen(request) as page:
+        layers: list[dict[str, int]] = json.load(page)["layers"]
+    return layers
