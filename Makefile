@@ -4,7 +4,7 @@ VENV := .venv/bin
 
 .PHONY: help setup rootfs images up demo test check bench
 help:
-	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many reread lazy local bytes storage second)"
+	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many reread convert lazy local bytes storage second)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from bench.builds import build_steps, chown_tree, save
 from bench.containers import read_tree, run_true
+from bench.conversions import convert
 from bench.frame import Figure, show, warm_memory
 from bench.imports import import_one, import_parallel, import_shared, load_layers
 from bench.lazy import NEW, OLD, VERSIONS, lazy, local, received, second, storage
@@ -26,6 +27,7 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "read": read_tree,
     "chown": chown_tree,
     "memory": memory,
+    "convert": convert,
     "lazy": lazy,
     "local": local,
     "bytes": received,

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 
 from gearworkers.errors import FailedPrecondition, from_os_error
 from gearworkers.objects.remotes import codec
+from gearworkers.objects.remotes.gathered import Gathered
 from gearworkers.objects.remotes.remote import Remote
 
 SMALL_BYTES = codec.LARGE_BYTES
 """Contents below this size may be handed over in memory."""
 
 _BATCH_CONTENTS = 512
-_BATCH_BYTES = 8 << 20
-_CALLS_AHEAD = 6
-"""Batches or files that wait or are put: with _BATCH_BYTES the bound on memory."""
+_BATCH_BYTES = 2 << 20
+_CALLS_AHEAD = 8
+"""Batches or files that wait or are compressed: with _BATCH_BYTES and _PUT_BYTES the bound on memory."""
+_PUT_BYTES = 32 << 20
+"""So much, compressed, is put together: in a directory each put is synced."""
 _THREADS = 4
 _SHOWN_DIGESTS = 3
 
@@ -41,7 +44,8 @@ class Contents:
     """Takes contents and names of contents from one thread; made by `storing`."""
 
     def __init__(self, remote: Remote) -> None:
-        self._remote = remote
+        self._gathered = Gathered(remote.blobs, most_bytes=_PUT_BYTES)
+        self._remote = Remote(self._gathered)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
         self._room = threading.BoundedSemaphore(_CALLS_AHEAD)
         self._futures: list[Future[tuple[int, int]]] = []
@@ -95,6 +99,7 @@ class Contents:
             objects, size_bytes = future.result()
             new_objects += objects
             new_bytes += size_bytes
+        self._gathered.flush()
         self._check_named()
         return Stored(len(self._seen), sum(self._seen.values()), new_objects, new_bytes)
 

@@ -26,8 +26,9 @@ from gearworkers.errors import (
 )
 from gearworkers.objects.remotes import bucket, codec
 from gearworkers.objects.remotes.blobs import Document
-from gearworkers.objects.remotes.bucket import in_directory, in_memory
+from gearworkers.objects.remotes.bucket import in_memory
 from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
+from gearworkers.objects.remotes.directory import Directory
 from gearworkers.objects.remotes.opening import has_near, open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.remotes.s3 import SharedCredentials, in_s3
@@ -284,7 +285,7 @@ def test_a_file_is_put_from_its_beginning_and_keeps_its_offset(store: Store, tmp
 
 def test_a_blob_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     """What a crash leaves lies in staging, and the store looks for nothing there."""
-    remote = Remote(in_directory(tmp_path))
+    remote = Remote(Directory(tmp_path))
     remote.put_many([(hashlib.sha256(b"%d" % number).digest(), b"%d" % number) for number in range(20)])
     assert {path.parts[len(tmp_path.parts)] for path in tmp_path.rglob("*") if path.is_file()} == {"objects"}
 
@@ -295,12 +296,12 @@ def test_what_crashed_writers_left_is_removed_after_a_day(tmp_path: Path) -> Non
     for name in ("old", "new"):
         (staging / name).write_bytes(b"half")
     os.utime(staging / "old", (1, 1))
-    Remote(in_directory(tmp_path)).put_many([(hashlib.sha256(b"x").digest(), b"x")])
+    Remote(Directory(tmp_path)).put_many([(hashlib.sha256(b"x").digest(), b"x")])
     assert [path.name for path in staging.iterdir()] == ["new"]
 
 
 def test_a_damaged_file_is_never_given(tmp_path: Path) -> None:
-    remote = Remote(in_directory(tmp_path))
+    remote = Remote(Directory(tmp_path))
     digest = hashlib.sha256(b"content").digest()
     remote.put_many([(digest, b"content")])
     path = tmp_path / "objects" / digest.hex()[:2] / digest.hex()
@@ -313,7 +314,7 @@ def test_a_damaged_file_is_never_given(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_used_is_no_missing_object(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(GearError) as raised:
-        in_directory(tmp_path / "file").get(bytes(32))
+        Directory(tmp_path / "file").get(bytes(32))
     assert not isinstance(raised.value, NotFound)
 
 

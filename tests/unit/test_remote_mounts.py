@@ -22,7 +22,7 @@ from gearworkers.mounts.lazy import connection as fuse
 from gearworkers.mounts.lazy import protocol
 from gearworkers.mounts.lazy.connection import Connection, Waiter
 from gearworkers.mounts.lazy.protocol import ROOT_NODE, Op, Request
-from gearworkers.objects.remotes.bucket import in_directory
+from gearworkers.objects.remotes.directory import Directory
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.settings import Settings
@@ -48,7 +48,7 @@ def opened(settings: Settings) -> Iterator[Remote]:
 
 
 def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
-    once = Remote(in_directory(Path(settings.remote)))
+    once = Remote(Directory(Path(settings.remote)))
     for ask in (
         lambda: once.put_many([(DIGEST, CONTENT)]),
         lambda: once.has([DIGEST]),
@@ -78,7 +78,7 @@ def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there
         path.mkdir()
         with pytest.raises(Unavailable, match="held objects and is empty"):
             list(before.fetch(DIGEST))
-        another = Remote(in_directory(path, settings.gear_remotes_path))
+        another = Remote(Directory(path, settings.gear_remotes_path))
         with pytest.raises(Unavailable, match="held objects and is empty"):
             another.put_many([(hashlib.sha256(b"new").digest(), b"new")])
         assert list(path.iterdir()) == []

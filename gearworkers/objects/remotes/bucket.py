@@ -1,22 +1,18 @@
-"""Blobs in a directory, in S3 or in memory: all that obstore can reach.
+"""Blobs in S3 or in memory: what obstore reaches.
 
-Keys: ``objects/ab/abcd…`` (SHA-256 in hex) for blobs, ``documents/<name>/@<version>`` for documents, ``staging/…``.
+Keys: ``objects/ab/abcd…`` (SHA-256 in hex) for blobs, ``documents/<name>/@<version>`` for documents.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager
 
 import obstore
 from obstore import exceptions as foreign
-from obstore.store import LocalStore, MemoryStore, ObjectStore
+from obstore.store import MemoryStore, ObjectStore
 
 from gearworkers.errors import (
     AlreadyExists,
@@ -27,19 +23,9 @@ from gearworkers.errors import (
     Unavailable,
     from_os_error,
 )
-from gearworkers.mounts import sys as kernel
 from gearworkers.objects.remotes.blobs import Document
-from gearworkers.objects.remotes.root import Root
-
-_STAGING = "staging"
-_LEFT_BEHIND = timedelta(days=1)
-_SYNC_EACH = 8
-"""So many files are synced one by one; of more, the whole file system at once."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-
-_Mode = Literal["create", "overwrite"]
-_Item = tuple[str, bytes]
 
 
 class Bucket:
@@ -47,18 +33,15 @@ class Bucket:
 
     _used_by = 0
 
-    def __init__(self, name: str, make_store: Callable[[], ObjectStore], root: Root | None = None) -> None:
+    def __init__(self, name: str, make_store: Callable[[], ObjectStore]) -> None:
         """
         Args:
             name: What errors call it.
-            make_store: Called at first use, and again until it works: it may wait for a file system.
-            root: Where the store lies, if it is a directory: its writes are synced before they have a name.
+            make_store: Called at first use.
         """
         self._name = name
         self._make_store = make_store
-        self._root = root
         self._made: ObjectStore | None = None
-        self._tidied = root is None
 
     # -- blobs
 
@@ -88,9 +71,10 @@ class Bucket:
                 continue
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """One after the other; in a directory they are synced together."""
+        """One after the other."""
         with self._asked(f"put {len(blobs)} blobs into"):
-            self._place([(_key(digest), blob) for digest, blob in blobs], "overwrite")
+            for digest, blob in blobs:
+                obstore.put(self._store(), _key(digest), blob)
 
     # -- documents
 
@@ -116,7 +100,7 @@ class Bucket:
         if any(version >= document.version for version in versions):
             raise AlreadyExists(f"document {name} of {self._name} has version {max(versions)} already")
         with self._asked(f"put document {name} into"):
-            self._place([(_document_key(name, document.version), document.data)], "create")
+            obstore.put(self._store(), _document_key(name, document.version), document.data, mode="create")
             for version in versions:
                 if version < document.version - 1:
                     self._delete(_document_key(name, version))
@@ -133,16 +117,9 @@ class Bucket:
 
     # -- the store
 
-    @contextmanager
-    def _asked(self, tried: str) -> Iterator[None]:
-        """Around what is asked of obstore; what is not to be found may be away with its whole file system."""
-        try:
-            with translated(f"{tried} {self._name}"):
-                yield
-        except NotFound:
-            if self._root is not None:
-                self._root.check()
-            raise
+    def _asked(self, tried: str) -> AbstractContextManager[None]:
+        """Around what is asked of obstore."""
+        return translated(f"{tried} {self._name}")
 
     def _store(self) -> ObjectStore:
         """Made when first needed.
@@ -158,60 +135,16 @@ class Bucket:
             self._made = self._make_store()
         return self._made
 
-    def _place(self, items: Sequence[_Item], mode: _Mode) -> None:
-        """Give bytes their names. In a directory: temporary files, sync, rename, sync the names."""
-        if self._root is None:
-            for key, data in items:
-                obstore.put(self._store(), key, data, mode=mode)
-            return
-        self._root.check()
-        self._tidy()
-        staged = [(f"{_STAGING}/{secrets.token_hex(12)}", key) for key, _ in items]
-        try:
-            for (temporary, _), (_, data) in zip(staged, items, strict=True):
-                obstore.put(self._store(), temporary, data)
-            _sync(self._root.path, [temporary for temporary, _ in staged])
-            for temporary, key in staged:
-                obstore.rename(self._store(), temporary, key, overwrite=mode == "overwrite")
-            _sync(self._root.path, list({os.path.dirname(key) for _, key in staged}))
-            self._root.note()
-        except BaseException:
-            for temporary, _ in staged:
-                self._delete(temporary)
-            raise
-
     def _delete(self, key: str) -> None:
         try:
             obstore.delete(self._store(), key)
         except (foreign.BaseError, OSError):
             pass  # it is gone, or it is garbage
 
-    def _tidy(self) -> None:
-        """Once, remove what crashed writers have left in staging."""
-        if self._tidied:
-            return
-        self._tidied = True
-        before = datetime.now(UTC) - _LEFT_BEHIND
-        for items in obstore.list(self._store(), prefix=_STAGING):
-            for item in items:
-                if item["last_modified"] < before:
-                    self._delete(item["path"])
-
 
 def in_memory() -> Bucket:
     """A store that ends with the process."""
     return Bucket("memory", MemoryStore)
-
-
-def in_directory(path: Path, notes: Path | None = None) -> Bucket:
-    """A directory, local or on NFS; see `Root` for one that is not there."""
-    root = Root(path, notes)
-
-    def made() -> ObjectStore:
-        root.check()
-        return LocalStore(path)
-
-    return Bucket(str(path), made, root)
 
 
 def _key(digest: bytes) -> str:
@@ -221,28 +154,6 @@ def _key(digest: bytes) -> str:
 
 def _document_key(name: str, version: int) -> str:
     return f"documents/{name}/@{version:010d}"
-
-
-def _sync(root: Path, keys: Sequence[str]) -> None:
-    """Have files, or directories with the names in them and above, survive a power cut."""
-    if len(keys) > _SYNC_EACH:
-        _with_open(root, kernel.syncfs)
-        return
-    for key in keys:
-        path = root / key
-        while path != root.parent:
-            _with_open(path, os.fsync)
-            if path.is_file():
-                break
-            path = path.parent
-
-
-def _with_open(path: Path, call: Callable[[int], None]) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        call(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

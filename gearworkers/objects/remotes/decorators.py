@@ -93,21 +93,25 @@ class Bounded:
     `timeout_s`. When all threads hang, callers wait that long in vain until one comes back.
     """
 
-    def __init__(self, blobs: BlobStore, *, threads: int, timeout_s: float, together: int) -> None:
+    def __init__(
+        self, blobs: BlobStore, *, threads: int, timeout_s: float, together: int, put_together: int | None = None
+    ) -> None:
         """
         Args:
             blobs: What is asked; it waits for itself.
             threads: How many calls run at once.
             timeout_s: For one call, waiting for a thread included.
-            together: So many blobs are asked for, or put, in one call.
+            together: So many blobs are asked for in one call.
+            put_together: So many are put in one call; None for as many.
         """
         self._blobs = blobs
         self._crew = _Crew(threads, timeout_s)
         self._together = together
+        self._put_together = put_together or together
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
         """As the store's."""
-        return set().union(*self._crew.each(self._blobs.present, self._parts(digests)))
+        return set().union(*self._crew.each(self._blobs.present, _parts(digests, self._together)))
 
     def get(self, digest: bytes) -> bytes:
         """As the store's."""
@@ -115,12 +119,12 @@ class Bounded:
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """As the store's."""
-        for part in self._crew.each(lambda part: list(self._blobs.get_many(part)), self._parts(digests)):
+        for part in self._crew.each(lambda part: list(self._blobs.get_many(part)), _parts(digests, self._together)):
             yield from part
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """As the store's."""
-        for _ in self._crew.each(self._blobs.put_many, self._parts(blobs)):
+        for _ in self._crew.each(self._blobs.put_many, _parts(blobs, self._put_together)):
             pass
 
     def get_document(self, name: str) -> Document | None:
@@ -135,9 +139,6 @@ class Bounded:
         """End the threads that do not hang."""
         self._crew.close()
         self._blobs.close()
-
-    def _parts(self, items: Sequence[P]) -> Iterator[Sequence[P]]:
-        return (items[start : start + self._together] for start in range(0, len(items), self._together))
 
 
 class Cached:
@@ -281,6 +282,10 @@ class _Crew:
             else:
                 future.set_result(result)
             del job, future, call
+
+
+def _parts(items: Sequence[P], size: int) -> Iterator[Sequence[P]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _is_right(digest: bytes, blob: bytes) -> bool:

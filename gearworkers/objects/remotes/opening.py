@@ -8,8 +8,8 @@ from pathlib import Path
 from gearworkers.errors import FailedPrecondition, InvalidInput
 from gearworkers.mounts.lazy.place import is_mount_point
 from gearworkers.objects.remotes.blobs import BlobStore
-from gearworkers.objects.remotes.bucket import in_directory
 from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
+from gearworkers.objects.remotes.directory import Directory
 from gearworkers.objects.remotes.manager import ManagerStore
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.remotes.s3 import in_s3
@@ -17,6 +17,8 @@ from gearworkers.settings import Settings
 
 _DIRECTORY_THREADS = 8
 _DIRECTORY_TOGETHER = 64
+_DIRECTORY_PUT_TOGETHER = 8192
+"""They are synced together, which costs more than to write them."""
 _NEAR_TIMEOUT_S = 5.0
 """What the near store may take: the remote behind it is there too."""
 
@@ -68,8 +70,9 @@ def blobs_at(url: str, settings: Settings) -> BlobStore:
 
 def _directory(path: Path, settings: Settings, timeout_s: float) -> BlobStore:
     return Bounded(
-        Retried(in_directory(path, settings.gear_remotes_path)),
+        Retried(Directory(path, settings.gear_remotes_path)),
         threads=_DIRECTORY_THREADS,
         timeout_s=timeout_s,
         together=_DIRECTORY_TOGETHER,
+        put_together=_DIRECTORY_PUT_TOGETHER,
     )
