@@ -124,6 +124,9 @@ class Directory:
             self._made.clear()
             self._root.check()
             raise NotFound(f"{tried} {self._prefix}: it is not there") from exc
+        except NotADirectoryError as exc:
+            self._root.check()
+            raise from_os_error(exc, f"{tried} {self._prefix}") from exc
         except OSError as exc:
             raise from_os_error(exc, f"{tried} {self._prefix}") from exc
 
