@@ -21,7 +21,7 @@ from gearworkers.settings import Settings
 from tests.support import rootfs
 from tests.support.registry import Registry
 
-TURNS = 5
+TURNS = 3
 _P = ParamSpec("_P")
 
 
