@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
@@ -114,3 +116,20 @@ def test_without_redis_it_says_what_to_do(source: str, peer: Registry, tmp_path:
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and str(tmp_path) in done.stderr and "--local" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_credentials_are_those_of_docker_login(tmp_path: Path, remote: str) -> None:
+    known = base64.b64encode(f"{registries.USER}:{registries.PASSWORD}".encode()).decode()
+    (tmp_path / "docker").mkdir()
+    with registries.registry(tmp_path / "closed", auth=registries.basic_auth(tmp_path / "closed")) as closed:
+        config = {"auths": {closed.host: {"auth": known}}}
+        (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
+        settings = Settings(docker_config=tmp_path / "docker")
+        Image(TARS).push(Repository.of(settings, Reference.parse(f"{closed.host}/source")), "v1")
+        command = [*GEAR, "convert", f"{closed.host}/source:v1", f"{closed.host}/gear:v1", "--local"]
+        environ = os.environ | {"GEAR_REMOTE": remote, "DOCKER_CONFIG": str(tmp_path / "docker")}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        environ["DOCKER_CONFIG"] = str(tmp_path / "none")
+        done = subprocess.run([*command, "--again"], env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "docker login" in done.stderr and done.stderr.count("\n") == 1
