@@ -89,7 +89,7 @@ def test_workers_convert_every_layer_and_find_them_done_the_second_time(stack: S
     code, out, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:small")
     assert code == 0 and "4, 0 of them converted before" in out, err
     assert len([line for line in err.splitlines() if line.startswith("layer ")]) == 4
-    remote = open_remote(Settings(remote=stack.settings["GEAR_REMOTE"]))
+    remote = open_remote(Settings(gear_root=stack.root, remote=stack.settings["GEAR_REMOTE"]))
     assert [contents_of(tar, remote) for tar in pull(at(peer, "gear"), "small").tars] == [
         contents_of(tar) for tar in tars
     ]

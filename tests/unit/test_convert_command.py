@@ -39,6 +39,12 @@ def source(peer: Registry) -> str:
     return f"{peer.host}/source:v1"
 
 
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GEAR_ROOT, where it is noted which remotes were seen."""
+    monkeypatch.setenv("GEAR_ROOT", str(tmp_path / "gear"))
+
+
 @pytest.fixture
 def remote(tmp_path: Path) -> str:
     (tmp_path / "remote").mkdir()
@@ -70,7 +76,7 @@ def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, 
 
 def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source: str, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    with manager_thread(Settings(manager_store=str(tmp_path / "store"))) as url:
+    with manager_thread(Settings(gear_root=tmp_path / "gear", manager_store=str(tmp_path / "store"))) as url:
         done = convert(url, source, f"{peer.host}/managed:v1", "--local", "--processes", "1")
         assert done.returncode == 0, done.stderr
         remote = open_remote(Settings(remote=url))
