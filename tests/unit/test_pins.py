@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound
 from gearworkers.inspecting import Node
-from gearworkers.layers.pins import Pin
+from gearworkers.layers.pins import Pin, Pins
 from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_pins import PinKeeper
 from gearworkers.settings import Settings
@@ -104,3 +105,16 @@ def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -
     until(lambda: bool(asked), "it is asked for")
     pool.close()
     assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
+
+
+def test_killed_before_its_name_a_pin_is_not_there_and_nothing_is_left_after_a_start(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(Pins, "_place", lambda *_: os._exit(9))
+        node.pins.add(PIN, "one")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert node.pins.all() == [] and list(node.settings.gear_build_path.iterdir())
+    driver(node).prepare()
+    assert not list(node.settings.gear_build_path.iterdir())
