@@ -10,7 +10,7 @@ from bench.containers import read_tree, run_true
 from bench.conversions import convert
 from bench.frame import Figure, show, warm_memory
 from bench.imports import import_one, import_parallel, import_shared, load_layers
-from bench.lazy import NEW, OLD, VERSIONS, lazy, local, received, second, storage
+from bench.lazy import OLD, VERSIONS, lazy, local, received, second, storage
 from bench.many import many
 from bench.memory import memory
 from bench.reread import reread
@@ -36,7 +36,7 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "many": many,
     "reread": reread,
 }
-IMAGES = {"lazy": (OLD,), "local": (OLD,), "bytes": (OLD,), "second": (OLD, NEW), "storage": VERSIONS}
+IMAGES = {"lazy": (OLD,), "local": (OLD,), "bytes": (OLD,), "second": VERSIONS, "storage": VERSIONS}
 """Versions of the five images that a row needs; made from the network, so before the sandbox begins."""
 
 

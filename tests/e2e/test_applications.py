@@ -22,7 +22,7 @@ from tests.support.registry import Registry
 from tests.support.stack import Stack
 
 VERSION = "1"
-CONTENTS_OF_EVERY = {"python": 4, "node": 4}
+CONTENTS_OF_EVERY = {"postgres": 4, "python": 4, "node": 4}
 """Of these images, whose files are many, the contents of every n-th are compared; of the others all."""
 _MADE_BY_DOCKER = {".dockerenv", "etc/hostname", "etc/hosts", "etc/resolv.conf", "etc/mtab"}
 _MOUNTED = {"dev", "proc", "sys"}
