@@ -79,7 +79,7 @@ def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_i
 @pytest.fixture
 def spoilt(host: LazyHost) -> Iterator[dict[Path, bytes]]:
     """Blobs of the remote that are wrong as long as the test lasts, with what they should be."""
-    remote = open_remote(Settings(remote=str(host.store)))
+    remote = open_remote(Settings(gear_root=host.stack.root, remote=str(host.store)))
     layout = remote.layout(digest_of("app/large1"))
     assert layout is not None
     remote.close()

@@ -161,7 +161,7 @@ def _converted(registry: Registry, remote: str, work: Path) -> tuple[str, list[b
     source = Image((rootfs.debian().read_bytes(), tar_of(FILES.items())), compression="", history=HISTORY)
     archive = work / "image.tar"
     archive.write_bytes(source.saved("app:1"))
-    settings = replace(Settings(), remote=remote)
+    settings = replace(Settings(), gear_root=work / "gear", remote=remote)
     target = f"{registry.host}/app:gear"
     plan = plan_conversion(settings, f"docker-archive:{archive}", target, None)
     convert_here(settings, plan, 2, lambda *_: None)
