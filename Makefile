@@ -23,7 +23,7 @@ demo: rootfs
 	@exec $(VENV)/python -m bench.demo
 
 test: rootfs images
-	$(VENV)/python -m pytest
+	@exec $(VENV)/python -m tests.support.run
 
 check: setup
 	$(VENV)/ruff check .

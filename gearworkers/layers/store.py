@@ -90,9 +90,7 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self._settled: dict[
-            str, Layer
-        ] = {}  # complete image layers: their records change with `inplace.note_change` only
+        self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.note_change` only
         self._settled_ns = 0
 
     def prepare(self) -> None:
@@ -313,9 +311,8 @@ class LayerStore:
                 (build / name).mkdir(mode=mode)
                 (build / name).chmod(mode)
             os.chown(build / UPPER, *ids.root)
-            os.chown(
-                build, 0, ids.root[1]
-            )  # as overlay2: the container's root gets to its tree, and changes no name here
+            # As overlay2: the container's root gets to its tree, and changes no name here.
+            os.chown(build, 0, ids.root[1])
             build.chmod(0o710)
         write_record(build, layer)
 
