@@ -14,64 +14,47 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-import msgspec
-import structlog
-
 from gearworkers.archive.reader import Readable
-from gearworkers.errors import GearError, InvalidInput, from_os_error
+from gearworkers.errors import InvalidInput, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers import trial
 from gearworkers.layers.absorb import absorb, settled
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
-from gearworkers.layers.fsck import layer_faults
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.pins import Pins
-from gearworkers.layers.recording import Recording, Recordings
+from gearworkers.layers.recording import Recordings
+from gearworkers.layers.repair import Checker
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
-from gearworkers.layers.startup import image_of
+from gearworkers.layers.starts import Starts
 from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
-from gearworkers.layers.wanted import layers_naming, mark_incomplete, remove_unvouched
+from gearworkers.layers.wanted import remove_unvouched
 from gearworkers.mounts import overlay
-from gearworkers.mounts.lazy.client import Known, tell
 from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.mounts.lazy.tree import FAILED, FETCH
 from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.mounts.table import MountTable
-from gearworkers.objects import inplace
 from gearworkers.objects.claims import OBJECTS_FILE
-from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
-from gearworkers.objects.locks import GarbageLock
 from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.remotes.push import PushReport, damaged_in, push_pending
+from gearworkers.objects.remotes.push import PushReport, push_pending
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
-
-_log = structlog.get_logger(__name__)
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _OPTIONS = ("gear.root", "gear.broker")
 _INIT_SUFFIX = "-init"
-_INIT_FILE = "init.json"
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EMPTY = "empty"
 _LAZY_TIMEOUT_S = 10.0
 """At a start of all parts a container may be mounted before the lazy file server is up."""
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-class _InitRecord(msgspec.Struct, frozen=True):
-    """What Init said, for the workers."""
-
-    uid_maps: tuple[IDMap, ...] = ()
-    gid_maps: tuple[IDMap, ...] = ()
 
 
 def _translated(
@@ -110,6 +93,7 @@ class GearDriver:
         self._mounts = MountTable(settings.run_dir / "mounts")
         self._spool = PushSpool(settings.gear_push_path, self._objects)
         self._usage = UsageMeter(self._layers, self._objects)
+        self._starts = Starts(settings, self._layers, self._recordings)
 
     # -- the daemon's life
 
@@ -174,13 +158,10 @@ class GearDriver:
         require(checks)
         how = next(check.found for check in checks if check.name == trial.NAME)
         self._kernel_mode = f"overlay with data-only layers, EROFS indexes {how}"
-        maps = _InitRecord(tuple(uid_maps), tuple(gid_maps))
-        record = self.settings.gear_root / _INIT_FILE
-        temporary = record.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(maps))
-        temporary.rename(record)
+        maps = IdMaps(tuple(uid_maps), tuple(gid_maps))
+        maps.save(self.settings.gear_root)
         for path in (self.settings.gear_root, self.settings.gear_images_path, self.settings.gear_containers_path):
-            path.chmod(0o711 if maps.uid_maps else 0o700)
+            path.chmod(0o711 if maps.uids else 0o700)
         self._mounts.restart()
 
     def capabilities(self) -> dict[str, bool]:
@@ -196,7 +177,7 @@ class GearDriver:
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts that containers have."""
-        self._recordings.close()
+        self._starts.close()
         self._layers.release()
 
     # -- layers
@@ -259,34 +240,17 @@ class GearDriver:
             directory = self._layers.directory(self._layers.get(id))
             is_unmounted = self._mounts.release(id, directory / MERGED)
             if is_unmounted:
-                self._recordings.end(id)
+                self._starts.end(id)
             if is_unmounted and _is_volatile(id):
                 overlay.clear_volatile(directory / WORK)
 
     def _mount(self, layer: Layer, mount_label: str, target: Path) -> None:
         overlay.mount(self._spec(layer, mount_label), target)
         if layer.kind is Kind.CONTAINER and not layer.absorbable and not _is_volatile(layer.id):
-            self._begin_start(layer, target)
-
-    def _begin_start(self, layer: Layer, target: Path) -> None:
-        """A container of an incomplete image is going to start: by its profile, or to be recorded for one."""
-        if self._layers.is_complete(layer.id):
-            return
-        image = image_of(self._layers, layer.id)
-        known = self._tell_arrival(image, starts=True)
-        if known is not Known.FOUND and self.settings.profile_window_s and self.settings.remote:
-            self._recordings.begin(layer.id, Recording(self.settings, image, target))
-
-    def _tell_arrival(self, image: str, *, starts: bool) -> Known:
-        """Have the profile of an image looked for and prefetched; who starts it does not wait for that."""
-        try:
-            return tell(self.settings.lazyfs_socket, image, starts=starts)
-        except (GearError, msgspec.MsgspecError) as exc:
-            _log.warning("no profile is looked for", image=image, error=str(exc))
-            return Known.UNKNOWN
+            self._starts.begin(layer, target)
 
     def _drop_mount(self, id: str) -> None:
-        self._recordings.end(id)
+        self._starts.end(id)
         for parent in (self.settings.gear_containers_path, self.settings.gear_images_path):
             self._mounts.drop(id, parent / id / MERGED)
 
@@ -319,7 +283,7 @@ class GearDriver:
         layer = self._layers.get(id)
         merged = self._layers.directory(layer) / MERGED
         if layer.kind is Kind.CONTAINER and overlay.is_mounted(merged):
-            with _opened(merged) as fd:
+            with opened_directory(merged) as fd:
                 yield fd
         elif layer.kind is Kind.NEW:
             self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
@@ -367,7 +331,7 @@ class GearDriver:
             return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
 
     def _upper_size(self, layer: Layer) -> int:
-        with _opened(self._layers.lower(layer)) as upper_fd:
+        with opened_directory(self._layers.lower(layer)) as upper_fd:
             return tree_size(upper_fd)
 
     @_translated
@@ -394,8 +358,7 @@ class GearDriver:
         with self._layers.building(id) as build:
             applied = apply_tar(source, build, self._objects, self._id_maps(), spool, self.settings.gear_root)
             self._layers.publish(build, image_layer(layer, applied))
-        if not self._layers.is_complete(id):
-            self._tell_arrival(id, starts=False)
+        self._starts.arrived(id)
         return applied.size_bytes
 
     @_translated
@@ -447,56 +410,9 @@ class GearDriver:
     def faults(
         self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
     ) -> Iterator[str]:
-        """Check every object and layer; a line for each fault.
-
-        Args:
-            read_data: Also read all bytes and compare their digest.
-            repair: Remove damaged objects, and mark image layers that lack any as incomplete: they are fetched again.
-            incomplete: Called with the id of each layer that was marked.
-        """
-        damaged: set[bytes] = set()
-        for bad in bad_objects(self._objects, read_data=read_data):
-            damaged.add(bad.digest)
-            if repair:
-                self._spool.done(bad.digest)  # a link to the same bytes
-                self._lose(bad.path, incomplete)
-            yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
-        for digest, why in damaged_in(self._spool) if read_data else ():
-            if repair:
-                self._spool.done(digest)
-            yield f"awaiting push: {why}" + (" (removed)" if repair else "")
-        are_whole = not damaged
-        for fault in layer_faults(self._layers, self._objects, damaged):
-            are_whole = False
-            advice = fault.advice
-            if repair and fault.lacks_objects:
-                inplace.lose(self.settings.gear_root)
-                if self._mark_incomplete(fault.id, incomplete):
-                    advice = "marked incomplete: what it lacks is fetched from GEAR_REMOTE"
-            yield f"layer {fault.id}: {fault.what}; {advice}"
-        if are_whole:
-            inplace.found(self.settings.gear_root)
-
-    def _lose(self, path: bytes, incomplete: Callable[[str], object]) -> None:
-        """Remove a damaged object, after its layers know.
-
-        Crash: they are incomplete and lack nothing but what is damaged; the next repair goes on.
-        """
-        inside = path[len(os.fsencode(self.settings.gear_public_cache_path)) :]
-        name = inside[2:].replace(b"/", b"")
-        inplace.lose(self.settings.gear_root)
-        with GarbageLock(self.settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
-            for id in layers_naming(self.settings.gear_images_path, name):
-                self._mark_incomplete(id, incomplete)
-            for cache in (self.settings.gear_arrivals_path, self.settings.gear_public_cache_path):
-                Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
-
-    def _mark_incomplete(self, id: str, incomplete: Callable[[str], object]) -> bool:
-        inplace.note_change(self.settings.gear_root)
-        done = mark_incomplete(self.settings.gear_images_path, id)
-        inplace.note_change(self.settings.gear_root)  # who had read the layer's record before reads it again
-        incomplete(id)
-        return done
+        """Check every object and layer; a line for each fault. Arguments as `Checker.faults`."""
+        checker = Checker(self.settings, self._layers, self._objects, self._spool)
+        return checker.faults(read_data=read_data, repair=repair, incomplete=incomplete)
 
     def collect_garbage(self) -> GarbageReport:
         """Remove the objects that no layer refers to; safe beside imports."""
@@ -551,22 +467,7 @@ class GearDriver:
             remote.close()
 
     def _id_maps(self) -> IdMaps:
-        try:
-            record = msgspec.json.decode((self.settings.gear_root / _INIT_FILE).read_bytes(), type=_InitRecord)
-        except FileNotFoundError:
-            return IdMaps()
-        except msgspec.DecodeError as exc:
-            raise GearError(f"{self.settings.gear_root / _INIT_FILE} is damaged ({exc}); restart dockerd") from exc
-        return IdMaps(record.uid_maps, record.gid_maps)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, _DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return IdMaps.load(self.settings.gear_root)
 
 
 def with_options(settings: Settings, opts: Sequence[str]) -> Settings:

@@ -25,6 +25,7 @@ import msgspec
 
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR, object_path
 from gearworkers.errors import from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, Claims
 from gearworkers.objects.spool import PushSpool
@@ -72,7 +73,7 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
             claims.seal()
         finally:
             claims.close()
-        with _opened(build) as build_fd:
+        with opened_directory(build) as build_fd:
             os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
             with _locked(layer, fcntl.LOCK_EX):
                 (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
@@ -118,7 +119,7 @@ def _stored(
 ) -> dict[int, _Content]:
     """Make every content an object; by inode."""
     contents: dict[int, _Content] = {}
-    with _opened(build) as build_fd:
+    with opened_directory(build) as build_fd:
         for dir_fd, name, status in _files(upper):
             if status.st_ino in contents:
                 continue
@@ -204,7 +205,7 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 def _files(directory: Path) -> Iterator[tuple[int, bytes, os.stat_result]]:
     """Regular files with bytes of their own: directory descriptor, name, status."""
-    with _opened(directory) as fd:
+    with opened_directory(directory, os.O_NOFOLLOW) as fd:
         yield from _files_below(fd)
 
 
@@ -231,17 +232,8 @@ def _is_index(dir_fd: int, name: bytes) -> bool:
 
 
 @contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    fd = os.open(directory, _DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextmanager
 def _locked(layer: Path, operation: int) -> Iterator[None]:
     """The kernel lets go of it when the holder dies."""
-    with _opened(layer) as fd:
+    with opened_directory(layer) as fd:
         fcntl.flock(fd, operation)
         yield

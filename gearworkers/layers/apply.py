@@ -16,6 +16,7 @@ from gearworkers.archive.entry import REG, Entry, shown
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.objects.claims import Claims
@@ -28,7 +29,6 @@ INDEX_FILE = "index.erofs"
 STREAM_FILE = "stream.zst"
 
 _ZEROS = bytes(1 << 20)
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,7 @@ def apply_tar(
     Crash: leaves *build*, and objects that no layer refers to, which the garbage collector removes.
     """
     with ExitStack() as stack:
-        staging_fd = os.open(build, _DIRECTORY)
-        stack.callback(os.close, staging_fd)
+        staging_fd = stack.enter_context(opened_directory(build))
         claims = Claims(build)
         stack.callback(claims.close)
         stream_file = stack.enter_context(open(build / STREAM_FILE, "xb", buffering=0))

@@ -12,6 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers.upper import Found, Sign, join, lstat_at, open_below, sorted_names, walk_upper
 from gearworkers.layers.xattrs import kept_xattrs
 
@@ -50,14 +51,11 @@ def upper_changes(upper: Path, merged_fd: int, parent_fd: int | None) -> list[Ch
     """
     changes: dict[bytes, ChangeKind] = {}
     try:
-        upper_fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened_directory(upper) as upper_fd:
             for found in walk_upper(upper_fd, merged_fd, parent_fd):
                 kind = _kind_of(found)
                 if kind is not None:
                     _record(changes, found.path, kind)
-        finally:
-            os.close(upper_fd)
     except OSError as exc:
         raise from_os_error(exc, f"comparing {upper} with its parent") from exc
     return _sorted(changes)

@@ -21,6 +21,7 @@ from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYM
 from gearworkers.archive.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.archive.writer import END, header, padding
 from gearworkers.errors import InvalidInput, NotFound, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers.changes import ChangeKind, tree_changes
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.upper import Found, Sign, join, lstat_at, open_below, walk_upper
@@ -98,12 +99,8 @@ def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: 
 
 
 def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
-    with _Reading(os.fsencode(upper)):
-        upper_fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield from walk_upper(upper_fd, merged_fd, parent_fd)
-        finally:
-            os.close(upper_fd)
+    with _Reading(os.fsencode(upper)), opened_directory(upper) as upper_fd:
+        yield from walk_upper(upper_fd, merged_fd, parent_fd)
 
 
 def _add_below(tar: _Tar, root_fd: int, path: bytes) -> None:

@@ -6,10 +6,13 @@ Source: moby pkg/idtools, ToHost and ToContainer: the first range that holds the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
-from gearworkers.errors import InvalidInput
+from gearworkers.errors import GearError, InvalidInput
+
+_FILE = "id-maps.json"
 
 
 class IDMap(msgspec.Struct, frozen=True):
@@ -58,3 +61,23 @@ class IdMaps(msgspec.Struct, frozen=True):
     def to_container(self, uid: int, gid: int) -> tuple[int, int]:
         """(uid, gid) in the container; InvalidInput when one is in no range."""
         return to_container(uid, self.uids), to_container(gid, self.gids)
+
+    def save(self, root: Path) -> None:
+        """Keep them in GEAR_ROOT, for all processes of the node; replaced by one rename."""
+        temporary = root / f"{_FILE}.new"
+        temporary.write_bytes(msgspec.json.encode(self))
+        temporary.rename(root / _FILE)
+
+    @classmethod
+    def load(cls, root: Path) -> IdMaps:
+        """What was saved last; none if nothing was.
+
+        Raises:
+            GearError: The file is damaged.
+        """
+        try:
+            return msgspec.json.decode((root / _FILE).read_bytes(), type=cls)
+        except FileNotFoundError:
+            return cls()
+        except msgspec.DecodeError as exc:
+            raise GearError(f"{root / _FILE} is damaged ({exc}); restart dockerd") from exc

@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers.apply import INDEX_FILE, Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts import sys as kernel
@@ -41,7 +42,6 @@ WORK = "work"
 MERGED = "merged"
 
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Kind(StrEnum):
@@ -238,7 +238,7 @@ class LayerStore:
             (build / name).mkdir(mode=0o700)
         write_record(build, layer)
         place = self._images / layer.id
-        with _open_directory(self._images) as images_fd:
+        with opened_directory(self._images) as images_fd:
             kernel.syncfs(images_fd)
             if not layer.complete:
                 inplace.forbid(self._root)
@@ -364,12 +364,3 @@ def _rename(source: Path, target: Path, flags: kernel.Rename) -> None:
         kernel.renameat2(kernel.AT_FDCWD, os.fsencode(source), kernel.AT_FDCWD, os.fsencode(target), flags)
     except OSError as exc:
         raise from_os_error(exc, f"layer {target.name}") from exc
-
-
-@contextmanager
-def _open_directory(path: Path) -> Iterator[int]:
-    fd = os.open(path, _DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.mounts import sys
 from gearworkers.mounts.overlay import is_mounted
 
@@ -29,13 +30,10 @@ def mount_index(image: Path, target: Path) -> None:
     if is_mounted(target):
         return
     try:
-        directory_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened_directory(target.parent) as directory_fd:
             fcntl.flock(directory_fd, fcntl.LOCK_EX)
             if not is_mounted(target):
                 _mount(image, target)
-        finally:
-            os.close(directory_fd)
     except OSError as exc:
         raise from_os_error(exc, f"mounting {image}: {exc.strerror}") from exc
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.mounts import sys
 from gearworkers.mounts.overlay import OverlaySpec, detached
 
@@ -165,11 +166,8 @@ def _check_data_only(scratch: Path) -> Check:
 
 def _check_d_type(scratch: Path) -> Check:
     (scratch / "file").touch()
-    fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened_directory(scratch) as fd:
         ok = sys.entry_types(fd).get(b"file", _DT_UNKNOWN) != _DT_UNKNOWN
-    finally:
-        os.close(fd)
     if ok:
         return Check("file types in directories (d_type)", True, True, "told")
     return Check(

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import pytest
 
+from gearworkers.driver import GearDriver
 from gearworkers.layers.startup import profile_name
 from gearworkers.layers.store import LayerStore
 from gearworkers.mounts.lazy.client import read_status
@@ -70,7 +71,7 @@ def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
     root.mkdir()
     node = LazyNode(root)
     node.settings = replace(node.settings, remote=str(remote), profile_window_s=window_s)
-    node.driver.settings = node.settings
+    node.driver = GearDriver(node.settings)
     with subprocess.Popen([GEAR, "lazyfs"], env=environ(node) | {"GEAR_PROFILE_WINDOW_S": f"{window_s}"}) as server:
         try:
             wait_until_mounted(node.settings.lazy_mount_path, 20)
