@@ -34,6 +34,7 @@ PACKAGES = (
     "iproute2",
     "e2fsprogs",
     "busybox-static",
+    "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init
 )
 PACKAGES_SINCE_13 = ("docker-cli", "docker-buildx")
 """Debian 12's docker.io holds the client, which has BuildKit built in."""

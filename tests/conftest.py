@@ -35,4 +35,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         if item.get_closest_marker("root") or item.get_closest_marker("dockerd"):
-            item.add_marker(pytest.mark.skip(reason="needs root"))
+            item.add_marker(pytest.mark.skip(reason="mounts and owners need root; `make test` runs as root"))

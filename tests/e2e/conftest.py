@@ -18,11 +18,19 @@ from tests.support.tiny import tiny_tar
 DISK_BYTES = 24 << 30
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here runs a dockerd, so everything here is marked so."""
+ONLY_GEAR = {"stack", "session_host", "peers", "original"}
+"""Fixtures of what Docker's own drivers do not promise."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Everything here runs a dockerd, and is marked so; on Docker's own driver what only gear promises is left out."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.dockerd)
+    if config.getoption("--driver") != "gear":
+        left_out = [item for item in items if ONLY_GEAR.intersection(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +84,7 @@ def dockerd(session_dockerd: Dockerd, session_stack: Stack | None) -> Iterator[D
 @pytest.fixture
 def stack(dockerd: Dockerd, session_stack: Stack | None) -> Stack:
     """The stack, for what only gearworkers promises."""
-    if session_stack is None:
-        pytest.skip("only of the gear driver")
+    assert session_stack is not None
     return session_stack
 
 
@@ -91,10 +98,8 @@ def registry(disk: Path) -> Iterator[Registry]:
 
 
 @pytest.fixture(scope="session")
-def session_host(request: pytest.FixtureRequest, disk: Path, registry: Registry) -> Iterator[LazyHost]:
+def session_host(disk: Path, registry: Registry) -> Iterator[LazyHost]:
     """A second host, for Gear images."""
-    if request.config.getoption("--driver") != "gear":
-        pytest.skip("only of the gear driver")
     with lazy_host(disk / "lazy", registry) as host:
         yield host
 

@@ -83,10 +83,8 @@ def node(directory: Path, name: str, remote: str, environ: dict[str, str] | None
 
 
 @pytest.fixture(scope="module")
-def peers(request: pytest.FixtureRequest, disk: Path) -> Iterator[Peers]:
+def peers(disk: Path) -> Iterator[Peers]:
     """Both hosts, the objects behind a manager."""
-    if request.config.getoption("--driver") != "gear":
-        pytest.skip("only of the gear driver")
     directory = disk / "applications"
     directory.mkdir()
     overlay2 = Dockerd("plain", directory / "plain", "overlay2")
