@@ -19,6 +19,9 @@ from gearworkers.services.manager.objects import Prefetch, Stored
 _Kind = str | type | GenericAlias
 """A media type, or what its JSON holds."""
 
+_Paths = dict[str, dict[str, Any]]
+"""The operations of each path, by method."""
+
 _OCTETS = "application/octet-stream"
 _REFS = "#/components/schemas/{name}"
 _WRITE = "Needs a token for writing."
@@ -88,7 +91,11 @@ def page() -> str:
     )
 
 
-def _paths() -> dict[str, dict[str, Any]]:
+def _paths() -> _Paths:
+    return {**_objects(), **_blobs(), **_documents(), **_nodes(), **_about_itself()}
+
+
+def _objects() -> _Paths:
     return {
         "/v1/objects/{digest}": {
             "head": _call("query_one", "Is this object there, and how large is it?", [_DIGEST]),
@@ -114,6 +121,12 @@ def _paths() -> dict[str, dict[str, Any]]:
                 "query", "Which of these are there?", [], f"At most {MOST_DIGESTS}.", body=Digests, answers=Present
             )
         },
+    }
+
+
+def _blobs() -> _Paths:
+    """Those as stored, for who verifies and unpacks."""
+    return {
         "/v1/blobs/{digest}": {
             "get": _call("pull_blob", "What is stored of an object or chunk, as stored.", [_DIGEST], answers=_OCTETS)
         },
@@ -147,12 +160,22 @@ def _paths() -> dict[str, dict[str, Any]]:
                 answers=frames.CONTENT_TYPE,
             )
         },
+    }
+
+
+def _documents() -> _Paths:
+    return {
         "/v1/documents/{name}": {
             "get": _call(
                 "get_document", "A document; its version is in the header.", [_NAME], VERSION_HEADER, answers=_OCTETS
             ),
             "put": _call("put_document", "Replace a document.", [_NAME, _VERSION], _WRITE, body=_OCTETS, done=204),
         },
+    }
+
+
+def _nodes() -> _Paths:
+    return {
         "/v1/join": {
             "post": _call(
                 "join",
@@ -164,6 +187,11 @@ def _paths() -> dict[str, dict[str, Any]]:
             )
         },
         "/v1/nodes": {"get": _call("nodes", "The nodes heard of in the last ten minutes.", [], answers=list[Node])},
+    }
+
+
+def _about_itself() -> _Paths:
+    return {
         "/metrics": {"get": _call("metrics", "Counters for Prometheus.", [], answers="text/plain")},
         "/healthz": {"get": _open(_call("health", "The server answers.", [], answers="text/plain"))},
         "/openapi.json": {"get": _open(_call("openapi", "This document.", [], answers="application/json"))},
