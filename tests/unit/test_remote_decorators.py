@@ -329,10 +329,15 @@ def test_a_directory_that_cannot_be_used_is_no_missing_object(tmp_path: Path) ->
         (errno.EROFS, FailedPrecondition),
     ],
 )
-def test_the_kernels_errors_are_told_apart_in_obstores_words(number: int, kind: type[GearError]) -> None:
-    said = f"Generic LocalFileSystem error: Unable to open file /x: {os.strerror(number)} (os error {number})\n\nDebug"
-    with pytest.raises(kind), bucket.translated("get"):
-        raise foreign.GenericError(said)
+def test_the_kernels_errors_are_told_apart(
+    number: int, kind: type[GearError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("gearworkers.objects.remotes.directory._write", fail)
+    with pytest.raises(kind, match=os.strerror(number)):
+        Directory(tmp_path).put_many([(bytes(32), b"R")])
 
 
 def test_no_error_of_obstore_is_left_untold() -> None:

@@ -75,6 +75,12 @@ class BlobStore(Protocol):
         """Let go of connections and threads; nothing is asked after that."""
 
 
+def blob_name(digest: bytes) -> str:
+    """Where a blob lies below the root of a directory or bucket: ``objects/ab/abcd…``, SHA-256 in hex."""
+    name = digest.hex()
+    return f"objects/{name[:2]}/{name}"
+
+
 def checked_name(name: str) -> str:
     """*name*, if a document may have it: parts of letters, digits and ``._:@+-``, 200 at most, slashes between.
 

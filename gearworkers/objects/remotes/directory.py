@@ -1,7 +1,6 @@
 """Blobs in a directory, local or on NFS, by plain system calls: a conversion makes thousands of files in a second.
 
-Paths: ``objects/ab/abcd…`` (SHA-256 in hex) for blobs, ``documents/<name>/@<version>`` for documents, ``staging/…``.
-They are those that a bucket has for keys (`bucket`).
+Paths: `blob_name` for blobs, `versions.version_name` for documents, as the keys of a bucket; ``staging/…``.
 
 Order of writes: temporary files, sync, names, sync of the names; so neither a crash nor a power cut shows a blob in
 part.
@@ -16,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gearworkers.errors import AlreadyExists, NotFound, from_os_error
+from gearworkers.errors import NotFound, from_os_error
 from gearworkers.mounts import sys as kernel
-from gearworkers.objects.remotes.blobs import Document
+from gearworkers.objects.remotes.blobs import Document, blob_name
 from gearworkers.objects.remotes.root import Root
+from gearworkers.objects.remotes.versions import directory_name, newest, put_version, version_name, versions_among
 
 _STAGING = "staging"
 _LEFT_BEHIND_S = 24 * 3600
@@ -39,7 +39,7 @@ class Directory:
             notes: As `Root` takes it.
         """
         self._root = Root(path, notes)
-        self._prefix = str(path)
+        self.where = str(path)
         self._made: set[str] = set()
         self._tidied = False
 
@@ -77,41 +77,37 @@ class Directory:
 
     def get_document(self, name: str) -> Document | None:
         """List, then read the newest."""
-        while True:
-            version = max(self._versions(name), default=0)
-            if not version:
-                return None
-            try:
-                with self._asked(f"get document {name} from"):
-                    return Document(_read(self._document_path(name, version)), version)
-            except NotFound:
-                continue  # replaced twice since it was listed
+        return newest(self, name)
 
     def put_document(self, name: str, document: Document) -> None:
-        """Create, then remove what is older than the version before: somebody may be about to read that.
+        """List, create, remove what is too old."""
+        put_version(self, name, document)
 
-        Crash: may leave older versions, which the next put removes.
-        """
-        versions = self._versions(name)
-        if any(version >= document.version for version in versions):
-            raise AlreadyExists(f"document {name} of {self._prefix} has version {max(versions)} already")
-        with self._asked(f"put document {name} into"):
-            self._place([(self._document_path(name, document.version), document.data)], _link)
-            for version in versions:
-                if version < document.version - 1:
-                    _remove(self._document_path(name, version))
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _versions(self, name: str) -> list[int]:
+    def versions(self, name: str) -> list[int]:
+        """One listing."""
         with self._asked(f"list document {name} of"):
             try:
-                names = os.listdir(f"{self._prefix}/documents/{name}")
+                return versions_among(os.listdir(f"{self.where}/{directory_name(name)}"))
             except (FileNotFoundError, NotADirectoryError):
                 self._root.check()
                 return []
-        return [int(name[1:]) for name in names if name[:1] == "@" and name[1:].isdigit()]
+
+    def read_version(self, name: str, version: int) -> bytes:
+        """One read."""
+        with self._asked(f"get document {name} from"):
+            return _read(self._version_path(name, version))
+
+    def create_version(self, name: str, document: Document) -> None:
+        """As a blob, but by link: never over another's."""
+        with self._asked(f"put document {name} into"):
+            self._place([(self._version_path(name, document.version), document.data)], _link)
+
+    def remove_version(self, name: str, version: int) -> None:
+        """One unlink."""
+        _remove(self._version_path(name, version))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     # -- steps
 
@@ -123,20 +119,20 @@ class Directory:
         except FileNotFoundError as exc:
             self._made.clear()
             self._root.check()
-            raise NotFound(f"{tried} {self._prefix}: it is not there") from exc
+            raise NotFound(f"{tried} {self.where}: it is not there") from exc
         except NotADirectoryError as exc:
             self._root.check()
-            raise from_os_error(exc, f"{tried} {self._prefix}") from exc
+            raise from_os_error(exc, f"{tried} {self.where}") from exc
         except OSError as exc:
-            raise from_os_error(exc, f"{tried} {self._prefix}") from exc
+            raise from_os_error(exc, f"{tried} {self.where}") from exc
 
     def _place(self, items: Sequence[tuple[str, bytes]], name: _Name) -> None:
         """Give bytes their names, by rename or, if the name must be new, by link."""
         self._root.check()
         self._tidy()
-        self._make(f"{self._prefix}/{_STAGING}")
+        self._make(f"{self.where}/{_STAGING}")
         batch = secrets.token_hex(12)
-        staged = [f"{self._prefix}/{_STAGING}/{batch}-{number}" for number in range(len(items))]
+        staged = [f"{self.where}/{_STAGING}/{batch}-{number}" for number in range(len(items))]
         try:
             for temporary, (_, data) in zip(staged, items, strict=True):
                 _write(temporary, data)
@@ -159,11 +155,11 @@ class Directory:
     def _sync(self, paths: Sequence[str]) -> None:
         """Have files, or directories with the names in them and above, survive a power cut."""
         if len(paths) > _SYNC_EACH:
-            _with_open(self._prefix, kernel.syncfs)
+            _with_open(self.where, kernel.syncfs)
             return
         for path in paths:
             _with_open(path, os.fsync)
-            while os.path.isdir(path) and path != self._prefix:
+            while os.path.isdir(path) and path != self.where:
                 path = os.path.dirname(path)
                 _with_open(path, os.fsync)
 
@@ -174,7 +170,7 @@ class Directory:
         self._tidied = True
         before_s = time.time() - _LEFT_BEHIND_S
         try:
-            with os.scandir(f"{self._prefix}/{_STAGING}") as entries:
+            with os.scandir(f"{self.where}/{_STAGING}") as entries:
                 left = [entry.path for entry in entries if entry.stat(follow_symlinks=False).st_mtime < before_s]
         except FileNotFoundError:
             return
@@ -182,11 +178,10 @@ class Directory:
             _remove(path)
 
     def _path(self, digest: bytes) -> str:
-        name = digest.hex()
-        return f"{self._prefix}/objects/{name[:2]}/{name}"
+        return f"{self.where}/{blob_name(digest)}"
 
-    def _document_path(self, name: str, version: int) -> str:
-        return f"{self._prefix}/documents/{name}/@{version:010d}"
+    def _version_path(self, name: str, version: int) -> str:
+        return f"{self.where}/{version_name(name, version)}"
 
 
 def _exists(path: str) -> bool:

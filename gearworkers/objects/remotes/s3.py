@@ -56,7 +56,7 @@ def in_s3(url: str, settings: Settings) -> Bucket:
         retry_config={"max_retries": 0},  # `Retried` is the one who tries again
         credential_provider=profile if profile.is_there() else None,
     )
-    return Bucket(url.partition("?")[0], lambda: store)
+    return Bucket(url.partition("?")[0], store)
 
 
 class SharedCredentials:
