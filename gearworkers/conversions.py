@@ -23,8 +23,7 @@ from redis.exceptions import RedisError
 
 from gearworkers.app import CONVERT_QUEUE, IMAGE_TASK, LAYER_TASK, PROGRESS, VISIBILITY_TIMEOUT_S, make_app
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
-from gearworkers.images.convert import Plan, Report
-from gearworkers.images.local import Told
+from gearworkers.images.convert import Plan, Report, Told
 from gearworkers.settings import Settings
 
 _POLL_S = 0.2
@@ -62,7 +61,7 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
     Args:
         settings: Their broker; the workers use its remote too, or their own if it has none.
         plan: What to do.
-        told: Called with a layer's digest and the bytes of it that were read since the last call.
+        told: Called with how far each layer is; of one that is tried again it begins anew.
         noted: Called when a task is tried again.
 
     Raises:
@@ -87,7 +86,6 @@ class _Conversion:
         self._remote = settings.remote
         self._plan = plan
         self._sizes = {job.digest: job.size_bytes for job in plan.jobs()}
-        self._read = dict.fromkeys(self._sizes, 0)
         self._told = told
         self._noted = noted
         self._told_errors: set[str] = set()
@@ -158,15 +156,10 @@ class _Conversion:
             self._told_errors.add(str(meta["result"]))
             self._noted(f"will be tried again: {meta['result']}")
         if meta["status"] == PROGRESS:
-            self._tell(digest, meta["result"]["read_bytes"])
+            self._told(digest, meta["result"]["read_bytes"])
         if meta["status"] == "SUCCESS":
-            self._tell(digest, self._sizes[digest])
+            self._told(digest, self._sizes[digest])
         return bool(meta["status"] == "SUCCESS")
-
-    def _tell(self, digest: str, read_bytes: int) -> None:
-        if read_bytes > self._read[digest]:
-            self._told(digest, read_bytes - self._read[digest])
-            self._read[digest] = read_bytes
 
     def _look_for_lost(self, sent: _Sent) -> None:
         """

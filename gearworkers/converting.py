@@ -23,7 +23,7 @@ _SHOWN_DIGITS = 12
 
 class _Watcher(Protocol):
     def told(self, digest: str, read_bytes: int) -> None:
-        """So many more bytes of a layer were read."""
+        """So many bytes of a layer have been read so far."""
 
     def noted(self, line: str) -> None:
         """Something goes on, but not as it should."""
@@ -75,11 +75,13 @@ class _Bars:
         self._bars: dict[str, TaskID] = {
             job.digest: progress.add_task(_short(job.digest), total=job.size_bytes) for job in plan.jobs()
         }
+        self._read: dict[str, int] = {}
         self._total = progress.add_task("total", total=_total_bytes(plan))
 
     def told(self, digest: str, read_bytes: int) -> None:
-        self._progress.advance(self._bars[digest], read_bytes)
-        self._progress.advance(self._total, read_bytes)
+        self._read[digest] = read_bytes
+        self._progress.update(self._bars[digest], completed=read_bytes)
+        self._progress.update(self._total, completed=sum(self._read.values()))
 
     def noted(self, line: str) -> None:
         self._progress.console.print(line, markup=False)
@@ -90,15 +92,13 @@ class _Lines:
 
     def __init__(self, plan: Plan) -> None:
         self._sizes = {job.digest: job.size_bytes for job in plan.jobs()}
-        self._left = dict(self._sizes)
-        self._total_bytes = _total_bytes(plan)
-        self._read_bytes = 0
+        self._read = dict.fromkeys(self._sizes, 0)
 
     def told(self, digest: str, read_bytes: int) -> None:
-        self._read_bytes += read_bytes
-        self._left[digest] -= read_bytes
-        if read_bytes and not self._left[digest]:
-            read, total = decimal(self._read_bytes), decimal(self._total_bytes)
+        was_whole = self._read[digest] == self._sizes[digest]
+        self._read[digest] = read_bytes
+        if read_bytes == self._sizes[digest] and not was_whole:
+            read, total = decimal(sum(self._read.values())), decimal(sum(self._sizes.values()))
             self.noted(f"layer {_short(digest)} read, {decimal(self._sizes[digest])}; {read} of {total}")
 
     def noted(self, line: str) -> None:

@@ -106,15 +106,13 @@ class _Teller:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._id = task.request.id  # only the task's own thread has the request, and others read
-        self._read_bytes = 0
         self._last_s = 0.0
 
-    def __call__(self, count: int) -> None:
-        self._read_bytes += count
+    def __call__(self, read_bytes: int) -> None:
         if time.monotonic() - self._last_s > _TELL_S:
             self._last_s = time.monotonic()
             with suppress(RedisError):  # nobody is told, and the work goes on
-                self._task.update_state(self._id, PROGRESS, meta={"read_bytes": self._read_bytes})
+                self._task.update_state(self._id, PROGRESS, meta={"read_bytes": read_bytes})
 
 
 def _keep_up(task: Task, order: Order) -> None:

@@ -29,7 +29,10 @@ from gearworkers.objects.remotes.remote import Remote
 from gearworkers.settings import Settings
 
 Progress = Callable[[int], None]
-"""Called with the bytes that were read since the last call."""
+"""Called with the bytes of a layer, as the source has it, that have been read so far."""
+
+Told = Callable[[str, int], None]
+"""The same of many layers: called with a layer's digest before."""
 
 _COPY_BYTES = 1 << 20
 
@@ -272,12 +275,13 @@ class _Counted:
     def __init__(self, blob: Readable, progress: Progress) -> None:
         self._blob = blob
         self._progress = progress
+        self._read_bytes = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
         """As the blob's."""
         count = self._blob.readinto(buffer) or 0
-        if count:
-            self._progress(count)
+        self._read_bytes += count
+        self._progress(self._read_bytes)
         return count
 
 

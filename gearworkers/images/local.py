@@ -6,20 +6,17 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from typing import Any
 
 from gearworkers.errors import GearError
-from gearworkers.images.convert import LayerDone, LayerJob, Plan, Report, convert_layer, finish_conversion
+from gearworkers.images.convert import LayerDone, LayerJob, Plan, Report, Told, convert_layer, finish_conversion
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.processes import end_with_parent
 from gearworkers.settings import Settings
-
-Told = Callable[[str, int], None]
-"""Called with a layer's digest and the bytes of it that were read since the last call."""
 
 _POLL_S = 0.2
 _TELL_BYTES = 1 << 20
@@ -68,18 +65,17 @@ def _begin(progress: Any, parent_pid: int) -> None:
 
 
 def _convert(settings: Settings, job: LayerJob) -> LayerDone:
-    untold_bytes = 0
+    told_bytes = 0
 
-    def tell(count: int) -> None:
-        nonlocal untold_bytes
-        untold_bytes += count
-        if untold_bytes >= _TELL_BYTES:
-            _told.put((job.digest, untold_bytes))
-            untold_bytes = 0
+    def tell(read_bytes: int) -> None:
+        nonlocal told_bytes
+        if read_bytes - told_bytes >= _TELL_BYTES:
+            told_bytes = read_bytes
+            _told.put((job.digest, read_bytes))
 
     with closing(open_remote(settings)) as remote:
         done = convert_layer(settings, remote, job, tell)
-    _told.put((job.digest, untold_bytes))
+    _told.put((job.digest, job.size_bytes))
     return done
 
 

@@ -418,10 +418,7 @@ def test_processes_of_this_host_convert_it_all_and_tell_how_far_they_are(setting
     plan = convert.plan_conversion(settings, pushed(settings, peer, image), f"{peer.host}/gear:v1", AMD64)
     read: dict[str, int] = {}
 
-    def told(digest: str, count: int) -> None:
-        read[digest] = read.get(digest, 0) + count
-
-    report = convert_here(settings, plan, 2, told)
+    report = convert_here(settings, plan, 2, read.__setitem__)
     assert report.layers == 3
     assert read == {job.digest: job.size_bytes for job in plan.jobs()}
     assert len(pull(repository(settings, f"{peer.host}/gear"), "v1").tars) == 3
