@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from gearworkers.errors import NotFound, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers.store import LayerStore
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, read_objects, sorted_records
@@ -135,8 +136,5 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _sync_names(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened_directory(directory) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
