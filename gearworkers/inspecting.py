@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from gearworkers.archive.reader import TarReader
 from gearworkers.dockerd import LocalImage, local_image
-from gearworkers.errors import InvalidInput, NotFound, Unavailable
+from gearworkers.errors import NotFound, Unavailable
 from gearworkers.images import manifest as m
 from gearworkers.images.blobs import unpacked
 from gearworkers.images.layer import INLINE_BYTES
@@ -102,7 +102,8 @@ def _inspect_remote(node: Node, name: str) -> Iterable[tuple[str, str]]:
     source = open_source(node.settings, name)
     data, media_type = source.root()
     if media_type in m.INDEXES:
-        data, media_type = source.manifest(_ours(m.decode_index(data, name), name).digest)
+        (ours,) = m.images_for(m.decode_index(data, name), m.Platform.here(), name)
+        data, _ = source.manifest(ours.digest)
     manifest = m.decode_manifest(data, name)
     config = m.decode_config(small_blob(source, manifest.config), manifest, name)
     yield "Image", f"{name}, not pulled here"
@@ -145,13 +146,6 @@ def _add_named(source: Source, layer: m.Descriptor, diff_id: str, objects: Objec
                 objects[entry.gear[0]] = entry.gear[1]
         reader.finish()
     return True
-
-
-def _ours(index: m.Index, name: str) -> m.Descriptor:
-    for child in index.manifests:
-        if child.platform is not None and m.Platform.here().runs(child.platform):
-            return child
-    raise InvalidInput(f"{name} has no image for {m.Platform.here()}")
 
 
 def _missing(node: Node, objects: Objects) -> Objects:

@@ -136,7 +136,7 @@ def plan_conversion(
     digest = m.digest_of(data)
     if media_type in m.MANIFESTS:
         return Plan(source, str(named), "", (_plan_image(image, digest, data, media_type, source, str(named), again),))
-    children = _chosen(m.decode_index(data, f"index {digest}"), platform, source)
+    children = m.images_for(m.decode_index(data, f"index {digest}"), platform, source)
     manifests = [(child.digest, *image.manifest(child.digest)) for child in children]
     images = tuple(_plan_image(image, *manifest, source, str(named), again) for manifest in manifests)
     return Plan(source, str(named), "" if platform else digest, images)
@@ -187,18 +187,6 @@ def finish_conversion(settings: Settings, plan: Plan, layers: Iterable[LayerDone
         data, media_type = pushed[0]
     digest = repository.put_manifest(target.version, media_type, data)
     return _report(plan, digest, done.values())
-
-
-def _chosen(index: m.Index, platform: m.Platform | None, source: str) -> list[m.Descriptor]:
-    """The images of an index; attestations, which are about digests that will be others, are left out."""
-    images = [child for child in index.manifests if child.media_type in m.MANIFESTS and not child.is_attestation]
-    if platform is None and images:
-        return images
-    found = [child for child in images if child.platform and platform and platform.runs(child.platform)]
-    if not found:
-        there = ", ".join(sorted({str(child.platform) for child in images}))
-        raise NotFound(f"{source} has no image for {platform or 'any platform'}; there are: {there}")
-    return found[:1]
 
 
 def _plan_image(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gearworkers.errors import IntegrityError, InvalidInput
+from gearworkers.errors import IntegrityError, InvalidInput, NotFound
 from gearworkers.images.reference import check_digest
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -136,6 +136,22 @@ class Config(msgspec.Struct, frozen=True):
 class _Typed(msgspec.Struct, frozen=True, rename="camel"):
     media_type: str = ""
     schema_version: int = 2
+
+
+def images_for(index: Index, platform: Platform | None, source: str) -> list[Descriptor]:
+    """The one image of an index for a platform, or all; attestations, which are about others' digests, are left out.
+
+    Raises:
+        NotFound: There is none.
+    """
+    images = [child for child in index.manifests if child.media_type in MANIFESTS and not child.is_attestation]
+    if platform is None and images:
+        return images
+    found = [child for child in images if child.platform and platform and platform.runs(child.platform)]
+    if not found:
+        there = ", ".join(sorted({str(child.platform) for child in images}))
+        raise NotFound(f"{source} has no image for {platform or 'any platform'}; there are: {there}")
+    return found[:1]
 
 
 def decode(data: bytes, of: type[_T], what: str) -> _T:
