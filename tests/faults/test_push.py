@@ -8,15 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gearworkers.driver import GearDriver
-from gearworkers.errors import GearError
+from gearworkers.errors import GearError, IntegrityError
 from gearworkers.objects.remotes import codec
-from gearworkers.objects.remotes.push import PushReport
+from gearworkers.objects.remotes.directory import Directory
+from gearworkers.objects.remotes.push import PushReport, push_pending
+from gearworkers.objects.remotes.remote import Remote
+from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, an_id
@@ -183,6 +187,28 @@ def test_a_damaged_object_is_not_pushed_and_keeps_no_other_from_it(settings: Set
     assert pushed(settings) == {hashlib.sha256(CONTENTS[1]).hexdigest()}
     assert {path.name for path in settings.gear_push_path.iterdir()} == {digest.hex() for digest in damaged}
     assert list((Path(settings.remote) / "staging").iterdir()) == [], "no temporary file either"
+
+
+class Refusing(Directory):
+    """A remote that takes some blobs for wrong."""
+
+    refused: frozenset[bytes] = frozenset()
+
+    def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+        if any(digest in self.refused for digest, _ in blobs):
+            raise IntegrityError("not what it says")
+        super().put_many(blobs)
+
+
+def test_an_object_that_the_remote_refuses_keeps_none_behind_it_from_being_pushed(settings: Settings) -> None:
+    contents = [bytes([number]) * 900_000 for number in range(10)]
+    applied(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
+    spool = PushSpool(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
+    first = next(spool.pending())
+    store = Refusing(Path(settings.remote))
+    store.refused = frozenset([first])
+    assert push_pending(spool, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
+    assert list(spool.pending()) == [first]
 
 
 def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings: Settings) -> None:

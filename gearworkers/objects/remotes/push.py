@@ -59,9 +59,8 @@ def _push(spool: PushSpool, remote: Remote, batch: Sequence[bytes], report: Push
     singly: list[bytes] = []
     try:
         remote.put_many(_small_contents(spool, batch, small, singly, report))
-    except _ITS_OWN_FAULT:  # one of them is at fault
-        singly += small
-        small = []
+    except _ITS_OWN_FAULT:  # one of them is at fault, and those behind it were not even read
+        small, singly = [], [digest for digest in batch if digest not in report.refused]
     yield from small
     for digest in singly:
         if _push_one(spool, remote, digest, report):
