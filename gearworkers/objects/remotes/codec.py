@@ -32,6 +32,8 @@ MOST_BLOB_BYTES = 128 << 20
 
 _RAW, _ZSTD, _LAYOUT = b"R", b"Z", b"L"
 _RECORD = struct.Struct(f"<I{DIGEST_BYTES}s")
+RECORD_BYTES = _RECORD.size
+"""What a chunk takes in a layout."""
 _LEVEL = 3
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
 import structlog
 
@@ -23,9 +24,11 @@ _log = structlog.get_logger(__name__)
 _PUT_CHUNKS = 64
 _WINDOW_BYTES = 1 << 20
 _WINDOWS_AT_ONCE = 3
-_BATCH_BLOBS = 256
+_BATCH_ITEMS = 256
 _BATCH_BYTES = 4 << 20
 _RACES = 20
+
+_T = TypeVar("_T")
 
 
 class Remote:
@@ -70,7 +73,7 @@ class Remote:
             InvalidInput: One is too large.
         """
         new = 0
-        for batch in _batches(contents):
+        for batch in _batches(contents, lambda content: len(content[1]), _BATCH_BYTES):
             blobs = [
                 (digest, _checked_encoded(digest, content))
                 for digest, content in _missing(batch, self.blobs.present([digest for digest, _ in batch]))
@@ -163,7 +166,7 @@ class Remote:
         Raises:
             NotFound, IntegrityError, Unavailable: As `fetch`.
         """
-        windows = _windows(chunks)
+        windows = _batches(chunks, lambda chunk: chunk.size_bytes, _WINDOW_BYTES)
         coming: deque[Future[list[tuple[Chunk, bytes]]]] = deque()
         threads = ThreadPoolExecutor(_WINDOWS_AT_ONCE, thread_name_prefix="get")
         try:
@@ -234,19 +237,6 @@ class Remote:
         self.blobs.put_document(checked_name(name), Document(data, version + 1))
 
 
-def _windows(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    window: list[Chunk] = []
-    window_bytes = 0
-    for chunk in chunks:
-        window.append(chunk)
-        window_bytes += chunk.size_bytes
-        if window_bytes >= _WINDOW_BYTES:
-            yield window
-            window, window_bytes = [], 0
-    if window:
-        yield window
-
-
 def _missing(contents: Sequence[tuple[bytes, bytes]], present: set[bytes]) -> list[tuple[bytes, bytes]]:
     return list({digest: content for digest, content in contents if digest not in present}.items())
 
@@ -259,13 +249,14 @@ def _checked_encoded(digest: bytes, content: bytes) -> bytes:
     return codec.encode(content)
 
 
-def _batches(contents: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    batch: list[tuple[bytes, bytes]] = []
+def _batches(items: Iterable[_T], size_bytes: Callable[[_T], int], most_bytes: int) -> Iterator[list[_T]]:
+    """*items* in their order, a few at a time: until they have so many bytes, or are _BATCH_ITEMS."""
+    batch: list[_T] = []
     batch_bytes = 0
-    for digest, content in contents:
-        batch.append((digest, content))
-        batch_bytes += len(content)
-        if len(batch) >= _BATCH_BLOBS or batch_bytes >= _BATCH_BYTES:
+    for item in items:
+        batch.append(item)
+        batch_bytes += size_bytes(item)
+        if len(batch) >= _BATCH_ITEMS or batch_bytes >= most_bytes:
             yield batch
             batch, batch_bytes = [], 0
     if batch:

@@ -69,7 +69,7 @@ class Access:
 
     def may_read(self, authorization: str) -> bool:
         """With a token of either file; anybody if there is none."""
-        if self._read is None and self._write is None:
+        if self.is_open:
             return True
         token = _token(authorization)
         return any(file is not None and file.has(token) for file in (self._read, self._write))

@@ -23,7 +23,6 @@ from gearworkers.services.manager.streams import Answer, Body, receive_blobs, re
 MOST_JSON_BYTES = 2 << 20
 _OCTETS = "application/octet-stream"
 _FRAMES_TOGETHER = 16
-_CHUNK_RECORD_BYTES = 36
 _MEAN_CHUNK_BYTES = 32 << 10
 _FOR_EVER = "public, max-age=31536000, immutable"
 
@@ -50,7 +49,7 @@ class ObjectCalls:
         self._patience_s = patience_s
         self._metrics = metrics
         self._most_blob_bytes = max(
-            2 * codec.LARGE_BYTES, store.most_object_bytes // _MEAN_CHUNK_BYTES * _CHUNK_RECORD_BYTES
+            2 * codec.LARGE_BYTES, store.most_object_bytes // _MEAN_CHUNK_BYTES * codec.RECORD_BYTES
         )
 
     async def query_one(self, request: web.Request) -> web.Response:
