@@ -7,7 +7,7 @@ Workers of a node, one process a core for imports, one for what may take its tim
     nice celery -A gearworkers.app worker -n push@%h -Q push@$GEAR_NODE --concurrency 1 \\
         --without-gossip --without-mingle --without-heartbeat
 
-Any node's, for conversions of images (`conversions`)::
+Any node's, for conversions of images (`convert_on_workers`)::
 
     nice celery -A gearworkers.app worker -n convert@%h -Q convert --concurrency $(nproc)
 

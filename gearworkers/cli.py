@@ -120,7 +120,7 @@ def convert(
     processes: Annotated[int, typer.Option(min=1, help="How many layers at once, here.")] = os.cpu_count() or 1,
 ) -> None:
     """Make a Gear image of an image: its contents go to GEAR_REMOTE, all else to TARGET's registry."""
-    from gearworkers.converting import convert_image  # of use to no other command
+    from gearworkers.cli_convert import convert_image  # of use to no other command
 
     if all_platforms and platform:
         raise InvalidInput("--platform or --all-platforms, not both")
@@ -131,25 +131,25 @@ def convert(
 @app.command()
 def inspect(image: Annotated[str, typer.Argument(help="As Docker knows it; else as a registry does.")]) -> None:
     """Whether an image is a Gear image, and how much of it is here, pinned, missing."""
-    from gearworkers import inspecting  # of use to no other command
+    from gearworkers import cli_inspect  # of use to no other command
 
-    _print_pairs(inspecting.inspect(Settings.from_environ(), image))
+    _print_pairs(cli_inspect.inspect(Settings.from_environ(), image))
 
 
 @app.command()
 def pin(image: Annotated[str, typer.Argument(help="As Docker knows it.")]) -> None:
     """Fetch all of a pulled image in the background, and keep it here whatever happens, until `gear unpin`."""
-    from gearworkers import inspecting
+    from gearworkers import cli_inspect
 
-    _print_pairs(inspecting.pin(Settings.from_environ(), image))
+    _print_pairs(cli_inspect.pin(Settings.from_environ(), image))
 
 
 @app.command()
 def unpin(image: Annotated[str, typer.Argument(help="As it was pinned, or its id.")]) -> None:
     """Keep an image's files only as long as its layers are here."""
-    from gearworkers import inspecting
+    from gearworkers import cli_inspect
 
-    _print_pairs(inspecting.unpin(Settings.from_environ(), image))
+    _print_pairs(cli_inspect.unpin(Settings.from_environ(), image))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gearworkers.images.convert import plan_conversion
-from gearworkers.images.local import convert_here
+from gearworkers.images.convert_here import convert_here
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.objects.store import ObjectStore

@@ -21,8 +21,8 @@ from gearworkers.images import convert
 from gearworkers.images import manifest as m
 from gearworkers.images.contents import SMALL_BYTES
 from gearworkers.images.convert import LayerDone, LayerJob, Report
+from gearworkers.images.convert_here import convert_here
 from gearworkers.images.layer import _BUFFER_BYTES, INLINE_BYTES
-from gearworkers.images.local import convert_here
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.objects.remotes.opening import open_remote

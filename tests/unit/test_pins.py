@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.cli_inspect import Node
 from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound
-from gearworkers.inspecting import Node
 from gearworkers.layers.pins import Pin, Pins
 from gearworkers.objects.workpool import WorkPool
 from gearworkers.services.lazyfs_pins import PinKeeper

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from gearworkers.images.convert import Plan, Report, plan_conversion
-from gearworkers.images.local import convert_here
+from gearworkers.images.convert_here import convert_here
 from gearworkers.images.manifest import Platform
 from gearworkers.images.source import is_local
 from gearworkers.objects.remotes.opening import open_remote
@@ -50,7 +50,7 @@ def convert_image(
         if local or is_local(source):
             report = convert_here(settings, plan, processes, watcher.told)
         else:
-            from gearworkers.conversions import convert_on_workers  # Celery, which `--local` does without
+            from gearworkers.convert_on_workers import convert_on_workers  # Celery, which `--local` does without
 
             report = convert_on_workers(settings, plan, watcher.told, watcher.noted)
     _print(report)
