@@ -73,6 +73,15 @@ def big_layers(count: int, size_bytes: int = 8 << 20) -> list[bytes]:
     return [tar_of([(f"{at}/{part}", os.urandom(size_bytes // 200)) for part in range(200)]) for at in range(count)]
 
 
+def in_the_middle(stack: Stack, peer: Registry, name: str, layers: int) -> subprocess.Popen[str]:
+    """A conversion to ``gear:NAME`` of so many big layers, one of which is done."""
+    Image(big_layers(layers), compression="").push(at(peer, name), "v1")
+    before = done_layers(stack)
+    process = begin(stack, f"{peer.host}/{name}:v1", f"{peer.host}/gear:{name}")
+    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    return process
+
+
 def children(stack: Stack) -> list[int]:
     listing = subprocess.run(["pgrep", "-P", str(stack.daemons["convert"].pid)], capture_output=True, text=True)
     return [int(pid) for pid in listing.stdout.split()]
@@ -132,10 +141,7 @@ def test_results_are_kept_for_a_day_and_no_longer(stack: Stack) -> None:
 
 
 def test_a_process_killed_in_the_middle_costs_nothing_but_its_layer_again(stack: Stack, peer: Registry) -> None:
-    Image(big_layers(4), compression="").push(at(peer, "killed"), "v1")
-    before = done_layers(stack)
-    process = begin(stack, f"{peer.host}/killed:v1", f"{peer.host}/gear:killed")
-    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    process = in_the_middle(stack, peer, "killed", 4)
     for pid in children(stack):
         os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -145,10 +151,8 @@ def test_a_process_killed_in_the_middle_costs_nothing_but_its_layer_again(stack:
 
 
 def test_a_run_whose_worker_and_caller_were_killed_finishes_when_started_again(stack: Stack, peer: Registry) -> None:
-    Image(big_layers(4), compression="").push(at(peer, "twice"), "v1")
     before = done_layers(stack)
-    process = begin(stack, f"{peer.host}/twice:v1", f"{peer.host}/gear:twice")
-    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    process = in_the_middle(stack, peer, "twice", 4)
     stack.kill("convert")
     process.kill()
     process.communicate()
@@ -164,10 +168,7 @@ def test_a_run_whose_worker_and_caller_were_killed_finishes_when_started_again(s
 
 
 def test_a_caller_who_waits_sends_what_a_lost_worker_had_to_the_next(stack: Stack, peer: Registry) -> None:
-    Image(big_layers(3), compression="").push(at(peer, "lost"), "v1")
-    before = done_layers(stack)
-    process = begin(stack, f"{peer.host}/lost:v1", f"{peer.host}/gear:lost")
-    wait_until(lambda: done_layers(stack) > before, "a layer is done")
+    process = in_the_middle(stack, peer, "lost", 3)
     stack.kill("convert")
     time.sleep(0.1)
     stack.start("convert")
