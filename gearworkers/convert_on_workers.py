@@ -59,7 +59,7 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
     """Do all of *plan* on workers and wait for it; what they have begun goes on if this process ends.
 
     Args:
-        settings: Their broker; the workers use its remote too, or their own if it has none.
+        settings: Their broker, and the remote that the workers use, whatever their own is.
         plan: What to do.
         told: Called with how far each layer is; of one that is tried again it begins anew.
         noted: Called when a task is tried again.

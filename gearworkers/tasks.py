@@ -68,9 +68,8 @@ def absorb(self: Task, gear_root: str, token: str, id: str, parent: str) -> None
 
 @shared_task(name=LAYER_TASK, **{**_UPKEEP, "ignore_result": False})
 def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any]:
-    """Convert one layer of an image; what it became. *remote* is where its contents go; empty: the worker's own."""
-    settings = Settings.from_environ()
-    settings = replace(settings, remote=remote or settings.remote)
+    """Convert one layer of an image; what it became. Its contents go to *remote*, whatever the worker's own is."""
+    settings = replace(Settings.from_environ(), remote=remote)
     with _retried(self), closing(open_remote(settings)) as opened:
         layer = msgspec.convert(job, convert.LayerJob)
         return _plain(convert.convert_layer(settings, opened, layer, _Teller(self)))
