@@ -9,7 +9,8 @@
     ├── Unavailable          the only retryable one: Redis, NFS, a remote, a lock
     └── ResourceExhausted    no space, no inodes, no quota, no memory
 
-Each foreign library is translated in one place; OSError in `from_os_error`.
+Each foreign library is translated in one place: OSError in `from_os_error`, urllib3 in `http_errors`, obstore in
+`objects.remotes.bucket`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HTTP to registries: connections, certificates, proxies, and urllib3's errors told in ours.
+"""HTTP to registries: connections, certificates, proxies, and what an answer means that was not hoped for.
 
 urllib3, since it is what the well-known clients stand on, has nothing to do at import, gives a body by readinto
 without copies in Python, and drops Authorization on a redirect to another host, which registries send to their
@@ -16,10 +16,11 @@ from typing import Any
 
 import msgspec
 import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, SSLError
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry, Timeout
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, NotFound, Unavailable
+from gearworkers.http_errors import from_http_error
 from gearworkers.images.reference import host_name, is_loopback
 from gearworkers.settings import Settings
 
@@ -89,12 +90,7 @@ def translated(tried: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError) as exc:
-        reason = exc.reason if isinstance(exc, MaxRetryError) else exc
-        if isinstance(reason, SSLError) and "CERTIFICATE" in str(reason).upper():
-            raise FailedPrecondition(f"{tried}: {reason}; its CA belongs in {CERTIFICATES}/HOST/ca.crt") from exc
-        if isinstance(reason, LocationParseError):
-            raise InvalidInput(f"{tried}: {reason}") from exc
-        raise Unavailable(f"{tried}: {reason}") from exc
+        raise from_http_error(exc, tried, f"{CERTIFICATES}/HOST/ca.crt") from exc
 
 
 def problem(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:

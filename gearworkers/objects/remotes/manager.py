@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
+from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout
 
 from gearworkers.errors import (
@@ -24,6 +24,7 @@ from gearworkers.errors import (
     Unavailable,
     from_os_error,
 )
+from gearworkers.http_errors import from_http_error
 from gearworkers.objects.remotes import codec, frames
 from gearworkers.objects.remotes.blobs import Document
 from gearworkers.settings import Settings
@@ -238,10 +239,7 @@ class ManagerStore:
         try:
             yield
         except (HTTPError, OSError) as exc:
-            reason = exc.reason if isinstance(exc, MaxRetryError) else exc
-            if isinstance(reason, SSLError) and "CERTIFICATE" in str(reason).upper():
-                raise FailedPrecondition(f"{self._url}: {reason}; its CA belongs in GEAR_REMOTE_CA_FILE") from exc
-            raise Unavailable(f"{self._url}: {tried}: {reason}") from exc
+            raise from_http_error(exc, f"{self._url}: {tried}", "GEAR_REMOTE_CA_FILE") from exc
         except (msgspec.MsgspecError, KeyError, ValueError) as exc:
             raise Unavailable(f"{self._url}: {tried}: not a manager's answer ({exc})") from exc
 
