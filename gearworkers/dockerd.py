@@ -15,14 +15,10 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from gearworkers.errors import FailedPrecondition, InvalidInput, Unavailable
-from gearworkers.images.manifest import GEAR_MARK
+from gearworkers.images.manifest import RunConfig
 from gearworkers.settings import Settings
 
 _TIMEOUT_S = 30.0
-
-
-class _Run(msgspec.Struct, frozen=True):
-    labels: dict[str, str] | None = msgspec.field(name="Labels", default=None)
 
 
 class _Driver(msgspec.Struct, frozen=True):
@@ -33,7 +29,7 @@ class _Driver(msgspec.Struct, frozen=True):
 class _Inspected(msgspec.Struct, frozen=True):
     id: str = msgspec.field(name="Id")
     driver: _Driver = msgspec.field(name="GraphDriver", default_factory=_Driver)
-    config: _Run | None = msgspec.field(name="Config", default=None)
+    config: RunConfig | None = msgspec.field(name="Config", default=None)
 
 
 class LocalImage(msgspec.Struct, frozen=True):
@@ -62,8 +58,8 @@ def local_image(settings: Settings, name: str) -> LocalImage | None:
         found = msgspec.json.decode(body, type=_Inspected)
     except (msgspec.MsgspecError, KeyError, TypeError) as exc:
         raise Unavailable(f"{settings.docker_host} is no dockerd: {exc}") from exc
-    labels = (found.config and found.config.labels) or {}
-    return LocalImage(found.id, labels.get(GEAR_MARK) == "1", _top_layer(settings, found, name))
+    is_gear = found.config is not None and found.config.is_gear
+    return LocalImage(found.id, is_gear, _top_layer(settings, found, name))
 
 
 def _top_layer(settings: Settings, found: _Inspected, name: str) -> str:

@@ -116,21 +116,27 @@ class _RootFs(msgspec.Struct, frozen=True):
     diff_ids: tuple[str, ...]
 
 
-class _RunConfig(msgspec.Struct, frozen=True):
+class RunConfig(msgspec.Struct, frozen=True):
+    """What of a config's ``config``, or of dockerd's ``Config``, is needed here."""
+
     labels: dict[str, str] | None = msgspec.field(name="Labels", default=None)
+
+    @property
+    def is_gear(self) -> bool:
+        """Whether the image says that it is a Gear image."""
+        return (self.labels or {}).get(GEAR_MARK) == "1"
 
 
 class Config(msgspec.Struct, frozen=True):
     """What of an image's config is needed here."""
 
     rootfs: _RootFs
-    config: _RunConfig | None = None
+    config: RunConfig | None = None
 
     @property
     def is_gear(self) -> bool:
         """Whether the image says that it is a Gear image."""
-        labels = (self.config and self.config.labels) or {}
-        return labels.get(GEAR_MARK) == "1"
+        return self.config is not None and self.config.is_gear
 
 
 class _Typed(msgspec.Struct, frozen=True, rename="camel"):
