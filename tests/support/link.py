@@ -21,6 +21,8 @@ class Link:
     """What all answers together may take; 0 for no limit."""
     cut_after_bytes: int = 0
     """Each connection is broken when so many bytes of answers have passed; 0 for never."""
+    first_cut_after_bytes: list[int] = field(default_factory=list)
+    """The same of the next connections, one each; what `cut_after_bytes` says is for those after them."""
     passed_bytes: int = 0
     """Of answers, since the beginning."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -32,13 +34,15 @@ class Link:
     def _answers(self, source: socket.socket, target: socket.socket) -> None:
         """Pass on what the far end says."""
         passed_bytes = 0
+        own_cut_after_bytes = self.first_cut_after_bytes.pop(0) if self.first_cut_after_bytes else None
         try:
             while data := source.recv(_PIECE_BYTES):
                 if self.bytes_per_s:
                     with self._lock:
                         time.sleep(len(data) / self.bytes_per_s)
-                if self.cut_after_bytes and passed_bytes + len(data) > self.cut_after_bytes:
-                    target.sendall(data[: self.cut_after_bytes - passed_bytes])
+                cut_after_bytes = self.cut_after_bytes if own_cut_after_bytes is None else own_cut_after_bytes
+                if cut_after_bytes and passed_bytes + len(data) > cut_after_bytes:
+                    target.sendall(data[: cut_after_bytes - passed_bytes])
                     break
                 target.sendall(data)
                 passed_bytes += len(data)

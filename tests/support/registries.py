@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -153,60 +153,6 @@ class TokenServer:
                 pass
 
         return Handler
-
-
-@contextmanager
-def breaking(port: int, after_bytes: list[int]) -> Iterator[int]:
-    """A port that leads to *port*; the n-th connection is cut when so many bytes of its answer have passed.
-
-    Connections beyond the list are not cut.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=_accept, args=(server, port, list(after_bytes)))
-        thread.start()
-        yield int(server.getsockname()[1])
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
-def _accept(server: socket.socket, port: int, after_bytes: list[int]) -> None:
-    threads = []
-    with ExitStack() as connections:
-        while True:
-            try:
-                client, _ = server.accept()
-            except OSError:
-                break
-            connections.enter_context(client)
-            peer = connections.enter_context(socket.create_connection(("127.0.0.1", port)))
-            limit = after_bytes.pop(0) if after_bytes else 1 << 60
-            threads += [
-                threading.Thread(target=_pump, args=(client, peer, 1 << 60)),
-                threading.Thread(target=_pump, args=(peer, client, limit)),
-            ]
-            for thread in threads[-2:]:
-                thread.start()
-            connections.callback(threads[-1].join)
-            connections.callback(threads[-2].join)
-            connections.callback(_shut_down, client, peer)
-
-
-def _pump(source: socket.socket, target: socket.socket, limit: int) -> None:
-    try:
-        while limit and (data := source.recv(min(limit, 1 << 16))):
-            target.sendall(data)
-            limit -= len(data)
-    except OSError:
-        pass
-    _shut_down(source, target)
-
-
-def _shut_down(*ends: socket.socket) -> None:
-    for end in ends:
-        try:
-            end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
 
 
 def _part(document: object) -> str:
