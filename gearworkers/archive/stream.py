@@ -1,9 +1,10 @@
 """`stream.zst`: all of a layer's tar but its file contents, so that its very bytes can be made again.
 
-The file is one zstd frame (with zstd's own checksum) and a trailer. The frame holds records, each a tag, lengths
-as little-endian integers, and data: RAW (bytes of the tar, as they are), CONTENT (digest and length of a whole
-object that stands here), SLICE (digest, offset and length within an object), END (the tar's length). The trailer
-says how long the frame and the tar are, so that a file that was cut is found before a byte of it is used.
+The file is one zstd frame and a trailer. The frame holds records, each a tag, lengths as little-endian integers, and
+data: RAW (bytes of the tar, as they are), CONTENT (digest and length of a whole object that stands here), SLICE
+(digest, offset and length within an object), END (the tar's length). The trailer says how long the frame and the tar
+are, so that a file that was cut is found before a byte of it is used, and has the frame's checksum: zstd's own is not
+looked at if the mark of the last block is lost.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol, cast
+from zlib import crc32
 
 import msgspec
 import zstandard
 
 from gearworkers.errors import IntegrityError
 
-_MAGIC = b"GEARTAR1"
-_TRAILER_MAGIC = b"1RATRAEG"
-_TRAILER = struct.Struct("<QQ8s")
+_MAGIC = b"GEARTAR2"
+_TRAILER_MAGIC = b"2RATRAEG"
+_TRAILER = struct.Struct("<QIQ8s")
+"""Bytes of the frame, its CRC-32, bytes of the tar, magic."""
 _RAW, _CONTENT, _SLICE, _END = 1, 2, 3, 4
 _RAW_RECORD = struct.Struct("<BI")
 _CONTENT_RECORD = struct.Struct("<B32sQ")
@@ -58,10 +61,10 @@ class StreamWriter:
 
     def __init__(self, file: Sink, *, level: int = _LEVEL) -> None:
         self._file = file
-        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=False).compressobj()
+        self._frame = zstandard.ZstdCompressor(level=level, write_content_size=False).compressobj()
         self._batch = bytearray()
         self._content_bytes = 0
-        self._frame_bytes = 0
+        self._frame_bytes = self._frame_crc = 0
         self.size_bytes = 0
         file.write(_MAGIC)
 
@@ -92,7 +95,7 @@ class StreamWriter:
         self._batch += _END_RECORD.pack(_END, self.size_bytes)
         self._write_batch()
         self._write(self._frame.flush())
-        self._file.write(_TRAILER.pack(self._frame_bytes, self.size_bytes, _TRAILER_MAGIC))
+        self._file.write(_TRAILER.pack(self._frame_bytes, self._frame_crc, self.size_bytes, _TRAILER_MAGIC))
         file_bytes = len(_MAGIC) + self._frame_bytes + _TRAILER.size
         return Totals(self.size_bytes, self._content_bytes, file_bytes)
 
@@ -109,6 +112,7 @@ class StreamWriter:
     def _write(self, data: bytes) -> None:
         if data:
             self._frame_bytes += len(data)
+            self._frame_crc = crc32(data, self._frame_crc)
             self._file.write(data)
 
 
@@ -137,7 +141,7 @@ class StreamReader:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._frame_bytes, self.tar_bytes = _frame_and_tar_bytes(file)
+        self._frame_bytes, self._frame_crc, self.tar_bytes = _trailer(file)
         self._file = file
         self._data = b""
         self._at = 0
@@ -148,12 +152,14 @@ class StreamReader:
         self._file.seek(len(_MAGIC))
         self._data, self._at = b"", 0
         # zstandard calls nothing but read(), whatever its stub asks for.
-        frame = cast(BinaryIO, _Frame(self._file, self._frame_bytes))
-        self._frame = zstandard.ZstdDecompressor().stream_reader(frame, closefd=False)
+        frame = _Frame(self._file, self._frame_bytes)
+        self._frame = zstandard.ZstdDecompressor().stream_reader(cast(BinaryIO, frame), closefd=False)
         try:
             yield from self._pieces()
         except zstandard.ZstdError as exc:
             raise IntegrityError(f"a layer's stream file is damaged: {exc}") from exc
+        if frame.whole_crc() != self._frame_crc:
+            raise IntegrityError("a layer's stream file is damaged: its checksum is another")
 
     def _pieces(self) -> Iterator[Raw | Content]:
         seen_bytes = 0
@@ -184,7 +190,6 @@ class StreamReader:
         if tag != _END:
             raise IntegrityError(f"a layer's stream file is damaged: it has a record of kind {tag}")
         _, tar_bytes = _END_RECORD.unpack(self._take(_END_RECORD.size))
-        # Reading on makes zstd verify its checksum.
         if self._at < len(self._data) or self._read():
             raise IntegrityError("a layer's stream file is damaged: it goes on behind its end")
         if not tar_bytes == seen_bytes == self.tar_bytes:
@@ -213,17 +218,17 @@ class StreamReader:
         return self._frame.read(_PIECE_BYTES)
 
 
-def _frame_and_tar_bytes(file: BinaryIO) -> tuple[int, int]:
-    """From magic and trailer; checks that they fit the file's length."""
+def _trailer(file: BinaryIO) -> tuple[int, int, int]:
+    """The frame's length and checksum, and the tar's length; checks that they fit the file's length."""
     file.seek(0)
     magic = file.read(len(_MAGIC))
     file_bytes = file.seek(0, 2)
     fixed_bytes = len(_MAGIC) + _TRAILER.size
     if magic == _MAGIC and file_bytes >= fixed_bytes:
         file.seek(-_TRAILER.size, 2)
-        frame_bytes, tar_bytes, trailer_magic = _TRAILER.unpack(file.read(_TRAILER.size))
+        frame_bytes, frame_crc, tar_bytes, trailer_magic = _TRAILER.unpack(file.read(_TRAILER.size))
         if trailer_magic == _TRAILER_MAGIC and frame_bytes + fixed_bytes == file_bytes:
-            return frame_bytes, tar_bytes
+            return frame_bytes, frame_crc, tar_bytes
     raise IntegrityError(f"a layer's stream file ({file_bytes} bytes) is cut, damaged, or none")
 
 
@@ -233,8 +238,16 @@ class _Frame:
     def __init__(self, file: BinaryIO, size_bytes: int) -> None:
         self._file = file
         self._left_bytes = size_bytes
+        self._crc = 0
 
     def read(self, size_bytes: int) -> bytes:
         data = self._file.read(min(size_bytes, self._left_bytes))
         self._left_bytes -= len(data)
+        self._crc = crc32(data, self._crc)
         return data
+
+    def whole_crc(self) -> int:
+        """Of all of it, once what zstd did not want has been read, too."""
+        while self.read(_PIECE_BYTES):
+            pass
+        return self._crc

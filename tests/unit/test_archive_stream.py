@@ -70,7 +70,7 @@ def test_a_cut_is_found_before_anything_is_used() -> None:
             StreamReader(io.BytesIO(stream[:length]))
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing() -> None:
+def test_a_flipped_bit_is_found() -> None:
     stream = a_stream()
     pieces = list(StreamReader(io.BytesIO(stream)))
     harmless = []
@@ -82,5 +82,4 @@ def test_a_flipped_bit_is_found_or_changes_nothing() -> None:
         except IntegrityError:
             continue
         harmless.append(bit)
-    # Zstd's frame descriptor has a bit without meaning, and a larger window decodes the same.
-    assert {bit // 8 for bit in harmless} <= {12, 13}, harmless
+    assert not harmless
