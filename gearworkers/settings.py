@@ -114,7 +114,7 @@ class Settings:
             remote_token=environ.get("GEAR_REMOTE_TOKEN", ""),
             remote_token_file=_optional(environ, "GEAR_REMOTE_TOKEN_FILE"),
             remote_ca_file=_optional(environ, "GEAR_REMOTE_CA_FILE"),
-            remote_timeout_s=_positive(environ, "GEAR_REMOTE_TIMEOUT_S", DEFAULT_REMOTE_TIMEOUT_S),
+            remote_timeout_s=_number(environ, "GEAR_REMOTE_TIMEOUT_S", DEFAULT_REMOTE_TIMEOUT_S),
             aws_credentials_file=_absolute(
                 environ, "AWS_SHARED_CREDENTIALS_FILE", Path.home() / ".aws" / "credentials"
             ),
@@ -125,14 +125,12 @@ class Settings:
             manager_write_tokens_file=_optional(environ, "GEAR_MANAGER_WRITE_TOKENS_FILE"),
             manager_tls_cert_file=_optional(environ, "GEAR_MANAGER_TLS_CERT_FILE"),
             manager_tls_key_file=_optional(environ, "GEAR_MANAGER_TLS_KEY_FILE"),
-            manager_most_object_bytes=_positive(environ, "GEAR_MANAGER_MOST_OBJECT_BYTES", DEFAULT_MOST_OBJECT_BYTES),
-            manager_client_timeout_s=_positive(environ, "GEAR_MANAGER_CLIENT_TIMEOUT_S", DEFAULT_CLIENT_TIMEOUT_S),
-            large_object_bytes=_positive(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
-            fetch_threads=_positive(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
-            fill_delay_s=_positive(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
-            profile_window_s=0.0
-            if _is_zero(environ, "GEAR_PROFILE_WINDOW_S")
-            else _positive(environ, "GEAR_PROFILE_WINDOW_S", DEFAULT_PROFILE_WINDOW_S),
+            manager_most_object_bytes=_number(environ, "GEAR_MANAGER_MOST_OBJECT_BYTES", DEFAULT_MOST_OBJECT_BYTES),
+            manager_client_timeout_s=_number(environ, "GEAR_MANAGER_CLIENT_TIMEOUT_S", DEFAULT_CLIENT_TIMEOUT_S),
+            large_object_bytes=_number(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
+            fetch_threads=_number(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
+            fill_delay_s=_number(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
+            profile_window_s=_number(environ, "GEAR_PROFILE_WINDOW_S", DEFAULT_PROFILE_WINDOW_S, or_zero=True),
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
             docker_host=environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST,
@@ -248,21 +246,18 @@ def _optional(environ: Mapping[str, str], name: str) -> Path | None:
     return _absolute(environ, name, Path()) if environ.get(name) else None
 
 
-def _positive(environ: Mapping[str, str], name: str, default: Number) -> Number:
+def _number(environ: Mapping[str, str], name: str, default: Number, *, or_zero: bool = False) -> Number:
+    """A positive number of the default's type."""
     value = environ.get(name)
     if not value:
         return default
     try:
         number = type(default)(value)
     except ValueError:
-        number = type(default)(0)
-    if not number > 0:
-        raise InvalidInput(f"{name}={value}: a number above 0 is needed")
+        number = type(default)(-1)
+    if not (number > 0 or (or_zero and number == 0)):
+        raise InvalidInput(f"{name}={value}: a number {'of at least' if or_zero else 'above'} 0 is needed")
     return number
-
-
-def _is_zero(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name) in ("0", "0.0")
 
 
 def _one_of(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
