@@ -145,6 +145,7 @@ def test_a_download_goes_on_where_it_broke(peer: Registry, tmp_path: Path) -> No
     assert found == BLOB
 
 
+@pytest.mark.slow
 def test_a_registry_that_is_away_is_unavailable(tmp_path: Path) -> None:
     target = repository(f"127.0.0.1:{registries.free_port()}", tmp_path)
     with pytest.raises(Unavailable):

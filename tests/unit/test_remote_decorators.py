@@ -119,6 +119,7 @@ def test_what_is_retryable_is_tried_again(store: Store) -> None:
     assert len(store.asked) == 3
 
 
+@pytest.mark.slow
 def test_what_stays_unavailable_is_given_up(store: Store) -> None:
     store.errors = [Unavailable("again") for _ in range(ATTEMPTS + 1)]
     with pytest.raises(Unavailable):

@@ -144,6 +144,7 @@ def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int)
 
 @pytest.mark.root
 @pytest.mark.fuse
+@pytest.mark.slow
 def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     broken = Broken(errno.EIO, times=1 << 30)
     with mounted(Path(settings.remote), broken), opened(settings) as remote, pytest.raises(Unavailable):
