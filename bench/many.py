@@ -113,9 +113,9 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
     began_s = time.perf_counter()
     prefetcher = Prefetcher(fetcher, [remote], pool, large_bytes=large_bytes)
     prefetcher.wholly((digest, len(content)) for digest, content in contents.items())
-    wait_until(lambda: fetcher.counts.objects == len(contents), "all objects are here")
+    wait_until(lambda: fetcher.outcomes.objects == len(contents), "all objects are here")
     taken_s = time.perf_counter() - began_s
-    assert not fetcher.failures and not fetcher.counts.corrupt
+    assert not fetcher.outcomes.failures and not fetcher.outcomes.corrupt
     pool.close()
     remote.close()
     return taken_s

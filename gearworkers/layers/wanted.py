@@ -20,11 +20,12 @@ import structlog
 
 from gearworkers.digest import object_name
 from gearworkers.errors import GearError, IntegrityError, from_os_error
+from gearworkers.files import opened_directory
 from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.objects.garbage import publishing
-from gearworkers.objects.large import File
+from gearworkers.objects.openfile import File
 from gearworkers.objects.store import ObjectStore, verify_file
 
 _log = structlog.get_logger(__name__)
@@ -252,11 +253,8 @@ def mark_complete(images: Path, id: str, store: ObjectStore) -> bool:
         records = object_list(images / id / OBJECTS_FILE)
         if records is None or not all(_is_here(store, records.record(at)[0]) for at in records.entries):
             return False
-        images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened_directory(images) as images_fd:
             kernel.syncfs(images_fd)
-        finally:
-            os.close(images_fd)
         return _mark(images, id, complete=True)
 
 

@@ -12,27 +12,21 @@ import errno
 import hashlib
 import math
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from pathlib import Path
 
-from gearworkers.digest import DIGEST_BYTES
-from gearworkers.errors import GearError, IntegrityError, from_os_error
+from gearworkers.errors import GearError, from_os_error
 from gearworkers.objects.ahead import Patience
+from gearworkers.objects.openfile import File, ReadDone
 from gearworkers.objects.sources import Chunk
 from gearworkers.objects.workpool import Urgency, WorkPool
 
-_RECORD = struct.Struct(f"<QQ{DIGEST_BYTES}s")
-_LAYOUT_SUFFIX = ".layout"
 _LEAST_AHEAD_BYTES = 256 << 10
 _MOST_AHEAD_BYTES = 4 << 20
-
-ReadDone = Callable[[bytes | GearError], None]
 
 
 class _State(IntEnum):
@@ -52,25 +46,6 @@ class _Read:
     done: ReadDone
 
 
-class File:
-    """An open file that closes when nobody refers to it."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
-        """Call *done* with the bytes, fewer only at the end, or with the error."""
-        try:
-            data = os.pread(self.fd, size_bytes, offset)
-        except OSError as exc:
-            done(from_os_error(exc, f"read {size_bytes} bytes of an object at {offset}"))
-            return
-        done(data)
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
 class LargeObject:
     """One object on its way; all methods from any thread."""
 
@@ -86,7 +61,7 @@ class LargeObject:
         """
         Args:
             file: Open for reading and writing; what it holds already is verified before it is used.
-            layout: As `checked_layout` lets through.
+            layout: As `sources.checked_layout` lets through.
             pool: Where chunks are fetched.
             patience: How long who reads waits for a chunk that a stream brings.
             fetch_chunk: Given a chunk and the monotonic time at which it was asked for, its bytes, verified; or
@@ -293,47 +268,6 @@ class LargeObject:
                 read.missing = -1  # it waits for no other chunk
         for read in failed:
             read.done(error)
-
-
-# -- layouts
-
-
-def checked_layout(layout: Sequence[Chunk], size_bytes: int) -> Sequence[Chunk]:
-    """*layout*, if its chunks follow each other and make up *size_bytes*.
-
-    Raises:
-        IntegrityError: They do not.
-    """
-    at = 0
-    for chunk in layout:
-        if chunk.offset != at or chunk.size_bytes <= 0:
-            raise IntegrityError(f"layout: a chunk of {chunk.size_bytes} bytes at {chunk.offset}, expected at {at}")
-        at += chunk.size_bytes
-    if at != size_bytes:
-        raise IntegrityError(f"layout: chunks of {at} bytes for an object of {size_bytes}")
-    return layout
-
-
-def layout_path(path: Path) -> Path:
-    """Where the layout of the arriving object at *path* lies."""
-    return path.with_name(path.name + _LAYOUT_SUFFIX)
-
-
-def save_layout(path: Path, layout: Sequence[Chunk]) -> None:
-    """Write the layout of the arriving object at *path*."""
-    records = b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(records)
-    temporary.rename(layout_path(path))
-
-
-def load_layout(path: Path, size_bytes: int) -> Sequence[Chunk] | None:
-    """What `save_layout` wrote; None if there is none or a power cut has spoilt it."""
-    try:
-        raw = layout_path(path).read_bytes()
-        return checked_layout([Chunk(*fields) for fields in _RECORD.iter_unpack(raw)], size_bytes)
-    except (FileNotFoundError, struct.error, IntegrityError):
-        return None
 
 
 def _is_hole(fd: int, offset: int, size_bytes: int) -> bool:

@@ -9,9 +9,10 @@ import structlog
 
 from gearworkers.errors import GearError
 from gearworkers.objects.ahead import Item, bring
-from gearworkers.objects.fetch import Fetcher, Job
+from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.sources import Content, Source
+from gearworkers.objects.whole import Job
 from gearworkers.objects.workpool import Urgency, WorkPool
 
 _log = structlog.get_logger(__name__)
@@ -76,13 +77,13 @@ class Prefetcher:
         self._pool.submit(lambda: self._soon(parts), Urgency.READ_AHEAD)
 
     def _soon(self, parts: Sequence[Part]) -> None:
-        missing = [part for part in parts if not self._fetcher.is_here(part.digest)]
+        missing = [part for part in parts if not self._fetcher.whole.is_here(part.digest)]
         self._bring_layouts({part.digest: part.size_bytes for part in missing if part.size_bytes >= self._large_bytes})
         bring(self._items(missing), self._sources, self._pool, Urgency.READ_AHEAD)
 
     def _items(self, parts: Sequence[Part]) -> Iterator[Item]:
         for part in parts:
-            large = self._fetcher.large(part.digest)
+            large = self._fetcher.chunked.get(part.digest)
             if large is not None:
                 ranges = part.ranges if part.size_bytes >= self._served_bytes else ((0, part.size_bytes),)
                 yield from (_Piece(large, self._fetcher, self.counts, order) for order in large.orders(ranges))
@@ -92,11 +93,11 @@ class Prefetcher:
     def _bring_layouts(self, sizes: dict[bytes, int]) -> None:
         """Have these large objects, by digest, ready to be read; nobody has asked for them yet."""
         for source in self._sources:
-            wanted = [digest for digest in sizes if self._fetcher.large(digest) is None]
+            wanted = [digest for digest in sizes if self._fetcher.chunked.get(digest) is None]
             try:
                 for digest, content in source.fetch_many(wanted) if wanted else ():
                     if digest in sizes and not isinstance(content, bytes):
-                        self._fetcher.adopt_layout(digest, sizes[digest], content)
+                        self._fetcher.chunked.adopt_layout(digest, sizes[digest], content)
             except GearError as exc:
                 _log.warning("layouts could not be prefetched", error=str(exc))
 
@@ -113,12 +114,12 @@ class _Small:
     job: Job | None = None
 
     def claim(self) -> bool:
-        self.job = self.fetcher.claim(self.digest, self.size_bytes)
+        self.job = self.fetcher.whole.claim(self.digest, self.size_bytes)
         return self.job is not None
 
     def deliver(self, content: Content) -> bool:
         assert self.job is not None
-        if not isinstance(content, bytes) or not self.fetcher.stored(self.job, content):
+        if not isinstance(content, bytes) or not self.fetcher.whole.stored(self.job, content):
             return False
         self.counts.contents += 1
         self.counts.size_bytes += len(content)
@@ -126,7 +127,7 @@ class _Small:
 
     def miss(self) -> None:
         assert self.job is not None
-        self.fetcher.unclaim(self.job, must_come=self.must_come)
+        self.fetcher.whole.unclaim(self.job, must_come=self.must_come)
 
 
 @dataclass(slots=True)
@@ -152,7 +153,7 @@ class _Piece:
     def deliver(self, content: Content) -> bool:
         if not isinstance(content, bytes) or not self.large.deliver(self.order, content):
             return False
-        self.fetcher.counts.received_bytes += len(content)
+        self.fetcher.outcomes.received_bytes += len(content)
         self.counts.contents += 1
         self.counts.size_bytes += len(content)
         return True

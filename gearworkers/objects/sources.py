@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gearworkers.errors import IntegrityError
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -23,6 +25,22 @@ class Chunk:
 
 Content = bytes | Sequence[Chunk]
 """What is kept under a digest: all of it, or its layout."""
+
+
+def checked_layout(layout: Sequence[Chunk], size_bytes: int) -> Sequence[Chunk]:
+    """*layout*, if its chunks follow each other and make up *size_bytes*.
+
+    Raises:
+        IntegrityError: They do not.
+    """
+    at = 0
+    for chunk in layout:
+        if chunk.offset != at or chunk.size_bytes <= 0:
+            raise IntegrityError(f"layout: a chunk of {chunk.size_bytes} bytes at {chunk.offset}, expected at {at}")
+        at += chunk.size_bytes
+    if at != size_bytes:
+        raise IntegrityError(f"layout: chunks of {at} bytes for an object of {size_bytes}")
+    return layout
 
 
 class Source(Protocol):

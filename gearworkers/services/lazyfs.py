@@ -168,7 +168,7 @@ class LazyServer:
                 _log.error("upkeep of the lazy file system failed", error=str(exc))
 
     def _upkeep(self, *, with_users: bool) -> None:
-        self._fetcher.fill_idle(self._settings.fill_delay_s)
+        self._fetcher.chunked.fill_idle(self._settings.fill_delay_s)
         self._pins.look()
         for id in self._wanted.completed(self._store):
             if self._wanted.complete(id, self._store):
@@ -176,7 +176,7 @@ class LazyServer:
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
         if with_users:
-            self._fetcher.forget_unwanted(lambda digest: self._wanted.named(object_name(digest)) is not None)
+            self._fetcher.chunked.forget_unwanted(lambda digest: self._wanted.named(object_name(digest)) is not None)
 
     def _forget_collected(self, connection: Connection) -> None:
         for digest in self._contents.collected():
@@ -196,7 +196,7 @@ class LazyServer:
     # -- what others ask
 
     def _status(self) -> client.LazyStatus:
-        counts = self._fetcher.counts
+        counts = self._fetcher.outcomes
         return client.LazyStatus(
             incomplete_layers=len(self._wanted.layers()),
             lookups=self._contents.lookups,
@@ -211,7 +211,7 @@ class LazyServer:
             prefetched_bytes=self._prefetcher.counts.size_bytes,
             profiles_found=self._profiles.counts.found,
             profiles_absent=self._profiles.counts.absent,
-            failures={digest.hex(): failure.why for digest, failure in list(self._fetcher.failures.items())},
+            failures={digest.hex(): why for digest, why in list(counts.failures.items())},
         )
 
     def _prefetch(self, body: bytes) -> client.Coming:

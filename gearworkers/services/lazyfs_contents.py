@@ -11,8 +11,10 @@ from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound
 from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, digests_from, node_of
 from gearworkers.objects.arrivals import Arrivals
-from gearworkers.objects.fetch import Fetcher, Opened
-from gearworkers.objects.large import File, LargeObject, ReadDone
+from gearworkers.objects.chunked import Opened
+from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.large import LargeObject
+from gearworkers.objects.openfile import File, ReadDone
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency
 
@@ -77,7 +79,7 @@ class LazyContents:
         if is_here:
             done(self._arrive(digest))
         elif size_bytes >= self._large_bytes:
-            self._fetcher.open_large(
+            self._fetcher.chunked.open(
                 digest, size_bytes, Urgency.ON_DEMAND, lambda opened: self._opened(digest, size_bytes, opened, done)
             )
         else:
@@ -167,7 +169,7 @@ class LazyContents:
         def fetched(error: GearError | None) -> None:
             done(self._arrive(digest) if error is None else error)
 
-        self._fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, fetched)
+        self._fetcher.whole.fetch(digest, size_bytes, Urgency.ON_DEMAND, fetched)
 
     def _read_wholly(
         self, digest: bytes, size_bytes: int, found: bytes | GearError, done: Callable[[Found], None]
@@ -205,7 +207,7 @@ class LazyContents:
 
         def opened(digest: bytes, size_bytes: int, found: Opened) -> None:
             if found is None:  # no source keeps it in chunks
-                self._fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, lambda error: fetched(digest, error))
+                self._fetcher.whole.fetch(digest, size_bytes, Urgency.ON_DEMAND, lambda error: fetched(digest, error))
             else:
                 use(self._remembered(node, digest, found))
 
@@ -214,7 +216,9 @@ class LazyContents:
         except GearError as exc:
             use(exc)
             return
-        self._fetcher.open_large(digest, size_bytes, Urgency.ON_DEMAND, lambda found: opened(digest, size_bytes, found))
+        self._fetcher.chunked.open(
+            digest, size_bytes, Urgency.ON_DEMAND, lambda found: opened(digest, size_bytes, found)
+        )
 
     def _remembered(
         self, node: int, digest: bytes, opened: LargeObject | File | GearError

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound
-from gearworkers.objects.large import checked_layout
 from gearworkers.objects.remotes import codec
 from gearworkers.objects.remotes.bucket import in_memory
 from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
+from gearworkers.objects.sources import checked_layout
 from gearworkers.settings import Settings
 from tests.support.remotes import Service, credentials_file, manager_thread, new_bucket, s3_server
 

@@ -11,9 +11,8 @@ import pytest
 
 from gearworkers.errors import GearError, IntegrityError, NotFound, Unavailable
 from gearworkers.objects.fetch import Fetcher
-from gearworkers.objects.large import checked_layout
 from gearworkers.objects.prefetch import Prefetcher
-from gearworkers.objects.sources import Chunk
+from gearworkers.objects.sources import Chunk, checked_layout
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency, WorkPool
 

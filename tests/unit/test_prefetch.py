@@ -100,7 +100,7 @@ class Node:
     def open(self, digest: bytes, size_bytes: int) -> GearError | None:
         """As somebody who opens it and waits."""
         told: queue.Queue[GearError | None] = queue.Queue()
-        self.fetcher.fetch_whole(digest, size_bytes, Urgency.ON_DEMAND, told.put)
+        self.fetcher.whole.fetch(digest, size_bytes, Urgency.ON_DEMAND, told.put)
         return told.get(timeout=20)
 
     def read(self, digest: bytes, size_bytes: int, offset: int, length: int) -> bytes | GearError:
@@ -111,7 +111,7 @@ class Node:
             assert isinstance(large, LargeObject)
             large.read(offset, length, told.put)
 
-        self.fetcher.open_large(digest, size_bytes, Urgency.ON_DEMAND, opened)
+        self.fetcher.chunked.open(digest, size_bytes, Urgency.ON_DEMAND, opened)
         return told.get(timeout=20)
 
     def wait_for(self, digests: Sequence[bytes]) -> None:
@@ -165,7 +165,7 @@ def test_the_next_request_begins_before_the_last_bytes_of_the_one_before(
 
 
 def test_who_opens_what_a_stream_is_about_to_bring_has_it_from_there(node: Node) -> None:
-    node.fetcher._patience = ahead.Patience(100.0)
+    node.fetcher.whole._patience = ahead.Patience(100.0)
     digests = small(node, 3)
     node.soon(digests, 100)
     wait_until(lambda: node.shelf.streams)
@@ -212,7 +212,7 @@ def test_of_a_large_object_only_the_chunks_that_were_read_come(node: Node) -> No
     assert node.shelf.streams == [[digest], chunks]
     assert node.read(digest, len(content), 5 * CHUNK_BYTES, 10) == content[5 * CHUNK_BYTES :][:10]
     assert node.shelf.alone == []
-    node.fetcher.fill_idle(0.0)  # it has been read
+    node.fetcher.chunked.fill_idle(0.0)  # it has been read
     node.wait_for([digest])
 
 
@@ -237,8 +237,8 @@ def test_a_large_object_that_nobody_reads_does_not_come_whole(node: Node) -> Non
     node.shelf.let()
     node.prefetcher.soon([Part(digest, len(content), ((0, 1),))])
     wait_until(lambda: node.prefetcher.counts.contents == 1)
-    node.fetcher.fill_idle(0.0)
-    assert node.fetcher.large(digest) is not None and node.fetcher.arriving == 0
+    node.fetcher.chunked.fill_idle(0.0)
+    assert node.fetcher.chunked.get(digest) is not None and node.fetcher.arriving == 0
     assert node.shelf.alone == []
 
 
@@ -249,8 +249,8 @@ def test_what_was_brought_of_a_large_object_is_let_go_of_when_its_image_is_remov
     node.prefetcher.soon([Part(digest, 20 * CHUNK_BYTES, ((0, 1),)) for digest in digests])
     wait_until(lambda: node.prefetcher.counts.contents == 3)
     node.read(read, 20 * CHUNK_BYTES, 0, 5)
-    node.fetcher.forget_unwanted(lambda digest: digest == wanted)
-    assert [node.fetcher.large(digest) is None for digest in digests] == [False, False, True]
+    node.fetcher.chunked.forget_unwanted(lambda digest: digest == wanted)
+    assert [node.fetcher.chunked.get(digest) is None for digest in digests] == [False, False, True]
     assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {wanted.hex(), read.hex()}
     assert node.read(unwanted, 20 * CHUNK_BYTES, 0, 5) == contents[2][:5]
 
@@ -275,8 +275,8 @@ def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node:
     node.soon(digests, 100)
     node.wait_for([digests[0], digests[2], digests[4]])
     wait_until(lambda: node.fetcher.arriving == 0)
-    assert node.fetcher.counts.corrupt == 1
-    assert node.shelf.alone == [] and node.fetcher.failures == {}
+    assert node.fetcher.outcomes.corrupt == 1
+    assert node.shelf.alone == [] and node.fetcher.outcomes.failures == {}
     node.shelf.contents[digests[3]] = right
     assert node.open(digests[3], 100) is None
 
@@ -298,10 +298,10 @@ def test_a_full_disk_ends_a_prefetch_and_is_told_to_those_only_who_want_somethin
     monkeypatch.setattr(ahead, "_REQUEST_BYTES", 1000)
     monkeypatch.setattr(ahead, "_OVERLAP_BYTES", 0)
     digests = small(node, 30)
-    monkeypatch.setattr(node.fetcher, "_store_pieces", full)
+    monkeypatch.setattr(node.store, "create", full)
     node.shelf.let()
     node.soon(digests, 100)
     wait_until(lambda: node.shelf.streams and node.fetcher.arriving == 0)
-    assert node.fetcher.failures == {}
+    assert node.fetcher.outcomes.failures == {}
     assert isinstance(node.open(digests[20], 100), ResourceExhausted)
     assert node.shelf.streams == [digests[:10]]

@@ -122,14 +122,18 @@ def recorded(remote: Remote, name: str) -> Profile:
     return profile.unpack(data)
 
 
+def first_start(node: LazyNode, remote: Remote) -> Profile:
+    """The image is here and its first container has ended; the profile that came of it."""
+    node.apply(gear_tar(FILES), "image")
+    start(node.run("first"))
+    node.driver.put("first")
+    return recorded(remote, document(node))
+
+
 def test_what_a_container_opens_on_one_node_is_here_on_another_before_it_is_opened(
     start_node: StartNode, remote: Remote
 ) -> None:
-    first = start_node("a")
-    first.apply(gear_tar(FILES), "image")
-    start(first.run("c1"))
-    first.driver.put("c1")
-    found = recorded(remote, document(first))
+    found = first_start(start_node("a"), remote)
     assert [opened.digest for opened in found.objects] == [*map(digest, SMALL), digest("lib/large")]
     assert found.objects[0].ranges == ()
     assert sum(size_bytes for _, size_bytes in found.objects[-1].ranges) < 1 << 20
@@ -150,11 +154,8 @@ def test_a_container_in_its_own_namespaces_is_recorded_also_what_is_here_already
     start_node: StartNode, remote: Remote
 ) -> None:
     node = start_node("a")
-    node.apply(gear_tar(FILES), "image")
-    start(node.run("before"))
-    node.driver.put("before")
+    first_start(node, remote)
     name = document(node)
-    recorded(remote, name)
     remote.put_document(name, b"damaged")
 
     root = node.run("c1")

@@ -1,0 +1,211 @@
+"""Large objects that come in chunks: opened once however many wait, ready to be read while they arrive."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from gearworkers.errors import GearError, IntegrityError
+from gearworkers.objects.ahead import Patience
+from gearworkers.objects.asking import Asking
+from gearworkers.objects.large import LargeObject
+from gearworkers.objects.openfile import File
+from gearworkers.objects.outcomes import Outcomes
+from gearworkers.objects.sources import Chunk, checked_layout
+from gearworkers.objects.staging import Staging
+from gearworkers.objects.store import ObjectStore, verify_file
+from gearworkers.objects.whole import Done
+from gearworkers.objects.workpool import Urgency, WorkPool
+
+_log = structlog.get_logger(__name__)
+
+Opened = LargeObject | File | GearError | None
+OpenDone = Callable[[Opened], None]
+"""Called once: with the object, arriving or here; with None if it does not come in chunks; or with what went wrong."""
+
+
+class ChunkedObjects:
+    """Those that are on their way; all methods from any thread, and only `adopt_layout` blocks.
+
+    A layout that made up another object is never asked for again; such an object comes whole.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        staging: Staging,
+        asking: Asking,
+        outcomes: Outcomes,
+        pool: WorkPool,
+        patience: Patience,
+    ) -> None:
+        """
+        Args:
+            store: Where objects go.
+            staging: Where they lie while they arrive.
+            asking: Who asks the sources.
+            outcomes: Told what came of it.
+            pool: Where the work is done.
+            patience: How long who waits for a stream waits before a chunk is fetched for him.
+        """
+        self._store = store
+        self._staging = staging
+        self._asking = asking
+        self._outcomes = outcomes
+        self._pool = pool
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._large: dict[bytes, LargeObject] = {}
+        self._opening: dict[bytes, list[OpenDone]] = {}
+        self._opening_now: set[bytes] = set()
+        self._lied_about: set[bytes] = set()
+        self._whole_waiters: dict[bytes, list[Done]] = {}
+
+    def __len__(self) -> int:
+        """How many are on their way, those that are only held ready not counted."""
+        return sum(large.last_read_s < math.inf for large in tuple(self._large.values()))
+
+    def get(self, digest: bytes) -> LargeObject | None:
+        """The object, if it is on its way."""
+        return self._large.get(digest)
+
+    def open(self, digest: bytes, size_bytes: int, urgency: Urgency, done: OpenDone) -> None:
+        """Have an object ready to be read; *done* is told, now or later.
+
+        Args:
+            digest: SHA-256 of the whole.
+            size_bytes: Its size.
+            urgency: Of asking for its layout.
+            done: Told.
+        """
+        with self._lock:
+            large = self._large.get(digest)
+            if large is None:
+                waiters = self._opening.setdefault(digest, [])
+                waiters.append(done)
+                if len(waiters) == 1 or urgency is Urgency.ON_DEMAND:
+                    self._pool.submit(lambda: self._open(digest, size_bytes), urgency)
+        if large is not None:
+            large.last_read_s = time.monotonic()
+            done(large)
+
+    def adopt_layout(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> None:
+        """An object can be read from now on, by a layout that has come; nobody has asked for it yet."""
+        with self._lock:
+            if digest in self._large or digest in self._opening:
+                return
+        try:
+            opened = self._opened(digest, size_bytes, checked_layout(layout, size_bytes))
+        except IntegrityError as exc:
+            self._outcomes.note_corrupt(exc)
+        except GearError as exc:
+            _log.warning("a large object could not be prepared", error=str(exc))
+        else:
+            if isinstance(opened, LargeObject):
+                with self._lock:
+                    self._large.setdefault(digest, opened)
+
+    def fill(self, digest: bytes, large: LargeObject, done: Done) -> None:
+        """Have an object that `open` gave here as a whole; *done* is told, now or later."""
+        with self._lock:
+            is_coming = self._large.get(digest) is large
+            if is_coming:
+                self._whole_waiters.setdefault(digest, []).append(done)
+        if is_coming:
+            large.fill()
+        else:
+            done(None)
+
+    def fill_idle(self, idle_s: float) -> None:
+        """Have the rest fetched of those that nobody has read for so long."""
+        before_s = time.monotonic() - idle_s
+        with self._lock:
+            idle = [large for large in self._large.values() if large.last_read_s <= before_s]
+        for large in idle:
+            large.fill()
+
+    def forget_unwanted(self, is_wanted: Callable[[bytes], bool]) -> None:
+        """Let go of the parts of those that nobody reads and, given their digest, no image wants any more."""
+        for digest in self._staging.kept():
+            with self._lock:
+                large = self._large.get(digest)
+                is_used = digest in self._opening or (large is not None and large.last_read_s < math.inf)
+            if not is_used and not is_wanted(digest):
+                with self._lock:
+                    self._large.pop(digest, None)
+                self._staging.remove(digest)
+
+    # -- opening
+
+    def _open(self, digest: bytes, size_bytes: int) -> None:
+        with self._lock:
+            if digest not in self._opening or digest in self._opening_now:
+                return  # another thread was first
+            self._opening_now.add(digest)
+        result: Opened
+        try:
+            result = self._opened(digest, size_bytes)
+        except GearError as exc:
+            self._outcomes.note(digest, exc)
+            result = exc
+        except BaseException as exc:
+            self._answer(digest, GearError(f"object {digest.hex()}: {exc!r}"))
+            raise
+        self._answer(digest, result)
+
+    def _answer(self, digest: bytes, result: Opened) -> None:
+        with self._lock:
+            if isinstance(result, LargeObject):
+                result = self._large.setdefault(digest, result)
+                result.last_read_s = time.monotonic()
+            self._opening_now.discard(digest)
+            waiters = self._opening.pop(digest, [])
+        for done in waiters:
+            done(result)
+
+    def _opened(
+        self, digest: bytes, size_bytes: int, layout: Sequence[Chunk] | None = None
+    ) -> LargeObject | File | None:
+        """
+        Args:
+            layout: As it has come already.
+        """
+        if self._store.has(digest):
+            return File(self._store.open(digest))
+        if digest in self._lied_about:
+            return None
+        kept = self._staging.layout(digest, size_bytes)
+        layout = kept or layout or self._asking.layout(digest, size_bytes)
+        if layout is None:
+            return None
+        file = self._staging.keep(digest, size_bytes, layout)
+        chunk = self._asking.chunk
+        return LargeObject(file, layout, self._pool, self._patience, chunk, lambda: self._whole(digest, file))
+
+    def _whole(self, digest: bytes, file: File) -> None:
+        """All chunks are here: verify, publish."""
+        error: GearError | None = None
+        try:
+            verify_file(file.fd, digest)
+            self._store.adopt(file.fd, self._staging.fd, self._staging.name(digest), digest)
+            self._outcomes.objects += 1
+        except IntegrityError as exc:
+            self._outcomes.note_corrupt(exc)
+            self._lied_about.add(digest)
+            error = exc
+        except GearError as exc:
+            error = exc
+        if error is None or isinstance(error, IntegrityError):
+            self._staging.remove(digest)
+        with self._lock:
+            large = self._large.pop(digest, None)
+            waiters = self._whole_waiters.pop(digest, [])
+        if error is not None and large is not None:
+            large.break_off(error)
+        self._outcomes.note(digest, error)
+        for done in waiters:
+            done(error)
