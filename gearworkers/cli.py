@@ -184,7 +184,11 @@ def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "Lazy Files", "not served: `gear lazyfs` does not run"
         return
     yield "Lazy Files", f"{found.incomplete_layers} incomplete layers, {found.arriving} objects arriving"
-    yield "Fetched", f"{found.fetched_objects} objects, {found.received_bytes} bytes received, {found.corrupt} corrupt"
+    yield (
+        "Fetched",
+        f"{found.fetched_objects} objects, {found.received_bytes} bytes received, {found.reused_bytes} found in "
+        f"other objects, {found.corrupt} corrupt",
+    )
     yield (
         "Profiles",
         f"{found.profiles_found} found, {found.profiles_absent} absent; {found.prefetched} objects and chunks, "

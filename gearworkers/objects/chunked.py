@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from gearworkers.errors import GearError, IntegrityError
+from gearworkers.errors import GearError, IntegrityError, NotFound
 from gearworkers.objects.ahead import Patience
 from gearworkers.objects.asking import Asking
+from gearworkers.objects.chunkindex import ChunkIndex
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.openfile import File
 from gearworkers.objects.outcomes import Outcomes
@@ -64,6 +65,15 @@ class ChunkedObjects:
         self._opening_now: set[bytes] = set()
         self._lied_about: set[bytes] = set()
         self._whole_waiters: dict[bytes, list[Done]] = {}
+        self._index = ChunkIndex(staging.chunk_index, self._file)
+
+    def prepare(self) -> None:
+        """Make ready to find chunks; staging is prepared."""
+        self._index.prepare()
+
+    def close(self) -> None:
+        """Chunks are found no more."""
+        self._index.close()
 
     def __len__(self) -> int:
         """How many are on their way, those that are only held ready not counted."""
@@ -129,7 +139,11 @@ class ChunkedObjects:
             large.fill()
 
     def forget_unwanted(self, is_wanted: Callable[[bytes], bool]) -> None:
-        """Let go of the parts of those that nobody reads and, given their digest, no image wants any more."""
+        """Let go of the parts of those that nobody reads and, given their digest, no image wants any more.
+
+        Raises:
+            IntegrityError: Another content stands at an object's name.
+        """
         for digest in self._staging.kept():
             with self._lock:
                 large = self._large.get(digest)
@@ -138,6 +152,8 @@ class ChunkedObjects:
                 with self._lock:
                     self._large.pop(digest, None)
                 self._staging.remove(digest)
+        kept = set(self._staging.kept())
+        self._index.forget_gone(lambda digest: digest in kept or self._store.has(digest))
 
     # -- opening
 
@@ -183,8 +199,28 @@ class ChunkedObjects:
         if layout is None:
             return None
         file = self._staging.keep(digest, size_bytes, layout)
-        chunk = self._asking.chunk
-        return LargeObject(file, layout, self._pool, self._patience, chunk, lambda: self._whole(digest, file))
+        self._index.note(digest, layout)
+        return LargeObject(
+            file,
+            layout,
+            self._pool,
+            self._patience,
+            find_chunk=lambda chunk: self._found(chunk, digest),
+            fetch_chunk=self._asking.chunk,
+            whole=lambda: self._whole(digest, file),
+        )
+
+    def _found(self, chunk: Chunk, of: bytes) -> bytes | None:
+        data = self._index.find(chunk, of)
+        self._outcomes.reused_bytes += len(data or b"")
+        return data
+
+    def _file(self, digest: bytes) -> File | None:
+        """Of an object that is here or on its way."""
+        try:
+            return File(self._store.open(digest))
+        except NotFound:
+            return self._staging.open(digest)
 
     def _whole(self, digest: bytes, file: File) -> None:
         """All chunks are here: verify, publish."""

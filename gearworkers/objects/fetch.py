@@ -62,6 +62,7 @@ class Fetcher:
             GearError: It cannot be used.
         """
         self._staging.prepare()
+        self.chunked.prepare()
 
     @property
     def arriving(self) -> int:

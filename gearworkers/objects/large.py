@@ -55,6 +55,7 @@ class LargeObject:
         layout: Sequence[Chunk],
         pool: WorkPool,
         patience: Patience,
+        find_chunk: Callable[[Chunk], bytes | None],
         fetch_chunk: Callable[[Chunk, float], bytes],
         whole: Callable[[], None],
     ) -> None:
@@ -64,6 +65,7 @@ class LargeObject:
             layout: As `sources.checked_layout` lets through.
             pool: Where chunks are fetched.
             patience: How long who reads waits for a chunk that a stream brings.
+            find_chunk: Gives a chunk's bytes, verified, if another object of this host has it.
             fetch_chunk: Given a chunk and the monotonic time at which it was asked for, its bytes, verified; or
                 GearError.
             whole: Called once, in a thread of the pool, when all chunks are here.
@@ -75,6 +77,7 @@ class LargeObject:
         self._missing = len(layout)
         self._pool = pool
         self._patience = patience
+        self._find_chunk = find_chunk
         self._fetch_chunk = fetch_chunk
         self._whole = whole
         self._lock = threading.Lock()
@@ -138,7 +141,7 @@ class LargeObject:
             self._states[order] = _State.COMING
             self._streamed.add(order)
         try:
-            if self._is_here_already(self._layout[order]):
+            if self._found_here(self._layout[order]):
                 self._arrived(order)
                 return False
         except OSError:
@@ -220,7 +223,7 @@ class LargeObject:
             self._states[order] = _State.COMING
         chunk = self._layout[order]
         try:
-            if not self._is_here_already(chunk):
+            if not self._found_here(chunk):
                 _write_all(self._file.fd, self._fetch_chunk(chunk, asked_s), chunk.offset)
         except GearError as exc:
             self._failed(order, exc)
@@ -232,8 +235,16 @@ class LargeObject:
         else:
             self._arrived(order)
 
+    def _found_here(self, chunk: Chunk) -> bool:
+        """Whether it need not be fetched: an earlier process has, or another object has the same."""
+        if self._is_here_already(chunk):
+            return True
+        data = self._find_chunk(chunk)
+        if data is not None:
+            _write_all(self._file.fd, data, chunk.offset)
+        return data is not None
+
     def _is_here_already(self, chunk: Chunk) -> bool:
-        """Whether an earlier process had fetched it."""
         if _is_hole(self._file.fd, chunk.offset, chunk.size_bytes):
             return False
         data = os.pread(self._file.fd, chunk.size_bytes, chunk.offset)

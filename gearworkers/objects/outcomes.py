@@ -20,6 +20,8 @@ class Outcomes:
 
     objects: int = 0
     received_bytes: int = 0
+    reused_bytes: int = 0
+    """Of chunks that another large object of this host had."""
     failed: int = 0
     corrupt: int = 0
     """Objects, chunks and layouts that were not what they should be, from any source."""

@@ -18,6 +18,7 @@ from gearworkers.objects.sources import Chunk, checked_layout
 
 _RECORD = struct.Struct(f"<QQ{DIGEST_BYTES}s")
 _LAYOUT_SUFFIX = ".layout"
+_CHUNK_INDEX = "chunks.sqlite"
 _READ_WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
@@ -26,6 +27,8 @@ class Staging:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.chunk_index = path / _CHUNK_INDEX
+        """Where chunks lie (`objects.chunkindex`)."""
         self.fd = -1
         """The directory, open once it is prepared."""
 
@@ -38,7 +41,8 @@ class Staging:
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in self._path.iterdir():
-                if path.suffix != _LAYOUT_SUFFIX and not path.with_name(path.name + _LAYOUT_SUFFIX).exists():
+                is_large = path.suffix == _LAYOUT_SUFFIX or path.with_name(path.name + _LAYOUT_SUFFIX).exists()
+                if not is_large and not path.name.startswith(_CHUNK_INDEX):
                     path.unlink()
             self.fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as exc:
@@ -75,6 +79,19 @@ class Staging:
         except OSError as exc:
             raise from_os_error(exc, f"keep object {digest.hex()}") from exc
         return file
+
+    def open(self, digest: bytes) -> File | None:
+        """The object's file as far as it has arrived, to be read; None if it is not on its way.
+
+        Raises:
+            GearError: It cannot be opened.
+        """
+        try:
+            return File(os.open(self._file_path(digest), os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise from_os_error(exc, f"open object {digest.hex()} on its way") from exc
 
     def kept(self) -> list[bytes]:
         """The digests of the objects whose layout is here."""

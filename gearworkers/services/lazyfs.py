@@ -204,6 +204,7 @@ class LazyServer:
             serving=self._contents.serving,
             fetched_objects=counts.objects,
             received_bytes=counts.received_bytes,
+            reused_bytes=counts.reused_bytes,
             failed=counts.failed,
             corrupt=counts.corrupt,
             on_demand=self._pool.urgent_calls,

@@ -118,6 +118,7 @@ def metrics_page(status: LazyStatus) -> bytes:
         "lookups": ("Objects looked up.", status.lookups),
         "fetched_objects": ("Objects fetched.", status.fetched_objects),
         "received_bytes": ("Bytes received from sources.", status.received_bytes),
+        "reused_bytes": ("Bytes of chunks found in other large objects of this host.", status.reused_bytes),
         "failures": ("Fetches that failed.", status.failed),
         "corrupt": ("Objects, chunks and layouts that came wrong.", status.corrupt),
         "on_demand_requests": ("Requests that somebody waited for.", status.on_demand),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import random
 import threading
@@ -101,6 +102,12 @@ class Node:
         """As somebody who opens it and waits."""
         told: queue.Queue[GearError | None] = queue.Queue()
         self.fetcher.whole.fetch(digest, size_bytes, Urgency.ON_DEMAND, told.put)
+        return told.get(timeout=20)
+
+    def open_whole(self, digest: bytes, size_bytes: int) -> GearError | None:
+        """As somebody who wants all of it."""
+        told: queue.Queue[GearError | None] = queue.Queue()
+        self.fetcher.fetch(digest, size_bytes, Urgency.BACKGROUND, told.put)
         return told.get(timeout=20)
 
     def read(self, digest: bytes, size_bytes: int, offset: int, length: int) -> bytes | GearError:
@@ -231,6 +238,86 @@ def test_chunks_that_an_earlier_process_has_brought_do_not_come_again(node: Node
     later.pool.close()
 
 
+def versions(node: Node) -> tuple[bytes, bytes]:
+    """Two of a file of 20 chunks, the second with another chunk 7."""
+    old = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    changed = random.Random(10).randbytes(CHUNK_BYTES)
+    new = old[: 7 * CHUNK_BYTES] + changed + old[8 * CHUNK_BYTES :]
+    node.shelf.put(old)
+    node.shelf.put(new)
+    node.shelf.let()
+    return old, new
+
+
+def test_chunks_that_another_object_has_are_not_fetched(node: Node) -> None:
+    old, new = versions(node)
+    node.prefetcher.soon([Part(sha256(old), len(old), ((0, 9 * CHUNK_BYTES),))])  # so far on its way
+    wait_until(lambda: node.prefetcher.counts.contents == 9)
+    node.shelf.streams.clear()
+    node.prefetcher.soon([Part(sha256(new), len(new), ((0, 10 * CHUNK_BYTES),))])
+    wait_until(lambda: node.prefetcher.counts.contents == 11)
+    chunks = [sha256(new[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in (7, 9)]
+    assert node.shelf.streams == [[sha256(new)], chunks]
+    assert node.read(sha256(new), len(new), 0, len(new)) == new
+    rest = [sha256(new[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in range(10, 20)]
+    assert sorted(node.shelf.alone) == sorted(rest)
+    assert node.fetcher.outcomes.reused_bytes == 8 * CHUNK_BYTES
+
+
+def test_chunks_are_found_in_an_object_that_is_whole_also_by_the_next_process(node: Node, tmp_path: Path) -> None:
+    old, new = versions(node)
+    assert node.open_whole(sha256(old), len(old)) is None
+    node.shelf.alone.clear()
+    later = Node(tmp_path, node.shelf)
+    assert later.open_whole(sha256(new), len(new)) is None
+    assert node.shelf.alone == [sha256(new), sha256(new[7 * CHUNK_BYTES : 8 * CHUNK_BYTES])]
+    later.pool.close()
+
+
+def test_a_chunk_that_is_rotten_here_is_fetched(node: Node) -> None:
+    old, new = versions(node)
+    assert node.open_whole(sha256(old), len(old)) is None
+    path = Path(os.fsdecode(node.store.path(sha256(old))))
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(3 * CHUNK_BYTES)
+        file.write(b"rotten")
+    node.shelf.alone.clear()
+    assert node.open_whole(sha256(new), len(new)) is None
+    asked = [sha256(new[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in (3, 7)]
+    assert node.shelf.alone[0] == sha256(new) and sorted(node.shelf.alone[1:]) == sorted(asked)
+
+
+@pytest.mark.parametrize("damage", [b"no database", None])
+def test_without_the_index_of_chunks_they_are_fetched(node: Node, tmp_path: Path, damage: bytes | None) -> None:
+    old, new = versions(node)
+    assert node.open_whole(sha256(old), len(old)) is None
+    node.fetcher.chunked.close()
+    index = tmp_path / "fetching" / "chunks.sqlite"
+    if damage is None:
+        index.unlink()
+        index.mkdir()
+    else:
+        index.write_bytes(damage * 1000)
+    later = Node(tmp_path, node.shelf)
+    node.shelf.alone.clear()
+    assert later.open_whole(sha256(new), len(new)) is None
+    assert len(node.shelf.alone) == 21
+    later.pool.close()
+
+
+def test_an_object_that_is_gone_is_forgotten_by_the_index_of_chunks(node: Node) -> None:
+    old, new = versions(node)
+    assert node.open_whole(sha256(old), len(old)) is None
+    node.store.remove(sha256(old))
+    node.fetcher.chunked.forget_unwanted(lambda _: True)
+    index = node.fetcher.chunked._index
+    assert index._do(lambda db: db.execute("SELECT count(*) FROM chunks").fetchone()) == (0,)
+    node.shelf.alone.clear()
+    assert node.open_whole(sha256(new), len(new)) is None
+    assert len(node.shelf.alone) == 21
+
+
 def test_a_large_object_that_nobody_reads_does_not_come_whole(node: Node) -> None:
     content = random.Random(9).randbytes(20 * CHUNK_BYTES)
     digest = node.shelf.put(content)
@@ -251,7 +338,7 @@ def test_what_was_brought_of_a_large_object_is_let_go_of_when_its_image_is_remov
     node.read(read, 20 * CHUNK_BYTES, 0, 5)
     node.fetcher.chunked.forget_unwanted(lambda digest: digest == wanted)
     assert [node.fetcher.chunked.get(digest) is None for digest in digests] == [False, False, True]
-    assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {wanted.hex(), read.hex()}
+    assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {wanted.hex(), read.hex(), "chunks"}
     assert node.read(unwanted, 20 * CHUNK_BYTES, 0, 5) == contents[2][:5]
 
 

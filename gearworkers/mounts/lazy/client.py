@@ -27,6 +27,8 @@ class LazyStatus(msgspec.Struct, frozen=True):
     serving: int
     fetched_objects: int
     received_bytes: int
+    reused_bytes: int
+    """Of chunks that another large object of this host had."""
     failed: int
     corrupt: int
     on_demand: int
