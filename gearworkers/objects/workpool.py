@@ -14,7 +14,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Urgency(IntEnum):
-    """What goes before what; only ON_DEMAND may take every thread."""
+    """What goes before what; ON_DEMAND has threads of its own."""
 
     ON_DEMAND = 0
     READ_AHEAD = 1
@@ -22,7 +22,7 @@ class Urgency(IntEnum):
 
 
 class WorkPool:
-    """A bounded number of threads; urgent work starts first, and a share of the threads is kept for it.
+    """A bounded number of threads: a share of them for what is on demand, the others for what is not, in its order.
 
     A call given twice runs twice: who raises the urgency of a call gives it again, and makes it run once.
     """
@@ -30,7 +30,7 @@ class WorkPool:
     def __init__(self, threads: int, *, for_background: int) -> None:
         """
         Args:
-            threads: How many calls run at once.
+            threads: How many calls run at once; two at least, one of either kind.
             for_background: How many of them may be less than ON_DEMAND.
         """
         self._urgent: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -39,8 +39,8 @@ class WorkPool:
         self._threads = [
             threading.Thread(target=self._work, args=(take,), name=name, daemon=True)
             for count, take, name in (
-                (threads - for_background, self._urgent.get, "fetch-on-demand"),
-                (for_background, lambda: self._other.get()[2], "fetch-behind"),
+                (max(threads - for_background, 1), self._urgent.get, "fetch-on-demand"),
+                (max(for_background, 1), lambda: self._other.get()[2], "fetch-behind"),
             )
             for _ in range(count)
         ]

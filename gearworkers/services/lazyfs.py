@@ -65,7 +65,7 @@ class LazyServer:
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
         self._wanted = WantedObjects(settings.gear_images_path)
-        self._pool = WorkPool(settings.fetch_threads, for_background=max(settings.fetch_threads // 2, 1))
+        self._pool = WorkPool(settings.fetch_threads, for_background=settings.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
         self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)

@@ -134,6 +134,16 @@ def test_what_is_on_demand_goes_before_the_prefetch_that_holds_it(fetcher: Fetch
     assert results.wait() == [None]
 
 
+@pytest.mark.parametrize("for_background", [0, 1])
+def test_one_thread_still_does_what_is_on_demand_and_what_is_not(for_background: int) -> None:
+    pool = WorkPool(1, for_background=for_background)
+    done = {urgency: threading.Event() for urgency in Urgency}
+    for urgency, event in done.items():
+        pool.submit(event.set, urgency)
+    assert all(event.wait(20) for event in done.values())
+    pool.close()
+
+
 def test_a_layout_that_leaves_a_gap_or_ends_early_is_refused() -> None:
     chunk = Chunk(0, 10, bytes(32))
     assert checked_layout([chunk], 10) == [chunk]
