@@ -70,12 +70,13 @@ class Fetcher:
         return len(self.whole) + len(self.chunked)
 
     def fetch(self, digest: bytes, size_bytes: int, urgency: Urgency, done: Done) -> None:
-        """Have the object in the store; *done* is told, now or later.
-
-        Raises:
-            IntegrityError: Another content stands at its name.
-        """
-        if self._store.has(digest):
+        """Have the object in the store; *done* is told, now or later: IntegrityError if another stands at its name."""
+        try:
+            is_here = self._store.has(digest)
+        except GearError as exc:
+            done(exc)
+            return
+        if is_here:
             done(None)
         elif size_bytes < self._large_bytes:
             self.whole.fetch(digest, size_bytes, urgency, done)

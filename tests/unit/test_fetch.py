@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, IntegrityError, NotFound, Unavailable
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.prefetch import Prefetcher
@@ -142,6 +144,16 @@ def test_one_thread_still_does_what_is_on_demand_and_what_is_not(for_background:
         pool.submit(event.set, urgency)
     assert all(event.wait(20) for event in done.values())
     pool.close()
+
+
+def test_who_waits_for_an_object_at_whose_name_another_stands_is_told(fetcher: Fetcher, pool: WorkPool) -> None:
+    digest, other = list(CONTENTS)[:2]
+    path = fetcher._store.path(digest)
+    with open(path, "wb") as file:
+        os.setxattr(file.fileno(), DIGEST_XATTR, other)
+    results = Results(1)
+    fetcher.fetch(digest, 1 << 20, Urgency.ON_DEMAND, results.done)
+    assert [type(error) for error in results.wait()] == [IntegrityError]
 
 
 def test_a_layout_that_leaves_a_gap_or_ends_early_is_refused() -> None:
