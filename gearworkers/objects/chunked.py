@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from gearworkers.errors import GearError, IntegrityError, NotFound
+from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
 from gearworkers.objects.ahead import Patience
 from gearworkers.objects.asking import Asking
 from gearworkers.objects.chunkindex import ChunkIndex
@@ -223,20 +223,15 @@ class ChunkedObjects:
             return self._staging.open(digest)
 
     def _whole(self, digest: bytes, file: File) -> None:
-        """All chunks are here: verify, publish."""
+        """All chunks are here; whatever comes of it, all who wait are told."""
         error: GearError | None = None
         try:
-            verify_file(file.fd, digest)
-            self._store.adopt(file.fd, self._staging.fd, self._staging.name(digest), digest)
+            self._publish(digest, file)
             self._outcomes.objects += 1
-        except IntegrityError as exc:
-            self._outcomes.note_corrupt(exc)
-            self._lied_about.add(digest)
-            error = exc
         except GearError as exc:
             error = exc
-        if error is None or isinstance(error, IntegrityError):
-            self._staging.remove(digest)
+        except OSError as exc:
+            error = from_os_error(exc, f"verify object {digest.hex()}")
         with self._lock:
             large = self._large.pop(digest, None)
             waiters = self._whole_waiters.pop(digest, [])
@@ -245,3 +240,15 @@ class ChunkedObjects:
         self._outcomes.note(digest, error)
         for done in waiters:
             done(error)
+
+    def _publish(self, digest: bytes, file: File) -> None:
+        """Make the file an object, if it is what it should be."""
+        try:
+            verify_file(file.fd, digest)
+            self._store.adopt(file.fd, self._staging.fd, self._staging.name(digest), digest)
+        except IntegrityError as exc:
+            self._outcomes.note_corrupt(exc)
+            self._lied_about.add(digest)
+            self._staging.remove(digest)
+            raise
+        self._staging.remove(digest)

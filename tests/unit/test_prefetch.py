@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import queue
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import GearError, NotFound, ResourceExhausted, Unavailable
-from gearworkers.objects import ahead
+from gearworkers.objects import ahead, chunked
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.prefetch import Part, Prefetcher
@@ -352,6 +353,21 @@ def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
     assert node.shelf.alone == [sha256(content[7 * CHUNK_BYTES : 8 * CHUNK_BYTES])]
     node.shelf.let()
     node.wait_for([digest])
+
+
+def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    with monkeypatch.context() as broken:
+        broken.setattr(chunked, "verify_file", unreadable)
+        assert isinstance(node.open_whole(digest, len(content)), Unavailable)
+    assert node.open_whole(digest, len(content)) is None
+    assert node.store.has(digest)
 
 
 def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node: Node) -> None:
