@@ -72,25 +72,23 @@ class Asking:
 
         return self.first(verified, chunk.digest, asked_s)
 
-    def layout(self, digest: bytes, size_bytes: int) -> Sequence[Chunk] | None:
+    def layout(self, digest: bytes, size_bytes: int, asked_s: float) -> Sequence[Chunk] | None:
         """From the first source that has one that can be right; None if no source keeps the object in chunks.
 
         Raises:
-            GearError: None gave one, and one did not answer.
+            GearError: None gave one, and the last one did not answer.
         """
-        unanswered: GearError | None = None
-        for source in self._sources:
-            try:
-                layout = source.layout(digest)
-                if layout is not None:
-                    return checked_layout(layout, size_bytes)
-            except IntegrityError as exc:
-                self._outcomes.note_corrupt(exc)
-            except GearError as exc:
-                unanswered = exc
-        if unanswered is not None:
-            raise unanswered
-        return None
+
+        def checked(source: Source) -> Sequence[Chunk]:
+            layout = source.layout(digest)
+            if layout is None:
+                raise NotFound(f"object {digest.hex()}: not kept in chunks")
+            return checked_layout(layout, size_bytes)
+
+        try:
+            return self.first(checked, digest, asked_s)
+        except (NotFound, IntegrityError):
+            return None
 
     def _give_up_if_away(self, asked_s: float) -> None:
         """Fail at once if a source was found unavailable after this was asked for: one wait is enough for all.

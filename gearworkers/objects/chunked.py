@@ -98,7 +98,8 @@ class ChunkedObjects:
                 waiters = self._opening.setdefault(digest, [])
                 waiters.append(done)
                 if len(waiters) == 1 or urgency is Urgency.ON_DEMAND:
-                    self._pool.submit(lambda: self._open(digest, size_bytes), urgency)
+                    asked_s = time.monotonic()
+                    self._pool.submit(lambda: self._open(digest, size_bytes, asked_s), urgency)
         if large is not None:
             large.last_read_s = time.monotonic()
             done(large)
@@ -109,7 +110,7 @@ class ChunkedObjects:
             if digest in self._large or digest in self._opening:
                 return
         try:
-            opened = self._opened(digest, size_bytes, checked_layout(layout, size_bytes))
+            opened = self._opened(digest, size_bytes, lambda: checked_layout(layout, size_bytes))
         except IntegrityError as exc:
             self._outcomes.note_corrupt(exc)
         except GearError as exc:
@@ -157,14 +158,14 @@ class ChunkedObjects:
 
     # -- opening
 
-    def _open(self, digest: bytes, size_bytes: int) -> None:
+    def _open(self, digest: bytes, size_bytes: int, asked_s: float) -> None:
         with self._lock:
             if digest not in self._opening or digest in self._opening_now:
                 return  # another thread was first
             self._opening_now.add(digest)
         result: Opened
         try:
-            result = self._opened(digest, size_bytes)
+            result = self._opened(digest, size_bytes, lambda: self._asking.layout(digest, size_bytes, asked_s))
         except GearError as exc:
             self._outcomes.note(digest, exc)
             result = exc
@@ -184,18 +185,19 @@ class ChunkedObjects:
             done(result)
 
     def _opened(
-        self, digest: bytes, size_bytes: int, layout: Sequence[Chunk] | None = None
+        self, digest: bytes, size_bytes: int, get_layout: Callable[[], Sequence[Chunk] | None]
     ) -> LargeObject | File | None:
         """
         Args:
-            layout: As it has come already.
+            digest: SHA-256 of the whole.
+            size_bytes: Its size.
+            get_layout: Gives a checked one, or None if it does not come in chunks; asked if none was kept here.
         """
         if self._store.has(digest):
             return File(self._store.open(digest))
         if digest in self._lied_about:
             return None
-        kept = self._staging.layout(digest, size_bytes)
-        layout = kept or layout or self._asking.layout(digest, size_bytes)
+        layout = self._staging.layout(digest, size_bytes) or get_layout()
         if layout is None:
             return None
         file = self._staging.keep(digest, size_bytes, layout)

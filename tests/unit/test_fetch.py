@@ -46,7 +46,10 @@ class Gate:
             yield digest, CONTENTS[digest]
 
     def layout(self, digest: bytes) -> None:
-        return None
+        self.asked.append(digest)
+        self.opened.wait(20)
+        if self.away:
+            raise Unavailable("away")
 
     def chunk(self, digest: bytes) -> bytes:
         raise NotFound("none")
@@ -100,10 +103,14 @@ def ask(fetcher: Fetcher, digests: Sequence[bytes], results: Results) -> None:
         fetcher.fetch(digest, len(CONTENTS[digest]), Urgency.ON_DEMAND, results.done)
 
 
-def test_a_queue_of_readers_waits_once_for_a_source_that_is_away(fetcher: Fetcher, gate: Gate) -> None:
+@pytest.mark.parametrize("size_bytes", [None, 1 << 20])
+def test_a_queue_of_readers_waits_once_for_a_source_that_is_away(
+    fetcher: Fetcher, gate: Gate, size_bytes: int | None
+) -> None:
     results = Results(len(CONTENTS))
     gate.away = True
-    ask(fetcher, list(CONTENTS), results)
+    for digest, content in CONTENTS.items():
+        fetcher.fetch(digest, size_bytes or len(content), Urgency.ON_DEMAND, results.done)
     gate.opened.set()
     assert all(isinstance(error, Unavailable) for error in results.wait())
     assert len(gate.asked) <= 4
