@@ -274,9 +274,9 @@ class LargeObject:
             if self._states[order] == _State.HERE:
                 return
             self._states[order] = _State.MISSING
-            failed = self._waiting.pop(order, [])
+            failed = [read for read in self._waiting.pop(order, ()) if read.missing > 0]
             for read in failed:
-                read.missing = -1  # it waits for no other chunk
+                read.missing = -1  # it waits for no other chunk, and is told nothing more
         for read in failed:
             read.done(error)
 

@@ -370,6 +370,20 @@ def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
     assert node.store.has(digest)
 
 
+def test_a_read_of_chunks_that_cannot_be_had_is_told_once(node: Node) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    for at in range(0, len(content), CHUNK_BYTES):
+        del node.shelf.contents[sha256(content[at : at + CHUNK_BYTES])]
+    told: list[bytes | GearError] = []
+    assert isinstance(node.read(digest, len(content), 0, 1), NotFound)
+    large = node.fetcher.chunked.get(digest)
+    assert large is not None
+    large.read(0, len(content), told.append)
+    wait_until(lambda: told and not any(large._states))
+    assert [type(one) for one in told] == [NotFound]
+
+
 def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node: Node) -> None:
     digests = small(node, 5)
     node.shelf.contents[digests[1]] = b"wrong"
