@@ -6,6 +6,7 @@ beside it its layout; a crash leaves both, for the next process to go on with.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ class Staging:
         self._path = path
         self.chunk_index = path / _CHUNK_INDEX
         """Where chunks lie (`objects.chunkindex`)."""
+        self._serial = itertools.count(1)
         self.fd = -1
         """The directory, open once it is prepared."""
 
@@ -69,7 +71,7 @@ class Staging:
             GearError: There is no room, or what else is wrong.
         """
         try:
-            temporary = self._path / f"{digest.hex()}.new"
+            temporary = self._path / f"{digest.hex()}.{next(self._serial)}.new"
             temporary.write_bytes(
                 b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
             )

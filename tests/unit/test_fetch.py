@@ -15,6 +15,7 @@ from gearworkers.errors import GearError, IntegrityError, NotFound, Unavailable
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.prefetch import Prefetcher
 from gearworkers.objects.sources import Chunk, checked_layout
+from gearworkers.objects.staging import Staging
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency, WorkPool
 
@@ -174,3 +175,18 @@ def test_a_layout_that_leaves_a_gap_or_ends_early_is_refused() -> None:
     ):
         with pytest.raises(IntegrityError):
             checked_layout(layout, size_bytes)
+
+
+def test_a_layout_may_be_kept_twice_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging, layout, rename = Staging(tmp_path), [Chunk(0, 10, bytes(32))], Path.rename
+    staging.prepare()
+
+    def late(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        staging.keep(bytes(32), 10, layout)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    staging.keep(bytes(32), 10, layout)
+    assert staging.layout(bytes(32), 10) == layout
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".layout"}
