@@ -24,6 +24,9 @@ from gearworkers.objects.workpool import Urgency, WorkPool
 
 _log = structlog.get_logger(__name__)
 
+_AGAIN_S = 10.0
+"""After a failure: the remote may be away, the disk full, or a chunk wrong for good."""
+
 Opened = LargeObject | File | GearError | None
 OpenDone = Callable[[Opened], None]
 """Called once: with the object, arriving or here; with None if it does not come in chunks; or with what went wrong."""
@@ -132,10 +135,14 @@ class ChunkedObjects:
             done(None)
 
     def fill_idle(self, idle_s: float) -> None:
-        """Have the rest fetched of those that nobody has read for so long."""
-        before_s = time.monotonic() - idle_s
+        """Have the rest fetched of those that nobody has read for so long, later if a chunk was not to be had."""
+        now_s = time.monotonic()
         with self._lock:
-            idle = [large for large in self._large.values() if large.last_read_s <= before_s]
+            idle = [
+                large
+                for large in self._large.values()
+                if large.last_read_s <= now_s - idle_s and large.failed_s <= now_s - _AGAIN_S
+            ]
         for large in idle:
             large.fill()
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
-from gearworkers.errors import GearError, from_os_error
+from gearworkers.errors import GearError, ResourceExhausted, from_os_error
 from gearworkers.objects.ahead import Patience
 from gearworkers.objects.openfile import File, ReadDone
 from gearworkers.objects.sources import Chunk
@@ -87,6 +87,9 @@ class LargeObject:
         self._ahead_bytes = 0
         self.last_read_s = math.inf
         """When it was opened or read last; infinite before the first time."""
+        self.failed_s = -math.inf
+        """When a chunk could not be had last."""
+        self._full_s = -math.inf
         self.broken: GearError | None = None
 
     def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
@@ -220,6 +223,9 @@ class LargeObject:
         with self._lock:
             if self._states[order] != _State.QUEUED:
                 return
+            if self._full_s > asked_s and order not in self._waiting:
+                self._states[order] = _State.MISSING  # there was no room for others; nobody reads this one
+                return
             self._states[order] = _State.COMING
         chunk = self._layout[order]
         try:
@@ -274,6 +280,9 @@ class LargeObject:
             if self._states[order] == _State.HERE:
                 return
             self._states[order] = _State.MISSING
+            self.failed_s = time.monotonic()
+            if isinstance(error, ResourceExhausted):
+                self._full_s = self.failed_s
             failed = [read for read in self._waiting.pop(order, ()) if read.missing > 0]
             for read in failed:
                 read.missing = -1  # it waits for no other chunk, and is told nothing more

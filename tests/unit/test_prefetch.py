@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import GearError, NotFound, ResourceExhausted, Unavailable
-from gearworkers.objects import ahead, chunked
+from gearworkers.objects import ahead, chunked, large
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.prefetch import Part, Prefetcher
@@ -382,6 +382,31 @@ def test_a_read_of_chunks_that_cannot_be_had_is_told_once(node: Node) -> None:
     large.read(0, len(content), told.append)
     wait_until(lambda: told and not any(large._states))
     assert [type(one) for one in told] == [NotFound]
+
+
+def test_a_full_disk_has_the_rest_of_a_large_object_asked_for_neither_wholly_nor_at_once_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    content = random.Random(9).randbytes(60 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    assert node.read(digest, len(content), 0, 1) == content[:1]
+    found = node.fetcher.chunked.get(digest)
+    assert found is not None
+    node.shelf.alone.clear()
+    with monkeypatch.context() as small:
+        small.setattr(large, "_write_all", full)
+        for _ in range(3):
+            node.fetcher.chunked.fill_idle(0.0)
+            wait_until(lambda: set(found._states) == {0, 3})
+        assert 1 <= len(node.shelf.alone) <= 10
+        assert isinstance(node.read(digest, len(content), 50 * CHUNK_BYTES, 1), ResourceExhausted)
+    assert node.read(digest, len(content), 50 * CHUNK_BYTES, 1) == content[50 * CHUNK_BYTES :][:1]
+    monkeypatch.setattr(chunked, "_AGAIN_S", 0.0)
+    node.fetcher.chunked.fill_idle(0.0)
+    node.wait_for([digest])
 
 
 def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node: Node) -> None:
