@@ -16,9 +16,12 @@ from gearworkers import doctor as checks
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, InvalidInput
 from gearworkers.images.manifest import Platform
-from gearworkers.log import configure_logging
+from gearworkers.layers.pins import Pins
+from gearworkers.layers.store import LayerStore
+from gearworkers.log import command_settings
 from gearworkers.mounts.lazy.client import order_prefetch, read_status
 from gearworkers.mounts.probe import Check
+from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
 _EXIT_FAULTS = 1
@@ -39,7 +42,7 @@ _out = Console(soft_wrap=True, highlight=False)
 @app.command()
 def doctor() -> None:
     """Check kernel, file system, Redis, workers and Docker: one line each; exit 1 if something needed is wrong."""
-    found = checks.diagnose(Settings.from_environ())
+    found = checks.diagnose(command_settings())
     for check in found:
         _print_check(check)
     if any(check.needed and not check.ok for check in found):
@@ -49,16 +52,16 @@ def doctor() -> None:
 @app.command()
 def status() -> None:
     """What the store holds, and how the gateway is."""
-    settings = Settings.from_environ()
+    settings = command_settings()
     told = checks.gateway_status(settings) or [*GearDriver(settings).status(), ("Gateway", "not running")]
-    for key, value in (*told, *_lazy_status(settings)):
+    for key, value in (*told, *_lazy_status(settings), *_pinned(settings)):
         _out.print(f"{key + ':':<20} {value}", markup=False)
 
 
 @app.command()
 def gc() -> None:
     """Remove the objects that no layer refers to, now."""
-    report = GearDriver(Settings.from_environ()).collect_garbage()
+    report = GearDriver(command_settings()).collect_garbage()
     _out.print(
         f"removed {report.removed_objects} objects, {report.removed_bytes} bytes; "
         f"kept {report.kept_objects} objects, {report.kept_bytes} bytes"
@@ -75,7 +78,7 @@ def fsck(
     ] = False,
 ) -> None:
     """Check that every object is what its name says and every layer is whole; exit 1 on faults."""
-    settings = Settings.from_environ()
+    settings = command_settings()
     incomplete: set[str] = set()
     faults = 0
     for fault in GearDriver(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
@@ -95,7 +98,7 @@ def fsck(
 @app.command()
 def push() -> None:
     """Push what waits in the spool to GEAR_REMOTE, now; exit 1 if an object cannot be pushed."""
-    report = GearDriver(Settings.from_environ()).push_pending()
+    report = GearDriver(command_settings()).push_pending()
     for digest, why in report.refused.items():
         _out.print(f"not pushed: object {digest.hex()}: {why}", markup=False)
     _out.print(f"pushed {report.pushed_objects} objects, {len(report.refused)} could not be pushed")
@@ -125,7 +128,7 @@ def convert(
     if all_platforms and platform:
         raise InvalidInput("--platform or --all-platforms, not both")
     wanted = None if all_platforms else Platform.parse(platform) if platform else Platform.here()
-    convert_image(Settings.from_environ(), source, target, wanted, again=again, processes=processes, local=local)
+    convert_image(command_settings(), source, target, wanted, again=again, processes=processes, local=local)
 
 
 @app.command()
@@ -133,7 +136,7 @@ def inspect(image: Annotated[str, typer.Argument(help="As Docker knows it; else 
     """Whether an image is a Gear image, and how much of it is here, pinned, missing."""
     from gearworkers import cli_inspect  # of use to no other command
 
-    _print_pairs(cli_inspect.inspect(Settings.from_environ(), image))
+    _print_pairs(cli_inspect.inspect(command_settings(), image))
 
 
 @app.command()
@@ -141,7 +144,7 @@ def pin(image: Annotated[str, typer.Argument(help="As Docker knows it.")]) -> No
     """Fetch all of a pulled image in the background, and keep it here whatever happens, until `gear unpin`."""
     from gearworkers import cli_inspect
 
-    _print_pairs(cli_inspect.pin(Settings.from_environ(), image))
+    _print_pairs(cli_inspect.pin(command_settings(), image))
 
 
 @app.command()
@@ -149,7 +152,7 @@ def unpin(image: Annotated[str, typer.Argument(help="As it was pinned, or its id
     """Keep an image's files only as long as its layers are here."""
     from gearworkers import cli_inspect
 
-    _print_pairs(cli_inspect.unpin(Settings.from_environ(), image))
+    _print_pairs(cli_inspect.unpin(command_settings(), image))
 
 
 @app.command()
@@ -157,8 +160,7 @@ def lazyfs() -> None:
     """Serve the files of images that have not arrived; runs until SIGTERM."""
     from gearworkers.services.lazyfs import serve, sources_of  # of use to no other command
 
-    settings = Settings.from_environ()
-    configure_logging(settings)
+    settings = command_settings()
     serve(settings, sources_of(settings))
 
 
@@ -167,9 +169,7 @@ def manager() -> None:
     """Keep objects for all nodes and serve them over HTTP (GEAR_MANAGER_LISTEN); runs until SIGTERM."""
     from gearworkers.services.manager.server import serve  # of use to no other command
 
-    settings = Settings.from_environ()
-    configure_logging(settings)
-    serve(settings)
+    serve(command_settings())
 
 
 def main() -> None:
@@ -196,6 +196,12 @@ def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:
     )
     for digest, why in found.failures.items():
         yield f"Failed {digest}", why
+
+
+def _pinned(settings: Settings) -> Iterator[tuple[str, str]]:
+    store = ObjectStore(settings.gear_public_cache_path)
+    for pin in Pins(settings, LayerStore(settings, store), store).all():
+        yield "Pinned", f"{pin.name} ({pin.image})"
 
 
 def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:

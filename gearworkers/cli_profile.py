@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from gearworkers.errors import InvalidInput, NotFound, from_os_error
+from gearworkers.dockerd import container_layer, local_image
+from gearworkers.errors import InvalidInput, NotFound, Unavailable, from_os_error
 from gearworkers.layers.startup import image_of, profile_name
 from gearworkers.layers.store import MERGED, LayerStore
+from gearworkers.log import command_settings
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.mounts.sys import watch_opens
 from gearworkers.objects import profile
@@ -22,18 +23,20 @@ from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
-_LAYER_HELP = "A layer's id, or the path that `docker inspect -f '{{.GraphDriver.Data.MergedDir}}' NAME` prints."
-Layer = Annotated[str, typer.Argument(help=_LAYER_HELP)]
+_OR_LAYER = "or the id of a layer of the driver, where no dockerd runs."
+Image = Annotated[str, typer.Argument(help=f"As Docker knows it; {_OR_LAYER}")]
+Container = Annotated[str, typer.Argument(help=f"One that runs, as Docker knows it; {_OR_LAYER}")]
 
 app = typer.Typer(help="What containers of an image open while they start.", no_args_is_help=True)
 _out = Console(soft_wrap=True, highlight=False)
 
 
 @app.command()
-def show(layer: Layer) -> None:
-    """List the profile of an image, or of a container's image, in the order of first access."""
-    settings = Settings.from_environ()
-    layers, id = _layer(settings, layer)
+def show(image: Image) -> None:
+    """List the profile of an image, in the order of first access."""
+    settings = command_settings()
+    layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
+    id = _image_layer(settings, image)
     remote = open_remote(settings)
     try:
         name = profile_name(layers, image_of(layers, id))
@@ -52,16 +55,18 @@ def show(layer: Layer) -> None:
 
 @app.command()
 def record(
-    layer: Layer, seconds: Annotated[float, typer.Option(help="So long; Ctrl-C ends it earlier.", min=1.0)] = 30.0
+    container: Container,
+    seconds: Annotated[float, typer.Option(help="So long; Ctrl-C ends it earlier.", min=1.0)] = 30.0,
 ) -> None:
     """Add to the profile what a running container opens from now on."""
     from gearworkers.services.recorder import record as recorded  # of use to no other command
 
-    settings = replace(Settings.from_environ(), profile_window_s=seconds)
-    layers, id = _layer(settings, layer)
+    settings = replace(command_settings(), profile_window_s=seconds)
+    layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
+    id = layers.get(_container_layer(settings, container)).id
     merged = settings.gear_containers_path / id / MERGED
     if not is_mounted(merged):
-        raise InvalidInput(f"layer {id}: no container that runs has it")
+        raise InvalidInput(f"{container}: it is no container that runs")
     stop_fd, end_fd = os.pipe()
     signal.signal(signal.SIGINT, lambda *_: _close_once(end_fd))
     try:
@@ -77,23 +82,31 @@ def _read(opened: profile.Opened) -> str:
     return str(sum(size_bytes for _, size_bytes in opened.ranges)) if opened.ranges else ""
 
 
-def _layer(settings: Settings, named: str) -> tuple[LayerStore, str]:
-    """The layer of that id or path.
+def _image_layer(settings: Settings, name: str) -> str:
+    """The id of the topmost layer of an image.
 
     Raises:
-        InvalidInput: The path is not below GEAR_ROOT.
-        NotFound: There is no such layer.
+        NotFound: dockerd has no such image.
+        FailedPrecondition: dockerd's images lie elsewhere.
     """
-    id = named
-    if "/" in named:
-        parents = (settings.gear_containers_path, settings.gear_images_path)
-        found = [Path(named).relative_to(parent).parts for parent in parents if Path(named).is_relative_to(parent)]
-        if not found or not found[0]:
-            raise InvalidInput(f"{named}: it is not the path of a layer below {settings.gear_root}")
-        id = found[0][0]
-    layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
-    layers.get(id)
-    return layers, id
+    try:
+        image = local_image(settings, name)
+    except Unavailable:
+        return name
+    if image is None:
+        raise NotFound(f"{name} is not here; pull it first")
+    return image.top_layer
+
+
+def _container_layer(settings: Settings, name: str) -> str:
+    """As `_image_layer`, of a container."""
+    try:
+        layer = container_layer(settings, name)
+    except Unavailable:
+        return name
+    if layer is None:
+        raise NotFound(f"{name}: dockerd has no such container")
+    return layer
 
 
 def _close_once(fd: int) -> None:

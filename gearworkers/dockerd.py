@@ -1,8 +1,8 @@
-"""What `gear` asks of a dockerd: which layers an image has here.
+"""What `gear` asks of a dockerd: which layers an image or a container has here.
 
 Which layer is which is dockerd's own business; its API tells it, since it passes on what the driver's GetMetadata says.
 
-Source: Docker Engine API v1.40, "Inspect an image".
+Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container".
 """
 
 from __future__ import annotations
@@ -49,17 +49,33 @@ def local_image(settings: Settings, name: str) -> LocalImage | None:
         Unavailable: No dockerd answers.
         FailedPrecondition: Its images lie elsewhere.
     """
-    status, body = _get(settings.docker_host, f"/images/{quote(name, safe='/:@')}/json")
+    found = _inspected(settings, "images", name)
+    if found is None:
+        return None
+    is_gear = found.config is not None and found.config.is_gear
+    return LocalImage(found.id, is_gear, _top_layer(settings, found, name))
+
+
+def container_layer(settings: Settings, name: str) -> str | None:
+    """The driver's id of the layer of the container that dockerd knows by *name* or id; None if it has none.
+
+    Raises:
+        Unavailable, FailedPrecondition: As `local_image`.
+    """
+    found = _inspected(settings, "containers", name)
+    return None if found is None else _top_layer(settings, found, name)
+
+
+def _inspected(settings: Settings, kind: str, name: str) -> _Inspected | None:
+    status, body = _get(settings.docker_host, f"/{kind}/{quote(name, safe='/:@')}/json")
     if status == http.HTTPStatus.NOT_FOUND:
         return None
     try:
         if status != http.HTTPStatus.OK:
             raise InvalidInput(f"dockerd: {name}: {msgspec.json.decode(body)['message']}")
-        found = msgspec.json.decode(body, type=_Inspected)
+        return msgspec.json.decode(body, type=_Inspected)
     except (msgspec.MsgspecError, KeyError, TypeError) as exc:
         raise Unavailable(f"{settings.docker_host} is no dockerd: {exc}") from exc
-    is_gear = found.config is not None and found.config.is_gear
-    return LocalImage(found.id, is_gear, _top_layer(settings, found, name))
 
 
 def _top_layer(settings: Settings, found: _Inspected, name: str) -> str:
@@ -70,7 +86,7 @@ def _top_layer(settings: Settings, found: _Inspected, name: str) -> str:
     layer = Path(upper).parent
     if layer.parent not in (settings.gear_images_path, settings.gear_containers_path):
         raise FailedPrecondition(
-            f"{name} is an image of storage driver {found.driver.name} at {upper}, not of {settings.gear_root}; "
+            f"{name} is of storage driver {found.driver.name} at {upper}, not of {settings.gear_root}; "
             "DOCKER_HOST says which dockerd is asked, GEAR_ROOT where the driver's layers are"
         )
     return layer.name

@@ -36,6 +36,17 @@ def configure_logging(settings: Settings) -> None:
     root.setLevel(settings.log_level.upper())
 
 
+def command_settings() -> Settings:
+    """The settings of a `gear` command, whose logs go to stderr from now on.
+
+    Raises:
+        InvalidInput: As `Settings.from_environ`.
+    """
+    settings = Settings.from_environ()
+    configure_logging(settings)
+    return settings
+
+
 def _renderers(log_format: str) -> list[structlog.typing.Processor]:
     if log_format == "json":
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from tests.support.registry import Registry
 from tests.support.stack import Stack
 
 PARTS = ("redis", "gateway", "import", "push", "lazyfs", "convert")
-GEAR = [sys.executable, "-c", "from gearworkers.cli import main; main()"]
 TREE = "find /usr /var /opt /root -printf '%P %y %m %U:%G %s %T@ %l\\n' | sort"
 CONTENTS = "find /var/lib /usr/bin /usr/share/perl5 -type f | sort | xargs sha256sum"
 
@@ -39,8 +36,7 @@ class Host:
 
     def gear(self, *arguments: str) -> dict[str, str]:
         """Run a `gear` command; its lines by their keys."""
-        environ = self.stack.environ() | {"DOCKER_HOST": f"unix://{self.dockerd.socket}"}
-        done = subprocess.run([*GEAR, *arguments], env=environ, capture_output=True, text=True, timeout=240)
+        done = self.stack.gear(*arguments)
         assert done.returncode == 0, done.stderr
         return {line[:16].strip(): line[16:].strip() for line in done.stdout.splitlines()}
 
@@ -76,6 +72,7 @@ def empty_host(original: Dockerd, registry: Registry, disk: Path) -> Iterator[Ho
     stack = Stack(disk / "empty-host", name="gear3", settings={"GEAR_REMOTE": str(remote)})
     stack.start(*PARTS)
     host = Host(stack, Dockerd("d3", disk / "docker-empty", "gear3"), registry)
+    stack.set(DOCKER_HOST=f"unix://{host.dockerd.socket}")
     host.dockerd.start()
     host.gear("convert", f"{registry.host}/debian:v1", host.image)
     yield host
@@ -112,6 +109,7 @@ def test_pinned_it_comes_whole_and_stays_whatever_is_removed(host: Host) -> None
     host.pull()
     assert host.gear("inspect", host.image)["Kept whole"].startswith("no")
     host.gear("pin", host.image)
+    assert host.gear("status")["Pinned:"].startswith(host.image)
     wait_until(lambda: host.count("Missing") == 0, "all of it is here", 120)
     told = host.gear("inspect", host.image)
     assert told["Pinned"] == told["Here"] == told["Distinct files"] and told["Kept whole"].startswith("yes")

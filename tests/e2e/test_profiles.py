@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,8 +49,24 @@ def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_
     assert status.on_demand <= first.on_demand * 0.05
     assert status.received_bytes <= first.received_bytes * 1.1
     assert "prefetched" in host.stack.gear("status").stdout
+    assert f"{len(found.objects)} objects" in host.stack.gear("profile", "show", host.image).stdout
     assert f"gear_lazy_prefetched_contents_total {status.prefetched}" in host.metrics()
     assert _profiles(host) == [found]
+
+
+def test_what_a_running_container_opens_is_added_by_hand(empty_host: LazyHost) -> None:
+    host = empty_host
+    host.pull()
+    container = host.start()
+    opener = threading.Timer(1.0, host.dockerd.docker, ("exec", container, "git", "--version"))
+    opener.start()
+    recorded = host.stack.gear("profile", "record", container, "--seconds", "5")
+    opener.join()
+    assert recorded.returncode == 0, recorded.stderr
+    assert int(recorded.stdout.removesuffix(" objects were opened\n")) > 1  # git and its libraries
+    assert host.stack.gear("profile", "record", "nobody").stderr == "gear: nobody: dockerd has no such container\n"
+    host.dockerd.docker("rm", "-f", container)
+    host.dockerd.docker("rmi", host.image)
 
 
 def test_a_start_goes_on_when_its_recorder_or_gateway_is_killed_and_leaves_nothing(recording_host: LazyHost) -> None:

@@ -148,6 +148,7 @@ def lazy_host(directory: Path, registry: Registry) -> Iterator[LazyHost]:
         }
         stack = Stack(directory / "stack", "lazy", settings)
         dockerd = Dockerd("l", directory / "docker", "lazy")
+        stack.set(DOCKER_HOST=f"unix://{dockerd.socket}")
         try:
             yield LazyHost(stack, dockerd, manager, link, image, tars, store, url, port)
         finally:

@@ -84,7 +84,7 @@ class Stack:
         return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=120)
 
     def set(self, **settings: str) -> None:
-        """Change GEAR_… variables for what is started from now on."""
+        """Change variables for what is started or run from now on."""
         self.settings |= settings
         for daemon in (*self.daemons.values(), self.honcho):
             daemon.environ = self.environ()

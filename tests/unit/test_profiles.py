@@ -212,15 +212,16 @@ def test_profiles_are_shown_and_added_to_by_hand(start_node: StartNode, remote: 
     root = node.run("c1")
     none = gear(node, "profile", "show", "image")
     assert none.returncode == 2 and "was recorded yet" in none.stderr
-    with subprocess.Popen([GEAR, "profile", "record", str(root), "--seconds", "60"], env=environ(node)) as recorder:
+    with subprocess.Popen([GEAR, "profile", "record", "c1", "--seconds", "60"], env=environ(node)) as recorder:
         until(lambda: watches(recorder), "it watches")
         assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
         recorder.send_signal(signal.SIGINT)
         assert recorder.wait(60) == 0
     shown = gear(node, "profile", "show", "c1").stdout
     assert digest(SMALL[0]) in shown and "1 objects" in shown
-    assert gear(node, "profile", "record", "image").returncode == 2
-    assert "not the path of a layer" in gear(node, "profile", "show", "/etc/passwd").stderr
+    assert "no container that runs" in gear(node, "profile", "record", "image").stderr
+    none = gear(node, "profile", "show", "/etc/passwd")
+    assert none.returncode == 2 and "/etc/passwd" in none.stderr
 
 
 def watches(process: subprocess.Popen[bytes]) -> bool:

@@ -69,6 +69,19 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
     assert remote_check(settings).ok
 
 
+def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Settings) -> None:
+    directory = Path(settings.remote)
+    directory.mkdir()
+    with opened(settings) as remote:
+        for name in ("objects", "documents", "staging"):
+            remote.put_many([(DIGEST, CONTENT)])
+            remote.put_document("a/name", b"1")
+            shutil.rmtree(directory / name)
+            remote.put_many([(hashlib.sha256(b"another").digest(), b"another")])
+            remote.put_document("a/name", b"2")
+            assert remote.document("a/name") == b"2"
+
+
 def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there(settings: Settings) -> None:
     path, away = Path(settings.remote), Path(settings.remote + "-away")
     path.mkdir()

@@ -117,7 +117,6 @@ class Directory:
         try:
             yield
         except FileNotFoundError as exc:
-            self._made.clear()
             self._root.check()
             raise NotFound(f"{tried} {self.where}: it is not there") from exc
         except NotADirectoryError as exc:
@@ -128,6 +127,13 @@ class Directory:
 
     def _place(self, items: Sequence[tuple[str, bytes]], name: _Name) -> None:
         """Give bytes their names, by rename or, if the name must be new, by link."""
+        try:
+            self._place_below_made(items, name)
+        except FileNotFoundError:  # somebody removed a directory that was made
+            self._made.clear()
+            self._place_below_made(items, name)
+
+    def _place_below_made(self, items: Sequence[tuple[str, bytes]], name: _Name) -> None:
         self._root.check()
         self._tidy()
         self._make(f"{self.where}/{_STAGING}")
