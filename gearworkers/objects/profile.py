@@ -39,7 +39,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
 class Opened(msgspec.Struct, frozen=True, array_like=True):
     """An object that was opened."""
 
-    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]*$", min_length=_HEX_CHARS, max_length=_HEX_CHARS)]
+    digest: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{_HEX_CHARS}}}\Z")]
     size_bytes: Number
     ranges: Annotated[tuple[tuple[Number, Number], ...], msgspec.Meta(max_length=MOST_RANGES)] = ()
     """Of a large object, (offset, size in bytes): what was read of it, as far as that is known."""

@@ -44,6 +44,7 @@ def test_a_profile_is_read_as_it_was_written() -> None:
         packed({"format": 2, "objects": []}),
         packed({"objects": [["../../etc/passwd", 1, []]]}),
         packed({"objects": [[A + "\n", 1, []]]}),
+        packed({"objects": [[A[:-1] + "\n", 1, []]]}),
         packed({"objects": [[A, -1, []]]}),
         packed({"objects": [[A, 1, [[-1, 5]]]]}),
         packed({"objects": [[A, 1 << 62, []]]}),
