@@ -114,7 +114,7 @@ class LazyContents:
         except ValueError as exc:
             raise InvalidInput(f"object {object[:80]!r}: a digest in hex is needed") from exc
 
-    def whole(self, node: int) -> int | None:
+    def whole(self, node: int) -> File | None:
         """Of an object that is in the store by now."""
         served = self._served.get(node)
         if not isinstance(served, File):
@@ -125,7 +125,7 @@ class LazyContents:
                 served = self._keep(node, digest, File(self._store.open(digest)))
             except GearError:
                 return None  # a read will tell
-        return served.fd
+        return served
 
     def forget(self, node: int) -> None:
         """Close the file; who looks it up again opens it again."""

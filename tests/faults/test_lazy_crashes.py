@@ -198,6 +198,17 @@ def test_a_whole_file_is_read_past_the_server_before_and_after_a_restart(node: L
             assert mapped[:] == LARGE
 
 
+def test_a_whole_file_is_read_through_the_server_where_no_note_of_it_can_be_kept(node: LazyNode) -> None:
+    root = node.run("c1")
+    (node.settings.run_dir / "lazyfs-passed").rmdir()
+    assert (root / "lib/large").read_bytes() == LARGE
+    until(lambda: node.status().fetched_objects == 1, "it is whole")
+    for _ in range(3):
+        time.sleep(0.1)  # a close reaches the server a little later
+        assert (root / "lib/large").read_bytes() == LARGE
+    assert node.status().serving == 1
+
+
 def is_passed(root: Path, passed: Path) -> bool:
     """Open once more: a close reaches the server a little later."""
     assert (root / "lib/large").read_bytes() == LARGE

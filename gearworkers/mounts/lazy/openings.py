@@ -19,6 +19,9 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
+
+import structlog
 
 from gearworkers.mounts.lazy import protocol
 
@@ -28,6 +31,14 @@ _MAP = struct.Struct("<iIQ")
 _ID = struct.Struct("<I")
 _SERVED = 1
 _PASSED = 2
+
+_log = structlog.get_logger(__name__)
+
+
+class OpenFile(Protocol):
+    """A file that stays open for as long as it is referred to."""
+
+    fd: int
 
 
 class Openings:
@@ -57,18 +68,18 @@ class Openings:
             if self._lookups[node] == 1 and node not in self._passed:
                 self._served[node] = 0
 
-    def open(self, node: int, is_whole: Callable[[], int | None]) -> bytes:
+    def open(self, node: int, get_whole: Callable[[], OpenFile | None]) -> bytes:
         """The answer to OPEN.
 
         Args:
             node: Of a large object.
-            is_whole: A descriptor of the whole object, which stays open meanwhile; None while it arrives.
+            get_whole: The file of the whole object; None while it arrives.
         """
         with self._lock:
             if node not in self._passed and self._served.get(node) == 0:
-                whole_fd = is_whole()
-                if whole_fd is not None:
-                    self._pass(node, whole_fd)
+                whole = get_whole()
+                if whole is not None:
+                    self._pass(node, whole)
             backing = self._passed.get(node)
             if backing is not None:
                 return protocol.open_body(protocol.PASSTHROUGH | protocol.NO_FLUSH, handle=_PASSED, backing=backing)
@@ -97,15 +108,20 @@ class Openings:
                 fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))
             return True
 
-    def _pass(self, node: int, whole_fd: int) -> None:
-        """Unless this kernel cannot."""
+    def _pass(self, node: int, whole: OpenFile) -> None:
+        """Unless this kernel cannot, or no successor could know of it."""
         try:
-            backing = fcntl.ioctl(self._fuse_fd, _BACKING_OPEN, bytearray(_MAP.pack(whole_fd, 0, 0)))
+            backing = fcntl.ioctl(self._fuse_fd, _BACKING_OPEN, bytearray(_MAP.pack(whole.fd, 0, 0)))
         except OSError:
             return
-        temporary = self._path(node).with_suffix(".new")
-        temporary.write_text(str(backing))
-        os.rename(temporary, self._path(node))
+        try:
+            temporary = self._path(node).with_suffix(".new")
+            temporary.write_text(str(backing))
+            os.rename(temporary, self._path(node))
+        except OSError as exc:
+            _log.warning("a large object is read through the server for want of a note of it", error=str(exc))
+            fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))
+            return
         del self._served[node]
         self._passed[node] = backing
 

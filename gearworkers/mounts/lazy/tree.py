@@ -22,7 +22,7 @@ from gearworkers.digest import ALPHABET, RESERVED, object_name
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.mounts.lazy import protocol
 from gearworkers.mounts.lazy.connection import Waiter
-from gearworkers.mounts.lazy.openings import Openings
+from gearworkers.mounts.lazy.openings import OpenFile, Openings
 from gearworkers.mounts.lazy.protocol import ROOT_NODE, Op, Request
 
 FETCH = "fetch"
@@ -72,8 +72,8 @@ class Contents(Protocol):
     def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
         """Verified bytes of a served object; *done* is called once, now or later."""
 
-    def whole(self, node: int) -> int | None:
-        """A descriptor, open until the node is forgotten, if all of the object is here."""
+    def whole(self, node: int) -> OpenFile | None:
+        """The object's file, if all of it is here."""
 
     def forget(self, node: int) -> None:
         """The kernel knows the node no longer."""
