@@ -11,7 +11,8 @@ import bisect
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import msgspec
 import structlog
 
 from gearworkers.digest import object_name
-from gearworkers.errors import GearError, IntegrityError, from_os_error
+from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.mounts import sys as kernel
@@ -69,7 +70,7 @@ class ObjectList:
 
 
 class WantedObjects:
-    """The incomplete layers of one root; all methods from any thread."""
+    """The incomplete layers of one root; all methods from any thread; GearError if they cannot be read."""
 
     def __init__(self, images: Path) -> None:
         self._images = images
@@ -92,9 +93,10 @@ class WantedObjects:
         """
         found = self._find(least, greatest, lambda _: True)
         if not found:
-            for path in self._images.iterdir():
-                complete = object_list(path / OBJECTS_FILE)
-                found = found or (complete.between(least, greatest) if complete is not None else [])
+            with _translated():
+                for path in self._images.iterdir():
+                    complete = object_list(path / OBJECTS_FILE)
+                    found = found or (complete.between(least, greatest) if complete is not None else [])
         return found
 
     def layers(self) -> list[str]:
@@ -158,18 +160,27 @@ class WantedObjects:
         one, therefore who finds nothing looks again anyway.
         """
         try:
-            seen_ns = self._images.stat().st_mtime_ns
-        except FileNotFoundError:
+            with _translated():
+                seen_ns = self._images.stat().st_mtime_ns
+        except NotFound:
             return False  # the gateway has not started yet
         if seen_ns == self._seen_ns and not even_if_unchanged:
             return False
-        with self._lock:
+        with self._lock, _translated():
             before = self._lists
             ids = [id for id in os.listdir(self._images) if _is_incomplete(self._images / id)]
             lists = {id: before.get(id) or object_list(self._images / id / OBJECTS_FILE) for id in ids}
             self._lists = {id: wanted for id, wanted in lists.items() if wanted is not None}
             self._seen_ns = seen_ns
             return self._lists.keys() != before.keys()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise from_os_error(exc, "read the lists of incomplete layers") from exc
 
 
 def _least_digest(name: bytes) -> bytes | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from gearworkers.digest import object_name
-from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound, from_os_error
+from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound
 from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, digests_from, node_of
 from gearworkers.objects.arrivals import Arrivals
@@ -86,8 +86,11 @@ class LazyContents:
             self._fetch(digest, size_bytes, done)
 
     def is_wanted(self, name: bytes) -> bool:
-        """Whether an incomplete layer has such an object."""
-        return self._wanted.named(name) is not None
+        """Whether an incomplete layer has such an object, as far as can be told."""
+        try:
+            return self._wanted.named(name) is not None
+        except GearError:
+            return True
 
     def size_bytes(self, node: int) -> int | GearError:
         """From the lists of the incomplete layers."""
@@ -243,10 +246,7 @@ class LazyContents:
             NotFound: No incomplete layer has it.
             IntegrityError: Two have the same.
         """
-        try:
-            found = self._wanted.between(*digests_from(node))
-        except OSError as exc:
-            raise from_os_error(exc, "read the lists of incomplete layers") from exc
+        found = self._wanted.between(*digests_from(node))
         if not found:
             raise NotFound(f"object {digests_from(node)[0].hex()}…: no incomplete layer has it")
         if len(found) > 1:
