@@ -106,8 +106,7 @@ class Connection:
 
     def _dispatch(self, request: Request) -> None:
         if request.op == Op.INTERRUPT:
-            self._interrupted.add(protocol.interrupted(request.body))
-            self.give_up_killed()
+            self._interrupt(request)
             return
         waiter = Waiter(self, request.unique, request.pid)
         if request.op in (Op.FORGET, Op.BATCH_FORGET):
@@ -124,10 +123,23 @@ class Connection:
             waiter.fail(errno.EIO)
             raise
 
+    def _interrupt(self, request: Request) -> None:
+        """Source: Linux Documentation/filesystems/fuse.rst, "Interrupting filesystem operations"."""
+        unique = protocol.interrupted(request.body)
+        if unique not in self._waiters:
+            # Another thread is about to handle it, or it was answered: the kernel knows, and asks again or not.
+            self._write(request.unique, b"", errno.EAGAIN)
+            return
+        self._interrupted.add(unique)
+        self.give_up_killed()
+
     def _answer(self, unique: int, body: bytes | memoryview, error: int) -> None:
         if self._waiters.pop(unique, None) is None:
             return
         self._interrupted.discard(unique)
+        self._write(unique, body, error)
+
+    def _write(self, unique: int, body: bytes | memoryview, error: int) -> None:
         try:
             os.writev(self.fuse_fd, (protocol.answer(unique, len(body), error), body))
         except OSError as exc:
