@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-import select
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -159,13 +158,13 @@ class LazyServer:
         turn = 0
         while not self._stop.wait(_UPKEEP_S):
             turn += 1
-            connection.give_up_killed()
-            keeper = self._revived(keeper, connection.fuse_fd)
-            try:
+            with _tried_again():
+                connection.give_up_killed()
+            with _tried_again():
+                keeper = self._revived(keeper, connection.fuse_fd)
+            with _tried_again():
                 self._upkeep(with_users=turn % _USERS_EVERY == 0)
                 self._forget_collected(connection)
-            except (GearError, OSError) as exc:
-                _log.error("upkeep of the lazy file system failed", error=str(exc))
 
     def _upkeep(self, *, with_users: bool) -> None:
         self._fetcher.chunked.fill_idle(self._settings.fill_delay_s)
@@ -185,13 +184,13 @@ class LazyServer:
 
     def _revived(self, keeper: Keeper, fuse_fd: int) -> Keeper:
         """The keeper, or a new one if it has died."""
-        if not select.select([keeper], [], [], 0)[0]:
+        if not keeper.is_dead():
             return keeper
         _log.warning("the keeper of the lazy file system died; another one is started")
+        successor = Keeper(self._settings.lazyfs_keeper_socket)
+        successor.keep(fuse_fd)
         keeper.close()
-        keeper = Keeper(self._settings.lazyfs_keeper_socket)
-        keeper.keep(fuse_fd)
-        return keeper
+        return successor
 
     # -- what others ask
 
@@ -256,6 +255,15 @@ def sources_of(settings: Settings) -> list[Source]:
     if settings.remote:
         return [open_remote(settings)]
     return [open_near(settings)] if has_near(settings) else []
+
+
+@contextmanager
+def _tried_again() -> Iterator[None]:
+    """What fails is told, and done again at the next turn: the server goes on."""
+    try:
+        yield
+    except (GearError, OSError) as exc:
+        _log.error("upkeep of the lazy file system failed", error=str(exc))
 
 
 @contextmanager

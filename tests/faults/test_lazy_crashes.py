@@ -159,6 +159,23 @@ def test_a_killed_keeper_is_replaced_and_the_file_system_survives_the_server_the
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
 
 
+def test_a_keeper_that_cannot_be_started_ends_no_server_and_is_tried_again(node: LazyNode) -> None:
+    root, socket = node.run("c1"), node.settings.lazyfs_keeper_socket
+    socket.unlink()
+    socket.mkdir()
+    (old,) = keepers(node)
+    os.kill(old, signal.SIGKILL)
+    time.sleep(1.5)  # some turns of the server
+    assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+    assert not socket.is_socket()
+    socket.rmdir()
+    until(socket.is_socket, "there is another keeper")
+    time.sleep(0.6)  # it holds the descriptor after the server's next turn
+    node.kill()
+    node.start()
+    assert (root / "etc/file2").read_bytes() == SMALL["etc/file2"]
+
+
 def test_server_and_keeper_dead_at_once_leave_nothing_that_hangs(node: LazyNode) -> None:
     node.run("c1")
     (keeper,) = keepers(node)
