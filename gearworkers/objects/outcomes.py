@@ -31,16 +31,15 @@ class Outcomes:
 
     def note(self, digest: bytes, error: GearError | None) -> None:
         """The object was wanted, and came or did not."""
-        if error is None:
-            self.failures.pop(digest, None)
-            return
-        self.failed += 1
-        _log.error("an object could not be fetched", object=digest.hex(), error=str(error))
         with self._lock:
             self.failures.pop(digest, None)
+            if error is None:
+                return
+            self.failed += 1
             if len(self.failures) >= _MOST_FAILURES:
                 del self.failures[next(iter(self.failures))]
             self.failures[digest] = str(error)
+        _log.error("an object could not be fetched", object=digest.hex(), error=str(error))
 
     def note_corrupt(self, error: GearError) -> None:
         """A source gave something else than what was asked for."""

@@ -64,9 +64,10 @@ class Misses:
 
     def missed(self, digest: bytes, size_bytes: int) -> None:
         """Somebody waits for this object, or reads it while it arrives."""
-        for objects in tuple(self._starts.values()):
-            if len(objects) < profile.MOST_OBJECTS:
-                objects.setdefault(digest, size_bytes)
+        with self._lock:
+            for objects in self._starts.values():
+                if len(objects) < profile.MOST_OBJECTS:
+                    objects.setdefault(digest, size_bytes)
 
     def _end(self, remote: Remote, image: str) -> None:
         with self._lock:
