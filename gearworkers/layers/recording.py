@@ -53,11 +53,10 @@ class Recordings:
             if self._is_closed or id in self._ends or len(self._ends) >= _MOST_AT_ONCE:
                 return
             try:
-                group_fd = watch_opens(recording.merged)
+                group_fd, stop_fd, end_fd = _watched(recording.merged)
             except OSError as exc:
                 _log.warning("a start cannot be recorded", container=id, error=f"{exc}")
                 return
-            stop_fd, end_fd = os.pipe()
             end = self._ends[id] = FileIO(end_fd, "w")
         threading.Thread(
             target=self._run, args=(id, recording, group_fd, stop_fd, end), name="recording", daemon=True
@@ -81,7 +80,10 @@ class Recordings:
         for end in ends:
             end.close()
         for process in processes:
-            process.wait(_END_S)
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()  # it waits for a lazy file server that hangs
 
     def _run(self, id: str, recording: Recording, group_fd: int, stop_fd: int, end: FileIO) -> None:
         try:
@@ -118,6 +120,21 @@ class Recordings:
         finally:
             with self._lock:
                 self._processes.discard(process)
+
+
+def _watched(merged: Path) -> tuple[int, int, int]:
+    """A group that watches what is mounted there, and both ends of a pipe.
+
+    Raises:
+        OSError: There is none; nothing is left open.
+    """
+    group_fd = watch_opens(merged)
+    try:
+        stop_fd, end_fd = os.pipe()
+    except OSError:
+        os.close(group_fd)
+        raise
+    return group_fd, stop_fd, end_fd
 
 
 def _is_used(group_fd: int, stop_fd: int, window_s: float) -> bool:

@@ -1,0 +1,37 @@
+"""Recordings that cannot begin or do not end, which no container and no gateway may be held up by."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gearworkers.layers import recording
+from gearworkers.layers.recording import Recording, Recordings
+from gearworkers.settings import Settings
+
+
+def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(recording, "watch_opens", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(os, "pipe", none_left)
+    before = os.listdir("/proc/self/fd")
+    Recordings().begin("c1", Recording(Settings(), "image", tmp_path))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_recorder_that_does_not_end_holds_up_no_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "_END_S", 0.2)
+    recordings = Recordings()
+    with subprocess.Popen(["sh", "-c", "trap '' TERM; echo; exec sleep 100"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        recordings._processes.add(process)
+        recordings.close()
+        assert process.wait(20) < 0
