@@ -32,6 +32,8 @@ from gearworkers.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
+_LATE_S = 5.0
+"""So long after the window is taken what waits in the kernel; a container may open more than is taken meanwhile."""
 _LONGEST_PUSH_S = 60
 _NICE = 10
 
@@ -86,13 +88,16 @@ def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float,
     is_over = False
     while not is_over:
         ready = poll.poll(max(end_s - time.monotonic(), 0.0) * 1000)
-        is_over = not ready or any(fd == stop_fd for fd, _ in ready) or len(objects) >= profile.MOST_OBJECTS
+        is_over = not ready or any(fd == stop_fd for fd, _ in ready)
         try:
             for fd, is_executed in opened_files(group_fd):
                 has_run = has_run or is_executed
                 found = known.object(fd)
                 if found is not None:
                     objects.setdefault(*found)
+                if len(objects) >= profile.MOST_OBJECTS or time.monotonic() > end_s + _LATE_S:
+                    is_over = True
+                    break
         except Overflow:
             _log.warning("more was opened than the kernel could tell; what comes later is left out")
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from gearworkers.layers import recording
 from gearworkers.layers.recording import Recording, Recordings
+from gearworkers.layers.startup import OpenedObjects
+from gearworkers.services import recorder
 from gearworkers.settings import Settings
 
 
@@ -35,3 +38,16 @@ def test_a_recorder_that_does_not_end_holds_up_no_gateway(monkeypatch: pytest.Mo
         recordings._processes.add(process)
         recordings.close()
         assert process.wait(20) < 0
+
+
+def test_a_container_that_never_stops_opening_files_is_recorded_until_its_window_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "_LATE_S", 0.1)
+    monkeypatch.setattr(recorder, "opened_files", lambda group_fd: itertools.repeat((group_fd, True)))
+    group_fd = os.open("/dev/zero", os.O_RDONLY)  # always ready
+    stop_fd, end_fd = os.pipe()
+    with OpenedObjects([], [], tmp_path) as known:
+        assert recorder._watched(known, group_fd, stop_fd, 0.2, must_run=True) == {}
+    for fd in (group_fd, stop_fd, end_fd):
+        os.close(fd)
