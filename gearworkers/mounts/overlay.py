@@ -168,21 +168,26 @@ def _layers_added(context_fd: int, spec: OverlaySpec) -> Iterator[None]:
 def _add_directory(context_fd: int, key: str, path: Path) -> None:
     layer_fd = os.open(path, _LAYER_FLAGS)
     try:
-        _add_fd(context_fd, key, layer_fd)
+        _add_fd(context_fd, key, layer_fd, os.fsencode(path))
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, os.fspath(path)) from None
     finally:
         os.close(layer_fd)
 
 
-def _add_fd(context_fd: int, key: str, layer_fd: int) -> None:
-    """By descriptor; before Linux 6.13 these options take only text, so then by the descriptor's name in /proc."""
+def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None:
+    """By descriptor; before Linux 6.13 these options take only text, so then by the descriptor's name in /proc.
+
+    mountinfo shows that text. So a data layer, for which it is looked through (`lazy.place`), is named by its *path*
+    if that is short enough.
+    """
     try:
         sys.fsconfig_fd(context_fd, key, layer_fd)
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.EBADF):
             raise
-        sys.fsconfig_string(context_fd, key, b"/proc/self/fd/%d" % layer_fd)
+        is_told = key == "datadir+" and 0 < len(path) <= sys.MOST_OPTION_BYTES
+        sys.fsconfig_string(context_fd, key, path if is_told else b"/proc/self/fd/%d" % layer_fd)
 
 
 def _add_empty_lower(context_fd: int) -> int:

@@ -22,6 +22,7 @@ AT_FDCWD = -100
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 MOUNT_ATTR_RDONLY = 1
+MOST_OPTION_BYTES = 255
 
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
@@ -80,7 +81,7 @@ def fsconfig_flag(context_fd: int, key: str) -> None:
 
 
 def fsconfig_string(context_fd: int, key: str, value: bytes) -> None:
-    """Set an option to a text of at most 255 bytes."""
+    """Set an option to a text of at most MOST_OPTION_BYTES."""
     _fsconfig(context_fd, f"{key}={os.fsdecode(value)}", _Fsconfig.SET_STRING, key, value, 0)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from gearworkers.errors import GearError, InvalidInput, NotFound
 from gearworkers.mounts import sys
+from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.overlay import OverlaySpec, clear_volatile, detached, is_mounted, mount, unmount
 from tests.support.overlays import make_index
 
@@ -57,6 +58,25 @@ def test_layers_are_named_through_proc_where_the_kernel_takes_no_descriptors(
     (root / "merged/new").write_text("new")
     assert (root / "merged/file2").read_text() == "content 2"
     assert (root / "upper/new").exists()
+
+
+@pytest.mark.parametrize("takes_descriptors", [True, False])
+def test_it_is_told_whether_an_overlay_has_a_data_layer_whatever_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes_descriptors: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "as before Linux 6.13")
+
+    if not takes_descriptors:
+        monkeypatch.setattr(sys, "fsconfig_fd", refuse)
+    odd = tmp_path / "a b,c:d\\e\tf"
+    for name in ("lower", "public", "public2", "merged"):
+        (odd / name).mkdir(parents=True)
+    mount(OverlaySpec((odd / "lower",), (odd / "public2",)), odd / "merged")
+    assert is_mount_point(odd / "merged") and not is_mount_point(odd)
+    assert [is_data_layer(odd / name) for name in ("public2", "public", "lower")] == [True, False, False]
+    unmount(odd / "merged")
+    assert not is_data_layer(odd / "public2")
 
 
 def test_writes_go_to_the_upper(root: Path) -> None:

@@ -6,6 +6,7 @@ Its server may be dead, and then a stat would wait for the next one.
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -18,9 +19,9 @@ _STEP_S = 0.02
 
 def is_mount_point(target: Path) -> bool:
     """Whether something is mounted at *target* in this process's mount namespace."""
-    escaped = os.fsencode(target).replace(b"\\", b"\\134").replace(b" ", b"\\040")
+    wanted = os.fsencode(target)
     with open(_MOUNTINFO, "rb") as mounts:
-        return any(line.split(b" ", 5)[_MOUNT_POINT_FIELD] == escaped for line in mounts)
+        return any(_unescaped(line.split(b" ", 5)[_MOUNT_POINT_FIELD]) == wanted for line in mounts)
 
 
 def wait_until_mounted(target: Path, timeout_s: float) -> None:
@@ -38,6 +39,12 @@ def wait_until_mounted(target: Path, timeout_s: float) -> None:
 
 def is_data_layer(path: Path) -> bool:
     """Whether an overlay of this process's mount namespace has *path* among its data layers."""
-    escaped = os.fsencode(path)
+    wanted = b"datadir+=" + os.fsencode(path)
     with open(_MOUNTINFO, "rb") as mounts:
-        return any(escaped in line.partition(b" - overlay ")[2] for line in mounts)
+        options = (option for line in mounts for option in line.rstrip().partition(b" - overlay ")[2].split(b","))
+        return any(_unescaped(option) == wanted for option in options)
+
+
+def _unescaped(text: bytes) -> bytes:
+    """As the kernel meant it: spaces, commas and what else would end a field are octal."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes((int(found[1], 8),)), text)
