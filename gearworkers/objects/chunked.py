@@ -217,6 +217,7 @@ class ChunkedObjects:
             find_chunk=lambda chunk: self._found(chunk, digest),
             fetch_chunk=self._asking.chunk,
             whole=lambda: self._whole(digest, file),
+            failed=lambda error: self._outcomes.note(digest, error),
         )
 
     def _found(self, chunk: Chunk, of: bytes) -> bytes | None:

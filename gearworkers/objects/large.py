@@ -58,6 +58,7 @@ class LargeObject:
         find_chunk: Callable[[Chunk], bytes | None],
         fetch_chunk: Callable[[Chunk, float], bytes],
         whole: Callable[[], None],
+        failed: Callable[[GearError], None],
     ) -> None:
         """
         Args:
@@ -69,6 +70,7 @@ class LargeObject:
             fetch_chunk: Given a chunk and the monotonic time at which it was asked for, its bytes, verified; or
                 GearError.
             whole: Called once, in a thread of the pool, when all chunks are here.
+            failed: Called with why somebody could not be given what he read.
         """
         self._file = file
         self._layout = layout
@@ -80,6 +82,7 @@ class LargeObject:
         self._find_chunk = find_chunk
         self._fetch_chunk = fetch_chunk
         self._whole = whole
+        self._note_failure = failed
         self._lock = threading.Lock()
         self._waiting: dict[int, list[_Read]] = {}
         self._streamed: set[int] = set()
@@ -286,6 +289,8 @@ class LargeObject:
             failed = [read for read in self._waiting.pop(order, ()) if read.missing > 0]
             for read in failed:
                 read.missing = -1  # it waits for no other chunk, and is told nothing more
+        if failed:
+            self._note_failure(error)
         for read in failed:
             read.done(error)
 

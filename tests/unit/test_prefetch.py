@@ -409,6 +409,23 @@ def test_a_full_disk_has_the_rest_of_a_large_object_asked_for_neither_wholly_nor
     node.wait_for([digest])
 
 
+def test_a_large_object_of_which_a_chunk_cannot_be_had_is_named_until_it_is_whole(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "_AGAIN_S", 0.0)
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest, lacking = node.shelf.put(content), content[5 * CHUNK_BYTES : 6 * CHUNK_BYTES]
+    del node.shelf.contents[sha256(lacking)]
+    assert isinstance(node.read(digest, len(content), 5 * CHUNK_BYTES, 1), NotFound)
+    assert list(node.fetcher.outcomes.failures) == [digest]
+    assert node.read(digest, len(content), 0, 1) == content[:1]
+    node.shelf.put(lacking)
+    assert node.read(digest, len(content), 5 * CHUNK_BYTES, 1) == lacking[:1]
+    node.fetcher.chunked.fill_idle(0.0)
+    node.wait_for([digest])
+    wait_until(lambda: node.fetcher.outcomes.failures == {})
+
+
 def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node: Node) -> None:
     digests = small(node, 5)
     node.shelf.contents[digests[1]] = b"wrong"
