@@ -199,8 +199,22 @@ class LazyContents:
             opened.read(0, size_bytes, lambda found: self._read_wholly(digest, size_bytes, found, done))
         else:
             node = node_of(digest)
+            if self._is_shared(node, digest):
+                self._fetch(digest, size_bytes, done)
+                return
             self._keep(node, digest, opened)
             done(Served(node, size_bytes))
+
+    def _is_shared(self, node: int, digest: bytes) -> bool:
+        """Whether another object may have the same node: 63 bits are few enough for who makes such a pair.
+
+        Such a one comes whole, and is a file of its own.
+        """
+        try:
+            others = [other for other, _ in self._wanted.between(*digests_from(node)) if other != digest]
+        except GearError:
+            return True
+        return bool(others) or self._digests.get(node, digest) != digest
 
     # -- nodes that another process, or this one before, has given out
 

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import queue
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gearworkers.digest import object_name
 from gearworkers.errors import GearError
+from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.layers.wanted import WantedObjects
-from gearworkers.mounts.lazy.tree import Found, node_of
+from gearworkers.mounts.lazy.tree import Arrived, Found, Served, node_of
 from gearworkers.objects.arrivals import Arrivals
+from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.objects.fetch import Fetcher
+from gearworkers.objects.sources import Chunk, Content
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
+from gearworkers.services import lazyfs_contents
 from gearworkers.services.lazyfs_contents import LazyContents
 
+pytestmark = pytest.mark.root
+
 NAME = object_name(bytes(32))
+LARGE = {hashlib.sha256(content).digest(): content for content in (b"one" * 10_000, b"two" * 10_000)}
+
+
+class Shelf:
+    """A source of LARGE, each in one chunk."""
+
+    def fetch(self, digest: bytes) -> Iterator[bytes]:
+        yield LARGE[digest]
+
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+        return iter(())
+
+    def layout(self, digest: bytes) -> Sequence[Chunk]:
+        return [Chunk(0, len(LARGE[digest]), digest)]
+
+    def chunk(self, digest: bytes) -> bytes:
+        return LARGE[digest]
+
+    def document(self, name: str) -> None:
+        return None
 
 
 @pytest.fixture
 def contents(tmp_path: Path) -> Iterator[LazyContents]:
-    store = ObjectStore(tmp_path / "public")
-    pool = WorkPool(2, for_background=1)
-    fetcher = Fetcher(store, tmp_path / "fetching", [], pool, large_bytes=1 << 20)
+    store, pool = ObjectStore(tmp_path / "public"), WorkPool(2, for_background=1)
+    arrivals = Arrivals(tmp_path / "arrivals", store)
+    fetcher = Fetcher(store, tmp_path / "fetching", [Shelf()], pool, large_bytes=1 << 10)
+    store.prepare()
+    arrivals.prepare()
+    fetcher.prepare()
     yield LazyContents(
         store,
-        Arrivals(tmp_path / "arrivals", store),
+        arrivals,
         WantedObjects(tmp_path / "images"),
         fetcher,
         lambda digest, size_bytes: None,
-        large_bytes=1 << 20,
-        served_bytes=2 << 20,
+        large_bytes=1 << 10,
+        served_bytes=1 << 10,
     )
     pool.close()
+
+
+def wanted(contents: LazyContents, digest: bytes) -> Found:
+    """As the kernel is told."""
+    told: queue.Queue[Found] = queue.Queue()
+    contents.want(object_name(digest), told.put)
+    return told.get(timeout=20)
 
 
 def test_lists_that_cannot_be_read_are_an_error_of_who_looks_and_not_of_the_server(
@@ -48,3 +87,20 @@ def test_lists_that_cannot_be_read_are_an_error_of_who_looks_and_not_of_the_serv
     assert isinstance(contents.size_bytes(node_of(bytes(32))), GearError)
     assert contents.whole(node_of(bytes(32))) is None
     assert contents.is_wanted(NAME)
+
+
+def test_of_two_large_objects_whose_digests_begin_alike_one_is_served_and_the_other_comes_whole(
+    contents: LazyContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "images" / "image"
+    image.mkdir(parents=True)
+    records = b"".join(RECORD.pack(digest, len(content)) for digest, content in sorted(LARGE.items()))
+    (image / OBJECTS_FILE).write_bytes(records)
+    (image / RECORD_FILE).write_bytes(msgspec.json.encode(Layer("image", "", Kind.IMAGE, complete=False)))
+    monkeypatch.setattr(lazyfs_contents, "node_of", lambda _: 1 << 63)
+    one, two = LARGE
+    assert wanted(contents, one) == Served(1 << 63, 30_000)
+    assert wanted(contents, two) == Arrived()
+    told: queue.Queue[bytes | GearError] = queue.Queue()
+    contents.read(1 << 63, 0, 30_000, told.put)
+    assert told.get(timeout=20) == LARGE[one]
