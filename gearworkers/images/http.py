@@ -20,8 +20,8 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry, Timeout
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, NotFound, Unavailable
+from gearworkers.hosts import host_name, is_loopback
 from gearworkers.http_errors import from_http_error
-from gearworkers.images.reference import host_name, is_loopback
 from gearworkers.settings import Settings
 
 CERTIFICATES = Path("/etc/docker/certs.d")
@@ -74,7 +74,8 @@ def make_transport(settings: Settings, host: str) -> Transport:
         FailedPrecondition: A certificate there cannot be read.
     """
     context = _context(CERTIFICATES / host)
-    if settings.https_proxy and not is_loopback(host) and not _bypassed(host_name(host), settings.no_proxy):
+    name = host_name(host)
+    if settings.https_proxy and not is_loopback(name) and not _bypassed(name, settings.no_proxy):
         proxy = urllib3.ProxyManager(settings.https_proxy, ssl_context=context, maxsize=_CONNECTIONS)
         return Transport(proxy)
     return Transport(urllib3.PoolManager(ssl_context=context, maxsize=_CONNECTIONS))

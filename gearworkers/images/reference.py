@@ -5,11 +5,11 @@ Source: distribution/reference, "Grammar"; `docker.io` and `library/` are what D
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass, replace
 
 from gearworkers.errors import InvalidInput
+from gearworkers.hosts import host_name, is_loopback
 
 DOCKER_HUB = "docker.io"
 _HUB_API_HOST = "registry-1.docker.io"
@@ -76,7 +76,7 @@ class Reference:
     @property
     def is_loopback(self) -> bool:
         """Whether the registry is on this machine, where plain HTTP is as good as TLS."""
-        return is_loopback(self.host)
+        return is_loopback(host_name(self.host))
 
     def at(self, digest: str) -> Reference:
         """The manifest of this digest in the same repository."""
@@ -97,24 +97,6 @@ def check_digest(digest: str) -> str:
     if not _DIGEST.match(digest):
         raise InvalidInput(f"{digest[:100]!r} is no SHA-256 digest")
     return digest
-
-
-def is_loopback(host: str) -> bool:
-    """Whether *host*, with or without a port, is ``localhost`` or a loopback address."""
-    name = host_name(host)
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def host_name(host: str) -> str:
-    """*host* without its port and without the brackets of an IPv6 address."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
 
 
 def _split_host(name: str) -> tuple[str, str]:

@@ -17,9 +17,9 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from gearworkers.errors import FailedPrecondition
+from gearworkers.hosts import host_name, is_loopback
 from gearworkers.images.credentials import Credentials, find_credentials
 from gearworkers.images.http import Transport, problem
-from gearworkers.images.reference import is_loopback
 
 _CLIENT = "gearworkers"
 _LEAST_LIFE_S = 60
@@ -116,7 +116,7 @@ class Authority:
 
     def _refuse_open_realm(self, realm: str, credentials: Credentials | None) -> None:
         url = urlsplit(realm)
-        open_realm = url.scheme == "http" and not is_loopback(url.netloc)
+        open_realm = url.scheme == "http" and not is_loopback(host_name(url.netloc))
         if url.scheme not in ("http", "https") or (open_realm and credentials is not None):
             raise FailedPrecondition(f"{self.host} wants its credentials told to {realm!r}, which is not https")
 

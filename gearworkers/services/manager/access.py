@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 from pathlib import Path
 
@@ -79,14 +78,6 @@ class Access:
         if self._write is None:
             return self._read is None
         return self._write.has(_token(authorization))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _checked(path: Path | None) -> TokenFile | None:

@@ -12,9 +12,10 @@ from aiohttp import web
 
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import FailedPrecondition, InvalidInput, from_os_error
+from gearworkers.hosts import is_loopback
 from gearworkers.objects.remotes.opening import blobs_at
 from gearworkers.objects.remotes.remote import Remote
-from gearworkers.services.manager.access import Access, is_loopback
+from gearworkers.services.manager.access import Access
 from gearworkers.services.manager.app import Manager
 from gearworkers.services.manager.store import Store
 from gearworkers.services.manager.tls import certificate
