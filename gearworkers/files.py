@@ -1,4 +1,4 @@
-"""Directories by descriptor."""
+"""Directories by descriptor, and whether a file is another one by now."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def opened_directory(path: Path, flags: int = 0) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Another one when the file was written or replaced since."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from gearworkers.errors import FailedPrecondition, from_os_error
+from gearworkers.files import stamp
 from gearworkers.settings import Settings
 
 
@@ -39,8 +39,7 @@ class TokenFile:
 
     def _refresh(self) -> None:
         try:
-            found = os.stat(self._path)
-            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+            seen = stamp(self._path)
             if seen != self._seen:
                 lines = (line.strip() for line in self._path.read_text().splitlines())
                 tokens = [line for line in lines if line and not line.startswith("#")]

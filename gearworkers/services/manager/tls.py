@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 from pathlib import Path
 
 import structlog
 
 from gearworkers.errors import FailedPrecondition
+from gearworkers.files import stamp
 from gearworkers.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -27,7 +27,7 @@ class Certificate:
         self._cert = cert
         self._key = key
         try:
-            self._seen = self._stamp()
+            self._seen = self._stamps()
             self.context.load_cert_chain(cert, key)
         except OSError as exc:
             raise FailedPrecondition(f"GEAR_MANAGER_TLS_CERT_FILE={cert}: {exc}") from exc
@@ -35,7 +35,7 @@ class Certificate:
     def refresh(self) -> None:
         """Have connections from now on see what the files hold now."""
         try:
-            seen = self._stamp()
+            seen = self._stamps()
             if seen != self._seen:
                 # Half of a pair that is being replaced fails here, and the next connection tries again.
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
@@ -45,9 +45,8 @@ class Certificate:
         except OSError as exc:
             _log.error("the certificate cannot be renewed", file=str(self._cert), error=str(exc))
 
-    def _stamp(self) -> list[tuple[int, int, int]]:
-        found = [os.stat(path) for path in (self._cert, self._key) if path is not None]
-        return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in found]
+    def _stamps(self) -> list[tuple[int, int, int]]:
+        return [stamp(path) for path in (self._cert, self._key) if path is not None]
 
 
 def certificate(settings: Settings) -> Certificate | None:
