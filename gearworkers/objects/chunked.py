@@ -153,13 +153,14 @@ class ChunkedObjects:
             IntegrityError: Another content stands at an object's name.
         """
         for digest in self._staging.kept():
+            if is_wanted(digest):
+                continue
             with self._lock:
                 large = self._large.get(digest)
                 is_used = digest in self._opening or (large is not None and large.last_read_s < math.inf)
-            if not is_used and not is_wanted(digest):
-                with self._lock:
+                if not is_used:
                     self._large.pop(digest, None)
-                self._staging.remove(digest)
+                    self._staging.remove(digest)
         kept = set(self._staging.kept())
         self._index.forget_gone(lambda digest: digest in kept or self._store.has(digest))
 
@@ -233,7 +234,13 @@ class ChunkedObjects:
             return self._staging.open(digest)
 
     def _whole(self, digest: bytes, file: File) -> None:
-        """All chunks are here; whatever comes of it, all who wait are told."""
+        """All chunks are here; whatever comes of it, all who wait are told.
+
+        Unless it was let go of while a stream brought it: then its name may be that of another one, which is not whole.
+        """
+        with self._lock:
+            if not self._is_on_its_way(digest, file):
+                return
         error: GearError | None = None
         try:
             self._publish(digest, file)
@@ -243,22 +250,37 @@ class ChunkedObjects:
         except OSError as exc:
             error = from_os_error(exc, f"verify object {digest.hex()}")
         with self._lock:
-            large = self._large.pop(digest, None)
+            if not self._is_on_its_way(digest, file):
+                return
+            large = self._large.pop(digest)
             waiters = self._whole_waiters.pop(digest, [])
-        if error is not None and large is not None:
+        if error is not None:
             large.break_off(error)
         self._outcomes.note(digest, error)
         for done in waiters:
             done(error)
 
+    def _is_on_its_way(self, digest: bytes, file: File) -> bool:
+        """Whether it is this file that becomes the object. Under the lock."""
+        large = self._large.get(digest)
+        return large is not None and large.fd == file.fd
+
     def _publish(self, digest: bytes, file: File) -> None:
         """Make the file an object, if it is what it should be."""
         try:
             verify_file(file.fd, digest)
-            self._store.adopt(file.fd, self._staging.fd, self._staging.name(digest), digest)
+            with self._lock:
+                if not self._is_on_its_way(digest, file):
+                    raise NotFound(f"object {digest.hex()}: let go of while it was verified")
+                self._store.adopt(file.fd, self._staging.fd, self._staging.name(digest), digest)
         except IntegrityError as exc:
             self._outcomes.note_corrupt(exc)
             self._lied_about.add(digest)
-            self._staging.remove(digest)
+            self._remove_parts(digest, file)
             raise
-        self._staging.remove(digest)
+        self._remove_parts(digest, file)
+
+    def _remove_parts(self, digest: bytes, file: File) -> None:
+        with self._lock:
+            if self._is_on_its_way(digest, file):
+                self._staging.remove(digest)

@@ -343,6 +343,23 @@ def test_what_was_brought_of_a_large_object_is_let_go_of_when_its_image_is_remov
     assert node.read(unwanted, 20 * CHUNK_BYTES, 0, 5) == contents[2][:5]
 
 
+def test_a_large_object_that_was_let_go_of_and_begun_anew_is_published_when_the_new_one_is_whole(node: Node) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
+    node.shelf.let(1)  # the layout
+    wait_until(lambda: len(node.shelf.streams) == 2)
+    node.fetcher.chunked.forget_unwanted(lambda _: False)
+    assert node.read(digest, len(content), 0, 5) == content[:5]
+    node.shelf.let()
+    wait_until(lambda: node.prefetcher.counts.contents == 20)
+    assert not Path(os.fsdecode(node.store.path(digest))).exists()
+    assert node.fetcher.outcomes.failures == {}
+    node.fetcher.chunked.fill_idle(0.0)
+    node.wait_for([digest])
+    assert Path(os.fsdecode(node.store.path(digest))).read_bytes() == content
+
+
 def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
     content = random.Random(9).randbytes(20 * CHUNK_BYTES)
     digest = node.shelf.put(content)
