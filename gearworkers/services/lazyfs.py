@@ -92,7 +92,7 @@ class LazyServer:
             served_bytes=served_bytes,
         )
         pins = Pins(settings, layers, self._store)
-        self._pins = PinKeeper(pins, self._store, self._pool, self._prefetcher.wholly)
+        self._pins = PinKeeper(pins, self._fetcher.whole.is_here, self._pool, self._prefetcher.wholly)
         self._stop = threading.Event()
 
     def run(self) -> None:

@@ -16,6 +16,7 @@ from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.openfile import File, ReadDone
 from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.whole import Done
 from gearworkers.objects.workpool import Urgency
 
 _MOST_READS = 2000
@@ -168,11 +169,11 @@ class LazyContents:
             return exc
         return Arrived()
 
-    def _fetch(self, digest: bytes, size_bytes: int, done: Callable[[Found], None]) -> None:
-        def fetched(error: GearError | None) -> None:
-            done(self._arrive(digest) if error is None else error)
+    def _arrive_after(self, digest: bytes, done: Callable[[Found], None]) -> Done:
+        return lambda error: done(self._arrive(digest) if error is None else error)
 
-        self._fetcher.whole.fetch(digest, size_bytes, Urgency.ON_DEMAND, fetched)
+    def _fetch(self, digest: bytes, size_bytes: int, done: Callable[[Found], None]) -> None:
+        self._fetcher.whole.fetch(digest, size_bytes, Urgency.ON_DEMAND, self._arrive_after(digest, done))
 
     def _read_wholly(
         self, digest: bytes, size_bytes: int, found: bytes | GearError, done: Callable[[Found], None]
@@ -180,13 +181,8 @@ class LazyContents:
         """All chunks are here, and the object about to be; or one is not to be had."""
         if isinstance(found, GearError):
             done(found)
-            return
-        self._fetcher.fetch(
-            digest,
-            size_bytes,
-            Urgency.ON_DEMAND,
-            lambda error: done(self._arrive(digest) if error is None else error),
-        )
+        else:
+            self._fetcher.fetch(digest, size_bytes, Urgency.ON_DEMAND, self._arrive_after(digest, done))
 
     def _opened(self, digest: bytes, size_bytes: int, opened: Opened, done: Callable[[Found], None]) -> None:
         if isinstance(opened, GearError):

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 
 import structlog
 
-from gearworkers.errors import GearError
 from gearworkers.layers.pins import Pins
-from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency, WorkPool
 
 _log = structlog.get_logger(__name__)
@@ -24,17 +22,21 @@ class PinKeeper:
     """Looks after the pins; `look` is called a few times a second by one thread."""
 
     def __init__(
-        self, pins: Pins, store: ObjectStore, pool: WorkPool, wholly: Callable[[Iterable[tuple[bytes, int]]], None]
+        self,
+        pins: Pins,
+        is_here: Callable[[bytes], bool],
+        pool: WorkPool,
+        wholly: Callable[[Iterable[tuple[bytes, int]]], None],
     ) -> None:
         """
         Args:
             pins: Of the node.
-            store: Where their objects lie.
+            is_here: Whether nothing is to be fetched for an object, given its digest.
             pool: Where the looking is done.
             wholly: Has objects, given as (digest, size in bytes), fetched behind what containers read.
         """
         self._pins = pins
-        self._store = store
+        self._is_here = is_here
         self._pool = pool
         self._wholly = wholly
         self._seen_version = 0
@@ -49,15 +51,8 @@ class PinKeeper:
             self._pool.submit(self._fetch_missing, Urgency.BACKGROUND)
 
     def _fetch_missing(self) -> None:
-        missing = {digest: size_bytes for digest, size_bytes in self._pins.objects() if not self._has(digest)}
+        missing = {digest: size_bytes for digest, size_bytes in self._pins.objects() if not self._is_here(digest)}
         if missing:
             self._next_s = time.monotonic() + _AGAIN_S
             _log.info("pinned objects are fetched", objects=len(missing))
             self._wholly(missing.items())
-
-    def _has(self, digest: bytes) -> bool:
-        try:
-            return self._store.has(digest)
-        except GearError as exc:
-            _log.error("an object cannot be looked at", error=str(exc))
-            return True  # fetching it would not help

@@ -95,7 +95,7 @@ def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node:
 def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -> None:
     asked: list[dict[bytes, int]] = []
     pool = WorkPool(1, for_background=1)
-    keeper = PinKeeper(node.pins, node.objects, pool, lambda wanted: asked.append(dict(wanted)))
+    keeper = PinKeeper(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
     keeper.look()
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar({"away": b"away" * 1000})))
