@@ -136,9 +136,10 @@ class LazyServer:
             overlay.unmount(target)  # one whose descriptor is lost answers nobody
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
             fuse_fd = fuse.mount(target)
-            keeper.keep(fuse_fd)
         openings = Openings(fuse_fd, self._settings.run_dir / _OPENINGS)
         openings.begin(is_new=is_new)
+        if is_new:
+            keeper.keep(fuse_fd)  # last: a successor believes the notes of what was passed
         connection = Connection(fuse_fd, Tree(self._contents, openings).handle)
         if not is_new:
             connection.resume()

@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import FailedPrecondition
+from gearworkers.mounts.lazy.keeper import Keeper
 from gearworkers.mounts.lazy.place import is_mount_point
+from gearworkers.mounts.lazy.tree import node_of
+from gearworkers.services.lazyfs import LazyServer
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node, until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
@@ -188,8 +191,6 @@ def test_server_and_keeper_dead_at_once_leave_nothing_that_hangs(node: LazyNode)
 
 
 def test_a_second_server_is_refused(node: LazyNode) -> None:
-    from gearworkers.services.lazyfs import LazyServer
-
     with pytest.raises(FailedPrecondition, match="runs already"):
         LazyServer(node.settings, []).run()
 
@@ -224,6 +225,22 @@ def test_a_whole_file_is_read_through_the_server_where_no_note_of_it_can_be_kept
         time.sleep(0.1)  # a close reaches the server a little later
         assert (root / "lib/large").read_bytes() == LARGE
     assert node.status().serving == 1
+
+
+def test_notes_of_a_lost_mount_are_forgotten_by_who_mounts_anew_wherever_he_dies(
+    node: LazyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.stop()
+    note = node.settings.run_dir / "lazyfs-passed" / f"{node_of(hashlib.sha256(LARGE).digest()):016x}"
+    note.write_text("7")
+    child = os.fork()
+    if not child:
+        keep = Keeper.keep
+        monkeypatch.setattr(Keeper, "keep", lambda keeper, fuse_fd: (keep(keeper, fuse_fd), os._exit(9)))
+        LazyServer(node.settings, []).run()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    node.start()
+    assert (node.run("c1") / "lib/large").read_bytes() == LARGE
 
 
 def is_passed(root: Path, passed: Path) -> bool:
