@@ -52,6 +52,11 @@ class Profile(msgspec.Struct, frozen=True):
     format: Annotated[int, msgspec.Meta(ge=_FORMAT, le=_FORMAT)] = _FORMAT
 
 
+def opened(digest: bytes, size_bytes: int, reads: Iterable[tuple[int, int]]) -> Opened:
+    """An object, and as much as a profile holds of what was read of it: (offset, size in bytes), in that order."""
+    return Opened(digest.hex(), size_bytes, tuple(joined(reads)[:MOST_RANGES]))
+
+
 def pack(profile: Profile) -> bytes:
     """The document: JSON, zstd."""
     return zstandard.compress(msgspec.json.encode(profile), level=_LEVEL)
@@ -77,11 +82,11 @@ def unpack(data: bytes) -> Profile:
 
 def merged(old: Profile, new: Profile) -> Profile:
     """Both, what only the new one has behind the old one."""
-    objects = {opened.digest: opened for opened in old.objects}
-    for opened in new.objects:
-        known = objects.get(opened.digest)
-        ranges = joined((*known.ranges, *opened.ranges)) if known is not None else opened.ranges
-        objects[opened.digest] = msgspec.structs.replace(opened, ranges=tuple(ranges[:MOST_RANGES]))
+    objects = {one.digest: one for one in old.objects}
+    for one in new.objects:
+        known = objects.get(one.digest)
+        ranges = joined((*known.ranges, *one.ranges)) if known is not None else one.ranges
+        objects[one.digest] = msgspec.structs.replace(one, ranges=tuple(ranges[:MOST_RANGES]))
     return Profile(tuple(objects.values())[:MOST_OBJECTS])
 
 
@@ -109,8 +114,8 @@ def adds_much(old: Profile, new: Profile) -> bool:
 def _wanted_bytes(profile: Profile) -> int:
     """What is prefetched, and something for each object: a request costs as much as some kilobytes."""
     return sum(
-        _REQUEST_COST_BYTES + (sum(size for _, size in opened.ranges) if opened.ranges else opened.size_bytes)
-        for opened in profile.objects
+        _REQUEST_COST_BYTES + (sum(size for _, size in one.ranges) if one.ranges else one.size_bytes)
+        for one in profile.objects
     )
 
 

@@ -14,7 +14,7 @@ from gearworkers.errors import GearError
 from gearworkers.layers.startup import image_objects
 from gearworkers.layers.store import LayerStore
 from gearworkers.objects import profile
-from gearworkers.objects.profile import MOST_RANGES, Opened, Profile
+from gearworkers.objects.profile import Profile
 from gearworkers.objects.remotes.remote import Remote
 
 _log = structlog.get_logger(__name__)
@@ -79,7 +79,7 @@ class Misses:
             lists = image_objects(self._layers, image)
             missed = Profile(
                 tuple(
-                    Opened(digest.hex(), size_bytes, tuple(profile.joined(self._reads(digest.hex()))[:MOST_RANGES]))
+                    profile.opened(digest, size_bytes, self._reads(digest.hex()))
                     for digest, size_bytes in objects.items()
                     if any(one.between(digest, digest) for one in lists)
                 )

@@ -25,7 +25,7 @@ from gearworkers.log import configure_logging
 from gearworkers.mounts.lazy.client import read_parts
 from gearworkers.mounts.opens import Overflow, opened_files
 from gearworkers.objects import profile
-from gearworkers.objects.profile import Opened, Profile
+from gearworkers.objects.profile import Profile
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
@@ -63,8 +63,7 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
         reads = {}
     found = Profile(
         tuple(
-            Opened(digest.hex(), size_bytes, tuple(profile.joined(reads.get(digest.hex(), ()))[: profile.MOST_RANGES]))
-            for digest, size_bytes in objects.items()
+            profile.opened(digest, size_bytes, reads.get(digest.hex(), ())) for digest, size_bytes in objects.items()
         )[: profile.MOST_OBJECTS]
     )
     if found.objects:
