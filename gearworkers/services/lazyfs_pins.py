@@ -41,6 +41,7 @@ class PinKeeper:
         self._wholly = wholly
         self._seen_version = 0
         self._next_s = 0.0
+        self._asked: set[bytes] = set()  # and not here at the last look
 
     def look(self) -> None:
         """See whether it is time, or pins came; returns at once."""
@@ -51,8 +52,13 @@ class PinKeeper:
             self._pool.submit(self._fetch_missing, Urgency.BACKGROUND)
 
     def _fetch_missing(self) -> None:
+        """Ask for what is missing; of what was asked for before only if none of it has come since."""
         missing = {digest: size_bytes for digest, size_bytes in self._pins.objects() if not self._is_here(digest)}
         if missing:
             self._next_s = time.monotonic() + _AGAIN_S
-            _log.info("pinned objects are fetched", objects=len(missing))
-            self._wholly(missing.items())
+        is_coming = not self._asked <= missing.keys()
+        wanted = [record for record in missing.items() if not is_coming or record[0] not in self._asked]
+        self._asked = set(missing)
+        if wanted:
+            _log.info("pinned objects are fetched", objects=len(wanted))
+            self._wholly(wanted)

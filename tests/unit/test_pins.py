@@ -107,6 +107,32 @@ def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -
     assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
 
 
+def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: Node) -> None:
+    contents = {f"file{number}": b"away%d" % number * 1000 for number in range(3)}
+    driver(node).create("lazy", "")
+    driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar(contents)))
+    node.pins.add(PIN, "lazy")
+    asked: list[set[bytes]] = []
+    here: set[bytes] = set()
+    pool = WorkPool(1, for_background=1)
+    keeper = PinKeeper(
+        node.pins, here.__contains__, pool, lambda wanted: asked.append({digest for digest, _ in wanted})
+    )
+    digests = [hashlib.sha256(content).digest() for content in contents.values()]
+    keeper._fetch_missing()
+    here.add(digests[0])
+    keeper._fetch_missing()
+    assert asked == [set(digests)]
+    keeper._fetch_missing()
+    assert asked == [set(digests), set(digests[1:])]
+    here.update(digests)
+    keeper._fetch_missing()
+    here.clear()
+    keeper._fetch_missing()
+    assert asked[2:] == [set(digests)]
+    pool.close()
+
+
 def test_killed_before_its_name_a_pin_is_not_there_and_nothing_is_left_after_a_start(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
