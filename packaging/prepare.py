@@ -35,6 +35,7 @@ PACKAGES = (
     "e2fsprogs",
     "busybox-static",
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init
+    "systemd-container",  # systemd-nspawn, which boots the units in a test
 )
 PACKAGES_SINCE_13 = ("docker-cli", "docker-buildx")
 """Debian 12's docker.io holds the client, which has BuildKit built in."""

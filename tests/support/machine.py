@@ -1,0 +1,158 @@
+"""A machine whose first process is systemd: systemd-nspawn on this host's /usr, with nothing of its /etc and /var.
+
+Only inside a sandbox, whose cgroup it lies in. It has the checkout at /opt/gearworkers, and the sandbox's network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import sandbox
+from tests.support.processes import Daemon
+from tests.support.stack import CHECKOUT
+
+HOME = Path("/opt/gearworkers")
+UNITS = Path("etc/systemd/system")
+USERS = "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n"
+GROUPS = "root:x:0:\ndocker:x:999:\nnogroup:x:65534:\n"
+_LINKED = ("bin", "sbin", "lib", "lib64")
+_MADE = ("usr", "root", "run", "proc", "sys", "dev", "tmp", "opt", "var/lib", "var/log/journal")
+_POWER_OFF = signal.SIGRTMIN + 4  # systemd(1), "Signals"
+_WRITABLE_CGROUPS = """[Service]
+ExecStartPre=-/bin/mount -o remount,rw /sys/fs/cgroup
+ExecStartPre=-/bin/sh -c 'for controller in /sys/fs/cgroup/*/; do mount -o remount,bind,rw $controller; done'
+"""
+"""nspawn leaves the controllers of cgroup v1 read-only."""
+
+_VISIBLE_HOMES = "[Service]\nProtectHome=no\n"
+"""The checkout's Python may be one that lies in a home."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One that is booted; `directory` is its root."""
+
+    directory: Path
+    nspawn: Daemon
+
+    def call(self, *command: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """Run a command in it; returns it whatever its outcome."""
+        enter = ["nsenter", "--all", f"--target={self._init_pid()}", f"--wd={os.sep}"]
+        environ = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root"}
+        return subprocess.run([*enter, *command], env=environ, input=stdin, capture_output=True, timeout=120)
+
+    def run(self, *command: str, stdin: bytes = b"") -> str:
+        """Run a command in it; returns what it wrote to stdout, stripped.
+
+        Raises:
+            AssertionError: It failed.
+        """
+        done = self.call(*command, stdin=stdin)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout + done.stderr!r}\n{self.journal()}"
+        return done.stdout.decode().strip()
+
+    def journal(self) -> str:
+        """The end of its log."""
+        return self.call("journalctl", "--no-pager", "-o", "cat", "-n", "60").stdout.decode(errors="replace")
+
+    def stopped_units(self) -> list[str]:
+        """The units that systemd has stopped so far, in that order; may be asked of a machine that is off."""
+        command = ["journalctl", f"--directory={self.directory}/var/log/journal", "-o", "json", "JOB_TYPE=stop"]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        return [entry["UNIT"] for entry in map(json.loads, lines) if "JOB_RESULT" in entry]
+
+    def is_up(self) -> bool:
+        """Whether its dockerd answers."""
+        return bool(self._children()) and self.call("docker", "version").returncode == 0
+
+    def power_off(self) -> None:
+        """Have systemd stop everything in order, and wait."""
+        os.kill(self._init_pid(), _POWER_OFF)
+        assert self.nspawn.process is not None
+        assert self.nspawn.process.wait(90) == 0, self.nspawn.log_tail()
+
+    def _init_pid(self) -> int:
+        return self._children()[0]
+
+    def _children(self) -> list[int]:
+        pid = self.nspawn.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def booted(directory: Path) -> Iterator[Machine]:
+    """A machine that has the units of packaging/systemd, gear.target enabled, and a dockerd that runs on it.
+
+    Args:
+        directory: On a disk that gearworkers can use; its root is made there.
+    """
+    _make_root(directory)
+    _private_run_directory()
+    machine = Machine(directory, Daemon(_command(directory), directory.with_suffix(".log"), _environ()))
+    machine.nspawn.start()
+    try:
+        machine.nspawn.wait_until(machine.is_up, "the machine's dockerd")
+        yield machine
+    finally:
+        if machine.nspawn.is_running():
+            machine.nspawn.stop()
+
+
+def _make_root(root: Path) -> None:
+    for name in _MADE:
+        (root / name).mkdir(parents=True)
+    for name in _LINKED:
+        if Path("/", name).is_symlink():
+            (root / name).symlink_to(f"usr/{name}")
+    settings = {"experimental": True, "storage-driver": "gear", "bridge": "none", "iptables": False}
+    files = {
+        "etc/machine-id": f"{uuid.uuid4().hex}\n",
+        "etc/os-release": Path("/etc/os-release").read_text(),
+        "etc/passwd": USERS,
+        "etc/group": GROUPS,
+        "etc/docker/daemon.json": json.dumps({**settings, "cgroup-parent": sandbox.cgroup_parent()}),
+        "etc/gearworkers/environment": (CHECKOUT / "packaging" / "systemd" / "environment").read_text(),
+        f"{UNITS}/default.target": "[Unit]\nWants=docker.service\n",
+        f"{UNITS}/docker.service.d/cgroups.conf": _WRITABLE_CGROUPS,
+        f"{UNITS}/gear-manager.service.d/home.conf": _VISIBLE_HOMES,
+    }
+    for unit in (CHECKOUT / "packaging" / "systemd").glob("gear*"):
+        files[f"{UNITS}/{unit.name}"] = unit.read_text()
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    subprocess.run(["systemctl", f"--root={root}", "enable", "-q", "gear.target"], check=True)
+
+
+def _private_run_directory() -> None:
+    """nspawn leaves things in /run/systemd; here they go with the sandbox."""
+    run = Path("/run/systemd")
+    run.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(run)], check=True)
+
+
+def _command(root: Path) -> list[str]:
+    """nspawn in the sandbox's cgroups, without asking the host's systemd."""
+    cgroups = [sandbox.CGROUPS] if (sandbox.CGROUPS / "cgroup.procs").exists() else list(sandbox.CGROUPS.glob("*/"))
+    # A new cpuset of cgroup v1 takes no process before it has been given processors; nspawn needs none of its own.
+    own = [path / sandbox.scratch().name for path in cgroups if not (path / "cpuset.cpus").exists()]
+    moves = [f"mkdir -p {path} && echo $$ > {path}/cgroup.procs" for path in own]
+    binds = [f"--bind-ro={path}" for path in {"/usr", str(CHECKOUT), sys.base_prefix}]
+    options = ["--boot", "--quiet", f"--directory={root}", "--machine=machine", "--register=no", "--keep-unit"]
+    options += ["--capability=all", "--bind=/dev/fuse", "--resolv-conf=off", "--timezone=off", "--link-journal=no"]
+    options += ["--console=pipe", *binds, f"--bind-ro={CHECKOUT}:{HOME}"]
+    return ["sh", "-c", " && ".join([*moves, 'exec systemd-nspawn "$@"']), "nspawn", *options]
+
+
+def _environ() -> dict[str, str]:
+    """dockerd needs what nspawn forbids by default: keys, /sys and /proc/sys."""
+    return {**os.environ, "SYSTEMD_SECCOMP": "0", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "yes"}
