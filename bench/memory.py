@@ -6,7 +6,11 @@ import http.client
 import json
 import socket
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.frame import Figure, Pairs, Side, both_sides, fresh_disk
@@ -27,8 +31,9 @@ def memory() -> list[Figure]:
         with both_sides(disk) as sides:
             ours = next(side for side in sides if side.is_ours)
             assert ours.stack is not None
-            ours.dockerd.docker("import", str(disk / "tree.tar"), "tree")
-            figures += _resident(ours.stack)
+            with _watched(ours.stack) as workers:
+                ours.dockerd.docker("import", str(disk / "tree.tar"), "tree")
+            figures += _resident(ours.stack, workers)
             figures += _get_and_put(ours)
         with both_sides(disk, 1) as sides:
             stored = Pairs()
@@ -38,27 +43,68 @@ def memory() -> list[Figure]:
     return figures
 
 
-def _resident(stack: Stack) -> list[Figure]:
-    """Peaks since the processes began, the import included."""
-    gateway = _peak_bytes(stack.daemons["gateway"].pid) / _MIB
-    workers = max(_peak_bytes(pid) for pid in _session(stack.daemons["import"].pid)) / _MIB
+@dataclass
+class _Workers:
+    """The import worker's processes, as they were seen while they ran."""
+
+    peak_bytes: int = 0
+    """Of the largest of them, what they share counted whole."""
+    together_bytes: int = 0
+    """Of all at one time, what they share counted once."""
+
+
+@contextmanager
+def _watched(stack: Stack) -> Iterator[_Workers]:
+    """Look at them ten times a second: the one that stores lives no longer than the import."""
+    found, ended = _Workers(), threading.Event()
+    leader = stack.daemons["import"].pid
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            sizes = [_sizes(pid) for pid in _session(leader)]
+            found.peak_bytes = max(found.peak_bytes, *(resident for resident, _ in sizes))
+            found.together_bytes = max(found.together_bytes, sum(share for _, share in sizes))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _sizes(pid: int) -> tuple[int, int]:
+    """Bytes resident at most, and bytes resident with what is shared divided; nothing of a process that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        smaps = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    return _kilobytes(status, "VmHWM:") * 1024, _kilobytes(smaps, "Pss:") * 1024
+
+
+def _kilobytes(text: str, key: str) -> int:
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(key)), 0)
+
+
+def _resident(stack: Stack, workers: _Workers) -> list[Figure]:
+    gateway, _ = _sizes(stack.daemons["gateway"].pid)
+    together = "resident memory of all processes of the import worker together, MiB"
     return [
-        Figure("resident memory of the gateway, MiB", gateway, None, 80),
-        Figure("resident memory of a worker during the import, MiB", workers, None, 150),
+        Figure("resident memory of the gateway, MiB", gateway / _MIB, None, 80),
+        Figure("resident memory of a worker during the import, MiB", workers.peak_bytes / _MIB, None, 150),
+        Figure(together, workers.together_bytes / _MIB, None, None),
     ]
-
-
-def _peak_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
 
 
 def _session(leader: int) -> list[int]:
     """All processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        if int(path.read_text().rsplit(")", 1)[1].split()[3]) == leader:
-            found.append(int(path.parent.name))
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if int(path.read_text().rsplit(")", 1)[1].split()[3]) == leader:
+                found.append(int(path.parent.name))
     return found
 
 
