@@ -162,6 +162,12 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def nothing_arrives(side: Side) -> bool:
+    """Whether all objects that ours has begun to fetch are here."""
+    assert side.stack is not None
+    return side.stack.lazy_status().arriving == 0
+
+
 def warm_memory() -> None:
     """Touch free memory once: on a virtual machine the first touch of a page is far slower than all later ones."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from bench.frame import Figure, Side, drop_caches, fresh_disk, make_sides
+from bench.frame import Figure, Side, drop_caches, fresh_disk, make_sides, nothing_arrives
 from bench.servers import Held, Servers, far, near
 from tests.support.applications import APPLICATIONS, Application
 from tests.support.disk import file_bytes, tree_bytes
@@ -78,7 +78,7 @@ def received() -> list[Figure]:
 
 
 def second() -> list[Figure]:
-    """Bytes of versions 2 and 3 on a host that has started the version before."""
+    """Bytes of versions 2 and 3 on a host where the version before has answered, and what it opened has arrived."""
     names = [f"{app.name}:{version}" for app in APPLICATIONS for version in VERSIONS]
     received: dict[str, dict[str, float]] = {version: {} for version in VERSIONS}
     with fresh_disk() as disk:
@@ -91,6 +91,7 @@ def second() -> list[Figure]:
                 with _running(_sides(disk / app.name, servers, _NO_RECORDING)[0]) as ours:
                     for version in VERSIONS:
                         received[version][app.name] = _megabytes(_start(ours, servers, app, version))
+                        wait_until(lambda: nothing_arrives(ours), "what was opened has arrived", 120.0)
     found = []
     for version, what in (("2", "all updated but the program"), ("3", "the program updated")):
         figures = [

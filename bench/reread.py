@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk
+from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk, nothing_arrives
 from gearworkers.images.convert import plan_conversion
 from gearworkers.images.convert_here import convert_here
 from gearworkers.settings import Settings
@@ -63,7 +63,7 @@ def reread() -> list[Figure]:
             ask("small")
             ask("still open")
             if side.stack is not None:
-                wait_until(lambda side=side: _is_whole(side), "all has arrived", 120.0)  # type: ignore[misc]
+                wait_until(lambda side=side: nothing_arrives(side), "all has arrived", 120.0)  # type: ignore[misc]
         figures = [
             _warm(readers, "small", f"reread of {_SMALL_FILES} small files, warm, s"),
             _warm(readers, "still open", "reread of 128 MB that are still open, warm, s"),
@@ -152,8 +152,3 @@ def _reader(side: Side, image: str) -> Iterator[Ask]:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _is_whole(side: Side) -> bool:
-    assert side.stack is not None
-    return side.stack.lazy_status().arriving == 0
