@@ -117,6 +117,7 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
     taken_s = time.perf_counter() - began_s
     assert not fetcher.outcomes.failures and not fetcher.outcomes.corrupt
     pool.close()
+    fetcher.close()
     remote.close()
     return taken_s
 

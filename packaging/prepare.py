@@ -32,6 +32,7 @@ PACKAGES = (
     "debootstrap",
     "libarchive-tools",
     "iproute2",
+    "procps",
     "e2fsprogs",
     "busybox-static",
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init

@@ -64,6 +64,10 @@ class Fetcher:
         self._staging.prepare()
         self.chunked.prepare()
 
+    def close(self) -> None:
+        """Let go of what `prepare` opened; the pool has ended."""
+        self.chunked.close()
+
     @property
     def arriving(self) -> int:
         """How many objects are on their way."""

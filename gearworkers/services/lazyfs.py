@@ -122,6 +122,7 @@ class LazyServer:
                 overlay.unmount(self._settings.lazy_mount_path)
         self._profiles.close()
         self._pool.close()
+        self._fetcher.close()
 
     def stop(self) -> None:
         """Let `run` return."""

@@ -125,6 +125,7 @@ def _become_init(command: Sequence[str], directory: Path) -> NoReturn:
     os.setsid()
     _libc_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
     _libc_call("unshare", _CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWIPC)
+    _refuse_chroot()
     _lay_out(directory)
     child = subprocess.Popen(command)
 
@@ -138,6 +139,21 @@ def _become_init(command: Sequence[str], directory: Path) -> NoReturn:
         if pid == child.pid:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
+
+
+def _refuse_chroot() -> None:
+    """In a chroot `docker exec` would run in the root outside of it: runc enters a container's mounts by setns(2)."""
+    root, here = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in ("/", "."))
+    mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    _libc_call("setns", mounts, _CLONE_NEWNS)  # makes the root of all mounts this process's
+    is_chroot = not os.path.samestat(os.fstat(root), os.stat("/"))
+    os.fchdir(root)
+    os.chroot(".")
+    os.fchdir(here)
+    for fd in (root, here, mounts):
+        os.close(fd)
+    if is_chroot:
+        raise RuntimeError("this is a chroot, in which no container may run; use systemd-nspawn, or pivot_root")
 
 
 def _lay_out(directory: Path) -> None:

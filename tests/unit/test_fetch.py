@@ -97,6 +97,7 @@ def fetcher(tmp_path: Path, pool: WorkPool, gate: Gate) -> Iterator[Fetcher]:
     one.prepare()
     yield one
     gate.opened.set()
+    one.close()
 
 
 def ask(fetcher: Fetcher, digests: Sequence[bytes], results: Results) -> None:

@@ -67,6 +67,7 @@ def contents(tmp_path: Path) -> Iterator[LazyContents]:
         served_bytes=1 << 10,
     )
     pool.close()
+    fetcher.close()
 
 
 def wanted(contents: LazyContents, digest: bytes) -> Found:

@@ -96,6 +96,10 @@ class Node:
         self.fetcher.prepare()
         self.prefetcher = Prefetcher(self.fetcher, [self.shelf], self.pool, large_bytes=LARGE_BYTES)
 
+    def close(self) -> None:
+        self.pool.close()
+        self.fetcher.close()
+
     def soon(self, digests: Sequence[bytes], size_bytes: int) -> None:
         self.prefetcher.soon([Part(digest, size_bytes) for digest in digests])
 
@@ -138,7 +142,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
     one = Node(tmp_path, Shelf())
     yield one
     one.shelf.let()
-    one.pool.close()
+    one.close()
 
 
 def small(node: Node, count: int, size_bytes: int = 100) -> list[bytes]:
@@ -236,7 +240,7 @@ def test_chunks_that_an_earlier_process_has_brought_do_not_come_again(node: Node
     wait_until(lambda: later.prefetcher.counts.contents == 2)
     chunks = [sha256(content[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in (3, 4)]
     assert node.shelf.streams == [[digest], chunks]
-    later.pool.close()
+    later.close()
 
 
 def versions(node: Node) -> tuple[bytes, bytes]:
@@ -272,7 +276,7 @@ def test_chunks_are_found_in_an_object_that_is_whole_also_by_the_next_process(no
     later = Node(tmp_path, node.shelf)
     assert later.open_whole(sha256(new), len(new)) is None
     assert node.shelf.alone == [sha256(new), sha256(new[7 * CHUNK_BYTES : 8 * CHUNK_BYTES])]
-    later.pool.close()
+    later.close()
 
 
 def test_a_chunk_that_is_rotten_here_is_fetched(node: Node) -> None:
@@ -293,7 +297,7 @@ def test_a_chunk_that_is_rotten_here_is_fetched(node: Node) -> None:
 def test_without_the_index_of_chunks_they_are_fetched(node: Node, tmp_path: Path, damage: bytes | None) -> None:
     old, new = versions(node)
     assert node.open_whole(sha256(old), len(old)) is None
-    node.fetcher.chunked.close()
+    node.fetcher.close()
     index = tmp_path / "fetching" / "chunks.sqlite"
     if damage is None:
         index.unlink()
@@ -304,7 +308,7 @@ def test_without_the_index_of_chunks_they_are_fetched(node: Node, tmp_path: Path
     node.shelf.alone.clear()
     assert later.open_whole(sha256(new), len(new)) is None
     assert len(node.shelf.alone) == 21
-    later.pool.close()
+    later.close()
 
 
 def test_an_object_that_is_gone_is_forgotten_by_the_index_of_chunks(node: Node) -> None:
