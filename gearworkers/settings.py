@@ -51,7 +51,7 @@ class Settings:
     """The CA of the manager's certificate; None for the system's trust."""
     remote_timeout_s: float = DEFAULT_REMOTE_TIMEOUT_S
     """What a remote may take to answer, all attempts together; a file system that hangs is given up after it."""
-    aws_credentials_file: Path = field(default_factory=lambda: Path.home() / ".aws" / "credentials")
+    aws_credentials_file: Path = field(default_factory=lambda: _home() / ".aws" / "credentials")
     aws_profile: str = "default"
     manager_listen: str = DEFAULT_MANAGER_LISTEN
     """host:port of `gear manager`."""
@@ -83,7 +83,7 @@ class Settings:
     """So long the first container of an image is watched, for the profile of its start; 0 for never."""
     docker_host: str = DEFAULT_DOCKER_HOST
     """The dockerd that `gear` asks about images: unix:///PATH or tcp://HOST:PORT."""
-    docker_config: Path = field(default_factory=lambda: Path.home() / ".docker")
+    docker_config: Path = field(default_factory=lambda: _home() / ".docker")
     """Where Docker's clients keep the credentials for registries: the directory of config.json."""
     https_proxy: str = ""
     """URL of the proxy on the way to registries; empty for none."""
@@ -115,9 +115,7 @@ class Settings:
             remote_token_file=_optional(environ, "GEAR_REMOTE_TOKEN_FILE"),
             remote_ca_file=_optional(environ, "GEAR_REMOTE_CA_FILE"),
             remote_timeout_s=_number(environ, "GEAR_REMOTE_TIMEOUT_S", DEFAULT_REMOTE_TIMEOUT_S),
-            aws_credentials_file=_absolute(
-                environ, "AWS_SHARED_CREDENTIALS_FILE", Path.home() / ".aws" / "credentials"
-            ),
+            aws_credentials_file=_absolute(environ, "AWS_SHARED_CREDENTIALS_FILE", _home() / ".aws" / "credentials"),
             aws_profile=environ.get("AWS_PROFILE") or "default",
             manager_listen=environ.get("GEAR_MANAGER_LISTEN") or DEFAULT_MANAGER_LISTEN,
             manager_store=environ.get("GEAR_MANAGER_STORE", ""),
@@ -134,7 +132,7 @@ class Settings:
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
             docker_host=environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST,
-            docker_config=_absolute(environ, "DOCKER_CONFIG", Path.home() / ".docker"),
+            docker_config=_absolute(environ, "DOCKER_CONFIG", _home() / ".docker"),
             https_proxy=environ.get("HTTPS_PROXY") or environ.get("https_proxy", ""),
             no_proxy=environ.get("NO_PROXY") or environ.get("no_proxy", ""),
             log_level=_one_of(environ, "GEAR_LOG_LEVEL", LOG_LEVELS, "info"),
@@ -230,6 +228,14 @@ class Settings:
     def effective_broker_url(self) -> str:
         """broker_url, or the Redis socket in run_dir."""
         return self.broker_url or f"redis+socket://{self.run_dir}/redis.sock?virtual_host=0"
+
+
+def _home() -> Path:
+    """The user's home; the root of all for a user who has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def _absolute(environ: Mapping[str, str], name: str, default: Path) -> Path:

@@ -124,7 +124,10 @@ class ChunkedObjects:
                     self._large.setdefault(digest, opened)
 
     def fill(self, digest: bytes, large: LargeObject, done: Done) -> None:
-        """Have an object that `open` gave here as a whole; *done* is told, now or later."""
+        """Have an object that `open` gave here as a whole; *done* is told when it is, or is not what it should be.
+
+        While a chunk cannot be had it goes on waiting: `fill_idle` tries again.
+        """
         with self._lock:
             is_coming = self._large.get(digest) is large
             if is_coming:

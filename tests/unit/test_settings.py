@@ -1,0 +1,38 @@
+"""Settings from the environment."""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import InvalidInput
+from gearworkers.settings import Settings
+
+
+def test_who_has_no_home_has_settings_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("DOCKER_CONFIG", raising=False)
+    assert Settings.from_environ().docker_config == Path("/.docker")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GEAR_ROOT", "var/gear"),
+        ("GEAR_FETCH_THREADS", "0"),
+        ("GEAR_FILL_DELAY_S", "soon"),
+        ("GEAR_PROFILE_WINDOW_S", "-1"),
+        ("GEAR_REMOTE_TIMEOUT_S", "nan"),
+        ("GEAR_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput, match=f"{name}.*{value}"):
+        Settings.from_environ()
