@@ -62,19 +62,24 @@ def push_queue(node: str) -> str:
 
 
 class _MendPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
-    """Replaces pool processes that died while Redis was away, before the worker listens to them again.
+    """Mends the pool before the worker listens to its processes anew, after the broker was lost.
 
-    A process's pipe closes a moment before it can be waited for; Celery then forgets the pipe and keeps the process
-    for up to 5 s more. If the broker is lost in them, the worker ends with "file descriptor is None" (seen with 5.7).
+    Celery 5.7 then ends the worker with "file descriptor is None" if it has ceased to watch a process that it still
+    has: one that died, as its pipe closes a moment before it can be waited for, or one that lives, as its pipe may have
+    the number of a dead one's of which an event was still to be handled.
     """
 
     requires = ("celery.worker.consumer:Tasks",)
 
     def start(self, consumer: Any) -> None:
         """The consumer starts, for the first time or after the broker was lost."""
-        maintain = getattr(consumer.pool, "maintain_pool", None)
-        if maintain is not None:
-            maintain()
+        pool = consumer.pool._pool
+        if not hasattr(pool, "maintain_pool"):
+            return  # not of processes
+        pool.maintain_pool()
+        for process in pool._pool:
+            if getattr(process, "_sentinel_poll", None) is None:
+                vars(process).pop("_sentinel_poll", None)  # what is not there is made
 
 
 def make_app(

@@ -33,8 +33,8 @@ ExecStartPre=-/bin/sh -c 'for controller in /sys/fs/cgroup/*/; do mount -o remou
 """
 """nspawn leaves the controllers of cgroup v1 read-only."""
 
-_VISIBLE_HOMES = "[Service]\nProtectHome=no\n"
-"""The checkout's Python may be one that lies in a home."""
+_VISIBLE_CHECKOUT = f"[Service]\nProtectHome=no\nBindReadOnlyPaths={CHECKOUT}\n"
+"""The checkout's Python may be one that lies in a home, the checkout in a /tmp, which a dynamic user has of its own."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _make_root(root: Path) -> None:
         "etc/gearworkers/environment": (CHECKOUT / "packaging" / "systemd" / "environment").read_text(),
         f"{UNITS}/default.target": "[Unit]\nWants=docker.service\n",
         f"{UNITS}/docker.service.d/cgroups.conf": _WRITABLE_CGROUPS,
-        f"{UNITS}/gear-manager.service.d/home.conf": _VISIBLE_HOMES,
+        f"{UNITS}/gear-manager.service.d/home.conf": _VISIBLE_CHECKOUT,
     }
     for unit in (CHECKOUT / "packaging" / "systemd").glob("gear*"):
         files[f"{UNITS}/{unit.name}"] = unit.read_text()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.concurrency.prefork import TaskPool
 from celery.exceptions import Retry
+from kombu.asynchronous import Hub
 
-from gearworkers.app import RETRIES, TIME_LIMIT_S, VISIBILITY_TIMEOUT_S, make_app, retry_delay_s
+from gearworkers.app import RETRIES, TIME_LIMIT_S, VISIBILITY_TIMEOUT_S, _MendPool, make_app, retry_delay_s
 from gearworkers.driver import GearDriver
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
@@ -103,3 +106,19 @@ def _unavailable(driver: GearDriver) -> int:
     from gearworkers.errors import Unavailable
 
     raise Unavailable("the remote is away")
+
+
+def test_a_process_that_celery_has_ceased_to_watch_is_watched_again(app: Any) -> None:
+    pool = TaskPool(1, app=app, initargs=(app, "tests"), threads=False)
+    hub: Any = Hub()  # type: ignore[no-untyped-call]
+    pool.start()
+    try:
+        pool.register_with_event_loop(hub)
+        (process,) = pool._pool._pool
+        pool._pool._untrack_child_process(process, hub)
+        _MendPool(SimpleNamespace(steps=[])).start(SimpleNamespace(pool=pool))
+        pool.register_with_event_loop(hub)
+        assert process._sentinel_poll in hub.readers
+    finally:
+        pool.terminate()
+        hub.close()
