@@ -12,7 +12,15 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-HALVES = (("tests/e2e",), ("tests", "--ignore=tests/e2e"))
+ON_DOCKERDS = "tests/e2e"
+WITH_THE_REST = (f"{ON_DOCKERDS}/test_applications.py", f"{ON_DOCKERDS}/test_systemd.py")
+"""Tests on a real dockerd that share it with no others: the rest alone would end long before."""
+
+
+def halves() -> tuple[list[str], list[str]]:
+    """The arguments of both."""
+    rest = sorted({str(path.parent) for path in Path("tests").rglob("test_*.py")} - {ON_DOCKERDS})
+    return [ON_DOCKERDS, *(f"--ignore={path}" for path in WITH_THE_REST)], [*rest, *WITH_THE_REST]
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +34,7 @@ def main(arguments: list[str]) -> int:
                     stdout=file if at else None,
                     stderr=subprocess.STDOUT if at else None,
                 )
-                for at, half in enumerate(HALVES)
+                for at, half in enumerate(halves())
             )
 
             def pass_on(number: int, _: FrameType | None) -> None:
