@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 ON_DOCKERDS = "tests/e2e"
-WITH_THE_REST = (f"{ON_DOCKERDS}/test_applications.py", f"{ON_DOCKERDS}/test_systemd.py")
+WITH_THE_REST = (f"{ON_DOCKERDS}/test_applications.py",)
 """Tests on a real dockerd that share it with no others: the rest alone would end long before."""
 
 
