@@ -30,7 +30,7 @@ check: setup
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	$(VENV)/python -m pytest -q -m "not dockerd and not slow" tests/unit
+	$(VENV)/python -m pytest -q -n auto -m "not dockerd and not slow" tests/unit
 
 bench: rootfs
 	@exec $(VENV)/python -m bench

@@ -53,7 +53,7 @@ class Shelf:
             ]
         return digest
 
-    def let(self, count: int = 1_000_000) -> None:
+    def let(self, count: int = 10_000) -> None:
         self._let.release(count)
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
