@@ -1,4 +1,4 @@
-"""Runs the tests of root in a sandbox of their own (tests/support/sandbox.py): mounts and daemons end with it."""
+"""Runs the tests in a sandbox of their own (tests/support/sandbox.py): mounts and daemons end with it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Become `sandbox pytest …`, unless inside already or nothing may be run there."""
-    if sandbox.is_inside() or os.geteuid() != 0 or config.option.collectonly:
+    """Become `sandbox pytest …`, which says that it needs root, unless inside already or nothing is to be run."""
+    if sandbox.is_inside() or config.option.collectonly:
         return
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture is not None:
@@ -27,12 +27,3 @@ def pytest_configure(config: pytest.Config) -> None:
     command = [sys.executable, "-m", "tests.support.sandbox", sys.executable, "-m", "pytest", *arguments]
     environ = os.environ | {"PYTHONPATH": str(config.rootpath)}
     os.execve(sys.executable, command, environ)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without root, what needs it is skipped and says so."""
-    if os.geteuid() == 0:
-        return
-    for item in items:
-        if item.get_closest_marker("root") or item.get_closest_marker("dockerd"):
-            item.add_marker(pytest.mark.skip(reason="mounts and owners need root; `make test` runs as root"))

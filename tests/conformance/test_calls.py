@@ -11,8 +11,6 @@ from gearworkers.layers.idmap import IDMap
 from tests.conformance.drivers import Driver, Refused, an_id
 from tests.conformance.layers import applied, committed, container, directory, file, mounted, shown, tar
 
-pytestmark = pytest.mark.root
-
 BAD_IDS = ["../x", "..", ".", "", "a/b", "/etc", "a" * 201, "nul\0", "new\nline", "-\N{BULLET}"]
 
 

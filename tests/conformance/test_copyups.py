@@ -25,8 +25,6 @@ from tests.conformance.layers import (
     with_xattrs,
 )
 
-pytestmark = pytest.mark.root
-
 BIG = bytes(range(256)) * 4096
 
 

@@ -12,8 +12,6 @@ import pytest
 from tests.conformance.drivers import Driver, Refused, an_id
 from tests.conformance.layers import mounted
 
-pytestmark = pytest.mark.root
-
 MODIFY, ADD, DELETE = 0, 1, 2
 
 

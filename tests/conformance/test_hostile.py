@@ -37,8 +37,6 @@ from tests.conformance.layers import (
 from tests.conformance.test_trees import checksummed, pax_header, sparse_tar
 from tests.support.processes import wait_until
 
-pytestmark = pytest.mark.root
-
 DIGEST = bytes(range(32))
 
 

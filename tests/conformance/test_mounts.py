@@ -11,8 +11,6 @@ from gearworkers.mounts.overlay import is_mounted
 from tests.conformance.drivers import Driver, an_id
 from tests.conformance.layers import applied, container, file, mounted, shown, tar
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture
 def id(driver: Driver) -> str:

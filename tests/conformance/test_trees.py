@@ -34,8 +34,6 @@ from tests.conformance.layers import (
     with_xattrs,
 )
 
-pytestmark = pytest.mark.root
-
 GIB = 1 << 30
 
 

@@ -25,8 +25,6 @@ from tests.support.processes import wait_until
 from tests.support.registry import Registry
 from tests.support.stack import Stack
 
-pytestmark = pytest.mark.root
-
 GEAR = [sys.executable, "-c", "from gearworkers.cli import main; main()"]
 A_DAY_S = 24 * 3600
 

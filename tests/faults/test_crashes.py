@@ -15,8 +15,6 @@ from tests.conformance.layers import File, applied, directory, file, hardlink, o
 from tests.faults.crashes import Interrupted, Outcome, Say, killed_at_every_step
 from tests.support.overlays import Node
 
-pytestmark = pytest.mark.root
-
 LAYER = "layer"
 SHARED = b"shared by both layers"
 FILES: tuple[File, ...] = (

@@ -23,8 +23,6 @@ from gearworkers.mounts.lazy.tree import node_of
 from gearworkers.services.lazyfs import LazyServer
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node, until
 
-pytestmark = [pytest.mark.root, pytest.mark.fuse]
-
 LARGE = random.Random(1).randbytes(8 << 20)
 SMALL = {f"etc/file{number}": b"content %d" % number * 50 for number in range(200)}
 FILES = {**SMALL, "lib/large": LARGE}

@@ -16,8 +16,6 @@ from tests.conformance.layers import applied, file, mounted, object_names, shown
 from tests.faults.crashes import Interrupted, Say, run_child
 from tests.support.disk import mount_fresh
 
-pytestmark = pytest.mark.root
-
 MIB = 1 << 20
 
 

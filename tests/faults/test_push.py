@@ -27,8 +27,6 @@ from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import applied, file, mounted, tar
 from tests.faults.crashes import Say, killed_at_every_step, run_child
 
-pytestmark = pytest.mark.root
-
 CONTENTS = [b"small", b"another", b"large " * 900_000]
 DATA = tar(*(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
 

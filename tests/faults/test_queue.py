@@ -18,8 +18,6 @@ from tests.support.processes import wait_until
 from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:

@@ -18,8 +18,6 @@ from tests.conformance.drivers import InProcess
 from tests.conformance.layers import file, object_names, tar
 from tests.faults.crashes import Say, finish_child, has_said, start_child
 
-pytestmark = pytest.mark.root
-
 ROUNDS = 40
 CONTENTS = [b"content %d" % number for number in range(120)]
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +19,6 @@ from gearworkers.layers.containerdiff import write_diff
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts.overlay import detached
 from tests.support.overlays import Overlay, applied, mounted, snapshot
-
-pytestmark = pytest.mark.root
 
 NAMES = ("a", "b", "c")
 PATHS = [Path(*parts) for parts in [(x,) for x in NAMES] + [(x, y) for x in NAMES for y in NAMES]]

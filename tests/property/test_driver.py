@@ -22,8 +22,6 @@ from tests.conformance.layers import File, applied, committed, mounted, shown, t
 from tests.property.test_containerdiff_sequences import OPERATION, REFUSED, Operation
 from tests.support.overlays import Node
 
-pytestmark = pytest.mark.root
-
 EXAMPLES = examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 _NAME_BYTES = st.integers(1, 255).filter(lambda byte: byte not in (0x2F, 0x01))

@@ -13,8 +13,6 @@ from gearworkers.driver import GearDriver
 from gearworkers.layers import absorb as absorb_module
 from gearworkers.settings import Settings
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture
 def driver(tmp_path: Path) -> GearDriver:

@@ -13,8 +13,6 @@ import pytest
 from gearworkers.layers.changes import Change, ChangeKind, tree_changes, upper_changes
 from tests.support.overlays import Overlay, mounted
 
-pytestmark = pytest.mark.root
-
 LETTERS = {ChangeKind.MODIFY: "C", ChangeKind.ADD: "A", ChangeKind.DELETE: "D"}
 
 

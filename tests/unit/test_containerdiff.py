@@ -21,8 +21,6 @@ from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.mounts.overlay import detached
 from tests.support.overlays import Node, Overlay, applied, mounted, snapshot
 
-pytestmark = pytest.mark.root
-
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 

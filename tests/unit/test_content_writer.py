@@ -20,8 +20,6 @@ from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:

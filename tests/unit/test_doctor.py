@@ -14,8 +14,6 @@ from gearworkers.mounts.lazy.trial import check_fuse
 from gearworkers.settings import Settings
 from tests.support.lazynode import gear_tar, lazy_node
 
-pytestmark = [pytest.mark.root, pytest.mark.fuse]
-
 
 def test_fuse_is_tried_and_nothing_stays_mounted() -> None:
     before = Path("/proc/self/mountinfo").read_text()

@@ -19,8 +19,6 @@ from gearworkers.objects.staging import Staging
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import Urgency, WorkPool
 
-pytestmark = pytest.mark.root
-
 CONTENTS = {hashlib.sha256(b"%d" % number).digest(): b"%d" % number for number in range(300)}
 
 

@@ -13,8 +13,6 @@ from gearworkers.objects.claims import Claims
 from gearworkers.objects.garbage import GarbageCollector, HiddenObjects
 from gearworkers.objects.store import ObjectStore
 
-pytestmark = pytest.mark.root
-
 CONTENT = b"wanted"
 DIGEST = hashlib.sha256(CONTENT).digest()
 

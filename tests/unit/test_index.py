@@ -46,7 +46,6 @@ def mounted(index: Index, place: Path) -> Iterator[Path]:
         unmount(tree)
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("count", [1, 2, 150, 151, 152, 153, 154, 5000])
 def test_every_name_of_a_directory_is_found(count: int, tmp_path: Path) -> None:
     names = {f"file-{number:07d}-of-many".encode() for number in range(count)}
@@ -57,7 +56,6 @@ def test_every_name_of_a_directory_is_found(count: int, tmp_path: Path) -> None:
         assert not (tree / "dir" / "file-0000000-of-man").exists()
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("name_bytes", range(240, 256))
 def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_path: Path) -> None:
     names = [b"%02d" % number + b"x" * (name_bytes - 2) for number in range(16)]
@@ -68,7 +66,6 @@ def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_pat
             os.lstat(os.fsencode(tree / "dir") + b"/" + name)
 
 
-@pytest.mark.root
 def test_metadata_is_what_the_tar_says(tmp_path: Path) -> None:
     index = index_of(
         Entry(
@@ -92,7 +89,6 @@ def test_metadata_is_what_the_tar_says(tmp_path: Path) -> None:
         assert stat.S_ISFIFO((tree / "p").stat().st_mode)
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("target_bytes", [1, 3000, 3950, 4030, 4031, 4032, 4095])
 def test_symlinks_of_every_length_are_read(target_bytes: int, tmp_path: Path) -> None:
     target = b"t" * target_bytes
@@ -100,7 +96,6 @@ def test_symlinks_of_every_length_are_read(target_bytes: int, tmp_path: Path) ->
         assert os.readlink(os.fsencode(tree / "l")) == target
 
 
-@pytest.mark.root
 def test_attributes_larger_than_a_block_are_read(tmp_path: Path) -> None:
     xattrs = {b"user.%02d" % number: bytes([number]) * 1000 for number in range(40)}
     entries = [Entry(b"f", size_bytes=1, xattrs=xattrs), Entry(b"l", type=SYMLINK, linkname=b"f")]
@@ -109,7 +104,6 @@ def test_attributes_larger_than_a_block_are_read(tmp_path: Path) -> None:
         assert os.readlink(tree / "l") == "f"
 
 
-@pytest.mark.root
 def test_a_parent_that_is_a_symlink_is_followed_inside_the_layer(tmp_path: Path) -> None:
     index = index_of(
         Entry(b"usr/lib", type=DIR),
@@ -124,7 +118,6 @@ def test_a_parent_that_is_a_symlink_is_followed_inside_the_layer(tmp_path: Path)
         assert (tree / "three").exists()
 
 
-@pytest.mark.root
 def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
     index = index_of(
         Entry(b"a/b/c"),
@@ -141,7 +134,6 @@ def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
         assert (tree / "d").stat().st_mode & 0o7777 == 0o711
 
 
-@pytest.mark.root
 def test_owners_are_mapped(tmp_path: Path) -> None:
     ids = IdMaps((IDMap(0, 100000, 65536),), (IDMap(0, 200000, 65536),))
     with mounted(index_of(Entry(b"implied/f", uid=1, gid=2), ids=ids), tmp_path) as tree:
@@ -174,7 +166,6 @@ def test_what_docker_refuses_or_reaches_outside_is_refused(entries: list[Entry],
         index_of(*entries)
 
 
-@pytest.mark.root
 def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int) -> None:
         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
@@ -188,14 +179,12 @@ def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, mo
     assert losetup.stdout == b"", "the device is let go"
 
 
-@pytest.mark.root
 def test_the_trial_tells_how_indexes_are_mounted_and_leaves_nothing(tmp_path: Path) -> None:
     check = next(check for check in probe(tmp_path, check_index) if check.name == NAME)
     assert (check.ok, check.found) == (True, "mounted from their files")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.root
 def test_the_trial_tells_what_a_kernel_without_erofs_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> int:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))

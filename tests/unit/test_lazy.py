@@ -21,7 +21,7 @@ from gearworkers.mounts.lazy.client import order_prefetch
 from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 
-pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 LARGE = random.Random(1).randbytes(5 << 20)
 SMALL = {f"etc/file{number}": b"content %d" % number * 50 for number in range(30)}

@@ -24,8 +24,6 @@ from gearworkers.objects.workpool import WorkPool
 from gearworkers.services import lazyfs_contents
 from gearworkers.services.lazyfs_contents import LazyContents
 
-pytestmark = pytest.mark.root
-
 NAME = object_name(bytes(32))
 LARGE = {hashlib.sha256(content).digest(): content for content in (b"one" * 10_000, b"two" * 10_000)}
 

@@ -21,7 +21,7 @@ from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, gear_tar, until
 
-pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 GEAR = str(Path(sys.executable).with_name("gear"))
 FILES = {"etc/small": b"small", "lib/large": random.Random(1).randbytes(3 << 20)}

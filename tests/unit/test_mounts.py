@@ -15,8 +15,6 @@ from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.overlay import OverlaySpec, clear_volatile, detached, is_mounted, mount, unmount
 from tests.support.overlays import make_index
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:

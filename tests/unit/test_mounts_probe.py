@@ -15,8 +15,6 @@ from gearworkers.mounts import probe as probe_module
 from gearworkers.mounts.overlay import OverlaySpec, mount, unmount
 from gearworkers.mounts.probe import Check, backing_fs_name, kernel_version, probe, require
 
-pytestmark = pytest.mark.root
-
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}

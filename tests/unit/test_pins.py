@@ -19,8 +19,6 @@ from gearworkers.settings import Settings
 from tests.support.lazynode import gear_tar, until
 from tests.support.tiny import tar_of, tiny_tar
 
-pytestmark = pytest.mark.root
-
 CONTENT = b"content" * 1000
 DIGEST = hashlib.sha256(CONTENT).digest()
 PIN = Pin("localhost/image:v1", f"sha256:{'ab' * 32}")

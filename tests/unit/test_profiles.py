@@ -33,7 +33,7 @@ from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 
-pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 GEAR = str(Path(sys.executable).with_name("gear"))
 LARGE = random.Random(1).randbytes(4 << 20)

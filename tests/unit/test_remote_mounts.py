@@ -145,8 +145,6 @@ def mounted(target: Path, handle: Callable[[Request, Waiter], None] | None) -> I
         os.close(fd)  # whoever waits for an answer is let go
 
 
-@pytest.mark.root
-@pytest.mark.fuse
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
 def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int) -> None:
     broken = Broken(error, times=2)
@@ -155,8 +153,6 @@ def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int)
     assert broken.asked > 2
 
 
-@pytest.mark.root
-@pytest.mark.fuse
 @pytest.mark.slow
 def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     broken = Broken(errno.EIO, times=1 << 30)
@@ -165,8 +161,6 @@ def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     assert broken.asked > 2
 
 
-@pytest.mark.root
-@pytest.mark.fuse
 def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -> None:
     settings = replace(settings, remote_timeout_s=0.5)
     with mounted(Path(settings.remote), None), opened(settings) as remote:
@@ -176,8 +170,6 @@ def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -
         assert time.monotonic() - began_s < 5
 
 
-@pytest.mark.root
-@pytest.mark.fuse
 def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings) -> None:
     settings = replace(settings, remote_timeout_s=0.5)
     Path(settings.remote).mkdir()

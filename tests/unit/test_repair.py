@@ -15,8 +15,6 @@ from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, lazy_node, until
 from tests.support.tiny import tar_of
 
-pytestmark = [pytest.mark.root, pytest.mark.fuse]
-
 FILES = {"etc/file": b"content " * 100, "etc/other": b"another " * 100}
 DIGEST = hashlib.sha256(FILES["etc/file"]).digest()
 

@@ -12,7 +12,6 @@ import pytest
 
 from tests.support.processes import wait_until
 
-pytestmark = pytest.mark.root
 # A process that outlives its parent, a mount, and a word when both are there.
 BUSY = 'mkdir "$0/m"; mount -t tmpfs tmpfs "$0/m"; setsid sleep 1000 & touch "$0/ready"; exec sleep 1000'
 

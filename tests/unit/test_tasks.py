@@ -73,7 +73,6 @@ def test_a_stream_order_without_a_gateway_is_dropped(root: Path) -> None:
     assert not root.exists()
 
 
-@pytest.mark.root
 def test_upkeep_without_a_gateway_is_done(app: Any, root: Path) -> None:
     GearDriver(Settings.from_environ()).prepare()
     answer = perform(Settings.from_environ(), Order("collect_garbage", str(root), "token"), "worker")
@@ -86,7 +85,6 @@ def arguments(root: Path) -> dict[str, str]:
     return {"gear_root": str(root), "token": "t", "id": "", "parent": ""}
 
 
-@pytest.mark.root
 def test_a_push_whose_remote_is_away_is_tried_again_and_one_without_remote_is_not(
     app: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
