@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -23,20 +22,18 @@ from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
 from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.mounted import MountedLayers
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.recording import Recordings
 from gearworkers.layers.repair import Checker
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.starts import Starts
-from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id, image_layer, new_layer
+from gearworkers.layers.store import MERGED, WORK, Kind, Layer, LayerStore, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
 from gearworkers.layers.wanted import remove_unvouched
 from gearworkers.mounts import overlay
-from gearworkers.mounts.lazy.place import wait_until_mounted
-from gearworkers.mounts.lazy.tree import FAILED, FETCH
 from gearworkers.mounts.probe import backing_fs_name, probe, require
-from gearworkers.mounts.table import MountTable
 from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
 from gearworkers.objects.remotes.opening import open_remote
@@ -52,9 +49,6 @@ _OPTIONS = ("gear.root", "gear.broker")
 _INIT_SUFFIX = "-init"
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_EMPTY = "empty"
-_LAZY_TIMEOUT_S = 10.0
-"""At a start of all parts a container may be mounted before the lazy file server is up."""
 
 
 def _translated(
@@ -90,10 +84,10 @@ class GearDriver:
         settings = self.settings
         self._objects = ObjectStore(settings.gear_public_cache_path)
         self._layers = LayerStore(settings, self._objects)
-        self._mounts = MountTable(settings.run_dir / "mounts")
         self._spool = PushSpool(settings.gear_push_path, self._objects)
         self._usage = UsageMeter(self._layers, self._objects)
         self._starts = Starts(settings, self._layers, self._recordings)
+        self._mounts = MountedLayers(settings, self._layers, self._starts)
 
     # -- the daemon's life
 
@@ -113,7 +107,6 @@ class GearDriver:
                 settings.gear_private_cache_path,
             ):
                 path.mkdir(mode=0o700, exist_ok=True)
-            (settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
             self._objects.prepare()
             self._layers.prepare()
             self._mounts.prepare()
@@ -170,9 +163,7 @@ class GearDriver:
 
     def cleanup(self) -> None:
         """dockerd ends: unmount what is still mounted."""
-        for id in self._mounts.mounted():
-            with self._mounts.locked(id):
-                self._drop_mount(id)
+        self._mounts.drop_all()
         self._layers.release()
 
     def release(self) -> None:
@@ -199,10 +190,7 @@ class GearDriver:
     @_translated
     def remove(self, id: str) -> None:
         """Remove the layer, mounted or not; one that is not there is fine."""
-        check_id(id)
-        with self._mounts.locked(id):
-            self._drop_mount(id)
-            self._layers.remove(id)
+        self._mounts.remove(id)
 
     def exists(self, id: str) -> bool:
         """Whether there is such a layer."""
@@ -218,81 +206,14 @@ class GearDriver:
             The path of the merged tree: read-only for an image layer.
 
         Raises:
-            NotFound: No such layer.
-            FailedPrecondition: It, or one below it, is unfinished; or the kernel refuses.
+            NotFound, FailedPrecondition: As `MountedLayers.get`.
         """
-        check_id(id)
-        with self._mounts.locked(id):
-            layer = self._layers.get(id)
-            if layer.kind is Kind.NEW:
-                layer = self._layers.promote(layer, self._id_maps())
-            target = self._layers.directory(layer) / MERGED
-            self._mounts.acquire(id, target, lambda: self._mount(layer, mount_label, target))
-            return str(target)
+        return str(self._mounts.get(id, mount_label, self._id_maps(), volatile=_is_volatile(id)))
 
     @_translated
     def put(self, id: str) -> None:
         """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
-        check_id(id)
-        with self._mounts.locked(id):
-            if not self._layers.exists(id):
-                return
-            directory = self._layers.directory(self._layers.get(id))
-            is_unmounted = self._mounts.release(id, directory / MERGED)
-            if is_unmounted:
-                self._starts.end(id)
-            if is_unmounted and _is_volatile(id):
-                overlay.clear_volatile(directory / WORK)
-
-    def _mount(self, layer: Layer, mount_label: str, target: Path) -> None:
-        overlay.mount(self._spec(layer, mount_label), target)
-        if layer.kind is Kind.CONTAINER and not layer.absorbable and not _is_volatile(layer.id):
-            self._starts.begin(layer, target)
-
-    def _drop_mount(self, id: str) -> None:
-        self._starts.end(id)
-        for parent in (self.settings.gear_containers_path, self.settings.gear_images_path):
-            self._mounts.drop(id, parent / id / MERGED)
-
-    def _spec(self, layer: Layer, mount_label: str) -> overlay.OverlaySpec:
-        data = self._data(layer.id)
-        label = mount_label or layer.mount_label
-        if layer.kind is Kind.IMAGE:
-            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label)
-        directory = self._layers.directory(layer)
-        lowers = self._layers.chain(layer.parent) or (self.settings.gear_root / _EMPTY,)
-        return overlay.OverlaySpec(
-            lowers, data, directory / UPPER, directory / WORK, context=label, volatile=_is_volatile(layer.id)
-        )
-
-    def _data(self, id: str) -> tuple[Path, ...]:
-        """Where contents are looked up: in public/; for an incomplete chain by the trap, too (mounts.lazy.tree)."""
-        settings = self.settings
-        if self._layers.is_complete(id):
-            return (settings.gear_public_cache_path,)
-        lazy = settings.lazy_mount_path
-        wait_until_mounted(lazy, _LAZY_TIMEOUT_S)
-        return (settings.gear_public_cache_path, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
-
-    @contextmanager
-    def _view(self, id: str) -> Iterator[int | None]:
-        """A descriptor of what the layer shows: its mount if it has one, else a mount that nobody sees."""
-        if not id:
-            yield None
-            return
-        layer = self._layers.get(id)
-        merged = self._layers.directory(layer) / MERGED
-        if layer.kind is Kind.CONTAINER and overlay.is_mounted(merged):
-            with opened_directory(merged) as fd:
-                yield fd
-        elif layer.kind is Kind.NEW:
-            self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
-            with self._view(layer.parent) as parent_view:
-                yield parent_view
-        else:
-            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id))
-            with overlay.detached(spec) as fd:
-                yield fd
+        self._mounts.put(id, volatile=_is_volatile(id))
 
     # -- what a layer holds
 
@@ -315,10 +236,10 @@ class GearDriver:
         """What the layer has that *parent* has not; sorted by path."""
         layer = self._layers.get(id)
         if layer.kind is Kind.CONTAINER and layer.parent == parent:
-            with self._view(parent) as parent_fd, self._view(id) as merged_fd:
+            with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as merged_fd:
                 assert merged_fd is not None
                 return upper_changes(self._layers.lower(layer), merged_fd, parent_fd)
-        with self._view(parent) as parent_fd, self._view(id) as own_fd:
+        with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as own_fd:
             return tree_changes(own_fd, parent_fd)
 
     @_translated
@@ -327,7 +248,7 @@ class GearDriver:
         layer = self._layers.get(id)
         if layer.parent == parent:
             return self._upper_size(layer) if layer.kind is Kind.CONTAINER else layer.size_bytes
-        with self._view(parent) as parent_fd, self._view(id) as own_fd:
+        with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as own_fd:
             return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
 
     def _upper_size(self, layer: Layer) -> int:
@@ -377,13 +298,13 @@ class GearDriver:
             upper = self._layers.lower(layer)
             with (
                 settled(self._layers.directory(layer), upper),
-                self._view(parent) as parent_fd,
-                self._view(id) as merged_fd,
+                self._mounts.view(parent) as parent_fd,
+                self._mounts.view(id) as merged_fd,
             ):
                 assert merged_fd is not None
                 write_diff(upper, merged_fd, parent_fd, sink, ids)
         else:
-            with self._view(parent) as parent_fd, self._view(id) as own_fd:
+            with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as own_fd:
                 write_tree_diff(own_fd, parent_fd, sink, ids)
 
     # -- upkeep

@@ -1,0 +1,143 @@
+"""The mounts of one node's layers: counted ones, that containers run on, and views that nobody else sees.
+
+A container is one overlay: the indexes of its layers, then where their contents are looked up. In an incomplete
+chain that is the trap of the lazy file server, too (mounts.lazy.tree).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gearworkers.files import opened_directory
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.starts import Starts
+from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id
+from gearworkers.mounts import overlay
+from gearworkers.mounts.lazy.place import wait_until_mounted
+from gearworkers.mounts.lazy.tree import FAILED, FETCH
+from gearworkers.mounts.table import MountTable
+from gearworkers.settings import Settings
+
+_EMPTY = "empty"
+_LAZY_TIMEOUT_S = 10.0
+"""At a start of all parts a container may be mounted before the lazy file server is up."""
+
+
+class MountedLayers:
+    """Counted mounts at `merged/` of each layer; from any thread of the one process of the node that mounts."""
+
+    def __init__(self, settings: Settings, layers: LayerStore, starts: Starts) -> None:
+        self._settings = settings
+        self._layers = layers
+        self._starts = starts
+        self._table = MountTable(settings.run_dir / "mounts")
+
+    def prepare(self) -> None:
+        """Make what is missing."""
+        (self._settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
+        self._table.prepare()
+
+    def restart(self) -> None:
+        """The caller begins anew: what is mounted has one user."""
+        self._table.restart()
+
+    def get(self, id: str, mount_label: str, ids: IdMaps, *, volatile: bool) -> Path:
+        """Mount the layer, or count one more user of its mount.
+
+        Args:
+            id: The layer's; a new one becomes a container layer.
+            mount_label: SELinux label; empty for the layer's own.
+            ids: Who owns what is made.
+            volatile: It need not survive a power cut; `put` is told the same.
+
+        Returns:
+            Where it is mounted.
+
+        Raises:
+            NotFound: No such layer.
+            FailedPrecondition: It, or one below it, is unfinished; or the kernel refuses.
+        """
+        check_id(id)
+        with self._table.locked(id):
+            layer = self._layers.get(id)
+            if layer.kind is Kind.NEW:
+                layer = self._layers.promote(layer, ids)
+            target = self._layers.directory(layer) / MERGED
+            self._table.acquire(id, target, lambda: self._mount(layer, mount_label, target, volatile))
+            return target
+
+    def put(self, id: str, *, volatile: bool) -> None:
+        """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
+        check_id(id)
+        with self._table.locked(id):
+            if not self._layers.exists(id):
+                return
+            directory = self._layers.directory(self._layers.get(id))
+            is_unmounted = self._table.release(id, directory / MERGED)
+            if is_unmounted:
+                self._starts.end(id)
+            if is_unmounted and volatile:
+                overlay.clear_volatile(directory / WORK)
+
+    def remove(self, id: str) -> None:
+        """Unmount the layer whatever its count is, and remove it; one that is not there is fine."""
+        check_id(id)
+        with self._table.locked(id):
+            self._drop(id)
+            self._layers.remove(id)
+
+    def drop_all(self) -> None:
+        """Unmount all that is mounted."""
+        for id in self._table.mounted():
+            with self._table.locked(id):
+                self._drop(id)
+
+    @contextmanager
+    def view(self, id: str) -> Iterator[int | None]:
+        """A descriptor of what the layer shows, None for the empty id: its mount if it has one, else one of its own."""
+        if not id:
+            yield None
+            return
+        layer = self._layers.get(id)
+        merged = self._layers.directory(layer) / MERGED
+        if layer.kind is Kind.CONTAINER and overlay.is_mounted(merged):
+            with opened_directory(merged) as fd:
+                yield fd
+        elif layer.kind is Kind.NEW:
+            self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
+            with self.view(layer.parent) as parent_view:
+                yield parent_view
+        else:
+            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id))
+            with overlay.detached(spec) as fd:
+                yield fd
+
+    def _mount(self, layer: Layer, mount_label: str, target: Path, volatile: bool) -> None:
+        overlay.mount(self._spec(layer, mount_label, volatile), target)
+        if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
+            self._starts.begin(layer, target)
+
+    def _drop(self, id: str) -> None:
+        self._starts.end(id)
+        for parent in (self._settings.gear_containers_path, self._settings.gear_images_path):
+            self._table.drop(id, parent / id / MERGED)
+
+    def _spec(self, layer: Layer, mount_label: str, volatile: bool) -> overlay.OverlaySpec:
+        data = self._data(layer.id)
+        label = mount_label or layer.mount_label
+        if layer.kind is Kind.IMAGE:
+            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label)
+        directory = self._layers.directory(layer)
+        lowers = self._layers.chain(layer.parent) or (self._settings.gear_root / _EMPTY,)
+        return overlay.OverlaySpec(lowers, data, directory / UPPER, directory / WORK, context=label, volatile=volatile)
+
+    def _data(self, id: str) -> tuple[Path, ...]:
+        """Where contents are looked up, in this order."""
+        settings = self._settings
+        if self._layers.is_complete(id):
+            return (settings.gear_public_cache_path,)
+        lazy = settings.lazy_mount_path
+        wait_until_mounted(lazy, _LAZY_TIMEOUT_S)
+        return (settings.gear_public_cache_path, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
