@@ -100,12 +100,7 @@ class GearDriver:
         settings = self.settings
         try:
             settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in (
-                settings.gear_push_path,
-                settings.gear_pins_path,
-                settings.gear_nfs_path,
-                settings.gear_private_cache_path,
-            ):
+            for path in (settings.gear_push_path, settings.gear_pins_path, settings.gear_nfs_path):
                 path.mkdir(mode=0o700, exist_ok=True)
             self._objects.prepare()
             self._layers.prepare()
@@ -277,7 +272,15 @@ class GearDriver:
         layer = self._layers.begin_apply(id, parent)
         spool = self._spool if self.settings.remote else None
         with self._layers.building(id) as build:
-            applied = apply_tar(source, build, self._objects, self._id_maps(), spool, self.settings.gear_root)
+            applied = apply_tar(
+                source,
+                build,
+                self._objects,
+                self._id_maps(),
+                spool,
+                self.settings.gear_root,
+                private=self._layers.is_private(parent),
+            )
             self._layers.publish(build, image_layer(layer, applied))
         self._starts.arrived(id)
         return applied.size_bytes
@@ -293,7 +296,7 @@ class GearDriver:
         layer = self._layers.get(id)
         ids = self._id_maps()
         if layer.kind is Kind.IMAGE and layer.parent == parent:
-            replay(self._layers.directory(layer), self._objects, sink)
+            replay(self._layers.directory(layer), self._layers.contents(layer), sink)
         elif layer.kind is Kind.CONTAINER and layer.parent == parent:
             upper = self._layers.lower(layer)
             with (
@@ -350,7 +353,10 @@ class GearDriver:
             raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
 
     def is_absorbable(self, id: str) -> bool:
-        """Whether the layer, whose Diff was taken, still keeps its contents to itself though nobody writes it."""
+        """Whether the layer, whose Diff was taken, still has its contents in itself, though it need not.
+
+        Nobody writes it any more, and it is not private.
+        """
         layer = self._layers.get(id)
         directory = self._layers.directory(layer)
         return (
@@ -358,6 +364,7 @@ class GearDriver:
             and layer.absorbable
             and not (directory / OBJECTS_FILE).exists()
             and not overlay.is_mounted(directory / MERGED)
+            and not self._layers.is_private(id)
         )
 
     @_translated

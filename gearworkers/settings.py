@@ -146,7 +146,7 @@ class Settings:
 
     @property
     def gear_private_cache_path(self) -> Path:
-        """Objects of images marked private, one directory an image."""
+        """Objects of private layers, one directory a layer."""
         return self.gear_root / "private"
 
     @property

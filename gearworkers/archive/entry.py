@@ -58,3 +58,21 @@ def shown(name: bytes) -> str:
     """*name* for an error message: quoted, printable, not too long."""
     text = repr(name[:_SHOWN_BYTES].decode("utf-8", "backslashreplace"))
     return text if len(name) <= _SHOWN_BYTES else f"{text}… ({len(name)} bytes)"
+
+
+def clean_name(name: bytes) -> tuple[bytes, bytes]:
+    """Parent and last component of *name*, cleaned as a path below the layer's root; ``..`` stops there.
+
+    Returns:
+        Both empty for the root itself.
+    """
+    if b"//" in name or b"/." in name or name.startswith(b"."):
+        kept: list[bytes] = []
+        for part in name.split(b"/"):
+            if part == b"..":
+                del kept[-1:]
+            elif part and part != b".":
+                kept.append(part)
+        name = b"/".join(kept)
+    parent, _, last = name.strip(b"/").rpartition(b"/")
+    return parent, last

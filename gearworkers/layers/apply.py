@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.archive.entry import REG, Entry, shown
+from gearworkers.archive.privacy import MARK, is_mark, refuse_late
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
@@ -27,6 +28,10 @@ from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
 
 INDEX_FILE = "index.erofs"
 STREAM_FILE = "stream.zst"
+PRIVATE = "private"
+"""In the build directory: a private layer's own objects."""
+PRIVATE_FILE = "private-objects"
+"""Their list, as `objects`."""
 
 _ZEROS = bytes(1 << 20)
 
@@ -45,12 +50,26 @@ class Applied:
     new_bytes: int
     complete: bool
     """Whether all contents are here; False for a Gear layer whose objects are still to come."""
+    private: bool
+    """Whether the contents of the tar are its own and lie in the build directory's `private`."""
+    private_objects: int
+    private_bytes: int
 
 
 def apply_tar(
-    source: Readable, build: Path, store: ObjectStore, ids: IdMaps, spool: PushSpool | None, root: Path
+    source: Readable,
+    build: Path,
+    store: ObjectStore,
+    ids: IdMaps,
+    spool: PushSpool | None,
+    root: Path,
+    *,
+    private: bool = False,
 ) -> Applied:
     """Fill the empty directory *build* with `index.erofs`, `stream.zst` and `objects`.
+
+    The contents of a private layer go to `private/` in it, with their list `private-objects`; `objects` then names
+    only what the tar names without holding it.
 
     Args:
         source: The tar; read to its clean end.
@@ -59,6 +78,7 @@ def apply_tar(
         ids: From the tar's owners to the host's.
         spool: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, which knows whether contents may be stored in place.
+        private: Whether the layer is private; it also is if the tar has the mark (archive.privacy).
 
     Raises:
         InvalidInput, IntegrityError: The tar is malformed, hostile or ends early; the message names the entry.
@@ -76,16 +96,28 @@ def apply_tar(
         in_place = stack.enter_context(permission(root))
         writer = stack.enter_context(ContentWriter(store, staging_fd, spool, in_place=in_place))
         contents = _Contents(
-            TarReader(source, log, buffer_bytes=MOST_CONTENT_BYTES), log, store, claims, staging_fd, writer
+            TarReader(source, log, buffer_bytes=MOST_CONTENT_BYTES), log, store, claims, staging_fd, writer, build
         )
+        stack.callback(contents.close)
+        if private:
+            contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
         (build / INDEX_FILE).write_bytes(index.image(secrets.token_bytes(16)))
         log.close()
         objects, object_bytes = claims.seal()
+        private_objects, private_bytes = contents.seal_private()
         writer.flush()
         return Applied(
-            index.size_bytes(), objects, object_bytes, writer.new_objects, writer.new_bytes, contents.complete
+            index.size_bytes(),
+            objects,
+            object_bytes,
+            writer.new_objects,
+            writer.new_bytes,
+            contents.complete,
+            contents.is_private,
+            private_objects,
+            private_bytes,
         )
 
 
@@ -112,14 +144,37 @@ class _Contents:
         claims: Claims,
         staging_fd: int,
         writer: ContentWriter,
+        build: Path,
     ) -> None:
         self._reader = reader
         self._log = log
-        self._store = store
-        self._claims = claims
+        self._store = self._own_store = store
+        self._claims = self._own_claims = claims
         self._staging_fd = staging_fd
         self._writer = writer
+        self._build = build
         self.complete = True
+
+    @property
+    def is_private(self) -> bool:
+        """Whether what the tar holds is kept apart."""
+        return self._own_claims is not self._claims
+
+    def keep_private(self) -> None:
+        """All that the tar holds is the layer's own."""
+        self._own_store = ObjectStore(self._build / PRIVATE)
+        self._own_store.prepare()
+        self._own_claims = Claims(self._build, PRIVATE_FILE)
+        self._writer.keep_private(self._own_store)
+
+    def seal_private(self) -> tuple[int, int]:
+        """How many objects are the layer's own, and their bytes."""
+        return self._own_claims.seal() if self.is_private else (0, 0)
+
+    def close(self) -> None:
+        """Let go of the list of what is the layer's own."""
+        if self.is_private:
+            self._own_claims.close()
 
     def fill(self, index: Index) -> None:
         reader, add = self._reader, index.add
@@ -127,9 +182,16 @@ class _Contents:
         if reader.guarded:
             self._writer.push_nothing()
         while entry is not None:
+            if MARK in entry.name and not self.is_private and is_mark(entry.name):
+                self._turn_private(entry)
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
+
+    def _turn_private(self, mark: Entry) -> None:
+        if self._claims:
+            refuse_late(mark)
+        self.keep_private()
 
     def _digest(self, entry: Entry) -> bytes | None:
         if entry.gear is not None:
@@ -140,7 +202,7 @@ class _Contents:
         if payload is None:
             return self._streamed(entry)
         digest = hashlib.sha256(payload).digest()
-        self._claims.add(digest, len(payload))
+        self._own_claims.add(digest, len(payload))
         self._writer.put(digest, payload)
         self._log.content(digest, len(payload))
         return digest
@@ -163,7 +225,7 @@ class _Contents:
         self._refuse_without_space(entry)
         hasher = hashlib.sha256()
         segments = entry.sparse if entry.sparse is not None else ((0, entry.size_bytes),)
-        with self._store.create(self._staging_fd) as pending:
+        with self._own_store.create(self._staging_fd) as pending:
             for piece, hole_bytes in _expanded(self._reader.chunks(), segments, entry.size_bytes):
                 if piece is not None:
                     hasher.update(piece)
@@ -172,8 +234,8 @@ class _Contents:
                     _hash_zeros(hasher, hole_bytes)
                     pending.write_zeros(hole_bytes)
             digest = hasher.digest()
-            self._claims.add(digest, entry.size_bytes)
-            if not self._store.has(digest):
+            self._own_claims.add(digest, entry.size_bytes)
+            if not self._own_store.has(digest):
                 self._writer.announce(digest)
                 if pending.publish(digest):
                     self._writer.stored(digest, entry.size_bytes)

@@ -3,8 +3,8 @@
 Every file is read through the merged view, so metadata-only copies and renamed directories have their bytes, and
 what is written is what the container sees. The upper only says which names there are.
 
-The same trees always make the same bytes: sorted names, no access times, no clock. Names that begin with ``.wh.``
-cannot be said in a layer's tar and are left out, as are sockets.
+The same trees always make the same bytes: sorted names, no access times, no clock; only the mark of a private layer
+comes before all else. Names that begin with ``.wh.`` cannot be said in a layer's tar and are left out, as are sockets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Protocol
 
 from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
+from gearworkers.archive.privacy import MARK
 from gearworkers.archive.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.archive.writer import END, header, padding
 from gearworkers.errors import InvalidInput, NotFound, from_os_error
@@ -72,6 +73,9 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
         GearError: Something cannot be read, or an owner is in none of the id ranges. The tar is then unfinished.
     """
     tar = _Tar(out, ids)
+    with opened_directory(upper) as upper_fd:
+        if lstat_at(upper_fd, MARK) is not None:
+            tar.add_mark(merged_fd)
     for found in _steps(upper, merged_fd, parent_fd):
         if found.sign is Sign.PRESENT and found.status is not None:
             tar.add(found.path, found.merged_dir_fd, found.name, found.status)
@@ -89,7 +93,10 @@ def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: 
     Arguments and errors are otherwise those of `write_diff`.
     """
     tar = _Tar(out, ids)
-    for change in tree_changes(new_fd, old_fd):
+    changes = tree_changes(new_fd, old_fd)
+    if new_fd is not None and any(change.path[1:] == MARK for change in changes):
+        tar.add_mark(new_fd)
+    for change in changes:
         path = change.path[1:]
         if change.kind is ChangeKind.DELETE:
             tar.add_marker(_whiteout_path(path))
@@ -148,12 +155,13 @@ class _Tar:
         self._ids = ids
         self._gathered = bytearray()
         self._buffer = memoryview(bytearray(PIECE_BYTES))
+        self._is_marked = False
         self._written: dict[tuple[int, int], bytes] = {}
         """(device, inode) to the path it has in the tar, of what has several names."""
 
     def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
         """Write what stands at *name* in the directory; left out if a tar cannot hold it or it is gone by now."""
-        if b"/" + PREFIX in b"/" + path:
+        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK):
             return
         kind = _TYPES.get(stat.S_IFMT(status.st_mode))
         if kind is None:
@@ -165,6 +173,14 @@ class _Tar:
             self._add_file(path, dir_fd, name)
         else:
             self._add_contentless(path, dir_fd, name, kind, status)
+
+    def add_mark(self, root_fd: int) -> None:
+        """Write the mark of a private layer, if there is one: it comes before all contents."""
+        with _Reading(MARK):
+            status = lstat_at(root_fd, MARK)
+        if status is not None:
+            self.add(MARK, root_fd, MARK, status)
+            self._is_marked = True
 
     def add_marker(self, path: bytes) -> None:
         """Write a whiteout or an opaque mark: an empty file."""

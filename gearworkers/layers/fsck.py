@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gearworkers.archive.stream import StreamReader
 from gearworkers.errors import GearError, IntegrityError
-from gearworkers.layers.apply import INDEX_FILE, STREAM_FILE
+from gearworkers.layers.apply import INDEX_FILE, PRIVATE_FILE, STREAM_FILE
 from gearworkers.layers.store import APPLYING_FILE, Kind, Layer, LayerStore
 from gearworkers.objects.claims import OBJECTS_FILE, read_objects
 from gearworkers.objects.store import ObjectStore
@@ -50,6 +50,11 @@ def _image_faults(
 ) -> Iterator[LayerFault]:
     directory = layers.directory(layer)
     refetch = "remove the image and pull it again"
+    own_missing = sum(
+        not layers.private_store(layer.id).has(digest) for digest, _ in read_objects(directory / PRIVATE_FILE)
+    )
+    if own_missing:
+        yield LayerFault(layer.id, f"{own_missing} of its private objects are missing", refetch)
     missing = damaged = 0
     for digest, _ in read_objects(directory / OBJECTS_FILE):
         if digest in bad_digests:

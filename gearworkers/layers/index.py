@@ -14,7 +14,7 @@ from __future__ import annotations
 import stat
 
 from gearworkers.archive import whiteouts
-from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
+from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, clean_name, shown
 from gearworkers.digest import RESERVED, object_path
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers import erofs
@@ -332,24 +332,6 @@ class Index:
         self._count_inode(name)
         made = parent.children[name] = self._new_directory(0o755, *self._ids.root, mtime_ns)
         return made
-
-
-def clean_name(name: bytes) -> tuple[bytes, bytes]:
-    """Parent and last component of *name*, cleaned as a path below the layer's root; ``..`` stops there.
-
-    Returns:
-        Both empty for the root itself.
-    """
-    if b"//" in name or b"/." in name or name.startswith(b"."):
-        kept: list[bytes] = []
-        for part in name.split(b"/"):
-            if part == b"..":
-                del kept[-1:]
-            elif part and part != b".":
-                kept.append(part)
-        name = b"/".join(kept)
-    parent, _, last = name.strip(b"/").rpartition(b"/")
-    return parent, last
 
 
 def _device(entry: Entry) -> int:

@@ -1,7 +1,7 @@
 """The mounts of one node's layers: counted ones, that containers run on, and views that nobody else sees.
 
-A container is one overlay: the indexes of its layers, then where their contents are looked up. In an incomplete
-chain that is the trap of the lazy file server, too (mounts.lazy.tree).
+A container is one overlay: the indexes of its layers, then where their contents are looked up: the public cache, what
+its private layers have for themselves, and in an incomplete chain the trap of the lazy file server (mounts.lazy.tree).
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ class MountedLayers:
     def _data(self, id: str) -> tuple[Path, ...]:
         """Where contents are looked up, in this order."""
         settings = self._settings
+        here = (settings.gear_public_cache_path, *self._layers.private_caches(id))
         if self._layers.is_complete(id):
-            return (settings.gear_public_cache_path,)
+            return here
         lazy = settings.lazy_mount_path
         wait_until_mounted(lazy, _LAZY_TIMEOUT_S)
-        return (settings.gear_public_cache_path, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
+        return (*here, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)

@@ -52,6 +52,7 @@ class Checker:
             if repair:
                 self._spool.done(digest)
             yield f"awaiting push: {why}" + (" (removed)" if repair else "")
+        yield from self._private_faults(read_data=read_data, repair=repair)
         are_whole = not damaged
         for fault in layer_faults(self._layers, self._objects, damaged):
             are_whole = False
@@ -63,6 +64,18 @@ class Checker:
             yield f"layer {fault.id}: {fault.what}; {advice}"
         if are_whole:
             inplace.found(self._settings.gear_root)
+
+    def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
+        """What is damaged of what private layers have for themselves: it comes from nowhere but with its image."""
+        for store in self._layers.private_stores():
+            try:
+                for bad in bad_objects(store, read_data=read_data):
+                    if repair:
+                        Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
+                    done = " (removed)" if repair else ""
+                    yield f"private object {os.fsdecode(bad.path)}: {bad.why}{done}; remove the image and pull it again"
+            except FileNotFoundError:
+                continue  # its layer was removed meanwhile
 
     def _lose(self, path: bytes, incomplete: Marked) -> None:
         """Remove a damaged object, after its layers know.

@@ -15,7 +15,7 @@ _PIECE_BYTES = 1 << 20
 
 
 def replay(directory: Path, store: ObjectStore, sink: Writable) -> None:
-    """Write the tar of the image layer in *directory*.
+    """Write the tar of the image layer in *directory*, whose contents lie in *store*.
 
     Raises:
         NotFound: An object is missing.

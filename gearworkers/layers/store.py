@@ -22,9 +22,10 @@ from pathlib import Path
 
 import msgspec
 
+from gearworkers.archive.privacy import MARK
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.files import opened_directory
-from gearworkers.layers.apply import INDEX_FILE, Applied
+from gearworkers.layers.apply import INDEX_FILE, PRIVATE, PRIVATE_FILE, Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts import sys as kernel
 from gearworkers.mounts.index import mount_index
@@ -68,6 +69,10 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     new_objects: int = 0
     new_bytes: int = 0
     complete: bool = True
+    private: bool = False
+    """The contents of its tar are its own, in private/<id>: it, or a layer below it, has the mark."""
+    private_objects: int = 0
+    private_bytes: int = 0
 
 
 def check_id(id: str) -> str:
@@ -90,12 +95,13 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
+        self._private = settings.gear_private_cache_path
         self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.note_change` only
         self._settled_ns = 0
 
     def prepare(self) -> None:
         """Make the directories that are missing."""
-        for path in (self._images, self._containers, self._build):
+        for path in (self._images, self._containers, self._build, self._private):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def ids(self) -> list[str]:
@@ -175,6 +181,31 @@ class LayerStore:
         """Whether all contents of the layer and its parents are here."""
         return all(layer.complete for layer in self.parents(id))
 
+    def is_private(self, id: str) -> bool:
+        """Whether the layer, or one below it, has the mark: its contents are shared with no other and never pushed."""
+        return any(self._has_mark(layer) for layer in self.parents(id))
+
+    def _has_mark(self, layer: Layer) -> bool:
+        if layer.kind is Kind.IMAGE:
+            return layer.private
+        return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARK)
+
+    def contents(self, layer: Layer) -> ObjectStore:
+        """Where the contents lie that an image layer's tar holds."""
+        return self.private_store(layer.id) if layer.private else self._objects
+
+    def private_store(self, id: str) -> ObjectStore:
+        """Where a private layer's own contents lie; it has none if they are none."""
+        return ObjectStore(self._private / id)
+
+    def private_stores(self) -> Iterator[ObjectStore]:
+        """Those of all layers."""
+        return (ObjectStore(path) for path in self._private.iterdir())
+
+    def private_caches(self, id: str) -> tuple[Path, ...]:
+        """The directories of what the layer and its parents keep to themselves, the topmost first."""
+        return tuple(self._private / layer.id for layer in self.parents(id) if layer.private_objects)
+
     # -- a layer's life
 
     def create(self, layer: Layer, ids: IdMaps) -> None:
@@ -232,45 +263,66 @@ class LayerStore:
         Raises:
             NotFound: The empty layer was removed meanwhile; nothing is visible.
 
-        Crash: before the rename the layer is unfinished, after it whole.
+        Crash: before the rename the layer is unfinished, after it whole; what it has in private/ before belongs to
+        no layer, and `recover` removes it.
         """
         for name in (TREE, MERGED):
             (build / name).mkdir(mode=0o700)
         write_record(build, layer)
         place = self._images / layer.id
         with opened_directory(self._images) as images_fd:
-            kernel.syncfs(images_fd)
-            if not layer.complete:
-                inplace.forbid(self._root)
-            with publishing(self._root, self._objects):
-                if place.exists():
-                    _rename(build, place, kernel.Rename.EXCHANGE)
-                elif (self._containers / layer.id).exists():
-                    _rename(build, place, kernel.Rename.NOREPLACE)
-                else:
-                    raise NotFound(f"layer {layer.id}: it was removed while its ApplyDiff ran")
+            with self._private_placed(build, layer):
+                kernel.syncfs(images_fd)
+                if not layer.complete:
+                    inplace.forbid(self._root)
+                with publishing(self._root, self._objects):
+                    self._place(build, place)
             os.fsync(images_fd)
             if not layer.complete:
                 inplace.forbid(self._root)  # once more: a `recover` may just have found no incomplete layer
         self._discard(self._containers / layer.id)
 
+    def _place(self, build: Path, place: Path) -> None:
+        if place.exists():
+            _rename(build, place, kernel.Rename.EXCHANGE)
+        elif (self._containers / place.name).exists():
+            _rename(build, place, kernel.Rename.NOREPLACE)
+        else:
+            raise NotFound(f"layer {place.name}: it was removed while its ApplyDiff ran")
+
+    @contextmanager
+    def _private_placed(self, build: Path, layer: Layer) -> Iterator[None]:
+        """Within it the layer's own contents are in their place; they stay there unless it fails."""
+        if layer.private_objects:
+            os.rename(build / PRIVATE, self._private / layer.id)
+        try:
+            yield
+        except BaseException:
+            self._discard(self._private / layer.id)
+            raise
+
     def remove(self, id: str) -> bool:
         """Remove a layer in whatever state it is; whether it was there.
 
-        Crash: what was begun is out of sight, and removed from build/ at the next start.
+        Crash: what was begun is out of sight, and removed from build/ and private/ at the next start.
         """
         check_id(id)
         self._settled.pop(id, None)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
+        self._discard(self._private / id)
         for leftover in self._build.glob(f"{id}.????????"):  # of an import that died
             self._discard(leftover)
         return any(found)
 
     def recover(self) -> int:
-        """Remove what crashes left in build/; for the gateway's start only. How many directories."""
+        """Remove what crashes left in build/ and private/; for the gateway's start only. How many directories."""
         leftovers = list(self._build.iterdir())
         for path in leftovers:
             self._discard(path)
+        for path in self._private.iterdir():
+            if not (self._images / path.name / PRIVATE_FILE).exists():
+                self._discard(path)
+                leftovers.append(path)
         for path in self._containers.iterdir():
             image = self._images / path.name / RECORD_FILE
             if image.exists() and self.get(path.name).kind is Kind.IMAGE:
@@ -351,6 +403,9 @@ def image_layer(layer: Layer, applied: Applied) -> Layer:
         new_objects=applied.new_objects,
         new_bytes=applied.new_bytes,
         complete=applied.complete,
+        private=applied.private,
+        private_objects=applied.private_objects,
+        private_bytes=applied.private_bytes,
     )
 
 

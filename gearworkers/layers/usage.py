@@ -26,7 +26,7 @@ class Usage(NamedTuple):
     logical_bytes: int
     """The sum of the image layers' sizes."""
     stored_bytes: int
-    """What the objects take on disk."""
+    """What the objects take on disk, those of private layers too."""
 
 
 class UsageMeter:
@@ -72,10 +72,19 @@ class UsageMeter:
                 logical_bytes += layer.size_bytes
             else:
                 others += 1
-        for shard in self._store.shards():
-            with os.scandir(shard) as entries:
-                for entry in entries:
-                    with suppress(FileNotFoundError):
-                        stored_bytes += entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES
-                        objects += 1
+        for store in (self._store, *self._layers.private_stores()):
+            for shard in store.shards():
+                count, taken_bytes = _counted(shard)
+                objects, stored_bytes = objects + count, stored_bytes + taken_bytes
         return Usage(images, others, objects, logical_bytes, stored_bytes)
+
+
+def _counted(shard: bytes) -> tuple[int, int]:
+    """How many objects, and what they take on disk; none if the layer was removed meanwhile."""
+    objects = stored_bytes = 0
+    with suppress(FileNotFoundError), os.scandir(shard) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                stored_bytes += entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES
+                objects += 1
+    return objects, stored_bytes

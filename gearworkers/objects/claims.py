@@ -26,8 +26,8 @@ OBJECTS_FILE = "objects"
 class Claims:
     """Appends to a build directory's `objects` through shared memory: visible at once, cheap."""
 
-    def __init__(self, build: Path) -> None:
-        self._path = build / OBJECTS_FILE
+    def __init__(self, build: Path, name: str = OBJECTS_FILE) -> None:
+        self._path = build / name
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._end = 0
         self._map = self._grown(_GROWTH_BYTES)
@@ -40,6 +40,10 @@ class Claims:
             self._map = self._grown(grown_bytes)
         RECORD.pack_into(self._map, self._end, digest, size_bytes)
         self._end += RECORD.size
+
+    def __len__(self) -> int:
+        """How many were claimed, doubles included."""
+        return self._end // RECORD.size
 
     def seal(self) -> tuple[int, int]:
         """Replace the claims by the sorted list; how many objects it names, and the sum of their sizes in bytes."""

@@ -93,6 +93,12 @@ class ContentWriter:
         """What comes is of a Gear layer: the remote has what it names, and each node gets the rest with the layer."""
         self._spool = None
 
+    def keep_private(self, store: ObjectStore) -> None:
+        """What comes goes to *store*, which nobody sees yet, and is never pushed; nothing has been put before."""
+        self._store = store
+        self._spool = None
+        self._in_place = True
+
     def announce(self, digest: bytes) -> None:
         """The caller is about to store this object, which is not here, otherwise."""
         if self._spool is not None:

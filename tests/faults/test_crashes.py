@@ -80,6 +80,29 @@ def test_an_import_killed_at_any_step_leaves_a_whole_layer_or_none(
     assert {"absent", "empty", "unfinished", "whole"} <= set(ends), "the sweep met every state"
 
 
+def test_a_private_import_killed_at_any_step_leaves_a_whole_layer_or_none(settings: Settings, base: str) -> None:
+    data = tar(file(".gear-private"), file("a", b"secret"), file("b", b"another"))
+
+    def work(say: Say) -> None:
+        driver = GearDriver(settings)
+        driver.create(LAYER, base)
+        driver.apply_diff(LAYER, base, io.BytesIO(data))
+        say(b"applied")
+
+    ends = []
+    for outcome in killed_at_every_step(work):
+        driver = recovered(settings)
+        own = list(settings.gear_private_cache_path.glob("*/*/*"))
+        ends.append(len(own))
+        if own:
+            assert driver.diff(LAYER, base) == data
+        assert len(own) == 2 if outcome.said else len(own) in (0, 2)
+        driver.remove(LAYER)
+        assert not list(settings.gear_private_cache_path.iterdir())
+        check_only_base(settings, driver, base)
+    assert set(ends) == {0, 2}
+
+
 def state(driver: InProcess, whole: dict[bytes, Node]) -> str:
     if not driver.exists(LAYER):
         return "absent"

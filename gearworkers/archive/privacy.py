@@ -1,0 +1,46 @@
+"""The mark of a private layer: an entry ``.gear-private`` at the top of its tar, ahead of all contents.
+
+A layer with the mark and all layers above it are private. Docker hands a driver layers, not images with their labels,
+so the mark is a file: ``RUN touch /.gear-private``. It comes first so that nothing has been shared when it is read.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from gearworkers.archive.entry import Entry, clean_name, shown
+from gearworkers.archive.reader import TarReader
+from gearworkers.errors import InvalidInput
+
+MARK = b".gear-private"
+
+
+def is_mark(name: bytes) -> bool:
+    """Whether an entry of this name marks its layer; a directory's may end in a slash."""
+    return MARK in name and clean_name(name) == (b"", MARK)
+
+
+def begins_marked(reader: TarReader) -> bool:
+    """Whether the tar has the mark where it belongs; nothing is read behind the first content.
+
+    Raises:
+        InvalidInput, IntegrityError: The tar is malformed or ends early.
+    """
+    for entry in reader:
+        if is_mark(entry.name):
+            return True
+        if entry.size_bytes:
+            return False
+    return False
+
+
+def refuse_late(entry: Entry) -> NoReturn:
+    """The mark stands behind a content, which may have been shared.
+
+    Raises:
+        InvalidInput: Always.
+    """
+    raise InvalidInput(
+        f"tar entry {shown(entry.name)}: it marks the layer private, but comes after contents of the layer; "
+        "make it in a layer of its own below"
+    )

@@ -1,0 +1,149 @@
+"""Private layers: one with `.gear-private` at its top, and all above it, keep their contents to themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from gearworkers.settings import Settings
+from tests.conformance.drivers import Driver, Refused, an_id
+from tests.conformance.layers import (
+    File,
+    applied,
+    committed,
+    container,
+    directory,
+    file,
+    mounted,
+    object_names,
+    object_path,
+    shown,
+    tar,
+    whiteout,
+)
+from tests.support.overlays import snapshot
+
+MARK = file(".gear-private")
+LARGE = b"a large secret " * 400_000
+
+
+def private_files(settings: Settings, id: str) -> set[str]:
+    """What the layer keeps to itself."""
+    return {str(path) for path in (settings.gear_private_cache_path / id).glob("*/*")}
+
+
+def contents(driver: Driver, id: str) -> dict[bytes, object]:
+    return {path: node.content for path, node in shown(driver, id).items()}
+
+
+def sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def test_its_contents_are_in_no_other_layers_reach(driver: Driver) -> None:
+    before = object_names(driver.settings)
+    base = applied(driver, file("base", b"public"))
+    marked = applied(driver, MARK, file("a", b"secret"), file("again", b"public"), file("large", LARGE), parent=base)
+    above = applied(driver, file("b", b"secret"), parent=marked)
+    assert object_names(driver.settings) - before == {object_path(driver.settings, b"public")}
+    assert (len(private_files(driver.settings, marked)), len(private_files(driver.settings, above))) == (3, 1)
+    other = applied(driver, file("mine", b"secret"))
+    assert object_path(driver.settings, b"secret") in object_names(driver.settings)
+    assert contents(driver, above) == {
+        b".gear-private": sha256(b""),
+        b"base": sha256(b"public"),
+        b"a": sha256(b"secret"),
+        b"again": sha256(b"public"),
+        b"large": sha256(LARGE),
+        b"b": sha256(b"secret"),
+    }
+    driver.remove(other)
+    assert contents(driver, above)[b"b"] == sha256(b"secret")
+
+
+def test_its_tar_comes_back_to_the_byte(driver: Driver) -> None:
+    data = tar(MARK, directory("d"), file("d/a", b"secret"), file("large", LARGE))
+    marked, above = an_id(), an_id()
+    driver.create(marked)
+    driver.apply_diff(marked, "", data)
+    assert driver.diff(marked) == data
+    driver.create(above, marked)
+    driver.apply_diff(above, marked, tar(file("e", b"another")))
+    assert driver.diff(above, marked) == tar(file("e", b"another"))
+    assert driver.diff_size(marked) == len(b"secret") + len(LARGE)
+
+
+def test_its_files_are_read_after_a_restart_and_gone_with_it(driver: Driver) -> None:
+    marked = applied(driver, MARK, file("a", b"secret"))
+    driver.restart()
+    with container(driver, marked) as merged:
+        assert (merged / "a").read_bytes() == b"secret"
+        (merged / "a").chmod(0o600)
+        assert (merged / "a").read_bytes() == b"secret"
+    assert private_files(driver.settings, marked)
+    driver.remove(marked)
+    assert not (driver.settings.gear_private_cache_path / marked).exists()
+
+
+def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
+    marked = applied(driver, MARK)
+    unmarked = applied(driver, whiteout(".gear-private"), file("a", b"still secret"), parent=marked)
+    assert set(shown(driver, unmarked)) == {b"a"}
+    assert len(private_files(driver.settings, unmarked)) == 1
+    assert object_path(driver.settings, b"still secret") not in object_names(driver.settings)
+
+
+@pytest.mark.parametrize("name", [".gear-private", "./.gear-private", "/.gear-private", "d/../.gear-private"])
+def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
+    id = an_id()
+    driver.create(id)
+    with pytest.raises(Refused, match=r"\.gear-private.* marks the layer private, but comes after contents"):
+        driver.apply_diff(id, "", tar(directory("d"), file("a", b"not secret any more"), file(name)))
+    assert not private_files(driver.settings, id)
+    driver.remove(id)
+
+
+@pytest.mark.parametrize("other", [file("d/.gear-private"), file(".gear-private2"), file("x.gear-private")])
+def test_another_files_name_marks_nothing(driver: Driver, other: File) -> None:
+    id = applied(driver, directory("d"), other, file("a", b"for all to see"))
+    assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
+    assert not private_files(driver.settings, id)
+
+
+def test_a_commit_writes_the_mark_ahead_of_what_comes_before_it_by_name(driver: Driver) -> None:
+    parent = applied(driver, file("base", b"public"))
+    id = an_id()
+    driver.create_read_write(id, parent)
+    with mounted(driver, id) as merged:
+        (merged / ".cache").mkdir()
+        (merged / ".cache" / "key").write_bytes(b"a secret key")
+        (merged / ".a").write_bytes(b"another key")
+        (merged / ".gear-private").touch()
+        expected = snapshot(merged)
+    made = committed(driver, id, parent)
+    assert shown(driver, made) == expected
+    assert len(private_files(driver.settings, made)) == 2
+    assert object_path(driver.settings, b"a secret key") not in object_names(driver.settings)
+    whole = an_id()
+    driver.create(whole)
+    driver.apply_diff(whole, "", driver.diff(made, ""))
+    assert len(private_files(driver.settings, whole)) == 3, "the mark comes first in any Diff"
+
+
+def test_many_private_layers_make_one_tree(driver: Driver) -> None:
+    top = applied(driver, MARK)
+    for number in range(120):
+        top = applied(driver, file(f"f{number}", b"secret %d" % number), parent=top)
+    with mounted(driver, top) as merged:
+        assert all((merged / f"f{number}").read_bytes() == b"secret %d" % number for number in range(120))
+
+
+def test_an_object_is_a_file_of_its_own(driver: Driver) -> None:
+    applied(driver, file("a", b"seen by both"))
+    marked = applied(driver, MARK, file("a", b"seen by both"))
+    (own,) = private_files(driver.settings, marked)
+    assert os.stat(own).st_nlink == 1
+    assert Path(own).name == Path(object_path(driver.settings, b"seen by both")).name

@@ -1,0 +1,179 @@
+"""What else knows of private layers: push, BuildKit's layers, fsck, usage, lazily fetched files."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.archive.entry import Entry
+from gearworkers.archive.privacy import begins_marked
+from gearworkers.archive.reader import TarReader
+from gearworkers.driver import GearDriver
+from gearworkers.settings import Settings
+from tests.conformance.layers import file, tar
+from tests.support.lazynode import LazyNode, gear_tar, lazy_node
+from tests.support.tiny import tar_of
+
+SECRET = b"a secret " * 100
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> GearDriver:
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", remote=str(remote)))
+    driver.init("", [], [], [])
+    return driver
+
+
+def apply(driver: GearDriver, id: str, parent: str, data: bytes) -> None:
+    driver.create(id, parent)
+    driver.apply_diff(id, parent, io.BytesIO(data))
+
+
+def awaiting_push(driver: GearDriver) -> int:
+    return len(os.listdir(driver.settings.gear_push_path))
+
+
+def public_objects(driver: GearDriver) -> list[Path]:
+    return list(driver.settings.gear_public_cache_path.glob("*/*"))
+
+
+def own_object(driver: GearDriver, id: str) -> Path:
+    (found,) = (driver.settings.gear_private_cache_path / id).glob("*/*")
+    return found
+
+
+@pytest.mark.parametrize("size", [len(SECRET), 5 << 20])
+def test_nothing_of_it_awaits_push(driver: GearDriver, size: int) -> None:
+    content = (SECRET * (size // len(SECRET) + 1))[:size]
+    apply(driver, "base", "", tar_of({"base": b"public"}))
+    assert awaiting_push(driver) == 1
+    apply(driver, "marked", "base", tar_of({".gear-private": b"", "secret": content}))
+    apply(driver, "above", "marked", tar_of({"secret2": content + b"2"}))
+    assert awaiting_push(driver) == 1
+    assert own_object(driver, "marked").stat().st_size == size
+
+
+def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: GearDriver) -> None:
+    apply(driver, "base", "", tar_of({"base": b"public"}))
+    before = public_objects(driver)
+    driver.create("step", "base")
+    merged = Path(driver.get("step"))
+    (merged / ".gear-private").touch()
+    (merged / "secret").write_bytes(SECRET)
+    driver.put("step")
+    driver.create("next", "step")
+    merged = Path(driver.get("next"))
+    (merged / "secret2").write_bytes(SECRET)
+    driver.put("next")
+    for id in ("step", "next"):
+        assert not driver.is_absorbable(id)
+        assert driver.absorb(id) == 0
+    assert public_objects(driver) == before
+    assert awaiting_push(driver) == 1
+    apply(driver, "above", "next", tar_of({"third": b"secret too"}))
+    assert own_object(driver, "above").read_bytes() == b"secret too"
+
+
+def test_its_objects_are_counted(driver: GearDriver) -> None:
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "a": b"one", "b": b"two", "c": b"one"}))
+    assert driver.usage().objects == 2
+    assert driver.usage().stored_bytes >= 6
+
+
+def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
+    assert not list(driver.faults(read_data=True, repair=False))
+    path = own_object(driver, "marked")
+    path.chmod(0o600)
+    path.write_bytes(b"damaged")
+    (fault,) = driver.faults(read_data=True, repair=False)
+    assert fault.startswith(f"private object {path}") and fault.endswith("remove the image and pull it again")
+    removed, missing = driver.faults(read_data=True, repair=True)
+    assert "(removed)" in removed
+    assert missing.startswith("layer marked: 1 of its private objects are missing")
+    assert driver._layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
+
+
+def test_the_collector_leaves_it_alone(driver: GearDriver) -> None:
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
+    assert driver.collect_garbage().removed_objects == 0
+    assert own_object(driver, "marked").read_bytes() == SECRET
+
+
+def test_what_no_layer_has_goes_at_the_next_start(driver: GearDriver) -> None:
+    """A crash between the rename of the contents and that of the layer; or an empty layer of a broken import."""
+    driver.create("new", "")
+    (driver.settings.gear_private_cache_path / "new").mkdir()
+    (driver.settings.gear_private_cache_path / "gone").mkdir()
+    driver.prepare()
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+
+
+def test_nothing_is_left_of_an_import_that_was_removed_meanwhile(driver: GearDriver) -> None:
+    driver.create("marked", "")
+
+    class Removing(io.BytesIO):
+        def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+            driver.remove("marked")
+            return super().readinto(buffer)
+
+    with pytest.raises(Exception, match="marked"):
+        driver.apply_diff("marked", "", Removing(tar_of({".gear-private": b"", "secret": SECRET})))
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[LazyNode]:
+    with lazy_node(tmp_path) as one:
+        yield one
+
+
+def test_it_lies_over_an_image_whose_files_are_not_here_yet(node: LazyNode) -> None:
+    """The private contents are found before the lazy file server is asked, and it never hears of them."""
+    node.shelf.put(b"from afar " * 100)
+    node.apply(gear_tar({"far": b"from afar " * 100}), "base")
+    apply(node.driver, "marked", "base", tar_of({".gear-private": b"", "secret": SECRET}))
+    node.driver.create_read_write("container", "marked")
+    merged = Path(node.driver.get("container"))
+    try:
+        assert (merged / "secret").read_bytes() == SECRET
+        assert not node.shelf.requests()
+        assert (merged / "far").read_bytes() == b"from afar " * 100
+    finally:
+        node.driver.put("container")
+
+
+def test_what_a_private_layer_names_only_comes_from_the_remote(node: LazyNode) -> None:
+    """Whoever can name a content has it shared already."""
+    digest = node.shelf.put(b"from afar " * 100)
+    named = Entry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
+    apply(node.driver, "marked", "", tar(file(".gear-private"), named, file("secret", SECRET)))
+    node.driver.create_read_write("container", "marked")
+    merged = Path(node.driver.get("container"))
+    try:
+        assert (merged / "secret").read_bytes() == SECRET
+        assert (merged / "far").read_bytes() == b"from afar " * 100
+    finally:
+        node.driver.put("container")
+    assert own_object(node.driver, "marked").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({".gear-private": b"", "a": b"1"}, True),
+        ({"empty": b"", "./.gear-private": b"why it is private"}, True),
+        ({"a": b"1", ".gear-private": b""}, False),
+        ({"a": b"1"}, False),
+        ({}, False),
+    ],
+)
+def test_the_mark_is_looked_for_ahead_of_the_first_content(files: dict[str, bytes], found: bool) -> None:
+    assert begins_marked(TarReader(io.BytesIO(tar_of(files)))) is found
