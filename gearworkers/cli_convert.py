@@ -109,9 +109,12 @@ def _print(report: Report) -> None:
     before, after = decimal(report.bytes_before), decimal(report.bytes_after)
     shared = report.objects - report.new_objects
     shared_bytes = report.object_bytes - report.new_bytes
-    print(f"Gear image      {report.target}")
+    kind = "Gear image" if report.private_layers < report.layers else "Image     "
+    print(f"{kind}      {report.target}")
     print(f"Digest          {report.digest}")
     print(f"Layers          {report.layers}, {report.reused_layers} of them converted before")
+    if report.private_layers:
+        print(f"Private layers  {report.private_layers}, which keep their contents")
     print(f"Layers' bytes   {before} before, {after} after")
     print(f"New objects     {report.new_objects}, {decimal(report.new_bytes)}")
     print(f"Shared objects  {shared}, {decimal(shared_bytes)}")

@@ -59,6 +59,26 @@ class Verified:
         return 0
 
 
+class Beginning:
+    """A layer's tar out of a blob as `unpacked` gives it, for a look at its beginning: not verified, not read ahead."""
+
+    def __init__(self, blob: Readable) -> None:
+        self._pieces = _tar_pieces(blob)
+        self._piece = memoryview(b"")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill some of *buffer*; 0 at the end.
+
+        Raises:
+            IntegrityError: The compressed data are damaged or cut.
+        """
+        self._piece = self._piece or memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._piece))
+        buffer[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        return count
+
+
 class Unpacked:
     """A layer's tar out of a gzip, zstd or plain blob, told apart by its first bytes; unpacked in a thread ahead.
 
@@ -113,15 +133,12 @@ class Unpacked:
         end: BaseException | None = None
         hasher = hashlib.sha256()
         try:
-            for piece in _decompressed(_pieces(self._blob)):
+            for piece in _tar_pieces(self._blob):
                 if self._stopped:
                     return
                 hasher.update(piece)
                 self._pieces.put(piece)
             self._check(f"sha256:{hasher.hexdigest()}")
-        except (igzip_lib.IsalError, zstandard.ZstdError) as exc:  # type: ignore[misc]  # isal types its class wrong
-            end = IntegrityError(f"a layer's compressed data are damaged: {exc}")
-            end.__cause__ = exc
         except BaseException as exc:
             end = exc
         if not self._stopped:
@@ -154,6 +171,13 @@ def _pieces(blob: Readable) -> Iterator[bytes]:
     buffer = memoryview(bytearray(_PIECE_BYTES))
     while count := blob.readinto(buffer):
         yield bytes(buffer[:count])
+
+
+def _tar_pieces(blob: Readable) -> Iterator[bytes]:
+    try:
+        yield from _decompressed(_pieces(blob))
+    except (igzip_lib.IsalError, zstandard.ZstdError) as exc:  # type: ignore[misc]  # isal types its class wrong
+        raise IntegrityError(f"a layer's compressed data are damaged: {exc}") from exc
 
 
 def _decompressed(blob: Iterator[bytes]) -> Iterator[bytes]:

@@ -4,6 +4,8 @@ Glossary: a *plan* is what `plan_conversion` finds out about an image; a *layer 
 which needs nothing but itself; a *record* is the small document in the remote that says what a layer became, so
 that nobody converts it again.
 
+A private layer (archive.privacy) is copied as it is: its contents stay in it, and none goes to the remote.
+
 Order of writes: contents, then the layer's blob, then its record; when all layers are there, config, manifest,
 index, and the tag last. So a run that dies leaves nothing wrong, and its finished layers are found done.
 """
@@ -11,15 +13,17 @@ index, and the tag last. So a run that dies leaves nothing wrong, and its finish
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from gearworkers.archive.reader import Readable
+from gearworkers.archive.privacy import begins_marked
+from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import unpacked
+from gearworkers.images.blobs import Beginning, unpacked
 from gearworkers.images.contents import storing
 from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
 from gearworkers.images.reference import Reference
@@ -35,6 +39,7 @@ Told = Callable[[str, int], None]
 """The same of many layers: called with a layer's digest before."""
 
 _COPY_BYTES = 1 << 20
+_LOOKS_AT_ONCE = 8
 
 
 class LayerJob(msgspec.Struct, frozen=True):
@@ -47,6 +52,8 @@ class LayerJob(msgspec.Struct, frozen=True):
     diff_id: str
     again: bool = False
     """Whether to convert it though there is a record of it."""
+    private: bool = False
+    """Whether it, or a layer below it in any of the images, is marked private."""
 
 
 class LayerDone(msgspec.Struct, frozen=True):
@@ -63,6 +70,8 @@ class LayerDone(msgspec.Struct, frozen=True):
     new_bytes: int
     reused: bool = False
     """Whether it had been converted before."""
+    private: bool = False
+    """Whether it was copied as it is."""
 
 
 class ImagePlan(msgspec.Struct, frozen=True):
@@ -96,6 +105,8 @@ class Report(msgspec.Struct, frozen=True):
     digest: str
     layers: int
     reused_layers: int
+    private_layers: int
+    """So many were copied as they are."""
     bytes_before: int
     bytes_after: int
     objects: int
@@ -115,7 +126,7 @@ class _Record(msgspec.Struct, frozen=True):
 def plan_conversion(
     settings: Settings, source: str, target: str, platform: m.Platform | None, *, again: bool = False
 ) -> Plan:
-    """Find out what there is to convert; reads manifests and configs, changes nothing.
+    """Find out what there is to convert; reads manifests, configs and how the layers begin, changes nothing.
 
     Args:
         settings: Credentials and proxy.
@@ -125,7 +136,7 @@ def plan_conversion(
         again: Convert also what was converted before.
 
     Raises:
-        InvalidInput: A name is malformed, the image is none that can be converted.
+        InvalidInput, IntegrityError: A name is malformed, the image is none that can be converted.
         NotFound: It is not there, or not for this platform.
     """
     named = Reference.parse(target)
@@ -135,11 +146,19 @@ def plan_conversion(
     data, media_type = image.root()
     digest = m.digest_of(data)
     if media_type in m.MANIFESTS:
-        return Plan(source, str(named), "", (_plan_image(image, digest, data, media_type, source, str(named), again),))
-    children = m.images_for(m.decode_index(data, f"index {digest}"), platform, source)
-    manifests = [(child.digest, *image.manifest(child.digest)) for child in children]
-    images = tuple(_plan_image(image, *manifest, source, str(named), again) for manifest in manifests)
-    return Plan(source, str(named), "" if platform else digest, images)
+        index, manifests = "", [(digest, data, media_type)]
+    else:
+        children = m.images_for(m.decode_index(data, f"index {digest}"), platform, source)
+        index = "" if platform else digest
+        manifests = [(child.digest, *image.manifest(child.digest)) for child in children]
+    images = [_decoded(image, *manifest) for manifest in manifests]
+    private = _private_layers(image, images)
+
+    def job(layer: m.Descriptor, diff_id: str) -> LayerJob:
+        return LayerJob(source, str(named), layer.digest, layer.size, diff_id, again, layer.digest in private)
+
+    plans = (ImagePlan(one.manifest, one.media_type, tuple(job(*layer) for layer in one.layers)) for one in images)
+    return Plan(source, str(named), index, tuple(plans))
 
 
 def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: Progress) -> LayerDone:
@@ -152,6 +171,8 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
     Crash: leaves objects in the remote that no image names yet, and an upload that the registry ends by itself.
     """
     repository = Repository.of(settings, Reference.parse(job.target))
+    if job.private:
+        return _copied(open_source(settings, job.source), repository, job, progress)
     name = record_name(job)
     known = None if job.again else _known(remote, name)
     if known is not None and _taken_over(settings, repository, known):
@@ -189,15 +210,37 @@ def finish_conversion(settings: Settings, plan: Plan, layers: Iterable[LayerDone
     return _report(plan, digest, done.values())
 
 
-def _plan_image(
-    image: Source, digest: str, data: bytes, media_type: str, source: str, target: str, again: bool
-) -> ImagePlan:
-    what = f"manifest {digest}"
-    manifest = m.decode_manifest(data, what)
+class _Image(NamedTuple):
+    """One manifest, read with its config."""
+
+    manifest: str
+    media_type: str
+    layers: list[tuple[m.Descriptor, str]]
+    """With their diff IDs, the lowest first."""
+
+
+def _decoded(image: Source, digest: str, data: bytes, media_type: str) -> _Image:
+    manifest = m.decode_manifest(data, f"manifest {digest}")
     config = m.decode_config(small_blob(image, manifest.config), manifest, f"config {manifest.config.digest}")
-    pairs = zip(manifest.layers, config.rootfs.diff_ids, strict=True)
-    jobs = (LayerJob(source, target, layer.digest, layer.size, diff_id, again) for layer, diff_id in pairs)
-    return ImagePlan(digest, media_type, tuple(jobs))
+    return _Image(digest, media_type, list(zip(manifest.layers, config.rootfs.diff_ids, strict=True)))
+
+
+def _private_layers(source: Source, images: Sequence[_Image]) -> set[str]:
+    """The digests of the layers that have the mark or lie above one that has it, in any of the images."""
+    distinct = {layer.digest: layer for one in images for layer, _ in one.layers}
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+        looks = pool.map(lambda layer: _has_mark(source, layer), distinct.values())
+        marked = {digest for digest, has_mark in zip(distinct, looks, strict=True) if has_mark}
+    private: set[str] = set()
+    for one in images:
+        digests = [layer.digest for layer, _ in one.layers]
+        first = next((at for at, digest in enumerate(digests) if digest in marked), len(digests))
+        private.update(digests[first:])
+    return private
+
+
+def _has_mark(source: Source, layer: m.Descriptor) -> bool:
+    return begins_marked(TarReader(Beginning(source.blob(layer.digest, layer.size))))
 
 
 def record_name(job: LayerJob) -> str:
@@ -230,6 +273,27 @@ def _taken_over(settings: Settings, repository: Repository, known: _Record) -> b
     except (NotFound, FailedPrecondition, Unavailable):
         return False
     return True
+
+
+def _copied(source: Source, repository: Repository, job: LayerJob, progress: Progress) -> LayerDone:
+    """The layer as it is in the target."""
+    if not repository.has_blob(job.digest):
+        with tempfile.TemporaryFile() as file:
+            _copy(_Counted(source.blob(job.digest, job.size_bytes), progress), file)
+            repository.put_blob(job.digest, file, job.size_bytes)
+    progress(job.size_bytes)
+    return LayerDone(
+        source_digest=job.digest,
+        digest=job.digest,
+        size_bytes=job.size_bytes,
+        diff_id=job.diff_id,
+        files=0,
+        objects=0,
+        object_bytes=0,
+        new_objects=0,
+        new_bytes=0,
+        private=True,
+    )
 
 
 def _copy(blob: Readable, file: BinaryIO) -> None:
@@ -294,9 +358,14 @@ def _gear_config(data: bytes, layers: list[LayerDone]) -> bytes:
     document: m.Document = msgspec.json.decode(data)
     document["rootfs"]["diff_ids"] = [layer.diff_id for layer in layers]
     run: dict[str, Any] = document.setdefault("config", {}) or {}
-    run["Labels"] = {**(run.get("Labels") or {}), m.GEAR_MARK: "1"}
+    run["Labels"] = {**(run.get("Labels") or {}), **_mark(layers)}
     document["config"] = run
     return m.encode(document)
+
+
+def _mark(layers: Iterable[LayerDone]) -> dict[str, str]:
+    """What says that it is a Gear image; nothing if all of its layers are private."""
+    return {} if all(layer.private for layer in layers) else {m.GEAR_MARK: "1"}
 
 
 def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers: list[LayerDone]) -> bytes:
@@ -306,14 +375,18 @@ def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers:
     document["config"] |= {"digest": m.digest_of(config), "size": len(config)}
     kind = m.OCI_LAYER_GZIP if oci else m.DOCKER_LAYER_GZIP
     document["layers"] = [
-        {"mediaType": kind, "digest": layer.digest, "size": layer.size_bytes}
-        | ({"annotations": old["annotations"]} if old.get("annotations") else {})
+        old if layer.private else _gear_descriptor(layer, old, kind)
         for layer, old in zip(layers, document["layers"], strict=True)
     ]
     document.pop("subject", None)
     if oci:
-        document["annotations"] = {**(document.get("annotations") or {}), m.GEAR_MARK: "1"}
+        document["annotations"] = {**(document.get("annotations") or {}), **_mark(layers)}
     return m.encode(document)
+
+
+def _gear_descriptor(layer: LayerDone, old: m.Document, kind: str) -> m.Document:
+    annotations = {"annotations": old["annotations"]} if old.get("annotations") else {}
+    return {"mediaType": kind, "digest": layer.digest, "size": layer.size_bytes} | annotations
 
 
 def _gear_index(source: Source, plan: Plan, pushed: list[tuple[bytes, str]]) -> tuple[bytes, str]:
@@ -338,6 +411,7 @@ def _report(plan: Plan, digest: str, done: Iterable[LayerDone]) -> Report:
         digest=digest,
         layers=len(layers),
         reused_layers=sum(layer.reused for layer in layers),
+        private_layers=sum(layer.private for layer in layers),
         bytes_before=sum(job.size_bytes for job in plan.jobs()),
         bytes_after=sum(layer.size_bytes for layer in layers),
         objects=sum(layer.objects for layer in layers),

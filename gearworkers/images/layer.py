@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from gearworkers.archive import writer
 from gearworkers.archive.entry import HARDLINK, REG, Entry
+from gearworkers.archive.privacy import is_mark, refuse_late
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.images.contents import SMALL_BYTES, Contents, nameless_file
 
@@ -65,13 +66,16 @@ def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_by
         inline_bytes: Contents of up to this size stay in the tar.
 
     Raises:
-        InvalidInput, IntegrityError: The tar is malformed or ends early; the message names the entry.
+        InvalidInput, IntegrityError: The tar is malformed or ends early, or its layer is private; the message names
+            the entry.
     """
     packed = _Packed(out)
     reader = TarReader(tar, buffer_bytes=_BUFFER_BYTES)
     files = 0
     packed.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
+        if is_mark(entry.name):
+            refuse_late(entry)
         if entry.type == REG:
             files += 1
             _write_file(entry, reader, packed, contents, inline_bytes)

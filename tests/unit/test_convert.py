@@ -424,9 +424,50 @@ def test_processes_of_this_host_convert_it_all_and_tell_how_far_they_are(setting
     assert len(pull(repository(settings, f"{peer.host}/gear"), "v1").tars) == 3
 
 
+class TestPrivateLayers:
+    MARKED = tar_of([(".gear-private", b""), ("secret", MIDDLE)])
+    ABOVE = tar_of([("other", LARGE)])
+
+    @pytest.mark.parametrize("compression", ["", "gzip", "zstd"])
+    def test_they_are_copied_and_nothing_of_them_is_stored(
+        self, settings: Settings, peer: Registry, compression: str
+    ) -> None:
+        image = Image([tar_of([("base", SMALL + MIDDLE)]), self.MARKED, self.ABOVE], compression, compression == "zstd")
+        target = f"{peer.host}/gear:v1"
+        report = converted(settings, pushed(settings, peer, image), target)
+        assert (report.layers, report.private_layers, report.objects) == (3, 2, 1)
+        found = pull(repository(settings, target), "v1")
+        assert found.tars[1:] == [self.MARKED, self.ABOVE]
+        assert found.tars[0] != image.tars[0]
+        assert found.manifest["layers"][1:] == msgspec.json.decode(image.manifest)["layers"][1:]
+        contents = [hashlib.sha256(content).digest() for content in (MIDDLE, LARGE, SMALL + MIDDLE)]
+        assert open_remote(settings).has(contents) == [contents[2]]
+
+    def test_one_that_was_converted_for_another_image_is_copied_too(self, settings: Settings, peer: Registry) -> None:
+        converted(settings, pushed(settings, peer, Image([self.ABOVE])), f"{peer.host}/gear:v1")
+        source = pushed(settings, peer, Image([self.MARKED, self.ABOVE]), "private")
+        assert converted(settings, source, f"{peer.host}/gear:v2").private_layers == 2
+        found = pull(repository(settings, f"{peer.host}/gear:v2"), "v2")
+        assert found.tars == [self.MARKED, self.ABOVE]
+        assert m.GEAR_MARK not in found.config["config"]["Labels"]
+
+    def test_one_platforms_mark_counts_for_all(self, settings: Settings, peer: Registry) -> None:
+        target = repository(settings, f"{peer.host}/many")
+        images = [Image([self.MARKED, self.ABOVE]), Image([self.ABOVE], architecture="arm64")]
+        push_index(target, "v1", images)
+        report = converted(settings, f"{peer.host}/many:v1", f"{peer.host}/gear:v1", None)
+        assert (report.layers, report.private_layers, report.objects) == (2, 2, 0)
+
+    def test_a_mark_behind_a_content_is_refused(self, settings: Settings, peer: Registry) -> None:
+        late = Image([tar_of([("secret", MIDDLE), (".gear-private", b"")])])
+        with pytest.raises(InvalidInput, match=r"\.gear-private.* comes after contents"):
+            converted(settings, pushed(settings, peer, late), f"{peer.host}/gear:v1")
+
+
 def test_a_process_of_this_host_that_fails_says_why(settings: Settings, peer: Registry) -> None:
+    broken = tar_of([("a", MIDDLE)])[:1024] + b"no tar" * 1000
     plan = convert.plan_conversion(
-        settings, pushed(settings, peer, Image([b"no tar" * 1000, BASE])), f"{peer.host}/gear:v1", AMD64
+        settings, pushed(settings, peer, Image([broken, BASE])), f"{peer.host}/gear:v1", AMD64
     )
     with pytest.raises(InvalidInput, match="checksum"):
         convert_here(settings, plan, 1, lambda *_: None)
