@@ -10,17 +10,14 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
-from gearworkers.objects.ahead import Patience
-from gearworkers.objects.asking import Asking
 from gearworkers.objects.chunkindex import ChunkIndex
+from gearworkers.objects.fetchcontext import FetchContext
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.openfile import File
-from gearworkers.objects.outcomes import Outcomes
 from gearworkers.objects.sources import Chunk, checked_layout
-from gearworkers.objects.staging import Staging
-from gearworkers.objects.store import ObjectStore, verify_file
+from gearworkers.objects.store import verify_file
 from gearworkers.objects.whole import Done
-from gearworkers.objects.workpool import Urgency, WorkPool
+from gearworkers.objects.workpool import Urgency
 
 _log = structlog.get_logger(__name__)
 
@@ -38,37 +35,15 @@ class ChunkedObjects:
     A layout that made up another object is never asked for again; such an object comes whole.
     """
 
-    def __init__(
-        self,
-        store: ObjectStore,
-        staging: Staging,
-        asking: Asking,
-        outcomes: Outcomes,
-        pool: WorkPool,
-        patience: Patience,
-    ) -> None:
-        """
-        Args:
-            store: Where objects go.
-            staging: Where they lie while they arrive.
-            asking: Who asks the sources.
-            outcomes: Told what came of it.
-            pool: Where the work is done.
-            patience: How long who waits for a stream waits before a chunk is fetched for him.
-        """
-        self._store = store
-        self._staging = staging
-        self._asking = asking
-        self._outcomes = outcomes
-        self._pool = pool
-        self._patience = patience
+    def __init__(self, context: FetchContext) -> None:
+        self._context = context
         self._lock = threading.Lock()
         self._large: dict[bytes, LargeObject] = {}
         self._opening: dict[bytes, list[OpenDone]] = {}
         self._opening_now: set[bytes] = set()
         self._lied_about: set[bytes] = set()
         self._whole_waiters: dict[bytes, list[Done]] = {}
-        self._index = ChunkIndex(staging.chunk_index, self._file)
+        self._index = ChunkIndex(context.staging.chunk_index, self._file)
 
     def prepare(self) -> None:
         """Make ready to find chunks; staging is prepared."""
@@ -102,7 +77,7 @@ class ChunkedObjects:
                 waiters.append(done)
                 if len(waiters) == 1 or urgency is Urgency.ON_DEMAND:
                     asked_s = time.monotonic()
-                    self._pool.submit(lambda: self._open(digest, size_bytes, asked_s), urgency)
+                    self._context.pool.submit(lambda: self._open(digest, size_bytes, asked_s), urgency)
         if large is not None:
             large.last_read_s = time.monotonic()
             done(large)
@@ -115,7 +90,7 @@ class ChunkedObjects:
         try:
             opened = self._opened(digest, size_bytes, lambda: checked_layout(layout, size_bytes))
         except IntegrityError as exc:
-            self._outcomes.note_corrupt(exc)
+            self._context.outcomes.note_corrupt(exc)
         except GearError as exc:
             _log.warning("a large object could not be prepared", error=str(exc))
         else:
@@ -155,7 +130,7 @@ class ChunkedObjects:
         Raises:
             IntegrityError: Another content stands at an object's name.
         """
-        for digest in self._staging.kept():
+        for digest in self._context.staging.kept():
             if is_wanted(digest):
                 continue
             with self._lock:
@@ -163,9 +138,9 @@ class ChunkedObjects:
                 is_used = digest in self._opening or (large is not None and large.last_read_s < math.inf)
                 if not is_used:
                     self._large.pop(digest, None)
-                    self._staging.remove(digest)
-        kept = set(self._staging.kept())
-        self._index.forget_gone(lambda digest: digest in kept or self._store.has(digest))
+                    self._context.staging.remove(digest)
+        kept = set(self._context.staging.kept())
+        self._index.forget_gone(lambda digest: digest in kept or self._context.store.has(digest))
 
     # -- opening
 
@@ -176,9 +151,9 @@ class ChunkedObjects:
             self._opening_now.add(digest)
         result: Opened
         try:
-            result = self._opened(digest, size_bytes, lambda: self._asking.layout(digest, size_bytes, asked_s))
+            result = self._opened(digest, size_bytes, lambda: self._context.asking.layout(digest, size_bytes, asked_s))
         except GearError as exc:
-            self._outcomes.note(digest, exc)
+            self._context.outcomes.note(digest, exc)
             result = exc
         except BaseException as exc:
             self._answer(digest, GearError(f"object {digest.hex()}: {exc!r}"))
@@ -204,37 +179,37 @@ class ChunkedObjects:
             size_bytes: Its size.
             get_layout: Gives a checked one, or None if it does not come in chunks; asked if none was kept here.
         """
-        if self._store.has(digest):
-            return File(self._store.open(digest))
+        if self._context.store.has(digest):
+            return File(self._context.store.open(digest))
         if digest in self._lied_about:
             return None
-        layout = self._staging.layout(digest, size_bytes) or get_layout()
+        layout = self._context.staging.layout(digest, size_bytes) or get_layout()
         if layout is None:
             return None
-        file = self._staging.keep(digest, size_bytes, layout)
+        file = self._context.staging.keep(digest, size_bytes, layout)
         self._index.note(digest, layout)
         return LargeObject(
             file,
             layout,
-            self._pool,
-            self._patience,
+            self._context.pool,
+            self._context.patience,
             find_chunk=lambda chunk: self._found(chunk, digest),
-            fetch_chunk=self._asking.chunk,
+            fetch_chunk=self._context.asking.chunk,
             whole=lambda: self._whole(digest, file),
-            failed=lambda error: self._outcomes.note(digest, error),
+            failed=lambda error: self._context.outcomes.note(digest, error),
         )
 
     def _found(self, chunk: Chunk, of: bytes) -> bytes | None:
         data = self._index.find(chunk, of)
-        self._outcomes.reused_bytes += len(data or b"")
+        self._context.outcomes.reused_bytes += len(data or b"")
         return data
 
     def _file(self, digest: bytes) -> File | None:
         """Of an object that is here or on its way."""
         try:
-            return File(self._store.open(digest))
+            return File(self._context.store.open(digest))
         except NotFound:
-            return self._staging.open(digest)
+            return self._context.staging.open(digest)
 
     def _whole(self, digest: bytes, file: File) -> None:
         """All chunks are here; whatever comes of it, all who wait are told.
@@ -247,7 +222,7 @@ class ChunkedObjects:
         error: GearError | None = None
         try:
             self._publish(digest, file)
-            self._outcomes.objects += 1
+            self._context.outcomes.objects += 1
         except GearError as exc:
             error = exc
         except OSError as exc:
@@ -259,7 +234,7 @@ class ChunkedObjects:
             waiters = self._whole_waiters.pop(digest, [])
         if error is not None:
             large.break_off(error)
-        self._outcomes.note(digest, error)
+        self._context.outcomes.note(digest, error)
         for done in waiters:
             done(error)
 
@@ -275,9 +250,9 @@ class ChunkedObjects:
             with self._lock:
                 if not self._is_on_its_way(digest, file):
                     raise NotFound(f"object {digest.hex()}: let go of while it was verified")
-                self._store.adopt(file.fd, self._staging.fd, self._staging.name(digest), digest)
+                self._context.store.adopt(file.fd, self._context.staging.fd, self._context.staging.name(digest), digest)
         except IntegrityError as exc:
-            self._outcomes.note_corrupt(exc)
+            self._context.outcomes.note_corrupt(exc)
             self._lied_about.add(digest)
             self._remove_parts(digest, file)
             raise
@@ -286,4 +261,4 @@ class ChunkedObjects:
     def _remove_parts(self, digest: bytes, file: File) -> None:
         with self._lock:
             if self._is_on_its_way(digest, file):
-                self._staging.remove(digest)
+                self._context.staging.remove(digest)

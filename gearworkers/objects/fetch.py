@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gearworkers.errors import GearError
-from gearworkers.objects.ahead import Patience
+from gearworkers.objects.ahead import PATIENCE_S, Patience
 from gearworkers.objects.asking import Asking
 from gearworkers.objects.chunked import ChunkedObjects, Opened
+from gearworkers.objects.fetchcontext import FetchContext
 from gearworkers.objects.openfile import File
 from gearworkers.objects.outcomes import Outcomes
 from gearworkers.objects.sources import Source
@@ -38,6 +39,7 @@ class Fetcher:
         pool: WorkPool,
         *,
         large_bytes: int,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """
         Args:
@@ -46,14 +48,16 @@ class Fetcher:
             sources: The nearest first.
             pool: Where the work is done.
             large_bytes: From this size on an object comes by chunks, if its source keeps it so.
+            patience_s: How long who waits for a stream waits before what he wants is fetched for him.
         """
         self._store = store
         self._large_bytes = large_bytes
         self._staging = Staging(staging)
         self.outcomes = Outcomes()
-        shared = self._staging, Asking(sources, self.outcomes), self.outcomes, pool, Patience()
-        self.whole = WholeObjects(store, *shared)
-        self.chunked = ChunkedObjects(store, *shared)
+        asking = Asking(sources, self.outcomes)
+        context = FetchContext(store, self._staging, asking, self.outcomes, pool, Patience(patience_s))
+        self.whole = WholeObjects(context)
+        self.chunked = ChunkedObjects(context)
 
     def prepare(self) -> None:
         """Make staging; remove what a crash left there, but for large objects on their way.

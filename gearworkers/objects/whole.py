@@ -12,12 +12,8 @@ from functools import partial
 import structlog
 
 from gearworkers.errors import GearError, IntegrityError, ResourceExhausted
-from gearworkers.objects.ahead import Patience
-from gearworkers.objects.asking import Asking
-from gearworkers.objects.outcomes import Outcomes
-from gearworkers.objects.staging import Staging
-from gearworkers.objects.store import ObjectStore
-from gearworkers.objects.workpool import Urgency, WorkPool
+from gearworkers.objects.fetchcontext import FetchContext
+from gearworkers.objects.workpool import Urgency
 
 _log = structlog.get_logger(__name__)
 
@@ -41,30 +37,8 @@ class Job:
 class WholeObjects:
     """Brings them; all methods from any thread, and only `stored` blocks."""
 
-    def __init__(
-        self,
-        store: ObjectStore,
-        staging: Staging,
-        asking: Asking,
-        outcomes: Outcomes,
-        pool: WorkPool,
-        patience: Patience,
-    ) -> None:
-        """
-        Args:
-            store: Where objects go.
-            staging: Where they lie until they are verified.
-            asking: Who asks the sources.
-            outcomes: Told what came of it.
-            pool: Where the work is done.
-            patience: How long who waits for a stream waits before it is fetched for him.
-        """
-        self._store = store
-        self._staging = staging
-        self._asking = asking
-        self._outcomes = outcomes
-        self._pool = pool
-        self._patience = patience
+    def __init__(self, context: FetchContext) -> None:
+        self._context = context
         self._lock = threading.Lock()
         self._jobs: dict[bytes, Job] = {}
 
@@ -75,7 +49,7 @@ class WholeObjects:
     def is_here(self, digest: bytes) -> bool:
         """Whether nothing is to be fetched; also true where something else stands at its name."""
         try:
-            return self._store.has(digest)
+            return self._context.store.has(digest)
         except GearError as exc:
             _log.error("an object cannot be looked at", error=str(exc))
             return True
@@ -86,11 +60,11 @@ class WholeObjects:
             job = self._jobs.get(digest)
             if job is None:
                 job = self._jobs[digest] = Job(digest, size_bytes)
-                self._pool.submit(partial(self._run, job), urgency)
+                self._context.pool.submit(partial(self._run, job), urgency)
             elif urgency is Urgency.ON_DEMAND and job.streamed:
-                self._patience.then(lambda: self._hurry(job))
+                self._context.patience.then(lambda: self._hurry(job))
             elif urgency is Urgency.ON_DEMAND and not job.started:
-                self._pool.submit(partial(self._run, job), urgency)
+                self._context.pool.submit(partial(self._run, job), urgency)
             job.waiters.append(done)
 
     # -- what requests for many bring (`objects.prefetch`)
@@ -114,7 +88,7 @@ class WholeObjects:
         try:
             self._store_pieces(job, (content,))
         except IntegrityError as exc:
-            self._outcomes.note_corrupt(exc)
+            self._context.outcomes.note_corrupt(exc)
             return False
         except ResourceExhausted:
             raise
@@ -132,7 +106,7 @@ class WholeObjects:
                 return
             if job.waiters or must_come:
                 urgency = Urgency.ON_DEMAND if job.waiters else Urgency.BACKGROUND
-                self._pool.submit(partial(self._run, job), urgency)
+                self._context.pool.submit(partial(self._run, job), urgency)
             else:
                 del self._jobs[job.digest]
 
@@ -142,14 +116,14 @@ class WholeObjects:
         """Who waits for a stream has waited long enough."""
         with self._lock:
             if self._jobs.get(job.digest) is job and not job.started:
-                self._pool.submit(partial(self._run, job), Urgency.ON_DEMAND)
+                self._context.pool.submit(partial(self._run, job), Urgency.ON_DEMAND)
 
     def _run(self, job: Job) -> None:
         if not self._start(job):
             return
         try:
-            if not self._store.has(job.digest):
-                self._asking.first(
+            if not self._context.store.has(job.digest):
+                self._context.asking.first(
                     lambda source: self._store_pieces(job, source.fetch(job.digest)), job.digest, job.asked_s
                 )
         except GearError as exc:
@@ -172,21 +146,21 @@ class WholeObjects:
         """Store what *pieces* bring, if it is what was asked for."""
         hasher = hashlib.sha256()
         received_bytes = 0
-        with self._store.create(self._staging.fd) as pending:
+        with self._context.store.create(self._context.staging.fd) as pending:
             for piece in pieces:
                 received_bytes += len(piece)
                 if received_bytes > job.size_bytes:
                     break
                 hasher.update(piece)
                 pending.write(memoryview(piece))
-            self._outcomes.received_bytes += received_bytes
+            self._context.outcomes.received_bytes += received_bytes
             if received_bytes != job.size_bytes or hasher.digest() != job.digest:
                 raise IntegrityError(
                     f"object {job.digest.hex()}: {received_bytes} bytes with SHA-256 {hasher.hexdigest()} came, "
                     f"{job.size_bytes} bytes were expected"
                 )
             if pending.publish(job.digest):
-                self._outcomes.objects += 1
+                self._context.outcomes.objects += 1
 
     def _finish(self, job: Job, error: GearError | None) -> None:
         """The first to finish it tells; a stream and a fetch of its own may both bring it."""
@@ -195,6 +169,6 @@ class WholeObjects:
                 return
             del self._jobs[job.digest]
             waiters = job.waiters
-        self._outcomes.note(job.digest, error)
+        self._context.outcomes.note(job.digest, error)
         for done in waiters:
             done(error)

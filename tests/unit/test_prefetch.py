@@ -87,12 +87,19 @@ class Shelf:
 class Node:
     """A store that is filled from a shelf."""
 
-    def __init__(self, root: Path, shelf: Shelf) -> None:
+    def __init__(self, root: Path, shelf: Shelf, patience_s: float = ahead.PATIENCE_S) -> None:
         self.shelf = shelf
         self.store = ObjectStore(root / "public")
         self.store.prepare()
         self.pool = WorkPool(6, for_background=3)
-        self.fetcher = Fetcher(self.store, root / "fetching", [self.shelf], self.pool, large_bytes=LARGE_BYTES)
+        self.fetcher = Fetcher(
+            self.store,
+            root / "fetching",
+            [self.shelf],
+            self.pool,
+            large_bytes=LARGE_BYTES,
+            patience_s=patience_s,
+        )
         self.fetcher.prepare()
         self.prefetcher = Prefetcher(self.fetcher, [self.shelf], self.pool, large_bytes=LARGE_BYTES)
 
@@ -138,8 +145,13 @@ def wait_until(is_so: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    one = Node(tmp_path, Shelf())
+def patience_s() -> float:
+    return ahead.PATIENCE_S
+
+
+@pytest.fixture
+def node(tmp_path: Path, patience_s: float) -> Iterator[Node]:
+    one = Node(tmp_path, Shelf(), patience_s)
     yield one
     one.shelf.let()
     one.close()
@@ -176,8 +188,8 @@ def test_the_next_request_begins_before_the_last_bytes_of_the_one_before(
     node.wait_for(digests)
 
 
+@pytest.mark.parametrize("patience_s", [100.0])
 def test_who_opens_what_a_stream_is_about_to_bring_has_it_from_there(node: Node) -> None:
-    node.fetcher.whole._patience = ahead.Patience(100.0)
     digests = small(node, 3)
     node.soon(digests, 100)
     wait_until(lambda: node.shelf.streams)

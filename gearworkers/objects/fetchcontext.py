@@ -1,0 +1,30 @@
+"""What all objects of one store that come share, whether they come whole or in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gearworkers.objects.ahead import Patience
+from gearworkers.objects.asking import Asking
+from gearworkers.objects.outcomes import Outcomes
+from gearworkers.objects.staging import Staging
+from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.workpool import WorkPool
+
+
+@dataclass(frozen=True, slots=True)
+class FetchContext:
+    """Made once by a `fetch.Fetcher`; each part may be used from any thread."""
+
+    store: ObjectStore
+    """Where objects go."""
+    staging: Staging
+    """Where they lie until they are whole and verified."""
+    asking: Asking
+    """Who asks the sources."""
+    outcomes: Outcomes
+    """Told what came of it."""
+    pool: WorkPool
+    """Where the work is done."""
+    patience: Patience
+    """How long who waits for a stream waits before what he wants is fetched for him."""
