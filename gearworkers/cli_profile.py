@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gearworkers.dockerd import container_layer, local_image
+from gearworkers.dockerd import container_layer, image_layer
 from gearworkers.errors import InvalidInput, NotFound, Unavailable, from_os_error
 from gearworkers.layers.startup import image_of, profile_name
 from gearworkers.layers.store import MERGED, LayerStore
@@ -36,7 +37,7 @@ def show(image: Image) -> None:
     """List the profile of an image, in the order of first access."""
     settings = command_settings()
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
-    id = _image_layer(settings, image)
+    id = _layer(settings, image, image_layer, f"{image} is not here; pull it first")
     remote = open_remote(settings)
     try:
         name = profile_name(layers, image_of(layers, id))
@@ -63,7 +64,7 @@ def record(
 
     settings = replace(command_settings(), profile_window_s=seconds)
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
-    id = layers.get(_container_layer(settings, container)).id
+    id = layers.get(_layer(settings, container, container_layer, f"{container}: dockerd has no such container")).id
     merged = settings.gear_containers_path / id / MERGED
     if not is_mounted(merged):
         raise InvalidInput(f"{container}: it is no container that runs")
@@ -82,30 +83,19 @@ def _read(opened: profile.Opened) -> str:
     return str(sum(size_bytes for _, size_bytes in opened.ranges)) if opened.ranges else ""
 
 
-def _image_layer(settings: Settings, name: str) -> str:
-    """The id of the topmost layer of an image.
+def _layer(settings: Settings, name: str, ask: Callable[[Settings, str], str | None], missing: str) -> str:
+    """The id of the layer that *ask* learns from dockerd; where no dockerd runs, *name* is the id.
 
     Raises:
-        NotFound: dockerd has no such image.
+        NotFound: dockerd has none; *missing* says so.
         FailedPrecondition: dockerd's images lie elsewhere.
     """
     try:
-        image = local_image(settings, name)
-    except Unavailable:
-        return name
-    if image is None:
-        raise NotFound(f"{name} is not here; pull it first")
-    return image.top_layer
-
-
-def _container_layer(settings: Settings, name: str) -> str:
-    """As `_image_layer`, of a container."""
-    try:
-        layer = container_layer(settings, name)
+        layer = ask(settings, name)
     except Unavailable:
         return name
     if layer is None:
-        raise NotFound(f"{name}: dockerd has no such container")
+        raise NotFound(missing)
     return layer
 
 

@@ -56,6 +56,12 @@ def local_image(settings: Settings, name: str) -> LocalImage | None:
     return LocalImage(found.id, is_gear, _top_layer(settings, found, name))
 
 
+def image_layer(settings: Settings, name: str) -> str | None:
+    """The driver's id of the topmost layer of the image, empty if it has none; else as `local_image`."""
+    image = local_image(settings, name)
+    return None if image is None else image.top_layer
+
+
 def container_layer(settings: Settings, name: str) -> str | None:
     """The driver's id of the layer of the container that dockerd knows by *name* or id; None if it has none.
 
