@@ -72,14 +72,15 @@ class ChunkedObjects:
         """
         with self._lock:
             large = self._large.get(digest)
-            if large is None:
+            if large is not None:
+                large.last_read_s = time.monotonic()
+            else:
                 waiters = self._opening.setdefault(digest, [])
                 waiters.append(done)
                 if len(waiters) == 1 or urgency is Urgency.ON_DEMAND:
                     asked_s = time.monotonic()
                     self._context.pool.submit(lambda: self._open(digest, size_bytes, asked_s), urgency)
         if large is not None:
-            large.last_read_s = time.monotonic()
             done(large)
 
     def adopt_layout(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> None:
@@ -127,6 +128,8 @@ class ChunkedObjects:
     def forget_unwanted(self, is_wanted: Callable[[bytes], bool]) -> None:
         """Let go of the parts of those that nobody reads and, given their digest, no image wants any more.
 
+        One of which a stream still brings parts stays until the next time.
+
         Raises:
             IntegrityError: Another content stands at an object's name.
         """
@@ -135,8 +138,7 @@ class ChunkedObjects:
                 continue
             with self._lock:
                 large = self._large.get(digest)
-                is_used = digest in self._opening or (large is not None and large.last_read_s < math.inf)
-                if not is_used:
+                if digest not in self._opening and (large is None or large.let_go()):
                     self._large.pop(digest, None)
                     self._context.staging.remove(digest)
         kept = set(self._context.staging.kept())
@@ -212,13 +214,7 @@ class ChunkedObjects:
             return self._context.staging.open(digest)
 
     def _whole(self, digest: bytes, file: File) -> None:
-        """All chunks are here; whatever comes of it, all who wait are told.
-
-        Unless it was let go of while a stream brought it: then its name may be that of another one, which is not whole.
-        """
-        with self._lock:
-            if not self._is_on_its_way(digest, file):
-                return
+        """All chunks are here; whatever comes of it, all who wait are told."""
         error: GearError | None = None
         try:
             self._publish(digest, file)
@@ -228,8 +224,6 @@ class ChunkedObjects:
         except OSError as exc:
             error = from_os_error(exc, f"verify object {digest.hex()}")
         with self._lock:
-            if not self._is_on_its_way(digest, file):
-                return
             large = self._large.pop(digest)
             waiters = self._whole_waiters.pop(digest, [])
         if error is not None:
@@ -238,27 +232,15 @@ class ChunkedObjects:
         for done in waiters:
             done(error)
 
-    def _is_on_its_way(self, digest: bytes, file: File) -> bool:
-        """Whether it is this file that becomes the object. Under the lock."""
-        large = self._large.get(digest)
-        return large is not None and large.fd == file.fd
-
     def _publish(self, digest: bytes, file: File) -> None:
         """Make the file an object, if it is what it should be."""
+        staging = self._context.staging
         try:
             verify_file(file.fd, digest)
-            with self._lock:
-                if not self._is_on_its_way(digest, file):
-                    raise NotFound(f"object {digest.hex()}: let go of while it was verified")
-                self._context.store.adopt(file.fd, self._context.staging.fd, self._context.staging.name(digest), digest)
+            self._context.store.adopt(file.fd, staging.fd, staging.name(digest), digest)
         except IntegrityError as exc:
             self._context.outcomes.note_corrupt(exc)
             self._lied_about.add(digest)
-            self._remove_parts(digest, file)
+            staging.remove(digest)
             raise
-        self._remove_parts(digest, file)
-
-    def _remove_parts(self, digest: bytes, file: File) -> None:
-        with self._lock:
-            if self._is_on_its_way(digest, file):
-                self._context.staging.remove(digest)
+        staging.remove(digest)

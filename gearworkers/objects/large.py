@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
-from gearworkers.errors import GearError, ResourceExhausted, from_os_error
+from gearworkers.errors import GearError, NotFound, ResourceExhausted, from_os_error
 from gearworkers.objects.ahead import Patience
 from gearworkers.objects.openfile import File, ReadDone
 from gearworkers.objects.sources import Chunk
@@ -94,6 +94,7 @@ class LargeObject:
         """When a chunk could not be had last."""
         self._full_s = -math.inf
         self.broken: GearError | None = None
+        """Why nothing of it is given any more."""
 
     def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
         """Call *done* once with the bytes, fewer only at the end, or with what went wrong; now or later."""
@@ -142,7 +143,7 @@ class LargeObject:
     def claim(self, order: int) -> bool:
         """Whether the chunk is to be fetched and nobody does; then the caller does: `deliver` or `miss` follows."""
         with self._lock:
-            if self._states[order] != _State.MISSING:
+            if self.broken is not None or self._states[order] != _State.MISSING:
                 return False
             self._states[order] = _State.COMING
             self._streamed.add(order)
@@ -189,6 +190,18 @@ class LargeObject:
             for order in late:
                 self._states[order] = _State.QUEUED
         self._submit(late, Urgency.ON_DEMAND)
+
+    def let_go(self) -> bool:
+        """Whether nobody has read it and nothing of it is on its way; then nothing of it comes any more.
+
+        Who opens it, to read or to fill it, sets `last_read_s` under the lock under which this is called.
+        """
+        with self._lock:
+            is_coming = _State.QUEUED in self._states or _State.COMING in self._states
+            if self.last_read_s < math.inf or is_coming or not self._missing:
+                return False
+            self.broken = NotFound("a large object of which nothing was read was let go of")
+            return True
 
     def break_off(self, error: GearError) -> None:
         """The whole is not what its layout promised: nothing of it is given any more."""

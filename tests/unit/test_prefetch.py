@@ -20,7 +20,7 @@ from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.prefetch import Part, Prefetcher
 from gearworkers.objects.sources import Chunk, Content
-from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.store import ObjectStore, verify_file
 from gearworkers.objects.workpool import Urgency, WorkPool
 
 LARGE_BYTES = 64 << 10
@@ -359,21 +359,51 @@ def test_what_was_brought_of_a_large_object_is_let_go_of_when_its_image_is_remov
     assert node.read(unwanted, 20 * CHUNK_BYTES, 0, 5) == contents[2][:5]
 
 
-def test_a_large_object_that_was_let_go_of_and_begun_anew_is_published_when_the_new_one_is_whole(node: Node) -> None:
+def test_a_large_object_that_a_stream_brings_is_let_go_of_when_the_stream_has_ended(node: Node, tmp_path: Path) -> None:
     content = random.Random(9).randbytes(20 * CHUNK_BYTES)
-    digest = node.shelf.put(content)
-    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
+    digest, lacking = node.shelf.put(content), content[5 * CHUNK_BYTES : 6 * CHUNK_BYTES]
+    del node.shelf.contents[sha256(lacking)]
+
+    def is_let_go_of() -> bool:
+        node.fetcher.chunked.forget_unwanted(lambda _: False)
+        assert (node.fetcher.chunked.get(digest) is None) is not (tmp_path / "fetching" / digest.hex()).exists()
+        return node.fetcher.chunked.get(digest) is None
+
+    node.prefetcher.soon([Part(digest, len(content), ((0, 10 * CHUNK_BYTES),))])
     node.shelf.let(1)  # the layout
     wait_until(lambda: len(node.shelf.streams) == 2)
-    node.fetcher.chunked.forget_unwanted(lambda _: False)
-    assert node.read(digest, len(content), 0, 5) == content[:5]
+    assert not is_let_go_of()
+    node.shelf.let(9)
+    wait_until(lambda: node.prefetcher.counts.contents == 8)
+    assert not is_let_go_of()
+    coming = node.fetcher.chunked.get(digest)
     node.shelf.let()
-    wait_until(lambda: node.prefetcher.counts.contents == 20)
-    assert not Path(os.fsdecode(node.store.path(digest))).exists()
-    assert node.fetcher.outcomes.failures == {}
+    wait_until(is_let_go_of)
+    assert node.prefetcher.counts.contents == 9
+    assert coming is not None and not coming.claim(15)
+    node.shelf.put(lacking)
+    assert node.read(digest, len(content), 0, 5) == content[:5]
     node.fetcher.chunked.fill_idle(0.0)
     node.wait_for([digest])
     assert Path(os.fsdecode(node.store.path(digest))).read_bytes() == content
+    assert node.fetcher.outcomes.failures == {}
+
+
+def test_a_large_object_that_a_stream_has_brought_is_not_let_go_of_while_it_is_verified(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(fd: int, digest: bytes) -> None:
+        node.fetcher.chunked.forget_unwanted(lambda _: False)
+        verify_file(fd, digest)
+
+    monkeypatch.setattr(chunked, "verify_file", late)
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
+    node.wait_for([digest])
+    wait_until(lambda: node.fetcher.chunked.get(digest) is None)
+    assert node.fetcher.outcomes.failures == {}
 
 
 def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
