@@ -88,16 +88,20 @@ class ChunkedObjects:
         with self._lock:
             if digest in self._large or digest in self._opening:
                 return
+            self._opening[digest] = []
+            self._opening_now.add(digest)
         try:
             opened = self._opened(digest, size_bytes, lambda: checked_layout(layout, size_bytes))
-        except IntegrityError as exc:
-            self._context.outcomes.note_corrupt(exc)
-        except GearError as exc:
-            _log.warning("a large object could not be prepared", error=str(exc))
+        except BaseException as exc:
+            self._ask_instead(digest, size_bytes)
+            if isinstance(exc, IntegrityError):
+                self._context.outcomes.note_corrupt(exc)
+            elif isinstance(exc, GearError):
+                _log.warning("a large object could not be prepared", error=str(exc))
+            else:
+                raise
         else:
-            if isinstance(opened, LargeObject):
-                with self._lock:
-                    self._large.setdefault(digest, opened)
+            self._answer(digest, opened)
 
     def fill(self, digest: bytes, large: LargeObject, done: Done) -> None:
         """Have an object that `open` gave here as a whole; *done* is told when it is, or is not what it should be.
@@ -146,6 +150,16 @@ class ChunkedObjects:
 
     # -- opening
 
+    def _ask_instead(self, digest: bytes, size_bytes: int) -> None:
+        """A layout that came was none: who has begun to wait meanwhile has it asked for."""
+        with self._lock:
+            self._opening_now.discard(digest)
+            if not self._opening[digest]:
+                del self._opening[digest]
+                return
+        asked_s = time.monotonic()
+        self._context.pool.submit(lambda: self._open(digest, size_bytes, asked_s), Urgency.ON_DEMAND)
+
     def _open(self, digest: bytes, size_bytes: int, asked_s: float) -> None:
         with self._lock:
             if digest not in self._opening or digest in self._opening_now:
@@ -164,11 +178,12 @@ class ChunkedObjects:
 
     def _answer(self, digest: bytes, result: Opened) -> None:
         with self._lock:
-            if isinstance(result, LargeObject):
-                result = self._large.setdefault(digest, result)
-                result.last_read_s = time.monotonic()
             self._opening_now.discard(digest)
-            waiters = self._opening.pop(digest, [])
+            waiters = self._opening.pop(digest)
+            if isinstance(result, LargeObject):
+                self._large[digest] = result
+                if waiters:
+                    result.last_read_s = time.monotonic()
         for done in waiters:
             done(result)
 

@@ -16,6 +16,7 @@ import pytest
 
 from gearworkers.errors import GearError, NotFound, ResourceExhausted, Unavailable
 from gearworkers.objects import ahead, chunked, large
+from gearworkers.objects.chunked import Opened
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
 from gearworkers.objects.prefetch import Part, Prefetcher
@@ -404,6 +405,57 @@ def test_a_large_object_that_a_stream_has_brought_is_not_let_go_of_while_it_is_v
     node.wait_for([digest])
     wait_until(lambda: node.fetcher.chunked.get(digest) is None)
     assert node.fetcher.outcomes.failures == {}
+
+
+class LateLayout(list[Chunk]):
+    """A layout that is looked at when it is let."""
+
+    def __init__(self, chunks: Content) -> None:
+        super().__init__(chunk for chunk in chunks if isinstance(chunk, Chunk))
+        self.is_looked_at, self.is_let = threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self.is_looked_at.set()
+        assert self.is_let.wait(20)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_who_opens_a_large_object_while_it_is_made_ready_gets_it(node: Node, is_right: bool) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    layout = LateLayout(node.shelf.contents[digest])
+    if not is_right:
+        del layout[3]
+    adopting = threading.Thread(target=node.fetcher.chunked.adopt_layout, args=(digest, len(content), layout))
+    adopting.start()
+    assert layout.is_looked_at.wait(20)
+    told: queue.Queue[Opened] = queue.Queue()
+    node.fetcher.chunked.open(digest, len(content), Urgency.ON_DEMAND, told.put)
+    layout.is_let.set()
+    adopting.join(20)
+    opened = told.get(timeout=20)
+    assert isinstance(opened, LargeObject) and opened is node.fetcher.chunked.get(digest)
+    assert node.shelf.alone == ([] if is_right else [digest])
+    assert node.open_whole(digest, len(content)) is None
+    assert Path(os.fsdecode(node.store.path(digest))).read_bytes() == content
+
+
+def test_a_large_object_that_is_made_ready_is_not_let_go_of(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = node.fetcher.chunked._index
+    note = index.note
+
+    def late(digest: bytes, layout: Sequence[Chunk]) -> None:
+        node.fetcher.chunked.forget_unwanted(lambda _: False)
+        note(digest, layout)
+
+    monkeypatch.setattr(index, "note", late)
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
+    node.wait_for([digest])
+    assert Path(os.fsdecode(node.store.path(digest))).read_bytes() == content
 
 
 def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
