@@ -24,6 +24,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 _CLAIM_TIMEOUT_S = 10.0
 _GRANT_TIMEOUT_S = 30.0
+_ACCEPT_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,12 @@ class Desk:
         loop = asyncio.get_running_loop()
         with listener:
             while True:
-                control, _ = await loop.sock_accept(listener)
+                try:
+                    control, _ = await loop.sock_accept(listener)
+                except OSError as exc:  # no descriptors or memory for now; who claims waits
+                    _log.error("claims cannot be accepted", error=str(exc), again_s=_ACCEPT_AGAIN_S)
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
+                    continue
                 control.setblocking(False)
                 self._spawn(self._serve(control))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
 from gearworkers.streams import Answer, Order, Stream
+from plugin_gateway import desk
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
 from tests.support.plugin import Plugin, UnixHTTPConnection
@@ -251,6 +253,27 @@ def test_a_worker_that_comes_too_late_is_turned_away(start: Start) -> None:
     assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
     late = next(order for order in running.queue.orders if order.call == "apply_diff")
     assert running.queue.take(late) is False
+
+
+class FullOnce(socket.socket):
+    """A listener whose process has no descriptor left for the first that comes."""
+
+    is_full = True
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.is_full:
+            self.is_full = False
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_claims_are_accepted_again_after_the_descriptors_had_run_out(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "listen", lambda path: FullOnce(fileno=listen(path).detach()))
+    _, plugin = start()
+    assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
+    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
 
 
 def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(start: Start) -> None:
