@@ -152,7 +152,11 @@ class Stream:
         return ChunkedSink(self._line())
 
     def answer(self, answer: Answer) -> None:
-        """Tell the gateway the end; if it is gone there is nobody to tell."""
+        """Tell the gateway the end; if it is gone there is nobody to tell.
+
+        What is not Unicode in an error, as a file's name, becomes question marks.
+        """
+        answer = msgspec.structs.replace(answer, error=answer.error.encode("utf-8", "replace").decode())
         try:
             self._control.sendall(frame(answer))
         except OSError:

@@ -21,7 +21,7 @@ from plugin_gateway.dispatch import Dispatcher, Outcome, Patience, make_order
 from plugin_gateway.metrics import METRICS_CONTENT_TYPE, Metrics
 from plugin_gateway.sockets import listen
 from plugin_gateway.upkeep import Upkeep
-from plugin_gateway.wire import CONTENT_TYPE, MalformedRequest, Response, encode, error
+from plugin_gateway.wire import CONTENT_TYPE, MalformedRequest, Response, encode, error, failure
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -146,17 +146,17 @@ class Gateway:
             answer = await loop.run_in_executor(self._threads, LIGHT_CALLS[method], self._driver, body)
             return 200, await self._after(method, body, answer)
         except MalformedRequest as exc:
-            return 400, Response(err=str(exc))
+            return 400, failure(str(exc))
         except GearError as exc:
             log = _log.error if method in _QUIET else _log.warning
             log("call failed", method=method, error=str(exc))
-            return 200, Response(err=str(exc))
+            return 200, failure(str(exc))
         except OSError as exc:
             _log.exception("call failed", method=method)
-            return 200, Response(err=str(from_os_error(exc, method)))
+            return 200, failure(str(from_os_error(exc, method)))
         except Exception as exc:
             _log.exception("call failed: a bug", method=method)
-            return 500, Response(err=f"internal error: {type(exc).__name__}: {exc}; the gateway's log has more")
+            return 500, failure(f"internal error: {type(exc).__name__}: {exc}; the gateway's log has more")
 
     async def _after(self, method: str, body: bytes, answer: Response) -> Response:
         """What a call that went well brings about."""

@@ -114,6 +114,16 @@ def test_errors_of_the_driver_become_err_without_a_traceback(start: Start) -> No
     assert plugin.call("Exists", ID="x") == {"Err": "GraphDriver.Exists: No space left on device"}
 
 
+def test_an_error_that_names_an_undecodable_file_is_told(start: Start) -> None:
+    def refuse(order: Order, stream: Stream) -> None:
+        stream.answer(Answer(error="damaged: a\udcff"))
+
+    running, plugin = start(refuse)
+    running.driver.broken = IntegrityError("damaged: a\udcff")
+    assert plugin.call("Exists", ID="x") == {"Err": "damaged: a?"}
+    assert plugin.apply_diff("a", [b"abc"]) == (500, {"Err": "damaged: a?"})
+
+
 @pytest.mark.parametrize("method", ["GraphDriver.Nope", "Nope", "GraphDriver.Get/x", "GraphDriver.DiffNope"])
 def test_an_unknown_method_is_an_error(start: Start, method: str) -> None:
     _, plugin = start()
