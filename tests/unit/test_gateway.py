@@ -380,6 +380,25 @@ def test_a_second_gateway_is_refused_and_a_dead_ones_socket_replaced(start: Star
         run_gateway(settings, do)
 
 
+def test_a_gateway_that_listens_and_does_not_accept_is_another_gateway_too(tmp_path: Path) -> None:
+    refused: list[Exception] = []
+
+    def try_to_listen() -> None:
+        try:
+            listen(tmp_path / "socket").close()
+        except FailedPrecondition as exc:
+            refused.append(exc)
+
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(tmp_path / "socket"))
+        busy.listen(0)
+        waiting.connect(str(tmp_path / "socket"))  # one more has no place
+        trying = threading.Thread(target=try_to_listen, daemon=True)
+        trying.start()
+        trying.join(5)
+        assert refused
+
+
 def listen_and_die(path: Path) -> Path:
     """Leave a socket file as a SIGKILL does."""
     listen(path).close()
