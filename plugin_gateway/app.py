@@ -53,7 +53,9 @@ class Gateway:
         self._to_absorb: set[str] = set()
         self._runners: list[web.AppRunner] = []
         self._listener: socket.socket | None = None
+        self._metrics_socket: Path | None = None
         self._server: asyncio.AbstractServer | None = None
+        self._is_prepared = False
 
     # -- life
 
@@ -74,11 +76,13 @@ class Gateway:
             await self.stop()
 
     async def start(self) -> None:
-        """Repair what a crash left, then listen."""
-        self._listener = listen(self._settings.plugin_socket)  # first: it keeps a second gateway from the repairs
+        """Repair what a crash left, then answer; raises as `serve`."""
+        # Both sockets first: they keep a second gateway from the repairs, of which the one that runs knows nothing.
+        self._listener = listen(self._settings.plugin_socket)
         self._settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        await asyncio.to_thread(self._driver.prepare)
         self._dispatcher.open()
+        await asyncio.to_thread(self._driver.prepare)
+        self._is_prepared = True
         await self._serve_metrics()
         runner = web.AppRunner(self._light_app(), access_log=None, keepalive_timeout=_KEEPALIVE_S)
         await runner.setup()
@@ -97,8 +101,8 @@ class Gateway:
             return
         if self._server is not None:
             self._server.close()
+        self._settings.plugin_socket.unlink(missing_ok=True)  # while it is ours: the next one may come at once
         self._listener.close()
-        self._settings.plugin_socket.unlink(missing_ok=True)
         if self._heavy_tasks:
             await asyncio.wait(self._heavy_tasks, timeout=_GRACE_S)
         for task in self._heavy_tasks:
@@ -106,10 +110,11 @@ class Gateway:
         await self._upkeep.close()
         for runner in self._runners:
             await runner.cleanup()
-        if self._settings.effective_metrics_listen.startswith("/"):
-            Path(self._settings.effective_metrics_listen).unlink(missing_ok=True)
+        if self._metrics_socket is not None:
+            self._metrics_socket.unlink(missing_ok=True)
         self._dispatcher.close()
-        await asyncio.to_thread(self._driver.release)
+        if self._is_prepared:
+            await asyncio.to_thread(self._driver.release)
         self._threads.shutdown(wait=False)
         _log.info("gateway ended")
 
@@ -248,6 +253,7 @@ class Gateway:
         site: web.BaseSite
         if where.startswith("/"):
             site = web.SockSite(runner, listen(Path(where)))
+            self._metrics_socket = Path(where)
         else:
             site = web.TCPSite(runner, *_host_and_port(where))
         try:

@@ -65,19 +65,22 @@ class Desk:
         self._serving: Counter[tuple[str, bool]] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed: asyncio.Future[None] | None = None
+        self._is_open = False
         self.last_sign_s = 0.0
         """When a worker last claimed or ended an order, on the monotonic clock."""
 
     def open(self) -> None:
         """Begin to listen; FailedPrecondition if another gateway does."""
         listener = listen(self._path)
+        self._is_open = True
         self._spawn(self._accept(listener))
 
     def close(self) -> None:
         """Stop listening, and let go of all that are served: they see it and give up."""
         for task in self._tasks:
             task.cancel()
-        self._path.unlink(missing_ok=True)
+        if self._is_open:
+            self._path.unlink(missing_ok=True)
 
     def serving(self, by: str, *, heavy: bool) -> int:
         """How many orders processes of that kind are doing now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import http.client
 import json
@@ -21,11 +22,12 @@ from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, In
 from gearworkers.settings import Settings
 from gearworkers.streams import Answer, Order, Stream
 from plugin_gateway import desk
+from plugin_gateway.app import Gateway
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
 from tests.support.plugin import Plugin, UnixHTTPConnection
 from tests.support.processes import wait_until
-from tests.unit.gateways import Running, Work, run_gateway
+from tests.unit.gateways import MemoryDriver, Running, Work, run_gateway
 
 Start = Callable[..., tuple[Running, Plugin]]
 PATIENCE = Patience(pickup_s=0.3, degraded_pickup_s=0.05, busy_s=0.5, upkeep_pickup_s=0.3)
@@ -397,6 +399,24 @@ def test_a_gateway_that_listens_and_does_not_accept_is_another_gateway_too(tmp_p
         trying.start()
         trying.join(5)
         assert refused
+
+
+@pytest.mark.parametrize("shared", ["run_dir", "metrics_listen"])
+def test_a_gateway_that_is_refused_leaves_everything_to_the_one_that_runs(
+    settings: Settings, tmp_path: Path, shared: str
+) -> None:
+    settings = replace(settings, metrics_listen=str(tmp_path / "metrics.sock"))
+    running = run_gateway(settings, do, patience=PATIENCE)
+    others = {name: tmp_path / f"other-{name}" for name in ("gear_root", "run_dir", "plugin_socket") if name != shared}
+    second = MemoryDriver(replace(settings, **others))  # type: ignore[arg-type]
+    try:
+        with pytest.raises(FailedPrecondition, match="another gateway"):
+            asyncio.run(Gateway(second.settings, second).serve())
+        assert settings.streams_socket.exists() and Path(settings.effective_metrics_listen).exists()
+        assert not second.settings.plugin_socket.exists()
+        assert second.is_prepared == second.is_released == (shared != "run_dir")
+    finally:
+        running.stop()
 
 
 def listen_and_die(path: Path) -> Path:
