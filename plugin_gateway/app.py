@@ -79,7 +79,7 @@ class Gateway:
         """Repair what a crash left, then answer; raises as `serve`."""
         # Both sockets first: they keep a second gateway from the repairs, of which the one that runs knows nothing.
         self._listener = listen(self._settings.plugin_socket)
-        self._settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_run_dir()
         self._dispatcher.open()
         await asyncio.to_thread(self._driver.prepare)
         self._is_prepared = True
@@ -117,6 +117,13 @@ class Gateway:
             await asyncio.to_thread(self._driver.release)
         self._threads.shutdown(wait=False)
         _log.info("gateway ended")
+
+    def _make_run_dir(self) -> None:
+        run_dir = self._settings.run_dir
+        try:
+            run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise from_os_error(exc, f"make GEAR_RUN_DIR {run_dir}") from exc
 
     # -- light calls
 
@@ -280,9 +287,9 @@ def _tell(request: HeavyRequest, connection: Connection, outcome: Outcome) -> No
 
 def _host_and_port(where: str) -> tuple[str, int]:
     host, _, port = where.rpartition(":")
-    if not (port.isascii() and port.isdigit()):
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise InvalidInput(f"GEAR_METRICS_LISTEN={where}: host:port or an absolute path is needed")
-    return host or "127.0.0.1", int(port)
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def _http(status: int, body: bytes) -> web.Response:

@@ -351,6 +351,20 @@ def test_metrics_are_served_beside_the_plugin(start: Start, settings: Settings) 
     assert b'gear_calls_total{method="GraphDriver.Exists",outcome="ok"} 1.0' in text
 
 
+@pytest.mark.parametrize("port", ["", "x", "65536", "²"])
+def test_a_port_that_cannot_be_is_told(settings: Settings, port: str) -> None:
+    driver = MemoryDriver(replace(settings, metrics_listen=f"127.0.0.1:{port}"))
+    with pytest.raises(InvalidInput, match="GEAR_METRICS_LISTEN=127"):
+        asyncio.run(Gateway(driver.settings, driver).serve())
+
+
+def test_a_run_directory_that_cannot_be_is_told(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    driver = MemoryDriver(replace(settings, run_dir=tmp_path / "file" / "run"))
+    with pytest.raises(InvalidInput, match="GEAR_RUN_DIR"):
+        asyncio.run(Gateway(driver.settings, driver).serve())
+
+
 def test_the_sockets_are_for_root_alone_and_gone_at_the_end(start: Start, settings: Settings) -> None:
     running, _ = start()
     sockets = [settings.plugin_socket, settings.streams_socket, Path(settings.effective_metrics_listen)]
