@@ -48,6 +48,8 @@ class Offer:
     """The answer; None if the process died without one."""
     started: bool = False
     """Whether the answer's first byte may have been written to the connection."""
+    withdrawn: bool = False
+    """Whether nobody waits for it any more; its body is closed."""
 
     @property
     def heavy(self) -> bool:
@@ -100,6 +102,7 @@ class Desk:
         try:
             yield offer
         finally:
+            offer.withdrawn = True
             self._offers.pop(order.token, None)
             if body is not None:
                 os.close(body.fd)
@@ -143,8 +146,11 @@ class Desk:
             async with asyncio.timeout(_GRANT_TIMEOUT_S):
                 await _grant(control, offer.body)
         except OSError:
-            self._offers[claim.token] = offer  # it died before it had anything: the next may try
+            if not offer.withdrawn:
+                self._offers[claim.token] = offer  # it died before it had anything: the next may try
             raise
+        if offer.withdrawn:
+            return  # the end of its control connection tells it
         offer.claimed.set_result(claim)
         self._count(claim, offer, +1)
         try:
@@ -180,7 +186,8 @@ async def _follow(control: socket.socket, frames: FrameBuffer, offer: Offer) -> 
     while (message := await _next(control, frames)) is not None:
         answer = msgspec.json.decode(message, type=Answer)
         if not answer.started:
-            offer.done.set_result(answer)
+            if not offer.withdrawn:
+                offer.done.set_result(answer)
             return
         offer.started = True
 
