@@ -29,6 +29,7 @@ _THREADS = 16
 _REQUEST_LIMIT_BYTES = 1 << 20
 _KEEPALIVE_S = 7 * 86400.0  # dockerd closes its idle connections itself; ours to close would race with its requests
 _GRACE_S = 20.0
+_LIGHT_GRACE_S = 10.0
 _STATUS = "GraphDriver.Status"
 _QUIET = frozenset(("GraphDriver.Exists", _STATUS))  # dockerd drops their errors
 
@@ -84,7 +85,9 @@ class Gateway:
         await asyncio.to_thread(self._driver.prepare)
         self._is_prepared = True
         await self._serve_metrics()
-        runner = web.AppRunner(self._light_app(), access_log=None, keepalive_timeout=_KEEPALIVE_S)
+        runner = web.AppRunner(
+            self._light_app(), access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_LIGHT_GRACE_S
+        )
         await runner.setup()
         self._runners.append(runner)
         assert runner.server is not None
@@ -253,7 +256,7 @@ class Gateway:
     async def _serve_metrics(self) -> None:
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LIGHT_GRACE_S)
         await runner.setup()
         self._runners.append(runner)
         where = self._settings.effective_metrics_listen

@@ -21,7 +21,7 @@ import pytest
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
 from gearworkers.streams import Answer, Order, Stream
-from plugin_gateway import desk
+from plugin_gateway import app, desk
 from plugin_gateway.app import Gateway
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
@@ -386,6 +386,26 @@ def test_a_call_under_way_is_finished_before_the_gateway_ends(start: Start) -> N
     assert slow.recv(100).startswith(b"HTTP/1.1 200")
     slow.close()
     ending.join()
+
+
+def test_a_call_that_hangs_does_not_keep_the_gateway_from_ending(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_LIGHT_GRACE_S", 0.1)
+    running, plugin = start()
+    hung, over = threading.Event(), threading.Event()
+
+    def hang(id: str) -> bool:
+        hung.set()
+        return over.wait(60)
+
+    running.driver.exists = hang  # type: ignore[method-assign]
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(plugin.path))
+        connection.sendall(b'POST /GraphDriver.Exists HTTP/1.1\r\nHost: p\r\nContent-Length: 10\r\n\r\n{"ID":"a"}')
+        assert hung.wait(10)
+        running.stop = lambda: None  # type: ignore[method-assign] # the fixture need not do it again
+        Running.stop(running)
+    over.set()
+    assert running.driver.is_released
 
 
 def test_a_second_gateway_is_refused_and_a_dead_ones_socket_replaced(start: Start, settings: Settings) -> None:
