@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from gearworkers import cli_profile
 from gearworkers import doctor as checks
@@ -225,7 +226,7 @@ def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 def _print_check(check: Check) -> None:
     mark = "[green]ok[/]" if check.ok else ("[red]WRONG[/]" if check.needed else "[yellow]note[/]")
     advice = f"; {check.advice}" if check.advice else ""
-    _out.print(f"{mark:<14} {check.name}: {check.found}{advice}")
+    _out.print(f"{mark:<14} {escape(f'{check.name}: {check.found}{advice}')}")
 
 
 @contextmanager

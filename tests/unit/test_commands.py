@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers import cli
+from gearworkers import cli, doctor
+from gearworkers.mounts.probe import Check
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -31,3 +32,13 @@ def test_where_no_store_is_a_command_says_so(
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith(f"gear: {tmp_path / 'gear'} holds no store; set GEAR_ROOT") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("found", ["http://[fd00::1]:2019 answers", "/srv/[/x] answers"])
+def test_doctor_prints_what_it_found_to_the_letter(
+    found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda settings: [Check("Remote", True, False, found)])
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "doctor")
+    assert capsys.readouterr().out == f"ok   Remote: {found}\n"
