@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,8 +10,29 @@ from pathlib import Path
 import pytest
 
 from gearworkers.services.manager.server import FINISHING_S
+from gearworkers.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+class Noted(dict[str, str]):
+    """An empty environment that knows what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
+        self.names.add(key)
+        return default
+
+
+@pytest.fixture
+def variables() -> set[str]:
+    """All that the settings are read from; what has two spellings in capitals."""
+    environ = Noted()
+    Settings.from_environ(environ)
+    return {name for name in environ.names if name.isupper()}
 
 
 def procfile() -> dict[str, str]:
@@ -25,6 +47,18 @@ def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() ->
     done = subprocess.run([*command, "config", "--services"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {*procfile(), "manager"}, "a manager is no part of a node, and has a profile"
+
+
+def test_docker_compose_passes_every_setting_on(variables: set[str]) -> None:
+    passed = set(re.findall(r"^ +([A-Z_]+): ", (CHECKOUT / "docker-compose.yml").read_text(), re.MULTILINE))
+    of_docker = {"DOCKER_HOST", "DOCKER_CONFIG"}  # docker-compose itself reads them
+    assert variables - passed == of_docker
+
+
+def test_the_readme_tells_every_setting(variables: set[str]) -> None:
+    told = (CHECKOUT / "README.md").read_text().replace("`…_KEY_FILE`", "`GEAR_MANAGER_TLS_KEY_FILE`")
+    rows = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert variables <= set(re.findall(r"`([A-Z_]+)`", "".join(rows)))
 
 
 @pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
