@@ -55,6 +55,11 @@ def test_docker_compose_passes_every_setting_on(variables: set[str]) -> None:
     assert variables - passed == of_docker
 
 
+def test_docker_compose_gives_what_is_under_way_the_time_that_make_up_does() -> None:
+    (grace,) = re.findall(r"^GRACE_S = (\d+)$", (CHECKOUT / "packaging" / "up.py").read_text(), re.MULTILINE)
+    assert f"\n  stop_grace_period: {grace}s" in (CHECKOUT / "docker-compose.yml").read_text()
+
+
 def test_the_readme_tells_every_setting(variables: set[str]) -> None:
     told = (CHECKOUT / "README.md").read_text().replace("`…_KEY_FILE`", "`GEAR_MANAGER_TLS_KEY_FILE`")
     rows = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
