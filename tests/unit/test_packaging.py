@@ -66,6 +66,13 @@ def test_the_readme_tells_every_setting(variables: set[str]) -> None:
     assert variables <= set(re.findall(r"`([A-Z_]+)`", "".join(rows)))
 
 
+def test_what_the_readme_has_typed_are_settings() -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    typed = dict(re.findall(r"\b(GEAR_[A-Z_]+)=(\S+)", "".join(blocks)))
+    assert {"GEAR_REMOTE", "GEAR_MANAGER_LISTEN"} <= set(typed)
+    Settings.from_environ(typed)
+
+
 @pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
 def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / f"gear-{name}.service").read_text()
