@@ -138,7 +138,9 @@ def _docker() -> list[Check]:
 
 
 def _docker_version(version: str, major: int, minor: int) -> Check:
-    if (major, minor) < _FIRST_DOCKER or major > _LAST_DOCKER:
+    if (major, minor) < _FIRST_DOCKER:
+        return Check("Docker", False, True, f"{version} is older than what gearworkers was tried on", "use 20.10 to 27")
+    if major > _LAST_DOCKER:
         return Check("Docker", False, True, f"{version} has no graphdriver plugins", "use 20.10 to 27")
     if major == _GATED_DOCKER:
         advice = "set DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1 in its environment"

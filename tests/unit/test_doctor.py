@@ -58,3 +58,18 @@ def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, mo
     finally:
         running.stop()
     assert told is not None and ("Objects", "1000000") in told
+
+
+@pytest.mark.parametrize(
+    ("version", "ok", "words"),
+    [
+        ("19.3", False, "older"),
+        ("20.10", True, ""),
+        ("26.1", True, ""),
+        ("27.5", True, "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1"),
+        ("28.0", False, "has no graphdriver plugins"),
+    ],
+)
+def test_what_is_wrong_with_a_docker_is_told(version: str, ok: bool, words: str) -> None:
+    check = doctor._docker_version(version, *map(int, version.split(".")))
+    assert check.ok == ok and words in f"{check.found}; {check.advice}"
