@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,14 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         (units / unit.name).write_text(unit.read_text().replace("/opt/gearworkers", str(CHECKOUT)))
     done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("root", ["relative", "/proc/none"])
+def test_make_up_says_in_a_line_what_cannot_be(root: str) -> None:
+    command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
+    done = subprocess.run(command, env={**os.environ, "GEAR_ROOT": root}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("make up: ") and root in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_redis_keeps_what_it_was_given() -> None:
