@@ -186,7 +186,7 @@ class Dispatcher:
             return answer
         claim = offer.claimed.result()
         return Answer(
-            error=f"{offer.order.call} {offer.order.id}: the {claim.by}'s process {claim.pid} that did it died; "
+            error=f"{_named(offer.order)}: the {claim.by}'s process {claim.pid} that did it died; "
             "nothing of it is visible; try again",
             retryable=True,
         )
@@ -201,7 +201,14 @@ def _not_begun(offer: Offer, own: asyncio.Task[None]) -> str:
     why = own.exception() or "it could not reach the streams socket"
     if isinstance(why, BrokenProcessPool):
         why = "it died at its start"
-    return f"{offer.order.call} {offer.order.id}: no worker took it, and the gateway's own process did not begin: {why}"
+    return (
+        f"{_named(offer.order)}: no worker took it, and the gateway's own process did not begin: {why}; "
+        "the gateway's log may say more; try again"
+    )
+
+
+def _named(order: Order) -> str:
+    return f"{order.call} {order.id}".rstrip()
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:

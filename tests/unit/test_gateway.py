@@ -260,6 +260,19 @@ def test_when_no_worker_comes_the_gateway_does_the_work_and_waits_less_the_next_
     assert time.monotonic() - begun_s < PATIENCE.pickup_s
 
 
+def test_when_nobody_can_do_the_work_docker_is_told_why_and_what_to_do(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def perform(order: Order) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    running, plugin = start(workers=0)
+    monkeypatch.setattr(running.gateway._dispatcher._pool, "perform", perform)
+    status, answer = plugin.apply_diff("a", [b"abc"])
+    assert status == 500 and answer["Err"].startswith("apply_diff a: no worker took it")
+    assert "Resource temporarily unavailable" in answer["Err"] and answer["Err"].endswith("try again")
+
+
 def test_a_worker_that_comes_too_late_is_turned_away(start: Start) -> None:
     running, plugin = start(workers=0)
     assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
