@@ -158,8 +158,10 @@ class Dispatcher:
                 return False
             change = asyncio.ensure_future(self.desk.change())
             waited_for: set[asyncio.Future[Any]] = {offer.claimed, change}
-            await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            change.cancel()
+            try:
+                await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                change.cancel()
         return True
 
     def _deadline_s(self, offer: Offer, kind: str, begun_s: float) -> float:

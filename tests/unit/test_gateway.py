@@ -421,6 +421,16 @@ def test_a_call_that_hangs_does_not_keep_the_gateway_from_ending(start: Start, m
     assert running.driver.is_released
 
 
+def test_what_waits_for_a_worker_when_the_gateway_ends_leaves_nothing_behind(start: Start) -> None:
+    async def end() -> list[str]:
+        await running.gateway.stop()
+        return [repr(task) for task in asyncio.all_tasks() if "Desk." in repr(task)]
+
+    running, _ = start(workers=0)
+    wait_until(lambda: bool(running.queue.orders), "garbage collection is ordered")
+    assert asyncio.run_coroutine_threadsafe(end(), running.loop).result(30) == []
+
+
 def test_a_second_gateway_is_refused_and_a_dead_ones_socket_replaced(start: Start, settings: Settings) -> None:
     dead = listen_and_die(settings.plugin_socket)
     assert dead.exists()
