@@ -84,6 +84,7 @@ class Gateway:
         self._dispatcher.open()
         await asyncio.to_thread(self._driver.prepare)
         self._is_prepared = True
+        self._dispatcher.use_broker(self._driver.settings)  # a dockerd that runs has named another, perhaps
         await self._serve_metrics()
         runner = web.AppRunner(
             self._light_app(), access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_LIGHT_GRACE_S

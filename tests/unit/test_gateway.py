@@ -431,6 +431,21 @@ def test_what_waits_for_a_worker_when_the_gateway_ends_leaves_nothing_behind(sta
     assert asyncio.run_coroutine_threadsafe(end(), running.loop).result(30) == []
 
 
+def test_a_gateway_that_is_started_anew_publishes_to_the_broker_that_dockerd_has_named(settings: Settings) -> None:
+    class Resumed(MemoryDriver):
+        def prepare(self) -> None:
+            super().prepare()
+            self.settings = replace(self.settings, broker_url="redis://elsewhere/0")
+
+    async def start_and_stop() -> None:
+        gateway = Gateway(settings, Resumed(settings))
+        await gateway.start()
+        assert gateway._dispatcher.queue._app.conf.broker_url == "redis://elsewhere/0"
+        await gateway.stop()
+
+    asyncio.run(start_and_stop())
+
+
 def test_a_second_gateway_is_refused_and_a_dead_ones_socket_replaced(start: Start, settings: Settings) -> None:
     dead = listen_and_die(settings.plugin_socket)
     assert dead.exists()
