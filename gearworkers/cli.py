@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from gearworkers import cli_profile
 from gearworkers import doctor as checks
 from gearworkers.driver import GearDriver
-from gearworkers.errors import GearError, InvalidInput
+from gearworkers.errors import GearError, InvalidInput, NotFound
 from gearworkers.images.manifest import Platform
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
@@ -53,7 +54,7 @@ def doctor() -> None:
 def status() -> None:
     """What the store holds, and how the gateway is."""
     settings = command_settings()
-    told = checks.gateway_status(settings) or [*GearDriver(settings).status(), ("Gateway", "not running")]
+    told = checks.gateway_status(settings) or [*_driver(settings).status(), ("Gateway", "not running")]
     for key, value in (*told, *_lazy_status(settings), *_pinned(settings)):
         _out.print(f"{key + ':':<20} {value}", markup=False)
 
@@ -61,7 +62,7 @@ def status() -> None:
 @app.command()
 def gc() -> None:
     """Remove the objects that no layer refers to, now."""
-    report = GearDriver(command_settings()).collect_garbage()
+    report = _driver(command_settings()).collect_garbage()
     _out.print(
         f"removed {report.removed_objects} objects, {report.removed_bytes} bytes; "
         f"kept {report.kept_objects} objects, {report.kept_bytes} bytes"
@@ -81,7 +82,7 @@ def fsck(
     settings = command_settings()
     incomplete: set[str] = set()
     faults = 0
-    for fault in GearDriver(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
+    for fault in _driver(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
         faults += 1
         _out.print(fault, markup=False)
     if incomplete:
@@ -98,7 +99,7 @@ def fsck(
 @app.command()
 def push() -> None:
     """Push what waits in the spool to GEAR_REMOTE, now; exit 1 if an object cannot be pushed."""
-    report = GearDriver(command_settings()).push_pending()
+    report = _driver(command_settings()).push_pending()
     for digest, why in report.refused.items():
         _out.print(f"not pushed: object {digest.hex()}: {why}", markup=False)
     _out.print(f"pushed {report.pushed_objects} objects, {len(report.refused)} could not be pushed")
@@ -178,6 +179,19 @@ def main() -> None:
         app()
 
 
+def _driver(settings: Settings) -> GearDriver:
+    """The driver of the store that is here.
+
+    Raises:
+        NotFound: GEAR_ROOT holds none.
+    """
+    if not settings.gear_public_cache_path.is_dir():
+        raise NotFound(
+            f"{settings.gear_root} holds no store; set GEAR_ROOT to where it is, or start the gateway, which makes it"
+        )
+    return GearDriver(settings)
+
+
 def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:
     found = read_status(settings.lazyfs_socket)
     if found is None:
@@ -212,7 +226,7 @@ def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 def _print_check(check: Check) -> None:
     mark = "[green]ok[/]" if check.ok else ("[red]WRONG[/]" if check.needed else "[yellow]note[/]")
     advice = f"; {check.advice}" if check.advice else ""
-    _out.print(f"{mark:<14} {check.name}: {check.found}{advice}")
+    _out.print(f"{mark:<14} {escape(f'{check.name}: {check.found}{advice}')}")
 
 
 @contextmanager

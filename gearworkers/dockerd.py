@@ -48,6 +48,7 @@ def local_image(settings: Settings, name: str) -> LocalImage | None:
     Raises:
         Unavailable: No dockerd answers.
         FailedPrecondition: Its images lie elsewhere.
+        InvalidInput: It does not take the name, or DOCKER_HOST names none.
     """
     found = _inspected(settings, "images", name)
     if found is None:
@@ -66,7 +67,7 @@ def container_layer(settings: Settings, name: str) -> str | None:
     """The driver's id of the layer of the container that dockerd knows by *name* or id; None if it has none.
 
     Raises:
-        Unavailable, FailedPrecondition: As `local_image`.
+        Unavailable, FailedPrecondition, InvalidInput: As `local_image`.
     """
     found = _inspected(settings, "containers", name)
     return None if found is None else _top_layer(settings, found, name)

@@ -23,6 +23,8 @@ from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.settings import Settings
 
 _TIMEOUT_S = 3.0
+_STATUS_TIMEOUT_S = 60.0
+"""Of a million objects the gateway counts for seconds what is stored."""
 _REMOTE_TIMEOUT_S = 10.0
 _FIRST_DOCKER = (20, 10)
 _LAST_DOCKER = 27
@@ -41,7 +43,7 @@ def diagnose(settings: Settings) -> list[Check]:
 def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:
     """What the running gateway answers to GraphDriver.Status; None if none runs."""
     try:
-        answer = _call(settings.plugin_socket, "GraphDriver.Status")
+        answer = _call(settings.plugin_socket, "GraphDriver.Status", _STATUS_TIMEOUT_S)
     except (OSError, ValueError, http.client.HTTPException):
         return None
     return [(key, value) for key, value in answer.get("Status") or []]
@@ -83,7 +85,7 @@ def _workers(settings: Settings) -> Check:
 def _gateway(settings: Settings) -> Check:
     name = "Gateway"
     try:
-        _call(settings.plugin_socket, "Plugin.Activate")
+        _call(settings.plugin_socket, "Plugin.Activate", _TIMEOUT_S)
     except (OSError, ValueError, http.client.HTTPException) as exc:
         advice = "start it: python -m plugin_gateway"
         return Check(name, False, True, f"{settings.plugin_socket} does not answer ({exc})", advice)
@@ -136,7 +138,9 @@ def _docker() -> list[Check]:
 
 
 def _docker_version(version: str, major: int, minor: int) -> Check:
-    if (major, minor) < _FIRST_DOCKER or major > _LAST_DOCKER:
+    if (major, minor) < _FIRST_DOCKER:
+        return Check("Docker", False, True, f"{version} is older than what gearworkers was tried on", "use 20.10 to 27")
+    if major > _LAST_DOCKER:
         return Check("Docker", False, True, f"{version} has no graphdriver plugins", "use 20.10 to 27")
     if major == _GATED_DOCKER:
         advice = "set DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1 in its environment"
@@ -155,16 +159,16 @@ def _redis_url(settings: Settings) -> str:
     return settings.effective_broker_url.replace("redis+socket://", "unix://").replace("virtual_host=", "db=")
 
 
-def _call(plugin_socket: Path, method: str) -> dict[str, Any]:
+def _call(plugin_socket: Path, method: str, timeout_s: float) -> dict[str, Any]:
     """One call of the plugin protocol.
 
     Raises:
         OSError: Nobody listens, or nobody answers in time.
         ValueError: The answer is no JSON.
     """
-    connection = http.client.HTTPConnection("localhost", timeout=_TIMEOUT_S)
+    connection = http.client.HTTPConnection("localhost")
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.sock.settimeout(_TIMEOUT_S)
+    connection.sock.settimeout(timeout_s)
     try:
         connection.sock.connect(str(plugin_socket))
         connection.request("POST", f"/{method}", body=b"{}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+from gearworkers import options
 from gearworkers.archive.reader import Readable
-from gearworkers.errors import InvalidInput, from_os_error
+from gearworkers.errors import from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers import trial
 from gearworkers.layers.absorb import absorb, settled
@@ -45,7 +45,6 @@ from gearworkers.settings import Settings
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-_OPTIONS = ("gear.root", "gear.broker")
 _INIT_SUFFIX = "-init"
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -75,6 +74,7 @@ class GearDriver:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._given = settings
         self.settings = settings
         self._kernel_mode = "not tried before Init"
         self._recordings = Recordings()
@@ -94,9 +94,19 @@ class GearDriver:
     def prepare(self) -> None:
         """Make what is missing under GEAR_ROOT and repair what a crash left; for the gateway, at its start.
 
+        A dockerd that runs since before does not say its options again: they are as `init` was given them.
+
         Raises:
             GearError: GEAR_ROOT cannot be used.
         """
+        self._use(options.saved(self.settings.run_dir))
+        self._prepare()
+
+    def _use(self, opts: Sequence[str]) -> None:
+        self.settings = options.with_options(self._given, opts)
+        self._open()
+
+    def _prepare(self) -> None:
         settings = self.settings
         try:
             settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,9 +149,8 @@ class GearDriver:
             InvalidInput: An unknown or malformed option.
             FailedPrecondition: This kernel or file system cannot do it.
         """
-        self.settings = with_options(self.settings, opts)
-        self._open()
-        self.prepare()
+        self._use(opts)
+        self._prepare()
         checks = probe(self.settings.gear_root, trial.check_index)
         require(checks)
         how = next(check.found for check in checks if check.name == trial.NAME)
@@ -151,6 +160,13 @@ class GearDriver:
         for path in (self.settings.gear_root, self.settings.gear_images_path, self.settings.gear_containers_path):
             path.chmod(0o711 if maps.uids else 0o700)
         self._mounts.restart()
+        self._keep(opts)
+
+    def _keep(self, opts: Sequence[str]) -> None:
+        try:
+            options.save(self.settings.run_dir, opts)
+        except OSError as exc:
+            raise from_os_error(exc, f"keep dockerd's options in {self.settings.run_dir}") from exc
 
     def capabilities(self) -> dict[str, bool]:
         """Diff returns the very tar that ApplyDiff was given, so dockerd keeps no tar-split."""
@@ -396,25 +412,6 @@ class GearDriver:
 
     def _id_maps(self) -> IdMaps:
         return IdMaps.load(self.settings.gear_root)
-
-
-def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
-    """*settings* with dockerd's ``--storage-opt`` applied.
-
-    Raises:
-        InvalidInput: An option is unknown or has no value.
-    """
-    for option in opts:
-        key, _, value = option.partition("=")
-        if key not in _OPTIONS or not value:
-            raise InvalidInput(f"storage option {option!r}: known are {', '.join(f'{name}=…' for name in _OPTIONS)}")
-        if key == "gear.broker":
-            settings = replace(settings, broker_url=value)
-        elif not os.path.isabs(value):
-            raise InvalidInput(f"storage option {option!r}: an absolute path is needed")
-        else:
-            settings = replace(settings, gear_root=Path(value))
-    return settings
 
 
 def _is_volatile(id: str) -> bool:

@@ -152,7 +152,11 @@ class Stream:
         return ChunkedSink(self._line())
 
     def answer(self, answer: Answer) -> None:
-        """Tell the gateway the end; if it is gone there is nobody to tell."""
+        """Tell the gateway the end; if it is gone there is nobody to tell.
+
+        What is not Unicode in an error, as a file's name, becomes question marks.
+        """
+        answer = msgspec.structs.replace(answer, error=answer.error.encode("utf-8", "replace").decode())
         try:
             self._control.sendall(frame(answer))
         except OSError:
@@ -191,13 +195,26 @@ def claimed(path: Path, token: str, by: str) -> Iterator[Stream | None]:
 
 
 def _negotiate(control: socket.socket, path: Path, claim: Claim) -> tuple[Grant, bytes, list[int]]:
+    """Show the token; the grant, what was read of the body, and the descriptors that came, which an error closes."""
     control.settimeout(_GRANT_TIMEOUT_S)
     try:
         control.connect(str(path))
     except FileNotFoundError as exc:
         raise NotFound(f"connect to the gateway's {path}: it is not there") from exc
     control.sendall(frame(claim))
-    buffer, fds = FrameBuffer(), list[int]()
+    fds = list[int]()
+    try:
+        grant, head = _granted(control, path, fds)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)  # else the caller would not see the gateway's end
+        raise
+    control.settimeout(None)
+    return grant, head, fds
+
+
+def _granted(control: socket.socket, path: Path, fds: list[int]) -> tuple[Grant, bytes]:
+    buffer = FrameBuffer()
     while (message := buffer.next()) is None:
         data, new_fds, _, _ = socket.recv_fds(control, 65536, 1)
         fds += new_fds
@@ -213,8 +230,7 @@ def _negotiate(control: socket.socket, path: Path, claim: Claim) -> tuple[Grant,
         if not data:
             raise Unavailable(f"the gateway at {path} broke off")
         head += data
-    control.settimeout(None)
-    return grant, bytes(head), fds
+    return grant, bytes(head)
 
 
 class _Line:

@@ -35,6 +35,8 @@ PACKAGES = (
     "procps",
     "e2fsprogs",
     "busybox-static",
+    "openssl",
+    "curl",
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init
     "systemd-container",  # systemd-nspawn, which boots the units in a test
 )

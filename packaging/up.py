@@ -8,6 +8,7 @@ from pathlib import Path
 
 from honcho import command, manager
 
+from gearworkers.errors import GearError
 from gearworkers.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -31,14 +32,19 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def main() -> None:
-    """Make the directories that Redis needs and run honcho; a broker given by GEAR_BROKER_URL is not started."""
-    settings = Settings.from_environ()
+    """Make the directories that Redis needs and run honcho; a broker given by GEAR_BROKER_URL is not started.
+
+    What cannot be is one line on stderr, and exit status 1.
+    """
+    try:
+        settings = Settings.from_environ()
+        for path in (settings.gear_root, settings.gear_root / "redis", settings.run_dir):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (GearError, OSError) as exc:
+        sys.exit(f"make up: {exc}")
     processes = ["gateway", "lazyfs", "import", "push", "convert"]
     if not settings.broker_url:
         processes.insert(0, "redis")
-    settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (settings.gear_root / "redis").mkdir(mode=0o700, exist_ok=True)
-    settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chdir(CHECKOUT)
     os.environ.update(environment(settings))
     manager.KILL_WAIT = GRACE_S

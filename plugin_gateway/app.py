@@ -21,7 +21,7 @@ from plugin_gateway.dispatch import Dispatcher, Outcome, Patience, make_order
 from plugin_gateway.metrics import METRICS_CONTENT_TYPE, Metrics
 from plugin_gateway.sockets import listen
 from plugin_gateway.upkeep import Upkeep
-from plugin_gateway.wire import CONTENT_TYPE, MalformedRequest, Response, encode, error
+from plugin_gateway.wire import CONTENT_TYPE, MalformedRequest, Response, encode, error, failure
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -29,6 +29,7 @@ _THREADS = 16
 _REQUEST_LIMIT_BYTES = 1 << 20
 _KEEPALIVE_S = 7 * 86400.0  # dockerd closes its idle connections itself; ours to close would race with its requests
 _GRACE_S = 20.0
+_LIGHT_GRACE_S = 10.0
 _STATUS = "GraphDriver.Status"
 _QUIET = frozenset(("GraphDriver.Exists", _STATUS))  # dockerd drops their errors
 
@@ -53,7 +54,9 @@ class Gateway:
         self._to_absorb: set[str] = set()
         self._runners: list[web.AppRunner] = []
         self._listener: socket.socket | None = None
+        self._metrics_socket: Path | None = None
         self._server: asyncio.AbstractServer | None = None
+        self._is_prepared = False
 
     # -- life
 
@@ -74,13 +77,18 @@ class Gateway:
             await self.stop()
 
     async def start(self) -> None:
-        """Repair what a crash left, then listen."""
-        self._listener = listen(self._settings.plugin_socket)  # first: it keeps a second gateway from the repairs
-        self._settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        await asyncio.to_thread(self._driver.prepare)
+        """Repair what a crash left, then answer; raises as `serve`."""
+        # Both sockets first: they keep a second gateway from the repairs, of which the one that runs knows nothing.
+        self._listener = listen(self._settings.plugin_socket)
+        self._make_run_dir()
         self._dispatcher.open()
+        await asyncio.to_thread(self._driver.prepare)
+        self._is_prepared = True
+        self._dispatcher.use_broker(self._driver.settings)  # a dockerd that runs has named another, perhaps
         await self._serve_metrics()
-        runner = web.AppRunner(self._light_app(), access_log=None, keepalive_timeout=_KEEPALIVE_S)
+        runner = web.AppRunner(
+            self._light_app(), access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_LIGHT_GRACE_S
+        )
         await runner.setup()
         self._runners.append(runner)
         assert runner.server is not None
@@ -97,8 +105,8 @@ class Gateway:
             return
         if self._server is not None:
             self._server.close()
+        self._settings.plugin_socket.unlink(missing_ok=True)  # while it is ours: the next one may come at once
         self._listener.close()
-        self._settings.plugin_socket.unlink(missing_ok=True)
         if self._heavy_tasks:
             await asyncio.wait(self._heavy_tasks, timeout=_GRACE_S)
         for task in self._heavy_tasks:
@@ -106,12 +114,20 @@ class Gateway:
         await self._upkeep.close()
         for runner in self._runners:
             await runner.cleanup()
-        if self._settings.effective_metrics_listen.startswith("/"):
-            Path(self._settings.effective_metrics_listen).unlink(missing_ok=True)
+        if self._metrics_socket is not None:
+            self._metrics_socket.unlink(missing_ok=True)
         self._dispatcher.close()
-        await asyncio.to_thread(self._driver.release)
+        if self._is_prepared:
+            await asyncio.to_thread(self._driver.release)
         self._threads.shutdown(wait=False)
         _log.info("gateway ended")
+
+    def _make_run_dir(self) -> None:
+        run_dir = self._settings.run_dir
+        try:
+            run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise from_os_error(exc, f"make GEAR_RUN_DIR {run_dir}") from exc
 
     # -- light calls
 
@@ -146,17 +162,17 @@ class Gateway:
             answer = await loop.run_in_executor(self._threads, LIGHT_CALLS[method], self._driver, body)
             return 200, await self._after(method, body, answer)
         except MalformedRequest as exc:
-            return 400, Response(err=str(exc))
+            return 400, failure(str(exc))
         except GearError as exc:
             log = _log.error if method in _QUIET else _log.warning
             log("call failed", method=method, error=str(exc))
-            return 200, Response(err=str(exc))
+            return 200, failure(str(exc))
         except OSError as exc:
             _log.exception("call failed", method=method)
-            return 200, Response(err=str(from_os_error(exc, method)))
+            return 200, failure(str(from_os_error(exc, method)))
         except Exception as exc:
             _log.exception("call failed: a bug", method=method)
-            return 500, Response(err=f"internal error: {type(exc).__name__}: {exc}; the gateway's log has more")
+            return 500, failure(f"internal error: {type(exc).__name__}: {exc}; the gateway's log has more")
 
     async def _after(self, method: str, body: bytes, answer: Response) -> Response:
         """What a call that went well brings about."""
@@ -241,13 +257,14 @@ class Gateway:
     async def _serve_metrics(self) -> None:
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LIGHT_GRACE_S)
         await runner.setup()
         self._runners.append(runner)
         where = self._settings.effective_metrics_listen
         site: web.BaseSite
         if where.startswith("/"):
             site = web.SockSite(runner, listen(Path(where)))
+            self._metrics_socket = Path(where)
         else:
             site = web.TCPSite(runner, *_host_and_port(where))
         try:
@@ -274,9 +291,9 @@ def _tell(request: HeavyRequest, connection: Connection, outcome: Outcome) -> No
 
 def _host_and_port(where: str) -> tuple[str, int]:
     host, _, port = where.rpartition(":")
-    if not (port.isascii() and port.isdigit()):
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise InvalidInput(f"GEAR_METRICS_LISTEN={where}: host:port or an absolute path is needed")
-    return host or "127.0.0.1", int(port)
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def _http(status: int, body: bytes) -> web.Response:

@@ -16,7 +16,7 @@ class Driver(Protocol):
 
     @property
     def settings(self) -> Settings:
-        """As they are after Init."""
+        """As they are after Init; after prepare those of a dockerd that runs."""
 
     def prepare(self) -> None:
         """Repair what a crash left."""

@@ -24,6 +24,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 _CLAIM_TIMEOUT_S = 10.0
 _GRANT_TIMEOUT_S = 30.0
+_ACCEPT_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Offer:
     """The answer; None if the process died without one."""
     started: bool = False
     """Whether the answer's first byte may have been written to the connection."""
+    withdrawn: bool = False
+    """Whether nobody waits for it any more; its body is closed."""
 
     @property
     def heavy(self) -> bool:
@@ -64,19 +67,22 @@ class Desk:
         self._serving: Counter[tuple[str, bool]] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed: asyncio.Future[None] | None = None
+        self._is_open = False
         self.last_sign_s = 0.0
         """When a worker last claimed or ended an order, on the monotonic clock."""
 
     def open(self) -> None:
         """Begin to listen; FailedPrecondition if another gateway does."""
         listener = listen(self._path)
+        self._is_open = True
         self._spawn(self._accept(listener))
 
     def close(self) -> None:
         """Stop listening, and let go of all that are served: they see it and give up."""
         for task in self._tasks:
             task.cancel()
-        self._path.unlink(missing_ok=True)
+        if self._is_open:
+            self._path.unlink(missing_ok=True)
 
     def serving(self, by: str, *, heavy: bool) -> int:
         """How many orders processes of that kind are doing now."""
@@ -96,6 +102,7 @@ class Desk:
         try:
             yield offer
         finally:
+            offer.withdrawn = True
             self._offers.pop(order.token, None)
             if body is not None:
                 os.close(body.fd)
@@ -104,7 +111,12 @@ class Desk:
         loop = asyncio.get_running_loop()
         with listener:
             while True:
-                control, _ = await loop.sock_accept(listener)
+                try:
+                    control, _ = await loop.sock_accept(listener)
+                except OSError as exc:  # no descriptors or memory for now; who claims waits
+                    _log.error("claims cannot be accepted", error=str(exc), again_s=_ACCEPT_AGAIN_S)
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
+                    continue
                 control.setblocking(False)
                 self._spawn(self._serve(control))
 
@@ -134,8 +146,11 @@ class Desk:
             async with asyncio.timeout(_GRANT_TIMEOUT_S):
                 await _grant(control, offer.body)
         except OSError:
-            self._offers[claim.token] = offer  # it died before it had anything: the next may try
+            if not offer.withdrawn:
+                self._offers[claim.token] = offer  # it died before it had anything: the next may try
             raise
+        if offer.withdrawn:
+            return  # the end of its control connection tells it
         offer.claimed.set_result(claim)
         self._count(claim, offer, +1)
         try:
@@ -171,7 +186,8 @@ async def _follow(control: socket.socket, frames: FrameBuffer, offer: Offer) -> 
     while (message := await _next(control, frames)) is not None:
         answer = msgspec.json.decode(message, type=Answer)
         if not answer.started:
-            offer.done.set_result(answer)
+            if not offer.withdrawn:
+                offer.done.set_result(answer)
             return
         offer.started = True
 

@@ -158,8 +158,10 @@ class Dispatcher:
                 return False
             change = asyncio.ensure_future(self.desk.change())
             waited_for: set[asyncio.Future[Any]] = {offer.claimed, change}
-            await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            change.cancel()
+            try:
+                await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                change.cancel()
         return True
 
     def _deadline_s(self, offer: Offer, kind: str, begun_s: float) -> float:
@@ -186,7 +188,7 @@ class Dispatcher:
             return answer
         claim = offer.claimed.result()
         return Answer(
-            error=f"{offer.order.call} {offer.order.id}: the {claim.by}'s process {claim.pid} that did it died; "
+            error=f"{_named(offer.order)}: the {claim.by}'s process {claim.pid} that did it died; "
             "nothing of it is visible; try again",
             retryable=True,
         )
@@ -201,7 +203,14 @@ def _not_begun(offer: Offer, own: asyncio.Task[None]) -> str:
     why = own.exception() or "it could not reach the streams socket"
     if isinstance(why, BrokenProcessPool):
         why = "it died at its start"
-    return f"{offer.order.call} {offer.order.id}: no worker took it, and the gateway's own process did not begin: {why}"
+    return (
+        f"{_named(offer.order)}: no worker took it, and the gateway's own process did not begin: {why}; "
+        "the gateway's log may say more; try again"
+    )
+
+
+def _named(order: Order) -> str:
+    return f"{order.call} {order.id}".rstrip()
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:

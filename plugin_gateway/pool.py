@@ -41,8 +41,8 @@ class OwnPool:
         try:
             await asyncio.wrap_future(executor.submit(_perform, self._settings, order))
         except BrokenProcessPool:
-            _log.error("a process of the gateway's pool died", call=order.call, id=order.id)
             if self._executor is executor:
+                _log.error("a process of the gateway's pool died", call=order.call, id=order.id)
                 self._executor = None
             raise
         finally:
@@ -56,6 +56,8 @@ class OwnPool:
             self._idle.cancel()
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # all that the gateway has are the pool's
+                process.terminate()
 
     def _started(self) -> ProcessPoolExecutor:
         if self._idle is not None:

@@ -93,8 +93,8 @@ class TaskQueue:
         return None
 
     def close(self) -> None:
-        """Let the connections go."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Let the connections go; who is still waiting gets an answer."""
+        self._thread.shutdown(wait=False)  # cancelled futures would cancel those that wait
         self._app.close()
 
 

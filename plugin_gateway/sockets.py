@@ -32,10 +32,13 @@ def listen(path: Path) -> socket.socket:
 
 def _is_live(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
             return False
+        except BlockingIOError:
+            return True  # who listens there does not accept; a connect that blocks would wait for it
         return True
 
 

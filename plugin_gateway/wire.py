@@ -80,9 +80,14 @@ def encode(response: Response) -> bytes:
     return msgspec.json.encode(response)
 
 
+def failure(message: str) -> Response:
+    """The answer that says what went wrong; what is not Unicode in it, as a file's name, becomes question marks."""
+    return Response(err=message.encode("utf-8", "replace").decode())
+
+
 def error(message: str) -> bytes:
-    """An answer that says what went wrong."""
-    return encode(Response(err=message.encode("utf-8", "replace").decode()))
+    """The same as it goes to Docker."""
+    return encode(failure(message))
 
 
 def wire_change(change: Change) -> WireChange:

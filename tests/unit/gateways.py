@@ -32,11 +32,14 @@ class MemoryDriver:
     inits: list[tuple[Sequence[str], Sequence[IDMap]]] = field(default_factory=list)
     mounted: set[str] = field(default_factory=set)
     absorbable: set[str] = field(default_factory=set)
+    is_prepared: bool = False
+    is_released: bool = False
     broken: Exception | None = None
     """What every call of exists and status raises."""
 
     def prepare(self) -> None:
         self.settings.gear_root.mkdir(exist_ok=True)
+        self.is_prepared = True
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
         self.inits.append((opts, uid_maps))
@@ -83,7 +86,7 @@ class MemoryDriver:
         self.mounted.clear()
 
     def release(self) -> None:
-        pass
+        self.is_released = True
 
     def changes(self, id: str, parent: str) -> list[Change]:
         return [Change(b"/a", ChangeKind.ADD)]

@@ -1,7 +1,8 @@
-"""`gear doctor` about Gear images: what is there, what is wrong, what to do."""
+"""`gear doctor` about Gear images and the gateway: what is there, what is wrong, what to do."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gearworkers.mounts.lazy.protocol import InitFlag
 from gearworkers.mounts.lazy.trial import check_fuse
 from gearworkers.settings import Settings
 from tests.support.lazynode import gear_tar, lazy_node
+from tests.unit.gateways import run_gateway
 
 
 def test_fuse_is_tried_and_nothing_stays_mounted() -> None:
@@ -40,3 +42,34 @@ def test_a_lazy_file_server_that_is_down_or_cannot_fetch_is_told(tmp_path: Path)
         with pytest.raises(OSError, match="Input/output"):
             (node.run("c1") / "file").read_bytes()
         assert doctor._lazy_files(node.settings).found == "1 objects could not be fetched"
+
+
+def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> list[tuple[str, str]]:
+        time.sleep(0.5)
+        return [("Objects", "1000000")]
+
+    monkeypatch.setattr(doctor, "_TIMEOUT_S", 0.1)
+    settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", plugin_socket=tmp_path / "gear.sock")
+    running = run_gateway(settings, lambda order, stream: None)
+    running.driver.status = count  # type: ignore[method-assign]
+    try:
+        told = doctor.gateway_status(settings)
+    finally:
+        running.stop()
+    assert told is not None and ("Objects", "1000000") in told
+
+
+@pytest.mark.parametrize(
+    ("version", "ok", "words"),
+    [
+        ("19.3", False, "older"),
+        ("20.10", True, ""),
+        ("26.1", True, ""),
+        ("27.5", True, "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1"),
+        ("28.0", False, "has no graphdriver plugins"),
+    ],
+)
+def test_what_is_wrong_with_a_docker_is_told(version: str, ok: bool, words: str) -> None:
+    check = doctor._docker_version(version, *map(int, version.split(".")))
+    assert check.ok == ok and words in f"{check.found}; {check.advice}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import http.client
 import json
 import os
@@ -19,11 +21,13 @@ import pytest
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
 from gearworkers.streams import Answer, Order, Stream
+from plugin_gateway import app, desk
+from plugin_gateway.app import Gateway
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
 from tests.support.plugin import Plugin, UnixHTTPConnection
 from tests.support.processes import wait_until
-from tests.unit.gateways import Running, Work, run_gateway
+from tests.unit.gateways import MemoryDriver, Running, Work, run_gateway
 
 Start = Callable[..., tuple[Running, Plugin]]
 PATIENCE = Patience(pickup_s=0.3, degraded_pickup_s=0.05, busy_s=0.5, upkeep_pickup_s=0.3)
@@ -110,6 +114,16 @@ def test_errors_of_the_driver_become_err_without_a_traceback(start: Start) -> No
     assert answer.startswith("internal error: ZeroDivisionError: oops") and "Traceback" not in answer
     running.driver.broken = OSError(28, "x")
     assert plugin.call("Exists", ID="x") == {"Err": "GraphDriver.Exists: No space left on device"}
+
+
+def test_an_error_that_names_an_undecodable_file_is_told(start: Start) -> None:
+    def refuse(order: Order, stream: Stream) -> None:
+        stream.answer(Answer(error="damaged: a\udcff"))
+
+    running, plugin = start(refuse)
+    running.driver.broken = IntegrityError("damaged: a\udcff")
+    assert plugin.call("Exists", ID="x") == {"Err": "damaged: a?"}
+    assert plugin.apply_diff("a", [b"abc"]) == (500, {"Err": "damaged: a?"})
 
 
 @pytest.mark.parametrize("method", ["GraphDriver.Nope", "Nope", "GraphDriver.Get/x", "GraphDriver.DiffNope"])
@@ -246,11 +260,45 @@ def test_when_no_worker_comes_the_gateway_does_the_work_and_waits_less_the_next_
     assert time.monotonic() - begun_s < PATIENCE.pickup_s
 
 
+def test_when_nobody_can_do_the_work_docker_is_told_why_and_what_to_do(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def perform(order: Order) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    running, plugin = start(workers=0)
+    monkeypatch.setattr(running.gateway._dispatcher._pool, "perform", perform)
+    status, answer = plugin.apply_diff("a", [b"abc"])
+    assert status == 500 and answer["Err"].startswith("apply_diff a: no worker took it")
+    assert "Resource temporarily unavailable" in answer["Err"] and answer["Err"].endswith("try again")
+
+
 def test_a_worker_that_comes_too_late_is_turned_away(start: Start) -> None:
     running, plugin = start(workers=0)
     assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
     late = next(order for order in running.queue.orders if order.call == "apply_diff")
     assert running.queue.take(late) is False
+
+
+class FullOnce(socket.socket):
+    """A listener whose process has no descriptor left for the first that comes."""
+
+    is_full = True
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.is_full:
+            self.is_full = False
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_claims_are_accepted_again_after_the_descriptors_had_run_out(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "listen", lambda path: FullOnce(fileno=listen(path).detach()))
+    _, plugin = start()
+    assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
+    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
 
 
 def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(start: Start) -> None:
@@ -316,6 +364,20 @@ def test_metrics_are_served_beside_the_plugin(start: Start, settings: Settings) 
     assert b'gear_calls_total{method="GraphDriver.Exists",outcome="ok"} 1.0' in text
 
 
+@pytest.mark.parametrize("port", ["", "x", "65536", "²"])
+def test_a_port_that_cannot_be_is_told(settings: Settings, port: str) -> None:
+    driver = MemoryDriver(replace(settings, metrics_listen=f"127.0.0.1:{port}"))
+    with pytest.raises(InvalidInput, match="GEAR_METRICS_LISTEN=127"):
+        asyncio.run(Gateway(driver.settings, driver).serve())
+
+
+def test_a_run_directory_that_cannot_be_is_told(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    driver = MemoryDriver(replace(settings, run_dir=tmp_path / "file" / "run"))
+    with pytest.raises(InvalidInput, match="GEAR_RUN_DIR"):
+        asyncio.run(Gateway(driver.settings, driver).serve())
+
+
 def test_the_sockets_are_for_root_alone_and_gone_at_the_end(start: Start, settings: Settings) -> None:
     running, _ = start()
     sockets = [settings.plugin_socket, settings.streams_socket, Path(settings.effective_metrics_listen)]
@@ -339,12 +401,94 @@ def test_a_call_under_way_is_finished_before_the_gateway_ends(start: Start) -> N
     ending.join()
 
 
+def test_a_call_that_hangs_does_not_keep_the_gateway_from_ending(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_LIGHT_GRACE_S", 0.1)
+    running, plugin = start()
+    hung, over = threading.Event(), threading.Event()
+
+    def hang(id: str) -> bool:
+        hung.set()
+        return over.wait(60)
+
+    running.driver.exists = hang  # type: ignore[method-assign]
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(plugin.path))
+        connection.sendall(b'POST /GraphDriver.Exists HTTP/1.1\r\nHost: p\r\nContent-Length: 10\r\n\r\n{"ID":"a"}')
+        assert hung.wait(10)
+        running.stop = lambda: None  # type: ignore[method-assign] # the fixture need not do it again
+        Running.stop(running)
+    over.set()
+    assert running.driver.is_released
+
+
+def test_what_waits_for_a_worker_when_the_gateway_ends_leaves_nothing_behind(start: Start) -> None:
+    async def end() -> list[str]:
+        await running.gateway.stop()
+        return [repr(task) for task in asyncio.all_tasks() if "Desk." in repr(task)]
+
+    running, _ = start(workers=0)
+    wait_until(lambda: bool(running.queue.orders), "garbage collection is ordered")
+    assert asyncio.run_coroutine_threadsafe(end(), running.loop).result(30) == []
+
+
+def test_a_gateway_that_is_started_anew_publishes_to_the_broker_that_dockerd_has_named(settings: Settings) -> None:
+    class Resumed(MemoryDriver):
+        def prepare(self) -> None:
+            super().prepare()
+            self.settings = replace(self.settings, broker_url="redis://elsewhere/0")
+
+    async def start_and_stop() -> None:
+        gateway = Gateway(settings, Resumed(settings))
+        await gateway.start()
+        assert gateway._dispatcher.queue._app.conf.broker_url == "redis://elsewhere/0"
+        await gateway.stop()
+
+    asyncio.run(start_and_stop())
+
+
 def test_a_second_gateway_is_refused_and_a_dead_ones_socket_replaced(start: Start, settings: Settings) -> None:
     dead = listen_and_die(settings.plugin_socket)
     assert dead.exists()
     start()
     with pytest.raises(FailedPrecondition, match="another gateway"):
         run_gateway(settings, do)
+
+
+def test_a_gateway_that_listens_and_does_not_accept_is_another_gateway_too(tmp_path: Path) -> None:
+    refused: list[Exception] = []
+
+    def try_to_listen() -> None:
+        try:
+            listen(tmp_path / "socket").close()
+        except FailedPrecondition as exc:
+            refused.append(exc)
+
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(tmp_path / "socket"))
+        busy.listen(0)
+        waiting.connect(str(tmp_path / "socket"))  # one more has no place
+        trying = threading.Thread(target=try_to_listen, daemon=True)
+        trying.start()
+        trying.join(5)
+        assert refused
+
+
+@pytest.mark.parametrize("shared", ["run_dir", "metrics_listen"])
+def test_a_gateway_that_is_refused_leaves_everything_to_the_one_that_runs(
+    settings: Settings, tmp_path: Path, shared: str
+) -> None:
+    settings = replace(settings, metrics_listen=str(tmp_path / "metrics.sock"))
+    running = run_gateway(settings, do, patience=PATIENCE)
+    others = {name: tmp_path / f"other-{name}" for name in ("gear_root", "run_dir", "plugin_socket") if name != shared}
+    second = MemoryDriver(replace(settings, **others))  # type: ignore[arg-type]
+    try:
+        with pytest.raises(FailedPrecondition, match="another gateway"):
+            asyncio.run(Gateway(second.settings, second).serve())
+        assert settings.streams_socket.exists() and Path(settings.effective_metrics_listen).exists()
+        assert not second.settings.plugin_socket.exists()
+        assert second.is_prepared == second.is_released == (shared != "run_dir")
+    finally:
+        running.stop()
 
 
 def listen_and_die(path: Path) -> Path:

@@ -7,13 +7,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gearworkers.errors import GearError, IntegrityError, InvalidInput, Unavailable
-from gearworkers.streams import CHUNKED, Answer, BodySource, FrameBuffer, Grant, Stream, frame
+from gearworkers.streams import CHUNKED, Answer, BodySource, FrameBuffer, Grant, Stream, claimed, frame
 
 
 @dataclass
@@ -195,3 +196,22 @@ def test_frames_come_whole_however_they_are_cut_and_absurd_ones_are_refused() ->
     absurd.feed(b"\xff\xff\xff\x7f")
     with pytest.raises(GearError, match="a message of"):
         absurd.next()
+
+
+def test_a_caller_sees_the_end_of_a_gateway_that_dies_while_it_hands_over(pair: Pair, tmp_path: Path) -> None:
+    def die(listener: socket.socket) -> None:
+        control, _ = listener.accept()
+        with control, pair.connection:
+            control.recv(4096)
+            socket.send_fds(control, [frame(Grant(True, True, head_bytes=10)) + b"half"], [pair.connection.fileno()])
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "streams.sock"))
+        listener.listen()
+        gateway = threading.Thread(target=die, args=(listener,))
+        gateway.start()
+        with pytest.raises(Unavailable, match="broke off"), claimed(tmp_path / "streams.sock", "token", "worker"):
+            pass
+        gateway.join()
+    pair.caller.settimeout(5)
+    assert pair.caller.recv(1) == b""

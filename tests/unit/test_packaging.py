@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from gearworkers.services.manager.server import FINISHING_S
+from gearworkers.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+class Noted(dict[str, str]):
+    """An empty environment that knows what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
+        self.names.add(key)
+        return default
+
+
+@pytest.fixture
+def variables() -> set[str]:
+    """All that the settings are read from; what has two spellings in capitals."""
+    environ = Noted()
+    Settings.from_environ(environ)
+    return {name for name in environ.names if name.isupper()}
 
 
 def procfile() -> dict[str, str]:
@@ -25,6 +49,30 @@ def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() ->
     done = subprocess.run([*command, "config", "--services"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {*procfile(), "manager"}, "a manager is no part of a node, and has a profile"
+
+
+def test_docker_compose_passes_every_setting_on(variables: set[str]) -> None:
+    passed = set(re.findall(r"^ +([A-Z_]+): ", (CHECKOUT / "docker-compose.yml").read_text(), re.MULTILINE))
+    of_docker = {"DOCKER_HOST", "DOCKER_CONFIG"}  # docker-compose itself reads them
+    assert variables - passed == of_docker
+
+
+def test_docker_compose_gives_what_is_under_way_the_time_that_make_up_does() -> None:
+    (grace,) = re.findall(r"^GRACE_S = (\d+)$", (CHECKOUT / "packaging" / "up.py").read_text(), re.MULTILINE)
+    assert f"\n  stop_grace_period: {grace}s" in (CHECKOUT / "docker-compose.yml").read_text()
+
+
+def test_the_readme_tells_every_setting(variables: set[str]) -> None:
+    told = (CHECKOUT / "README.md").read_text().replace("`…_KEY_FILE`", "`GEAR_MANAGER_TLS_KEY_FILE`")
+    rows = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert variables <= set(re.findall(r"`([A-Z_]+)`", "".join(rows)))
+
+
+def test_what_the_readme_has_typed_are_settings() -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    typed = dict(re.findall(r"\b(GEAR_[A-Z_]+)=(\S+)", "".join(blocks)))
+    assert {"GEAR_REMOTE", "GEAR_MANAGER_LISTEN"} <= set(typed)
+    Settings.from_environ(typed)
 
 
 @pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
@@ -49,6 +97,14 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         (units / unit.name).write_text(unit.read_text().replace("/opt/gearworkers", str(CHECKOUT)))
     done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("root", ["relative", "/proc/none"])
+def test_make_up_says_in_a_line_what_cannot_be(root: str) -> None:
+    command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
+    done = subprocess.run(command, env={**os.environ, "GEAR_ROOT": root}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("make up: ") and root in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_redis_keeps_what_it_was_given() -> None:

@@ -1,0 +1,62 @@
+"""dockerd's options: of the dockerd that runs, whenever the gateway was started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gearworkers import options
+from gearworkers.driver import GearDriver
+from gearworkers.errors import GearError, InvalidInput
+from gearworkers.settings import Settings
+
+BROKER = "redis://elsewhere/0"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    (tmp_path / "run").mkdir()
+    return Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run")
+
+
+def started(settings: Settings, *opts: str) -> GearDriver:
+    """The driver of a gateway to which a dockerd has said its options."""
+    driver = GearDriver(settings)
+    driver.prepare()
+    driver.init("", opts, (), ())
+    return driver
+
+
+def test_a_gateway_that_is_started_anew_has_the_options_of_the_dockerd_that_runs(
+    settings: Settings, tmp_path: Path
+) -> None:
+    started(settings, f"gear.root={tmp_path}/elsewhere", f"gear.broker={BROKER}").create("layer", "")
+    restarted = GearDriver(settings)
+    restarted.prepare()
+    assert restarted.settings.broker_url == BROKER
+    assert restarted.exists("layer")
+
+
+def test_a_dockerd_without_options_has_none_of_the_one_before(settings: Settings, tmp_path: Path) -> None:
+    driver = started(settings, f"gear.root={tmp_path}/elsewhere", f"gear.broker={BROKER}")
+    driver.init("", (), (), ())
+    assert driver.settings == settings
+    restarted = GearDriver(settings)
+    restarted.prepare()
+    assert restarted.settings == settings
+
+
+def test_options_that_are_refused_are_not_kept(settings: Settings) -> None:
+    driver = started(settings)
+    with pytest.raises(InvalidInput, match=r"gear\.root=…, gear\.broker=…"):
+        driver.init("", ["gear.nope=1"], (), ())
+    assert options.saved(settings.run_dir) == []
+
+
+def test_options_that_are_damaged_are_told(settings: Settings) -> None:
+    started(settings)
+    (path,) = settings.run_dir.glob("*.json")
+    path.write_bytes(b"[")
+    with pytest.raises(GearError, match="remove it and restart dockerd"):
+        GearDriver(settings).prepare()
