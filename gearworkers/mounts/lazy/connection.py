@@ -31,9 +31,9 @@ class Waiter:
         self._unique = unique
         self.pid = pid
 
-    def give(self, body: bytes | memoryview = b"") -> None:
-        """Answer with success; nothing happens if an answer was given."""
-        self._connection._answer(self._unique, body, 0)
+    def give(self, body: bytes | memoryview = b"") -> bool:
+        """Answer with success; nothing happens if an answer was given. Whether the kernel has taken this one."""
+        return self._connection._answer(self._unique, body, 0)
 
     def fail(self, error: int) -> None:
         """Answer with an errno; nothing happens if an answer was given."""
@@ -133,18 +133,21 @@ class Connection:
         self._interrupted.add(unique)
         self.give_up_killed()
 
-    def _answer(self, unique: int, body: bytes | memoryview, error: int) -> None:
+    def _answer(self, unique: int, body: bytes | memoryview, error: int) -> bool:
         if self._waiters.pop(unique, None) is None:
-            return
+            return False
         self._interrupted.discard(unique)
-        self._write(unique, body, error)
+        return self._write(unique, body, error)
 
-    def _write(self, unique: int, body: bytes | memoryview, error: int) -> None:
+    def _write(self, unique: int, body: bytes | memoryview, error: int) -> bool:
+        """Whether the kernel still waited for it."""
         try:
             os.writev(self.fuse_fd, (protocol.answer(unique, len(body), error), body))
         except OSError as exc:
             if exc.errno != errno.ENOENT and exc.errno not in _GONE:
                 raise from_os_error(exc, "answer a request of the lazy file system") from exc
+            return False
+        return True
 
 
 def mount(target: Path) -> int:
