@@ -115,7 +115,7 @@ class ChunkedObjects:
         if is_coming:
             large.fill()
         else:
-            done(None)
+            done(large.broken)
 
     def fill_idle(self, idle_s: float) -> None:
         """Have the rest fetched of those that nobody has read for so long, later if a chunk was not to be had."""
@@ -241,8 +241,8 @@ class ChunkedObjects:
         with self._lock:
             large = self._large.pop(digest)
             waiters = self._whole_waiters.pop(digest, [])
-        if error is not None:
-            large.break_off(error)
+            if error is not None:
+                large.break_off(error)
         self._context.outcomes.note(digest, error)
         for done in waiters:
             done(error)

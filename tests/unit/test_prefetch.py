@@ -470,12 +470,13 @@ def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
     node.wait_for([digest])
 
 
+def unreadable(*_: object) -> None:
+    raise OSError(errno.EIO, "broken")
+
+
 def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreadable(*_: object) -> None:
-        raise OSError(errno.EIO, "broken")
-
     content = random.Random(9).randbytes(20 * CHUNK_BYTES)
     digest = node.shelf.put(content)
     with monkeypatch.context() as broken:
@@ -483,6 +484,22 @@ def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
         assert isinstance(node.open_whole(digest, len(content)), Unavailable)
     assert node.open_whole(digest, len(content)) is None
     assert node.store.has(digest)
+
+
+def test_who_wants_the_whole_of_what_broke_off_since_it_was_opened_is_told(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    assert node.read(digest, len(content), 0, 1) == content[:1]
+    opened = node.fetcher.chunked.get(digest)
+    assert opened is not None
+    told: list[GearError | None] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(chunked, "verify_file", unreadable)
+        assert isinstance(node.open_whole(digest, len(content)), Unavailable)
+    node.fetcher.chunked.fill(digest, opened, told.append)
+    assert [type(one) for one in told] == [Unavailable]
 
 
 def test_a_read_of_chunks_that_cannot_be_had_is_told_once(node: Node) -> None:
