@@ -230,14 +230,21 @@ class ChunkedObjects:
 
     def _whole(self, digest: bytes, file: File) -> None:
         """All chunks are here; whatever comes of it, all who wait are told."""
-        error: GearError | None = None
         try:
             self._publish(digest, file)
-            self._context.outcomes.objects += 1
         except GearError as exc:
-            error = exc
+            self._end(digest, exc)
         except OSError as exc:
-            error = from_os_error(exc, f"verify object {digest.hex()}")
+            self._end(digest, from_os_error(exc, f"verify object {digest.hex()}"))
+        except BaseException as exc:
+            self._end(digest, GearError(f"object {digest.hex()}: {exc!r}"))
+            raise
+        else:
+            self._context.outcomes.objects += 1
+            self._end(digest, None)
+
+    def _end(self, digest: bytes, error: GearError | None) -> None:
+        """It is on its way no longer: it is whole, or breaks off."""
         with self._lock:
             large = self._large.pop(digest)
             waiters = self._whole_waiters.pop(digest, [])

@@ -474,14 +474,19 @@ def unreadable(*_: object) -> None:
     raise OSError(errno.EIO, "broken")
 
 
+def unforeseen(*_: object) -> None:
+    raise ValueError("broken")
+
+
+@pytest.mark.parametrize(("fail", "error"), [(unreadable, Unavailable), (unforeseen, GearError)])
 def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+    node: Node, monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None], error: type[GearError]
 ) -> None:
     content = random.Random(9).randbytes(20 * CHUNK_BYTES)
     digest = node.shelf.put(content)
     with monkeypatch.context() as broken:
-        broken.setattr(chunked, "verify_file", unreadable)
-        assert isinstance(node.open_whole(digest, len(content)), Unavailable)
+        broken.setattr(chunked, "verify_file", fail)
+        assert isinstance(node.open_whole(digest, len(content)), error)
     assert node.open_whole(digest, len(content)) is None
     assert node.store.has(digest)
 
