@@ -577,6 +577,33 @@ def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node:
     assert node.open(digests[3], 100) is None
 
 
+def test_a_request_that_cannot_be_made_for_an_unforeseen_reason_is_left_to_who_opens_what_it_was_for(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests, content = small(node, 3), random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content))])
+    wait_until(lambda: node.fetcher.chunked.get(digest))
+    opened = node.fetcher.chunked.get(digest)
+    assert opened is not None
+    node.shelf.streams.clear()
+    looked_for = threading.Event()
+
+    def fail(*_: object) -> None:
+        looked_for.set()
+        raise ValueError("broken")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(node.fetcher.chunked._index, "find", fail)
+        node.prefetcher.soon([*(Part(one, 100) for one in digests), Part(digest, len(content), ((0, 1),))])
+        assert looked_for.wait(20)
+        wait_until(lambda: node.fetcher.arriving == 0 and not any(opened._states))
+    assert node.shelf.streams == []
+    assert node.open(digests[2], 100) is None
+    assert node.read(digest, len(content), 0, 5) == content[:5]
+
+
 def test_a_source_that_is_away_leaves_nothing_behind(node: Node) -> None:
     digests = small(node, 5)
     node.shelf.away = True
