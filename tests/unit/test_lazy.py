@@ -64,6 +64,18 @@ def test_what_is_opened_is_what_the_image_holds(node: LazyNode) -> None:
         assert (root / name).read_bytes() == content
 
 
+def test_a_root_behind_a_symlink_is_served(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with lazy_node(tmp_path / "link") as node:
+        node.pull({**SMALL, "lib/large": LARGE})
+        root = node.run("c1")
+        node.stop()
+        node.start()
+        assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+        assert (root / "lib/large").read_bytes() == LARGE
+
+
 def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
     node.pull({"one": b"one" * 1000, "lib/large": LARGE})
     node.shelf.behave(delay_s=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.digest import REDIRECT_XATTR, object_path
 from gearworkers.layers import recording
 from gearworkers.layers.recording import Recording, Recordings
 from gearworkers.layers.startup import OpenedObjects
+from gearworkers.layers.wanted import object_list
+from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.services import recorder
 from gearworkers.settings import Settings
 
@@ -51,3 +55,20 @@ def test_a_container_that_never_stops_opening_files_is_recorded_until_its_window
         assert recorder._watched(known, group_fd, stop_fd, 0.2, must_run=True) == {}
     for fd in (group_fd, stop_fd, end_fd):
         os.close(fd)
+
+
+def test_an_opened_file_is_told_also_where_containers_lie_behind_a_symlink(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"content").digest()
+    for name in ("index", "merged"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        (tmp_path / "root" / name / "file").touch()
+    os.setxattr(tmp_path / "root/index/file", REDIRECT_XATTR, object_path(digest))
+    (tmp_path / OBJECTS_FILE).write_bytes(RECORD.pack(digest, 7))
+    objects = object_list(tmp_path / OBJECTS_FILE)
+    assert objects is not None
+    (tmp_path / "link").symlink_to("root")
+    with (
+        OpenedObjects([tmp_path / "root/index"], [objects], tmp_path / "link/merged") as known,
+        open(tmp_path / "root/merged/file", "rb") as file,
+    ):
+        assert known.object(file.fileno()) == (digest, 7)
