@@ -88,10 +88,10 @@ def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> t
             try:
                 self._answer(msgspec.json.encode(order(self.rfile.read(length))), "application/json")
             except (msgspec.DecodeError, GearError) as exc:
-                self.send_error(http.HTTPStatus.BAD_REQUEST, explain=str(exc))
+                self._answer(str(exc).encode(errors="replace"), "text/plain", http.HTTPStatus.BAD_REQUEST)
 
-        def _answer(self, content: bytes, kind: str) -> None:
-            self.send_response(http.HTTPStatus.OK)
+        def _answer(self, content: bytes, kind: str, code: http.HTTPStatus = http.HTTPStatus.OK) -> None:
+            self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

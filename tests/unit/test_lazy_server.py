@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.errors import InvalidInput, NotFound
 from gearworkers.layers.store import LayerStore
-from gearworkers.mounts.lazy.client import Image
+from gearworkers.mounts.lazy.client import Image, LazyStatus, order_prefetch
 from gearworkers.objects.store import ObjectStore
 from gearworkers.services import lazyfs_profiles
+from gearworkers.services.lazyfs_control import ControlServer
 from gearworkers.services.lazyfs_profiles import Profiles
 from gearworkers.settings import Settings
 
@@ -24,3 +26,16 @@ def test_who_looks_for_profiles_ends_also_in_the_middle_of_a_pull(
     profiles.close()
     profiles._thread.join(10)
     assert not profiles._thread.is_alive()
+
+
+def test_what_is_wrong_with_an_order_is_told_in_words(tmp_path: Path) -> None:
+    def status() -> LazyStatus:
+        raise NotImplementedError
+
+    def refuse(body: bytes) -> None:
+        raise NotFound("layer <a>: there is none")
+
+    socket = tmp_path / "socket"
+    with ControlServer(socket, status, {"/prefetch": refuse}), pytest.raises(InvalidInput) as caught:
+        order_prefetch(socket, ["a"])
+    assert str(caught.value) == "POST /prefetch: layer <a>: there is none"
