@@ -281,14 +281,10 @@ def mark_incomplete(images: Path, id: str) -> bool:
 
 def layers_naming(images: Path, name: bytes) -> list[str]:
     """The image layers that refer to an object of this name of 21 characters."""
-    least = _least_digest(name)
-    if least is None:
-        return []
     found = []
     for directory in images.iterdir():
         records = object_list(directory / OBJECTS_FILE)
-        close = records.between(least[:15], least[:15]) if records is not None else []
-        if any(object_name(digest) == name for digest, _ in close):
+        if records is not None and records.named(name) is not None:
             found.append(directory.name)
     return found
 
