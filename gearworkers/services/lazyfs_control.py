@@ -97,9 +97,6 @@ def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> t
             self.end_headers()
             self.wfile.write(content)
 
-        def address_string(self) -> str:
-            return "unix"
-
         def log_message(self, format: str, *args: object) -> None:
             """Nothing: it is asked every few seconds."""
 

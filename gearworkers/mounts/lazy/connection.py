@@ -14,7 +14,7 @@ from pathlib import Path
 from gearworkers.errors import from_os_error
 from gearworkers.mounts import sys
 from gearworkers.mounts.lazy import protocol
-from gearworkers.mounts.lazy.protocol import InitFlag, Op, Request
+from gearworkers.mounts.lazy.protocol import Op, Request
 
 DEVICE = Path("/dev/fuse")
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
@@ -48,7 +48,6 @@ class Connection:
         self._handle = handle
         self._waiters: dict[int, Waiter] = {}
         self._interrupted: set[int] = set()
-        self.agreed = InitFlag(0)
 
     def resume(self) -> None:
         """Take over from a server that died: what it had read and not answered comes again.
@@ -114,7 +113,7 @@ class Connection:
             return
         self._waiters[request.unique] = waiter
         if request.op == Op.INIT:
-            body, self.agreed = protocol.init_body(request.body)
+            body, _ = protocol.init_body(request.body)
             waiter.give(body)
             return
         try:
