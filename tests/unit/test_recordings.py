@@ -6,7 +6,9 @@ import errno
 import hashlib
 import itertools
 import os
+import queue
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from gearworkers.layers.wanted import object_list
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.services import recorder
 from gearworkers.settings import Settings
+from tests.support.lazynode import until
 
 
 def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
@@ -32,6 +35,32 @@ def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
     before = os.listdir("/proc/self/fd")
     Recordings().begin("c1", Recording(Settings(), "image", tmp_path))
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: queue.Queue[str] = queue.Queue()
+    kept = threading.Event()
+
+    def slow_remote(recording: Recording, group_fd: int, stop_fd: int) -> None:
+        begun.put(recording.image)
+        assert kept.wait(20)
+
+    recordings = Recordings()
+    monkeypatch.setattr(recording, "watch_opens", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(recording, "_is_used", lambda *_: True)
+    monkeypatch.setattr(recording, "_is_known", lambda _: False)
+    monkeypatch.setattr(recordings, "_record", slow_remote)
+    for number in range(recording._MOST_AT_ONCE + 1):
+        recordings.begin("c1", Recording(Settings(), f"image{number}", tmp_path))
+        recordings.end("c1")
+    assert {begun.get(timeout=20) for _ in range(recording._MOST_AT_ONCE)} == {"image0", "image1", "image2", "image3"}
+    assert [thread.name for thread in threading.enumerate()].count("recording") == recording._MOST_AT_ONCE
+    kept.set()
+    until(lambda: "recording" not in [thread.name for thread in threading.enumerate()], "they are kept")
+    recordings.begin("c1", Recording(Settings(), "later", tmp_path))
+    assert begun.get(timeout=20) == "later"
 
 
 def test_a_recorder_that_does_not_end_holds_up_no_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
