@@ -86,7 +86,7 @@ def bring(items: Iterable[Item], sources: Sequence[Source], pool: WorkPool, urge
 
 
 class _Stream:
-    """Items of one call of `bring`; at most two requests at once."""
+    """Items of one call of `bring`; each request has the next one follow, once."""
 
     def __init__(self, items: Iterator[Item], sources: Sequence[Source], pool: WorkPool, urgency: Urgency) -> None:
         self._items = items

@@ -30,7 +30,7 @@ OpenDone = Callable[[Opened], None]
 
 
 class ChunkedObjects:
-    """Those that are on their way; all methods from any thread, and only `adopt_layout` blocks.
+    """Those that are on their way; all methods from any thread; only `adopt_layout` and `forget_unwanted` block.
 
     A layout that made up another object is never asked for again; such an object comes whole.
     """
