@@ -65,6 +65,8 @@ class ControlServer:
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
+    """So many may ask before the first is heard, as containers do that start at once; the kernel refuses one more."""
 
 
 def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> type[BaseHTTPRequestHandler]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ from gearworkers.services.lazyfs_profiles import Profiles
 from gearworkers.settings import Settings
 
 
+def not_asked() -> LazyStatus:
+    raise NotImplementedError
+
+
 def test_who_looks_for_profiles_ends_also_in_the_middle_of_a_pull(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,14 +34,20 @@ def test_who_looks_for_profiles_ends_also_in_the_middle_of_a_pull(
     assert not profiles._thread.is_alive()
 
 
-def test_what_is_wrong_with_an_order_is_told_in_words(tmp_path: Path) -> None:
-    def status() -> LazyStatus:
-        raise NotImplementedError
+def test_many_who_ask_before_the_first_is_answered_are_not_refused(tmp_path: Path) -> None:
+    with ControlServer(tmp_path / "socket", not_asked, {}) as control, ExitStack() as stack:
+        control._server.shutdown()  # it gets round to none of them
+        for _ in range(50):
+            asking = stack.enter_context(socket.socket(socket.AF_UNIX))
+            asking.settimeout(1.0)
+            asking.connect(str(tmp_path / "socket"))
 
+
+def test_what_is_wrong_with_an_order_is_told_in_words(tmp_path: Path) -> None:
     def refuse(body: bytes) -> None:
         raise NotFound("layer <a>: there is none")
 
-    socket = tmp_path / "socket"
-    with ControlServer(socket, status, {"/prefetch": refuse}), pytest.raises(InvalidInput) as caught:
-        order_prefetch(socket, ["a"])
+    path = tmp_path / "socket"
+    with ControlServer(path, not_asked, {"/prefetch": refuse}), pytest.raises(InvalidInput) as caught:
+        order_prefetch(path, ["a"])
     assert str(caught.value) == "POST /prefetch: layer <a>: there is none"
