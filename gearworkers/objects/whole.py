@@ -29,6 +29,7 @@ class Job:
     size_bytes: int
     waiters: list[Done] = field(default_factory=list)
     asked_s: float = field(default_factory=time.monotonic)
+    """When it was begun, or when somebody asked last who waits for it: what was away before may be back."""
     started: bool = False
     streamed: bool = False
     """A request for many is to bring it."""
@@ -61,10 +62,12 @@ class WholeObjects:
             if job is None:
                 job = self._jobs[digest] = Job(digest, size_bytes)
                 self._context.pool.submit(partial(self._run, job), urgency)
-            elif urgency is Urgency.ON_DEMAND and job.streamed:
-                self._context.patience.then(lambda: self._hurry(job))
             elif urgency is Urgency.ON_DEMAND and not job.started:
-                self._context.pool.submit(partial(self._run, job), urgency)
+                job.asked_s = time.monotonic()
+                if job.streamed:
+                    self._context.patience.then(lambda: self._hurry(job))
+                else:
+                    self._context.pool.submit(partial(self._run, job), urgency)
             job.waiters.append(done)
 
     # -- what requests for many bring (`objects.prefetch`)

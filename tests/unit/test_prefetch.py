@@ -612,6 +612,22 @@ def test_a_source_that_is_away_leaves_nothing_behind(node: Node) -> None:
     assert node.open(digests[0], 100) is None
 
 
+def test_who_opens_what_a_stream_is_about_to_bring_has_a_source_asked_that_was_away_meanwhile(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(digest: bytes) -> Iterator[bytes]:
+        raise Unavailable("away")
+
+    digests, other = small(node, 3), node.shelf.put(b"other")
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(node.shelf, "fetch", away)
+        assert isinstance(node.open(other, 5), Unavailable)
+    assert node.open(digests[2], 100) is None
+    assert node.shelf.alone == [digests[2]]
+
+
 def test_a_full_disk_ends_a_prefetch_and_is_told_to_those_only_who_want_something(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
