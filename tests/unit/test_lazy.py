@@ -252,6 +252,18 @@ def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
     node.shelf.behave()
 
 
+def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    node.shelf.behave(delay_s=0.5)
+    root = node.run("c1")
+    reader = subprocess.Popen(["cat", root / "lib/large"])
+    until(lambda: len(fetches(node, "layout")) == 1, "its layout is being fetched")
+    reader.kill()
+    reader.wait(5)
+    until(lambda: node.status().arriving == 1, "the layout is here")
+    until(lambda: node.status().serving == 0, "nobody has it open", 5)
+
+
 def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:
     lazy = node.settings.lazy_mount_path
     for name in (b"a", b"\x01!", b"\x01a/short", b"\x01a/" + b"!" * 20, b"\x01a/" + b"b" * 20, b"\x01a/" + b"b" * 21):
