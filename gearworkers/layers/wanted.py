@@ -86,6 +86,12 @@ class WantedObjects:
         found = self._find(least[:15], least[:15], lambda digest: object_name(digest) == name)
         return found[0] if found else None
 
+    def known(self, name: bytes) -> tuple[bytes, int] | None:
+        """As `named`, also of complete layers, as `between`: one may have become complete since the kernel asked."""
+        least = _least_digest(name)
+        found = self.between(least[:15], least[:15]) if least is not None else []
+        return next((record for record in found if object_name(record[0]) == name), None)
+
     def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
         """The distinct objects whose digest begins with what lies between the two, of one length.
 

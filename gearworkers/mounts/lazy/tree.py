@@ -51,7 +51,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """No incomplete layer has such an object."""
+    """No layer has such an object."""
 
 
 Found = Arrived | Served | Unknown | GearError
@@ -64,7 +64,7 @@ class Contents(Protocol):
         """Make the object with this name of 21 characters arrive; *done* is called once, now or later."""
 
     def is_wanted(self, name: bytes) -> bool:
-        """Whether an incomplete layer has such an object."""
+        """Whether a layer has such an object."""
 
     def size_bytes(self, node: int) -> int | GearError:
         """How long the object of this node is."""
