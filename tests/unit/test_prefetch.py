@@ -604,6 +604,20 @@ def test_a_request_that_cannot_be_made_for_an_unforeseen_reason_is_left_to_who_o
     assert node.read(digest, len(content), 0, 5) == content[:5]
 
 
+def test_what_is_wanted_wholly_comes_also_if_a_profiles_stream_was_to_bring_it_and_does_not(node: Node) -> None:
+    digests = small(node, 3)
+    late = node.shelf.contents.pop(digests[0])
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    node.prefetcher.wholly([(digests[0], 100)])
+    wait_until(lambda: node.fetcher.whole._jobs[digests[0]].must_come)
+    node.shelf.let(2)
+    wait_until(lambda: node.prefetcher.counts.contents == 1)
+    node.shelf.contents[digests[0]] = late
+    node.shelf.let()
+    node.wait_for(digests)
+
+
 def test_a_source_that_is_away_leaves_nothing_behind(node: Node) -> None:
     digests = small(node, 5)
     node.shelf.away = True
