@@ -45,12 +45,13 @@ class Recordings:
         self._lock = threading.Lock()
         self._ends: dict[str, FileIO] = {}  # the writing end of a pipe for each; closed when the container ends
         self._processes: set[subprocess.Popen[bytes]] = set()
+        self._under_way = 0  # also those whose container has ended
         self._is_closed = False
 
     def begin(self, id: str, recording: Recording) -> None:
         """Watch a container that is mounted and not started yet; it is left out if it cannot be, or too many are."""
         with self._lock:
-            if self._is_closed or id in self._ends or len(self._ends) >= _MOST_AT_ONCE:
+            if self._is_closed or id in self._ends or self._under_way >= _MOST_AT_ONCE:
                 return
             try:
                 group_fd, stop_fd, end_fd = _watched(recording.merged)
@@ -58,6 +59,7 @@ class Recordings:
                 _log.warning("a start cannot be recorded", container=id, error=f"{exc}")
                 return
             end = self._ends[id] = FileIO(end_fd, "w")
+            self._under_way += 1
         threading.Thread(
             target=self._run, args=(id, recording, group_fd, stop_fd, end), name="recording", daemon=True
         ).start()
@@ -95,6 +97,7 @@ class Recordings:
             os.close(group_fd)
             os.close(stop_fd)
             with self._lock:
+                self._under_way -= 1
                 if self._ends.get(id) is end:
                     del self._ends[id]
             end.close()

@@ -72,7 +72,7 @@ class OpenedObjects:
         """
         self._trees = trees
         self._lists = lists
-        self._prefix = os.fsencode(merged) + b"/"
+        self._prefix = os.fsencode(merged.parent.resolve() / merged.name) + b"/"  # as the kernel tells it
         self._seen: set[tuple[int, int]] = set()
         self._stack = ExitStack()
         self._tree_fds: list[int] = []

@@ -86,6 +86,12 @@ class WantedObjects:
         found = self._find(least[:15], least[:15], lambda digest: object_name(digest) == name)
         return found[0] if found else None
 
+    def known(self, name: bytes) -> tuple[bytes, int] | None:
+        """As `named`, also of complete layers, as `between`: one may have become complete since the kernel asked."""
+        least = _least_digest(name)
+        found = self.between(least[:15], least[:15]) if least is not None else []
+        return next((record for record in found if object_name(record[0]) == name), None)
+
     def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
         """The distinct objects whose digest begins with what lies between the two, of one length.
 
@@ -281,14 +287,10 @@ def mark_incomplete(images: Path, id: str) -> bool:
 
 def layers_naming(images: Path, name: bytes) -> list[str]:
     """The image layers that refer to an object of this name of 21 characters."""
-    least = _least_digest(name)
-    if least is None:
-        return []
     found = []
     for directory in images.iterdir():
         records = object_list(directory / OBJECTS_FILE)
-        close = records.between(least[:15], least[:15]) if records is not None else []
-        if any(object_name(digest) == name for digest, _ in close):
+        if records is not None and records.named(name) is not None:
             found.append(directory.name)
     return found
 

@@ -40,7 +40,7 @@ class Item(Protocol):
         """About what it takes."""
 
     def claim(self) -> bool:
-        """Whether it is still wanted: called right before it is asked for; `deliver` or `miss` follows."""
+        """Whether it is still wanted: called right before it is asked for; if so, `deliver` or `miss` follows."""
 
     def deliver(self, content: Content) -> bool:
         """Take it; False if it is not what it should be, and then `miss` may follow.
@@ -86,7 +86,7 @@ def bring(items: Iterable[Item], sources: Sequence[Source], pool: WorkPool, urge
 
 
 class _Stream:
-    """Items of one call of `bring`; at most two requests at once."""
+    """Items of one call of `bring`; each request has the next one follow, once."""
 
     def __init__(self, items: Iterator[Item], sources: Sequence[Source], pool: WorkPool, urgency: Urgency) -> None:
         self._items = items
@@ -98,13 +98,11 @@ class _Stream:
 
     def request(self) -> None:
         """Bring the next some megabytes, and have another request follow."""
-        with self._lock:
-            batch = self._claimed()
-        if not batch or self._is_full:
-            self._miss(batch)
-            return
+        batch: dict[bytes, list[Item]] = {}
         try:
-            is_last = self._brought(batch)
+            with self._lock:
+                self._claim(batch)
+            is_last = bool(batch) and not self._is_full and self._brought(batch)
         finally:
             self._miss(batch)
         if is_last and not self._is_full:
@@ -127,9 +125,8 @@ class _Stream:
                     self._pool.submit(self.request, self._urgency)
         return is_last
 
-    def _claimed(self) -> dict[bytes, list[Item]]:
-        """The next that are still wanted, by digest; contents that are wanted twice come once."""
-        batch: dict[bytes, list[Item]] = {}
+    def _claim(self, batch: dict[bytes, list[Item]]) -> None:
+        """Add the next that are still wanted to *batch*, by digest; contents that are wanted twice come once."""
         batch_bytes = 0
         for item in self._items:
             if item.claim():
@@ -137,7 +134,6 @@ class _Stream:
                 batch_bytes += item.size_bytes
                 if batch_bytes >= _REQUEST_BYTES or len(batch) >= _REQUEST_ITEMS:
                     break
-        return batch
 
     def _answered(self, source: Source, batch: dict[bytes, list[Item]]) -> Iterator[int]:
         """Take out of *batch* what *source* gives; how many bytes, each time."""

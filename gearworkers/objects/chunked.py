@@ -30,7 +30,7 @@ OpenDone = Callable[[Opened], None]
 
 
 class ChunkedObjects:
-    """Those that are on their way; all methods from any thread, and only `adopt_layout` blocks.
+    """Those that are on their way; all methods from any thread; only `adopt_layout` and `forget_unwanted` block.
 
     A layout that made up another object is never asked for again; such an object comes whole.
     """
@@ -115,7 +115,7 @@ class ChunkedObjects:
         if is_coming:
             large.fill()
         else:
-            done(None)
+            done(large.broken)
 
     def fill_idle(self, idle_s: float) -> None:
         """Have the rest fetched of those that nobody has read for so long, later if a chunk was not to be had."""
@@ -230,19 +230,26 @@ class ChunkedObjects:
 
     def _whole(self, digest: bytes, file: File) -> None:
         """All chunks are here; whatever comes of it, all who wait are told."""
-        error: GearError | None = None
         try:
             self._publish(digest, file)
-            self._context.outcomes.objects += 1
         except GearError as exc:
-            error = exc
+            self._end(digest, exc)
         except OSError as exc:
-            error = from_os_error(exc, f"verify object {digest.hex()}")
+            self._end(digest, from_os_error(exc, f"verify object {digest.hex()}"))
+        except BaseException as exc:
+            self._end(digest, GearError(f"object {digest.hex()}: {exc!r}"))
+            raise
+        else:
+            self._context.outcomes.objects += 1
+            self._end(digest, None)
+
+    def _end(self, digest: bytes, error: GearError | None) -> None:
+        """It is on its way no longer: it is whole, or breaks off."""
         with self._lock:
             large = self._large.pop(digest)
             waiters = self._whole_waiters.pop(digest, [])
-        if error is not None:
-            large.break_off(error)
+            if error is not None:
+                large.break_off(error)
         self._context.outcomes.note(digest, error)
         for done in waiters:
             done(error)

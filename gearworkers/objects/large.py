@@ -141,7 +141,7 @@ class LargeObject:
         return self._layout[order]
 
     def claim(self, order: int) -> bool:
-        """Whether the chunk is to be fetched and nobody does; then the caller does: `deliver` or `miss` follows."""
+        """Whether the chunk is to be fetched and nobody does; if so, the caller does: `deliver` or `miss` follows."""
         with self._lock:
             if self.broken is not None or self._states[order] != _State.MISSING:
                 return False
@@ -153,6 +153,9 @@ class LargeObject:
                 return False
         except OSError:
             pass  # it is overwritten
+        except BaseException:
+            self.miss(order)
+            raise
         return True
 
     def deliver(self, order: int, data: bytes) -> bool:

@@ -114,7 +114,7 @@ class _Small:
     job: Job | None = None
 
     def claim(self) -> bool:
-        self.job = self.fetcher.whole.claim(self.digest, self.size_bytes)
+        self.job = self.fetcher.whole.claim(self.digest, self.size_bytes, must_come=self.must_come)
         return self.job is not None
 
     def deliver(self, content: Content) -> bool:
@@ -127,7 +127,7 @@ class _Small:
 
     def miss(self) -> None:
         assert self.job is not None
-        self.fetcher.whole.unclaim(self.job, must_come=self.must_come)
+        self.fetcher.whole.unclaim(self.job)
 
 
 @dataclass(slots=True)

@@ -29,9 +29,12 @@ class Job:
     size_bytes: int
     waiters: list[Done] = field(default_factory=list)
     asked_s: float = field(default_factory=time.monotonic)
+    """When it was begun, or when somebody asked last who waits for it: what was away before may be back."""
     started: bool = False
     streamed: bool = False
     """A request for many is to bring it."""
+    must_come: bool = False
+    """It is fetched alone if that request does not bring it, also if nobody waits for it."""
 
 
 class WholeObjects:
@@ -61,22 +64,32 @@ class WholeObjects:
             if job is None:
                 job = self._jobs[digest] = Job(digest, size_bytes)
                 self._context.pool.submit(partial(self._run, job), urgency)
-            elif urgency is Urgency.ON_DEMAND and job.streamed:
-                self._context.patience.then(lambda: self._hurry(job))
             elif urgency is Urgency.ON_DEMAND and not job.started:
-                self._context.pool.submit(partial(self._run, job), urgency)
+                job.asked_s = time.monotonic()
+                if job.streamed:
+                    self._context.patience.then(lambda: self._hurry(job))
+                else:
+                    self._context.pool.submit(partial(self._run, job), urgency)
             job.waiters.append(done)
 
     # -- what requests for many bring (`objects.prefetch`)
 
-    def claim(self, digest: bytes, size_bytes: int) -> Job | None:
-        """A job for who asks, if the object is neither here nor on its way; `stored` or `unclaim` follows."""
+    def claim(self, digest: bytes, size_bytes: int, *, must_come: bool) -> Job | None:
+        """A job for who asks, if the object is neither here nor on its way; `stored` or `unclaim` follows.
+
+        Args:
+            digest: SHA-256 of the object.
+            size_bytes: Its size.
+            must_come: Whether it is fetched alone if no request for many brings it, whoever has claimed it.
+        """
         if self.is_here(digest):
             return None
         with self._lock:
-            if digest in self._jobs:
+            job = self._jobs.get(digest)
+            if job is not None:
+                job.must_come = job.must_come or must_come
                 return None
-            job = self._jobs[digest] = Job(digest, size_bytes, streamed=True)
+            job = self._jobs[digest] = Job(digest, size_bytes, streamed=True, must_come=must_come)
             return job
 
     def stored(self, job: Job, content: bytes) -> bool:
@@ -98,13 +111,13 @@ class WholeObjects:
             self._finish(job, None)
         return True
 
-    def unclaim(self, job: Job, *, must_come: bool) -> None:
+    def unclaim(self, job: Job) -> None:
         """It has not come; it is fetched alone if somebody waits for it, or if it must come."""
         with self._lock:
             job.streamed = False
             if self._jobs.get(job.digest) is not job or job.started:
                 return
-            if job.waiters or must_come:
+            if job.waiters or job.must_come:
                 urgency = Urgency.ON_DEMAND if job.waiters else Urgency.BACKGROUND
                 self._context.pool.submit(partial(self._run, job), urgency)
             else:

@@ -66,7 +66,7 @@ class LazyContents:
         """Make the object arrive, or be ready to be read while it does."""
         self.lookups += 1
         try:
-            found = self._wanted.named(name)
+            found = self._wanted.known(name)
             if found is None:
                 done(Unknown())
                 return
@@ -87,9 +87,9 @@ class LazyContents:
             self._fetch(digest, size_bytes, done)
 
     def is_wanted(self, name: bytes) -> bool:
-        """Whether an incomplete layer has such an object, as far as can be told."""
+        """Whether a layer has such an object, as far as can be told."""
         try:
-            return self._wanted.named(name) is not None
+            return self._wanted.known(name) is not None
         except GearError:
             return True
 

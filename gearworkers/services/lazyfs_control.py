@@ -65,6 +65,8 @@ class ControlServer:
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
+    """So many may ask before the first is heard, as containers do that start at once; the kernel refuses one more."""
 
 
 def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> type[BaseHTTPRequestHandler]:
@@ -88,17 +90,14 @@ def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> t
             try:
                 self._answer(msgspec.json.encode(order(self.rfile.read(length))), "application/json")
             except (msgspec.DecodeError, GearError) as exc:
-                self.send_error(http.HTTPStatus.BAD_REQUEST, explain=str(exc))
+                self._answer(str(exc).encode(errors="replace"), "text/plain", http.HTTPStatus.BAD_REQUEST)
 
-        def _answer(self, content: bytes, kind: str) -> None:
-            self.send_response(http.HTTPStatus.OK)
+        def _answer(self, content: bytes, kind: str, code: http.HTTPStatus = http.HTTPStatus.OK) -> None:
+            self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
-
-        def address_string(self) -> str:
-            return "unix"
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing: it is asked every few seconds."""

@@ -87,7 +87,11 @@ class Profiles:
         """What came in one pull, without the layers that others lie upon; a start at once."""
         images = {news.layer: news}
         try:
-            while not news.starts and (more := self._news.get(timeout=_SETTLED_S)) is not None:
+            while not news.starts:
+                more = self._news.get(timeout=_SETTLED_S)
+                if more is None:
+                    self._news.put(None)  # for `_run`
+                    break
                 images[more.layer] = news = more
         except queue.Empty:
             pass

@@ -64,6 +64,18 @@ def test_what_is_opened_is_what_the_image_holds(node: LazyNode) -> None:
         assert (root / name).read_bytes() == content
 
 
+def test_a_root_behind_a_symlink_is_served(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with lazy_node(tmp_path / "link") as node:
+        node.pull({**SMALL, "lib/large": LARGE})
+        root = node.run("c1")
+        node.stop()
+        node.start()
+        assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+        assert (root / "lib/large").read_bytes() == LARGE
+
+
 def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
     node.pull({"one": b"one" * 1000, "lib/large": LARGE})
     node.shelf.behave(delay_s=0.02)
@@ -238,6 +250,18 @@ def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
     reader.kill()
     reader.wait(5)
     node.shelf.behave()
+
+
+def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    node.shelf.behave(delay_s=0.5)
+    root = node.run("c1")
+    reader = subprocess.Popen(["cat", root / "lib/large"])
+    until(lambda: len(fetches(node, "layout")) == 1, "its layout is being fetched")
+    reader.kill()
+    reader.wait(5)
+    until(lambda: node.status().arriving == 1, "the layout is here")
+    until(lambda: node.status().serving == 0, "nobody has it open", 5)
 
 
 def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:

@@ -7,15 +7,21 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from gearworkers.errors import GearError
 from gearworkers.mounts.lazy.connection import Connection, Waiter
+from gearworkers.mounts.lazy.openings import OpenFile, Openings
 from gearworkers.mounts.lazy.protocol import Op, Request
+from gearworkers.mounts.lazy.tree import Found, Served, Tree
 
 READ_UNIQUE = 16
 INTERRUPT_UNIQUE = READ_UNIQUE | 1
+SHARD_NODE = 4
+NODE = 1 << 63
 
 
 @pytest.fixture
@@ -35,6 +41,32 @@ def answers(kernels: socket.socket) -> list[tuple[int, int]]:
         except BlockingIOError:
             return found
         found.append((unique, -error))
+
+
+class LateContents:
+    """Objects whose look-ups are answered by the test."""
+
+    def __init__(self) -> None:
+        self.wanted: list[Callable[[Found], None]] = []
+        self.forgotten: list[int] = []
+
+    def want(self, name: bytes, done: Callable[[Found], None]) -> None:
+        self.wanted.append(done)
+
+    def forget(self, node: int) -> None:
+        self.forgotten.append(node)
+
+    def is_wanted(self, name: bytes) -> bool:
+        raise NotImplementedError
+
+    def size_bytes(self, node: int) -> int | GearError:
+        raise NotImplementedError
+
+    def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
+        raise NotImplementedError
+
+    def whole(self, node: int) -> OpenFile | None:
+        raise NotImplementedError
 
 
 def interrupt() -> Request:
@@ -71,3 +103,24 @@ def test_an_interrupt_of_one_who_lives_on_is_remembered(sockets: tuple[socket.so
     assert answers(kernels) == []
     waiting[0].fail(errno.EIO)
     assert answers(kernels) == [(READ_UNIQUE, errno.EIO)]
+
+
+def test_a_served_file_is_not_kept_for_who_was_killed_while_looking_it_up(
+    sockets: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    ours, kernels = sockets
+    contents, openings = LateContents(), Openings(-1, tmp_path)
+    connection = Connection(ours.fileno(), Tree(contents, openings).handle)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    name = memoryview(b"name\0")
+    lookups = [Request(Op.LOOKUP, unique, SHARD_NODE, process.pid, name) for unique in (READ_UNIQUE, 32)]
+    for lookup in lookups:
+        connection._dispatch(lookup)
+    connection._dispatch(interrupt())
+    assert answers(kernels) == [(READ_UNIQUE, errno.EINTR)]
+    contents.wanted[0](Served(NODE, 5))
+    assert contents.forgotten == [NODE]
+    contents.wanted[1](Served(NODE, 5))
+    assert contents.forgotten == [NODE]
+    assert openings.forget(NODE, 1)

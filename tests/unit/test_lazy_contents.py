@@ -12,9 +12,10 @@ import pytest
 
 from gearworkers.digest import object_name
 from gearworkers.errors import GearError
+from gearworkers.files import opened_directory
 from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.layers.wanted import WantedObjects
-from gearworkers.mounts.lazy.tree import Arrived, Found, Served, node_of
+from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, node_of
 from gearworkers.objects.arrivals import Arrivals
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.objects.fetch import Fetcher
@@ -68,6 +69,15 @@ def contents(tmp_path: Path) -> Iterator[LazyContents]:
     fetcher.close()
 
 
+def make_layer(root: Path, *, complete: bool) -> None:
+    """An image layer that refers to LARGE; it replaces the one before."""
+    image = root / "images" / "image"
+    image.mkdir(parents=True, exist_ok=True)
+    records = b"".join(RECORD.pack(digest, len(content)) for digest, content in sorted(LARGE.items()))
+    (image / OBJECTS_FILE).write_bytes(records)
+    (image / RECORD_FILE).write_bytes(msgspec.json.encode(Layer("image", "", Kind.IMAGE, complete=complete)))
+
+
 def wanted(contents: LazyContents, digest: bytes) -> Found:
     """As the kernel is told."""
     told: queue.Queue[Found] = queue.Queue()
@@ -91,11 +101,7 @@ def test_lists_that_cannot_be_read_are_an_error_of_who_looks_and_not_of_the_serv
 def test_of_two_large_objects_whose_digests_begin_alike_one_is_served_and_the_other_comes_whole(
     contents: LazyContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = tmp_path / "images" / "image"
-    image.mkdir(parents=True)
-    records = b"".join(RECORD.pack(digest, len(content)) for digest, content in sorted(LARGE.items()))
-    (image / OBJECTS_FILE).write_bytes(records)
-    (image / RECORD_FILE).write_bytes(msgspec.json.encode(Layer("image", "", Kind.IMAGE, complete=False)))
+    make_layer(tmp_path, complete=False)
     monkeypatch.setattr(lazyfs_contents, "node_of", lambda _: 1 << 63)
     one, two = LARGE
     assert wanted(contents, one) == Served(1 << 63, 30_000)
@@ -103,3 +109,16 @@ def test_of_two_large_objects_whose_digests_begin_alike_one_is_served_and_the_ot
     told: queue.Queue[bytes | GearError] = queue.Queue()
     contents.read(1 << 63, 0, 30_000, told.put)
     assert told.get(timeout=20) == LARGE[one]
+
+
+def test_an_object_whose_layer_became_complete_while_the_kernel_asked_for_it_is_there(
+    contents: LazyContents, tmp_path: Path
+) -> None:
+    make_layer(tmp_path, complete=True)
+    digest, content = next(iter(LARGE.items()))
+    store = ObjectStore(tmp_path / "public")
+    with opened_directory(tmp_path / "fetching") as staging_fd:
+        store.put(digest, memoryview(content), staging_fd)
+    assert wanted(contents, digest) == Arrived()
+    assert ObjectStore(tmp_path / "arrivals").has(digest)
+    assert wanted(contents, bytes(32)) == Unknown()

@@ -75,6 +75,12 @@ def test_it_is_told_whether_an_overlay_has_a_data_layer_whatever_its_path(
     assert [is_data_layer(odd / name) for name in ("public2", "public", "lower")] == [True, False, False]
     unmount(odd / "merged")
     assert not is_data_layer(odd / "public2")
+    (tmp_path / "link").symlink_to(odd.name)
+    link = tmp_path / "link"
+    mount(OverlaySpec((link / "lower",), (link / "public2",)), link / "merged")
+    assert is_mount_point(link / "merged") and not is_mount_point(link / "lower")
+    assert [is_data_layer(link / name) for name in ("public2", "public", "lower")] == [True, False, False]
+    unmount(link / "merged")
 
 
 def test_writes_go_to_the_upper(root: Path) -> None:

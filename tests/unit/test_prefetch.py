@@ -470,19 +470,41 @@ def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
     node.wait_for([digest])
 
 
-def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreadable(*_: object) -> None:
-        raise OSError(errno.EIO, "broken")
+def unreadable(*_: object) -> None:
+    raise OSError(errno.EIO, "broken")
 
+
+def unforeseen(*_: object) -> None:
+    raise ValueError("broken")
+
+
+@pytest.mark.parametrize(("fail", "error"), [(unreadable, Unavailable), (unforeseen, GearError)])
+def test_a_disk_that_cannot_be_read_is_told_to_who_waits_for_the_whole(
+    node: Node, monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None], error: type[GearError]
+) -> None:
     content = random.Random(9).randbytes(20 * CHUNK_BYTES)
     digest = node.shelf.put(content)
     with monkeypatch.context() as broken:
-        broken.setattr(chunked, "verify_file", unreadable)
-        assert isinstance(node.open_whole(digest, len(content)), Unavailable)
+        broken.setattr(chunked, "verify_file", fail)
+        assert isinstance(node.open_whole(digest, len(content)), error)
     assert node.open_whole(digest, len(content)) is None
     assert node.store.has(digest)
+
+
+def test_who_wants_the_whole_of_what_broke_off_since_it_was_opened_is_told(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    assert node.read(digest, len(content), 0, 1) == content[:1]
+    opened = node.fetcher.chunked.get(digest)
+    assert opened is not None
+    told: list[GearError | None] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(chunked, "verify_file", unreadable)
+        assert isinstance(node.open_whole(digest, len(content)), Unavailable)
+    node.fetcher.chunked.fill(digest, opened, told.append)
+    assert [type(one) for one in told] == [Unavailable]
 
 
 def test_a_read_of_chunks_that_cannot_be_had_is_told_once(node: Node) -> None:
@@ -555,12 +577,69 @@ def test_wrong_and_missing_contents_of_a_stream_are_left_to_who_opens_them(node:
     assert node.open(digests[3], 100) is None
 
 
+def test_a_request_that_cannot_be_made_for_an_unforeseen_reason_is_left_to_who_opens_what_it_was_for(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests, content = small(node, 3), random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content))])
+    wait_until(lambda: node.fetcher.chunked.get(digest))
+    opened = node.fetcher.chunked.get(digest)
+    assert opened is not None
+    node.shelf.streams.clear()
+    looked_for = threading.Event()
+
+    def fail(*_: object) -> None:
+        looked_for.set()
+        raise ValueError("broken")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(node.fetcher.chunked._index, "find", fail)
+        node.prefetcher.soon([*(Part(one, 100) for one in digests), Part(digest, len(content), ((0, 1),))])
+        assert looked_for.wait(20)
+        wait_until(lambda: node.fetcher.arriving == 0 and not any(opened._states))
+    assert node.shelf.streams == []
+    assert node.open(digests[2], 100) is None
+    assert node.read(digest, len(content), 0, 5) == content[:5]
+
+
+def test_what_is_wanted_wholly_comes_also_if_a_profiles_stream_was_to_bring_it_and_does_not(node: Node) -> None:
+    digests = small(node, 3)
+    late = node.shelf.contents.pop(digests[0])
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    node.prefetcher.wholly([(digests[0], 100)])
+    wait_until(lambda: node.fetcher.whole._jobs[digests[0]].must_come)
+    node.shelf.let(2)
+    wait_until(lambda: node.prefetcher.counts.contents == 1)
+    node.shelf.contents[digests[0]] = late
+    node.shelf.let()
+    node.wait_for(digests)
+
+
 def test_a_source_that_is_away_leaves_nothing_behind(node: Node) -> None:
     digests = small(node, 5)
     node.shelf.away = True
     node.soon(digests, 100)
     wait_until(lambda: node.fetcher.arriving == 0)
     assert node.open(digests[0], 100) is None
+
+
+def test_who_opens_what_a_stream_is_about_to_bring_has_a_source_asked_that_was_away_meanwhile(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(digest: bytes) -> Iterator[bytes]:
+        raise Unavailable("away")
+
+    digests, other = small(node, 3), node.shelf.put(b"other")
+    node.soon(digests, 100)
+    wait_until(lambda: node.shelf.streams)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(node.shelf, "fetch", away)
+        assert isinstance(node.open(other, 5), Unavailable)
+    assert node.open(digests[2], 100) is None
+    assert node.shelf.alone == [digests[2]]
 
 
 def test_a_full_disk_ends_a_prefetch_and_is_told_to_those_only_who_want_something(

@@ -308,5 +308,12 @@ def test_a_remote_that_is_away_delays_no_start(tmp_path: Path) -> None:
 def recorders() -> list[int]:
     """The recorders of this process."""
     children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [int(pid) for pid, command in commands.items() if b"gearworkers.services.recorder" in command]
+    return [int(pid) for pid in children if b"gearworkers.services.recorder" in command_line(pid)]
+
+
+def command_line(pid: str) -> bytes:
+    """Empty if the process has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

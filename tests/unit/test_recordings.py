@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
+import queue
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from gearworkers.digest import REDIRECT_XATTR, object_path
 from gearworkers.layers import recording
 from gearworkers.layers.recording import Recording, Recordings
 from gearworkers.layers.startup import OpenedObjects
+from gearworkers.layers.wanted import object_list
+from gearworkers.objects.claims import OBJECTS_FILE, RECORD
 from gearworkers.services import recorder
 from gearworkers.settings import Settings
+from tests.support.lazynode import until
 
 
 def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
@@ -28,6 +35,32 @@ def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
     before = os.listdir("/proc/self/fd")
     Recordings().begin("c1", Recording(Settings(), "image", tmp_path))
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: queue.Queue[str] = queue.Queue()
+    kept = threading.Event()
+
+    def slow_remote(recording: Recording, group_fd: int, stop_fd: int) -> None:
+        begun.put(recording.image)
+        assert kept.wait(20)
+
+    recordings = Recordings()
+    monkeypatch.setattr(recording, "watch_opens", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(recording, "_is_used", lambda *_: True)
+    monkeypatch.setattr(recording, "_is_known", lambda _: False)
+    monkeypatch.setattr(recordings, "_record", slow_remote)
+    for number in range(recording._MOST_AT_ONCE + 1):
+        recordings.begin("c1", Recording(Settings(), f"image{number}", tmp_path))
+        recordings.end("c1")
+    assert {begun.get(timeout=20) for _ in range(recording._MOST_AT_ONCE)} == {"image0", "image1", "image2", "image3"}
+    assert [thread.name for thread in threading.enumerate()].count("recording") == recording._MOST_AT_ONCE
+    kept.set()
+    until(lambda: "recording" not in [thread.name for thread in threading.enumerate()], "they are kept")
+    recordings.begin("c1", Recording(Settings(), "later", tmp_path))
+    assert begun.get(timeout=20) == "later"
 
 
 def test_a_recorder_that_does_not_end_holds_up_no_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +84,20 @@ def test_a_container_that_never_stops_opening_files_is_recorded_until_its_window
         assert recorder._watched(known, group_fd, stop_fd, 0.2, must_run=True) == {}
     for fd in (group_fd, stop_fd, end_fd):
         os.close(fd)
+
+
+def test_an_opened_file_is_told_also_where_containers_lie_behind_a_symlink(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"content").digest()
+    for name in ("index", "merged"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        (tmp_path / "root" / name / "file").touch()
+    os.setxattr(tmp_path / "root/index/file", REDIRECT_XATTR, object_path(digest))
+    (tmp_path / OBJECTS_FILE).write_bytes(RECORD.pack(digest, 7))
+    objects = object_list(tmp_path / OBJECTS_FILE)
+    assert objects is not None
+    (tmp_path / "link").symlink_to("root")
+    with (
+        OpenedObjects([tmp_path / "root/index"], [objects], tmp_path / "link/merged") as known,
+        open(tmp_path / "root/merged/file", "rb") as file,
+    ):
+        assert known.object(file.fileno()) == (digest, 7)

@@ -14,7 +14,7 @@ from pathlib import Path
 from gearworkers.errors import from_os_error
 from gearworkers.mounts import sys
 from gearworkers.mounts.lazy import protocol
-from gearworkers.mounts.lazy.protocol import InitFlag, Op, Request
+from gearworkers.mounts.lazy.protocol import Op, Request
 
 DEVICE = Path("/dev/fuse")
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
@@ -31,9 +31,9 @@ class Waiter:
         self._unique = unique
         self.pid = pid
 
-    def give(self, body: bytes | memoryview = b"") -> None:
-        """Answer with success; nothing happens if an answer was given."""
-        self._connection._answer(self._unique, body, 0)
+    def give(self, body: bytes | memoryview = b"") -> bool:
+        """Answer with success; nothing happens if an answer was given. Whether the kernel has taken this one."""
+        return self._connection._answer(self._unique, body, 0)
 
     def fail(self, error: int) -> None:
         """Answer with an errno; nothing happens if an answer was given."""
@@ -48,7 +48,6 @@ class Connection:
         self._handle = handle
         self._waiters: dict[int, Waiter] = {}
         self._interrupted: set[int] = set()
-        self.agreed = InitFlag(0)
 
     def resume(self) -> None:
         """Take over from a server that died: what it had read and not answered comes again.
@@ -114,7 +113,7 @@ class Connection:
             return
         self._waiters[request.unique] = waiter
         if request.op == Op.INIT:
-            body, self.agreed = protocol.init_body(request.body)
+            body, _ = protocol.init_body(request.body)
             waiter.give(body)
             return
         try:
@@ -133,18 +132,21 @@ class Connection:
         self._interrupted.add(unique)
         self.give_up_killed()
 
-    def _answer(self, unique: int, body: bytes | memoryview, error: int) -> None:
+    def _answer(self, unique: int, body: bytes | memoryview, error: int) -> bool:
         if self._waiters.pop(unique, None) is None:
-            return
+            return False
         self._interrupted.discard(unique)
-        self._write(unique, body, error)
+        return self._write(unique, body, error)
 
-    def _write(self, unique: int, body: bytes | memoryview, error: int) -> None:
+    def _write(self, unique: int, body: bytes | memoryview, error: int) -> bool:
+        """Whether the kernel still waited for it."""
         try:
             os.writev(self.fuse_fd, (protocol.answer(unique, len(body), error), body))
         except OSError as exc:
             if exc.errno != errno.ENOENT and exc.errno not in _GONE:
                 raise from_os_error(exc, "answer a request of the lazy file system") from exc
+            return False
+        return True
 
 
 def mount(target: Path) -> int:

@@ -18,8 +18,8 @@ _STEP_S = 0.02
 
 
 def is_mount_point(target: Path) -> bool:
-    """Whether something is mounted at *target* in this process's mount namespace."""
-    wanted = os.fsencode(target)
+    """Whether something is mounted at *target* in this process's mount namespace; its parents may be symlinks."""
+    wanted = os.fsencode(_resolved(target))
     with open(_MOUNTINFO, "rb") as mounts:
         return any(_unescaped(line.split(b" ", 5)[_MOUNT_POINT_FIELD]) == wanted for line in mounts)
 
@@ -38,11 +38,19 @@ def wait_until_mounted(target: Path, timeout_s: float) -> None:
 
 
 def is_data_layer(path: Path) -> bool:
-    """Whether an overlay of this process's mount namespace has *path* among its data layers."""
-    wanted = b"datadir+=" + os.fsencode(path)
+    """Whether an overlay of this process's mount namespace has *path* among its data layers.
+
+    Its parents may be symlinks: the kernel tells where it lies or, before Linux 6.13, as what it was given.
+    """
+    wanted = {b"datadir+=" + os.fsencode(one) for one in (_resolved(path), path)}
     with open(_MOUNTINFO, "rb") as mounts:
         options = (option for line in mounts for option in line.rstrip().partition(b" - overlay ")[2].split(b","))
-        return any(_unescaped(option) == wanted for option in options)
+        return any(_unescaped(option) in wanted for option in options)
+
+
+def _resolved(path: Path) -> Path:
+    """Without symlinks above it; the last name, where a dead server's file system may be mounted, is not looked at."""
+    return path.parent.resolve() / path.name
 
 
 def _unescaped(text: bytes) -> bytes:

@@ -47,7 +47,6 @@ class Op(IntEnum):
     READ = 15
     STATFS = 17
     RELEASE = 18
-    FLUSH = 25
     INIT = 26
     OPENDIR = 27
     READDIR = 28

@@ -51,7 +51,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """No incomplete layer has such an object."""
+    """No layer has such an object."""
 
 
 Found = Arrived | Served | Unknown | GearError
@@ -64,7 +64,7 @@ class Contents(Protocol):
         """Make the object with this name of 21 characters arrive; *done* is called once, now or later."""
 
     def is_wanted(self, name: bytes) -> bool:
-        """Whether an incomplete layer has such an object."""
+        """Whether a layer has such an object."""
 
     def size_bytes(self, node: int) -> int | GearError:
         """How long the object of this node is."""
@@ -102,7 +102,7 @@ class Tree:
     def __init__(self, contents: Contents, openings: Openings) -> None:
         self._contents = contents
         self._openings = openings
-        self._answers: dict[int, Callable[[Request, Waiter], None]] = {
+        self._answers: dict[int, Callable[[Request, Waiter], object]] = {
             Op.LOOKUP: self._lookup,
             Op.GETATTR: self._getattr,
             Op.OPEN: self._open,
@@ -169,13 +169,18 @@ class Tree:
 
     def _forget(self, request: Request, _waiter: Waiter) -> None:
         for node, lookups in protocol.forgotten(request.op, request.node, request.body):
-            if _is_object(node) and self._openings.forget(node, lookups):
-                self._contents.forget(node)
+            if _is_object(node):
+                self._forget_node(node, lookups)
+
+    def _forget_node(self, node: int, lookups: int) -> None:
+        if self._openings.forget(node, lookups):
+            self._contents.forget(node)
 
     def _tell(self, found: Found, waiter: Waiter) -> None:
         if isinstance(found, Served):
             self._openings.looked_up(found.node)
-            waiter.give(protocol.entry_body(found.node, protocol.regular(found.node, found.size_bytes)))
+            if not waiter.give(protocol.entry_body(found.node, protocol.regular(found.node, found.size_bytes))):
+                self._forget_node(found.node, 1)  # who looked it up was killed: the kernel does not know it
         elif isinstance(found, GearError):
             waiter.fail(error_number(found))
         else:
