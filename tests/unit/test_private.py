@@ -80,6 +80,22 @@ def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: 
     assert own_object(driver, "above").read_bytes() == b"secret too"
 
 
+def test_it_is_read_from_its_own_objects_whatever_stands_in_the_public_cache(driver: GearDriver) -> None:
+    """Another import may be writing the same content in place, or a crash has left half of it: the kernel would open it."""
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
+    own = own_object(driver, "marked")
+    half = driver.settings.gear_public_cache_path / own.parent.name / own.name
+    half.write_bytes(SECRET[:10])
+    driver.create_read_write("container", "marked")
+    for id in ("marked", "container"):
+        assert (Path(driver.get(id)) / "secret").read_bytes() == SECRET
+        driver.put(id)
+    out = io.BytesIO()
+    driver.create("unlike", "")
+    driver.diff("container", "unlike", out)
+    assert SECRET in out.getvalue()
+
+
 def test_its_objects_are_counted(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "a": b"one", "b": b"two", "c": b"one"}))
     assert driver.usage().objects == 2
