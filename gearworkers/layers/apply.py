@@ -108,6 +108,7 @@ def apply_tar(
         objects, object_bytes = claims.seal()
         private_objects, private_bytes = contents.seal_private()
         writer.flush()
+        contents.trim_private()
         return Applied(
             index.size_bytes(),
             objects,
@@ -170,6 +171,11 @@ class _Contents:
     def seal_private(self) -> tuple[int, int]:
         """How many objects are the layer's own, and their bytes."""
         return self._own_claims.seal() if self.is_private else (0, 0)
+
+    def trim_private(self) -> None:
+        """All is stored: what is the layer's own gets no more objects."""
+        if self.is_private:
+            self._own_store.drop_empty_shards()
 
     def close(self) -> None:
         """Let go of the list of what is the layer's own."""

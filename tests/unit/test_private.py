@@ -81,7 +81,7 @@ def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: 
 
 
 def test_it_is_read_from_its_own_objects_whatever_stands_in_the_public_cache(driver: GearDriver) -> None:
-    """Another import may be writing the same content in place, or a crash has left half of it: the kernel would open it."""
+    """There an import may be writing the same content in place, or a crash has left half of it."""
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
     own = own_object(driver, "marked")
     half = driver.settings.gear_public_cache_path / own.parent.name / own.name
@@ -94,6 +94,16 @@ def test_it_is_read_from_its_own_objects_whatever_stands_in_the_public_cache(dri
     driver.create("unlike", "")
     driver.diff("container", "unlike", out)
     assert SECRET in out.getvalue()
+
+
+def test_it_has_the_directories_that_it_needs(driver: GearDriver) -> None:
+    """An open in a container looks into each private layer, and where no directory is it is over soonest."""
+    apply(driver, "marked", "", tar_of({".gear-private": b""}))
+    apply(driver, "above", "marked", tar_of({"secret": SECRET}))
+    assert not (driver.settings.gear_private_cache_path / "marked").exists()
+    assert not (driver.settings.gear_images_path / "marked" / "private").exists()
+    assert len(os.listdir(driver.settings.gear_private_cache_path / "above")) == 1
+    assert not list(driver.faults(read_data=True, repair=False))
 
 
 def test_its_objects_are_counted(driver: GearDriver) -> None:
