@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from gearworkers.archive.entry import Entry
 from gearworkers.archive.privacy import begins_marked
 from gearworkers.archive.reader import TarReader
 from gearworkers.driver import GearDriver
+from gearworkers.errors import GearError, ResourceExhausted
+from gearworkers.layers import store
+from gearworkers.mounts import sys as kernel
 from gearworkers.settings import Settings
 from tests.conformance.layers import file, tar
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node
@@ -153,6 +157,56 @@ def test_nothing_is_left_of_an_import_that_was_removed_meanwhile(driver: GearDri
         driver.apply_diff("marked", "", Removing(tar_of({".gear-private": b"", "secret": SECRET})))
     assert not list(driver.settings.gear_private_cache_path.iterdir())
     assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def test_an_import_that_was_removed_takes_nothing_of_the_next_of_its_id(
+    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is removed while it syncs, which may take long, and the layer is whole again before it goes on."""
+    sync = kernel.syncfs
+    data = tar_of({".gear-private": b"", "secret": SECRET})
+
+    def overtaken(fd: int) -> None:
+        monkeypatch.setattr(kernel, "syncfs", sync)
+        driver.remove("marked")
+        apply(driver, "marked", "", data)
+        sync(fd)
+
+    driver.create("marked", "")
+    monkeypatch.setattr(kernel, "syncfs", overtaken)
+    with pytest.raises(GearError):
+        driver.apply_diff("marked", "", io.BytesIO(data))
+    assert own_object(driver, "marked").read_bytes() == SECRET
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def test_an_import_that_cannot_be_synced_leaves_nothing(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    driver.create("marked", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "syncfs", full)
+        with pytest.raises(ResourceExhausted):
+            driver.apply_diff("marked", "", io.BytesIO(tar_of({".gear-private": b"", "secret": SECRET})))
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def test_a_layer_that_is_in_its_place_keeps_what_it_has(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's exception may come between the rename and the end of what surrounds it."""
+    place = store.LayerStore._place
+
+    def interrupted(layers: store.LayerStore, build: Path, where: Path) -> None:
+        place(layers, build, where)
+        raise KeyboardInterrupt
+
+    driver.create("marked", "")
+    monkeypatch.setattr(store.LayerStore, "_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driver.apply_diff("marked", "", io.BytesIO(tar_of({".gear-private": b"", "secret": SECRET})))
+    assert own_object(driver, "marked").read_bytes() == SECRET
+    assert not list(driver.faults(read_data=True, repair=False))
 
 
 @pytest.fixture
