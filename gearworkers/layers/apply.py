@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.archive.entry import REG, Entry, shown
-from gearworkers.archive.privacy import MARK, is_mark, refuse_late
+from gearworkers.archive.privacy import MARK, is_mark, refuse_hidden, refuse_late
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
@@ -193,6 +193,8 @@ class _Contents:
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
+        if not self.is_private and index.has_at_top(MARK):
+            refuse_hidden()
 
     def _turn_private(self, mark: Entry) -> None:
         if self._claims:
