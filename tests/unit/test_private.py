@@ -13,6 +13,7 @@ import pytest
 from gearworkers.archive.entry import Entry
 from gearworkers.archive.privacy import begins_marked
 from gearworkers.archive.reader import TarReader
+from gearworkers.digest import DIGEST_XATTR
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.layers import store
@@ -128,6 +129,16 @@ def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
     assert "(removed)" in removed
     assert missing.startswith("layer marked: 1 of its private objects are missing")
     assert driver._layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
+
+
+@pytest.mark.parametrize("mark", [{".gear-private": b""}, {}], ids=["private", "public"])
+def test_fsck_goes_on_where_an_object_says_that_it_is_another(driver: GearDriver, mark: dict[str, bytes]) -> None:
+    apply(driver, "layer", "", tar_of({**mark, "secret": SECRET}))
+    path = own_object(driver, "layer") if mark else public_objects(driver)[0]
+    os.setxattr(path, DIGEST_XATTR, bytes(32))
+    wrong, missing = driver.faults(read_data=False, repair=False)
+    assert str(path) in wrong and "does not make its name" in wrong
+    assert missing.startswith("layer layer: 1 of its ")
 
 
 def test_the_collector_leaves_it_alone(driver: GearDriver) -> None:
