@@ -191,6 +191,38 @@ def test_an_import_that_was_removed_takes_nothing_of_the_next_of_its_id(
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
+def test_a_gateway_that_starts_while_a_worker_publishes_leaves_the_layer_whole_or_nothing(
+    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the renames all is taken away and the worker fails; behind them nothing is."""
+    data = tar_of({".gear-private": b"", "secret": SECRET})
+    sync, fsync = kernel.syncfs, os.fsync
+
+    def restarted_before(fd: int) -> None:
+        assert own_object(driver, "before").read_bytes() == SECRET
+        GearDriver(driver.settings).prepare()
+        sync(fd)
+
+    def restarted_behind(fd: int) -> None:
+        GearDriver(driver.settings).prepare()
+        fsync(fd)
+
+    driver.create("before", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "syncfs", restarted_before)
+        with pytest.raises(GearError):
+            driver.apply_diff("before", "", io.BytesIO(data))
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+    driver.remove("before")
+    driver.create("behind", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", restarted_behind)
+        driver.apply_diff("behind", "", io.BytesIO(data))
+    out = io.BytesIO()
+    driver.diff("behind", "", out)
+    assert out.getvalue() == data
+
+
 def test_an_import_that_cannot_be_synced_leaves_nothing(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
