@@ -41,8 +41,8 @@ def refuse_late(entry: Entry) -> NoReturn:
         InvalidInput: Always.
     """
     raise InvalidInput(
-        f"tar entry {shown(entry.name)}: it marks the layer private, but comes after contents of the layer; "
-        "make it in a layer of its own below"
+        f"tar entry {shown(entry.name)}: it marks the layer private, but comes after contents of the layer, which may "
+        "have been shared by now; make it in a layer of its own below"
     )
 
 
