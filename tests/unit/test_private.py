@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,27 @@ def test_nothing_of_it_awaits_push(driver: GearDriver, size: int) -> None:
     apply(driver, "above", "marked", tar_of({"secret2": content + b"2"}))
     assert awaiting_push(driver) == 1
     assert own_object(driver, "marked").stat().st_size == size
+
+
+def test_nothing_of_many_contents_nor_of_a_sparse_one_is_shared(driver: GearDriver, tmp_path: Path) -> None:
+    """Many are stored by a process of their own, a sparse one piece by piece."""
+    with open(tmp_path / "sparse", "wb") as sparse:
+        sparse.write(SECRET)
+        sparse.seek(3 << 20)
+        sparse.write(SECRET)
+    made = subprocess.run(["tar", "-cS", "-C", tmp_path, "sparse"], check=True, capture_output=True).stdout
+    files = {".gear-private": b"", **{f"f{number}": b"secret %d" % number for number in range(1500)}}
+    data = tar_of(files)[: 512 * (1 + 2 * 1500)] + made
+    apply(driver, "marked", "", data)
+    assert not public_objects(driver) and not awaiting_push(driver)
+    assert len(list((driver.settings.gear_private_cache_path / "marked").glob("*/*"))) == 1501
+    out = io.BytesIO()
+    driver.diff("marked", "", out)
+    assert out.getvalue() == data
+    merged = Path(driver.get("marked"))
+    assert (merged / "f1499").read_bytes() == b"secret 1499"
+    assert (merged / "sparse").read_bytes() == (tmp_path / "sparse").read_bytes()
+    driver.put("marked")
 
 
 def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: GearDriver) -> None:
