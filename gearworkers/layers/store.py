@@ -185,6 +185,13 @@ class LayerStore:
         """Whether the layer, or one below it, has the mark: its contents are shared with no other and never pushed."""
         return any(self._has_mark(layer) for layer in self.parents(id))
 
+    def private_layers(self, id: str) -> list[Layer]:
+        """Of the layer and its parents those that are private, the topmost first; also those that BuildKit made."""
+        layers = list(self.parents(id))
+        while layers and not self._has_mark(layers[-1]):
+            layers.pop()
+        return layers
+
     def _has_mark(self, layer: Layer) -> bool:
         if layer.kind is Kind.IMAGE:
             return layer.private

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers import cli_inspect
 from gearworkers.archive.entry import Entry
 from gearworkers.archive.privacy import begins_marked
 from gearworkers.archive.reader import TarReader
 from gearworkers.digest import DIGEST_XATTR
+from gearworkers.dockerd import LocalImage
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.layers import store
@@ -131,6 +133,24 @@ def test_it_has_the_directories_that_it_needs(driver: GearDriver) -> None:
     assert not (driver.settings.gear_images_path / "marked" / "private").exists()
     assert len(os.listdir(driver.settings.gear_private_cache_path / "above")) == 1
     assert not list(driver.faults(read_data=True, repair=False))
+
+
+def test_inspect_tells_the_layers_that_buildkit_made_too(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest has the mark in its tree, and nothing in its record says so."""
+    apply(driver, "base", "", tar_of({"base": b"public"}))
+    driver.create("step", "base")
+    (Path(driver.get("step")) / ".gear-private").touch()
+    driver.put("step")
+    driver.create("next", "step")
+    driver.put(Path(driver.get("next")).parent.name)
+    apply(driver, "above", "next", tar_of({"secret": SECRET}))
+    image = LocalImage(f"sha256:{'0' * 64}", is_gear=False, top_layer="above")
+    monkeypatch.setattr(cli_inspect, "local_image", lambda *_: image)
+    told = dict(cli_inspect.inspect(driver.settings, "private"))
+    assert told["Layers"] == "4, 4 of them complete"
+    assert told["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
+    image = LocalImage(image.id, is_gear=False, top_layer="base")
+    assert "Private" not in dict(cli_inspect.inspect(driver.settings, "base"))
 
 
 def test_its_objects_are_counted(driver: GearDriver) -> None:
