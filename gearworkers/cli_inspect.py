@@ -91,7 +91,7 @@ def _inspect_local(node: Node, name: str, image: LocalImage) -> Iterable[tuple[s
     yield "Id", image.id
     yield "Gear image", "yes" if image.is_gear else "no"
     yield "Layers", f"{len(layers)}, {complete} of them complete"
-    private = [layer for layer in layers if layer.private]
+    private = node.layers.private_layers(image.top_layer)
     if private:
         files = f"{sum(one.private_objects for one in private)}, {decimal(sum(one.private_bytes for one in private))}"
         yield "Private", f"{len(private)} of the layers, with files of their own: {files}"

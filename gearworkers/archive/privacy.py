@@ -16,8 +16,8 @@ MARK = b".gear-private"
 
 
 def is_mark(name: bytes) -> bool:
-    """Whether an entry of this name marks its layer; a directory's may end in a slash."""
-    return MARK in name and clean_name(name) == (b"", MARK)
+    """Whether an entry of this name marks its layer: the mark itself, or what makes a directory of it."""
+    return MARK in name and b"/".join(clean_name(name)).lstrip(b"/").partition(b"/")[0] == MARK
 
 
 def begins_marked(reader: TarReader) -> bool:
@@ -41,6 +41,18 @@ def refuse_late(entry: Entry) -> NoReturn:
         InvalidInput: Always.
     """
     raise InvalidInput(
-        f"tar entry {shown(entry.name)}: it marks the layer private, but comes after contents of the layer; "
-        "make it in a layer of its own below"
+        f"tar entry {shown(entry.name)}: it marks the layer private, but comes after contents of the layer, which may "
+        "have been shared by now; make it in a layer of its own below"
+    )
+
+
+def refuse_hidden() -> NoReturn:
+    """The layer has the mark by a name that did not tell.
+
+    Raises:
+        InvalidInput: Always.
+    """
+    raise InvalidInput(
+        f"the layer has {shown(MARK)} at its top, which marks it private, by way of a symlink; its contents may have "
+        "been shared by now"
     )

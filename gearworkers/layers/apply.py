@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.archive.entry import REG, Entry, shown
-from gearworkers.archive.privacy import MARK, is_mark, refuse_late
+from gearworkers.archive.privacy import MARK, is_mark, refuse_hidden, refuse_late
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
@@ -108,6 +108,7 @@ def apply_tar(
         objects, object_bytes = claims.seal()
         private_objects, private_bytes = contents.seal_private()
         writer.flush()
+        contents.trim_private()
         return Applied(
             index.size_bytes(),
             objects,
@@ -171,6 +172,11 @@ class _Contents:
         """How many objects are the layer's own, and their bytes."""
         return self._own_claims.seal() if self.is_private else (0, 0)
 
+    def trim_private(self) -> None:
+        """All is stored: what is the layer's own gets no more objects."""
+        if self.is_private:
+            self._own_store.drop_empty_shards()
+
     def close(self) -> None:
         """Let go of the list of what is the layer's own."""
         if self.is_private:
@@ -187,6 +193,8 @@ class _Contents:
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
+        if not self.is_private and index.has_at_top(MARK):
+            refuse_hidden()
 
     def _turn_private(self, mark: Entry) -> None:
         if self._claims:

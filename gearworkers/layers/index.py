@@ -100,6 +100,12 @@ class Index:
         except InvalidInput as exc:
             raise InvalidInput(f"tar entry {shown(entry.name)}: {exc}") from exc
 
+    def has_at_top(self, name: bytes) -> bool:
+        """Whether something of this name stands at the layer's top; a whiteout is nothing."""
+        assert self._root.children is not None
+        found = self._root.children.get(name)
+        return found is not None and (found.mode, found.rdev) != (stat.S_IFCHR, 0)
+
     def size_bytes(self) -> int:
         """The layer's size as Docker's overlay2 counts it: st_size of all but directories, each inode once."""
         total = 0

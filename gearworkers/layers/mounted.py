@@ -1,7 +1,8 @@
 """The mounts of one node's layers: counted ones, that containers run on, and views that nobody else sees.
 
-A container is one overlay: the indexes of its layers, then where their contents are looked up: the public cache, what
-its private layers have for themselves, and in an incomplete chain the trap of the lazy file server (mounts.lazy.tree).
+A container is one overlay: the indexes of its layers, then where their contents are looked up: what its private layers
+have for themselves, the public cache, and in an incomplete chain the trap of the lazy file server (mounts.lazy.tree).
+The public cache may hold half of what a private layer has whole: others store there in place (objects.inplace).
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class MountedLayers:
     def _data(self, id: str) -> tuple[Path, ...]:
         """Where contents are looked up, in this order."""
         settings = self._settings
-        here = (settings.gear_public_cache_path, *self._layers.private_caches(id))
+        here = (*self._layers.private_caches(id), settings.gear_public_cache_path)
         if self._layers.is_complete(id):
             return here
         lazy = settings.lazy_mount_path

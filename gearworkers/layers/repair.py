@@ -68,14 +68,11 @@ class Checker:
     def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
         """What is damaged of what private layers have for themselves: it comes from nowhere but with its image."""
         for store in self._layers.private_stores():
-            try:
-                for bad in bad_objects(store, read_data=read_data):
-                    if repair:
-                        Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
-                    done = " (removed)" if repair else ""
-                    yield f"private object {os.fsdecode(bad.path)}: {bad.why}{done}; remove the image and pull it again"
-            except FileNotFoundError:
-                continue  # its layer was removed meanwhile
+            for bad in bad_objects(store, read_data=read_data):
+                if repair:
+                    Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
+                done = " (removed)" if repair else ""
+                yield f"private object {os.fsdecode(bad.path)}: {bad.why}{done}; remove the image and pull it again"
 
     def _lose(self, path: bytes, incomplete: Marked) -> None:
         """Remove a damaged object, after its layers know.

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -185,6 +185,13 @@ class LayerStore:
         """Whether the layer, or one below it, has the mark: its contents are shared with no other and never pushed."""
         return any(self._has_mark(layer) for layer in self.parents(id))
 
+    def private_layers(self, id: str) -> list[Layer]:
+        """Of the layer and its parents those that are private, the topmost first; also those that BuildKit made."""
+        layers = list(self.parents(id))
+        while layers and not self._has_mark(layers[-1]):
+            layers.pop()
+        return layers
+
     def _has_mark(self, layer: Layer) -> bool:
         if layer.kind is Kind.IMAGE:
             return layer.private
@@ -292,13 +299,21 @@ class LayerStore:
 
     @contextmanager
     def _private_placed(self, build: Path, layer: Layer) -> Iterator[None]:
-        """Within it the layer's own contents are in their place; they stay there unless it fails."""
-        if layer.private_objects:
-            os.rename(build / PRIVATE, self._private / layer.id)
+        """Within it the layer's own contents are in their place; they stay there unless it fails.
+
+        What goes back goes to *build*: where `remove` has taken that away, private/<id> is none of this import's.
+        """
+        if not layer.private_objects:
+            yield
+            return
+        place = self._private / layer.id
+        os.rename(build / PRIVATE, place)
         try:
             yield
         except BaseException:
-            self._discard(self._private / layer.id)
+            if not (self._images / layer.id / PRIVATE_FILE).exists():
+                with suppress(OSError):
+                    os.rename(place, build / PRIVATE)
             raise
 
     def remove(self, id: str) -> bool:
@@ -309,9 +324,9 @@ class LayerStore:
         check_id(id)
         self._settled.pop(id, None)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
-        self._discard(self._private / id)
-        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died
+        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or goes on and now will fail
             self._discard(leftover)
+        self._discard(self._private / id)  # last: nothing comes any more
         return any(found)
 
     def recover(self) -> int:

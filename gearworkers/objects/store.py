@@ -38,6 +38,15 @@ class ObjectStore:
         for shard in self.shards():
             Path(os.fsdecode(shard)).mkdir(mode=0o700, exist_ok=True)
 
+    def drop_empty_shards(self) -> None:
+        """Remove the directories that hold nothing, and the cache if it has no other; no object can come any more."""
+        for path in (*self.shards(), self._prefix):
+            try:
+                os.rmdir(path)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise from_os_error(exc, f"remove {os.fsdecode(path)}") from exc
+
     def shards(self) -> Iterator[bytes]:
         """The cache's 64 directories, as absolute paths."""
         return (self._prefix + b"/" + RESERVED + bytes((char,)) for char in ALPHABET)
@@ -139,9 +148,11 @@ class ObjectStore:
             pass
 
     def names(self, shard: bytes) -> Iterable[bytes]:
-        """Names of the files in one of `shards()`, in no order."""
-        with os.scandir(shard) as entries:
-            return [entry.name for entry in entries]
+        """Names of the files in one of `shards()`, in no order; none if it is not there."""
+        try:
+            return os.listdir(shard)
+        except FileNotFoundError:
+            return ()
 
 
 class PendingObject:

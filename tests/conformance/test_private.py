@@ -15,12 +15,17 @@ from tests.conformance.layers import (
     applied,
     committed,
     container,
+    device,
     directory,
+    fifo,
     file,
+    hardlink,
     mounted,
     object_names,
     object_path,
+    opaque,
     shown,
+    symlink,
     tar,
     whiteout,
 )
@@ -100,15 +105,56 @@ def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
 def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
     id = an_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private.* marks the layer private, but comes after contents"):
+    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents .*may have been shared by now"):
         driver.apply_diff(id, "", tar(directory("d"), file("a", b"not secret any more"), file(name)))
     assert not private_files(driver.settings, id)
     driver.remove(id)
 
 
-@pytest.mark.parametrize("other", [file("d/.gear-private"), file(".gear-private2"), file("x.gear-private")])
+@pytest.mark.parametrize(
+    "other", [file("d/.gear-private"), file(".gear-private2"), file("x.gear-private"), file(b".gear-private\xff")]
+)
 def test_another_files_name_marks_nothing(driver: Driver, other: File) -> None:
     id = applied(driver, directory("d"), other, file("a", b"for all to see"))
+    assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
+    assert not private_files(driver.settings, id)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        [directory(".gear-private")],
+        [symlink(".gear-private", "nowhere")],
+        [fifo(".gear-private")],
+        [device(".gear-private", 1, 3)],
+        [file("empty"), hardlink(".gear-private", "empty")],
+        [file("a/../.gear-private")],
+        [file(".gear-private", b"why it is private")],
+        [file(".gear-private/why", b"its directory is made for it")],
+    ],
+    ids=["directory", "symlink", "fifo", "device", "hard link", "odd", "content", "within"],
+)
+def test_whatever_has_its_name_is_the_mark(driver: Driver, mark: list[File]) -> None:
+    before = object_names(driver.settings)
+    id = applied(driver, *mark, file("a", b"secret"))
+    assert b".gear-private" in shown(driver, id)
+    assert object_names(driver.settings) == before
+    above = applied(driver, opaque(""), file("b", b"secret too"), parent=id)
+    assert object_names(driver.settings) == before
+    assert len(private_files(driver.settings, above)) == 1
+
+
+def test_a_mark_by_way_of_a_symlink_is_refused(driver: Driver) -> None:
+    """By its name it is none, and contents before it were stored for all."""
+    id = an_id()
+    driver.create(id)
+    with pytest.raises(Refused, match=r"\.gear-private' at its top.* by way of a symlink"):
+        driver.apply_diff(id, "", tar(symlink("here", "."), file("here/.gear-private"), file("a", b"secret")))
+    driver.remove(id)
+
+
+def test_who_takes_away_a_mark_that_is_not_there_is_not_private(driver: Driver) -> None:
+    id = applied(driver, whiteout(".gear-private"), file("a", b"for all to see"))
     assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
 

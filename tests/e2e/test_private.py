@@ -54,15 +54,22 @@ def private_dockerfile(secret: str, more: str) -> bytes:
 
 
 @pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
-def test_what_is_built_on_the_mark_is_private(dockerd: Dockerd, traces: Traces, buildkit: bool) -> None:
-    secret, more, public = a_secret(), a_secret(), a_secret()
-    build = ("build", "--network", "none", "-t", "private", "-")
-    dockerd.docker(*build, stdin=private_dockerfile(secret, more), buildkit=buildkit)
+def test_what_is_built_on_the_mark_is_private(dockerd: Dockerd, traces: Traces, buildkit: bool, tmp_path: Path) -> None:
+    """Written, copied from the context, and with BuildKit by way of a cache, which no layer holds."""
+    secret, copied, more, public = a_secret(), a_secret(), a_secret(), a_secret()
+    step = f"echo {more} > /cache/it && cat /cache/it > /more" if buildkit else f"echo {more} > /more"
+    mount = "--mount=type=cache,target=/cache " if buildkit else ""
+    text = (
+        private_dockerfile(secret, more).decode().replace(f"RUN echo {more} > /more", f"COPY it /\nRUN {mount}{step}")
+    )
+    (tmp_path / "Dockerfile").write_text(text)
+    (tmp_path / "it").write_text(copied)
+    dockerd.docker("build", "--network", "none", "-t", "private", str(tmp_path), buildkit=buildkit)
     dockerd.docker("build", "-t", "other", "-", stdin=f"FROM tiny\nRUN echo {public} > /it\n".encode())
     wait_until(lambda: traces.is_pushed(f"{public}\n"), "what is not private is pushed", 60)
-    assert dockerd.run("private", "cat", "/secret", "/more") == f"{secret}\n{more}"
-    assert not traces.is_public(f"{secret}\n") and not traces.is_pushed(f"{secret}\n")
-    assert not traces.is_public(f"{more}\n") and not traces.is_pushed(f"{more}\n")
+    assert dockerd.run("private", "cat", "/secret", "/more", "/it") == f"{secret}\n{more}\n{copied}"
+    for content in (f"{secret}\n", f"{more}\n", copied):
+        assert not traces.is_public(content) and not traces.is_pushed(content)
     dockerd.docker("rmi", "private", "other")
 
 

@@ -24,6 +24,7 @@ FILES: tuple[File, ...] = (
     hardlink("link", "d/new", 0o4755, 5, 5),
     file("large", b"large " * 900_000),
 )
+PRIVATE = tar(file(".gear-private"), file("a", b"secret"), file("b", b"another"))
 
 
 @pytest.fixture
@@ -81,12 +82,10 @@ def test_an_import_killed_at_any_step_leaves_a_whole_layer_or_none(
 
 
 def test_a_private_import_killed_at_any_step_leaves_a_whole_layer_or_none(settings: Settings, base: str) -> None:
-    data = tar(file(".gear-private"), file("a", b"secret"), file("b", b"another"))
-
     def work(say: Say) -> None:
         driver = GearDriver(settings)
         driver.create(LAYER, base)
-        driver.apply_diff(LAYER, base, io.BytesIO(data))
+        driver.apply_diff(LAYER, base, io.BytesIO(PRIVATE))
         say(b"applied")
 
     ends = []
@@ -95,7 +94,7 @@ def test_a_private_import_killed_at_any_step_leaves_a_whole_layer_or_none(settin
         own = list(settings.gear_private_cache_path.glob("*/*/*"))
         ends.append(len(own))
         if own:
-            assert driver.diff(LAYER, base) == data
+            assert driver.diff(LAYER, base) == PRIVATE
         assert len(own) == 2 if outcome.said else len(own) in (0, 2)
         driver.remove(LAYER)
         assert not list(settings.gear_private_cache_path.iterdir())
@@ -152,6 +151,45 @@ def test_a_removal_killed_at_any_step_leaves_the_layer_or_nothing(
         if end == "absent":
             driver.create(LAYER, base)
             driver.apply_diff(LAYER, base, data)
+
+
+def test_a_private_layers_removal_killed_at_any_step_leaves_the_layer_or_nothing(settings: Settings, base: str) -> None:
+    def work(say: Say) -> None:
+        GearDriver(settings).remove(LAYER)
+        say(b"removed")
+
+    def own() -> int:
+        return len(list(settings.gear_private_cache_path.glob("*/*/*")))
+
+    ends = []
+    driver = InProcess(settings)
+    driver.create(LAYER, base)
+    driver.apply_diff(LAYER, base, PRIVATE)
+    for outcome in killed_at_every_step(work):
+        driver = recovered(settings)
+        ends.append(own())
+        if ends[-1]:
+            assert driver.diff(LAYER, base) == PRIVATE and not outcome.said
+        else:
+            assert not driver.exists(LAYER)
+            driver.create(LAYER, base)
+            driver.apply_diff(LAYER, base, PRIVATE)
+    assert set(ends) == {0, 2}
+
+
+def test_a_killed_private_import_is_removed_whole_without_a_restart(settings: Settings, base: str) -> None:
+    """A worker was killed, and the gateway goes on."""
+
+    def work(say: Say) -> None:
+        driver = GearDriver(settings)
+        driver.create(LAYER, base)
+        driver.apply_diff(LAYER, base, io.BytesIO(PRIVATE))
+
+    gateway = GearDriver(settings)
+    for _ in killed_at_every_step(work, stride=3):
+        gateway.remove(LAYER)
+        assert not list(settings.gear_private_cache_path.iterdir())
+        assert not list(settings.gear_build_path.glob(f"{LAYER}.*"))
 
 
 def test_a_collection_killed_at_any_step_loses_nothing_that_is_wanted(settings: Settings, base: str) -> None:
