@@ -50,7 +50,7 @@ def _image_faults(
 ) -> Iterator[LayerFault]:
     directory = layers.directory(layer)
     refetch = "remove the image and pull it again"
-    own = layers.private_store(layer.id)
+    own = layers.private.store(layer.id)
     own_missing = sum(not _is_here(own, digest) for digest, _ in read_objects(directory / PRIVATE_FILE))
     if own_missing:
         yield LayerFault(layer.id, f"{own_missing} of its private objects are missing", refetch)

@@ -67,7 +67,7 @@ class Checker:
 
     def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
         """What is damaged of what private layers have for themselves: it comes from nowhere but with its image."""
-        for store in self._layers.private_stores():
+        for store in self._layers.private.stores():
             for bad in bad_objects(store, read_data=read_data):
                 if repair:
                     Path(os.fsdecode(bad.path)).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 
@@ -25,8 +25,9 @@ import msgspec
 from gearworkers.archive.privacy import MARK
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.files import opened_directory
-from gearworkers.layers.apply import INDEX_FILE, PRIVATE, PRIVATE_FILE, Applied
+from gearworkers.layers.apply import INDEX_FILE, Applied
 from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.private import PrivateCaches
 from gearworkers.mounts import sys as kernel
 from gearworkers.mounts.index import mount_index
 from gearworkers.mounts.overlay import unmount
@@ -95,14 +96,16 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self._private = settings.gear_private_cache_path
+        self.private = PrivateCaches(settings.gear_private_cache_path, self._images)
+        """What private layers keep to themselves."""
         self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.note_change` only
         self._settled_ns = 0
 
     def prepare(self) -> None:
         """Make the directories that are missing."""
-        for path in (self._images, self._containers, self._build, self._private):
+        for path in (self._images, self._containers, self._build):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.private.prepare()
 
     def ids(self) -> list[str]:
         """The ids of all layers, sorted."""
@@ -199,19 +202,11 @@ class LayerStore:
 
     def contents(self, layer: Layer) -> ObjectStore:
         """Where the contents lie that an image layer's tar holds."""
-        return self.private_store(layer.id) if layer.private else self._objects
-
-    def private_store(self, id: str) -> ObjectStore:
-        """Where a private layer's own contents lie; it has none if they are none."""
-        return ObjectStore(self._private / id)
-
-    def private_stores(self) -> Iterator[ObjectStore]:
-        """Those of all layers."""
-        return (ObjectStore(path) for path in self._private.iterdir())
+        return self.private.store(layer.id) if layer.private else self._objects
 
     def private_caches(self, id: str) -> tuple[Path, ...]:
         """The directories of what the layer and its parents keep to themselves, the topmost first."""
-        return tuple(self._private / layer.id for layer in self.parents(id) if layer.private_objects)
+        return tuple(self.private.path(layer.id) for layer in self.parents(id) if layer.private_objects)
 
     # -- a layer's life
 
@@ -278,7 +273,7 @@ class LayerStore:
         write_record(build, layer)
         place = self._images / layer.id
         with opened_directory(self._images) as images_fd:
-            with self._private_placed(build, layer):
+            with self.private.placed(build, layer.id) if layer.private_objects else nullcontext():
                 kernel.syncfs(images_fd)
                 if not layer.complete:
                     inplace.forbid(self._root)
@@ -297,25 +292,6 @@ class LayerStore:
         else:
             raise NotFound(f"layer {place.name}: it was removed while its ApplyDiff ran")
 
-    @contextmanager
-    def _private_placed(self, build: Path, layer: Layer) -> Iterator[None]:
-        """Within it the layer's own contents are in their place; they stay there unless it fails.
-
-        What goes back goes to *build*: where `remove` has taken that away, private/<id> is none of this import's.
-        """
-        if not layer.private_objects:
-            yield
-            return
-        place = self._private / layer.id
-        os.rename(build / PRIVATE, place)
-        try:
-            yield
-        except BaseException:
-            if not (self._images / layer.id / PRIVATE_FILE).exists():
-                with suppress(OSError):
-                    os.rename(place, build / PRIVATE)
-            raise
-
     def remove(self, id: str) -> bool:
         """Remove a layer in whatever state it is; whether it was there.
 
@@ -326,25 +302,24 @@ class LayerStore:
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
         for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or goes on and now will fail
             self._discard(leftover)
-        self._discard(self._private / id)  # last: nothing comes any more
+        self._discard(self.private.path(id))  # last: nothing comes any more
         return any(found)
 
     def recover(self) -> int:
         """Remove what crashes left in build/ and private/; for the gateway's start only. How many directories."""
-        leftovers = list(self._build.iterdir())
-        for path in leftovers:
+        staged = list(self._build.iterdir())
+        for path in staged:
             self._discard(path)
-        for path in self._private.iterdir():
-            if not (self._images / path.name / PRIVATE_FILE).exists():
-                self._discard(path)
-                leftovers.append(path)
+        ownerless = self.private.ownerless()  # only now: nothing that was staged is published any more
+        for path in ownerless:
+            self._discard(path)
         for path in self._containers.iterdir():
             image = self._images / path.name / RECORD_FILE
             if image.exists() and self.get(path.name).kind is Kind.IMAGE:
                 self._discard(path)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
-        return len(leftovers)
+        return len(staged) + len(ownerless)
 
     def _is_complete(self, id: str) -> bool:
         try:

@@ -72,7 +72,7 @@ class UsageMeter:
                 logical_bytes += layer.size_bytes
             else:
                 others += 1
-        for store in (self._store, *self._layers.private_stores()):
+        for store in (self._store, *self._layers.private.stores()):
             for shard in store.shards():
                 count, taken_bytes = _counted(shard)
                 objects, stored_bytes = objects + count, stored_bytes + taken_bytes
