@@ -57,7 +57,10 @@ def middle(tree: Path) -> None:
 
 def write(path: Path, text: str) -> Operation:
     def operation(root: Path) -> None:
-        no_symlink(root / path).write_text(text)
+        target = root / path
+        if os.path.lexists(target) and not stat.S_ISREG(target.lstat().st_mode):
+            raise OSError(errno.EINVAL, "a FIFO would wait for its reader, and a device be written to")
+        target.write_text(text)
 
     return operation
 
