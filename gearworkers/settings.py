@@ -89,6 +89,8 @@ class Settings:
     """URL of the proxy on the way to registries; empty for none."""
     no_proxy: str = ""
     """Hosts and domains, with commas between, that the proxy is not asked for."""
+    notify_socket: str = ""
+    """Where systemd waits to be told that a process is ready; empty: nowhere."""
     log_level: str = "info"
     log_format: str = "console"
     """``console`` or ``json``."""
@@ -136,6 +138,7 @@ class Settings:
             docker_config=_absolute(environ, "DOCKER_CONFIG", _home() / ".docker"),
             https_proxy=environ.get("HTTPS_PROXY") or environ.get("https_proxy", ""),
             no_proxy=environ.get("NO_PROXY") or environ.get("no_proxy", ""),
+            notify_socket=environ.get("NOTIFY_SOCKET", ""),
             log_level=_one_of(environ, "GEAR_LOG_LEVEL", LOG_LEVELS, "info"),
             log_format=_one_of(environ, "GEAR_LOG_FORMAT", LOG_FORMATS, "console"),
         )

@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 
 from gearworkers.errors import GearError, InvalidInput, from_os_error
+from gearworkers.processes import tell_ready
 from gearworkers.settings import Settings
 from plugin_gateway.calls import LIGHT_CALLS, Driver, layer_id
 from plugin_gateway.connection import Connection, HeavyRequest, connection_of
@@ -72,6 +73,7 @@ class Gateway:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             await self.start()
+            tell_ready(self._settings.notify_socket)
             await stop.wait()
         finally:
             await self.stop()

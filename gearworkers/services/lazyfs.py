@@ -40,6 +40,7 @@ from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.sources import Source
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
+from gearworkers.processes import tell_ready
 from gearworkers.services.lazyfs_contents import LazyContents
 from gearworkers.services.lazyfs_control import ControlServer
 from gearworkers.services.lazyfs_misses import Misses
@@ -117,6 +118,7 @@ class LazyServer:
             orders = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, orders))
             _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
+            tell_ready(self._settings.notify_socket)
             self._look_after(connection, keeper)
             if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)

@@ -15,6 +15,7 @@ from gearworkers.errors import FailedPrecondition, InvalidInput, from_os_error
 from gearworkers.hosts import is_loopback
 from gearworkers.objects.remotes.opening import blobs_at
 from gearworkers.objects.remotes.remote import Remote
+from gearworkers.processes import tell_ready
 from gearworkers.services.manager.access import Access
 from gearworkers.services.manager.app import Manager
 from gearworkers.services.manager.store import Store
@@ -152,10 +153,10 @@ def serve(settings: Settings) -> None:
     Raises:
         GearError: As `ManagerServer`, or it cannot listen.
     """
-    asyncio.run(_serve(ManagerServer(settings)))
+    asyncio.run(_serve(ManagerServer(settings), settings.notify_socket))
 
 
-async def _serve(server: ManagerServer) -> None:
+async def _serve(server: ManagerServer, notify_socket: str) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -163,6 +164,7 @@ async def _serve(server: ManagerServer) -> None:
     try:
         port = await server.start()
         _log.info("the manager listens", port=port)
+        tell_ready(notify_socket)
         await ended.wait()
     finally:
         await server.stop()
