@@ -16,7 +16,7 @@ import pytest
 
 from gearworkers.settings import Settings
 from tests.support import appimages, remotes
-from tests.support.applications import APPLICATIONS, JVM, NGINX, Application
+from tests.support.applications import APPLICATIONS, NGINX, Application
 from tests.support.dockerd import Dockerd
 from tests.support.registry import Registry
 from tests.support.stack import Stack
@@ -135,7 +135,7 @@ def test_dockers_own_driver_refuses_a_gear_image_and_says_what_it_needs(
 
 @pytest.mark.slow
 def test_an_application_answers_from_s3(peers: Peers, registry: Registry, disk: Path) -> None:
-    name = f"{registry.host}/s3/jvm:{VERSION}"
+    name = f"{registry.host}/s3/nginx:{VERSION}"
     directory = disk / "s3"
     directory.mkdir()
     credentials = remotes.credentials_file(directory)
@@ -144,10 +144,10 @@ def test_an_application_answers_from_s3(peers: Peers, registry: Registry, disk: 
         settings = Settings(
             remote=bucket, aws_credentials_file=credentials, docker_config=directory, gear_root=directory / "gear"
         )
-        appimages.convert(settings, f"jvm:{VERSION}", name)
+        appimages.convert(settings, f"nginx:{VERSION}", name)
         environ = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
         with node(directory, "s3", bucket, environ) as ours:
-            assert b"article 49" in started(ours.dockerd, name, JVM)
+            assert b"Definitions and overview" in started(ours.dockerd, name, NGINX)
 
 
 def started(dockerd: Dockerd, name: str, app: Application) -> bytes:

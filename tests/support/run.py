@@ -1,6 +1,6 @@
-"""`python -m tests.support.run [ARGUMENT…]`: all tests, those on a real dockerd beside the rest, by pytest.
+"""`python -m tests.support.run [ARGUMENT…]`: all tests, one half beside the other, by pytest.
 
-Either half waits more than it computes, and each has a sandbox of its own.
+Either waits more than it computes, and each has a sandbox of its own.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-ON_DOCKERDS = "tests/e2e"
-WITH_THE_REST = (f"{ON_DOCKERDS}/test_applications.py",)
-"""Tests on a real dockerd that share it with no others: the rest alone would end long before."""
+FIRST = ("tests/e2e", "tests/faults")
+ALONE = "tests/e2e/test_applications.py"
+"""Of the first by its place; it shares its dockerds with no other, and the second half ends before otherwise."""
 
 
 def halves() -> tuple[list[str], list[str]]:
-    """The arguments of both."""
-    rest = sorted({str(path.parent) for path in Path("tests").rglob("test_*.py")} - {ON_DOCKERDS})
-    return [ON_DOCKERDS, *(f"--ignore={path}" for path in WITH_THE_REST)], [*rest, *WITH_THE_REST]
+    """The arguments of both, which take alike long."""
+    second = sorted({str(path.parent) for path in Path("tests").rglob("test_*.py")} - set(FIRST))
+    return [*FIRST, f"--ignore={ALONE}"], [*second, ALONE]
 
 
 def main(arguments: list[str]) -> int:
