@@ -1,6 +1,6 @@
-"""`python -m tests.support.run [ARGUMENT…]`: all tests, one half beside the other, by pytest.
+"""`python -m tests.support.run [ARGUMENT…]`: all tests in three parts beside each other, by pytest.
 
-Either waits more than it computes, and each has a sandbox of its own.
+Each waits more than it computes, and has a sandbox of its own.
 """
 
 from __future__ import annotations
@@ -9,43 +9,46 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-FIRST = ("tests/e2e", "tests/faults")
-ALONE = "tests/e2e/test_applications.py"
-"""Of the first by its place; it shares its dockerds with no other, and the second half ends before otherwise."""
+ON_DOCKERDS = "tests/e2e"
+APART = "tests/e2e/test_applications.py"
+"""It shares its dockerds with no other test."""
+CRASHES = "tests/faults"
 
 
-def halves() -> tuple[list[str], list[str]]:
-    """The arguments of both, which take alike long."""
-    second = sorted({str(path.parent) for path in Path("tests").rglob("test_*.py")} - set(FIRST))
-    return [*FIRST, f"--ignore={ALONE}"], [*second, ALONE]
+def parts() -> list[list[str]]:
+    """The arguments of each; none takes much longer than the others."""
+    rest = {str(path.parent) for path in Path("tests").rglob("test_*.py")} - {ON_DOCKERDS, CRASHES}
+    return [[ON_DOCKERDS, f"--ignore={APART}"], sorted(rest), [CRASHES, APART]]
 
 
 def main(arguments: list[str]) -> int:
-    """Run both halves, the output of the second behind that of the first; the worse exit code."""
-    with tempfile.TemporaryDirectory(prefix="gear-tests-", ignore_cleanup_errors=True) as name:
-        output = Path(name) / "output"
-        with output.open("wb") as file:
-            first, second = (
-                subprocess.Popen(
-                    [sys.executable, "-m", "pytest", f"--basetemp={name}/{at}", *half, *arguments],
-                    stdout=file if at else None,
-                    stderr=subprocess.STDOUT if at else None,
-                )
-                for at, half in enumerate(halves())
+    """Run all parts, what the others write behind what the first does; the worst exit code."""
+    with tempfile.TemporaryDirectory(prefix="gear-tests-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
+        outputs = [Path(name) / f"output-{number}" for number in range(1, len(parts()))]
+        files = [None, *(stack.enter_context(path.open("wb")) for path in outputs)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "pytest", f"--basetemp={name}/{number}", *part, *arguments],
+                stdout=file,
+                stderr=file and subprocess.STDOUT,
             )
+            for number, (part, file) in enumerate(zip(parts(), files, strict=True))
+        ]
 
-            def pass_on(number: int, _: FrameType | None) -> None:
-                for process in (first, second):
-                    process.send_signal(number)
+        def pass_on(number: int, _: FrameType | None) -> None:
+            for process in running:
+                process.send_signal(number)
 
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, pass_on)
-            codes = first.wait(), second.wait()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, pass_on)
+        codes = [process.wait() for process in running]
         sys.stdout.flush()
-        sys.stdout.buffer.write(output.read_bytes())
+        for path in outputs:
+            sys.stdout.buffer.write(path.read_bytes())
     return max(codes, key=abs)
 
 
