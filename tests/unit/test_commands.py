@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers import cli, doctor
+from gearworkers import cli, doctor, log
 from gearworkers.mounts.probe import Check
 
 
@@ -17,7 +17,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 @pytest.fixture(autouse=True)
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node on which nothing has run yet."""
+    """A node on which nothing has run yet; and the log of the tests stays what it is."""
+    monkeypatch.setattr(log, "configure_logging", lambda settings: None)
     (tmp_path / "remote").mkdir()
     for name, path in (("ROOT", "gear"), ("RUN_DIR", "run"), ("PLUGIN_SOCKET", "gear.sock"), ("REMOTE", "remote")):
         monkeypatch.setenv(f"GEAR_{name}", str(tmp_path / path))
