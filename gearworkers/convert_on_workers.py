@@ -19,6 +19,7 @@ import msgspec
 from celery import Celery, chord
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
+from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 
 from gearworkers.app import CONVERT_QUEUE, IMAGE_TASK, LAYER_TASK, PROGRESS, VISIBILITY_TIMEOUT_S, make_app
@@ -75,7 +76,8 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
             connection.ensure_connection(max_retries=1)
         return _Conversion(app, settings, plan, told, noted).run()
     except (OperationalError, RedisError) as exc:
-        raise Unavailable(f"Redis at {settings.effective_broker_url}: {exc}; `--local` needs none") from exc
+        where = maybe_sanitize_url(settings.effective_broker_url)  # its password is not told
+        raise Unavailable(f"Redis at {where}: {exc}; `--local` needs none") from exc
     finally:
         app.close()
 

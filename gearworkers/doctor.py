@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from kombu.utils.url import maybe_sanitize_url
 
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import GearError
@@ -51,7 +52,8 @@ def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:
 
 def _redis(settings: Settings) -> Check:
     name = "Redis"
-    advice = f"start it (Procfile: redis), or set GEAR_BROKER_URL; tried {settings.effective_broker_url}"
+    tried = maybe_sanitize_url(settings.effective_broker_url)  # its password is not told
+    advice = f"start it (Procfile: redis), or set GEAR_BROKER_URL; tried {tried}"
     try:
         client = redis.Redis.from_url(
             _redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S

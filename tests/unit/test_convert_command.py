@@ -124,6 +124,16 @@ def test_without_redis_it_says_what_to_do(source: str, peer: Registry, tmp_path:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_broker_that_does_not_answer_is_told_without_its_password(
+    source: str, peer: Registry, tmp_path: Path
+) -> None:
+    environ = os.environ | {"GEAR_REMOTE": str(tmp_path), "GEAR_BROKER_URL": "redis://user:secret@127.0.0.1:1/0"}
+    command = [*GEAR, "convert", source, f"{peer.host}/y"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "127.0.0.1:1" in done.stderr
+    assert "secret" not in done.stderr
+
+
 def test_credentials_are_those_of_docker_login(tmp_path: Path, remote: str) -> None:
     known = base64.b64encode(f"{registries.USER}:{registries.PASSWORD}".encode()).decode()
     (tmp_path / "docker").mkdir()

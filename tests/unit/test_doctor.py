@@ -44,6 +44,12 @@ def test_a_lazy_file_server_that_is_down_or_cannot_fetch_is_told(tmp_path: Path)
         assert doctor._lazy_files(node.settings).found == "1 objects could not be fetched"
 
 
+def test_a_broker_that_does_not_answer_is_told_without_its_password() -> None:
+    check = doctor._redis(replace(Settings(), broker_url="redis://user:secret@127.0.0.1:1/0"))
+    assert not check.ok and "127.0.0.1:1" in check.advice
+    assert "secret" not in f"{check.found} {check.advice}"
+
+
 def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def count() -> list[tuple[str, str]]:
         time.sleep(0.5)
