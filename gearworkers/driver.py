@@ -76,7 +76,7 @@ class GearDriver:
     def __init__(self, settings: Settings) -> None:
         self._given = settings
         self.settings = settings
-        self._kernel_mode = "not tried before Init"
+        self._index_mode = ""
         self._recordings = Recordings()
         self._open()
 
@@ -153,8 +153,7 @@ class GearDriver:
         self._prepare()
         checks = probe(self.settings.gear_root, trial.check_index)
         require(checks)
-        how = next(check.found for check in checks if check.name == trial.NAME)
-        self._kernel_mode = f"overlay with data-only layers, EROFS indexes {how}"
+        self._index_mode = next(check.found for check in checks if check.name == trial.NAME)
         maps = IdMaps(tuple(uid_maps), tuple(gid_maps))
         maps.save(self.settings.gear_root)
         for path in (self.settings.gear_root, self.settings.gear_images_path, self.settings.gear_containers_path):
@@ -339,13 +338,19 @@ class GearDriver:
         return [
             ("Root Dir", str(root)),
             ("Backing Filesystem", backing_fs_name(root)),
-            ("Kernel Mode", self._kernel_mode),
+            ("Kernel Mode", f"overlay with data-only layers, EROFS indexes {self._tried_index_mode()}"),
             ("Layers", f"{usage.image_layers} image, {usage.other_layers} read-write"),
             ("Objects", str(usage.objects)),
             ("Logical Bytes", str(usage.logical_bytes)),
             ("Stored Bytes", str(usage.stored_bytes)),
             ("Awaiting Push", str(sum(1 for _ in self._spool.pending()))),
         ]
+
+    def _tried_index_mode(self) -> str:
+        """How indexes are mounted; `init` has tried it, but not in a gateway that is started while dockerd runs."""
+        if not self._index_mode:
+            self._index_mode = trial.check_index(self.settings.gear_root).found
+        return self._index_mode
 
     def faults(
         self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None

@@ -63,6 +63,8 @@ def test_status_tells_where_and_what(driver: Driver) -> None:
     status = driver.status()
     assert status["Root Dir"] == str(driver.settings.gear_root)
     assert {"Backing Filesystem", "Kernel Mode", "Objects", "Logical Bytes", "Stored Bytes"} <= set(status)
+    driver.restart()
+    assert driver.status()["Kernel Mode"] == status["Kernel Mode"]
 
 
 def test_a_layer_is_filled_once(driver: Driver) -> None:
