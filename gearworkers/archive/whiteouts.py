@@ -22,11 +22,6 @@ def is_opaque(base: bytes) -> bool:
     return base == OPAQUE
 
 
-def is_metadata(base: bytes) -> bool:
-    """Whether it is AUFS bookkeeping, which is neither a file nor a whiteout."""
-    return base.startswith(META_PREFIX) and base != OPAQUE
-
-
 def removed_name(base: bytes) -> bytes | None:
     """The name that the whiteout *base* removes from its directory; None if *base* is no such whiteout.
 

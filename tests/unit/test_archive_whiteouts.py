@@ -14,14 +14,12 @@ def test_ordinary_names_remove_nothing_and_their_whiteouts_remove_them(name: byt
     assert whiteouts.removed_name(whiteouts.whiteout_name(name)) == name
 
 
-def test_the_opaque_mark_is_neither_a_whiteout_nor_bookkeeping() -> None:
+def test_the_opaque_mark_is_no_whiteout() -> None:
     assert whiteouts.is_opaque(b".wh..wh..opq")
     assert whiteouts.removed_name(b".wh..wh..opq") is None
-    assert not whiteouts.is_metadata(b".wh..wh..opq")
 
 
-def test_what_aufs_kept_for_itself_is_bookkeeping() -> None:
-    assert whiteouts.is_metadata(b".wh..wh.plnk")
+def test_what_aufs_kept_for_itself_removes_nothing() -> None:
     assert whiteouts.removed_name(b".wh..wh.plnk") is None
     assert not whiteouts.is_opaque(b".wh..wh.plnk")
 
