@@ -64,8 +64,8 @@ class LazyHost:
         if not self.dockerd.answers():
             self.dockerd.start()
         self.dockerd.remove_everything()
-        self.stack.gear("gc")
         self.stack.stop("lazyfs")  # nobody looks into its mount: what the kernel knows of it goes too
+        self.stack.gear("gc")  # only now: the rest of a large file may come after its image has gone
         for link in (self.stack.root / "arrivals").glob("*/*"):
             link.unlink()  # the server does, some seconds later
         shutil.rmtree(self.stack.root / "nfs" / "objects", ignore_errors=True)
