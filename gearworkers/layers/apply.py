@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,38 +88,20 @@ def apply_tar(
     """
     with ExitStack() as stack:
         staging_fd = stack.enter_context(opened_directory(build))
-        claims = Claims(build)
-        stack.callback(claims.close)
         stream_file = stack.enter_context(open(build / STREAM_FILE, "xb", buffering=0))
         log = StreamWriter(stream_file)
         index = Index(ids, time_ns=time.time_ns())
         in_place = stack.enter_context(permission(root))
         writer = stack.enter_context(ContentWriter(store, staging_fd, spool, in_place=in_place))
-        contents = _Contents(
-            TarReader(source, log, buffer_bytes=MOST_CONTENT_BYTES), log, store, claims, staging_fd, writer, build
-        )
-        stack.callback(contents.close)
+        reader = TarReader(source, log, buffer_bytes=MOST_CONTENT_BYTES)
+        contents = stack.enter_context(closing(_Contents(reader, log, store, writer, build, staging_fd)))
         if private:
             contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
         (build / INDEX_FILE).write_bytes(index.image(secrets.token_bytes(16)))
         log.close()
-        objects, object_bytes = claims.seal()
-        private_objects, private_bytes = contents.seal_private()
-        writer.flush()
-        contents.trim_private()
-        return Applied(
-            index.size_bytes(),
-            objects,
-            object_bytes,
-            writer.new_objects,
-            writer.new_bytes,
-            contents.complete,
-            contents.is_private,
-            private_objects,
-            private_bytes,
-        )
+        return contents.finish(index.size_bytes())
 
 
 @contextmanager
@@ -142,22 +124,21 @@ class _Contents:
         reader: TarReader,
         log: StreamWriter,
         store: ObjectStore,
-        claims: Claims,
-        staging_fd: int,
         writer: ContentWriter,
         build: Path,
+        staging_fd: int,
     ) -> None:
         self._reader = reader
         self._log = log
         self._store = self._own_store = store
-        self._claims = self._own_claims = claims
-        self._staging_fd = staging_fd
+        self._claims = self._own_claims = Claims(build)
         self._writer = writer
         self._build = build
-        self.complete = True
+        self._staging_fd = staging_fd
+        self._complete = True
 
     @property
-    def is_private(self) -> bool:
+    def _is_private(self) -> bool:
         """Whether what the tar holds is kept apart."""
         return self._own_claims is not self._claims
 
@@ -168,32 +149,44 @@ class _Contents:
         self._own_claims = Claims(self._build, PRIVATE_FILE)
         self._writer.keep_private(self._own_store)
 
-    def seal_private(self) -> tuple[int, int]:
-        """How many objects are the layer's own, and their bytes."""
-        return self._own_claims.seal() if self.is_private else (0, 0)
-
-    def trim_private(self) -> None:
-        """All is stored: what is the layer's own gets no more objects."""
-        if self.is_private:
-            self._own_store.drop_empty_shards()
-
     def close(self) -> None:
-        """Let go of the list of what is the layer's own."""
-        if self.is_private:
+        """Let go of the lists."""
+        self._claims.close()
+        if self._is_private:
             self._own_claims.close()
 
+    def finish(self, size_bytes: int) -> Applied:
+        """Wait until all is stored and listed; what the tar, a layer of *size_bytes*, has brought."""
+        objects, object_bytes = self._claims.seal()
+        private_objects, private_bytes = self._own_claims.seal() if self._is_private else (0, 0)
+        self._writer.flush()
+        if self._is_private:
+            self._own_store.drop_empty_shards()
+        return Applied(
+            size_bytes,
+            objects,
+            object_bytes,
+            self._writer.new_objects,
+            self._writer.new_bytes,
+            self._complete,
+            self._is_private,
+            private_objects,
+            private_bytes,
+        )
+
     def fill(self, index: Index) -> None:
+        """Read all of the tar into *index*."""
         reader, add = self._reader, index.add
         entry = reader.next()
         if reader.guarded:
             self._writer.push_nothing()
         while entry is not None:
-            if MARK in entry.name and not self.is_private and is_mark(entry.name):
+            if MARK in entry.name and not self._is_private and is_mark(entry.name):
                 self._turn_private(entry)
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
-        if not self.is_private and index.has_at_top(MARK):
+        if not self._is_private and index.has_at_top(MARK):
             refuse_hidden()
 
     def _turn_private(self, mark: Entry) -> None:
@@ -225,7 +218,7 @@ class _Contents:
             return None
         entry.size_bytes = size_bytes
         self._claims.add(digest, size_bytes)
-        self.complete = self.complete and self._store.has(digest)
+        self._complete = self._complete and self._store.has(digest)
         return digest
 
     def _streamed(self, entry: Entry) -> bytes:
