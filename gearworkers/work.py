@@ -9,10 +9,11 @@ from pathlib import Path
 
 import structlog
 
+from gearworkers.claiming import Stream, claimed
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
 from gearworkers.settings import Settings
-from gearworkers.streams import Answer, Order, Stream, claimed
+from gearworkers.streams import Answer, Order
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import uvloop
 
+from gearworkers.claiming import Stream, claimed
 from gearworkers.errors import AlreadyExists, NotFound
 from gearworkers.layers.changes import Change, ChangeKind
 from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
-from gearworkers.streams import Order, Stream, claimed
+from gearworkers.streams import Order
 from plugin_gateway.app import Gateway
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.queue import QueueState

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from gearworkers.claiming import Stream
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
-from gearworkers.streams import Answer, Order, Stream
+from gearworkers.streams import Answer, Order
 from plugin_gateway import app, desk
 from plugin_gateway.app import Gateway
 from plugin_gateway.dispatch import Patience

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gearworkers.bodies import BodySource
+from gearworkers.claiming import Stream, claimed
 from gearworkers.errors import GearError, IntegrityError, InvalidInput, Unavailable
-from gearworkers.streams import CHUNKED, Answer, BodySource, FrameBuffer, Grant, Stream, claimed, frame
+from gearworkers.streams import CHUNKED, Answer, FrameBuffer, Grant, frame
 
 
 @dataclass

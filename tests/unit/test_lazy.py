@@ -8,7 +8,7 @@ import mmap
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -241,14 +241,19 @@ def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> Non
     until(lambda: node.status().serving == 0, "the kernel has forgotten it", 5)
 
 
+def kill_reader(path: Path, is_fetched: Callable[[], bool]) -> None:
+    """Somebody reads the file, and is killed while it is being fetched."""
+    reader = subprocess.Popen(["cat", path])
+    until(is_fetched, "it is being fetched")
+    reader.kill()
+    reader.wait(5)
+
+
 def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
     node.pull(SMALL)
     node.shelf.behave(delay_s=15)
     root = node.run("c1")
-    reader = subprocess.Popen(["cat", root / "etc/file1"])
-    until(lambda: len(fetches(node, "fetch")) == 1, "it is being fetched")
-    reader.kill()
-    reader.wait(5)
+    kill_reader(root / "etc/file1", lambda: len(fetches(node, "fetch")) == 1)
     node.shelf.behave()
 
 
@@ -256,10 +261,7 @@ def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNo
     node.pull({"lib/large": LARGE})
     node.shelf.behave(delay_s=0.5)
     root = node.run("c1")
-    reader = subprocess.Popen(["cat", root / "lib/large"])
-    until(lambda: len(fetches(node, "layout")) == 1, "its layout is being fetched")
-    reader.kill()
-    reader.wait(5)
+    kill_reader(root / "lib/large", lambda: len(fetches(node, "layout")) == 1)
     until(lambda: node.status().arriving == 1, "the layout is here")
     until(lambda: node.status().serving == 0, "nobody has it open", 5)
 

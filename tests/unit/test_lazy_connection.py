@@ -57,16 +57,16 @@ class LateContents:
         self.forgotten.append(node)
 
     def is_wanted(self, name: bytes) -> bool:
-        raise NotImplementedError
+        raise AssertionError("nothing but look-ups is asked here")
 
     def size_bytes(self, node: int) -> int | GearError:
-        raise NotImplementedError
+        raise AssertionError("nothing but look-ups is asked here")
 
     def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
-        raise NotImplementedError
+        raise AssertionError("nothing but look-ups is asked here")
 
     def whole(self, node: int) -> OpenFile | None:
-        raise NotImplementedError
+        raise AssertionError("nothing but look-ups is asked here")
 
 
 def interrupt() -> Request:

@@ -390,6 +390,17 @@ def test_a_large_object_that_a_stream_brings_is_let_go_of_when_the_stream_has_en
     assert node.fetcher.outcomes.failures == {}
 
 
+def brought_by_a_stream(node: Node) -> bytes:
+    """The digest of a large object that has come wholly by requests for many, and is here as it should be."""
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest = node.shelf.put(content)
+    node.shelf.let()
+    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
+    node.wait_for([digest])
+    assert Path(os.fsdecode(node.store.path(digest))).read_bytes() == content
+    return digest
+
+
 def test_a_large_object_that_a_stream_has_brought_is_not_let_go_of_while_it_is_verified(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,11 +409,7 @@ def test_a_large_object_that_a_stream_has_brought_is_not_let_go_of_while_it_is_v
         verify_file(fd, digest)
 
     monkeypatch.setattr(chunked, "verify_file", late)
-    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
-    digest = node.shelf.put(content)
-    node.shelf.let()
-    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
-    node.wait_for([digest])
+    digest = brought_by_a_stream(node)
     wait_until(lambda: node.fetcher.chunked.get(digest) is None)
     assert node.fetcher.outcomes.failures == {}
 
@@ -450,12 +457,7 @@ def test_a_large_object_that_is_made_ready_is_not_let_go_of(node: Node, monkeypa
         note(digest, layout)
 
     monkeypatch.setattr(index, "note", late)
-    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
-    digest = node.shelf.put(content)
-    node.shelf.let()
-    node.prefetcher.soon([Part(digest, len(content), ((0, len(content)),))])
-    node.wait_for([digest])
-    assert Path(os.fsdecode(node.store.path(digest))).read_bytes() == content
+    brought_by_a_stream(node)
 
 
 def test_who_reads_a_chunk_that_comes_late_has_it_fetched(node: Node) -> None:
