@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -98,9 +97,14 @@ def has(node: LazyNode, name: str) -> bool:
     return ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(digest(name)))
 
 
+def put_program(root: Path) -> None:
+    """A program that is not the image's; `cp` writes it, as a process begun here meanwhile would hold it open (ETXTBSY)."""
+    subprocess.run(["cp", "/bin/true", root / "true"], check=True)
+
+
 def start(root: Path) -> None:
-    """What the container does first: it runs a program, which is not the image's."""
-    shutil.copy("/bin/true", root / "true")
+    """What the container does first: it runs a program."""
+    put_program(root)
     subprocess.run([root / "true"], check=True)
     read_some(root)
 
@@ -160,7 +164,7 @@ def test_a_container_in_its_own_namespaces_is_recorded_also_what_is_here_already
 
     root = node.run("c1")
     (root / "old").mkdir()
-    shutil.copy("/bin/true", root / "true")
+    put_program(root)
     script = f"""
         mount --bind {root} {root} && cd {root} && pivot_root . old && cd / && /true
         for file in {" ".join(SMALL)}; do read line < /$file; done 2> /old/dev/null; exit 0
