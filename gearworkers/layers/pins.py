@@ -22,6 +22,7 @@ import structlog
 from gearworkers.errors import NotFound, from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers.store import LayerStore
+from gearworkers.layers.wanted import object_list
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, read_objects, sorted_records
 from gearworkers.objects.garbage import publishing
@@ -109,6 +110,11 @@ class Pins:
         """(digest, size in bytes) of all that is pinned; what two pins have comes twice."""
         for path in self._directory.glob(f"*/{OBJECTS_FILE}"):
             yield from read_objects(path)
+
+    def has(self, digest: bytes) -> bool:
+        """Whether something that is pinned has the object."""
+        lists = map(object_list, self._directory.glob(f"*/{OBJECTS_FILE}"))
+        return any(records is not None and records.between(digest, digest) for records in lists)
 
     def version(self) -> int:
         """Another number when pins came or went."""

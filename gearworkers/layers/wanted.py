@@ -11,7 +11,7 @@ import bisect
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,16 +78,16 @@ class WantedObjects:
         self._seen_ns = -1
         self._lock = threading.Lock()
 
-    def named(self, name: bytes) -> tuple[bytes, int] | None:
-        """Digest and size in bytes of the object with this name of 21 characters, if an incomplete layer has it."""
-        least = _least_digest(name)
-        if least is None:
-            return None
-        found = self._find(least[:15], least[:15], lambda digest: object_name(digest) == name)
-        return found[0] if found else None
+    def has(self, digest: bytes) -> bool:
+        """Whether an incomplete layer has the object; True if that cannot be told."""
+        try:
+            return bool(self._find(digest, digest))
+        except GearError as exc:
+            _log.error("the lists of incomplete layers cannot be read", error=str(exc))
+            return True
 
     def known(self, name: bytes) -> tuple[bytes, int] | None:
-        """As `named`, also of complete layers, as `between`: one may have become complete since the kernel asked."""
+        """Digest and size in bytes of the object with this name of 21 characters, if a layer has it (`between`)."""
         least = _least_digest(name)
         found = self.between(least[:15], least[:15]) if least is not None else []
         return next((record for record in found if object_name(record[0]) == name), None)
@@ -97,7 +97,7 @@ class WantedObjects:
 
         Also of complete layers, which takes longer: one may have become complete with a file of it open.
         """
-        found = self._find(least, greatest, lambda _: True)
+        found = self._find(least, greatest)
         if not found:
             with _translated():
                 for path in self._images.iterdir():
@@ -146,17 +146,17 @@ class WantedObjects:
             self._lists = {known: wanted for known, wanted in self._lists.items() if known != id}
         return done
 
-    def _find(self, least: bytes, greatest: bytes, matches: Callable[[bytes], bool]) -> list[tuple[bytes, int]]:
+    def _find(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
         self._refresh()
-        found = self._search(least, greatest, matches)
+        found = self._search(least, greatest)
         if not found and self._refresh(even_if_unchanged=True):
-            found = self._search(least, greatest, matches)
+            found = self._search(least, greatest)
         return found
 
-    def _search(self, least: bytes, greatest: bytes, matches: Callable[[bytes], bool]) -> list[tuple[bytes, int]]:
+    def _search(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
         found: dict[bytes, int] = {}
         for wanted in tuple(self._lists.values()):
-            found.update((digest, size) for digest, size in wanted.between(least, greatest) if matches(digest))
+            found.update(wanted.between(least, greatest))
         return list(found.items())
 
     def _refresh(self, *, even_if_unchanged: bool = False) -> bool:

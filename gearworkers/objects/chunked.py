@@ -129,8 +129,8 @@ class ChunkedObjects:
         for large in idle:
             large.fill()
 
-    def forget_unwanted(self, is_wanted: Callable[[bytes], bool]) -> None:
-        """Let go of the parts of those that nobody reads and, given their digest, no image wants any more.
+    def forget_unwanted(self, idle_s: float) -> None:
+        """Let go of the parts of those that nobody has read for so long and nobody wants any more.
 
         One of which a stream still brings parts stays until the next time.
 
@@ -138,15 +138,21 @@ class ChunkedObjects:
             IntegrityError: Another content stands at an object's name.
         """
         for digest in self._context.staging.kept():
-            if is_wanted(digest):
-                continue
-            with self._lock:
-                large = self._large.get(digest)
-                if digest not in self._opening and (large is None or large.let_go()):
-                    self._large.pop(digest, None)
-                    self._context.staging.remove(digest)
+            if not self._context.is_wanted(digest):
+                self._let_go(digest, idle_s)
         kept = set(self._context.staging.kept())
         self._index.forget_gone(lambda digest: digest in kept or self._context.store.has(digest))
+
+    def _let_go(self, digest: bytes, idle_s: float) -> None:
+        with self._lock:
+            large = self._large.get(digest)
+            if digest in self._opening or (large is not None and not large.let_go(idle_s)):
+                return
+            self._large.pop(digest, None)
+            self._context.staging.remove(digest)
+            waiters = self._whole_waiters.pop(digest, [])
+        for done in waiters:
+            done(NotFound(f"object {digest.hex()}: no image wants it any more"))
 
     # -- opening
 
@@ -240,7 +246,6 @@ class ChunkedObjects:
             self._end(digest, GearError(f"object {digest.hex()}: {exc!r}"))
             raise
         else:
-            self._context.outcomes.objects += 1
             self._end(digest, None)
 
     def _end(self, digest: bytes, error: GearError | None) -> None:
@@ -255,11 +260,14 @@ class ChunkedObjects:
             done(error)
 
     def _publish(self, digest: bytes, file: File) -> None:
-        """Make the file an object, if it is what it should be."""
+        """Make the file an object, if it is what it should be, and still wanted."""
         staging = self._context.staging
         try:
             verify_file(file.fd, digest)
-            self._context.store.adopt(file.fd, staging.fd, staging.name(digest), digest)
+            if self._context.is_wanted(digest) and self._context.store.adopt(
+                file.fd, staging.fd, staging.name(digest), digest
+            ):
+                self._context.outcomes.objects += 1
         except IntegrityError as exc:
             self._context.outcomes.note_corrupt(exc)
             self._lied_about.add(digest)

@@ -5,7 +5,7 @@ Crash: leaves files in staging, which the next process removes or goes on with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gearworkers.errors import GearError
@@ -39,6 +39,7 @@ class Fetcher:
         pool: WorkPool,
         *,
         large_bytes: int,
+        is_wanted: Callable[[bytes], bool] = lambda _: True,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """
@@ -48,6 +49,7 @@ class Fetcher:
             sources: The nearest first.
             pool: Where the work is done.
             large_bytes: From this size on an object comes by chunks, if its source keeps it so.
+            is_wanted: Whether an image or a pin still has an object, given its digest; what comes too late is not kept.
             patience_s: How long who waits for a stream waits before what he wants is fetched for him.
         """
         self._store = store
@@ -55,7 +57,7 @@ class Fetcher:
         self._staging = Staging(staging)
         self.outcomes = Outcomes()
         asking = Asking(sources, self.outcomes)
-        context = FetchContext(store, self._staging, asking, self.outcomes, pool, Patience(patience_s))
+        context = FetchContext(store, self._staging, asking, self.outcomes, pool, Patience(patience_s), is_wanted)
         self.whole = WholeObjects(context)
         self.chunked = ChunkedObjects(context)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gearworkers.objects.ahead import Patience
@@ -28,3 +29,5 @@ class FetchContext:
     """Where the work is done."""
     patience: Patience
     """How long who waits for a stream waits before what he wants is fetched for him."""
+    is_wanted: Callable[[bytes], bool]
+    """Whether an image or a pin still has an object, given its digest; what comes too late is not kept."""

@@ -98,14 +98,12 @@ class LargeObject:
 
     def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
         """Call *done* once with the bytes, fewer only at the end, or with what went wrong; now or later."""
-        if self.broken is not None:
-            done(self.broken)
-            return
         self.last_read_s = time.monotonic()
         wanted = self._chunks(offset, size_bytes)
         read = _Read(offset, size_bytes, 0, done)
         with self._lock:
-            missing = [order for order in wanted if self._states[order] != _State.HERE]
+            broken = self.broken
+            missing = [order for order in wanted if self._states[order] != _State.HERE] if broken is None else []
             read.missing = len(missing)
             for order in missing:
                 self._waiting.setdefault(order, []).append(read)
@@ -116,7 +114,9 @@ class LargeObject:
         self._submit(ahead, Urgency.READ_AHEAD)
         if streamed:
             self._patience.then(lambda: self._hurry(streamed))
-        if not missing:
+        if broken is not None:
+            done(broken)
+        elif not missing:
             self._file.read(offset, size_bytes, done)
 
     @property
@@ -194,16 +194,16 @@ class LargeObject:
                 self._states[order] = _State.QUEUED
         self._submit(late, Urgency.ON_DEMAND)
 
-    def let_go(self) -> bool:
-        """Whether nobody has read it and nothing of it is on its way; then nothing of it comes any more.
+    def let_go(self, idle_s: float) -> bool:
+        """Whether nobody has read it for so long and no stream brings parts; then nothing of it comes any more.
 
         Who opens it, to read or to fill it, sets `last_read_s` under the lock under which this is called.
         """
         with self._lock:
-            is_coming = _State.QUEUED in self._states or _State.COMING in self._states
-            if self.last_read_s < math.inf or is_coming or not self._missing:
+            is_idle = self.last_read_s == math.inf or self.last_read_s <= time.monotonic() - idle_s
+            if not is_idle or self._waiting or self._streamed or not self._missing:
                 return False
-            self.broken = NotFound("a large object of which nothing was read was let go of")
+            self.broken = NotFound("a large object that no image wants was let go of")
             return True
 
     def break_off(self, error: GearError) -> None:
@@ -240,7 +240,7 @@ class LargeObject:
 
     def _load(self, order: int, asked_s: float) -> None:
         with self._lock:
-            if self._states[order] != _State.QUEUED:
+            if self._states[order] != _State.QUEUED or self.broken is not None:
                 return
             if self._full_s > asked_s and order not in self._waiting:
                 self._states[order] = _State.MISSING  # there was no room for others; nobody reads this one
@@ -277,8 +277,8 @@ class LargeObject:
 
     def _arrived(self, order: int) -> None:
         with self._lock:
-            if self._states[order] == _State.HERE:
-                return  # a stream and a fetch of its own both brought it
+            if self._states[order] == _State.HERE or self.broken is not None:
+                return  # a stream and a fetch of its own both brought it, or it was let go of
             self._states[order] = _State.HERE
             self._streamed.discard(order)
             self._missing -= 1

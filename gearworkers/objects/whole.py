@@ -156,7 +156,7 @@ class WholeObjects:
             return True
 
     def _store_pieces(self, job: Job, pieces: Iterable[bytes]) -> None:
-        """Store what *pieces* bring, if it is what was asked for."""
+        """Store what *pieces* bring, if it is what was asked for, and still wanted."""
         hasher = hashlib.sha256()
         received_bytes = 0
         with self._context.store.create(self._context.staging.fd) as pending:
@@ -172,7 +172,7 @@ class WholeObjects:
                     f"object {job.digest.hex()}: {received_bytes} bytes with SHA-256 {hasher.hexdigest()} came, "
                     f"{job.size_bytes} bytes were expected"
                 )
-            if pending.publish(job.digest):
+            if self._context.is_wanted(job.digest) and pending.publish(job.digest):
                 self._context.outcomes.objects += 1
 
     def _finish(self, job: Job, error: GearError | None) -> None:

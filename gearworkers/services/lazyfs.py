@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from gearworkers.digest import object_name
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
@@ -68,8 +67,16 @@ class LazyServer:
         self._pool = WorkPool(settings.fetch_threads, for_background=settings.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
-        self._fetcher = Fetcher(self._store, settings.gear_fetching_path, sources, self._pool, large_bytes=large_bytes)
         layers = LayerStore(settings, self._store)
+        pins = Pins(settings, layers, self._store)
+        self._fetcher = Fetcher(
+            self._store,
+            settings.gear_fetching_path,
+            sources,
+            self._pool,
+            large_bytes=large_bytes,
+            is_wanted=lambda digest: self._wanted.has(digest) or pins.has(digest),
+        )
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
         self._prefetcher = Prefetcher(
@@ -92,7 +99,6 @@ class LazyServer:
             large_bytes=large_bytes,
             served_bytes=served_bytes,
         )
-        pins = Pins(settings, layers, self._store)
         self._pins = PinKeeper(pins, self._fetcher.whole.is_here, self._pool, self._prefetcher.wholly)
         self._stop = threading.Event()
 
@@ -179,7 +185,7 @@ class LazyServer:
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
         if with_users:
-            self._fetcher.chunked.forget_unwanted(lambda digest: self._wanted.named(object_name(digest)) is not None)
+            self._fetcher.chunked.forget_unwanted(self._settings.fill_delay_s)
 
     def _forget_collected(self, connection: Connection) -> None:
         for digest in self._contents.collected():

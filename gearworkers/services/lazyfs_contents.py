@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from gearworkers.digest import object_name
 from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound
 from gearworkers.layers.wanted import WantedObjects
 from gearworkers.mounts.lazy.tree import Arrived, Found, Served, Unknown, digests_from, node_of
@@ -151,7 +150,7 @@ class LazyContents:
                 continue
             if self._store.has(digest):
                 self._keep(node, digest, File(self._store.open(digest)))
-            elif self._wanted.named(object_name(digest)) is not None:
+            elif self._wanted.has(digest):
                 self._reopen(node, lambda _: None)
             else:
                 unwanted.append(digest)

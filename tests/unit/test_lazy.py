@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from gearworkers.digest import object_path
-from gearworkers.layers.store import RECORD_FILE, Layer
+from gearworkers.layers.pins import Pin, Pins
+from gearworkers.layers.store import RECORD_FILE, Layer, LayerStore
 from gearworkers.mounts.lazy.client import order_prefetch
 from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
@@ -239,6 +240,35 @@ def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> Non
     node.driver.collect_garbage()
     assert not store.has(hashlib.sha256(LARGE).digest())
     until(lambda: node.status().serving == 0, "the kernel has forgotten it", 5)
+
+
+def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    node.shelf.behave(delay_s=0.5)
+    root, name = node.run("c1"), hashlib.sha256(LARGE).hexdigest()
+    with open(root / "lib/large", "rb") as file:
+        assert file.read(4096) == LARGE[:4096]
+    until(lambda: len(fetches(node, "chunk")) > 8, "the rest comes behind")
+    for id in ("c1", "image"):
+        node.driver.remove(id)
+    node.driver.collect_garbage()
+    node.shelf.behave()
+    until(lambda: not (node.settings.gear_fetching_path / name).exists(), "it does not come any more")
+    until(lambda: node.status().serving == 0, "the kernel has forgotten it")
+    assert not ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(name))
+    assert node.status().arriving == 0
+
+
+def test_what_comes_after_its_image_is_removed_is_kept_for_a_pin(node: LazyNode) -> None:
+    content = b"small" * 1000
+    node.pull({"lib/large": LARGE, "etc/small": content})
+    node.shelf.behave(delay_s=1)
+    store = ObjectStore(node.settings.gear_public_cache_path)
+    Pins(node.settings, LayerStore(node.settings, store), store).add(Pin("app", "sha256:" + "ab" * 32), "image")
+    until(lambda: bool(node.shelf.requests()), "it is asked for")
+    node.driver.remove("image")
+    node.shelf.behave()
+    until(lambda: all(store.has(hashlib.sha256(one).digest()) for one in (LARGE, content)), "all is here")
 
 
 def kill_reader(path: Path, is_fetched: Callable[[], bool]) -> None:

@@ -26,6 +26,7 @@ from gearworkers.objects.workpool import Urgency, WorkPool
 
 LARGE_BYTES = 64 << 10
 CHUNK_BYTES = 16 << 10
+_BACKGROUND_THREADS = 3
 
 
 def sha256(content: bytes) -> bytes:
@@ -40,6 +41,7 @@ class Shelf:
         self.streams: list[list[bytes]] = []
         self.alone: list[bytes] = []
         self.away = False
+        self.held: dict[bytes, threading.Event] = {}
         self._let = threading.Semaphore(0)
 
     def put(self, content: bytes) -> bytes:
@@ -59,6 +61,8 @@ class Shelf:
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
         self.alone.append(digest)
+        if digest in self.held:
+            assert self.held[digest].wait(20)
         found = self.contents.get(digest)
         if not isinstance(found, bytes):
             raise NotFound("none")
@@ -90,15 +94,17 @@ class Node:
 
     def __init__(self, root: Path, shelf: Shelf, patience_s: float = ahead.PATIENCE_S) -> None:
         self.shelf = shelf
+        self.wanted: set[bytes] | None = None  # all that there is
         self.store = ObjectStore(root / "public")
         self.store.prepare()
-        self.pool = WorkPool(6, for_background=3)
+        self.pool = WorkPool(6, for_background=_BACKGROUND_THREADS)
         self.fetcher = Fetcher(
             self.store,
             root / "fetching",
             [self.shelf],
             self.pool,
             large_bytes=LARGE_BYTES,
+            is_wanted=lambda digest: self.wanted is None or digest in self.wanted,
             patience_s=patience_s,
         )
         self.fetcher.prepare()
@@ -133,6 +139,13 @@ class Node:
 
         self.fetcher.chunked.open(digest, size_bytes, Urgency.ON_DEMAND, opened)
         return told.get(timeout=20)
+
+    def wait_for_threads(self) -> None:
+        """Until they have done what nobody waits for."""
+        meeting = threading.Barrier(_BACKGROUND_THREADS + 1)
+        for _ in range(_BACKGROUND_THREADS):
+            self.pool.submit(lambda: meeting.wait(20), Urgency.BACKGROUND)  # type: ignore[arg-type]
+        meeting.wait(20)
 
     def wait_for(self, digests: Sequence[bytes]) -> None:
         wait_until(lambda: all(self.store.has(digest) for digest in digests))
@@ -328,7 +341,7 @@ def test_an_object_that_is_gone_is_forgotten_by_the_index_of_chunks(node: Node) 
     old, new = versions(node)
     assert node.open_whole(sha256(old), len(old)) is None
     node.store.remove(sha256(old))
-    node.fetcher.chunked.forget_unwanted(lambda _: True)
+    node.fetcher.chunked.forget_unwanted(0.0)
     index = node.fetcher.chunked._index
     assert index._do(lambda db: db.execute("SELECT count(*) FROM chunks").fetchone()) == (0,)
     node.shelf.alone.clear()
@@ -354,10 +367,54 @@ def test_what_was_brought_of_a_large_object_is_let_go_of_when_its_image_is_remov
     node.prefetcher.soon([Part(digest, 20 * CHUNK_BYTES, ((0, 1),)) for digest in digests])
     wait_until(lambda: node.prefetcher.counts.contents == 3)
     node.read(read, 20 * CHUNK_BYTES, 0, 5)
-    node.fetcher.chunked.forget_unwanted(lambda digest: digest == wanted)
+    node.wanted = {wanted}
+    node.fetcher.chunked.forget_unwanted(60.0)
     assert [node.fetcher.chunked.get(digest) is None for digest in digests] == [False, False, True]
     assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {wanted.hex(), read.hex(), "chunks"}
     assert node.read(unwanted, 20 * CHUNK_BYTES, 0, 5) == contents[2][:5]
+    node.fetcher.chunked.forget_unwanted(0.0)
+    assert [node.fetcher.chunked.get(digest) is None for digest in digests] == [False, True, True]
+    assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {wanted.hex(), "chunks"}
+
+
+def test_a_large_object_on_its_way_is_let_go_of_when_its_image_is_removed(node: Node, tmp_path: Path) -> None:
+    content = random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digest, first = node.shelf.put(content), sha256(content[:CHUNK_BYTES])
+    held = node.shelf.held[first] = threading.Event()
+    told: queue.Queue[GearError | None] = queue.Queue()
+    node.fetcher.fetch(digest, len(content), Urgency.BACKGROUND, told.put)
+    wait_until(lambda: first in node.shelf.alone)
+    large = node.fetcher.chunked.get(digest)
+    node.wanted = set()
+    node.fetcher.chunked.forget_unwanted(0.0)
+    assert isinstance(told.get(timeout=20), NotFound)
+    held.set()
+    node.wait_for_threads()
+    assert node.fetcher.chunked.get(digest) is None and not node.store.has(digest)
+    assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {"chunks"}
+    assert large is not None
+    broken: queue.Queue[bytes | GearError] = queue.Queue()
+    large.read(0, 5, broken.put)
+    assert isinstance(broken.get(timeout=20), NotFound)
+    node.wanted = None
+    assert node.open_whole(digest, len(content)) is None
+    assert node.store.has(digest)
+
+
+def test_what_comes_when_no_image_wants_it_any_more_is_not_kept(node: Node, tmp_path: Path) -> None:
+    small, large = b"small", random.Random(9).randbytes(20 * CHUNK_BYTES)
+    digests = [node.shelf.put(content) for content in (small, large)]
+    node.wanted = set()
+    assert [node.open_whole(digest, len(content)) for digest, content in zip(digests, (small, large), strict=True)] == [
+        None,
+        None,
+    ]
+    node.shelf.let()
+    node.soon([digests[0]], len(small))
+    wait_until(lambda: len(node.shelf.streams) == 1 and not node.fetcher.arriving)
+    assert [node.store.has(digest) for digest in digests] == [False, False]
+    assert {path.stem for path in (tmp_path / "fetching").iterdir()} == {"chunks"}
+    assert node.fetcher.outcomes.objects == 0
 
 
 def test_a_large_object_that_a_stream_brings_is_let_go_of_when_the_stream_has_ended(node: Node, tmp_path: Path) -> None:
@@ -366,7 +423,9 @@ def test_a_large_object_that_a_stream_brings_is_let_go_of_when_the_stream_has_en
     del node.shelf.contents[sha256(lacking)]
 
     def is_let_go_of() -> bool:
-        node.fetcher.chunked.forget_unwanted(lambda _: False)
+        node.wanted = set()
+        node.fetcher.chunked.forget_unwanted(0.0)
+        node.wanted = None
         assert (node.fetcher.chunked.get(digest) is None) is not (tmp_path / "fetching" / digest.hex()).exists()
         return node.fetcher.chunked.get(digest) is None
 
@@ -405,7 +464,9 @@ def test_a_large_object_that_a_stream_has_brought_is_not_let_go_of_while_it_is_v
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(fd: int, digest: bytes) -> None:
-        node.fetcher.chunked.forget_unwanted(lambda _: False)
+        node.wanted = set()
+        node.fetcher.chunked.forget_unwanted(0.0)
+        node.wanted = None
         verify_file(fd, digest)
 
     monkeypatch.setattr(chunked, "verify_file", late)
@@ -453,7 +514,9 @@ def test_a_large_object_that_is_made_ready_is_not_let_go_of(node: Node, monkeypa
     note = index.note
 
     def late(digest: bytes, layout: Sequence[Chunk]) -> None:
-        node.fetcher.chunked.forget_unwanted(lambda _: False)
+        node.wanted = set()
+        node.fetcher.chunked.forget_unwanted(0.0)
+        node.wanted = None
         note(digest, layout)
 
     monkeypatch.setattr(index, "note", late)

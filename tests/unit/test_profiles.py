@@ -98,7 +98,7 @@ def has(node: LazyNode, name: str) -> bool:
 
 
 def put_program(root: Path) -> None:
-    """A program that is not the image's; `cp` writes it, as a process begun here meanwhile would hold it open (ETXTBSY)."""
+    """A program that is not the image's; `cp` writes it, as a process begun here meanwhile would keep it busy."""
     subprocess.run(["cp", "/bin/true", root / "true"], check=True)
 
 
