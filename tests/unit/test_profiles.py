@@ -308,8 +308,8 @@ def test_a_profile_that_is_damaged_or_of_something_else_disturbs_nobody(
 def test_a_remote_that_is_away_delays_no_start(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
         node.shelf.behave(away=True, delay_s=30.0)
-        node.pull(FILES)
         began_s = time.monotonic()
+        node.pull(FILES)
         root = node.run("c1")
         assert time.monotonic() - began_s < 30.0
         node.shelf.behave(away=True)
