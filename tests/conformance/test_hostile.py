@@ -231,7 +231,7 @@ def facts(path: Path) -> tuple[int, int, int, int]:
 def check_whole(settings: Settings) -> None:
     """Nothing in staging, every object what its name says, every published layer whole."""
     build = settings.gear_build_path
-    wait_until(lambda: not any(build.iterdir()), "staging is empty", timeout_s=5)
+    wait_until(lambda: not any(build.iterdir()), "staging is empty")
     store = ObjectStore(settings.gear_public_cache_path)
     faults = [fault for fault in layer_faults(LayerStore(settings, store), store, []) if "not finish" not in fault.what]
     assert not faults

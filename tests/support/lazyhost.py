@@ -26,9 +26,9 @@ from tests.support import rootfs
 from tests.support.dockerd import Dockerd
 from tests.support.images import Image, pull, tar_of
 from tests.support.link import Link, linked
+from tests.support.ports import free_port
 from tests.support.processes import Daemon
 from tests.support.registry import Registry
-from tests.support.remotes import free_port
 from tests.support.stack import Stack
 
 SMALL = {f"app/small{number}": b"%d " % number * 200 for number in range(40)}

@@ -28,9 +28,9 @@ from gearworkers.mounts.overlay import unmount
 from gearworkers.objects.sources import Chunk, Content
 from gearworkers.services.lazyfs import serve
 from gearworkers.settings import Settings
+from tests.support.processes import PATIENCE_S
 
 CHUNK_BYTES = 64 << 10
-_TIMEOUT_S = 20.0
 
 
 class Shelf:
@@ -169,7 +169,7 @@ class LazyNode:
         """Start the server, and wait until it serves."""
         command = [sys.executable, "-m", "tests.support.lazynode", str(self.settings.gear_root.parent)]
         self._server = subprocess.Popen([*command, *(str(shelf.root) for shelf in self.shelves)])
-        wait_until_mounted(self.settings.lazy_mount_path, _TIMEOUT_S)
+        wait_until_mounted(self.settings.lazy_mount_path, PATIENCE_S)
         until(lambda: read_status(self.settings.lazyfs_socket) is not None, "the lazy file server answers")
 
     def kill(self) -> None:
@@ -188,6 +188,7 @@ class LazyNode:
     def close(self) -> None:
         """End all of it, whatever state it is in."""
         self.driver.cleanup()
+        self.driver.release()
         if self._server is not None:
             self.kill()
         unmount(self.settings.lazy_mount_path)
@@ -195,7 +196,7 @@ class LazyNode:
     def _end(self, number: int) -> None:
         if self._server is not None:
             self._server.send_signal(number)
-            self._server.wait(_TIMEOUT_S)
+            self._server.wait(PATIENCE_S)
             self._server = None
 
 
@@ -222,7 +223,7 @@ def gear_tar(files: Mapping[str, bytes]) -> bytes:
     return sink.getvalue()
 
 
-def until(is_so: Callable[[], bool], what: str, timeout_s: float = _TIMEOUT_S) -> None:
+def until(is_so: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Return as soon as it is so."""
     deadline_s = time.monotonic() + timeout_s
     while not is_so():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gearworkers.services.manager.server import ManagerServer
 from gearworkers.settings import Settings
+from tests.support.ports import free_port
 from tests.support.processes import Daemon
 
 CREDENTIALS = "[default]\naws_access_key_id = test\naws_secret_access_key = test\n"
@@ -28,13 +29,6 @@ class Service:
 
     url: str
     daemon: Daemon
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -108,7 +102,7 @@ def _running(command: list[str], log: Path, environ: Mapping[str, str], port: in
     daemon = Daemon(command, log, {**os.environ, **environ}, cwd=Path(__file__).parents[2])
     daemon.start()
     try:
-        daemon.wait_until(lambda: _listens(port), f"port {port}", 60.0)
+        daemon.wait_until(lambda: _listens(port), f"port {port}")
         yield Service(f"http://127.0.0.1:{port}", daemon)
     finally:
         daemon.stop()

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -58,21 +59,25 @@ def run(command: Sequence[str]) -> int:
     if os.geteuid() != 0:
         sys.exit("root is needed: namespaces, mounts and a dockerd of its own")
     base = Path(os.environ.get("TMPDIR", "/var/tmp"))
-    sweep(base)
-    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(base):  # nobody else's sweep finds the new directory before it is locked
+        sweep(base)
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        lock = _opened(directory)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         return _supervise(_fork_inside(command, directory))
     finally:
-        os.close(lock)
         _remove(directory)
+        os.close(lock)
 
 
 def sweep(base: Path) -> None:
     """Remove what killed sandboxes left: scratch directories that nobody holds locked, and their cgroups."""
     for directory in base.glob(f"{PREFIX}*"):
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fd = _opened(directory)
+        except FileNotFoundError:
+            continue  # its sandbox has just ended
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,6 +86,20 @@ def sweep(base: Path) -> None:
             _remove(directory)
         finally:
             os.close(fd)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    fd = _opened(directory)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _opened(directory: Path) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _remove(directory: Path) -> None:

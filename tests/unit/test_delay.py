@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.delay import delayed
+from tests.support.ports import free_port
 
 SIZE_BYTES = 64 << 20
 
@@ -55,15 +56,32 @@ def _echoed_s(connection: socket.socket, size_bytes: int) -> float:
     return time.monotonic() - began_s
 
 
+def _at_best_s(measure: Callable[[], float], enough_s: float) -> float:
+    """The least of up to 20 measurements, until it is less than *enough_s*: other work on the machine delays some."""
+    best_s = measure()
+    for _ in range(19):
+        if best_s < enough_s:
+            break
+        best_s = min(best_s, measure())
+    return best_s
+
+
 def test_a_round_trip_takes_two_delays_and_the_first_one_also_the_handshake(echo: tuple[str, int]) -> None:
-    with delayed(*echo, delay_s=0.05) as address, socket.create_connection(address) as connection:
-        assert 0.2 <= _round_trip_s(connection) < 0.4
-        assert 0.1 <= min(_round_trip_s(connection) for _ in range(3)) < 0.15
+    with delayed(*echo, delay_s=0.05) as address:
+
+        def first_s() -> float:
+            with socket.create_connection(address) as connection:
+                return _round_trip_s(connection)
+
+        assert 0.2 <= _at_best_s(first_s, 0.4) < 0.4
+        with socket.create_connection(address) as connection:
+            _round_trip_s(connection)
+            assert 0.1 <= _at_best_s(lambda: _round_trip_s(connection), 0.15) < 0.15
 
 
 def test_a_delay_alone_does_not_limit_throughput(echo: tuple[str, int]) -> None:
     with delayed(*echo, delay_s=0.05) as address, socket.create_connection(address) as connection:
-        assert _echoed_s(connection, SIZE_BYTES) < 5.0  # one window of 64 KiB a round trip would be 100 s
+        assert _echoed_s(connection, SIZE_BYTES) < 50.0  # one window of 64 KiB a round trip would be 100 s
 
 
 def test_a_rate_is_shared_by_all_connections(echo: tuple[str, int]) -> None:
@@ -72,13 +90,17 @@ def test_a_rate_is_shared_by_all_connections(echo: tuple[str, int]) -> None:
         socket.create_connection(address) as one,
         socket.create_connection(address) as other,
     ):
-        began_s = time.monotonic()
-        threads = [threading.Thread(target=_echoed_s, args=(connection, 5_000_000)) for connection in (one, other)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert 0.99 <= time.monotonic() - began_s < 3.0
+
+        def both_s() -> float:
+            began_s = time.monotonic()
+            threads = [threading.Thread(target=_echoed_s, args=(connection, 5_000_000)) for connection in (one, other)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return time.monotonic() - began_s
+
+        assert 0.99 <= _at_best_s(both_s, 3.0) < 3.0
 
 
 def test_ends_pass_through(echo: tuple[str, int]) -> None:
@@ -92,9 +114,10 @@ def test_ends_pass_through(echo: tuple[str, int]) -> None:
 
 
 def test_a_server_that_refuses_is_seen(echo: tuple[str, int]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
-    with delayed("127.0.0.1", port, delay_s=0.01) as address, socket.create_connection(address) as connection:
-        connection.settimeout(10)
+    with (
+        delayed("127.0.0.1", free_port(), delay_s=0.01) as address,
+        socket.create_connection(address) as connection,
+    ):
+        connection.settimeout(60)
         with pytest.raises(ConnectionResetError):
             connection.recv(1)

@@ -31,7 +31,10 @@ from tests.support.processes import wait_until
 from tests.unit.gateways import MemoryDriver, Running, Work, run_gateway
 
 Start = Callable[..., tuple[Running, Plugin]]
-PATIENCE = Patience(pickup_s=0.3, degraded_pickup_s=0.05, busy_s=0.5, upkeep_pickup_s=0.3)
+PATIENCE = Patience(pickup_s=60.0, degraded_pickup_s=60.0, busy_s=60.0, upkeep_pickup_s=60.0)
+"""For workers that come, late perhaps on a machine that has other work."""
+LITTLE_PATIENCE = Patience(pickup_s=0.3, degraded_pickup_s=0.05, busy_s=0.5, upkeep_pickup_s=0.3)
+"""For those that do not."""
 
 
 def do(order: Order, stream: Stream) -> None:
@@ -73,7 +76,8 @@ def start(settings: Settings) -> Iterator[Start]:
     started: list[Running] = []
 
     def begin(work: Work = do, *, workers: int = 1) -> tuple[Running, Plugin]:
-        started.append(run_gateway(settings, work, workers=workers, patience=PATIENCE))
+        patience = PATIENCE if workers else LITTLE_PATIENCE
+        started.append(run_gateway(settings, work, workers=workers, patience=patience))
         return started[-1], Plugin(settings.plugin_socket)
 
     yield begin
@@ -254,11 +258,15 @@ def test_when_no_worker_comes_the_gateway_does_the_work_and_waits_less_the_next_
     _, plugin = start(workers=0)
     begun_s = time.monotonic()
     assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
-    assert time.monotonic() - begun_s >= PATIENCE.pickup_s
+    assert time.monotonic() - begun_s >= LITTLE_PATIENCE.pickup_s
     assert "no worker takes tasks" in plugin.status()["Degraded"]
-    begun_s = time.monotonic()
-    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
-    assert time.monotonic() - begun_s < PATIENCE.pickup_s
+
+    def took_s() -> float:
+        begun_s = time.monotonic()
+        assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
+        return time.monotonic() - begun_s
+
+    wait_until(lambda: took_s() < LITTLE_PATIENCE.pickup_s, "one that waits less")
 
 
 def test_when_nobody_can_do_the_work_docker_is_told_why_and_what_to_do(
@@ -302,13 +310,16 @@ def test_claims_are_accepted_again_after_the_descriptors_had_run_out(
     assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
 
 
-def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(start: Start) -> None:
+def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running, plugin = start(workers=1)
     slow = plugin.begin_apply("slow", b"x")
     wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the worker is busy")
+    monkeypatch.setattr(running.gateway._dispatcher, "_patience", LITTLE_PATIENCE)
     begun_s = time.monotonic()
     assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
-    assert time.monotonic() - begun_s >= PATIENCE.busy_s
+    assert time.monotonic() - begun_s >= LITTLE_PATIENCE.busy_s
     assert "import" not in plugin.status()["Degraded"]
     assert b'gear_orders_total{by="gateway",call="apply_diff"} 1.0' in running.gateway.metrics.text()
     slow.sendall(b"0\r\n\r\n")
@@ -350,8 +361,8 @@ def test_what_a_push_came_to_is_counted(settings: Settings) -> None:
 
     running = run_gateway(replace(settings, remote="/remote"), push, workers=1, patience=PATIENCE)
     text = running.gateway.metrics.text
-    wait_until(lambda: b"gear_pushed_objects_total 3.0" in text(), "the push at the start")
-    assert b"gear_push_refused_objects 1.0" in text()
+    figures = (b"gear_pushed_objects_total 3.0", b"gear_push_refused_objects 1.0")
+    wait_until(lambda: all(figure in text() for figure in figures), "the push at the start")
     running.stop()
 
 
@@ -415,7 +426,7 @@ def test_a_call_that_hangs_does_not_keep_the_gateway_from_ending(start: Start, m
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(plugin.path))
         connection.sendall(b'POST /GraphDriver.Exists HTTP/1.1\r\nHost: p\r\nContent-Length: 10\r\n\r\n{"ID":"a"}')
-        assert hung.wait(10)
+        assert hung.wait(60)
         running.stop = lambda: None  # type: ignore[method-assign] # the fixture need not do it again
         Running.stop(running)
     over.set()
@@ -470,7 +481,7 @@ def test_a_gateway_that_listens_and_does_not_accept_is_another_gateway_too(tmp_p
         waiting.connect(str(tmp_path / "socket"))  # one more has no place
         trying = threading.Thread(target=try_to_listen, daemon=True)
         trying.start()
-        trying.join(5)
+        trying.join(60)
         assert refused
 
 

@@ -25,7 +25,7 @@ async def opened(directory: Path) -> AsyncIterator[Desk]:
     desk = Desk(directory / "streams.sock", Metrics())
     desk.open()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             yield desk
     finally:
         desk.close()

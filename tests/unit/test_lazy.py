@@ -20,7 +20,7 @@ from gearworkers.layers.pins import Pin, Pins
 from gearworkers.layers.store import RECORD_FILE, Layer, LayerStore
 from gearworkers.mounts.lazy.client import order_prefetch
 from gearworkers.objects.store import ObjectStore
-from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
+from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node, until
 
 pytestmark = pytest.mark.slow
 
@@ -93,15 +93,18 @@ def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
 
 def test_the_first_page_of_a_large_file_does_not_wait_for_the_last(node: LazyNode) -> None:
     node.pull({"large": LARGE})
-    node.shelf.behave(delay_s=0.01)
+    node.shelf.behave(delay_s=1.0)
     root = node.run("c1")
     fd = os.open(root / "large", os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     try:
         assert os.pread(fd, 4096, 3 << 20) == LARGE[3 << 20 : (3 << 20) + 4096]
-        assert len(fetches(node, "chunk")) <= 4
+        asked = fetches(node, "chunk")  # the first of the rest perhaps, which begins to come when nobody reads
+        assert hashlib.sha256(LARGE[3 << 20 : (3 << 20) + CHUNK_BYTES]).hexdigest() in asked[:4]
+        assert len(asked) < len(LARGE) // CHUNK_BYTES
     finally:
         os.close(fd)
+        node.shelf.behave()
     until(lambda: node.status().fetched_objects == 1, "the rest has arrived behind")
     assert len(fetches(node, "chunk")) == len(LARGE) >> 16
 
@@ -239,7 +242,7 @@ def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> Non
         node.driver.remove(id)
     node.driver.collect_garbage()
     assert not store.has(hashlib.sha256(LARGE).digest())
-    until(lambda: node.status().serving == 0, "the kernel has forgotten it", 5)
+    until(lambda: node.status().serving == 0, "the kernel has forgotten it")
 
 
 def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: LazyNode) -> None:
@@ -276,12 +279,12 @@ def kill_reader(path: Path, is_fetched: Callable[[], bool]) -> None:
     reader = subprocess.Popen(["cat", path])
     until(is_fetched, "it is being fetched")
     reader.kill()
-    reader.wait(5)
+    reader.wait(60)
 
 
 def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
     node.pull(SMALL)
-    node.shelf.behave(delay_s=15)
+    node.shelf.behave(delay_s=120)
     root = node.run("c1")
     kill_reader(root / "etc/file1", lambda: len(fetches(node, "fetch")) == 1)
     node.shelf.behave()
@@ -289,11 +292,11 @@ def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
 
 def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
-    node.shelf.behave(delay_s=0.5)
+    node.shelf.behave(delay_s=2.0)
     root = node.run("c1")
     kill_reader(root / "lib/large", lambda: len(fetches(node, "layout")) == 1)
     until(lambda: node.status().arriving == 1, "the layout is here")
-    until(lambda: node.status().serving == 0, "nobody has it open", 5)
+    until(lambda: node.status().serving == 0, "nobody has it open")
 
 
 def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:

@@ -20,6 +20,7 @@ from gearworkers.mounts.lazy.place import wait_until_mounted
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, gear_tar, until
+from tests.support.processes import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -41,13 +42,13 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
     one.apply(gear_tar(FILES), "image")
     with subprocess.Popen([GEAR, "lazyfs"], env=environ(one)) as server:
         try:
-            wait_until_mounted(one.settings.lazy_mount_path, 20)
+            wait_until_mounted(one.settings.lazy_mount_path, PATIENCE_S)
             until(lambda: read_status(one.settings.lazyfs_socket) is not None, "it answers")
             yield one
         finally:
             one.driver.cleanup()
             server.terminate()
-            assert server.wait(20) == 0
+            assert server.wait(PATIENCE_S) == 0
             one.close()
 
 

@@ -25,12 +25,12 @@ def not_asked() -> LazyStatus:
 def test_who_looks_for_profiles_ends_also_in_the_middle_of_a_pull(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazyfs_profiles, "_SETTLED_S", 20.0)
+    monkeypatch.setattr(lazyfs_profiles, "_SETTLED_S", 120.0)
     layers = LayerStore(Settings(gear_root=tmp_path), ObjectStore(tmp_path / "public"))
     profiles = Profiles(layers, lambda name: None, lambda parts: None)
     profiles.tell(Image("layer", starts=False))
     profiles.close()
-    profiles._thread.join(10)
+    profiles._thread.join(60)
     assert not profiles._thread.is_alive()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gearworkers.cli_inspect import Node
 from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound
 from gearworkers.layers.pins import Pin, Pins
-from gearworkers.objects.workpool import WorkPool
+from gearworkers.objects.workpool import Urgency, WorkPool
 from gearworkers.services.lazyfs_pins import PinKeeper
 from gearworkers.settings import Settings
 from tests.support.lazynode import gear_tar, until
@@ -95,6 +96,9 @@ def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -
     pool = WorkPool(1, for_background=1)
     keeper = PinKeeper(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
     keeper.look()
+    has_looked = threading.Event()
+    pool.submit(has_looked.set, Urgency.BACKGROUND)
+    assert has_looked.wait(60)
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar({"away": b"away" * 1000})))
     node.pins.add(PIN, "lazy")

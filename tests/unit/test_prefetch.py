@@ -19,7 +19,7 @@ from gearworkers.objects import ahead, chunked, large
 from gearworkers.objects.chunked import Opened
 from gearworkers.objects.fetch import Fetcher
 from gearworkers.objects.large import LargeObject
-from gearworkers.objects.prefetch import Part, Prefetcher
+from gearworkers.objects.prefetch import Part, PrefetchCounts, Prefetcher
 from gearworkers.objects.sources import Chunk, Content
 from gearworkers.objects.store import ObjectStore, verify_file
 from gearworkers.objects.workpool import Urgency, WorkPool
@@ -182,7 +182,7 @@ def test_many_small_objects_come_in_one_request_in_the_order_asked_for(node: Nod
     node.wait_for(digests)
     assert node.shelf.streams == [digests]
     assert node.shelf.alone == []
-    assert (node.prefetcher.counts.contents, node.prefetcher.counts.size_bytes) == (300, 30_000)
+    wait_until(lambda: node.prefetcher.counts == PrefetchCounts(300, 30_000))
 
 
 def test_the_next_request_begins_before_the_last_bytes_of_the_one_before(

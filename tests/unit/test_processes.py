@@ -15,12 +15,13 @@ import pytest
 
 from gearworkers.errors import NotFound
 from gearworkers.processes import tell_ready
+from tests.support.processes import PATIENCE_S
 
 
 @contextmanager
 def told_at(address: str | bytes) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.settimeout(20)
+        line.settimeout(PATIENCE_S)
         line.bind(address)
         yield line
 

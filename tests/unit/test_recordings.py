@@ -37,6 +37,11 @@ def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
     assert os.listdir("/proc/self/fd") == before
 
 
+def under_way() -> int:
+    """How many recordings this process has."""
+    return [thread.name for thread in threading.enumerate()].count("recording")
+
+
 def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +52,7 @@ def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
         begun.put(recording.image)
         assert kept.wait(20)
 
+    until(lambda: not under_way(), "those of other tests are over")
     recordings = Recordings()
     monkeypatch.setattr(recording, "watch_opens", lambda path: os.open(path, os.O_RDONLY))
     monkeypatch.setattr(recording, "_is_used", lambda *_: True)
@@ -56,9 +62,9 @@ def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
         recordings.begin("c1", Recording(Settings(), f"image{number}", tmp_path))
         recordings.end("c1")
     assert {begun.get(timeout=20) for _ in range(recording._MOST_AT_ONCE)} == {"image0", "image1", "image2", "image3"}
-    assert [thread.name for thread in threading.enumerate()].count("recording") == recording._MOST_AT_ONCE
+    assert under_way() == recording._MOST_AT_ONCE
     kept.set()
-    until(lambda: "recording" not in [thread.name for thread in threading.enumerate()], "they are kept")
+    until(lambda: not under_way(), "they are kept")
     recordings.begin("c1", Recording(Settings(), "later", tmp_path))
     assert begun.get(timeout=20) == "later"
 

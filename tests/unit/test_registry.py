@@ -20,6 +20,7 @@ from gearworkers.images.registry import Repository
 from gearworkers.settings import Settings
 from tests.support import registries
 from tests.support.link import linked
+from tests.support.ports import free_port
 from tests.support.registries import PASSWORD, USER, TokenServer
 from tests.support.registry import Registry
 
@@ -147,7 +148,7 @@ def test_a_download_goes_on_where_it_broke(peer: Registry, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_registry_that_is_away_is_unavailable(tmp_path: Path) -> None:
-    target = repository(f"127.0.0.1:{registries.free_port()}", tmp_path)
+    target = repository(f"127.0.0.1:{free_port()}", tmp_path)
     with pytest.raises(Unavailable):
         target.manifest("v1")
 

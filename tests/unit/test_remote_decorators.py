@@ -91,7 +91,7 @@ class Store:
             self.most_at_once = max(self.most_at_once, self.at_once)
             error = self.errors.pop(0) if self.errors else None
         if self.hang is not None:
-            self.hang.wait(10)
+            self.hang.wait(60)
         with self.lock:
             self.at_once -= 1
         if error is not None:
@@ -146,10 +146,14 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(store: Store) -> None:
 
 
 def test_no_more_calls_run_at_once_than_allowed(store: Store) -> None:
+    def let_go(hang: threading.Event) -> None:
+        wait_until(lambda: store.at_once == 4, "as many as allowed")
+        hang.set()
+
     store.held = blobs(40)
     store.hang = threading.Event()
-    bounded = Bounded(store, threads=4, timeout_s=10, together=1)
-    opener = threading.Timer(0.3, store.hang.set)
+    bounded = Bounded(store, threads=4, timeout_s=60, together=1)
+    opener = threading.Timer(0.3, let_go, (store.hang,))
     opener.start()
     assert dict(bounded.get_many(list(store.held))) == store.held
     opener.join()
@@ -171,8 +175,15 @@ def test_a_store_that_hangs_is_unavailable_in_bounded_time_and_works_again_when_
         with pytest.raises(Unavailable, match="did not answer"):
             ask()
     store.hang.set()
-    assert Bounded(store, threads=2, timeout_s=10, together=1).get(first) == store.held[first]
-    assert bounded.get(first) == store.held[first]
+    assert Bounded(store, threads=2, timeout_s=60, together=1).get(first) == store.held[first]
+
+    def is_back() -> bool:
+        try:
+            return bounded.get(first) == store.held[first]
+        except Unavailable:  # within so short a time; the machine may have other work
+            return False
+
+    wait_until(is_back, "it works again")
 
 
 # -- a nearer store
@@ -429,7 +440,7 @@ def test_s3_requests_are_signed_with_replaced_credentials(tmp_path: Path) -> Non
 
         assert signs_with("AKIAFIRST")
         path.write_text(template.format("AKIASECOND"))
-        wait_until(lambda: signs_with("AKIASECOND"), "the second key is used", 10)
+        wait_until(lambda: signs_with("AKIASECOND"), "the second key is used")
 
 
 def test_an_s3_server_that_is_away_is_unavailable(tmp_path: Path) -> None:

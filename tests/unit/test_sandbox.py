@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.processes import wait_until
 
-# A process that outlives its parent, a mount, and a word when both are there.
-BUSY = 'mkdir "$0/m"; mount -t tmpfs tmpfs "$0/m"; setsid sleep 1000 & touch "$0/ready"; exec sleep 1000'
+# A mount, and then two processes that can be told from others', of which one outlives its parent.
+BUSY = 'mkdir "$0/m"; mount -t tmpfs tmpfs "$0/m"; touch "$0/f"; setsid tail -f "$0/f" & exec tail -f "$0/f"'
 
 
 @pytest.fixture
@@ -22,16 +22,16 @@ def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[by
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     command = [sys.executable, "-m", "tests.support.sandbox", "sh", "-c", BUSY, str(tmp_path)]
     process = subprocess.Popen(command)
-    wait_until(lambda: (tmp_path / "ready").exists() and len(sleepers()) == 2, "the sandbox's command")
+    wait_until(lambda: len(waiting(tmp_path)) == 2, "the sandbox's command")
     return process
 
 
-def sleepers() -> list[str]:
-    """Processes of this PID namespace that are BUSY's sleeps."""
+def waiting(directory: Path) -> list[str]:
+    """Processes of this PID namespace that are BUSY's, begun with *directory*."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes() == b"sleep\x001000\x00":
+            if path.read_bytes() == b"tail\0-f\0%s/f\0" % os.fsencode(directory):
                 found.append(path.parent.name)
         except (ProcessLookupError, FileNotFoundError):
             continue
@@ -44,7 +44,7 @@ def test_nothing_runs_or_is_mounted_after_a_signal(
 ) -> None:
     busy.send_signal(number)
     busy.wait()
-    wait_until(lambda: sleepers() == [], "the sandbox's processes end")
+    wait_until(lambda: not waiting(tmp_path), "the sandbox's processes end")
     assert not os.path.ismount(tmp_path / "m")
 
 
