@@ -31,6 +31,8 @@ _POLL_S = 0.2
 _WORKER_ANSWER_S = 1.0
 _LOOK_FOR_LOST_S = 5.0
 _TURNS = 3
+_WORKER_BUSY_S = 5.0
+"""A worker is nice: on a busy machine it may answer late."""
 _WORKER_RESTART_S = 30.0
 
 Noted = Callable[[str], None]
@@ -95,7 +97,7 @@ class _Conversion:
     def run(self) -> Report:
         """Send the tasks and wait; again if workers and tasks were lost."""
         for turn in range(_TURNS):
-            self._require_worker(_WORKER_RESTART_S if turn else 0.0)
+            self._require_worker(_WORKER_RESTART_S if turn else _WORKER_BUSY_S)
             sent = self._send()
             try:
                 return self._wait(sent)

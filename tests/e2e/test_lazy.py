@@ -158,9 +158,11 @@ def _mounts(host: LazyHost) -> str:
 
 
 def test_an_incomplete_image_is_removed_and_leaves_no_object_behind(host: LazyHost) -> None:
-    host.dockerd.run(host.image, "sh", "-c", "cat /app/small* /app/large0 > /dev/null")
+    container = host.start()
+    host.dockerd.docker("exec", container, "sh", "-c", "cat /app/small* /app/large0 > /dev/null")
     assert host.objects() > 40
     assert any((host.stack.root / "arrivals").glob("*/*"))
+    host.dockerd.docker("rm", "-f", container)
     host.dockerd.docker("rmi", host.image)
     wait_until(lambda: host.objects() == 0, "the objects are collected", 60.0, lambda: str(host.objects()))
     wait_until(lambda: not any((host.stack.root / "arrivals").glob("*/*")), "arrivals is empty", 60.0)

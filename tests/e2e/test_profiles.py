@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import threading
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gearworkers.images.layer import INLINE_BYTES
 from gearworkers.objects import profile
 from gearworkers.objects.profile import Profile
+from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.objects.sources import Chunk
 from gearworkers.objects.store import ObjectStore
+from gearworkers.settings import Settings
 from tests.support.lazyhost import LazyHost
 from tests.support.processes import wait_until
 
@@ -22,7 +28,9 @@ SCRIPT = "cat /app/small1 /app/small7 /app/small3 | wc -c; git --version; dd if=
 def recording_host(empty_host: LazyHost) -> Iterator[LazyHost]:
     """An empty host that records starts, and no profile anywhere."""
     _use_window(empty_host, "30")
+    fill_delay_s = empty_host.stack.settings["GEAR_FILL_DELAY_S"]
     yield empty_host
+    empty_host.stack.set(GEAR_FILL_DELAY_S=fill_delay_s)
     _use_window(empty_host, "0")
 
 
@@ -31,18 +39,21 @@ def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_
     host.pull()
     said = host.dockerd.run(host.image, "sh", "-c", SCRIPT)
     first = host.stack.lazy_status()
-    assert (first.profiles_found, first.profiles_absent) == (0, 1)
+    wait_until(lambda: host.stack.lazy_status().profiles_absent == 1, "the start had no profile")
+    assert host.stack.lazy_status().profiles_found == 0
     wait_until(lambda: bool(_profiles(host)), "the start was recorded", 60.0)
     (found,) = _profiles(host)
     wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of what was read is here", 60.0)
 
     host.empty()
+    host.stack.set(GEAR_FILL_DELAY_S="600")  # nothing but what was recorded comes
     host.restart_lazyfs()
     host.pull()
     store = ObjectStore(host.stack.root / "public")
     small = [bytes.fromhex(opened.digest) for opened in found.objects if not opened.ranges]
     wait_until(lambda: all(map(store.has, small)), "the small objects are here", 60.0)
-    wait_until(lambda: host.stack.lazy_status().prefetched > len(small), "so are chunks of the large ones", 60.0)
+    contents = _contents(host, found)
+    wait_until(lambda: host.stack.lazy_status().prefetched >= contents, "so are chunks of the large ones", 60.0)
     assert host.dockerd.run(host.image, "sh", "-c", SCRIPT) == said
     status = host.stack.lazy_status()
     assert status.profiles_found >= 1 and not status.failures
@@ -58,12 +69,14 @@ def test_what_a_running_container_opens_is_added_by_hand(empty_host: LazyHost) -
     host = empty_host
     host.pull()
     container = host.start()
-    opener = threading.Timer(1.0, host.dockerd.docker, ("exec", container, "git", "--version"))
-    opener.start()
-    recorded = host.stack.gear("profile", "record", container, "--seconds", "5")
-    opener.join()
-    assert recorded.returncode == 0, recorded.stderr
-    assert int(recorded.stdout.removesuffix(" objects were opened\n")) > 1  # git and its libraries
+    command = [str(Path(sys.executable).with_name("gear")), "profile", "record", container, "--seconds", "100"]
+    with subprocess.Popen(command, env=host.stack.environ(), stdout=subprocess.PIPE, text=True) as recording:
+        wait_until(lambda: _is_watching(recording.pid), "the recording has begun")
+        host.dockerd.docker("exec", container, "git", "--version")
+        recording.send_signal(signal.SIGINT)
+        told, _ = recording.communicate()
+    assert recording.returncode == 0
+    assert int(told.removesuffix(" objects were opened\n")) > 1  # git and its libraries
     assert host.stack.gear("profile", "record", "nobody").stderr == "gear: nobody: dockerd has no such container\n"
     host.dockerd.docker("rm", "-f", container)
     host.dockerd.docker("rmi", host.image)
@@ -89,10 +102,34 @@ def _use_window(host: LazyHost, window_s: str) -> None:
     host.stack.start("gateway", "lazyfs")
 
 
+def _is_watching(pid: int) -> bool:
+    """Whether the process has a fanotify group with a mark."""
+    try:
+        return any("fanotify sdev:" in info.read_text() for info in Path(f"/proc/{pid}/fdinfo").iterdir())
+    except FileNotFoundError:
+        return False  # it has closed one meanwhile
+
+
 def _profiles(host: LazyHost) -> list[Profile]:
     """Every version of every profile."""
     files = sorted((host.store / "documents" / "profiles").rglob("@*"))
     return [profile.unpack(path.read_bytes()) for path in files]
+
+
+def _contents(host: LazyHost, found: Profile) -> int:
+    """How many contents are prefetched by this profile: small objects, and the chunks that were read of large ones."""
+    remote = open_remote(Settings(gear_root=host.stack.root, remote=str(host.store)))
+    contents = 0
+    for opened in found.objects:
+        layout = remote.layout(bytes.fromhex(opened.digest)) if opened.size_bytes > INLINE_BYTES else []
+        ranges = opened.ranges or ((0, opened.size_bytes),)
+        contents += 1 if layout is None else sum(any(_overlap(chunk, *range) for range in ranges) for chunk in layout)
+    remote.close()
+    return contents
+
+
+def _overlap(chunk: Chunk, offset: int, size_bytes: int) -> bool:
+    return chunk.offset < offset + size_bytes and offset < chunk.offset + chunk.size_bytes
 
 
 def _recorders(host: LazyHost) -> list[int]:
