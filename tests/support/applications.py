@@ -17,7 +17,7 @@ from pathlib import Path
 FILES = Path(__file__).parent / "apps"
 HOST = "127.0.0.1"
 """Containers share the sandbox's network, so that what they answer is asked for from outside."""
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 _POLL_S = 0.005
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support import sandbox
-from tests.support.processes import Daemon
+from tests.support.processes import PATIENCE_S, Daemon
 
 CLIENT = "/usr/bin/docker"
 FAR_NETWORK = "192.0.2.0/24"
@@ -87,7 +87,7 @@ class Dockerd:
             *self.options,
         ]
 
-    def start(self, timeout_s: float = 60.0) -> None:
+    def start(self, timeout_s: float = PATIENCE_S) -> None:
         """Start it and return when it answers."""
         (self.run_dir / "docker.pid").unlink(missing_ok=True)
         self.daemon.start()

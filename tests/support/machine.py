@@ -78,7 +78,7 @@ class Machine:
         """Have systemd stop everything in order, and wait."""
         os.kill(self._init_pid(), _POWER_OFF)
         assert self.nspawn.process is not None
-        assert self.nspawn.process.wait(90) == 0, self.nspawn.log_tail()
+        assert self.nspawn.process.wait(180) == 0, self.nspawn.log_tail()
 
     def _init_pid(self) -> int:
         return self._children()[0]

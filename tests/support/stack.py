@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gearworkers.mounts.lazy.client import LazyStatus, read_status
 from tests.support import sandbox
-from tests.support.processes import Daemon, listens, wait_until
+from tests.support.processes import PATIENCE_S, Daemon, listens, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PLUGINS = Path("/run/docker/plugins")
@@ -81,7 +81,7 @@ class Stack:
     def gear(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a `gear` command about this stack; returns it whatever its outcome."""
         command = [str(Path(sys.executable).with_name("gear")), *arguments]
-        return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=240)
 
     def set(self, **settings: str) -> None:
         """Change variables for what is started or run from now on."""
@@ -156,7 +156,7 @@ class Stack:
         """The end of every process's log."""
         return "\n".join(f"--- {name}\n{daemon.log_tail()}" for name, daemon in self.daemons.items())
 
-    def wait_until_idle(self, timeout_s: float = 60.0) -> None:
+    def wait_until_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Return when staging is empty: no import is under way and none was left half done."""
         wait_until(lambda: not self.staged(), "staging is empty", timeout_s, lambda: str(self.staged()))
 
