@@ -30,6 +30,7 @@ from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.services.manager.server import ManagerServer
 from gearworkers.settings import Settings
+from tests.support.answers import Answer, answering
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.remotes import Service, ask, figures, manager_server
 
@@ -449,6 +450,24 @@ def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
                 store.get(bytes(32))
         store.close()
         thread.join()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
+def test_a_redirect_confirms_no_push(status: int) -> None:
+    with answering(lambda asked: Answer(status, {"Location": "/login"})) as server:
+        store = ManagerStore(server.url, Settings())
+        with pytest.raises(FailedPrecondition, match="no manager answers"):
+            store.put_many([(hashlib.sha256(b"x").digest(), codec.encode(b"x"))])
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("held", [b"secret\nsecret two\n", b"secret\xff", "se\u20accret".encode()])
+def test_what_is_no_token_is_told_without_it(held: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(held)
+    with pytest.raises(FailedPrecondition, match="one token is needed") as told:
+        ManagerStore("http://127.0.0.1:1", Settings(remote_token_file=file)).present([bytes(32)])
+    assert "secret" not in str(told.value)
 
 
 def _drip(listener: socket.socket, beginning: bytes) -> None:
