@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import random
+import resource
 import shlex
 import shutil
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -359,6 +361,34 @@ def test_tokens_are_replaced_without_a_restart(guarded: Service, tmp_path: Path)
     with pytest.raises(GearError):
         Remote(ManagerStore(guarded.url, settings)).has([bytes(32)])
     remote.close()
+
+
+def test_bytes_that_are_no_text_are_no_token_and_no_node(guarded: Service) -> None:
+    with socket.create_connection(address(guarded)) as client:
+        client.sendall(b"GET /v1/nodes HTTP/1.1\r\nHost: m\r\nConnection: close\r\nAuthorization: Bearer \xff\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"401"
+    with socket.create_connection(address(guarded)) as client:
+        client.sendall(b"GET /v1/nodes HTTP/1.1\r\nHost: m\r\nConnection: close\r\nAuthorization: Bearer writer\r\n")
+        client.sendall(b"Gear-Node: \xff\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"200"
+
+
+def test_without_its_tokens_file_nothing_is_said_to_be_missing(guarded: Service, tmp_path: Path) -> None:
+    (tmp_path / "write").unlink()
+    assert call(guarded, "GET", f"/v1/objects/{sha256(b'')}", headers={"Authorization": "Bearer some"})[0] == 503
+
+
+def test_more_clients_than_files_that_a_shell_allows_are_no_matter(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        with manager_server(tmp_path) as server, ExitStack() as idle:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for _ in range(200):
+                idle.enter_context(socket.create_connection(address(server)))
+            assert call(server, "GET", "/healthz")[0] == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_it_does_not_listen_to_others_without_a_token(tmp_path: Path) -> None:
