@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from gearworkers.errors import FailedPrecondition
-from gearworkers.hosts import host_name, is_loopback
+from gearworkers.hosts import is_loopback
 from gearworkers.images.credentials import Credentials, find_credentials
 from gearworkers.images.http import Transport, problem
 
@@ -25,8 +25,10 @@ _CLIENT = "gearworkers"
 _LEAST_LIFE_S = 60
 """Of a token that says nothing; the specification's own default."""
 _MARGIN_S = 15
-_SCHEME = re.compile(r"\s*([A-Za-z]+)\s+(.*)", re.DOTALL)
-_PARAMETER = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))')
+_SCHEMES = ("bearer", "basic")
+"""Those that are known, the better first."""
+_PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z][A-Za-z0-9-]*)')
+"""A parameter, or the scheme of those that follow."""
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -44,12 +46,15 @@ class Challenge:
 
     @classmethod
     def parse(cls, header: str) -> Challenge | None:
-        """Read ``Basic realm="…"`` or ``Bearer realm="…",service="…"``; None if it is neither."""
-        found = _SCHEME.match(header)
-        if not found or found[1].lower() not in ("basic", "bearer"):
-            return None
-        pairs = {key.lower(): quoted or bare for key, quoted, bare in _PARAMETER.findall(found[2])}
-        return cls(found[1].lower(), pairs)
+        """Read ``Bearer realm="…",service="…"`` or ``Basic realm="…"`` among those offered; None if neither is."""
+        offered: dict[str, dict[str, str]] = {}
+        parameters: dict[str, str] = {}
+        for key, quoted, bare, scheme in _PART.findall(header):
+            if scheme:
+                parameters = offered.setdefault(scheme.lower(), {})
+            else:
+                parameters[key.lower()] = quoted or bare
+        return next((cls(scheme, offered[scheme]) for scheme in _SCHEMES if scheme in offered), None)
 
 
 @dataclass
@@ -116,7 +121,7 @@ class Authority:
 
     def _refuse_open_realm(self, realm: str, credentials: Credentials | None) -> None:
         url = urlsplit(realm)
-        open_realm = url.scheme == "http" and not is_loopback(host_name(url.netloc))
+        open_realm = url.scheme == "http" and not is_loopback(url.hostname or "")
         if url.scheme not in ("http", "https") or (open_realm and credentials is not None):
             raise FailedPrecondition(f"{self.host} wants its credentials told to {realm!r}, which is not https")
 

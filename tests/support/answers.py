@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -15,7 +16,7 @@ class Asked:
 
     method: str
     path: str
-    headers: Mapping[str, str]
+    headers: Message
     body: bytes
 
 
@@ -55,7 +56,7 @@ def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-            asked = Asked(self.command, self.path, dict(self.headers), body)
+            asked = Asked(self.command, self.path, self.headers, body)
             running.asked.append(asked)
             told = answer(asked)
             self.send_response(told.status)
@@ -67,7 +68,7 @@ def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
             if self.command != "HEAD":
                 self.wfile.write(told.body)
 
-        do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+        do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = handle_any
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -25,7 +25,7 @@ from gearworkers.errors import (
     Unavailable,
     from_os_error,
 )
-from gearworkers.http_errors import from_http_error
+from gearworkers.http_errors import asked_to_wait_s, from_http_error
 from gearworkers.objects.remotes import codec, frames
 from gearworkers.objects.remotes.blobs import Document
 from gearworkers.settings import Settings
@@ -239,7 +239,7 @@ class ManagerStore:
             said = msgspec.json.decode(response.read(64 << 10), type=Problem).error
         except (HTTPError, OSError, msgspec.MsgspecError):
             said = response.reason or ""
-        return kind(f"{self._url}: {tried}: {response.status} {said}")
+        return kind(f"{self._url}: {tried}: {response.status} {said}").after(asked_to_wait_s(response))
 
     @contextmanager
     def _translated(self, tried: str) -> Iterator[None]:
