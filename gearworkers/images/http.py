@@ -63,6 +63,7 @@ class Transport:
         Raises:
             Unavailable: No connection, or it broke before the answer.
             FailedPrecondition: The server's certificate is not trusted.
+        InvalidInput: The URL, or one that it redirects to, is none, or a header cannot be sent.
         """
         with translated(f"{method} {url.partition('?')[0]}"):
             return self.pool.request(method, url, timeout=_TIMEOUT, retries=_REDIRECTS, **options)
@@ -93,6 +94,8 @@ def translated(tried: str) -> Iterator[None]:
         yield
     except (HTTPError, OSError) as exc:
         raise from_http_error(exc, tried, f"{CERTIFICATES}/HOST/ca.crt") from exc
+    except ValueError:  # its text may be a token
+        raise InvalidInput(f"{tried}: the URL, or the token, that was given for it is malformed") from None
 
 
 def problem(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:

@@ -76,8 +76,10 @@ class Registry:
         Raises:
             NotFound, Unavailable, FailedPrecondition, InvalidInput: By the status, with the registry's words.
         """
-        url = urljoin(self._base_url(), target)
-        ours = _server(url) == _server(self._base)
+        base = self._base_url()
+        with translated(f"{method} {target.partition('?')[0]}"):
+            url = urljoin(base, target)
+            ours = _server(url) == _server(base)
         for again in (False, True):
             authorization = self.authority.known(scopes) if ours else None
             sent = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
@@ -262,7 +264,8 @@ class Repository:
         return str(location)
 
     def _finish(self, location: str, digest: str, data: bytes) -> None:
-        parts = urlsplit(location)
+        with translated(f"end an upload to {self.name}"):
+            parts = urlsplit(location)
         query = urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", digest)])
         target = urlunsplit(parts._replace(query=query))
         self.registry.send("PUT", target, self._push, _WELL, headers=_OCTETS, body=data)

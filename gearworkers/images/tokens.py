@@ -19,7 +19,7 @@ import msgspec
 from gearworkers.errors import FailedPrecondition
 from gearworkers.hosts import is_loopback
 from gearworkers.images.credentials import Credentials, find_credentials
-from gearworkers.images.http import Transport, problem
+from gearworkers.images.http import Transport, problem, translated
 
 _CLIENT = "gearworkers"
 _LEAST_LIFE_S = 60
@@ -32,9 +32,9 @@ _PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Z
 
 
 class _Token(msgspec.Struct, frozen=True):
-    token: str = ""
-    access_token: str = ""
-    expires_in: int = _LEAST_LIFE_S
+    token: str | None = None
+    access_token: str | None = None
+    expires_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,11 @@ class Authority:
         value = token.token or token.access_token
         if not value:
             raise FailedPrecondition(f"{realm} answers for {self.host} without a token")
-        return f"Bearer {value}", max(token.expires_in, _LEAST_LIFE_S) - _MARGIN_S
+        return f"Bearer {value}", max(token.expires_in or 0, _LEAST_LIFE_S) - _MARGIN_S
 
     def _refuse_open_realm(self, realm: str, credentials: Credentials | None) -> None:
-        url = urlsplit(realm)
+        with translated(f"get a token for {self.host}"):
+            url = urlsplit(realm)
         open_realm = url.scheme == "http" and not is_loopback(url.hostname or "")
         if url.scheme not in ("http", "https") or (open_realm and credentials is not None):
             raise FailedPrecondition(f"{self.host} wants its credentials told to {realm!r}, which is not https")

@@ -7,7 +7,7 @@ import io
 import json
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -233,6 +233,45 @@ def test_an_upload_may_name_the_port_that_goes_without_saying() -> None:
     assert registry._server("https://Registry.example.org:443/v2/a/blobs/uploads/1?state=x") == base
     for other in ("http://registry.example.org/", "https://registry.example.org:444/", "https://example.org/"):
         assert registry._server(other) != base
+
+
+def told_token(body: bytes) -> Callable[[Asked], Answer]:
+    """A registry whose tokens are given as *body* says, and that takes any."""
+
+    def answer(asked: Asked) -> Answer:
+        if asked.path.startswith("/token"):
+            return Answer(200, body=body)
+        if "Authorization" in asked.headers:
+            return Answer(200, {"Content-Type": DOCKER_MANIFEST}, b"{}")
+        return Answer(401, {"WWW-Authenticate": f'Bearer realm="http://{asked.headers["Host"]}/token"'})
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"token":null,"access_token":"t"}', b'{"token":"t","expires_in":null}', b'{"token":"t","expires_in":299.5}'],
+)
+def test_a_token_is_found_whatever_stands_beside_it(body: bytes, tmp_path: Path) -> None:
+    with answering(told_token(body)) as server:
+        assert repository(server.host, tmp_path).manifest("v1") == (b"{}", DOCKER_MANIFEST)
+        assert server.asked[-1].headers["Authorization"] == "Bearer t"
+
+
+@pytest.mark.parametrize("token", ["secret\\nsecret", "\u20acsecret"])
+def test_a_token_that_cannot_be_sent_is_not_shown(token: str, tmp_path: Path) -> None:
+    with answering(told_token(f'{{"token":"{token}"}}'.encode())) as server:
+        with pytest.raises(InvalidInput, match="malformed") as told:
+            repository(server.host, tmp_path).manifest("v1")
+        assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("status", [202, 307, 401])
+def test_a_registry_that_names_no_url_is_told_so(status: int, tmp_path: Path) -> None:
+    headers = {"Location": "http://[::1/x", "WWW-Authenticate": 'Bearer realm="http://[::1"'}
+    known = {"HEAD": Answer(404), "GET": Answer(200), "POST": Answer(status, headers)}
+    with answering(lambda asked: known[asked.method]) as server, pytest.raises(InvalidInput, match="malformed"):
+        put(repository(server.host, tmp_path), BLOB)
 
 
 class TestProxy:
