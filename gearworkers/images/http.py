@@ -29,6 +29,8 @@ CERTIFICATES = Path("/etc/docker/certs.d")
 """Certificates by registry, as Docker's daemon has them."""
 
 _TIMEOUT = Timeout(connect=15, read=60)
+_PUT_TIMEOUT = Timeout(connect=15, read=600)
+"""A registry over a bucket copies a blob of many GB before it confirms it."""
 _REDIRECTS = Retry(total=8, connect=0, read=0, status=0, other=0, redirect=8, respect_retry_after_header=False)
 _CONNECTIONS = 8
 _SHOWN_ERROR_BYTES = 64 << 10
@@ -66,7 +68,8 @@ class Transport:
         InvalidInput: The URL, or one that it redirects to, is none, or a header cannot be sent.
         """
         with translated(f"{method} {url.partition('?')[0]}"):
-            return self.pool.request(method, url, timeout=_TIMEOUT, retries=_REDIRECTS, **options)
+            timeout = _PUT_TIMEOUT if method == "PUT" else _TIMEOUT
+            return self.pool.request(method, url, timeout=timeout, retries=_REDIRECTS, **options)
 
 
 def make_transport(settings: Settings, host: str) -> Transport:

@@ -187,6 +187,19 @@ def test_a_store_that_hangs_is_unavailable_in_bounded_time_and_works_again_when_
     wait_until(is_back, "it works again")
 
 
+def test_many_that_are_put_together_may_take_longer_than_one(store: Store) -> None:
+    store.hang = threading.Event()
+    bounded = Bounded(store, threads=2, timeout_s=0.5, together=1, put_together=100)
+    with pytest.raises(Unavailable, match=r"0\.55 s"):
+        bounded.put_many([(bytes(32), b"R")])
+    later = threading.Timer(1.0, store.hang.set)
+    later.start()
+    many = blobs(100)
+    bounded.put_many(list(many.items()))
+    assert store.present(list(many)) == set(many)
+    later.join()
+
+
 # -- a nearer store
 
 
