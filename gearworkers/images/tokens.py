@@ -27,7 +27,7 @@ _LEAST_LIFE_S = 60
 _MARGIN_S = 15
 _SCHEMES = ("bearer", "basic")
 """Those that are known, the better first."""
-_PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z][A-Za-z0-9-]*)')
+_PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z_][A-Za-z0-9_-]*)')
 """A parameter, or the scheme of those that follow."""
 
 

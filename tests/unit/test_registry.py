@@ -413,6 +413,7 @@ class TestTokens:
     @pytest.mark.parametrize("others", ['{}, Basic realm="other"', 'Basic realm="other", {}', "Negotiate, {}"])
     def test_of_several_challenges_the_token_is_taken(self, others: str) -> None:
         asked = others.format('Bearer realm="https://example.org/token",service="s, t"')
+        assert Challenge.parse("_" * 60_000) is None, "and at once"
         assert Challenge.parse(asked) == Challenge("bearer", {"realm": "https://example.org/token", "service": "s, t"})
 
 
