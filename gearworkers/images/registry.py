@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 import urllib3
 
 from gearworkers.archive.reader import Readable
-from gearworkers.errors import IntegrityError, NotFound, Unavailable
+from gearworkers.errors import IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images.blobs import Verified
 from gearworkers.images.http import Transport, make_transport, problem, translated
 from gearworkers.images.manifest import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, digest_of, verified
@@ -59,7 +59,7 @@ class Registry:
         expected: Container[int],
         *,
         headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
+        body: bytes | BinaryIO | None = None,
         stream: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         """One authorized request.
@@ -70,7 +70,7 @@ class Registry:
             scopes: What the token must allow.
             expected: The good statuses; any other is raised.
             headers: Beside Authorization.
-            body: Sent again if a token is asked for.
+            body: Sent again if a token is asked for; of a file all, and *headers* say how long it is.
             stream: Leave the answer's body to be read.
 
         Raises:
@@ -83,6 +83,8 @@ class Registry:
         for again in (False, True):
             authorization = self.authority.known(scopes) if ours else None
             sent = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
+            if body is not None and not isinstance(body, bytes):
+                body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
             if response.status != 401 or again or not ours:
                 break
@@ -169,11 +171,14 @@ class Repository:
         """Upload *file* from its first byte if the repository lacks it; visible only when whole and verified there."""
         if self.has_blob(digest):
             return
-        if size_bytes > UPLOAD_CHUNK_BYTES:
-            self._put_in_chunks(digest, file, size_bytes)
+        if size_bytes <= UPLOAD_CHUNK_BYTES:
+            file.seek(0)
+            self._put_at_once(digest, file.read(size_bytes), size_bytes)
             return
-        file.seek(0)
-        self._put_at_once(digest, file.read(size_bytes))
+        try:
+            self._put_in_chunks(digest, file, size_bytes)
+        except (InvalidInput, NotFound):  # some registries, as Google's, take no chunks
+            self._put_at_once(digest, file, size_bytes)
 
     @retried
     def put_manifest(self, version: str, media_type: str, data: bytes) -> str:
@@ -212,8 +217,8 @@ class Repository:
         return response
 
     @retried
-    def _put_at_once(self, digest: str, data: bytes) -> None:
-        self._finish(self._begin(), digest, data)
+    def _put_at_once(self, digest: str, data: bytes | BinaryIO, size_bytes: int) -> None:
+        self._finish(self._begin(), digest, data, size_bytes)
 
     def _put_in_chunks(self, digest: str, file: BinaryIO, size_bytes: int) -> None:
         """Chunk by chunk; after a break it goes on where the registry says that it is."""
@@ -251,7 +256,7 @@ class Repository:
     def _end_upload(self, upload: _Upload, digest: str) -> None:
         """Have it be the blob; it is already if only the answer to that was lost."""
         try:
-            self._finish(upload.location, digest, b"")
+            self._finish(upload.location, digest, b"", 0)
         except NotFound:
             if not self.has_blob(digest):
                 raise
@@ -263,12 +268,13 @@ class Repository:
             raise NotFound(f"{self.registry.reference.host} begins an upload to {self.name} without saying where")
         return str(location)
 
-    def _finish(self, location: str, digest: str, data: bytes) -> None:
+    def _finish(self, location: str, digest: str, data: bytes | BinaryIO, size_bytes: int) -> None:
         with translated(f"end an upload to {self.name}"):
             parts = urlsplit(location)
         query = urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", digest)])
         target = urlunsplit(parts._replace(query=query))
-        self.registry.send("PUT", target, self._push, _WELL, headers=_OCTETS, body=data)
+        headers = {**_OCTETS, "Content-Length": str(size_bytes)}
+        self.registry.send("PUT", target, self._push, _WELL, headers=headers, body=data)
 
     def _cancel(self, location: str) -> None:
         if location:

@@ -228,6 +228,24 @@ def test_an_upload_whose_answers_are_lost_is_ended(
     assert uploads.whole
 
 
+@pytest.mark.parametrize("refusal", [400, 404, 405, 416])
+def test_a_registry_that_takes_no_chunks_is_given_the_whole(
+    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
+
+    def answer(asked: Asked) -> Answer:
+        if asked.method == "PUT" and "Authorization" not in asked.headers:
+            return Answer(401, {"WWW-Authenticate": "Basic"})
+        known = {"HEAD": 404, "POST": 202, "PUT": 201, "GET": 200}
+        return Answer(known.get(asked.method, refusal), {"Location": "/upload"})
+
+    with answering(answer) as server:
+        put(repository(server.host, logged_in(tmp_path, server.host)), BLOB)
+    refused, whole = (asked.body for asked in server.asked if asked.method == "PUT")
+    assert refused == whole == BLOB
+
+
 def test_an_upload_may_name_the_port_that_goes_without_saying() -> None:
     base = registry._server("https://registry.example.org")
     assert registry._server("https://Registry.example.org:443/v2/a/blobs/uploads/1?state=x") == base
