@@ -235,8 +235,9 @@ def _errors_told() -> Iterator[None]:
         yield
     except GearError as exc:
         sys.exit(_told(str(exc)))
-    except PermissionError as exc:
-        sys.exit(_told(f"{exc}; `gear` needs root" if os.geteuid() else str(exc)))
+    except OSError as exc:
+        is_denied = isinstance(exc, PermissionError) and os.geteuid()
+        sys.exit(_told(f"{exc}; `gear` needs root" if is_denied else str(exc)))
 
 
 def _told(text: str) -> int:

@@ -17,12 +17,20 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Self
 
 
 class GearError(Exception):
     """Base class; its text is shown to users: what was tried, on what, and what to do."""
 
     retryable = False
+    after_s = 0.0
+    """Trying again is of no use before."""
+
+    def after(self, seconds: float) -> Self:
+        """This, with *seconds* to wait."""
+        self.after_s = seconds
+        return self
 
 
 class NotFound(GearError):

@@ -1,4 +1,4 @@
-"""Directories by descriptor, and whether a file is another one by now."""
+"""Directories by descriptor, whether a file is another one by now, and what room there is for more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from gearworkers.errors import from_os_error
 
 
 @contextmanager
@@ -27,3 +29,16 @@ def stamp(path: Path) -> tuple[int, int, int]:
     """Another one when the file was written or replaced since."""
     found = os.stat(path)
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def free_bytes(fd: int) -> int:
+    """How much space is free where *fd* lies.
+
+    Raises:
+        GearError: The file system cannot tell.
+    """
+    try:
+        status = os.fstatvfs(fd)
+    except OSError as exc:
+        raise from_os_error(exc, "ask how much space is free") from exc
+    return status.f_bavail * status.f_frsize

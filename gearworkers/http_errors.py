@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, SSLError
+from urllib3.util import Retry
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, Unavailable
 
@@ -21,3 +23,11 @@ def from_http_error(exc: HTTPError | OSError, tried: str, ca_belongs_in: str) ->
     if isinstance(reason, LocationParseError):
         return InvalidInput(f"{tried}: {reason}")
     return Unavailable(f"{tried}: {reason}")
+
+
+def asked_to_wait_s(response: BaseHTTPResponse) -> float:
+    """How long the server wants not to be asked again, by its Retry-After; 0 if it says nothing of that."""
+    try:
+        return Retry().get_retry_after(response) or 0.0
+    except HTTPError:
+        return 0.0

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import queue
+import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ _PIECE_OUT_BYTES = 1 << 20
 _PIECES_AHEAD = 16
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+"""Of a frame, or of a skippable one, which may be first."""
 _ZSTD_MAX_WINDOW_BYTES = 128 << 20
-_MAGIC_BYTES = 4
+MAGIC_BYTES = 4
+"""So many of its first bytes tell how a blob is compressed."""
 
 
 class Verified:
@@ -167,6 +170,13 @@ def read_all(blob: Readable) -> bytes:
     return found.getvalue()
 
 
+def compression_of(head: bytes) -> str:
+    """``gzip``, ``zstd``, or nothing, by a blob's first bytes."""
+    if head.startswith(_GZIP_MAGIC):
+        return "gzip"
+    return "zstd" if _ZSTD_MAGIC.match(head) else ""
+
+
 def _pieces(blob: Readable) -> Iterator[bytes]:
     buffer = memoryview(bytearray(_PIECE_BYTES))
     while count := blob.readinto(buffer):
@@ -184,13 +194,14 @@ def _decompressed(blob: Iterator[bytes]) -> Iterator[bytes]:
     head = b""
     for piece in blob:
         head += piece
-        if len(head) >= _MAGIC_BYTES:
+        if len(head) >= MAGIC_BYTES:
             break
     whole = itertools.chain((head,), blob)
-    if head.startswith(_GZIP_MAGIC):
-        return _gunzipped(whole)
-    if head.startswith(_ZSTD_MAGIC):
-        return _unzstd(whole)
+    match compression_of(head):
+        case "gzip":
+            return _gunzipped(whole)
+        case "zstd":
+            return _unzstd(whole)
     return whole
 
 

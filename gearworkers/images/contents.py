@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from gearworkers.errors import FailedPrecondition, from_os_error
 from gearworkers.objects.remotes import codec
@@ -165,14 +166,14 @@ def storing(remote: Remote) -> Iterator[Contents]:
 
 
 @contextmanager
-def nameless_file() -> Iterator[int]:
-    """A descriptor of an empty file that ends with it, in the system's directory for such.
+def nameless_file(what: str) -> Iterator[BinaryIO]:
+    """An empty file that ends with the block, for *what*, in the system's directory for such.
 
     Raises:
         GearError: In the block too, what the kernel says.
     """
     try:
-        with tempfile.TemporaryFile(buffering=0) as file:
-            yield file.fileno()
+        with tempfile.TemporaryFile() as file:
+            yield file
     except OSError as exc:
-        raise from_os_error(exc, f"keep a content in {tempfile.gettempdir()}") from exc
+        raise from_os_error(exc, f"keep {what} in {tempfile.gettempdir()}") from exc

@@ -12,7 +12,6 @@ index, and the tag last. So a run that dies leaves nothing wrong, and its finish
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
@@ -21,10 +20,10 @@ import msgspec
 
 from gearworkers.archive.privacy import begins_marked
 from gearworkers.archive.reader import Readable, TarReader
-from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
+from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images import manifest as m
 from gearworkers.images.blobs import Beginning, unpacked
-from gearworkers.images.contents import storing
+from gearworkers.images.contents import nameless_file, storing
 from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
@@ -178,7 +177,7 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
     if known is not None and _taken_over(settings, repository, known):
         progress(job.size_bytes)
         return msgspec.structs.replace(known.done, new_objects=0, new_bytes=0, reused=True)
-    with tempfile.TemporaryFile() as file:
+    with nameless_file("a layer") as file:
         done = _converted(open_source(settings, job.source), remote, job, file, progress)
         repository.put_blob(done.digest, file, done.size_bytes)
     record = _Record(done, f"{repository.registry.reference.host}/{repository.name}")
@@ -258,7 +257,7 @@ def _known(remote: Remote, name: str) -> _Record | None:
 
 
 def _taken_over(settings: Settings, repository: Repository, known: _Record) -> bool:
-    """Have the blob of a layer converted before in *repository*; False if it is nowhere to be had any more."""
+    """Have the blob of a layer converted before in *repository*; False if it is nowhere to be had whole any more."""
     digest = known.done.digest
     if repository.has_blob(digest):
         return True
@@ -267,10 +266,10 @@ def _taken_over(settings: Settings, repository: Repository, known: _Record) -> b
         if origin.host == repository.registry.reference.host and repository.mount(digest, origin.repository):
             return True
         blob = Repository.of(settings, origin).blob(digest, known.done.size_bytes)
-        with tempfile.TemporaryFile() as file:
+        with nameless_file("a layer") as file:
             _copy(blob, file)
             repository.put_blob(digest, file, known.done.size_bytes)
-    except (NotFound, FailedPrecondition, Unavailable):
+    except (NotFound, FailedPrecondition, Unavailable, InvalidInput, IntegrityError):
         return False
     return True
 
@@ -278,7 +277,7 @@ def _taken_over(settings: Settings, repository: Repository, known: _Record) -> b
 def _copied(source: Source, repository: Repository, job: LayerJob, progress: Progress) -> LayerDone:
     """The layer as it is in the target."""
     if not repository.has_blob(job.digest):
-        with tempfile.TemporaryFile() as file:
+        with nameless_file("a layer") as file:
             _copy(_Counted(source.blob(job.digest, job.size_bytes), progress), file)
             repository.put_blob(job.digest, file, job.size_bytes)
     progress(job.size_bytes)
@@ -345,7 +344,7 @@ def _push_image(
     manifest = m.decode_manifest(data, f"manifest {plan.manifest}")
     layers = [done[job.digest] for job in plan.layers]
     config = _gear_config(small_blob(source, manifest.config), layers)
-    with tempfile.TemporaryFile() as file:
+    with nameless_file("a layer") as file:
         file.write(config)
         repository.put_blob(m.digest_of(config), file, len(config))
     made = _gear_manifest(msgspec.json.decode(data), plan.media_type, config, layers)

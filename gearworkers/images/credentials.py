@@ -64,7 +64,7 @@ def find_credentials(directory: Path, host: str) -> Credentials | None:
         FailedPrecondition: A credential helper is not there or fails.
     """
     config = _read(directory / "config.json")
-    helper = config.helpers.get(host) or config.store
+    helper = next((helper for key, helper in config.helpers.items() if _names(key, host)), config.store)
     if helper:
         found = _ask_helper(helper, _HUB_KEY if host == DOCKER_HUB else host)
         if found is not None:
@@ -87,7 +87,7 @@ def _read(path: Path) -> _Config:
 
 
 def _names(key: str, host: str) -> bool:
-    """Whether a key of `auths`, which may be a URL, is that of *host*."""
+    """Whether a key of `auths` or `credHelpers`, which may be a URL, is that of *host*."""
     if host == DOCKER_HUB:
         return key in (_HUB_KEY, DOCKER_HUB, "index.docker.io")
     return key == host or urlsplit(key).netloc == host

@@ -13,22 +13,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import urllib3
-from urllib3.exceptions import HTTPError
-from urllib3.util import Retry, Timeout
+from urllib3.exceptions import HTTPError, LocationParseError, ProxySchemeUnknown
+from urllib3.util import Retry, Timeout, make_headers, parse_url
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, NotFound, Unavailable
 from gearworkers.hosts import host_name, is_loopback
-from gearworkers.http_errors import from_http_error
+from gearworkers.http_errors import asked_to_wait_s, from_http_error
 from gearworkers.settings import Settings
 
 CERTIFICATES = Path("/etc/docker/certs.d")
 """Certificates by registry, as Docker's daemon has them."""
 
 _TIMEOUT = Timeout(connect=15, read=60)
-_REDIRECTS = Retry(total=8, connect=0, read=0, status=0, other=0, redirect=8)
+_PUT_TIMEOUT = Timeout(connect=15, read=600)
+"""A registry over a bucket copies a blob of many GB before it confirms it."""
+_REDIRECTS = Retry(total=8, connect=0, read=0, status=0, other=0, redirect=8, respect_retry_after_header=False)
 _CONNECTIONS = 8
 _SHOWN_ERROR_BYTES = 64 << 10
 _PROBLEMS: Mapping[int, type[GearError]] = {
@@ -62,9 +65,11 @@ class Transport:
         Raises:
             Unavailable: No connection, or it broke before the answer.
             FailedPrecondition: The server's certificate is not trusted.
+        InvalidInput: The URL, or one that it redirects to, is none, or a header cannot be sent.
         """
         with translated(f"{method} {url.partition('?')[0]}"):
-            return self.pool.request(method, url, timeout=_TIMEOUT, retries=_REDIRECTS, **options)
+            timeout = _PUT_TIMEOUT if method == "PUT" else _TIMEOUT
+            return self.pool.request(method, url, timeout=timeout, retries=_REDIRECTS, **options)
 
 
 def make_transport(settings: Settings, host: str) -> Transport:
@@ -72,12 +77,12 @@ def make_transport(settings: Settings, host: str) -> Transport:
 
     Raises:
         FailedPrecondition: A certificate there cannot be read.
+        InvalidInput: The proxy is none that is known.
     """
     context = _context(CERTIFICATES / host)
     name = host_name(host)
     if settings.https_proxy and not is_loopback(name) and not _bypassed(name, settings.no_proxy):
-        proxy = urllib3.ProxyManager(settings.https_proxy, ssl_context=context, maxsize=_CONNECTIONS)
-        return Transport(proxy)
+        return Transport(_proxy(settings.https_proxy, context))
     return Transport(urllib3.PoolManager(ssl_context=context, maxsize=_CONNECTIONS))
 
 
@@ -92,6 +97,8 @@ def translated(tried: str) -> Iterator[None]:
         yield
     except (HTTPError, OSError) as exc:
         raise from_http_error(exc, tried, f"{CERTIFICATES}/HOST/ca.crt") from exc
+    except ValueError:  # its text may be a token
+        raise InvalidInput(f"{tried}: the URL, or the token, that was given for it is malformed") from None
 
 
 def problem(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
@@ -99,7 +106,7 @@ def problem(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
     status = response.status
     kind = _PROBLEMS.get(status) or (Unavailable if status >= 500 else InvalidInput)
     advice = "; `docker login` may help" if status in (401, 403) else ""
-    return kind(f"{tried}: HTTP {status}{_said(response)}{advice}")
+    return kind(f"{tried}: HTTP {status}{_said(response)}{advice}").after(asked_to_wait_s(response))
 
 
 def _said(response: urllib3.BaseHTTPResponse) -> str:
@@ -109,6 +116,16 @@ def _said(response: urllib3.BaseHTTPResponse) -> str:
     except (HTTPError, OSError, msgspec.MsgspecError):
         return ""
     return "".join(f": {item.code} {item.message}".rstrip() for item in found[:3])
+
+
+def _proxy(text: str, context: ssl.SSLContext) -> urllib3.ProxyManager:
+    """The proxy at ``[http[s]://][USER:PASSWORD@]HOST:PORT``."""
+    try:
+        url = parse_url(text if "://" in text else f"http://{text}")
+        headers = make_headers(proxy_basic_auth=unquote(url.auth)) if url.auth else None
+        return urllib3.ProxyManager(url.url, proxy_headers=headers, ssl_context=context, maxsize=_CONNECTIONS)
+    except (LocationParseError, ProxySchemeUnknown):  # they would show its password
+        raise InvalidInput("HTTPS_PROXY: http[s]://[USER:PASSWORD@]HOST:PORT is needed") from None
 
 
 def _bypassed(name: str, no_proxy: str) -> bool:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from gearworkers.archive import writer
-from gearworkers.archive.entry import HARDLINK, REG, Entry
+from gearworkers.archive.entry import HARDLINK, REG, Entry, shown
 from gearworkers.archive.privacy import is_mark, refuse_late
 from gearworkers.archive.reader import Readable, TarReader
+from gearworkers.errors import ResourceExhausted
+from gearworkers.files import free_bytes
 from gearworkers.images.contents import SMALL_BYTES, Contents, nameless_file
 
 FORMAT = 2
@@ -122,7 +125,13 @@ def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
 def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
     """A content that is large or sparse goes to the remote by way of a file without a name."""
     hasher = hashlib.sha256()
-    with nameless_file() as fd:
+    with nameless_file("a content") as file:
+        fd = file.fileno()
+        if entry.sparse is not None and entry.size_bytes > free_bytes(fd):
+            raise ResourceExhausted(
+                f"tar entry {shown(entry.name)}: it is a sparse file of {entry.size_bytes} bytes, "
+                f"and {free_bytes(fd)} are free in {tempfile.gettempdir()}"
+            )
         for piece in _expanded(entry, reader):
             hasher.update(piece)
             _write_or_skip(fd, piece)

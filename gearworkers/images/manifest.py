@@ -24,6 +24,9 @@ DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
+DOCKER_LAYERS = {"gzip": DOCKER_LAYER_GZIP, "zstd": DOCKER_LAYER_ZSTD}
+"""By their compression."""
 
 MANIFESTS = frozenset((OCI_MANIFEST, DOCKER_MANIFEST))
 INDEXES = frozenset((OCI_INDEX, DOCKER_INDEX))
@@ -34,7 +37,7 @@ LAYERS = frozenset(
         "application/vnd.oci.image.layer.v1.tar+zstd",
         DOCKER_LAYER,
         DOCKER_LAYER_GZIP,
-        "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        DOCKER_LAYER_ZSTD,
     )
 )
 

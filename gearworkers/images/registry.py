@@ -6,7 +6,7 @@ Source: OCI distribution-spec v1.1 and Docker's registry API v2.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 import urllib3
 
 from gearworkers.archive.reader import Readable
-from gearworkers.errors import IntegrityError, NotFound, Unavailable
+from gearworkers.errors import IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images.blobs import Verified
 from gearworkers.images.http import Transport, make_transport, problem, translated
 from gearworkers.images.manifest import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, digest_of, verified
@@ -28,6 +28,8 @@ UPLOAD_CHUNK_BYTES = 16 << 20
 
 _MANIFEST_TYPES = ", ".join(sorted(MANIFESTS | INDEXES))
 _OCTETS = {"Content-Type": "application/octet-stream"}
+_WELL = range(200, 300)
+_PORTS = {"https": 443, "http": 80}
 
 
 @dataclass
@@ -54,10 +56,10 @@ class Registry:
         method: str,
         target: str,
         scopes: tuple[str, ...],
-        expected: tuple[int, ...],
+        expected: Container[int],
         *,
         headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
+        body: bytes | BinaryIO | None = None,
         stream: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         """One authorized request.
@@ -68,17 +70,21 @@ class Registry:
             scopes: What the token must allow.
             expected: The good statuses; any other is raised.
             headers: Beside Authorization.
-            body: Sent again if a token is asked for.
+            body: Sent again if a token is asked for; of a file all, and *headers* say how long it is.
             stream: Leave the answer's body to be read.
 
         Raises:
             NotFound, Unavailable, FailedPrecondition, InvalidInput: By the status, with the registry's words.
         """
-        url = urljoin(self._base_url(), target)
-        ours = urlsplit(url)[:2] == urlsplit(self._base)[:2]
+        base = self._base_url()
+        with translated(f"{method} {target.partition('?')[0]}"):
+            url = urljoin(base, target)
+            ours = _server(url) == _server(base)
         for again in (False, True):
             authorization = self.authority.known(scopes) if ours else None
             sent = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
+            if body is not None and not isinstance(body, bytes):
+                body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
             if response.status != 401 or again or not ours:
                 break
@@ -147,8 +153,8 @@ class Repository:
 
     @retried
     def has_blob(self, digest: str) -> bool:
-        """Whether the repository has it."""
-        found = self.registry.send("HEAD", self._path(f"blobs/{digest}"), self._pull, (200, 404))
+        """Whether the repository, which may not have begun, has it; asked as one who pushes, as others may not know."""
+        found = self.registry.send("HEAD", self._path(f"blobs/{digest}"), self._push, (200, 404))
         return found.status == 200
 
     @retried
@@ -165,18 +171,21 @@ class Repository:
         """Upload *file* from its first byte if the repository lacks it; visible only when whole and verified there."""
         if self.has_blob(digest):
             return
-        if size_bytes > UPLOAD_CHUNK_BYTES:
-            self._put_in_chunks(digest, file, size_bytes)
+        if size_bytes <= UPLOAD_CHUNK_BYTES:
+            file.seek(0)
+            self._put_at_once(digest, file.read(size_bytes), size_bytes)
             return
-        file.seek(0)
-        self._put_at_once(digest, file.read(size_bytes))
+        try:
+            self._put_in_chunks(digest, file, size_bytes)
+        except (InvalidInput, NotFound):  # some registries, as Google's, take no chunks
+            self._put_at_once(digest, file, size_bytes)
 
     @retried
     def put_manifest(self, version: str, media_type: str, data: bytes) -> str:
         """Let *version*, a tag or the digest, name the manifest *data*; its digest."""
         digest = digest_of(data)
         path = self._path(f"manifests/{version}")
-        response = self.registry.send("PUT", path, self._push, (201,), headers={"Content-Type": media_type}, body=data)
+        response = self.registry.send("PUT", path, self._push, _WELL, headers={"Content-Type": media_type}, body=data)
         told = response.headers.get("Docker-Content-Digest", digest)
         if told != digest:
             raise IntegrityError(f"manifest {version} of {self.name}: {digest} was pushed, and {told} is there")
@@ -208,50 +217,64 @@ class Repository:
         return response
 
     @retried
-    def _put_at_once(self, digest: str, data: bytes) -> None:
-        self._finish(self._begin(), digest, data)
+    def _put_at_once(self, digest: str, data: bytes | BinaryIO, size_bytes: int) -> None:
+        self._finish(self._begin(), digest, data, size_bytes)
 
     def _put_in_chunks(self, digest: str, file: BinaryIO, size_bytes: int) -> None:
         """Chunk by chunk; after a break it goes on where the registry says that it is."""
-        location, at, breaks = retried(self._begin)(), 0, 0
-        while at < size_bytes:
-            file.seek(at)
-            data = file.read(min(UPLOAD_CHUNK_BYTES, size_bytes - at))
-            headers = {**_OCTETS, "Content-Range": f"{at}-{at + len(data) - 1}"}
-            try:
-                response = self.registry.send("PATCH", location, self._push, (202,), headers=headers, body=data)
-                at += len(data)
-            except Unavailable:
-                breaks += 1
-                if breaks >= ATTEMPTS:
-                    raise
-                response, at = self._resumed(location)
-            location = str(response.headers.get("Location") or location)
-        self._finish(location, digest, b"")
+        upload = _Upload(retried(self._begin)())
+        while upload.at < size_bytes:
+            self._put_chunk(upload, file, size_bytes)
+        self._end_upload(upload, digest)
 
     @retried
-    def _resumed(self, location: str) -> tuple[urllib3.BaseHTTPResponse, int]:
-        """Where a broken upload goes on; if the registry has lost it, as docker-registry 2.8 may, a new one's start."""
+    def _put_chunk(self, upload: _Upload, file: BinaryIO, size_bytes: int) -> None:
+        if upload.is_broken:
+            self._resume(upload)
+        file.seek(upload.at)
+        data = file.read(min(UPLOAD_CHUNK_BYTES, size_bytes - upload.at))
+        if not data:
+            return  # of the last one only the answer was lost
+        headers = {**_OCTETS, "Content-Range": f"{upload.at}-{upload.at + len(data) - 1}"}
+        upload.is_broken = True
+        upload.follow(self.registry.send("PATCH", upload.location, self._push, _WELL, headers=headers, body=data))
+        upload.at += len(data)
+
+    def _resume(self, upload: _Upload) -> None:
+        """Find out where it goes on; if the registry has lost it, as docker-registry 2.8 may, begin anew."""
         try:
-            response = self.registry.send("GET", location, self._push, (202, 204))
-            return response, _received_bytes(response)
+            response = self.registry.send("GET", upload.location, self._push, (202, 204))
+            upload.at = _received_bytes(response)
+            upload.follow(response)
         except NotFound:
-            return self._post_upload(), 0
+            upload.losses += 1
+            if upload.losses >= ATTEMPTS:
+                raise
+            upload.location, upload.at, upload.is_broken = self._begin(), 0, False
+
+    @retried
+    def _end_upload(self, upload: _Upload, digest: str) -> None:
+        """Have it be the blob; it is already if only the answer to that was lost."""
+        try:
+            self._finish(upload.location, digest, b"", 0)
+        except NotFound:
+            if not self.has_blob(digest):
+                raise
 
     def _begin(self) -> str:
-        location = self._post_upload().headers.get("Location", "")
+        begun = self.registry.send("POST", self._path("blobs/uploads/"), self._push, (202,))
+        location = begun.headers.get("Location", "")
         if not location:
             raise NotFound(f"{self.registry.reference.host} begins an upload to {self.name} without saying where")
         return str(location)
 
-    def _post_upload(self) -> urllib3.BaseHTTPResponse:
-        return self.registry.send("POST", self._path("blobs/uploads/"), self._push, (202,))
-
-    def _finish(self, location: str, digest: str, data: bytes) -> None:
-        parts = urlsplit(location)
+    def _finish(self, location: str, digest: str, data: bytes | BinaryIO, size_bytes: int) -> None:
+        with translated(f"end an upload to {self.name}"):
+            parts = urlsplit(location)
         query = urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", digest)])
         target = urlunsplit(parts._replace(query=query))
-        self.registry.send("PUT", target, self._push, (201,), headers=_OCTETS, body=data)
+        headers = {**_OCTETS, "Content-Length": str(size_bytes)}
+        self.registry.send("PUT", target, self._push, _WELL, headers=headers, body=data)
 
     def _cancel(self, location: str) -> None:
         if location:
@@ -259,6 +282,27 @@ class Repository:
                 self.registry.send("DELETE", location, self._push, (202, 204, 404, 405))
             except Unavailable:
                 pass  # the registry ends it by itself
+
+
+@dataclass(slots=True)
+class _Upload:
+    """One that goes in chunks."""
+
+    location: str
+    at: int = 0
+    is_broken: bool = False
+    """Whether it is not known what of the last chunk has come."""
+    losses: int = 0
+
+    def follow(self, response: urllib3.BaseHTTPResponse) -> None:
+        """The registry says where it goes on."""
+        self.location = str(response.headers.get("Location") or self.location)
+        self.is_broken = False
+
+
+def _server(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
 
 
 def _received_bytes(response: urllib3.BaseHTTPResponse) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import msgspec
 from gearworkers.archive.reader import Readable
 from gearworkers.errors import InvalidInput, NotFound, from_os_error
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import Verified, read_all
+from gearworkers.images.blobs import MAGIC_BYTES, Verified, compression_of, read_all
 from gearworkers.images.reference import Reference, check_digest
 from gearworkers.images.registry import Repository
 from gearworkers.settings import Settings
@@ -209,9 +210,10 @@ class DockerArchive:
         """Docker writes plain tars, whose digest is the diff ID; other programs compress them."""
         size_bytes = self._files.open(name).size_bytes
         digest, media_type = check_digest(diff_id), m.DOCKER_LAYER
-        head = memoryview(bytearray(2))
-        if self._files.open(name).readinto(head) == 2 and bytes(head) == b"\x1f\x8b":
-            digest, media_type = _digest(self._files.open(name)), m.DOCKER_LAYER_GZIP
+        head = memoryview(bytearray(MAGIC_BYTES))
+        kind = m.DOCKER_LAYERS.get(compression_of(bytes(head[: self._files.open(name).readinto(head)])))
+        if kind is not None:
+            digest, media_type = _digest(self._files.open(name)), kind
         self._names[digest] = name
         return {"mediaType": media_type, "size": size_bytes, "digest": digest}
 
@@ -241,11 +243,16 @@ class _Directory:
     path: Path
 
     def open(self, name: str) -> Part:
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise InvalidInput(f"{self.path}: {name} lies outside of it")
         try:
-            fd = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
             raise from_os_error(exc, f"{self.path}: open {name}") from exc
-        return Part(fd, 0, os.fstat(fd).st_size)
+        part = Part(fd, 0, os.fstat(fd).st_size)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidInput(f"{self.path}: {name} is no regular file")
+        return part
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +271,7 @@ class _Tar:
             raise from_os_error(exc, f"read {path}") from exc
 
     def open(self, name: str) -> Part:
-        """Older `docker save`s share layers by symbolic links."""
+        """Older `docker save`s share layers by symbolic links, and who packs their directory anew by hard links."""
         found = os.path.normpath(name)
         for _ in range(_MAX_LINKS):
             member = self.members.get(found)
@@ -272,7 +279,8 @@ class _Tar:
                 break
             if member.isreg():
                 return Part(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), member.offset_data, member.size)
-            found = os.path.normpath(os.path.join(os.path.dirname(found), member.linkname))
+            origin = os.path.dirname(found) if member.issym() else ""
+            found = os.path.normpath(os.path.join(origin, member.linkname))
         raise NotFound(f"{self.path}: no file {name} in it")
 
 

@@ -17,22 +17,24 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from gearworkers.errors import FailedPrecondition
-from gearworkers.hosts import host_name, is_loopback
+from gearworkers.hosts import is_loopback
 from gearworkers.images.credentials import Credentials, find_credentials
-from gearworkers.images.http import Transport, problem
+from gearworkers.images.http import Transport, problem, translated
 
 _CLIENT = "gearworkers"
 _LEAST_LIFE_S = 60
 """Of a token that says nothing; the specification's own default."""
 _MARGIN_S = 15
-_SCHEME = re.compile(r"\s*([A-Za-z]+)\s+(.*)", re.DOTALL)
-_PARAMETER = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))')
+_SCHEMES = ("bearer", "basic")
+"""Those that are known, the better first."""
+_PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z_][A-Za-z0-9_-]*)')
+"""A parameter, or the scheme of those that follow."""
 
 
 class _Token(msgspec.Struct, frozen=True):
-    token: str = ""
-    access_token: str = ""
-    expires_in: int = _LEAST_LIFE_S
+    token: str | None = None
+    access_token: str | None = None
+    expires_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,15 @@ class Challenge:
 
     @classmethod
     def parse(cls, header: str) -> Challenge | None:
-        """Read ``Basic realm="…"`` or ``Bearer realm="…",service="…"``; None if it is neither."""
-        found = _SCHEME.match(header)
-        if not found or found[1].lower() not in ("basic", "bearer"):
-            return None
-        pairs = {key.lower(): quoted or bare for key, quoted, bare in _PARAMETER.findall(found[2])}
-        return cls(found[1].lower(), pairs)
+        """Read ``Bearer realm="…",service="…"`` or ``Basic realm="…"`` among those offered; None if neither is."""
+        offered: dict[str, dict[str, str]] = {}
+        parameters: dict[str, str] = {}
+        for key, quoted, bare, scheme in _PART.findall(header):
+            if scheme:
+                parameters = offered.setdefault(scheme.lower(), {})
+            else:
+                parameters[key.lower()] = quoted or bare
+        return next((cls(scheme, offered[scheme]) for scheme in _SCHEMES if scheme in offered), None)
 
 
 @dataclass
@@ -112,11 +117,12 @@ class Authority:
         value = token.token or token.access_token
         if not value:
             raise FailedPrecondition(f"{realm} answers for {self.host} without a token")
-        return f"Bearer {value}", max(token.expires_in, _LEAST_LIFE_S) - _MARGIN_S
+        return f"Bearer {value}", max(token.expires_in or 0, _LEAST_LIFE_S) - _MARGIN_S
 
     def _refuse_open_realm(self, realm: str, credentials: Credentials | None) -> None:
-        url = urlsplit(realm)
-        open_realm = url.scheme == "http" and not is_loopback(host_name(url.netloc))
+        with translated(f"get a token for {self.host}"):
+            url = urlsplit(realm)
+        open_realm = url.scheme == "http" and not is_loopback(url.hostname or "")
         if url.scheme not in ("http", "https") or (open_realm and credentials is not None):
             raise FailedPrecondition(f"{self.host} wants its credentials told to {realm!r}, which is not https")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from gearworkers.archive.entry import REG, Entry, shown
 from gearworkers.archive.privacy import MARK, is_mark, refuse_hidden, refuse_late
 from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.archive.stream import StreamWriter
-from gearworkers.errors import InvalidInput, ResourceExhausted, from_os_error
-from gearworkers.files import opened_directory
+from gearworkers.errors import InvalidInput, ResourceExhausted
+from gearworkers.files import free_bytes, opened_directory
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.objects.claims import Claims
@@ -245,11 +244,11 @@ class _Contents:
         return digest
 
     def _refuse_without_space(self, entry: Entry) -> None:
-        free_bytes = _free_bytes(self._staging_fd)
-        if entry.size_bytes > free_bytes:
+        room_bytes = free_bytes(self._staging_fd)
+        if entry.size_bytes > room_bytes:
             raise ResourceExhausted(
                 f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, "
-                f"and {free_bytes} are free in {self._store.cache}"
+                f"and {room_bytes} are free in {self._store.cache}"
             )
 
 
@@ -279,11 +278,3 @@ def _hash_zeros(hasher: hashlib._Hash, size_bytes: int) -> None:
         step = min(size_bytes, len(_ZEROS))
         hasher.update(_ZEROS[:step])
         size_bytes -= step
-
-
-def _free_bytes(fd: int) -> int:
-    try:
-        status = os.fstatvfs(fd)
-    except OSError as exc:
-        raise from_os_error(exc, "ask how much space is free") from exc
-    return status.f_bavail * status.f_frsize

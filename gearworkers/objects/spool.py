@@ -7,6 +7,7 @@ that every later import finds and none takes for new. An object is never empty, 
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from gearworkers.errors import IntegrityError, NotFound, from_os_error
 from gearworkers.objects.store import ObjectStore
 
 _TEMPORARY = b".new"
+_NAME = re.compile(rb"[0-9a-f]{64}")
+"""What else lies there is somebody else's, and no business of ours."""
 
 
 class PushSpool:
@@ -53,7 +56,7 @@ class PushSpool:
     def pending(self) -> Iterator[bytes]:
         """Digests of what awaits push, in no order; what was only announced may turn out not to be there."""
         with os.scandir(self._directory) as entries:
-            names = [entry.name for entry in entries if not entry.name.endswith(_TEMPORARY)]
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
         for name in names:
             yield bytes.fromhex(name.decode("ascii"))
 

@@ -245,3 +245,10 @@ def spoil(settings: Settings, content: bytes) -> bytes:
 
 if __name__ == "__main__":
     push_killed_at_every_step(settings_in(Path(sys.argv[1])))
+
+
+def test_what_others_leave_in_the_spool_keeps_nothing_from_being_pushed(settings: Settings) -> None:
+    applied(InProcess(settings), file("new", CONTENTS[0]))
+    (settings.gear_push_path / "lost+found").mkdir()
+    (settings.gear_push_path / ".nfs000000000001").touch()
+    assert GearDriver(settings).push_pending() == PushReport(1, {})

@@ -44,6 +44,13 @@ def test_what_was_compressed_comes_out(blob: bytes, step_bytes: int) -> None:
     assert unpack(blob, step_bytes=step_bytes) == CONTENT
 
 
+def test_frames_that_are_to_be_skipped_are() -> None:
+    for kind in (b"\x50", b"\x5e"):
+        skipped = kind + b"\x2a\x4d\x18\x07\0\0\0ignored"
+        parts = (zstandard.compress(CONTENT[:1000]), zstandard.compress(CONTENT[1000:]), b"")
+        assert unpack(skipped + skipped.join(parts)) == CONTENT
+
+
 @pytest.mark.parametrize("blob", [b"", b"x", b"abc"])
 def test_a_blob_shorter_than_any_mark_is_plain(blob: bytes) -> None:
     assert unpack(blob, blob) == blob

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from gearworkers.archive import writer
 from gearworkers.archive.entry import Entry
-from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound
+from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, ResourceExhausted
 from gearworkers.images import convert
 from gearworkers.images import manifest as m
 from gearworkers.images.contents import SMALL_BYTES
@@ -248,6 +250,18 @@ class TestLayersDoneBefore:
         report = converted(settings, pushed(settings, peer, image), f"{peer.host}/gear:v1")
         assert (report.reused_layers, report.new_objects) == (0, 0)
 
+    def test_it_is_converted_again_if_its_blob_is_damaged(
+        self, settings: Settings, peer: Registry, tmp_path: Path
+    ) -> None:
+        source = pushed(settings, peer, Image([BASE]))
+        converted(settings, source, f"{peer.host}/gear:v1")
+        layer = pull(repository(settings, f"{peer.host}/gear"), "v1").manifest["layers"][0]["digest"]
+        (stored,) = peer.directory.glob(f"storage/**/{layer.removeprefix('sha256:')}/data")
+        stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+        with registries.registry(tmp_path / "other") as other:
+            assert converted(settings, source, f"{other.host}/gear:v1").reused_layers == 0
+            assert pull(repository(settings, f"{other.host}/gear"), "v1")
+
     def test_a_damaged_record_is_as_good_as_none(self, settings: Settings, peer: Registry) -> None:
         plan = convert.plan_conversion(settings, pushed(settings, peer, Image([BASE])), f"{peer.host}/gear", AMD64)
         open_remote(settings).put_document(convert.record_name(plan.jobs()[0]), b"nonsense")
@@ -314,6 +328,42 @@ class TestArchives:
         found = pull(repository(settings, f"{peer.host}/gear"), "v1")
         assert contents_of(found.tars[1], open_remote(settings)) == contents_of(TOP)
 
+    def test_zstd_layers_in_an_archive_are_known(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+        (tmp_path / "image.tar").write_bytes(replace(self.IMAGE, compression="zstd").saved())
+        converted(settings, f"docker-archive:{tmp_path / 'image.tar'}", f"{peer.host}/gear:v1")
+        found = pull(repository(settings, f"{peer.host}/gear"), "v1")
+        assert contents_of(found.tars[1], open_remote(settings)) == contents_of(TOP)
+
+    @pytest.mark.parametrize(
+        "link",
+        [
+            special("1/layer.tar", tarfile.LNKTYPE, linkname="0/layer.tar"),
+            special("1/layer.tar", tarfile.SYMTYPE, linkname="../0/layer.tar"),
+        ],
+        ids=["hard", "symbolic"],
+    )
+    def test_a_layer_in_an_archive_may_be_a_link_to_another(
+        self, settings: Settings, peer: Registry, tmp_path: Path, link: tarfile.TarInfo
+    ) -> None:
+        twice = Image([BASE, BASE], compression="")
+        with tarfile.open(fileobj=io.BytesIO(twice.saved())) as tar:
+            members = [(info.name, file.read()) for info in tar if (file := tar.extractfile(info))]
+        linked = [link if name == link.name else (name, data) for name, data in members]
+        (tmp_path / "image.tar").write_bytes(tar_of(linked))
+        report = converted(settings, f"docker-archive:{tmp_path / 'image.tar'}", f"{peer.host}/gear:v1")
+        assert report.layers == 1
+
+    @pytest.mark.parametrize("layer", ["../outside", "/dev/zero", "pipe"])
+    def test_an_unpacked_archive_gives_files_of_its_own(self, settings: Settings, tmp_path: Path, layer: str) -> None:
+        (tmp_path / "outside").write_bytes(BASE)
+        directory = tmp_path / "archive"
+        directory.mkdir()
+        os.mkfifo(directory / "pipe")
+        (directory / "config.json").write_bytes(Image([BASE], compression="").config)
+        (directory / "manifest.json").write_text(json.dumps([{"Config": "config.json", "Layers": [layer]}]))
+        with pytest.raises(InvalidInput, match=layer):
+            converted(settings, f"docker-archive:{directory}", "localhost/gear")
+
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("name", ["", ":v1", ":host.org/image:v1"])
     def test_an_oci_layout_is_converted(
@@ -374,6 +424,20 @@ class TestRefusals:
     def test_a_blob_that_is_no_tar(self, settings: Settings, peer: Registry) -> None:
         with pytest.raises(InvalidInput):
             converted(settings, pushed(settings, peer, Image([b"no tar" * 1000])), f"{peer.host}/gear:v1")
+
+    def test_a_sparse_file_that_no_disk_has_room_for(self, settings: Settings, peer: Registry) -> None:
+        records = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.numblocks": "0"}
+        bomb = special("bomb", tarfile.REGTYPE, pax_headers=records | {"GNU.sparse.size": str(1 << 62)})
+        with pytest.raises(ResourceExhausted, match="bomb"):
+            converted(settings, pushed(settings, peer, Image([tar_of([bomb])])), f"{peer.host}/gear:v1")
+
+    def test_no_directory_for_temporary_files(
+        self, settings: Settings, peer: Registry, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = pushed(settings, peer, Image([BASE]))
+        monkeypatch.setattr(tempfile, "tempdir", "/not/there")
+        with pytest.raises(NotFound, match="/not/there"):
+            converted(settings, source, f"{peer.host}/gear:v1")
 
     def test_no_remote(self, settings: Settings) -> None:
         with pytest.raises(FailedPrecondition, match="GEAR_REMOTE"):

@@ -103,6 +103,7 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
         (("x", "localhost:1/y", "--platform", "linux"), "is no platform"),
         (("x", "localhost:1/y", "--platform", "linux/arm64", "--all-platforms"), "not both"),
         (("oci:/not/there", "localhost:1/y"), "/not/there"),
+        (("oci:" + "long" * 100, "localhost:1/y"), "File name too long"),
     ],
 )
 def test_an_error_is_one_line(remote: str, arguments: tuple[str, ...], said: str) -> None:

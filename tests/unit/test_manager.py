@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import random
+import resource
 import shlex
 import shutil
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.services.manager.server import ManagerServer
 from gearworkers.settings import Settings
+from tests.support.answers import Answer, answering
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.remotes import Service, ask, figures, manager_server
 
@@ -360,6 +363,34 @@ def test_tokens_are_replaced_without_a_restart(guarded: Service, tmp_path: Path)
     remote.close()
 
 
+def test_bytes_that_are_no_text_are_no_token_and_no_node(guarded: Service) -> None:
+    with socket.create_connection(address(guarded)) as client:
+        client.sendall(b"GET /v1/nodes HTTP/1.1\r\nHost: m\r\nConnection: close\r\nAuthorization: Bearer \xff\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"401"
+    with socket.create_connection(address(guarded)) as client:
+        client.sendall(b"GET /v1/nodes HTTP/1.1\r\nHost: m\r\nConnection: close\r\nAuthorization: Bearer writer\r\n")
+        client.sendall(b"Gear-Node: \xff\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"200"
+
+
+def test_without_its_tokens_file_nothing_is_said_to_be_missing(guarded: Service, tmp_path: Path) -> None:
+    (tmp_path / "write").unlink()
+    assert call(guarded, "GET", f"/v1/objects/{sha256(b'')}", headers={"Authorization": "Bearer some"})[0] == 503
+
+
+def test_more_clients_than_files_that_a_shell_allows_are_no_matter(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        with manager_server(tmp_path) as server, ExitStack() as idle:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for _ in range(200):
+                idle.enter_context(socket.create_connection(address(server)))
+            assert call(server, "GET", "/healthz")[0] == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_it_does_not_listen_to_others_without_a_token(tmp_path: Path) -> None:
     settings = replace(Settings(), gear_root=tmp_path, manager_listen="0.0.0.0:0")
     with pytest.raises(FailedPrecondition, match="TOKENS"):
@@ -449,6 +480,24 @@ def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
                 store.get(bytes(32))
         store.close()
         thread.join()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
+def test_a_redirect_confirms_no_push(status: int) -> None:
+    with answering(lambda asked: Answer(status, {"Location": "/login"})) as server:
+        store = ManagerStore(server.url, Settings())
+        with pytest.raises(FailedPrecondition, match="no manager answers"):
+            store.put_many([(hashlib.sha256(b"x").digest(), codec.encode(b"x"))])
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("held", [b"secret\nsecret two\n", b"secret\xff", "se\u20accret".encode()])
+def test_what_is_no_token_is_told_without_it(held: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(held)
+    with pytest.raises(FailedPrecondition, match="one token is needed") as told:
+        ManagerStore("http://127.0.0.1:1", Settings(remote_token_file=file)).present([bytes(32)])
+    assert "secret" not in str(told.value)
 
 
 def _drip(listener: socket.socket, beginning: bytes) -> None:

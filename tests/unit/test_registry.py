@@ -6,19 +6,23 @@ import base64
 import io
 import json
 import ssl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, NotFound, Unavailable
+from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images import http, registry
 from gearworkers.images.blobs import read_all
+from gearworkers.images.credentials import Credentials, find_credentials
 from gearworkers.images.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, digest_of, encode
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
+from gearworkers.images.tokens import Challenge
 from gearworkers.settings import Settings
 from tests.support import registries
+from tests.support.answers import Answer, Asked, answering
 from tests.support.link import linked
 from tests.support.ports import free_port
 from tests.support.registries import PASSWORD, USER, TokenServer
@@ -166,6 +170,151 @@ def test_plain_http_is_not_tried_on_other_machines(monkeypatch: pytest.MonkeyPat
     assert set(sent) == {"https://registry.example.org/v2/"}
 
 
+def test_a_registry_that_asks_to_wait_is_left_alone_so_long(tmp_path: Path) -> None:
+    answers = [Answer(200), Answer(429, {"Retry-After": "2"}), Answer(200)]  # the first: it is a registry
+    with answering(lambda asked: answers.pop(0)) as server:
+        began_s = time.monotonic()
+        assert repository(server.host, tmp_path).has_blob(digest_of(BLOB))
+        assert time.monotonic() - began_s >= 2
+
+
+def test_what_is_to_wait_too_long_is_told_at_once(tmp_path: Path) -> None:
+    with answering(lambda asked: Answer(503, {"Retry-After": "3600"})) as server:
+        with pytest.raises(Unavailable, match="503") as told:
+            repository(server.host, tmp_path).has_blob(digest_of(BLOB))
+        assert (len(server.asked), told.value.after_s) == (2, 3600)
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204])
+def test_a_manifest_is_taken_by_any_good_status(status: int, tmp_path: Path) -> None:
+    with answering(lambda asked: Answer(status)) as server:
+        assert repository(server.host, tmp_path).put_manifest("v1", DOCKER_MANIFEST, b"{}") == digest_of(b"{}")
+
+
+class _Uploads:
+    """A registry that takes one blob in chunks, and says *failures* first, by method."""
+
+    def __init__(self, **failures: int) -> None:
+        self.failures = failures
+        self.taken = b""
+        self.whole = False
+
+    def answer(self, asked: Asked) -> Answer:
+        location = {"Location": f"/upload/{len(self.taken)}"}
+        if asked.method == "HEAD":
+            return Answer(200 if self.whole else 404)
+        if asked.method == "PUT" and self.whole:
+            return Answer(404)
+        if asked.method == "PATCH":
+            self.taken += asked.body
+        self.whole = self.whole or asked.method == "PUT"
+        if self.failures.get(asked.method, 0):
+            self.failures[asked.method] -= 1
+            return Answer(503)
+        if asked.method == "GET" and asked.path.startswith("/upload"):
+            return Answer(204, {**location, "Range": f"0-{len(self.taken) - 1}"})
+        return Answer({"GET": 200, "PUT": 201}.get(asked.method, 202), location)
+
+
+@pytest.mark.parametrize("failures", [{"PATCH": 3}, {"PUT": 1}, {"GET": 2, "PATCH": 1}], ids=str)
+def test_an_upload_whose_answers_are_lost_is_ended(
+    failures: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
+    uploads = _Uploads(**failures)
+    with answering(uploads.answer) as server:
+        put(repository(server.host, tmp_path), BLOB)
+    assert uploads.taken == BLOB
+    assert uploads.whole
+
+
+@pytest.mark.parametrize("refusal", [400, 404, 405, 416])
+def test_a_registry_that_takes_no_chunks_is_given_the_whole(
+    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
+
+    def answer(asked: Asked) -> Answer:
+        if asked.method == "PUT" and "Authorization" not in asked.headers:
+            return Answer(401, {"WWW-Authenticate": "Basic"})
+        known = {"HEAD": 404, "POST": 202, "PUT": 201, "GET": 200}
+        return Answer(known.get(asked.method, refusal), {"Location": "/upload"})
+
+    with answering(answer) as server:
+        put(repository(server.host, logged_in(tmp_path, server.host)), BLOB)
+    refused, whole = (asked.body for asked in server.asked if asked.method == "PUT")
+    assert refused == whole == BLOB
+
+
+def test_an_upload_may_name_the_port_that_goes_without_saying() -> None:
+    base = registry._server("https://registry.example.org")
+    assert registry._server("https://Registry.example.org:443/v2/a/blobs/uploads/1?state=x") == base
+    for other in ("http://registry.example.org/", "https://registry.example.org:444/", "https://example.org/"):
+        assert registry._server(other) != base
+
+
+def told_token(body: bytes) -> Callable[[Asked], Answer]:
+    """A registry whose tokens are given as *body* says, and that takes any."""
+
+    def answer(asked: Asked) -> Answer:
+        if asked.path.startswith("/token"):
+            return Answer(200, body=body)
+        if "Authorization" in asked.headers:
+            return Answer(200, {"Content-Type": DOCKER_MANIFEST}, b"{}")
+        return Answer(401, {"WWW-Authenticate": f'Bearer realm="http://{asked.headers["Host"]}/token"'})
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"token":null,"access_token":"t"}', b'{"token":"t","expires_in":null}', b'{"token":"t","expires_in":299.5}'],
+)
+def test_a_token_is_found_whatever_stands_beside_it(body: bytes, tmp_path: Path) -> None:
+    with answering(told_token(body)) as server:
+        assert repository(server.host, tmp_path).manifest("v1") == (b"{}", DOCKER_MANIFEST)
+        assert server.asked[-1].headers["Authorization"] == "Bearer t"
+
+
+@pytest.mark.parametrize("token", ["secret\\nsecret", "\u20acsecret"])
+def test_a_token_that_cannot_be_sent_is_not_shown(token: str, tmp_path: Path) -> None:
+    with answering(told_token(f'{{"token":"{token}"}}'.encode())) as server:
+        with pytest.raises(InvalidInput, match="malformed") as told:
+            repository(server.host, tmp_path).manifest("v1")
+        assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("status", [202, 307, 401])
+def test_a_registry_that_names_no_url_is_told_so(status: int, tmp_path: Path) -> None:
+    headers = {"Location": "http://[::1/x", "WWW-Authenticate": 'Bearer realm="http://[::1"'}
+    known = {"HEAD": Answer(404), "GET": Answer(200), "POST": Answer(status, headers)}
+    with answering(lambda asked: known[asked.method]) as server, pytest.raises(InvalidInput, match="malformed"):
+        put(repository(server.host, tmp_path), BLOB)
+
+
+class TestProxy:
+    def test_it_is_told_who_asks(self, tmp_path: Path) -> None:
+        with answering(lambda asked: Answer(407)) as server:
+            settings = Settings(docker_config=tmp_path, https_proxy=f"http://gear:of%3Aworkers@{server.host}")
+            target = Repository.of(settings, Reference.parse("registry.example.org/some/image"))
+            with pytest.raises(Unavailable):
+                target.registry.transport.send("GET", "https://registry.example.org/v2/")
+        (asked,) = server.asked
+        assert (asked.method, asked.path) == ("CONNECT", "registry.example.org:443")
+        expected = base64.b64encode(b"gear:of:workers").decode()
+        assert asked.headers.get("Proxy-Authorization") == f"Basic {expected}"
+
+    def test_it_may_stand_without_a_scheme(self) -> None:
+        transport = http.make_transport(Settings(https_proxy="proxy.example.org:3128"), "registry.example.org")
+        assert str(transport.pool.proxy) == "http://proxy.example.org:3128"
+
+    @pytest.mark.parametrize("proxy", ["socks5://u:secret@example.org", "http://u:secret@[", "http://u:secret@h:x"])
+    def test_one_that_is_not_known_is_told_without_its_password(self, proxy: str) -> None:
+        with pytest.raises(InvalidInput, match="HTTPS_PROXY") as told:
+            http.make_transport(Settings(https_proxy=proxy), "registry.example.org")
+        assert "secret" not in str(told.value)
+
+
 class TestBasic:
     @pytest.fixture
     def peer(self, tmp_path: Path) -> Iterator[Registry]:
@@ -201,6 +350,16 @@ class TestBasic:
         (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {peer.host: "tests"}}))
         assert not repository(peer.host, tmp_path).has_blob(digest_of(BLOB))
 
+    def test_the_helper_for_docker_hub_is_named_as_docker_names_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        helper = tmp_path / "docker-credential-tests"
+        helper.write_text(f'#!/bin/sh\necho \'{{"Username": "{USER}", "Secret": "x"}}\'\n')
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        (tmp_path / "config.json").write_text('{"credHelpers": {"https://index.docker.io/v1/": "tests"}}')
+        assert find_credentials(tmp_path, "docker.io") == Credentials(USER, "x")
+
     def test_a_helper_that_knows_nothing_is_no_error(
         self, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -233,7 +392,7 @@ class TestTokens:
     def test_a_token_allows_what_was_asked(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
         target = repository(peer.host, logged_in(tmp_path / "docker", peer.host))
         assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
-        assert tokens.asked == ["GET repository:some/image:pull", "GET repository:some/image:pull,push"]
+        assert tokens.asked == ["GET repository:some/image:pull,push", "GET repository:some/image:pull"]
 
     def test_nobody_may_pull_but_not_push(self, peer: Registry, tmp_path: Path) -> None:
         digest = put(repository(peer.host, logged_in(tmp_path / "docker", peer.host)), BLOB)
@@ -258,15 +417,22 @@ class TestTokens:
     ) -> None:
         target = repository(peer.host, tmp_path)
         target.has_blob(digest_of(BLOB))
-        known = target.registry.authority.known(("repository:some/image:pull",))
-        target.registry.authority._tokens[("repository:some/image:pull",)] = (f"{known}x", float("inf"))
+        known = target.registry.authority.known(("repository:some/image:pull,push",))
+        target.registry.authority._tokens[("repository:some/image:pull,push",)] = (f"{known}x", float("inf"))
         assert not target.has_blob(digest_of(BLOB))
         assert len(tokens.asked) == 2
 
-    def test_a_password_is_not_told_to_an_open_realm(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("server", ["example.org", "localhost:80@example.org"])
+    def test_a_password_is_not_told_to_an_open_realm(self, server: str, tmp_path: Path) -> None:
         target = repository("registry.example.org", logged_in(tmp_path, "registry.example.org"))
         with pytest.raises(FailedPrecondition, match="not https"):
-            target.registry.authority.answer('Bearer realm="http://example.org/token",service="s"', ("scope",))
+            target.registry.authority.answer(f'Bearer realm="http://{server}/token",service="s"', ("scope",))
+
+    @pytest.mark.parametrize("others", ['{}, Basic realm="other"', 'Basic realm="other", {}', "Negotiate, {}"])
+    def test_of_several_challenges_the_token_is_taken(self, others: str) -> None:
+        asked = others.format('Bearer realm="https://example.org/token",service="s, t"')
+        assert Challenge.parse("_" * 60_000) is None, "and at once"
+        assert Challenge.parse(asked) == Challenge("bearer", {"realm": "https://example.org/token", "service": "s, t"})
 
 
 class TestTls:

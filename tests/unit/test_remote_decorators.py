@@ -34,6 +34,7 @@ from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.remotes.s3 import SharedCredentials, in_s3
 from gearworkers.objects.retry import ATTEMPTS
 from gearworkers.settings import Settings
+from tests.support.answers import Answer, answering
 from tests.support.processes import wait_until
 from tests.support.remotes import s3_server
 
@@ -184,6 +185,19 @@ def test_a_store_that_hangs_is_unavailable_in_bounded_time_and_works_again_when_
             return False
 
     wait_until(is_back, "it works again")
+
+
+def test_many_that_are_put_together_may_take_longer_than_one(store: Store) -> None:
+    store.hang = threading.Event()
+    bounded = Bounded(store, threads=2, timeout_s=0.5, together=1, put_together=100)
+    with pytest.raises(Unavailable, match=r"0\.55 s"):
+        bounded.put_many([(bytes(32), b"R")])
+    later = threading.Timer(1.0, store.hang.set)
+    later.start()
+    many = blobs(100)
+    bounded.put_many(list(many.items()))
+    assert store.present(list(many)) == set(many)
+    later.join()
 
 
 # -- a nearer store
@@ -441,6 +455,22 @@ def test_s3_requests_are_signed_with_replaced_credentials(tmp_path: Path) -> Non
         assert signs_with("AKIAFIRST")
         path.write_text(template.format("AKIASECOND"))
         wait_until(lambda: signs_with("AKIASECOND"), "the second key is used")
+
+
+@pytest.mark.parametrize(
+    ("said", "environ", "signed"),
+    [("", "", "us-east-1"), ("", "eu-west-1", "eu-west-1"), ("eu-x", "eu-west-1", "eu-x")],
+)
+def test_the_region_is_the_urls_or_the_environments(
+    said: str, environ: str, signed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.setenv("AWS_REGION", environ) if environ else monkeypatch.delenv("AWS_REGION", raising=False)
+    with answering(lambda asked: Answer(404)) as server:
+        url = f"s3://b?endpoint={server.url}" + (f"&region={said}" if said else "")
+        in_s3(url, replace(Settings(), aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
+        assert f"/{signed}/s3/aws4_request" in server.asked[0].headers["Authorization"]
 
 
 def test_an_s3_server_that_is_away_is_unavailable(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 P = TypeVar("P")
 
+_PUT_MORE_S = 0.05
+"""An NFS server on disks syncs each file, and each name, by itself."""
 NEAR_REST_S = 30.0
 """So long a near store is left alone that has failed."""
 
@@ -100,7 +102,7 @@ class Bounded:
         Args:
             blobs: What is asked; it waits for itself.
             threads: How many calls run at once.
-            timeout_s: For one call, waiting for a thread included.
+            timeout_s: For one call, waiting for a thread included; a put has _PUT_MORE_S more for each blob.
             together: So many blobs are asked for in one call.
             put_together: So many are put in one call; None for as many.
         """
@@ -124,7 +126,8 @@ class Bounded:
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """As the store's."""
-        for _ in self._crew.each(self._blobs.put_many, _parts(blobs, self._put_together)):
+        parts = _parts(blobs, self._put_together)
+        for _ in self._crew.each(self._blobs.put_many, parts, more_s=lambda part: len(part) * _PUT_MORE_S):
             pass
 
     def get_document(self, name: str) -> Document | None:
@@ -237,15 +240,20 @@ class _Crew:
         """What *call* gives, or Unavailable when it takes too long."""
         return self._result(self._submit(call))
 
-    def each(self, call: Callable[[P], T], items: Iterable[P]) -> Iterator[T]:
-        """What *call* gives for each of *items*, in order; as many at once as there are threads."""
-        waiting: deque[Future[T]] = deque()
+    def each(
+        self, call: Callable[[P], T], items: Iterable[P], more_s: Callable[[P], float] = lambda _: 0.0
+    ) -> Iterator[T]:
+        """What *call* gives for each of *items*, in order; as many at once as there are threads.
+
+        An item may take so much longer as *more_s* says.
+        """
+        waiting: deque[tuple[Future[T], float]] = deque()
         for item in items:
-            waiting.append(self._submit(lambda item=item: call(item)))  # type: ignore[misc]
+            waiting.append((self._submit(lambda item=item: call(item)), more_s(item)))  # type: ignore[misc]
             if len(waiting) >= self._most:
-                yield self._result(waiting.popleft())
+                yield self._result(*waiting.popleft())
         while waiting:
-            yield self._result(waiting.popleft())
+            yield self._result(*waiting.popleft())
 
     def close(self) -> None:
         """Let each thread end after what it is at."""
@@ -261,14 +269,13 @@ class _Crew:
                 threading.Thread(target=self._work, name="remote", daemon=True).start()
         return future
 
-    def _result(self, future: Future[T]) -> T:
+    def _result(self, future: Future[T], more_s: float = 0.0) -> T:
+        timeout_s = self._timeout_s + more_s
         try:
-            return future.result(self._timeout_s)
+            return future.result(timeout_s)
         except TimeoutError as exc:
             future.cancel()
-            raise Unavailable(
-                f"a remote did not answer within {self._timeout_s:g} s; is its file system hung?"
-            ) from exc
+            raise Unavailable(f"a remote did not answer within {timeout_s:g} s; is its file system hung?") from exc
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from gearworkers.errors import (
     Unavailable,
     from_os_error,
 )
-from gearworkers.http_errors import from_http_error
+from gearworkers.http_errors import asked_to_wait_s, from_http_error
 from gearworkers.objects.remotes import codec, frames
 from gearworkers.objects.remotes.blobs import Document
 from gearworkers.settings import Settings
@@ -37,6 +38,7 @@ MOST_DIGESTS = 10_000
 _CONNECT_S = 5.0
 _VERIFY_BYTES_PER_S = 50e6
 _LEAST_BYTES_PER_S = 4096
+_TOKEN = re.compile("[!-~]+")
 _KINDS: dict[int, type[GearError]] = {
     400: InvalidInput,
     401: FailedPrecondition,
@@ -208,7 +210,7 @@ class ManagerStore:
                 decode_content=False,
             )
         try:
-            if response.status >= 400:
+            if not 200 <= response.status < 300:  # a redirect has taken nothing
                 raise self._problem(response, f"{method} {path}")
             yield response
         except BaseException:
@@ -218,21 +220,26 @@ class ManagerStore:
             response.release_conn()
 
     def _authorization(self) -> dict[str, str]:
-        token = self._settings.remote_token
+        token, origin = self._settings.remote_token, "GEAR_REMOTE_TOKEN"
         if self._settings.remote_token_file is not None:
+            origin = f"GEAR_REMOTE_TOKEN_FILE={self._settings.remote_token_file}"
             try:
-                token = self._settings.remote_token_file.read_text().strip()
+                token = self._settings.remote_token_file.read_text("latin-1").strip()
             except OSError as exc:
                 raise from_os_error(exc, f"read the remote's token from {self._settings.remote_token_file}") from exc
+        if token and not _TOKEN.fullmatch(token):  # the header's own error would show it
+            raise FailedPrecondition(f"{origin}: one token is needed, a line of letters, digits and signs")
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def _problem(self, response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
         kind = _KINDS.get(response.status) or (Unavailable if response.status >= 500 else InvalidInput)
+        if response.status < 400:
+            kind, tried = FailedPrecondition, f"{tried}: no manager answers, but something that is in its place"
         try:
             said = msgspec.json.decode(response.read(64 << 10), type=Problem).error
         except (HTTPError, OSError, msgspec.MsgspecError):
             said = response.reason or ""
-        return kind(f"{self._url}: {tried}: {response.status} {said}")
+        return kind(f"{self._url}: {tried}: {response.status} {said}").after(asked_to_wait_s(response))
 
     @contextmanager
     def _translated(self, tried: str) -> Iterator[None]:

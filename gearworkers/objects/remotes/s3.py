@@ -26,8 +26,9 @@ _REQUEST_TIMEOUT_S = 30
 def in_s3(url: str, settings: Settings) -> Bucket:
     """The store of ``s3://bucket/prefix?endpoint=…&region=…&virtual_host=true``.
 
-    Credentials: the shared file of AWS's own tools, read again and again, if it has the profile; otherwise what
-    obstore finds (AWS_ACCESS_KEY_ID and so on, container and instance roles, web identity).
+    A region that is not said is AWS_REGION, else us-east-1. Credentials: the shared file of AWS's own tools, read again
+    and again, if it has the profile; otherwise what obstore finds (AWS_ACCESS_KEY_ID and so on, container and instance
+    roles, web identity).
 
     Raises:
         InvalidInput: The URL has no bucket or an unknown option.
@@ -37,7 +38,9 @@ def in_s3(url: str, settings: Settings) -> Bucket:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown or not parts.netloc:
         raise InvalidInput(f"{url}: s3://BUCKET/PREFIX is needed; known options are {', '.join(_OPTIONS)}")
-    config: S3Config = {"region": options.get("region", "us-east-1")}
+    config: S3Config = {}
+    if "region" in options:
+        config["region"] = options["region"]
     client: ClientConfig = {
         "connect_timeout": timedelta(seconds=_CONNECT_TIMEOUT_S),
         "timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),

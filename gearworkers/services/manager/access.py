@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from gearworkers.errors import FailedPrecondition, from_os_error
+from gearworkers.errors import FailedPrecondition, Unavailable
 from gearworkers.files import stamp
 from gearworkers.settings import Settings
 
@@ -22,10 +22,10 @@ class TokenFile:
         """Whether *token* is one of them; how long it takes tells of its hash only.
 
         Raises:
-            GearError: The file cannot be read: nobody is let in.
+            Unavailable: The file cannot be read: nobody is let in.
         """
         self._refresh()
-        return hashlib.sha256(token.encode()).digest() in self._hashes
+        return hashlib.sha256(token.encode(errors="surrogateescape")).digest() in self._hashes
 
     def check(self) -> None:
         """See that there is a token.
@@ -41,12 +41,12 @@ class TokenFile:
         try:
             seen = stamp(self._path)
             if seen != self._seen:
-                lines = (line.strip() for line in self._path.read_text().splitlines())
+                lines = (line.strip() for line in self._path.read_text(errors="surrogateescape").splitlines())
                 tokens = [line for line in lines if line and not line.startswith("#")]
                 self._hashes = frozenset(hashlib.sha256(token.encode()).digest() for token in tokens)
                 self._seen = seen
         except OSError as exc:
-            raise from_os_error(exc, f"read tokens from {self._path}") from exc
+            raise Unavailable(f"read tokens from {self._path}: {exc.strerror}") from exc
 
 
 class Access:

@@ -182,7 +182,7 @@ class Manager:
 
     def _note_node(self, request: web.Request) -> None:
         name = request.headers.get(NODE_HEADER, "")
-        if name and len(name) <= MOST_NODE_CHARS:
+        if name and len(name) <= MOST_NODE_CHARS and name.isprintable():
             self._nodes.seen(name, request.remote or "")
 
     # -- calls of no other room

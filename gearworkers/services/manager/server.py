@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 from pathlib import Path
 from typing import cast
@@ -153,6 +154,8 @@ def serve(settings: Settings) -> None:
     Raises:
         GearError: As `ManagerServer`, or it cannot listen.
     """
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # MOST_CONNECTIONS, and files of the store
     asyncio.run(_serve(ManagerServer(settings), settings.notify_socket))
 
 

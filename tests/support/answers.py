@@ -1,0 +1,85 @@
+"""A server of HTTP that says what a test has it say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request."""
+
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it is told."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+@dataclass
+class Server:
+    """One that runs."""
+
+    port: int
+    asked: list[Asked] = field(default_factory=list)
+
+    @property
+    def host(self) -> str:
+        """Where it is."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The same as a URL."""
+        return f"http://{self.host}"
+
+
+@contextmanager
+def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
+    """A server that tells each request what *answer* says."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            asked = Asked(self.command, self.path, self.headers, body)
+            running.asked.append(asked)
+            told = answer(asked)
+            self.send_response(told.status)
+            for name, value in told.headers.items():
+                self.send_header(name, value)
+            if told.status not in (204, 304):
+                self.send_header("Content-Length", str(len(told.body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(told.body)
+
+        do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = handle_any
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running = Server(server.server_port)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield running
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
