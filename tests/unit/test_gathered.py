@@ -14,7 +14,7 @@ from gearworkers.objects.remotes.gathered import Gathered
 
 CHUNK = hashlib.sha256(b"chunk").digest()
 OBJECT = hashlib.sha256(b"object").digest()
-LAYOUT = codec.encode_layout([(5, CHUNK)])
+LAYOUT = codec.encode_layout(OBJECT, [(5, CHUNK)])
 
 
 class Watched:

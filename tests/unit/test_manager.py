@@ -120,10 +120,11 @@ def test_a_layout_is_taken_only_if_its_chunks_make_up_the_object(server: Service
     chunks = [b"a" * 1000, b"b" * 1000]
     layout = [(len(chunk), hashlib.sha256(chunk).digest()) for chunk in chunks]
     whole, other = hashlib.sha256(b"".join(chunks)).digest(), hashlib.sha256(b"other").digest()
-    blob = codec.encode_layout(layout)
+    blob, lie = codec.encode_layout(whole, layout), codec.encode_layout(other, layout)
     assert call(server, "POST", "/v1/push", frames.frame(whole, blob))[0] == 400, "its chunks are not there"
     sent = b"".join(frames.frame(digest, codec.encode(c)) for (_, digest), c in zip(layout, chunks, strict=True))
-    assert call(server, "POST", "/v1/push", sent + frames.frame(other, blob))[0] == 422
+    assert call(server, "POST", "/v1/push", sent + frames.frame(other, blob))[0] == 422, "it is another's"
+    assert call(server, "POST", "/v1/push", frames.frame(other, lie))[0] == 422
     assert call(server, "HEAD", f"/v1/objects/{other.hex()}")[0] == 404
     assert call(server, "POST", "/v1/push", frames.frame(whole, blob))[0] == 200
     assert call(server, "GET", f"/v1/objects/{whole.hex()}")[2] == b"".join(chunks)

@@ -231,6 +231,18 @@ def test_a_near_store_that_lies_is_put_right(store: Store) -> None:
     assert near.held == store.held
 
 
+@pytest.mark.parametrize("at", [1, 40, -1])
+def test_a_layout_that_is_damaged_near_comes_from_afar(store: Store, at: int) -> None:
+    near = Store()
+    digest = hashlib.sha256(b"large").digest()
+    right = codec.encode_layout(digest, [(100, hashlib.sha256(b"a").digest()), (50, hashlib.sha256(b"b").digest())])
+    damaged = bytearray(right)
+    damaged[at] ^= 1
+    store.held, near.held = {digest: right}, {digest: bytes(damaged)}
+    assert Remote(Cached(near, store)).layout(digest) == codec.decode_layout(digest, right)
+    assert near.held == store.held
+
+
 def test_a_far_store_that_lies_does_not_spoil_the_near_one(store: Store) -> None:
     near = Store()
     store.held = {digest: codec.encode(b"a lie") for digest in blobs(2)}
@@ -283,14 +295,14 @@ def test_a_layout_that_makes_up_another_object_is_found_out(store: Store) -> Non
     piece = b"piece" * 100
     digest = hashlib.sha256(piece).digest()
     lie = hashlib.sha256(b"what was promised").digest()
-    store.held = {digest: codec.encode(piece), lie: codec.encode_layout([(len(piece), digest)] * 3)}
+    store.held = {digest: codec.encode(piece), lie: codec.encode_layout(lie, [(len(piece), digest)] * 3)}
     with pytest.raises(IntegrityError):
         list(Remote(store).fetch(lie))
 
 
 def test_chunks_that_are_gone_are_not_found(store: Store) -> None:
     whole = hashlib.sha256(b"whole").digest()
-    store.held = {whole: codec.encode_layout([(100, hashlib.sha256(b"gone").digest())])}
+    store.held = {whole: codec.encode_layout(whole, [(100, hashlib.sha256(b"gone").digest())])}
     with pytest.raises(NotFound):
         list(Remote(store).fetch(whole))
 

@@ -3,7 +3,8 @@
 A blob begins with one byte that says what follows:
     R  a content as it is
     Z  a content as one zstd frame that tells its size
-    L  a layout: records of a chunk's size (u32, little-endian) and its SHA-256, in the order of the object
+    L  a layout: SHA-256 of the object's digest and all that follows, then records of a chunk's size (u32,
+       little-endian) and its SHA-256, in the order of the object
 A content is LARGE_BYTES long at most: what is longer has a layout. So a blob of any object is read whole into
 memory; a layout takes 0.05 % of its object.
 """
@@ -56,9 +57,17 @@ def encode(content: bytes | memoryview) -> bytes:
     return _RAW + bytes(content)
 
 
-def encode_layout(chunks: Iterable[tuple[int, bytes]]) -> bytes:
+def encode_layout(digest: bytes, chunks: Iterable[tuple[int, bytes]]) -> bytes:
     """The blob of a large object, given (size in bytes, digest) of its chunks in order."""
-    return _LAYOUT + b"".join(_RECORD.pack(size_bytes, digest) for size_bytes, digest in chunks)
+    records = b"".join(_RECORD.pack(size_bytes, chunk_digest) for size_bytes, chunk_digest in chunks)
+    return _LAYOUT + _layout_sum(digest, records) + records
+
+
+def _layout_sum(digest: bytes, records: bytes | memoryview) -> bytes:
+    """So that a damaged layout is known before its chunks are fetched."""
+    hasher = hashlib.sha256(digest)
+    hasher.update(records)
+    return hasher.digest()
 
 
 def is_layout(blob: bytes) -> bool:
@@ -82,15 +91,16 @@ def decode_layout(digest: bytes, blob: bytes) -> list[Chunk]:
     """The chunks of a large object; that they make it up is known when all of them are there.
 
     Raises:
-        IntegrityError: The blob is no layout.
+        IntegrityError: The blob is no layout, or damaged.
     """
     return list(chunks_in(digest, blob))
 
 
 def chunks_in(digest: bytes, blob: bytes) -> Iterator[Chunk]:
     """As `decode_layout`, one after the other: for those who take any object, and hold no list of a million chunks."""
-    records = memoryview(blob)[1:]
-    if not is_layout(blob) or not records or len(records) % _RECORD.size:
+    records = memoryview(blob)[1 + DIGEST_BYTES :]
+    is_whole = is_layout(blob) and len(records) > 0 and len(records) % _RECORD.size == 0
+    if not is_whole or blob[1 : 1 + DIGEST_BYTES] != _layout_sum(digest, records):
         raise IntegrityError(f"layout of {digest.hex()}: damaged, {len(blob)} bytes")
     at = 0
     for size_bytes, chunk_digest in _RECORD.iter_unpack(records):

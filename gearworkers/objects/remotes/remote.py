@@ -63,7 +63,7 @@ class Remote:
             self.blobs.put_many([(digest, codec.encode(_read_all(source_fd)))])
             return
         layout = list(self._put_chunks(source_fd))
-        self.blobs.put_many([(digest, codec.encode_layout(layout))])
+        self.blobs.put_many([(digest, codec.encode_layout(digest, layout))])
 
     def put_many(self, contents: Iterable[tuple[bytes, bytes]]) -> int:
         """Store each (digest, content) that is not there; how many were new. For small ones: below LARGE_BYTES.

@@ -49,8 +49,8 @@ _VERSION = {
 }
 _FRAMES = (
     "A sequence of frames to the end of the body: SHA-256 (32 bytes), size (u32, little-endian), blob. A blob begins "
-    "with R (a content as it is), Z (a content as a zstd frame) or L (the layout of a large object: records of a "
-    "chunk's size (u32, little-endian) and SHA-256)."
+    "with R (a content as it is), Z (a content as a zstd frame) or L (the layout of a large object: SHA-256 of the "
+    "object's SHA-256 and all that follows, then records of a chunk's size (u32, little-endian) and SHA-256)."
 )
 
 
