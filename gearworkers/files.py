@@ -1,13 +1,19 @@
-"""Directories by descriptor, whether a file is another one by now, and what room there is for more."""
+"""Directories by descriptor, taking a tree away, whether a file is another one by now, and room for more."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from gearworkers.errors import from_os_error
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FEW_LEVELS = 32
 
 
 @contextmanager
@@ -23,6 +29,53 @@ def opened_directory(path: Path, flags: int = 0) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all that it holds, however deep; what cannot be removed stays, and no error is raised.
+
+    What lies deep is first moved to the top, so that neither stack nor descriptors run out, nor a path gets too long.
+    Crash: leaves the rest, which the next call removes.
+    """
+    with suppress(OSError):
+        with opened_directory(path, os.O_NOFOLLOW) as top_fd:
+            names = (b"removed-%s-%d" % (secrets.token_hex(8).encode(), n) for n in itertools.count())
+            moved = [b"."]
+            while moved:
+                _remove_directory(moved.pop(), top_fd, _Moving(top_fd, names, moved), _FEW_LEVELS)
+        path.rmdir()
+
+
+class _Moving(NamedTuple):
+    """Where directories that lie deep go."""
+
+    top_fd: int
+    names: Iterator[bytes]
+    moved: list[bytes]
+
+    def take(self, name: bytes | str, dir_fd: int) -> None:
+        moved = next(self.names)
+        os.rename(name, moved, src_dir_fd=dir_fd, dst_dir_fd=self.top_fd)
+        self.moved.append(moved)
+
+
+def _remove_directory(name: bytes | str, dir_fd: int, moving: _Moving, levels: int) -> None:
+    with suppress(OSError):
+        fd = os.open(name, _DIRECTORY, dir_fd=dir_fd)
+        try:
+            with os.scandir(fd) as found:
+                entries = list(found)
+            for entry in entries:
+                with suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.name, dir_fd=fd)
+                    elif levels:
+                        _remove_directory(entry.name, fd, moving, levels - 1)
+                    else:
+                        moving.take(entry.name, fd)
+        finally:
+            os.close(fd)
+        os.rmdir(name, dir_fd=dir_fd)
 
 
 def stamp(path: Path) -> tuple[int, int, int]:

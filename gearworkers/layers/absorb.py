@@ -26,12 +26,12 @@ import msgspec
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR, object_path
 from gearworkers.errors import from_os_error
 from gearworkers.files import opened_directory
+from gearworkers.layers.upper import directories, open_below
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, Claims
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE_BYTES = 1 << 20
 
@@ -101,17 +101,22 @@ def _set_times_back(layer: Path, upper: Path) -> None:
         recorded = msgspec.msgpack.decode(times.read_bytes(), type=list[_Times])
     except FileNotFoundError:
         return
-    prefix = os.fsencode(upper) + b"/"
-    for directory in recorded:
-        os.utime(prefix + directory.path, ns=(directory.atime_ns, directory.mtime_ns), follow_symlinks=False)
+    with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
+        for directory in recorded:
+            fd = open_below(upper_fd, directory.path)
+            if fd is not None:
+                try:
+                    os.utime(fd, ns=(directory.atime_ns, directory.mtime_ns))
+                finally:
+                    os.close(fd)
     times.unlink()
 
 
 def _directory_times(upper: Path) -> Iterator[_Times]:
-    root = os.fsencode(upper)
-    for path, _, _, dir_fd in os.fwalk(root):
-        status = os.fstat(dir_fd)
-        yield _Times(os.path.relpath(path, root), status.st_atime_ns, status.st_mtime_ns)
+    with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
+        for path, dir_fd in directories(upper_fd):
+            status = os.fstat(dir_fd)
+            yield _Times(path, status.st_atime_ns, status.st_mtime_ns)
 
 
 def _stored(
@@ -205,22 +210,13 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 def _files(directory: Path) -> Iterator[tuple[int, bytes, os.stat_result]]:
     """Regular files with bytes of their own: directory descriptor, name, status."""
-    with opened_directory(directory, os.O_NOFOLLOW) as fd:
-        yield from _files_below(fd)
-
-
-def _files_below(dir_fd: int) -> Iterator[tuple[int, bytes, os.stat_result]]:
-    for text in os.listdir(dir_fd):
-        name = os.fsencode(text)
-        status = os.lstat(name, dir_fd=dir_fd)
-        if stat.S_ISDIR(status.st_mode):
-            child_fd = os.open(name, _DIRECTORY, dir_fd=dir_fd)
-            try:
-                yield from _files_below(child_fd)
-            finally:
-                os.close(child_fd)
-        elif stat.S_ISREG(status.st_mode) and status.st_size and not _is_index(dir_fd, name):
-            yield dir_fd, name, status
+    with opened_directory(directory, os.O_NOFOLLOW) as root_fd:
+        for _, dir_fd in directories(root_fd):
+            for text in os.listdir(dir_fd):
+                name = os.fsencode(text)
+                status = os.lstat(name, dir_fd=dir_fd)
+                if stat.S_ISREG(status.st_mode) and status.st_size and not _is_index(dir_fd, name):
+                    yield dir_fd, name, status
 
 
 def _is_index(dir_fd: int, name: bytes) -> bool:

@@ -4,7 +4,8 @@ Every file is read through the merged view, so metadata-only copies and renamed 
 what is written is what the container sees. The upper only says which names there are.
 
 The same trees always make the same bytes: sorted names, no access times, no clock; only the mark of a private layer
-comes before all else. Names that begin with ``.wh.`` cannot be said in a layer's tar and are left out, as are sockets.
+comes before all else. Names that begin with ``.wh.`` cannot be said in a layer's tar and are left out, as are sockets
+and what lies deeper than a path is long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
+from gearworkers.archive.entry import (
+    BLOCK,
+    CHAR,
+    DIR,
+    FIFO,
+    HARDLINK,
+    LONGEST_PATH_BYTES,
+    REG,
+    SYMLINK,
+    Entry,
+    shown,
+)
 from gearworkers.archive.privacy import MARK
 from gearworkers.archive.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.archive.writer import END, header, padding
@@ -161,7 +173,7 @@ class _Tar:
 
     def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
         """Write what stands at *name* in the directory; left out if a tar cannot hold it or it is gone by now."""
-        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK):
+        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK) or len(path) > LONGEST_PATH_BYTES:
             return
         kind = _TYPES.get(stat.S_IFMT(status.st_mode))
         if kind is None:
@@ -184,7 +196,8 @@ class _Tar:
 
     def add_marker(self, path: bytes) -> None:
         """Write a whiteout or an opaque mark: an empty file."""
-        self._put(header(Entry(path, REG, mode=_MARKER_MODE)))
+        if len(path) <= LONGEST_PATH_BYTES + len(PREFIX):
+            self._put(header(Entry(path, REG, mode=_MARKER_MODE)))
 
     def finish(self) -> None:
         """Write the end mark."""

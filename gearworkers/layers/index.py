@@ -14,7 +14,19 @@ from __future__ import annotations
 import stat
 
 from gearworkers.archive import whiteouts
-from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, clean_name, shown
+from gearworkers.archive.entry import (
+    BLOCK,
+    CHAR,
+    DIR,
+    FIFO,
+    HARDLINK,
+    LONGEST_PATH_BYTES,
+    REG,
+    SYMLINK,
+    Entry,
+    clean_name,
+    shown,
+)
 from gearworkers.digest import RESERVED, object_path
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers import erofs
@@ -28,7 +40,6 @@ _FORBIDDEN_XATTRS = (b"trusted.overlay.", b"trusted.gear.")
 _REDIRECT = b"trusted.overlay.redirect"
 _OPAQUE = b"trusted.overlay.opaque"
 _LONGEST_NAME_BYTES = 255
-_LONGEST_PATH_BYTES = 4095
 _MOST_SYMLINKS = 40
 _NO_ID = (1 << 32) - 1  # what chown(2) takes for "leave it"
 _DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
@@ -144,7 +155,7 @@ class Index:
         if entry.xattrs:
             _check_xattrs(entry.xattrs)
         name_bytes = len(name) - len(whiteouts.PREFIX) if name.startswith(whiteouts.PREFIX) else len(name)
-        if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= _LONGEST_PATH_BYTES:
+        if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= LONGEST_PATH_BYTES:
             raise InvalidInput("its name is too long for a file system")
         parent = self._known.get(parent_path)
         if parent is None:
@@ -164,7 +175,7 @@ class Index:
             self._add_link(entry, parent, name)
             return
         elif kind == SYMLINK:
-            if not 0 < len(entry.linkname) <= _LONGEST_PATH_BYTES:
+            if not 0 < len(entry.linkname) <= LONGEST_PATH_BYTES:
                 raise InvalidInput("its link target is empty or too long")
             inode = self._inode(entry, stat.S_IFLNK, 0o777)
             inode.target = entry.linkname

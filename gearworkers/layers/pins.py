@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import msgspec
 import structlog
 
 from gearworkers.errors import NotFound, from_os_error
-from gearworkers.files import opened_directory
+from gearworkers.files import opened_directory, remove_tree
 from gearworkers.layers.store import LayerStore
 from gearworkers.layers.wanted import object_list
 from gearworkers.mounts import sys as kernel
@@ -93,7 +92,7 @@ class Pins:
                 _sync_names(self._directory)
             except OSError as exc:
                 raise from_os_error(exc, f"unpin {pin.name}") from exc
-            shutil.rmtree(grave, ignore_errors=True)
+            remove_tree(grave)
         return found
 
     def all(self) -> list[Pin]:

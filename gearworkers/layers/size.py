@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from gearworkers.errors import from_os_error
 from gearworkers.layers.changes import Change, ChangeKind
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from gearworkers.layers.upper import directories
 
 
 def tree_size(root_fd: int) -> int:
@@ -41,17 +41,10 @@ def _changed(root_fd: int, changes: Iterable[Change]) -> Iterator[os.stat_result
             yield status
 
 
-def _below(dir_fd: int) -> Iterator[os.stat_result]:
-    with os.scandir(dir_fd) as entries:
-        for found in entries:
-            try:
-                if not found.is_dir(follow_symlinks=False):
-                    yield found.stat(follow_symlinks=False)
-                    continue
-                fd = os.open(found.name, _DIRECTORY, dir_fd=dir_fd)
-            except FileNotFoundError:
-                continue
-            try:
-                yield from _below(fd)
-            finally:
-                os.close(fd)
+def _below(root_fd: int) -> Iterator[os.stat_result]:
+    for _, dir_fd in directories(root_fd):
+        with os.scandir(dir_fd) as entries:
+            for found in entries:
+                with suppress(FileNotFoundError):
+                    if not found.is_dir(follow_symlinks=False):
+                        yield found.stat(follow_symlinks=False)

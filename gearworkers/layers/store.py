@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ import msgspec
 
 from gearworkers.archive.privacy import MARK
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
-from gearworkers.files import opened_directory
+from gearworkers.files import opened_directory, remove_tree
 from gearworkers.layers.apply import INDEX_FILE, Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.private import PrivateCaches
@@ -343,7 +342,7 @@ class LayerStore:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
     # -- steps
 
@@ -368,7 +367,7 @@ class LayerStore:
             return False
         except OSError as exc:
             raise from_os_error(exc, f"remove {place}") from exc
-        shutil.rmtree(grave, ignore_errors=True)
+        remove_tree(grave)
         return True
 
 

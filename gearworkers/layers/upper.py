@@ -24,7 +24,7 @@ from gearworkers.digest import OPAQUE_XATTR, REDIRECT_XATTR
 from gearworkers.mounts import sys
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOT_A_DIRECTORY_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
+_NOT_A_DIRECTORY_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
 
 
 class Sign(Enum):
@@ -77,7 +77,8 @@ class _Opened(NamedTuple):
 def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
     """Each entry of the upper: a directory's in the order of their bytes, then what its subdirectories hold.
 
-    The root itself is not told of. What vanishes during the walk is left out.
+    The root itself is not told of. What vanishes during the walk is left out, and so is what a directory holds whose
+    path is longer than the kernel takes.
 
     Args:
         upper_fd: The upper directory's root.
@@ -97,13 +98,33 @@ def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator
 
 
 def open_below(root_fd: int, path: bytes) -> int | None:
-    """The directory *path* below *root_fd*, reached without any symlink; None when there is none."""
+    """The directory *path* below *root_fd*, reached without any symlink; None when there is none, or no way so long."""
     try:
         return sys.openat2(root_fd, path or b".", _DIRECTORY, 0, sys.Resolve.BENEATH | sys.Resolve.NO_SYMLINKS)
     except OSError as exc:
         if exc.errno in _NOT_A_DIRECTORY_THERE:
             return None
         raise
+
+
+def directories(root_fd: int) -> Iterator[tuple[bytes, int]]:
+    """Every directory from the root down: its path, and a descriptor that is good until the next step.
+
+    One is open at a time, however deep the tree. What `open_below` does not reach is left out.
+    """
+    pending = [b""]
+    while pending:
+        path = pending.pop()
+        fd = open_below(root_fd, path)
+        if fd is None:
+            continue
+        try:
+            yield path, fd
+            with os.scandir(fd) as entries:
+                below = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+            pending += [join(path, name) for name in below]
+        finally:
+            os.close(fd)
 
 
 def lstat_at(dir_fd: int | None, name: bytes) -> os.stat_result | None:

@@ -297,3 +297,36 @@ def test_a_deep_tree(driver: Driver) -> None:
         assert os.listdir(here) == ["deepest"]
         os.close(here)
     assert len(driver.changes(id)) == 1901
+
+
+@pytest.mark.parametrize(("depth", "name", "reached"), [(1050, "d", 1050), (30, "n" * 200, 20)])
+def test_what_a_container_makes_deeper_than_a_stack_or_a_path_is_measured_committed_and_removed(
+    driver: Driver, depth: int, name: str, reached: int
+) -> None:
+    """Commit leaves out what no path reaches, as overlay2's does."""
+    base, id = applied(driver, file("a", b"a")), an_id()
+    driver.create_read_write(id, base)
+    with mounted(driver, id) as merged:
+        dig(merged, depth, name)
+    has_file = reached == depth
+    assert driver.diff_size(id, base) == 5 * has_file
+    assert len(driver.changes(id, base)) >= reached + has_file
+    made = committed(driver, id, base)
+    assert len(driver.changes(made, base)) == reached + has_file
+    for layer in (made, id):
+        driver.remove(layer)
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def dig(top: Path, depth: int, name: str) -> None:
+    """Directories within each other, in the last a file of 5 bytes."""
+    here = os.open(top, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    fd = os.open("f", os.O_CREAT | os.O_WRONLY, dir_fd=here)
+    os.write(fd, b"found")
+    os.close(fd)
+    os.close(here)

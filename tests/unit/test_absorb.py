@@ -103,5 +103,19 @@ def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
     assert tar_of(driver, "step") == before
 
 
+def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDriver) -> None:
+    driver.create("step", "")
+    deepest = driver.get("step")
+    for _ in range(1100):
+        deepest += "/d"
+        os.mkdir(deepest)
+    Path(deepest, "file").write_bytes(b"deep")
+    driver.put("step")
+    before = tar_of(driver, "step")
+    assert driver.absorb("step") == 1
+    assert tar_of(driver, "step") == before
+    driver.remove("step")
+
+
 def _crash(*_: object) -> None:
     raise KeyboardInterrupt
