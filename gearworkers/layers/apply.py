@@ -87,7 +87,7 @@ def apply_tar(
     """
     with ExitStack() as stack:
         staging_fd = stack.enter_context(opened_directory(build))
-        stream_file = stack.enter_context(open(build / STREAM_FILE, "xb", buffering=0))
+        stream_file = stack.enter_context(open(build / STREAM_FILE, "xb"))
         log = StreamWriter(stream_file)
         index = Index(ids, time_ns=time.time_ns())
         in_place = stack.enter_context(permission(root))

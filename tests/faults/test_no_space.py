@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.driver import GearDriver
+from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import applied, file, mounted, object_names, shown, tar
@@ -121,3 +123,24 @@ def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, di
     with mounted(driver, "container") as merged:
         (merged / "new").write_bytes(b"fits")
     driver.remove("container")
+
+
+def test_a_stream_file_whose_last_bytes_do_not_fit_makes_no_layer(driver: InProcess) -> None:
+    """The kernel takes a part of the last write and says no more than how much."""
+    data = tar(file("a", b"a")) + os.urandom(2 * MIB)
+    whole = driver.settings.gear_images_path / applied_raw(driver, "whole", data) / STREAM_FILE
+
+    def work(say: Say) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size - 10, resource.RLIM_INFINITY))
+        applied_raw(InProcess(driver.settings), "cut", data)
+
+    outcome = run_child(work)
+    assert outcome.failed, "no layer without the end of its stream"
+    with pytest.raises(Refused, match="remove"):
+        driver.get("cut")
+
+
+def applied_raw(driver: InProcess, id: str, data: bytes) -> str:
+    driver.create(id)
+    driver.apply_diff(id, "", data)
+    return id
