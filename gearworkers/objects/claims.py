@@ -30,7 +30,11 @@ class Claims:
         self._path = build / name
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._end = 0
-        self._map = self._grown(_GROWTH_BYTES)
+        try:
+            self._map = self._grown(_GROWTH_BYTES)
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def add(self, digest: bytes, size_bytes: int) -> None:
         """Claim an object, before asking whether it is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -97,3 +98,14 @@ def test_a_hidden_object_does_not_replace_a_whole_one(root: Root) -> None:
     hidden.put_back(object_name(DIGEST))
     assert path.stat().st_ino == inode
     assert not os.listdir(root.path / "hidden")
+
+
+def test_claims_that_cannot_be_made_leave_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="no space"):
+        Claims(tmp_path)
+    assert os.listdir("/proc/self/fd") == before
