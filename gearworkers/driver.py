@@ -400,7 +400,8 @@ class GearDriver:
         layer = self._layers.get(id)
         spool = self._spool if self.settings.remote else None
         with self._layers.building(id) as build:
-            return absorb(self._layers.directory(layer), self._layers.lower(layer), build, self._objects, spool)
+            directory, upper = self._layers.directory(layer), self._layers.lower(layer)
+            return absorb(directory, upper, build, self._objects, spool, self.settings.gear_root)
 
     def push_pending(self) -> PushReport:
         """Push what waits in the spool to the remote; an object that is damaged keeps no other from being pushed.

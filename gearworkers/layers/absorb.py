@@ -29,6 +29,7 @@ from gearworkers.files import opened_directory
 from gearworkers.layers.upper import directories, open_below
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, Claims
+from gearworkers.objects.garbage import publishing
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 
@@ -53,7 +54,7 @@ class _Content(NamedTuple):
     identity: tuple[int, int, int]
 
 
-def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: PushSpool | None) -> int:
+def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: PushSpool | None, root: Path) -> int:
     """Replace the regular files in *upper* by index files; how many names.
 
     Args:
@@ -62,6 +63,7 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
         build: Empty, on the same file system, private to this call.
         store: Where the contents go.
         spool: Where new objects are noted for push; None for nowhere.
+        root: GEAR_ROOT, whose garbage collector reads the list.
 
     Raises:
         GearError: The file system's refusal; the layer is as whole as before.
@@ -74,7 +76,8 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
         finally:
             claims.close()
         with opened_directory(build) as build_fd:
-            os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
+            with publishing(root, store):  # or the collector finds the list at neither place
+                os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
             with _locked(layer, fcntl.LOCK_EX):
                 (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
                 kernel.syncfs(build_fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 from gearworkers.driver import GearDriver
 from gearworkers.layers import absorb as absorb_module
+from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.settings import Settings
 
 
@@ -101,6 +103,26 @@ def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
     shutil.rmtree(driver.settings.gear_build_path)
     driver.prepare()
     assert tar_of(driver, "step") == before
+
+
+def test_the_list_of_objects_changes_its_place_while_no_collector_reads_the_lists(
+    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would find the list neither where it was nor where it is."""
+    built_layer(driver)
+    held = []
+
+    def rename(source: Path, target: Path, **_: int) -> None:
+        if Path(os.fsdecode(target)).name == OBJECTS_FILE and Path(os.fsdecode(target)).parent.name == "step":
+            with open(driver.settings.gear_root / "gc.lock") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(target)
+        real_rename(source, target, **_)
+
+    real_rename = os.rename
+    monkeypatch.setattr(os, "rename", rename)
+    assert driver.absorb("step") == 3
+    assert len(held) == 1
 
 
 def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDriver) -> None:
