@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from gearworkers.mounts.overlay import is_mounted, unmount
 
@@ -20,7 +21,7 @@ class MountTable:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._locks: dict[str, threading.Lock] = {}
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # those in use
         self._guard = threading.Lock()
 
     def prepare(self) -> None:

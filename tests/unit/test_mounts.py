@@ -13,6 +13,7 @@ from gearworkers.errors import GearError, InvalidInput, NotFound
 from gearworkers.mounts import sys
 from gearworkers.mounts.lazy.place import is_data_layer, is_mount_point
 from gearworkers.mounts.overlay import OverlaySpec, clear_volatile, detached, is_mounted, mount, unmount
+from gearworkers.mounts.table import MountTable
 from tests.support.overlays import make_index
 
 
@@ -250,3 +251,11 @@ def test_entry_types_are_those_of_the_directory(root: Path) -> None:
         os.close(fd)
     assert types[b"file"] == 8
     assert types[b"public"] == 4
+
+
+def test_a_table_of_mounts_remembers_no_layer_that_nobody_uses(tmp_path: Path) -> None:
+    table = MountTable(tmp_path)
+    for number in range(100):
+        with table.locked(f"layer-{number}"), table.locked("one"):
+            pass
+    assert not table._locks
