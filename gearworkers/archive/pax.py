@@ -29,6 +29,7 @@ _INTEGER = re.compile(rb"[+-]?[0-9]+\Z")
 _TIME = re.compile(rb"([+-]?[0-9]+)(?:\.([0-9]*))?\Z")
 _TENS: tuple[int, ...] = tuple(10 ** (9 - digits) for digits in range(10))
 _INT64 = 1 << 63
+_NS = 1_000_000_000
 _MAX_INTEGER_DIGITS = 40
 
 
@@ -144,7 +145,7 @@ def parse_time_ns(value: bytes) -> int:
     if plain:
         seconds, fraction = plain.groups()
         fraction_ns = int(fraction) * _TENS[len(fraction)]
-        return int(seconds) * 1_000_000_000 + fraction_ns
+        return int(seconds) * _NS + fraction_ns
     found = _TIME.match(value)
     if not found:
         raise ValueError(f"{value[:_MAX_INTEGER_DIGITS]!r} in a PAX record is not a time")
@@ -152,7 +153,10 @@ def parse_time_ns(value: bytes) -> int:
     fraction_ns = int(fraction[:9].ljust(9, b"0"))
     if seconds.startswith(b"-"):
         fraction_ns = -fraction_ns
-    return parse_integer(seconds) * 1_000_000_000 + fraction_ns
+    time_ns = parse_integer(seconds) * _NS + fraction_ns
+    if time_ns < -_INT64 * _NS:
+        raise ValueError(f"{value[:_MAX_INTEGER_DIGITS]!r} in a PAX record does not fit in 64 bits")
+    return time_ns
 
 
 def format_records(records: Records) -> bytes:

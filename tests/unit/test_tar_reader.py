@@ -181,6 +181,7 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
         (extended((b"size", b"1_0")) + a_file(), "not a number"),
         (extended((b"uid", b"9" * 20)) + a_file(), "64 bits"),
         (extended((b"mtime", b"1.x")) + a_file(), "not a time"),
+        (extended((b"mtime", b"-9223372036854775808.5")) + a_file(), "64 bits"),
         (extended((b"ctime", b"")) + extended((b"ctime", b"soon")) + a_file(), "not a time"),
         (extended((b"GEAR.size", b"1")) + a_file(), "Gear"),
         (extended((b"GEAR.guard", b"1")) + a_file(), "guard"),
