@@ -34,9 +34,20 @@ from gearworkers.layers.idmap import IdMaps
 
 MAX_INODES = 4_000_000
 """About 2 GB of memory while the layer is made."""
+MAX_EXTRA_BYTES = 512 << 20
+"""Of extended attributes and symlinks' targets; they are in memory up to three times."""
+_MOST_KNOWN = 1 << 16
 
 _FORMATS = {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}
 _FORBIDDEN_XATTRS = (b"trusted.overlay.", b"trusted.gear.")
+_LEFT_OUT: dict[int, tuple[bytes, ...]] = {
+    stat.S_IFDIR: (),
+    stat.S_IFREG: (b"system.posix_acl_default",),
+    stat.S_IFLNK: (b"user.", b"system.posix_acl_"),
+}
+"""What the kernel takes at no file of this type: it would list it and not give it, so no container could change one."""
+_LEFT_OUT_OF_OTHERS = (b"user.", b"system.posix_acl_default")
+_CAPABILITY = b"security.capability"
 _REDIRECT = b"trusted.overlay.redirect"
 _OPAQUE = b"trusted.overlay.opaque"
 _LONGEST_NAME_BYTES = 255
@@ -93,6 +104,7 @@ class Index:
         self._root = self._new_directory(0o755, *ids.root, time_ns)
         self._known: dict[bytes, Inode] = {b"": self._root}
         self._inodes = 1
+        self._extra_bytes = 0
         self._owners: dict[tuple[int, int], tuple[int, int]] = {}
 
     def add(self, entry: Entry, digest: bytes | None) -> None:
@@ -186,6 +198,8 @@ class Index:
 
     def _inode(self, entry: Entry, format: int, mode: int | None = None) -> Inode:
         self._count_inode(entry.name)
+        if entry.xattrs or format == stat.S_IFLNK:
+            self._count_extra(entry)
         uid, gid = self._owner(entry)
         inode = Inode(format | (entry.mode if mode is None else mode), uid, gid, entry.mtime_ns)
         if entry.xattrs:
@@ -196,6 +210,13 @@ class Index:
         self._inodes += 1
         if self._inodes > MAX_INODES:
             raise ResourceExhausted(f"tar entry {shown(name)}: a layer has {MAX_INODES} files at most")
+
+    def _count_extra(self, entry: Entry) -> None:
+        self._extra_bytes += len(entry.linkname)
+        self._extra_bytes += sum(len(name) + len(value) for name, value in (entry.xattrs or {}).items())
+        if self._extra_bytes > MAX_EXTRA_BYTES:
+            most = f"{MAX_EXTRA_BYTES} bytes of extended attributes and symlinks' targets"
+            raise ResourceExhausted(f"tar entry {shown(entry.name)}: a layer has {most} at most")
 
     def _owner(self, entry: Entry) -> tuple[int, int]:
         key = entry.uid, entry.gid
@@ -242,7 +263,7 @@ class Index:
             return
         made.children = {}
         self._place(parent, name, made)
-        self._known[parent_path + b"/" + name if parent_path else name] = made
+        self._remember(parent_path + b"/" + name if parent_path else name, made)
 
     def _add_link(self, entry: Entry, parent: Inode, name: bytes) -> None:
         target_parent, target_name = clean_name(entry.linkname)
@@ -260,6 +281,7 @@ class Index:
             target.mode = stat.S_IFMT(target.mode) | entry.mode
             target.mtime_ns = entry.mtime_ns
         if entry.xattrs:
+            self._count_extra(entry)
             target.attributes = {**(target.attributes or {}), **entry.xattrs}
         assert parent.children is not None
         parent.children[name] = target
@@ -299,8 +321,14 @@ class Index:
         found = self._walk(path, mtime_ns)
         if found is None or found.children is None:
             raise InvalidInput(f"its parent {shown(path)} is not a directory of this layer")
-        self._known[path] = found
+        self._remember(path, found)
         return found
+
+    def _remember(self, path: bytes, directory: Inode) -> None:
+        """A path of thousands of bytes may lead to each of millions of directories."""
+        if len(self._known) >= _MOST_KNOWN:
+            self._known = {b"": self._root}
+        self._known[path] = directory
 
     def _find(self, path: bytes) -> Inode | None:
         return self._known.get(path) or self._walk(path, None)
@@ -358,14 +386,17 @@ def _device(entry: Entry) -> int:
     return erofs.encode_device(major, minor)
 
 
-def _storable(attributes: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """Without those that no file system here knows, as Docker leaves them out."""
-    return {name: value for name, value in attributes.items() if erofs.is_storable(name)}
+def _storable(attributes: dict[bytes, bytes], left_out: tuple[bytes, ...] = ()) -> dict[bytes, bytes]:
+    """Without those that no file system here knows, and whose names begin so, as Docker leaves them out."""
+    return {
+        name: value for name, value in attributes.items() if erofs.is_storable(name) and not name.startswith(left_out)
+    }
 
 
 def _encode(inode: Inode) -> None:
     """Set the attributes as they are written."""
-    attributes = _storable(inode.attributes) if inode.attributes else {}
+    left_out = _LEFT_OUT.get(stat.S_IFMT(inode.mode), _LEFT_OUT_OF_OTHERS)
+    attributes = _storable(inode.attributes, left_out) if inode.attributes else {}
     if inode.digest is not None:
         marks = {_REDIRECT: object_path(inode.digest)}
         inode.xattrs = erofs.encode_xattrs({**attributes, **marks}, metacopy=True)
@@ -373,8 +404,15 @@ def _encode(inode: Inode) -> None:
         inode.xattrs = erofs.encode_xattrs(attributes)
 
 
+def _is_capability(value: bytes) -> bool:
+    """Whether the kernel would set it: revision 2, or 3 with the root of a user namespace."""
+    return (len(value), value[1:4]) in ((20, b"\0\0\2"), (24, b"\0\0\3")) and value[0] <= 1
+
+
 def _check_xattrs(xattrs: dict[bytes, bytes]) -> None:
     for name in xattrs:
         if name.startswith(_FORBIDDEN_XATTRS):
             raise InvalidInput(f"its extended attribute {shown(name)} would redirect reads to other layers' files")
+    if _CAPABILITY in xattrs and not _is_capability(xattrs[_CAPABILITY]):
+        raise InvalidInput(f"its {shown(_CAPABILITY)} is malformed")
     erofs.encode_xattrs(_storable(xattrs))  # here, where an error still has the entry's name

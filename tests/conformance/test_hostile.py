@@ -21,10 +21,13 @@ from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 from tests.conformance.drivers import Driver, Refused, an_id
 from tests.conformance.layers import (
+    NET_RAW,
+    File,
     applied,
     committed,
     device,
     directory,
+    fifo,
     file,
     hardlink,
     mounted,
@@ -330,3 +333,26 @@ def dig(top: Path, depth: int, name: str) -> None:
     os.write(fd, b"found")
     os.close(fd)
     os.close(here)
+
+
+@pytest.mark.parametrize("made", [symlink("x", "y"), device("x", 1, 3), fifo("x"), file("x", b"x")])
+def test_attributes_that_the_kernel_takes_at_no_such_file_are_left_out(driver: Driver, made: File) -> None:
+    """As Docker, which is refused and goes on; with them no container could change the file."""
+    made[0].xattrs = {b"user.a": b"1", b"system.posix_acl_default": b"\2\0\0\0", b"trusted.a": b"2"}
+    base, id = applied(driver, made), an_id()
+    driver.create_read_write(id, base)
+    with mounted(driver, id) as merged:
+        (merged / "x").rename(merged / "renamed")
+        os.chown(merged / "renamed", 7, 8, follow_symlinks=False)
+        names = set(os.listxattr(merged / "renamed", follow_symlinks=False))
+    assert names == {"trusted.a"} | ({"user.a"} if made[1] else set())
+    assert set(shown(driver, committed(driver, id, base))) == {b"renamed"}
+
+
+@pytest.mark.parametrize("value", [b"", b"junk", NET_RAW[:12], NET_RAW + bytes(4), b"\4" + NET_RAW[1:]])
+def test_a_capability_that_the_kernel_does_not_take_is_refused(driver: Driver, value: bytes) -> None:
+    id = an_id()
+    driver.create(id)
+    with pytest.raises(Refused, match=r"'x'.*capability.*malformed"):
+        driver.apply_diff(id, "", tar(with_xattrs(file("x", b"x"), security__capability=value)))
+    driver.remove(id)

@@ -15,7 +15,8 @@ import pytest
 
 from gearworkers.archive.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
 from gearworkers.digest import object_path
-from gearworkers.errors import InvalidInput
+from gearworkers.errors import InvalidInput, ResourceExhausted
+from gearworkers.layers import index as index_module
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.layers.trial import NAME, check_index
@@ -201,3 +202,22 @@ def test_the_trial_tells_what_a_kernel_without_erofs_needs(tmp_path: Path, monke
     check = check_index(tmp_path)
     assert check.needed and not check.ok
     assert "CONFIG_EROFS_FS" in check.advice
+
+
+def test_what_attributes_and_targets_take_in_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_EXTRA_BYTES", 1000)
+    for many in (
+        [Entry(b"%d" % number, xattrs={b"user.a": bytes(90)}) for number in range(20)],
+        [Entry(b"%d" % number, type=SYMLINK, linkname=b"t" * 90) for number in range(20)],
+        [Entry(b"0"), *(Entry(b"h", type=HARDLINK, linkname=b"0", xattrs={b"user.a": bytes(90)}) for _ in range(20))],
+    ):
+        with pytest.raises(ResourceExhausted, match="1000 bytes of extended attributes"):
+            index_of(*many)
+
+
+def test_an_index_remembers_few_ways_to_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_MOST_KNOWN", 3)
+    index = index_of(*(Entry(b"%d/%d/file" % (number % 7, number % 5)) for number in range(35)))
+    assert len(index._known) <= 3
+    with mounted(index, tmp_path) as tree:
+        assert len(list(tree.glob("*/*/file"))) == 35
