@@ -16,12 +16,12 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.digest import ALPHABET, DIGEST_BYTES, DIGEST_XATTR, RESERVED, object_name
-from gearworkers.errors import from_os_error
+from gearworkers.errors import ResourceExhausted, from_os_error
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD, read_objects
 from gearworkers.objects.locks import GarbageLock
@@ -76,13 +76,31 @@ class GarbageCollector:
 
     def _remove(self, order: int, shard: bytes, names: list[bytes], read: set[Path]) -> tuple[int, int]:
         """Hide, look at the claims once more, then remove; how many objects and bytes went."""
-        with self._lock.exclusive():
-            unclaimed = set(names) - self._claimed(read)
-            for name in unclaimed:
+        removed = removed_bytes = 0
+        left = set(names)
+        while left:
+            with self._lock.exclusive():
+                left -= self._claimed(read)
+                hidden = self._hide(shard, left)
+                for name in hidden & self._claimed(read):
+                    self._hidden.put_back(ALPHABET[order : order + 1] + name)
+                gone, gone_bytes = self._hidden.clear()
+            removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
+            left -= hidden
+        return removed, removed_bytes
+
+    def _hide(self, shard: bytes, names: set[bytes]) -> set[bytes]:
+        """Those that could be hidden: a full disk has no room for all their names in another directory at once."""
+        hidden: set[bytes] = set()
+        for name in names:
+            try:
                 self._hidden.hide(shard, name)
-            for name in unclaimed & self._claimed(read):
-                self._hidden.put_back(ALPHABET[order : order + 1] + name)
-            return self._hidden.clear()
+            except ResourceExhausted:
+                if not hidden:
+                    raise
+                break
+            hidden.add(name)
+        return hidden
 
     def _claimed(self, read: set[Path]) -> set[bytes]:
         """Names, without the shard's character, that imports under way and layers not in *read* refer to."""
@@ -121,17 +139,20 @@ class HiddenObjects:
             raise from_os_error(exc, f"hide object {os.fsdecode(name)}") from exc
 
     def put_back(self, name: bytes) -> None:
-        """Make it visible again; if an import has stored it anew meanwhile, that one stays, if it is whole."""
+        """Make it visible again; if an import has stored it anew meanwhile, that one stays, if it is whole.
+
+        Of two who do it at the same time one finds it done.
+        """
         target = os.fsencode(self._store.cache) + b"/" + RESERVED + name[:1] + b"/" + name[1:]
-        try:
-            kernel.renameat2(-1, self._prefix + name, -1, target, kernel.Rename.NOREPLACE)
-        except FileNotFoundError:
-            pass
-        except FileExistsError:
-            if _has_digest(self._prefix + name) and not _has_digest(target):
-                os.rename(self._prefix + name, target)  # the import that writes there may die, others have found this
-            else:
-                os.unlink(self._prefix + name)
+        with suppress(FileNotFoundError):
+            try:
+                kernel.renameat2(-1, self._prefix + name, -1, target, kernel.Rename.NOREPLACE)
+            except FileExistsError:
+                if _has_digest(self._prefix + name) and not _has_digest(target):
+                    # The import that writes there may die, others have found this.
+                    os.rename(self._prefix + name, target)
+                else:
+                    os.unlink(self._prefix + name)
 
     def clear(self) -> tuple[int, int]:
         """Remove what is hidden; how many objects and bytes."""

@@ -144,3 +144,14 @@ def applied_raw(driver: InProcess, id: str, data: bytes) -> str:
     driver.create(id)
     driver.apply_diff(id, "", data)
     return id
+
+
+def test_garbage_is_collected_where_not_even_a_directory_can_grow(driver: InProcess, disk: Path) -> None:
+    id = applied(driver, *(file(f"f{number}", b"content %d" % number) for number in range(2600)))
+    fill(disk)
+    driver.remove(id)
+    with (disk / "rest").open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space"):
+        while rest.write(bytes(1024)):
+            pass
+    assert GearDriver(driver.settings).collect_garbage().removed_objects == 2600
+    assert not object_names(driver.settings)

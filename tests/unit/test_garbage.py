@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.digest import DIGEST_XATTR, object_name
+from gearworkers.objects import garbage
 from gearworkers.objects.claims import Claims
 from gearworkers.objects.garbage import GarbageCollector, HiddenObjects
 from gearworkers.objects.store import ObjectStore
@@ -109,3 +110,21 @@ def test_claims_that_cannot_be_made_leave_no_descriptor_open(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space"):
         Claims(tmp_path)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_hidden_object_that_somebody_else_puts_back_at_the_same_time_is_back(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root.stored()
+    hidden = HiddenObjects(root.path / "hidden", root.store)
+    hidden.restore()
+    hidden.hide(os.fsencode(path.parent), os.fsencode(path.name))
+    root.stored()
+
+    def by_the_other(_: bytes) -> bool:
+        (root.path / "hidden" / os.fsdecode(object_name(DIGEST))).unlink(missing_ok=True)
+        return True
+
+    monkeypatch.setattr(garbage, "_has_digest", by_the_other)
+    hidden.put_back(object_name(DIGEST))
+    assert path.read_bytes() == CONTENT
