@@ -313,12 +313,17 @@ class LayerStore:
         for path in ownerless:
             self._discard(path)
         for path in self._containers.iterdir():
-            image = self._images / path.name / RECORD_FILE
-            if image.exists() and self.get(path.name).kind is Kind.IMAGE:
+            if self._is_image(path.name):
                 self._discard(path)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)
+
+    def _is_image(self, id: str) -> bool:
+        try:
+            return self.get(id).kind is Kind.IMAGE
+        except GearError:  # a power cut may leave an unfinished layer's record without its bytes
+            return False
 
     def _is_complete(self, id: str) -> bool:
         try:

@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 
 from gearworkers.driver import GearDriver
+from gearworkers.layers.store import RECORD_FILE
 from gearworkers.objects.garbage import HIDDEN
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, Refused
-from tests.conformance.layers import File, applied, directory, file, hardlink, object_names, object_path, shown, tar
+from tests.conformance.layers import (
+    File,
+    applied,
+    directory,
+    file,
+    hardlink,
+    mounted,
+    object_names,
+    object_path,
+    shown,
+    tar,
+)
 from tests.faults.crashes import Interrupted, Outcome, Say, killed_at_every_step
 from tests.support.overlays import Node
 
@@ -231,3 +243,19 @@ def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Set
         if paused.outcome is None:
             break
     assert number > 5, "the sweep had steps"
+
+
+def test_an_unfinished_layer_whose_record_a_power_cut_emptied_keeps_no_driver_from_starting(settings: Settings) -> None:
+    """The record of an empty layer is not synced; its name may have survived beside the container it became."""
+    driver = InProcess(settings)
+    driver.create(LAYER, "")
+    with mounted(driver, LAYER) as merged:
+        (merged / "file").write_bytes(b"written")
+    unfinished = settings.gear_images_path / LAYER
+    unfinished.mkdir()
+    (unfinished / RECORD_FILE).touch()
+    driver = InProcess(settings)
+    with pytest.raises(Refused, match="damaged"):
+        driver.get(LAYER)
+    driver.remove(LAYER)
+    assert not driver.exists(LAYER)
