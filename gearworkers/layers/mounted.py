@@ -7,6 +7,7 @@ The public cache may hold half of what a private layer has whole: others store t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,10 +104,14 @@ class MountedLayers:
             return
         layer = self._layers.get(id)
         merged = self._layers.directory(layer) / MERGED
-        if layer.kind is Kind.CONTAINER and overlay.is_mounted(merged):
+        if layer.kind is Kind.CONTAINER:
             with opened_directory(merged) as fd:
-                yield fd
-        elif layer.kind is Kind.NEW:
+                if (
+                    os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev
+                ):  # asked of what is open: it may be unmounted now
+                    yield fd
+                    return
+        if layer.kind is Kind.NEW:
             self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
             with self.view(layer.parent) as parent_view:
                 yield parent_view

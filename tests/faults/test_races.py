@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 
 from gearworkers.archive.stream import Raw, StreamReader
 from gearworkers.driver import GearDriver
+from gearworkers.files import opened_directory
+from gearworkers.layers import mounted
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess
@@ -152,3 +156,24 @@ def _apply_slowly(settings: Settings, id: str, first: bytes, second: bytes, say:
             return len(part)
 
     GearDriver(settings).apply_diff(id, "", Slow())
+
+
+def test_a_container_that_is_unmounted_just_before_it_is_looked_at_is_seen_whole(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mount point is an empty directory then, and its diff must not be."""
+    driver = GearDriver(settings)
+    driver.create_read_write("container", "")
+    Path(driver.get("container"), "file").write_bytes(b"written")
+
+    @contextmanager
+    def opened_late(path: Path) -> Iterator[int]:
+        driver.put("container")
+        with opened_directory(path) as fd:
+            yield fd
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mounted, "opened_directory", opened_late)
+        out = io.BytesIO()
+        driver.diff("container", "", out)
+    assert b"written" in out.getvalue()
