@@ -226,3 +226,23 @@ def test_a_container_above_a_container_is_read_back(driver: Driver) -> None:
 
 def _allocated_bytes(directory_path: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in directory_path.rglob("*") if path.is_file())
+
+
+def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(driver: Driver) -> None:
+    """On what it has not changed the kernel refuses it: an overlay asks the file system below, and EROFS sets none."""
+    acl = bytes.fromhex("0200000001000600ffffffff02000400d204000004000400ffffffff10000600ffffffff20000400ffffffff")
+    name = "system.posix_acl_access"
+    has_acl = with_xattrs(file("b"), system__posix_acl_access=acl)
+    parent, id = applied(driver, file("a", b"a"), directory("d"), has_acl), an_id()
+    driver.create_read_write(id, parent)
+    with mounted(driver, id) as merged:
+        assert os.getxattr(merged / "b", name) == acl
+        (merged / "new").touch()
+        for path in (merged / "a", merged / "d"):
+            with pytest.raises(OSError, match="not supported"):
+                os.setxattr(path, name, acl)
+            path.chmod(stat.S_IMODE(path.stat().st_mode))
+        for path in (merged / "a", merged / "d", merged / "new"):
+            os.setxattr(path, name, acl)
+    nodes = shown(driver, committed(driver, id, parent))
+    assert all(dict(nodes[path].xattrs)[name] == acl for path in (b"a", b"b", b"d", b"new"))
