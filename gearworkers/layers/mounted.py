@@ -106,9 +106,8 @@ class MountedLayers:
         merged = self._layers.directory(layer) / MERGED
         if layer.kind is Kind.CONTAINER:
             with opened_directory(merged) as fd:
-                if (
-                    os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev
-                ):  # asked of what is open: it may be unmounted now
+                # Whether it is mounted is asked of what is open: it may be unmounted by now.
+                if os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev:
                     yield fd
                     return
         if layer.kind is Kind.NEW:
