@@ -53,6 +53,8 @@ class Applied:
     """Whether the contents of the tar are its own and lie in the build directory's `private`."""
     private_objects: int
     private_bytes: int
+    index_digest: bytes
+    """SHA-256 of `index.erofs`."""
 
 
 def apply_tar(
@@ -98,9 +100,10 @@ def apply_tar(
             contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
-        (build / INDEX_FILE).write_bytes(index.image(secrets.token_bytes(16)))
+        image = index.image(secrets.token_bytes(16))
+        (build / INDEX_FILE).write_bytes(image)
         log.close()
-        return contents.finish(index.size_bytes())
+        return contents.finish(index.size_bytes(), hashlib.sha256(image).digest())
 
 
 @contextmanager
@@ -154,7 +157,7 @@ class _Contents:
         if self._is_private:
             self._own_claims.close()
 
-    def finish(self, size_bytes: int) -> Applied:
+    def finish(self, size_bytes: int, index_digest: bytes) -> Applied:
         """Wait until all is stored and listed; what the tar, a layer of *size_bytes*, has brought."""
         objects, object_bytes = self._claims.seal()
         private_objects, private_bytes = self._own_claims.seal() if self._is_private else (0, 0)
@@ -171,6 +174,7 @@ class _Contents:
             self._is_private,
             private_objects,
             private_bytes,
+            index_digest,
         )
 
     def fill(self, index: Index) -> None:

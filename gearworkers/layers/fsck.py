@@ -1,7 +1,8 @@
-"""Looking at every layer: its parent, its objects and its stream are there, and an interrupted one is told."""
+"""Looking at every layer: its parent, objects, index and stream are there and whole; an interrupted one is told."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -55,7 +56,10 @@ def _image_faults(
     if own_missing:
         yield LayerFault(layer.id, f"{own_missing} of its private objects are missing", refetch)
     missing = damaged = 0
-    for digest, _ in read_objects(directory / OBJECTS_FILE):
+    records = list(read_objects(directory / OBJECTS_FILE))
+    if (len(records), sum(size_bytes for _, size_bytes in records)) != (layer.objects, layer.object_bytes):
+        yield LayerFault(layer.id, f"its list {OBJECTS_FILE} is damaged", refetch)
+    for digest, _ in records:
         if digest in bad_digests:
             damaged += 1
         elif layer.complete and not _is_here(store, digest):
@@ -64,13 +68,14 @@ def _image_faults(
         yield LayerFault(
             layer.id, f"{missing} of its objects are missing, {damaged} damaged", refetch, lacks_objects=True
         )
-    if not (directory / INDEX_FILE).exists():
-        yield LayerFault(layer.id, f"its {INDEX_FILE} is missing", refetch)
     try:
+        with open(directory / INDEX_FILE, "rb") as file:
+            if hashlib.file_digest(file, "sha256").digest() != layer.index_digest:
+                yield LayerFault(layer.id, f"its {INDEX_FILE} is damaged", refetch)
         with open(directory / STREAM_FILE, "rb") as file:
             for _ in StreamReader(file):
                 pass
-    except (IntegrityError, FileNotFoundError) as exc:
+    except (IntegrityError, OSError) as exc:
         yield LayerFault(layer.id, str(exc), refetch)
 
 

@@ -73,6 +73,8 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     """The contents of its tar are its own, in private/<id>: it, or a layer below it, has the mark."""
     private_objects: int = 0
     private_bytes: int = 0
+    index_digest: bytes = b""
+    """SHA-256 of an image layer's index."""
 
 
 def check_id(id: str) -> str:
@@ -400,6 +402,7 @@ def image_layer(layer: Layer, applied: Applied) -> Layer:
         private=applied.private,
         private_objects=applied.private_objects,
         private_bytes=applied.private_bytes,
+        index_digest=applied.index_digest,
     )
 
 
