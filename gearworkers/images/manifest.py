@@ -49,6 +49,8 @@ MAX_CONFIG_BYTES = 16 << 20
 
 _ATTESTATION = "vnd.docker.reference.type"
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
+_USUAL_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
+"""As containerd takes an image that says none."""
 
 Document = dict[str, Any]
 _T = TypeVar("_T")
@@ -80,8 +82,9 @@ class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls(_MACHINES.get(machine, machine), "linux")
 
     def runs(self, other: Platform) -> bool:
-        """Whether an image for *other* is one for this; no variant stands for any."""
-        return (self.os, self.architecture) == (other.os, other.architecture) and self.variant in ("", other.variant)
+        """Whether an image for *other* is one for this; no variant stands for any here, and for the usual one there."""
+        variant = other.variant or _USUAL_VARIANTS.get(other.architecture, "")
+        return (self.os, self.architecture) == (other.os, other.architecture) and self.variant in ("", variant)
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)

@@ -444,6 +444,21 @@ class TestRefusals:
             open_remote(replace(settings, remote=""))
 
 
+@pytest.mark.parametrize(
+    ("asked", "found", "is_one"),
+    [
+        ("linux/arm64/v8", "linux/arm64", True),
+        ("linux/arm64", "linux/arm64/v8", True),
+        ("linux/arm/v7", "linux/arm", True),
+        ("linux/arm/v6", "linux/arm/v7", False),
+        ("linux/arm/v6", "linux/arm", False),
+        ("linux/amd64", "linux/arm64", False),
+    ],
+)
+def test_an_image_that_names_no_variant_is_of_the_usual_one(asked: str, found: str, is_one: bool) -> None:
+    assert m.Platform.parse(asked).runs(m.Platform.parse(found)) is is_one
+
+
 def test_sparse_files_become_plain_ones(settings: Settings, peer: Registry, tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
