@@ -7,6 +7,7 @@ after a restart.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,11 +38,18 @@ class MountTable:
             yield
 
     def acquire(self, id: str, target: Path, mount: Callable[[], None]) -> None:
-        """Count one more user of *target*, and mount it for the first; the caller holds the lock."""
+        """Count one more user of *target*, and mount it for the first; the caller holds the lock.
+
+        Raises:
+            OSError: It cannot be counted; nothing has changed.
+        """
         count = self._count(id, target)
-        if not count:
-            mount()
-        self._write(id, count + 1)
+        if count:
+            self._write(id, count + 1)
+            return
+        self._write(id, 0)
+        mount()
+        self._write(id, 1)
 
     def release(self, id: str, target: Path) -> bool:
         """Count one user less; unmount after the last. Whether it is unmounted now. The caller holds the lock."""
@@ -64,15 +72,20 @@ class MountTable:
     def restart(self) -> None:
         """A new dockerd counts anew: what is mounted has one user, its container."""
         for path in self._directory.iterdir():
-            path.write_text("1")
+            self._write(path.name, 1)
 
     def _count(self, id: str, target: Path) -> int:
         if not is_mounted(target):
             return 0
         try:
-            return int((self._directory / id).read_text() or 1)
-        except FileNotFoundError:
+            return int((self._directory / id).read_text())
+        except (FileNotFoundError, ValueError):
             return 1
 
     def _write(self, id: str, count: int) -> None:
-        (self._directory / id).write_text(str(count))
+        """One that is there is written over: a full disk keeps nobody from it."""
+        fd = os.open(self._directory / id, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, b"%10d" % count, 0)
+        finally:
+            os.close(fd)
