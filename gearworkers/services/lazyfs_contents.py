@@ -20,6 +20,8 @@ from gearworkers.objects.workpool import Urgency
 
 _MOST_READS = 2000
 """Of one object, that are remembered."""
+_MOST_READ_OBJECTS = 128
+"""Whose reads are; more than an image reads while it starts."""
 
 Kept = TypeVar("Kept", bound=LargeObject | File)
 
@@ -104,6 +106,8 @@ class LazyContents:
         reads = self._reads.setdefault(node, [])
         if len(reads) < _MOST_READS:
             reads.append((offset, size_bytes))
+        for oldest in list(self._reads)[:-_MOST_READ_OBJECTS]:
+            self._reads.pop(oldest, None)
         served = self._served.get(node)
         if served is None or (isinstance(served, LargeObject) and served.broken is not None):
             self._reopen(node, lambda opened: _read(opened, offset, size_bytes, done))
@@ -111,7 +115,7 @@ class LazyContents:
             served.read(offset, size_bytes, done)
 
     def reads(self, object: str) -> list[tuple[int, int]]:
-        """Which parts of the object, named by its digest in hex, were read here, as (offset, size in bytes)."""
+        """Which parts of the object, named by its digest in hex, were read here lately, as (offset, size in bytes)."""
         try:
             return list(self._reads.get(node_of(bytes.fromhex(object)), ()))
         except ValueError as exc:

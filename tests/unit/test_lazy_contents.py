@@ -122,3 +122,17 @@ def test_an_object_whose_layer_became_complete_while_the_kernel_asked_for_it_is_
     assert wanted(contents, digest) == Arrived()
     assert ObjectStore(tmp_path / "arrivals").has(digest)
     assert wanted(contents, bytes(32)) == Unknown()
+
+
+def test_what_is_read_is_remembered_of_the_objects_that_were_read_last(
+    contents: LazyContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazyfs_contents, "_MOST_READ_OBJECTS", 1)
+    make_layer(tmp_path, complete=False)
+    one, two = LARGE
+    told: queue.Queue[bytes | GearError] = queue.Queue()
+    for digest in (one, two):
+        contents.read(node_of(digest), 10, 5, told.put)
+        assert told.get(timeout=20) == LARGE[digest][10:15]
+        assert contents.reads(digest.hex()) == [(10, 5)]
+    assert contents.reads(one.hex()) == []
