@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -40,12 +41,14 @@ from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.push import PushReport, push_pending
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
+from gearworkers.processes import alone
 from gearworkers.settings import Settings
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _INIT_SUFFIX = "-init"
+_LOCK_FILE = "gateway.lock"
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -73,9 +76,17 @@ class GearDriver:
     but an ApplyDiff's target, which refuses until it is removed.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, sole: bool = False) -> None:
+        """
+        Args:
+            settings: Of the node.
+            sole: From `prepare` on no other process may have such a driver of the same GEAR_ROOT: what one makes, the
+                other would take for what a crash left.
+        """
         self._given = settings
         self.settings = settings
+        self._sole = sole
+        self._sole_root = (Path(), ExitStack())
         self._index_mode = ""
         self._recordings = Recordings()
         self._open()
@@ -110,6 +121,7 @@ class GearDriver:
         settings = self.settings
         try:
             settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._be_sole()
             for path in (settings.gear_push_path, settings.gear_pins_path, settings.gear_nfs_path):
                 path.mkdir(mode=0o700, exist_ok=True)
             self._objects.prepare()
@@ -121,6 +133,14 @@ class GearDriver:
             self._distrust_after_reboot()
         except OSError as exc:
             raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
+
+    def _be_sole(self) -> None:
+        root, lock = self._sole_root
+        if self._sole and self.settings.gear_root != root:
+            with ExitStack() as taken:
+                taken.enter_context(alone(self.settings.gear_root / _LOCK_FILE, "a gateway of this GEAR_ROOT"))
+                self._sole_root = (self.settings.gear_root, taken.pop_all())
+            lock.close()
 
     def _distrust_after_reboot(self) -> None:
         """Remove the objects that no published layer vouches for: a power cut may have left them without bytes.
@@ -147,8 +167,18 @@ class GearDriver:
 
         Raises:
             InvalidInput: An unknown or malformed option.
-            FailedPrecondition: This kernel or file system cannot do it.
+            FailedPrecondition: This kernel or file system cannot do it, or another gateway has gear.root.
         """
+        before = self.settings
+        try:
+            self._begin(opts, uid_maps, gid_maps)
+        except BaseException:
+            self.settings = before
+            self._open()
+            self._be_sole()
+            raise
+
+    def _begin(self, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
         self._use(opts)
         self._prepare()
         checks = probe(self.settings.gear_root, trial.check_index)
@@ -180,6 +210,7 @@ class GearDriver:
         """The gateway ends: keep only the mounts that containers have."""
         self._starts.close()
         self._layers.release()
+        self._sole_root[1].close()
 
     # -- layers
 

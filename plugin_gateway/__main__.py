@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    await Gateway(settings, GearDriver(settings)).serve()
+    await Gateway(settings, GearDriver(settings, sole=True)).serve()
 
 
 def _parser() -> argparse.ArgumentParser:

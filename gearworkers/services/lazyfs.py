@@ -6,19 +6,17 @@ dead server had read and not answered comes to its successor once more, so a con
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import msgspec
 import structlog
 
-from gearworkers.errors import FailedPrecondition, GearError, from_os_error
+from gearworkers.errors import GearError
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
 from gearworkers.layers.wanted import WantedObjects
@@ -39,7 +37,7 @@ from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.sources import Source
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.workpool import WorkPool
-from gearworkers.processes import tell_ready
+from gearworkers.processes import alone, tell_ready
 from gearworkers.services.lazyfs_contents import LazyContents
 from gearworkers.services.lazyfs_control import ControlServer
 from gearworkers.services.lazyfs_misses import Misses
@@ -108,11 +106,12 @@ class LazyServer:
         The file system stays mounted, for a successor, while an overlay looks into it.
 
         Raises:
-            FailedPrecondition: Another server of this root runs.
+            FailedPrecondition: Another server of this root, or run directory, runs.
             GearError: What could not be set up.
         """
         with ExitStack() as stack:
-            stack.enter_context(_alone(self._settings.run_dir / _LOCK_FILE))
+            for directory in (self._settings.run_dir, self._settings.gear_root):
+                stack.enter_context(alone(directory / _LOCK_FILE, "a lazy file server"))
             self._arrivals.prepare()
             self._fetcher.prepare()
             keeper = Keeper(self._settings.lazyfs_keeper_socket)
@@ -274,20 +273,3 @@ def _tried_again() -> Iterator[None]:
         yield
     except (GearError, OSError) as exc:
         _log.error("upkeep of the lazy file system failed", error=str(exc))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise from_os_error(exc, f"open {path}") from exc
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise FailedPrecondition(f"a lazy file server runs already ({path} is locked)") from exc
-        yield
-    finally:
-        os.close(fd)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gearworkers import options
 from gearworkers.driver import GearDriver
-from gearworkers.errors import GearError, InvalidInput
+from gearworkers.errors import FailedPrecondition, GearError, InvalidInput
 from gearworkers.settings import Settings
 
 BROKER = "redis://elsewhere/0"
@@ -60,3 +65,43 @@ def test_options_that_are_damaged_are_told(settings: Settings) -> None:
     path.write_bytes(b"[")
     with pytest.raises(GearError, match="remove it and restart dockerd"):
         GearDriver(settings).prepare()
+
+
+@contextmanager
+def other_gateway(root: Path) -> Iterator[None]:
+    """Another process has GEAR_ROOT *root*; it is killed at the end."""
+    code = f"""
+from pathlib import Path
+from gearworkers.driver import GearDriver
+from gearworkers.settings import Settings
+driver = GearDriver(Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run")), sole=True)
+driver.prepare()
+print("prepared", flush=True)
+input()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "prepared\n"
+            yield
+        finally:
+            process.kill()
+
+
+def test_a_second_gateway_of_one_root_is_refused_before_it_takes_anything_for_a_crash_s(
+    settings: Settings, tmp_path: Path
+) -> None:
+    with other_gateway(settings.gear_root):
+        under_way = settings.gear_build_path / "layer.under-way"
+        under_way.mkdir()
+        driver = GearDriver(settings, sole=True)
+        with pytest.raises(FailedPrecondition, match="a gateway of this GEAR_ROOT runs already"):
+            driver.prepare()
+        own = GearDriver(replace(settings, gear_root=tmp_path / "own"), sole=True)
+        own.prepare()
+        with pytest.raises(FailedPrecondition, match="runs already"):
+            own.init("", [f"gear.root={settings.gear_root}"], (), ())
+        assert own.settings.gear_root == tmp_path / "own"
+        assert under_way.exists()
+    driver.prepare()
+    assert not under_way.exists()
