@@ -114,6 +114,7 @@ def remote_check(settings: Settings) -> Check:
         remote = open_remote(replace(settings, remote_timeout_s=_REMOTE_TIMEOUT_S))
         try:
             remote.has([bytes(DIGEST_BYTES)])
+            remote.document("doctor")  # a listing: it alone tells a bucket that is not there from one that is empty
         finally:
             remote.close()
     except GearError as exc:

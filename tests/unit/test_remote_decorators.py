@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from obstore import exceptions as foreign
 
+from gearworkers.doctor import remote_check
 from gearworkers.errors import (
     FailedPrecondition,
     GearError,
@@ -492,11 +493,15 @@ def test_an_s3_server_that_is_away_is_unavailable(tmp_path: Path) -> None:
         in_s3("s3://b?endpoint=http://127.0.0.1:1", settings).get(bytes(32))
 
 
-def test_a_bucket_that_is_not_there_is_no_missing_object_when_it_is_written(tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_there_is_told_to_who_writes_and_by_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
-    settings = replace(Settings(), aws_credentials_file=tmp_path / "credentials")
-    with s3_server(tmp_path) as server, pytest.raises(NotFound):
-        in_s3(f"s3://nobucket?endpoint={server.url}", settings).put_many([(bytes(32), b"R")])
+    settings = replace(Settings(), gear_root=tmp_path, aws_credentials_file=tmp_path / "credentials")
+    with s3_server(tmp_path) as server:
+        url = f"s3://nobucket?endpoint={server.url}"
+        with pytest.raises(NotFound, match="s3://nobucket: there is no such bucket"):
+            in_s3(url, settings).put_many([(bytes(32), b"R")])
+        found = remote_check(replace(settings, remote=url))
+        assert not found.ok and "404 Not Found" in found.found
 
 
 def test_memory_forgets_nothing() -> None:

@@ -69,7 +69,7 @@ class Bucket:
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """One after the other."""
-        with self._asked(f"put {len(blobs)} blobs into"):
+        with self._asked(f"put {len(blobs)} blobs into", missing="there is no such bucket"):
             for digest, blob in blobs:
                 obstore.put(self._store(), blob_name(digest), blob)
 
@@ -111,9 +111,9 @@ class Bucket:
 
     # -- the store
 
-    def _asked(self, tried: str) -> AbstractContextManager[None]:
+    def _asked(self, tried: str, missing: str = "it is not there") -> AbstractContextManager[None]:
         """Around what is asked of obstore."""
-        return translated(f"{tried} {self.where}")
+        return translated(f"{tried} {self.where}", missing)
 
     def _store(self) -> ObjectStore:
         """
@@ -133,12 +133,12 @@ def in_memory() -> Bucket:
 
 
 @contextmanager
-def translated(tried: str) -> Iterator[None]:
-    """Tell obstore's errors in ours."""
+def translated(tried: str, missing: str = "it is not there") -> Iterator[None]:
+    """Tell obstore's errors in ours; *missing* is what it means that something is not found."""
     try:
         yield
     except FileNotFoundError as exc:
-        raise NotFound(f"{tried}: it is not there") from exc
+        raise NotFound(f"{tried}: {missing}") from exc
     except OSError as exc:
         raise from_os_error(exc, tried) from exc
     except foreign.BaseError as exc:
