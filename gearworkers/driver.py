@@ -24,19 +24,18 @@ from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.mounted import MountedLayers
-from gearworkers.layers.pins import Pins
 from gearworkers.layers.recording import Recordings
+from gearworkers.layers.recovery import collect_garbage, make_ready
 from gearworkers.layers.repair import Checker
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.starts import Starts
 from gearworkers.layers.store import MERGED, WORK, Kind, Layer, LayerStore, image_layer, new_layer
 from gearworkers.layers.usage import Usage, UsageMeter
-from gearworkers.layers.wanted import remove_unvouched
 from gearworkers.mounts import overlay
 from gearworkers.mounts.probe import backing_fs_name, probe, require
 from gearworkers.objects.claims import OBJECTS_FILE
-from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
+from gearworkers.objects.garbage import GarbageReport
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.push import PushReport, push_pending
 from gearworkers.objects.spool import PushSpool
@@ -49,8 +48,6 @@ _Result = TypeVar("_Result")
 
 _INIT_SUFFIX = "-init"
 _LOCK_FILE = "gateway.lock"
-_BOOT_FILE = "boot_id"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _translated(
@@ -86,7 +83,8 @@ class GearDriver:
         self._given = settings
         self.settings = settings
         self._sole = sole
-        self._sole_root = (Path(), ExitStack())
+        self._own_roots: set[Path] = set()
+        self._locks = ExitStack()
         self._index_mode = ""
         self._recordings = Recordings()
         self._open()
@@ -111,50 +109,16 @@ class GearDriver:
             GearError: GEAR_ROOT cannot be used.
         """
         self._use(options.saved(self.settings.run_dir))
-        self._prepare()
 
     def _use(self, opts: Sequence[str]) -> None:
-        self.settings = options.with_options(self._given, opts)
+        settings = options.with_options(self._given, opts)
+        if self._sole and settings.gear_root not in self._own_roots:
+            self._locks.enter_context(alone(settings.gear_root / _LOCK_FILE, "a gateway of this GEAR_ROOT"))
+            self._own_roots.add(settings.gear_root)
+        self.settings = settings
         self._open()
-
-    def _prepare(self) -> None:
-        settings = self.settings
-        try:
-            settings.gear_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._be_sole()
-            for path in (settings.gear_push_path, settings.gear_pins_path, settings.gear_nfs_path):
-                path.mkdir(mode=0o700, exist_ok=True)
-            self._objects.prepare()
-            self._layers.prepare()
-            self._mounts.prepare()
-            self._layers.recover()
-            with publishing(settings.gear_root, self._objects):
-                pass
-            self._distrust_after_reboot()
-        except OSError as exc:
-            raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
-
-    def _be_sole(self) -> None:
-        root, lock = self._sole_root
-        if self._sole and self.settings.gear_root != root:
-            with ExitStack() as taken:
-                taken.enter_context(alone(self.settings.gear_root / _LOCK_FILE, "a gateway of this GEAR_ROOT"))
-                self._sole_root = (self.settings.gear_root, taken.pop_all())
-            lock.close()
-
-    def _distrust_after_reboot(self) -> None:
-        """Remove the objects that no published layer vouches for: a power cut may have left them without bytes.
-
-        A published layer's objects were synced before it was published, but for what an incomplete one gets later.
-        """
-        record = self.settings.gear_root / _BOOT_FILE
-        boot_id = _BOOT_ID.read_text()
-        if not record.exists() or record.read_text() != boot_id:
-            pinned = (digest for digest, _ in Pins(self.settings, self._layers, self._objects).objects())
-            remove_unvouched(self.settings.gear_images_path, self._objects, pinned)
-            self.collect_garbage()
-            self._spool.prune()
-            record.write_text(boot_id)
+        make_ready(self.settings, self._objects, self._layers, self._spool)
+        self._mounts.prepare()
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
         """A dockerd has started: take its options and id maps, count mounts anew.
@@ -169,18 +133,7 @@ class GearDriver:
             InvalidInput: An unknown or malformed option.
             FailedPrecondition: This kernel or file system cannot do it, or another gateway has gear.root.
         """
-        before = self.settings
-        try:
-            self._begin(opts, uid_maps, gid_maps)
-        except BaseException:
-            self.settings = before
-            self._open()
-            self._be_sole()
-            raise
-
-    def _begin(self, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
         self._use(opts)
-        self._prepare()
         checks = probe(self.settings.gear_root, trial.check_index)
         require(checks)
         self._index_mode = next(check.found for check in checks if check.name == trial.NAME)
@@ -189,13 +142,7 @@ class GearDriver:
         for path in (self.settings.gear_root, self.settings.gear_images_path, self.settings.gear_containers_path):
             path.chmod(0o711 if maps.uids else 0o700)
         self._mounts.restart()
-        self._keep(opts)
-
-    def _keep(self, opts: Sequence[str]) -> None:
-        try:
-            options.save(self.settings.run_dir, opts)
-        except OSError as exc:
-            raise from_os_error(exc, f"keep dockerd's options in {self.settings.run_dir}") from exc
+        options.save(self.settings.run_dir, opts)
 
     def capabilities(self) -> dict[str, bool]:
         """Diff returns the very tar that ApplyDiff was given, so dockerd keeps no tar-split."""
@@ -210,7 +157,8 @@ class GearDriver:
         """The gateway ends: keep only the mounts that containers have."""
         self._starts.close()
         self._layers.release()
-        self._sole_root[1].close()
+        self._locks.close()
+        self._own_roots.clear()
 
     # -- layers
 
@@ -392,17 +340,7 @@ class GearDriver:
 
     def collect_garbage(self) -> GarbageReport:
         """Remove the objects that no layer refers to; safe beside imports."""
-        settings = self.settings
-        try:
-            settings.gear_pins_path.mkdir(mode=0o700, exist_ok=True)
-            return GarbageCollector(
-                settings.gear_root,
-                self._objects,
-                published=(settings.gear_images_path, settings.gear_containers_path, settings.gear_pins_path),
-                building=settings.gear_build_path,
-            ).collect()
-        except OSError as exc:
-            raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
+        return collect_garbage(self.settings, self._objects)
 
     def is_absorbable(self, id: str) -> bool:
         """Whether the layer, whose Diff was taken, still has its contents in itself, though it need not.

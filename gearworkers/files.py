@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from gearworkers.errors import from_os_error
 
+LONGEST_PATH_BYTES = 4095
+"""What Linux takes of a path; a layer cannot hold what lies deeper."""
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FEW_LEVELS = 32
 

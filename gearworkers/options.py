@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from gearworkers.errors import GearError, InvalidInput
+from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
 
 _OPTIONS = ("gear.root", "gear.broker")
@@ -36,10 +36,17 @@ def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
 
 
 def save(run_dir: Path, opts: Sequence[str]) -> None:
-    """Keep the options of the dockerd that has started, until it is followed by another or a reboot; by one rename."""
-    temporary = run_dir / f"{_FILE}.new"
-    temporary.write_bytes(msgspec.json.encode(list(opts)))
-    temporary.rename(run_dir / _FILE)
+    """Keep the options of the dockerd that has started, until it is followed by another or a reboot; by one rename.
+
+    Raises:
+        GearError: They cannot be kept.
+    """
+    try:
+        temporary = run_dir / f"{_FILE}.new"
+        temporary.write_bytes(msgspec.json.encode(list(opts)))
+        temporary.rename(run_dir / _FILE)
+    except OSError as exc:
+        raise from_os_error(exc, f"keep dockerd's options in {run_dir}") from exc
 
 
 def saved(run_dir: Path) -> list[str]:

@@ -17,9 +17,6 @@ FIFO = ord("6")
 CONTENTLESS = frozenset((HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO))
 """No content follows these in the archive, whatever their size field says (as Go's archive/tar)."""
 
-LONGEST_PATH_BYTES = 4095
-"""What Linux takes of a path; a layer cannot hold what lies deeper."""
-
 _SHOWN_BYTES = 200
 
 

@@ -344,7 +344,7 @@ def _push_image(
     manifest = m.decode_manifest(data, f"manifest {plan.manifest}")
     layers = [done[job.digest] for job in plan.layers]
     config = _gear_config(small_blob(source, manifest.config), layers)
-    with nameless_file("a layer") as file:
+    with nameless_file("a config") as file:
         file.write(config)
         repository.put_blob(m.digest_of(config), file, len(config))
     made = _gear_manifest(msgspec.json.decode(data), plan.media_type, config, layers)

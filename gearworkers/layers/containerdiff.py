@@ -18,23 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from gearworkers.archive.entry import (
-    BLOCK,
-    CHAR,
-    DIR,
-    FIFO,
-    HARDLINK,
-    LONGEST_PATH_BYTES,
-    REG,
-    SYMLINK,
-    Entry,
-    shown,
-)
+from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
 from gearworkers.archive.privacy import MARK
 from gearworkers.archive.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.archive.writer import END, header, padding
 from gearworkers.errors import InvalidInput, NotFound, from_os_error
-from gearworkers.files import opened_directory
+from gearworkers.files import LONGEST_PATH_BYTES, opened_directory
 from gearworkers.layers.changes import ChangeKind, tree_changes
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.upper import Found, Sign, join, lstat_at, open_below, walk_upper

@@ -14,21 +14,10 @@ from __future__ import annotations
 import stat
 
 from gearworkers.archive import whiteouts
-from gearworkers.archive.entry import (
-    BLOCK,
-    CHAR,
-    DIR,
-    FIFO,
-    HARDLINK,
-    LONGEST_PATH_BYTES,
-    REG,
-    SYMLINK,
-    Entry,
-    clean_name,
-    shown,
-)
+from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, clean_name, shown
 from gearworkers.digest import RESERVED, object_path
 from gearworkers.errors import InvalidInput, ResourceExhausted
+from gearworkers.files import LONGEST_PATH_BYTES
 from gearworkers.layers import erofs
 from gearworkers.layers.idmap import IdMaps
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gearworkers.errors import from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.starts import Starts
@@ -37,9 +38,16 @@ class MountedLayers:
         self._table = MountTable(settings.run_dir / "mounts")
 
     def prepare(self) -> None:
-        """Make what is missing."""
-        (self._settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
-        self._table.prepare()
+        """Make what is missing.
+
+        Raises:
+            GearError: It cannot be made.
+        """
+        try:
+            (self._settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
+            self._table.prepare()
+        except OSError as exc:
+            raise from_os_error(exc, "prepare the directories of mounts") from exc
 
     def restart(self) -> None:
         """The caller begins anew: what is mounted has one user."""

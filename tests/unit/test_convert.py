@@ -268,6 +268,26 @@ class TestLayersDoneBefore:
         done = convert.convert_layer(settings, open_remote(settings), plan.jobs()[0], lambda _: None)
         assert not done.reused
 
+    @pytest.mark.parametrize("large", [False, True])
+    def test_a_damaged_blob_of_the_remote_is_replaced_once_it_is_removed(
+        self, settings: Settings, peer: Registry, large: bool
+    ) -> None:
+        content = noise("content", 3 << 20) if large else MIDDLE
+        source, target = pushed(settings, peer, Image([tar_of([("file", content)])])), f"{peer.host}/gear:v1"
+        converted(settings, source, target)
+        digest = hashlib.sha256(content).digest()
+        remote = open_remote(settings)
+        damaged = [digest, *(chunk.digest for chunk in (remote.layout(digest) or [])[:1])]
+        files = [next((Path(settings.remote) / "objects").glob(f"*/{one.hex()}")) for one in damaged]
+        files[-1].chmod(0o600)
+        files[-1].write_bytes(b"Rdamaged")
+        with pytest.raises(IntegrityError, match=damaged[-1].hex()):
+            list(remote.fetch(digest))
+        for path in files:
+            path.unlink()
+        converted(settings, source, target, again=True)
+        assert b"".join(remote.fetch(digest)) == content
+
     def test_it_is_converted_again_if_that_is_asked(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
         first = converted(settings, source, f"{peer.host}/gear:v1")
