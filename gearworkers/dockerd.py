@@ -26,6 +26,11 @@ class _Driver(msgspec.Struct, frozen=True):
     data: dict[str, str] | None = msgspec.field(name="Data", default=None)
 
 
+class _Listed(msgspec.Struct, frozen=True):
+    id: str = msgspec.field(name="Id")
+    names: list[str] = msgspec.field(name="Names", default_factory=list)
+
+
 class _Inspected(msgspec.Struct, frozen=True):
     id: str = msgspec.field(name="Id")
     driver: _Driver = msgspec.field(name="GraphDriver", default_factory=_Driver)
@@ -71,6 +76,25 @@ def container_layer(settings: Settings, name: str) -> str | None:
     """
     found = _inspected(settings, "containers", name)
     return None if found is None else _top_layer(settings, found, name)
+
+
+def container_names(settings: Settings) -> dict[str, str]:
+    """The names of all containers that run on this node's GEAR_ROOT, by the driver's ids of their layers.
+
+    Raises:
+        Unavailable, InvalidInput: As `local_image`.
+    """
+    status, body = _get(settings.docker_host, "/containers/json")
+    try:
+        listed = msgspec.json.decode(body, type=list[_Listed]) if status == http.HTTPStatus.OK else []
+    except msgspec.MsgspecError as exc:
+        raise Unavailable(f"cannot read the answer of dockerd at {settings.docker_host}: {exc}") from exc
+    names = {}
+    for container in listed:
+        layer = container_layer(settings, container.id)
+        if layer:
+            names[layer] = container.names[0].removeprefix("/") if container.names else container.id[:12]
+    return names
 
 
 def _inspected(settings: Settings, kind: str, name: str) -> _Inspected | None:

@@ -15,6 +15,7 @@ import redis
 from kombu.utils.url import maybe_sanitize_url
 
 from gearworkers.digest import DIGEST_BYTES
+from gearworkers.dockerd import container_names
 from gearworkers.errors import GearError
 from gearworkers.layers.trial import check_index
 from gearworkers.mounts.lazy.client import read_status
@@ -37,7 +38,8 @@ def diagnose(settings: Settings) -> list[Check]:
     root = settings.gear_root
     while not root.exists():
         root = root.parent
-    node = [_redis(settings), _workers(settings), _gateway(settings), _lazy_files(settings), remote_check(settings)]
+    node = [_redis(settings), _workers(settings), _gateway(settings), _lazy_files(settings)]
+    node += [inode_numbers_check(settings), remote_check(settings)]
     return [*probe(root, check_index), check_fuse(), *node, *_docker()]
 
 
@@ -92,6 +94,28 @@ def _gateway(settings: Settings) -> Check:
         advice = "start it: python -m plugin_gateway"
         return Check(name, False, True, f"{settings.plugin_socket} does not answer ({exc})", advice)
     return Check(name, True, True, f"answers on {settings.plugin_socket}")
+
+
+def inode_numbers_check(settings: Settings) -> Check:
+    """Whether containers run on layers whose files share inode numbers."""
+    name = "Inode numbers"
+    try:
+        ids = sorted(path.name for path in settings.old_numbers_path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        ids = []
+    if not ids:
+        return Check(name, True, False, "differ over all layers")
+    found = f"shared by several layers in {', '.join(_container_names(settings, ids))}, mounted by gearworkers 0.1"
+    return Check(name, False, False, found, "stop and start them: until then copies of them may mix up hard links")
+
+
+def _container_names(settings: Settings, layer_ids: list[str]) -> list[str]:
+    """The containers on these layers; the layer's id for one that dockerd does not name."""
+    try:
+        named = container_names(settings)
+    except GearError:
+        named = {}
+    return [f"container {named[id]}" if id in named else f"layer {id}" for id in layer_ids]
 
 
 def _lazy_files(settings: Settings) -> Check:

@@ -273,6 +273,7 @@ class GearDriver:
                 self._id_maps(),
                 spool,
                 self.settings.gear_root,
+                self._layers.numbers,
                 private=self._layers.is_private(parent),
             )
             self._layers.publish(build, image_layer(layer, applied))

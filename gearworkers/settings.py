@@ -214,6 +214,11 @@ class Settings:
         return self.run_dir / "lazyfs-keeper.sock"
 
     @property
+    def old_numbers_path(self) -> Path:
+        """An empty file per mounted layer whose indexes share inode numbers with others."""
+        return self.run_dir / "old-inode-numbers"
+
+    @property
     def streams_socket(self) -> Path:
         """Where the gateway meets whoever does an ApplyDiff or a Diff."""
         return self.run_dir / "streams.sock"

@@ -19,13 +19,13 @@ from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.files import free_bytes, opened_directory
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
+from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.objects.claims import Claims
 from gearworkers.objects.inplace import permission
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
 
-INDEX_FILE = "index.erofs"
 STREAM_FILE = "stream.zst"
 PRIVATE = "private"
 """In the build directory: a private layer's own objects."""
@@ -53,8 +53,6 @@ class Applied:
     """Whether the contents of the tar are its own and lie in the build directory's `private`."""
     private_objects: int
     private_bytes: int
-    index_digest: bytes
-    """SHA-256 of `index.erofs`."""
 
 
 def apply_tar(
@@ -64,6 +62,7 @@ def apply_tar(
     ids: IdMaps,
     spool: PushSpool | None,
     root: Path,
+    numbers: InodeNumbers,
     *,
     private: bool = False,
 ) -> Applied:
@@ -79,6 +78,7 @@ def apply_tar(
         ids: From the tar's owners to the host's.
         spool: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, which knows whether contents may be stored in place.
+        numbers: Where the index takes its inode numbers from.
         private: Whether the layer is private; it also is if the tar has the mark (archive.privacy).
 
     Raises:
@@ -100,10 +100,9 @@ def apply_tar(
             contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
-        image = index.image(secrets.token_bytes(16))
-        (build / INDEX_FILE).write_bytes(image)
+        numbers.write(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
         log.close()
-        return contents.finish(index.size_bytes(), hashlib.sha256(image).digest())
+        return contents.finish(index.size_bytes())
 
 
 @contextmanager
@@ -157,7 +156,7 @@ class _Contents:
         if self._is_private:
             self._own_claims.close()
 
-    def finish(self, size_bytes: int, index_digest: bytes) -> Applied:
+    def finish(self, size_bytes: int) -> Applied:
         """Wait until all is stored and listed; what the tar, a layer of *size_bytes*, has brought."""
         objects, object_bytes = self._claims.seal()
         private_objects, private_bytes = self._own_claims.seal() if self._is_private else (0, 0)
@@ -174,7 +173,6 @@ class _Contents:
             self._is_private,
             private_objects,
             private_bytes,
-            index_digest,
         )
 
     def fill(self, index: Index) -> None:

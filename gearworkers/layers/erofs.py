@@ -1,8 +1,12 @@
 """An EROFS image of a tree that holds names, metadata and extended attributes, and no file contents.
 
-Layout: block 0 has the superblock and the one shared attribute (the overlay mark metacopy); then the inodes, each
-followed by its attributes and, of what is small, its data: symlink targets, the tail of a directory; then whole
-directory blocks and long symlink targets. A regular file is one chunk that is a hole.
+An image has two parts with a hole between them. The *head* holds block 0 (superblock, the shared attribute metacopy,
+our own label), the root's inode, whole directory blocks and long symlink targets. The *area* holds all other inodes,
+each followed by its attributes and by small data: symlink targets, the tail of a directory. A regular file is one
+chunk that is a hole.
+
+The number of an EROFS inode is its place in the image, counted in slots of 32 bytes. So the area's place decides the
+numbers, and the image is a sparse file: an area that begins at number 2^31 lies at 64 GiB.
 
 Source: Linux fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst (on-disk format); every inode is of the
 extended form, block size 4096.
@@ -10,12 +14,15 @@ extended form, block size 4096.
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 from collections.abc import Mapping
-from typing import Protocol
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
 
-from gearworkers.errors import InvalidInput
+from gearworkers.errors import IntegrityError, InvalidInput
 
 BLOCK_BYTES = 4096
 MAGIC = 0xE0F5E1E2
@@ -38,6 +45,17 @@ _NO_BLOCK = 0xFFFFFFFF
 _HOLE = struct.pack("<I", _NO_BLOCK)
 _MAX_CHUNK_BITS = 31
 _SHARED_OFFSET = _SUPERBLOCK_OFFSET + 128
+_LABEL_OFFSET = 2048
+_LABEL = struct.Struct("<8sQQQ32s")
+_LABEL_MAGIC = b"gearinos"
+_DIGEST_OFFSET = _LABEL_OFFSET + _LABEL.size - 32
+_MOST_HEAD_BYTES = 2 << 30
+"""Of the directories of as many files as a layer may have."""
+_PIECE_BYTES = 1 << 20
+
+SLOTS_PER_BLOCK = BLOCK_BYTES // _SLOT_BYTES
+END_OF_NUMBERS = (1 << 39) - 8 * SLOTS_PER_BLOCK
+"""EROFS counts blocks in 32 bits, and the largest file of ext4 has as many."""
 
 _PREFIXES = (
     (b"system.posix_acl_access", 2),
@@ -117,7 +135,8 @@ def is_storable(name: bytes) -> bool:
     return any(name.startswith(prefix) for prefix, _ in _PREFIXES)
 
 
-METACOPY_ENTRY = _xattr_entry(b"trusted.overlay.metacopy", b"")
+METACOPY = b"trusted.overlay.metacopy"
+METACOPY_ENTRY = _xattr_entry(METACOPY, b"")
 
 
 class _Placed:
@@ -145,8 +164,20 @@ class _Placed:
         return len(self.blocks) - (1 if self.tail_bytes else 0)
 
 
+class Label(NamedTuple):
+    """What an image says of itself; block 0 holds it."""
+
+    first: int
+    """The least inode number of the area."""
+    slots: int
+    """How many numbers the area takes, a multiple of SLOTS_PER_BLOCK."""
+    head_bytes: int
+    digest: bytes
+    """SHA-256 of head, without this digest, and area."""
+
+
 class ImageWriter:
-    """Makes the image of one tree."""
+    """Makes the image of one tree; `write` may be called once."""
 
     def __init__(self, root: Node, *, uuid: bytes, time_ns: int) -> None:
         self._root = root
@@ -154,25 +185,45 @@ class ImageWriter:
         self._time_ns = time_ns
         self._order: list[tuple[Node, Node]] = []  # inode, and of a directory its parent
         self._placed: dict[int, _Placed] = {}
-        self._end_bytes = 0  # of the inode area
+        self._end_bytes = 0  # of the inodes placed so far: the root's, then the area's
         self._data_blocks = 0
+        self._place_one(root, root)
+        self._data_start = _META_BLOCK + -(-self._end_bytes // BLOCK_BYTES)
+        self._end_bytes = 0
+        self._place_others()
+        self.slots = -(-self._end_bytes // BLOCK_BYTES) * SLOTS_PER_BLOCK
+        """How many inode numbers the image needs."""
 
-    def image(self) -> bytearray:
-        """The bytes of the image, a multiple of BLOCK_BYTES."""
-        self._place(self._root, self._root)
-        data_start = _META_BLOCK + -(-self._end_bytes // BLOCK_BYTES)
-        image = bytearray((data_start + self._data_blocks) * BLOCK_BYTES)
-        next_block = data_start
+    def write(self, file: BinaryIO, first: int) -> None:
+        """Write the image to an empty file; all inodes but the root's get numbers from *first* on.
+
+        Args:
+            file: Seekable; a file system with sparse files is meant.
+            first: A multiple of SLOTS_PER_BLOCK, so high that the area lies behind the head; first + slots is at most
+                END_OF_NUMBERS.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        self._head = bytearray((self._data_start + self._data_blocks) * BLOCK_BYTES)
+        self._area = bytearray(self.slots * _SLOT_BYTES)
+        self._first = first
+        for node, _ in self._order[1:]:
+            node.nid += first
+        next_block = self._data_start
         for node, parent in self._order:
-            next_block = self._write(image, node, parent, next_block)
-        self._write_superblock(image)
-        return image
+            next_block = self._write(node, parent, next_block)
+        self._write_superblock(_area_offset(first + self.slots))
+        self._write_label()
+        file.write(self._head)
+        file.seek(_area_offset(first))
+        file.write(self._area)
 
     # -- placing
 
-    def _place(self, root: Node, parent: Node) -> None:
-        """Give every inode its number, in the order of a walk."""
-        stack = [(root, parent)]
+    def _place_others(self) -> None:
+        """Give every inode below the root its number relative to the area, in the order of a walk."""
+        stack: list[tuple[Node, Node]] = [(child, self._root) for child in (self._root.children or {}).values()]
         while stack:
             node, parent = stack.pop()
             if node.nid:
@@ -208,15 +259,14 @@ class ImageWriter:
 
     # -- writing
 
-    def _write(self, image: bytearray, node: Node, parent: Node, next_block: int) -> int:
-        """Write an inode and its data; the next free block."""
-        offset = _META_BLOCK * BLOCK_BYTES + node.nid * _SLOT_BYTES
+    def _write(self, node: Node, parent: Node, next_block: int) -> int:
+        """Write an inode and its data; the next free block of the head."""
         xattr_count = (len(node.xattrs) - _IBODY_HEADER.size) // 4 + 1 if node.xattrs else 0
         layout, size_bytes, first = _FLAT_PLAIN, 0, 0
         behind = b""
         mode = node.mode
         if node.children is not None:
-            layout, size_bytes, first, behind, next_block = self._write_directory(image, node, parent, next_block)
+            layout, size_bytes, first, behind, next_block = self._write_directory(node, parent, next_block)
         elif stat.S_ISREG(mode):
             if node.size_bytes:
                 layout, size_bytes, behind = _CHUNK_BASED, node.size_bytes, _HOLE
@@ -227,7 +277,7 @@ class ImageWriter:
                 layout, first, behind = _FLAT_INLINE, _NO_BLOCK, node.target
             else:
                 first = next_block
-                image[first * BLOCK_BYTES : first * BLOCK_BYTES + size_bytes] = node.target
+                self._head[first * BLOCK_BYTES : first * BLOCK_BYTES + size_bytes] = node.target
                 next_block += 1
         else:
             first = node.rdev
@@ -250,28 +300,31 @@ class ImageWriter:
             + node.xattrs
             + behind
         )
-        image[offset : offset + len(record)] = record
+        if node is self._root:
+            offset = _META_BLOCK * BLOCK_BYTES + node.nid * _SLOT_BYTES
+            self._head[offset : offset + len(record)] = record
+        else:
+            offset = (node.nid - self._first) * _SLOT_BYTES
+            self._area[offset : offset + len(record)] = record
         return next_block
 
-    def _write_directory(
-        self, image: bytearray, node: Node, parent: Node, next_block: int
-    ) -> tuple[int, int, int, bytes, int]:
+    def _write_directory(self, node: Node, parent: Node, next_block: int) -> tuple[int, int, int, bytes, int]:
         assert node.children is not None
         placed = self._placed.pop(id(node))
         first = next_block if placed.whole_blocks else _NO_BLOCK
         filled = [_dirents(names, node, parent) for names in placed.blocks]
         for block in filled[: placed.whole_blocks]:
-            image[next_block * BLOCK_BYTES : next_block * BLOCK_BYTES + len(block)] = block
+            self._head[next_block * BLOCK_BYTES : next_block * BLOCK_BYTES + len(block)] = block
             next_block += 1
         size_bytes = (len(filled) - 1) * BLOCK_BYTES + len(filled[-1])
         if placed.tail_bytes:
             return _FLAT_INLINE, size_bytes, first, filled[-1], next_block
         return _FLAT_PLAIN, size_bytes, first, b"", next_block
 
-    def _write_superblock(self, image: bytearray) -> None:
+    def _write_superblock(self, image_bytes: int) -> None:
         seconds, nanoseconds = divmod(self._time_ns, 1_000_000_000)
         _SUPERBLOCK.pack_into(
-            image,
+            self._head,
             _SUPERBLOCK_OFFSET,
             MAGIC,
             0,  # no checksum
@@ -282,7 +335,7 @@ class ImageWriter:
             len(self._order),
             seconds,
             nanoseconds,
-            len(image) // BLOCK_BYTES,
+            image_bytes // BLOCK_BYTES,
             _META_BLOCK,
             0,  # shared attributes are counted from block 0
             self._uuid,
@@ -297,7 +350,63 @@ class ImageWriter:
             0,
             0,
         )
-        image[_SHARED_OFFSET : _SHARED_OFFSET + len(METACOPY_ENTRY)] = METACOPY_ENTRY
+        self._head[_SHARED_OFFSET : _SHARED_OFFSET + len(METACOPY_ENTRY)] = METACOPY_ENTRY
+
+    def _write_label(self) -> None:
+        label = (_LABEL_MAGIC, self._first, self.slots, len(self._head))
+        _LABEL.pack_into(self._head, _LABEL_OFFSET, *label, bytes(32))
+        hasher = sha256(self._head)
+        hasher.update(self._area)
+        _LABEL.pack_into(self._head, _LABEL_OFFSET, *label, hasher.digest())
+
+
+def read_label(path: Path) -> Label | None:
+    """The label of the image *path*; None for an image of the first format, whose inodes count from 1.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        return _label_in(file)
+
+
+def check_image(path: Path) -> None:
+    """Read the image *path*, without its hole, and compare it with its label.
+
+    Raises:
+        IntegrityError: It is damaged, or has no label.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        label = _label_in(file)
+        if label is None or not _is_plausible(label, os.fstat(file.fileno()).st_size):
+            raise IntegrityError(f"{path} is damaged: its label does not fit its size")
+        head = bytearray(os.pread(file.fileno(), label.head_bytes, 0))
+        head[_DIGEST_OFFSET : _LABEL_OFFSET + _LABEL.size] = bytes(32)
+        hasher = sha256(head)
+        file.seek(_area_offset(label.first))
+        while piece := file.read(_PIECE_BYTES):
+            hasher.update(piece)
+    if hasher.digest() != label.digest:
+        raise IntegrityError(f"{path} is damaged: its bytes differ from the digest in its label")
+
+
+def _label_in(file: BinaryIO) -> Label | None:
+    packed = os.pread(file.fileno(), _LABEL.size, _LABEL_OFFSET)
+    if len(packed) < _LABEL.size:
+        return None
+    magic, *fields = _LABEL.unpack(packed)
+    return Label(*fields) if magic == _LABEL_MAGIC else None
+
+
+def _is_plausible(label: Label, file_bytes: int) -> bool:
+    """Whether the two parts make up the file, so that no hole is read."""
+    ends_well = file_bytes == _area_offset(label.first + label.slots)
+    return ends_well and BLOCK_BYTES <= label.head_bytes <= min(_MOST_HEAD_BYTES, _area_offset(label.first))
+
+
+def _area_offset(first: int) -> int:
+    return _META_BLOCK * BLOCK_BYTES + first * _SLOT_BYTES
 
 
 def _dirents(names: list[bytes], node: Node, parent: Node) -> bytes:

@@ -132,8 +132,8 @@ class Index:
                     total += child.size_bytes + len(child.target)
         return total
 
-    def image(self, uuid: bytes) -> bytearray:
-        """The EROFS image; for once, at the end."""
+    def image(self, uuid: bytes) -> erofs.ImageWriter:
+        """The EROFS image, to be written; for once, at the end."""
         stack = [self._root]
         while stack:
             inode = stack.pop()
@@ -145,7 +145,7 @@ class Index:
                     if child.children is not None:
                         inode.nlink += 1
                     stack.append(child)
-        return erofs.ImageWriter(self._root, uuid=uuid, time_ns=self._time_ns).image()
+        return erofs.ImageWriter(self._root, uuid=uuid, time_ns=self._time_ns)
 
     # -- entries
 

@@ -36,6 +36,7 @@ class MountedLayers:
         self._layers = layers
         self._starts = starts
         self._table = MountTable(settings.run_dir / "mounts")
+        self._old_numbers = settings.old_numbers_path
 
     def prepare(self) -> None:
         """Make what is missing.
@@ -46,6 +47,8 @@ class MountedLayers:
         try:
             (self._settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
             self._table.prepare()
+            self._old_numbers.mkdir(mode=0o700, exist_ok=True)
+            self._note_old_numbers()
         except OSError as exc:
             raise from_os_error(exc, "prepare the directories of mounts") from exc
 
@@ -88,6 +91,7 @@ class MountedLayers:
             is_unmounted = self._table.release(id, directory / MERGED)
             if is_unmounted:
                 self._starts.end(id)
+                (self._old_numbers / id).unlink(missing_ok=True)
             if is_unmounted and volatile:
                 overlay.clear_volatile(directory / WORK)
 
@@ -128,12 +132,24 @@ class MountedLayers:
                 yield fd
 
     def _mount(self, layer: Layer, mount_label: str, target: Path, volatile: bool) -> None:
+        if volatile:
+            overlay.clear_volatile(target.parent / WORK)  # of a Put that was killed behind the unmount
         overlay.mount(self._spec(layer, mount_label, volatile), target)
         if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
             self._starts.begin(layer, target)
 
+    def _note_old_numbers(self) -> None:
+        """Note the mounts whose inode numbers a new mount would not have; `gear doctor` names them until they end."""
+        for id in self._table.mounted():
+            if self._layers.exists(id) and self._is_mounted(id) and self._layers.has_old_numbers(id):
+                (self._old_numbers / id).touch(mode=0o600)
+
+    def _is_mounted(self, id: str) -> bool:
+        return overlay.is_mounted(self._layers.directory(self._layers.get(id)) / MERGED)
+
     def _drop(self, id: str) -> None:
         self._starts.end(id)
+        (self._old_numbers / id).unlink(missing_ok=True)
         for parent in (self._settings.gear_containers_path, self._settings.gear_images_path):
             self._table.drop(id, parent / id / MERGED)
 

@@ -24,12 +24,14 @@ import msgspec
 from gearworkers.archive.privacy import MARK
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.files import opened_directory, remove_tree
-from gearworkers.layers.apply import INDEX_FILE, Applied
+from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.private import PrivateCaches
+from gearworkers.layers.renumber import has_numbers, renumber
 from gearworkers.mounts import sys as kernel
 from gearworkers.mounts.index import mount_index
-from gearworkers.mounts.overlay import unmount
+from gearworkers.mounts.overlay import is_mounted, unmount
 from gearworkers.objects import inplace
 from gearworkers.objects.garbage import publishing
 from gearworkers.objects.store import ObjectStore
@@ -74,7 +76,7 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     private_objects: int = 0
     private_bytes: int = 0
     index_digest: bytes = b""
-    """SHA-256 of an image layer's index."""
+    """SHA-256 of an index without a label; one with a label holds its own digest."""
 
 
 def check_id(id: str) -> str:
@@ -99,6 +101,8 @@ class LayerStore:
         self._build = settings.gear_build_path
         self.private = PrivateCaches(settings.gear_private_cache_path, self._images)
         """What private layers keep to themselves."""
+        self.numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
+        """Where layers' indexes take their inode numbers from."""
         self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.note_change` only
         self._settled_ns = 0
 
@@ -155,7 +159,8 @@ class LayerStore:
         if layer.kind is Kind.CONTAINER:
             return directory / UPPER
         if layer.kind is Kind.IMAGE:
-            mount_index(directory / INDEX_FILE, directory / TREE)
+            index = directory / INDEX_FILE
+            mount_index(index, directory / TREE, prepare=lambda: self._give_numbers(index))
         return directory / TREE
 
     def chain(self, id: str) -> tuple[Path, ...]:
@@ -317,6 +322,7 @@ class LayerStore:
         for path in self._containers.iterdir():
             if self._is_image(path.name):
                 self._discard(path)
+        self._release_old_indexes()
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)
@@ -332,6 +338,21 @@ class LayerStore:
             return self.get(id).complete
         except GearError:
             return False
+
+    def has_old_numbers(self, id: str) -> bool:
+        """Whether an index of the layer or its parents has inode numbers that others have, too.
+
+        Raises:
+            NotFound: One of them is missing.
+        """
+        images = (layer for layer in self.parents(id) if layer.kind is Kind.IMAGE)
+        return any(not has_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
+
+    def _release_old_indexes(self) -> None:
+        """Have indexes without numbers of their own get them before they are mounted anew."""
+        for path in self._images.iterdir():
+            if is_mounted(path / TREE) and not has_numbers(path / INDEX_FILE):
+                unmount(path / TREE)
 
     def release(self) -> None:
         """Unmount all indexes; containers that run keep what they have, and what is asked for comes back."""
@@ -352,6 +373,12 @@ class LayerStore:
             remove_tree(path)
 
     # -- steps
+
+    def _give_numbers(self, index: Path) -> None:
+        """An index of an older gearworkers counts its inodes from 1, as all others did."""
+        if not has_numbers(index):
+            with self.building(index.parent.name) as build:
+                renumber(index, self.numbers, build)
 
     def _lay_out(self, build: Path, layer: Layer, ids: IdMaps) -> None:
         if layer.kind is Kind.CONTAINER:
@@ -402,7 +429,6 @@ def image_layer(layer: Layer, applied: Applied) -> Layer:
         private=applied.private,
         private_objects=applied.private_objects,
         private_bytes=applied.private_bytes,
-        index_digest=applied.index_digest,
     )
 
 

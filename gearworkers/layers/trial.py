@@ -9,6 +9,7 @@ from typing import BinaryIO
 from gearworkers.archive.entry import Entry
 from gearworkers.digest import object_path
 from gearworkers.errors import GearError
+from gearworkers.layers.erofs import SLOTS_PER_BLOCK
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.mounts.index import mount_index
@@ -45,7 +46,8 @@ def _read_through(scratch: Path) -> tuple[str, bytes]:
     index = Index(IdMaps(), time_ns=0)
     index.add(Entry(b"file", size_bytes=len(_CONTENT)), digest)
     image, tree, data = (scratch / name for name in ("index.erofs", "tree", "data"))
-    image.write_bytes(index.image(bytes(16)))
+    with open(image, "xb") as file:
+        index.image(bytes(16)).write(file, SLOTS_PER_BLOCK)
     target = data / os.fsdecode(object_path(digest)[1:])
     for directory in (tree, target.parent):
         directory.mkdir(parents=True)

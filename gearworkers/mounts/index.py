@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
@@ -20,8 +21,13 @@ from gearworkers.mounts.overlay import is_mounted
 _NO_BLOCK_DEVICE = frozenset((errno.ENOTBLK, errno.EINVAL))
 
 
-def mount_index(image: Path, target: Path) -> None:
+def mount_index(image: Path, target: Path, *, prepare: Callable[[], None] = lambda: None) -> None:
     """Mount *image* at the directory *target*, unless it is; many processes may try at once.
+
+    Args:
+        image: The file.
+        target: In a directory that this function locks.
+        prepare: Called under the lock, before *image* is mounted.
 
     Raises:
         NotFound: The image or the directory is missing.
@@ -33,6 +39,7 @@ def mount_index(image: Path, target: Path) -> None:
         with opened_directory(target.parent) as directory_fd:
             fcntl.flock(directory_fd, fcntl.LOCK_EX)
             if not is_mounted(target):
+                prepare()
                 _mount(image, target)
     except OSError as exc:
         raise from_os_error(exc, f"mounting {image}: {exc.strerror}") from exc

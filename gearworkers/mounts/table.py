@@ -1,8 +1,10 @@
 """How often each layer was asked to be mounted: dockerd does not count for a plugin.
 
 The counts outlive the gateway: they lie beside its sockets, in a directory that a reboot empties like the mounts.
-What is mounted decides in doubt: a count without a mount is 0, a mount without a count is 1, as overlay2 has it
-after a restart.
+A count without a mount is 0; a mount without a count has one user, as overlay2 has it after a restart. A mount with
+the count 0 belongs to a Get that was killed before it answered: nobody uses it.
+
+Order of writes: Get writes 0, mounts, writes 1; Put unmounts, then removes the count.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class MountTable:
             self._write(id, count + 1)
             return
         self._write(id, 0)
+        _unmount_all(target)
         mount()
         self._write(id, 1)
 
@@ -62,7 +65,7 @@ class MountTable:
 
     def drop(self, id: str, target: Path) -> None:
         """Unmount whatever the count is; the caller holds the lock."""
-        unmount(target)
+        _unmount_all(target)
         (self._directory / id).unlink(missing_ok=True)
 
     def mounted(self) -> list[str]:
@@ -89,3 +92,10 @@ class MountTable:
             os.pwrite(fd, b"%10d" % count, 0)
         finally:
             os.close(fd)
+
+
+def _unmount_all(target: Path) -> None:
+    """Also what gearworkers 0.1 may have mounted twice."""
+    unmount(target)
+    while is_mounted(target):
+        unmount(target)

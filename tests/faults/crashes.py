@@ -18,6 +18,7 @@ _CHANGES = frozenset(
 )
 _UNAUDITED = (
     (os, "write"),
+    (os, "pwrite"),
     (os, "fsync"),
     (kernel, "renameat2"),
     (kernel, "syncfs"),

@@ -28,6 +28,7 @@ from tests.support.processes import wait_until
 
 DIGEST = bytes(range(32))
 LOOP_MAJOR = 7
+FIRST = 1 << 31
 
 
 def index_of(*entries: Entry, ids: IdMaps | None = None) -> Index:
@@ -40,7 +41,8 @@ def index_of(*entries: Entry, ids: IdMaps | None = None) -> Index:
 @contextmanager
 def mounted(index: Index, place: Path) -> Iterator[Path]:
     image, tree = place / "index.erofs", place / "tree"
-    image.write_bytes(index.image(bytes(16)))
+    with open(image, "xb") as file:
+        index.image(bytes(16)).write(file, FIRST)
     tree.mkdir()
     mount_index(image, tree)
     try:
