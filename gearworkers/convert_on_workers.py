@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from gearworkers.app import CONVERT_QUEUE, IMAGE_TASK, LAYER_TASK, PROGRESS, VISIBILITY_TIMEOUT_S, make_app
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.images.convert import Plan, Report, Told
+from gearworkers.objects.remotes.opening import remote_name
 from gearworkers.settings import Settings
 
 _POLL_S = 0.2
@@ -62,7 +63,7 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
     """Do all of *plan* on workers and wait for it; what they have begun goes on if this process ends.
 
     Args:
-        settings: Their broker, and the remote that the workers use, whatever their own is.
+        settings: Their broker, and the remote, which must be the workers' own.
         plan: What to do.
         told: Called with how far each layer is; of one that is tried again it begins anew.
         noted: Called when a task is tried again.
@@ -87,7 +88,7 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
 class _Conversion:
     def __init__(self, app: Celery, settings: Settings, plan: Plan, told: Told, noted: Noted) -> None:
         self._app = app
-        self._remote = settings.remote
+        self._remote = remote_name(settings.remote)
         self._plan = plan
         self._sizes = {job.digest: job.size_bytes for job in plan.jobs()}
         self._told = told

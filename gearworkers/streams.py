@@ -39,6 +39,7 @@ class Order(msgspec.Struct, frozen=True):
     call: str
     """``apply_diff``, ``diff``, ``push``, ``collect_garbage`` or ``absorb``."""
     gear_root: str
+    """The gateway's; whoever does it checks that it is his own."""
     token: str
     id: str = ""
     parent: str = ""

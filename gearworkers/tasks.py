@@ -1,5 +1,8 @@
 """Celery tasks: thin, ids in, `work.perform` called.
 
+Whoever writes to Redis makes tasks. So a task names no place to read from or write to but references to registries:
+root, remote and credentials are the worker's own, and what a task says of them is only compared.
+
 apply_diff and diff are acknowledged when they begin and never come again: their stream is gone with them. push,
 collect_garbage, absorb and the conversions are idempotent, acknowledged when done, and come again after a crash; only
 errors marked retryable are retried.
@@ -10,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,9 +20,10 @@ from celery import Task, shared_task
 from redis.exceptions import RedisError
 
 from gearworkers.app import IMAGE_TASK, LAYER_TASK, PROGRESS, RETRIES, TIME_LIMIT_S, retry_delay_s
-from gearworkers.errors import GearError, Unavailable
+from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.images import convert
-from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.images.source import refuse_path
+from gearworkers.objects.remotes.opening import open_remote, remote_name
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from gearworkers.work import perform, perform_alone
@@ -68,11 +71,14 @@ def absorb(self: Task, gear_root: str, token: str, id: str, parent: str) -> None
 
 @shared_task(name=LAYER_TASK, **{**_UPKEEP, "ignore_result": False})
 def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any]:
-    """Convert one layer of an image; what it became. Its contents go to *remote*, whatever the worker's own is."""
-    settings = replace(Settings.from_environ(), remote=remote)
-    with _retried(self), closing(open_remote(settings)) as opened:
+    """Convert one layer of an image; what it became. Its contents go to the worker's remote, which must be *remote*."""
+    settings = Settings.from_environ()
+    with _retried(self):
         layer = msgspec.convert(job, convert.LayerJob)
-        return _plain(convert.convert_layer(settings, opened, layer, _Teller(self)))
+        refuse_path(layer.source)
+        _refuse_other_remote(settings, remote)
+        with closing(open_remote(settings)) as opened:
+            return _plain(convert.convert_layer(settings, opened, layer, _Teller(self)))
 
 
 @shared_task(name=IMAGE_TASK, **{**_UPKEEP, "ignore_result": False})
@@ -81,7 +87,21 @@ def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]
     with _retried(self):
         done = msgspec.convert(layers, list[convert.LayerDone])
         planned = msgspec.convert(plan, convert.Plan)
+        refuse_path(planned.source)
         return _plain(convert.finish_conversion(Settings.from_environ(), planned, done))
+
+
+def _refuse_other_remote(settings: Settings, asked: str) -> None:
+    """
+    Raises:
+        FailedPrecondition: The caller has another remote: it would look for the contents where they are not.
+    """
+    theirs, ours = remote_name(asked), remote_name(settings.remote)
+    if theirs != ours:
+        raise FailedPrecondition(
+            f"this conversion is for GEAR_REMOTE={theirs}, and the worker on {settings.node} has "
+            f"GEAR_REMOTE={ours}; give both the same, or convert here: --local"
+        )
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import structlog
 
+from gearworkers import options
 from gearworkers.claiming import Stream, claimed
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
@@ -24,8 +24,8 @@ def perform(settings: Settings, order: Order, by: str) -> Answer | None:
     Upkeep (push, collect_garbage, absorb) is done also when no gateway is there to be told.
 
     Args:
-        settings: This process's; gear_root is taken from the order.
-        order: What to do.
+        settings: This process's.
+        order: What to do; one for another GEAR_ROOT than the gateway's here is refused, and left unclaimed.
         by: ``worker`` or ``gateway``.
 
     Returns:
@@ -33,6 +33,8 @@ def perform(settings: Settings, order: Order, by: str) -> Answer | None:
 
     Crash: the gateway sees it and answers its caller.
     """
+    if not _is_ours(settings, order):
+        return None
     try:
         with claimed(settings.streams_socket, order.token, by) as stream:
             if stream is None:
@@ -46,15 +48,39 @@ def perform(settings: Settings, order: Order, by: str) -> Answer | None:
         return perform_alone(settings, order) if order.call in _UPKEEP else None
 
 
-def perform_alone(settings: Settings, order: Order) -> Answer:
-    """Do an order of upkeep without asking or telling a gateway."""
-    return _attempt(settings, order, None)
+def perform_alone(settings: Settings, order: Order) -> Answer | None:
+    """Do an order of upkeep without asking or telling a gateway; None if it is refused, as by `perform`."""
+    return _attempt(settings, order, None) if _is_ours(settings, order) else None
+
+
+def _is_ours(settings: Settings, order: Order) -> bool:
+    """Whether the order names the GEAR_ROOT of this node's gateway: whoever writes to Redis may name any path."""
+    try:
+        root = _as_the_gateway(settings).gear_root
+    except GearError as exc:
+        _log.error("order refused", call=order.call, id=order.id, error=str(exc))
+        return False
+    if Path(order.gear_root) == root:
+        return True
+    _log.error(
+        "order refused: it is for another GEAR_ROOT; a worker needs its gateway's GEAR_ROOT and GEAR_RUN_DIR",
+        call=order.call,
+        id=order.id,
+        asked=order.gear_root,
+        ours=str(root),
+    )
+    return False
+
+
+def _as_the_gateway(settings: Settings) -> Settings:
+    """With what dockerd has told this node's gateway, ``gear.root`` above all."""
+    return options.with_options(settings, options.saved(settings.run_dir))
 
 
 def _attempt(settings: Settings, order: Order, stream: Stream | None) -> Answer:
     """Call the driver; every error becomes an answer."""
     try:
-        driver = _driver(replace(settings, gear_root=Path(order.gear_root)))
+        driver = _driver(_as_the_gateway(settings))
         if stream is not None and order.call in _STREAMED:
             return _STREAMED[order.call](driver, order, stream)
         return _UPKEEP[order.call](driver, order)

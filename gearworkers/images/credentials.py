@@ -53,7 +53,9 @@ class _HelperAnswer(msgspec.Struct, frozen=True):
 def find_credentials(directory: Path, host: str) -> Credentials | None:
     """What Docker's own client would say to the registry *host*; None to come as nobody.
 
-    Read anew at each call, so a new `docker login` counts at once.
+    Only a host that config.json names, as `docker login` has it do, gets any: a `credsStore` may have an answer for
+    whatever host it is asked for, and the host may be the word of a task. Read anew at each call, so a new
+    `docker login` counts at once.
 
     Args:
         directory: That of config.json; it need not be there.
@@ -64,15 +66,15 @@ def find_credentials(directory: Path, host: str) -> Credentials | None:
         FailedPrecondition: A credential helper is not there or fails.
     """
     config = _read(directory / "config.json")
-    helper = next((helper for key, helper in config.helpers.items() if _names(key, host)), config.store)
+    key = next((key for key in config.auths if _names(key, host)), None)
+    helper = next((helper for key, helper in config.helpers.items() if _names(key, host)), "")
+    if key is not None:
+        helper = helper or config.store
     if helper:
         found = _ask_helper(helper, _HUB_KEY if host == DOCKER_HUB else host)
         if found is not None:
             return found
-    for key, auth in config.auths.items():
-        if _names(key, host):
-            return _credentials(auth, key)
-    return None
+    return _credentials(config.auths[key], key) if key is not None else None
 
 
 def _read(path: Path) -> _Config:

@@ -86,8 +86,8 @@ class Registry:
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
-            if response.status != 401 or again or not ours:
-                break
+            if response.status != 401 or again or _server(urljoin(url, response.url or "")) != _server(base):
+                break  # also where the registry redirected: only its own challenge is answered
             response.drain_conn()
             self.authority.forget(scopes)
             self.authority.answer(response.headers.get("WWW-Authenticate", ""), scopes)

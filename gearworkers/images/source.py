@@ -70,6 +70,16 @@ def is_local(text: str) -> bool:
     return text.startswith((OCI, DOCKER_ARCHIVE))
 
 
+def refuse_path(text: str) -> None:
+    """For a process that works for others: a path of its machine is none of theirs.
+
+    Raises:
+        InvalidInput: *text* names one.
+    """
+    if is_local(text):
+        raise InvalidInput(f"{text[:200]}: a worker reads images from registries only; convert it where the path is")
+
+
 def small_blob(source: Source, descriptor: m.Descriptor) -> bytes:
     """A config.
 

@@ -9,17 +9,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
+from celery import Celery
 
-from gearworkers.app import CONVERT_QUEUE
+from gearworkers.app import CONVERT_QUEUE, LAYER_TASK, make_app
+from gearworkers.errors import GearError
+from gearworkers.images.convert import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.settings import Settings
 from tests.support import registries
+from tests.support.answers import Answer, answering
 from tests.support.images import Image, contents_of, pull, tar_of
 from tests.support.processes import wait_until
 from tests.support.registry import Registry
@@ -39,7 +45,9 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     directory = tmp_path_factory.mktemp("stack")
     (directory / "remote").mkdir()
-    stack = Stack(directory, name="convert", settings={"GEAR_REMOTE": str(directory / "remote")})
+    stack = Stack(
+        directory, name="convert", settings={"GEAR_REMOTE": str(directory / "remote"), "GEAR_REMOTE_TOKEN": "token"}
+    )
     yield stack
     stack.stop()
 
@@ -108,14 +116,41 @@ def test_workers_convert_every_layer_and_find_them_done_the_second_time(stack: S
     assert pull(at(peer, "gear"), "small2") == pull(at(peer, "gear"), "small")
 
 
-def test_the_contents_go_where_the_caller_says(stack: Stack, peer: Registry, tmp_path: Path) -> None:
+def test_a_caller_with_another_remote_than_the_workers_is_told(stack: Stack, peer: Registry, tmp_path: Path) -> None:
     Image([tar_of([("here", b"here" * 1000)])]).push(at(peer, "here"), "v1")
     (tmp_path / "other").mkdir()
     stack.settings, before = {"GEAR_REMOTE": str(tmp_path / "other")}, stack.settings
     code, _, err = convert(stack, f"{peer.host}/here:v1", f"{peer.host}/gear:here")
     stack.settings = before
-    assert code == 0, err
-    assert len(list((tmp_path / "other" / "objects").rglob("*"))) == 2
+    assert code == 2
+    assert str(tmp_path / "other") in err and before["GEAR_REMOTE"] in err
+    assert err.splitlines()[-1].startswith("gear: this conversion is for GEAR_REMOTE=")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_forged_task_learns_no_token_and_reads_no_path(stack: Stack, peer: Registry, tmp_path: Path) -> None:
+    """Whoever can write to Redis has made it: its remote is a listener, its image a path of the worker's machine."""
+    image = Image([tar_of([("secret", b"secret" * 1000)])])
+    image.write_layout(tmp_path / "layout")
+    image.push(at(peer, "forged"), "v1")
+    with answering(lambda asked: Answer(404)) as listener, sending(stack) as app:
+        for source, remote, refusal in (
+            (f"{peer.host}/forged:v1", listener.url, "this conversion is for GEAR_REMOTE="),
+            (f"oci:{tmp_path}/layout", stack.settings["GEAR_REMOTE"], "registries only"),
+        ):
+            plan = plan_conversion(Settings(), source, f"{listener.host}/stolen:v1", None)
+            job = msgspec.to_builtins(plan.jobs()[0])
+            with pytest.raises(GearError, match=refusal):
+                app.send_task(LAYER_TASK, (job, remote), queue=CONVERT_QUEUE).get(timeout=60)
+        assert listener.asked == []
+
+
+@contextmanager
+def sending(stack: Stack) -> Iterator[Celery]:
+    """What sends tasks to the stack's Redis."""
+    app = make_app(Settings(run_dir=stack.run_dir), with_results=True)
+    yield app
+    app.close()
 
 
 def test_what_a_task_met_is_one_line_and_no_image_has_the_name(stack: Stack, peer: Registry) -> None:

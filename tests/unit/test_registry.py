@@ -246,6 +246,21 @@ def test_a_registry_that_takes_no_chunks_is_given_the_whole(
     assert refused == whole == BLOB
 
 
+def test_a_challenge_of_where_a_registry_redirects_is_not_answered(tmp_path: Path) -> None:
+    def challenge(asked: Asked) -> Answer:
+        return Answer(401, {"WWW-Authenticate": f'Bearer realm="{elsewhere.url}/token",service="s"'})
+
+    def redirect(asked: Asked) -> Answer:
+        return Answer(200) if asked.path == "/v2/" else Answer(307, {"Location": f"{elsewhere.url}{asked.path}"})
+
+    with answering(challenge) as elsewhere, answering(redirect) as registry:
+        target = repository(registry.host, logged_in(tmp_path, registry.host))
+        with pytest.raises(FailedPrecondition, match="401"):
+            target.has_blob(digest_of(BLOB))
+    assert elsewhere.asked
+    assert not [asked for asked in elsewhere.asked if asked.headers["Authorization"] or "token" in asked.path]
+
+
 def test_an_upload_may_name_the_port_that_goes_without_saying() -> None:
     base = registry._server("https://registry.example.org")
     assert registry._server("https://Registry.example.org:443/v2/a/blobs/uploads/1?state=x") == base
@@ -371,8 +386,20 @@ class TestBasic:
         (tmp_path / "config.json").write_text(json.dumps(config | {"credsStore": "tests"}))
         assert not repository(peer.host, tmp_path).has_blob(digest_of(BLOB))
 
+    def test_a_store_is_not_asked_for_a_host_that_nobody_has_logged_in_to(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        helper = tmp_path / "docker-credential-tests"
+        helper.write_text(f'#!/bin/sh\necho \'{{"Username": "{USER}", "Secret": "x"}}\'\n')
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        config = {"auths": {"registry.example.org": {}}, "credsStore": "tests"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert find_credentials(tmp_path, "registry.example.org") == Credentials(USER, "x")
+        assert find_credentials(tmp_path, "registry.example.com") is None
+
     def test_a_helper_that_is_not_there_is_named(self, peer: Registry, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(json.dumps({"credsStore": "not-there"}))
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {peer.host: {}}, "credsStore": "not-there"}))
         with pytest.raises(FailedPrecondition, match="docker-credential-not-there"):
             put(repository(peer.host, tmp_path), BLOB)
 

@@ -8,16 +8,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import Retry
 from kombu.asynchronous import Hub
 
-from gearworkers.app import RETRIES, TIME_LIMIT_S, VISIBILITY_TIMEOUT_S, _MendPool, make_app, retry_delay_s
+from gearworkers import options
+from gearworkers.app import (
+    IMAGE_TASK,
+    LAYER_TASK,
+    RETRIES,
+    TIME_LIMIT_S,
+    VISIBILITY_TIMEOUT_S,
+    _MendPool,
+    make_app,
+    retry_delay_s,
+)
 from gearworkers.driver import GearDriver
+from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.images.convert import ImagePlan, LayerJob, Plan
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from gearworkers.work import perform
+from tests.support.answers import Answer, answering
 
 HEAVY = ("gearworkers.apply_diff", "gearworkers.diff")
 UPKEEP = ("gearworkers.push", "gearworkers.collect_garbage", "gearworkers.absorb")
@@ -79,6 +93,69 @@ def test_upkeep_without_a_gateway_is_done(app: Any, root: Path) -> None:
     assert answer is not None
     assert (answer.error, answer.figures) == ("", {"removed_objects": 0, "removed_bytes": 0})
     app.tasks["gearworkers.collect_garbage"](str(root), "token", "", "")
+
+
+def test_upkeep_of_the_root_that_dockerd_has_named_is_done_and_of_no_other(root: Path, tmp_path: Path) -> None:
+    settings = Settings.from_environ()
+    settings.run_dir.mkdir()
+    elsewhere, named = tmp_path / "elsewhere", tmp_path / "named"
+    driver = GearDriver(settings)
+    driver.prepare()
+    driver.init("", [f"gear.root={named}"], (), ())
+    assert options.saved(settings.run_dir)
+    for refused in (root, elsewhere, Path("/")):
+        assert perform(settings, Order("collect_garbage", str(refused), "token"), "worker") is None
+    assert not elsewhere.exists()
+    answer = perform(settings, Order("collect_garbage", str(named), "token"), "worker")
+    assert answer is not None and answer.error == ""
+
+
+def test_upkeep_that_comes_again_is_refused_for_another_root(app: Any, root: Path, tmp_path: Path) -> None:
+    other = Settings(gear_root=tmp_path / "other", run_dir=tmp_path)
+    GearDriver(other).prepare()
+    garbage = other.gear_public_cache_path / "\1A" / "x"
+    garbage.touch()
+    collect = app.tasks["gearworkers.collect_garbage"]
+    forged = arguments(other.gear_root)
+    collect.push_request(retries=0, called_directly=False, kwargs=forged, delivery_info={"redelivered": True})
+    try:
+        collect.run(**forged)
+    finally:
+        collect.pop_request()
+    assert garbage.exists()
+
+
+def layer_job(source: str) -> LayerJob:
+    return LayerJob(source, "127.0.0.1:1/target", f"sha256:{'0' * 64}", 1, f"sha256:{'1' * 64}")
+
+
+def test_a_conversion_for_another_remote_is_refused_in_words_and_shows_it_no_token(
+    app: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEAR_REMOTE", "https://user:secret@manager.example.org:2019/")
+    monkeypatch.setenv("GEAR_REMOTE_TOKEN", "token")
+    job = msgspec.to_builtins(layer_job("127.0.0.1:1/source"))
+    with answering(lambda asked: Answer(200)) as listener:
+        with pytest.raises(FailedPrecondition) as refusal:
+            app.tasks[LAYER_TASK](job, listener.url)
+        assert listener.asked == []
+    said = str(refusal.value)
+    assert listener.url in said and "https://manager.example.org:2019 " not in said
+    assert "GEAR_REMOTE=https://manager.example.org:2019;" in said
+    assert "secret" not in said and "--local" in said
+
+
+@pytest.mark.parametrize("kind", ["oci", "docker-archive"])
+def test_a_conversion_of_a_path_is_refused(
+    app: Any, root: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEAR_REMOTE", str(tmp_path))
+    source = f"{kind}:{tmp_path}/not-there"
+    with pytest.raises(InvalidInput, match="registries only"):
+        app.tasks[LAYER_TASK](msgspec.to_builtins(layer_job(source)), str(tmp_path))
+    plan = Plan(source, "127.0.0.1:1/target", "", (ImagePlan("", "", ()),))
+    with pytest.raises(InvalidInput, match="registries only"):
+        app.tasks[IMAGE_TASK]([], msgspec.to_builtins(plan))
 
 
 def arguments(root: Path) -> dict[str, str]:

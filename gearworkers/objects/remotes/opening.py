@@ -41,6 +41,15 @@ def open_remote(settings: Settings) -> Remote:
     return Remote(blobs)
 
 
+def remote_name(url: str) -> str:
+    """What a GEAR_REMOTE is called in messages: without a user and password in it."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url.rstrip("/") or url
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+
+
 def open_near(settings: Settings) -> Remote:
     """The node's nfs/ alone: for a node that has no remote."""
     return Remote(_directory(settings.gear_nfs_path, settings, settings.remote_timeout_s))
