@@ -30,6 +30,7 @@ from gearworkers.services.manager.objects import MOST_JSON_BYTES, ObjectCalls, a
 from gearworkers.services.manager.openapi import document, page
 from gearworkers.services.manager.store import Store
 from gearworkers.services.manager.streams import Body, TooLarge, TooSlow, broken_off, is_gone
+from gearworkers.services.manager.uploads import receive_whole
 
 _log = structlog.get_logger(__name__)
 
@@ -77,10 +78,12 @@ class Manager:
         self.metrics = Metrics()
         self._access = access
         self._nodes = Nodes()
+        self._store = store
+        self._uploads = uploads
         self._patience_s = patience_s
         self._under_way = 0
         self._objects = ObjectCalls(store, uploads, patience_s, self.metrics)
-        self._documents = DocumentCalls(store, patience_s, self.metrics)
+        self._documents = DocumentCalls(store, uploads, patience_s, self.metrics)
 
     def calls(self) -> list[Call]:
         """All of them."""
@@ -188,8 +191,9 @@ class Manager:
     # -- calls of no other room
 
     async def _join(self, request: web.Request) -> web.Response:
-        body = await Body(request, self._patience_s, self.metrics).whole(MOST_JSON_BYTES)
-        joining = msgspec.json.decode(body, type=Joining)
+        body = Body(request, self._patience_s, self.metrics)
+        asked = await receive_whole(body, self._store, self._uploads, MOST_JSON_BYTES)
+        joining = msgspec.json.decode(asked, type=Joining)
         return answer(self._nodes.seen(joining.node, request.remote or ""))
 
     async def _list_nodes(self, request: web.Request) -> web.Response:

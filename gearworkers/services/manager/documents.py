@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from aiohttp import web
 
 from gearworkers.errors import InvalidInput, NotFound
@@ -10,6 +12,7 @@ from gearworkers.objects.remotes.manager import VERSION_HEADER
 from gearworkers.services.manager.metrics import Metrics
 from gearworkers.services.manager.store import Store
 from gearworkers.services.manager.streams import Body
+from gearworkers.services.manager.uploads import uploading
 
 MOST_VERSION = 10**10 - 1
 
@@ -17,8 +20,9 @@ MOST_VERSION = 10**10 - 1
 class DocumentCalls:
     """Handlers; each is one call of the API."""
 
-    def __init__(self, store: Store, patience_s: float, metrics: Metrics) -> None:
+    def __init__(self, store: Store, uploads: Path, patience_s: float, metrics: Metrics) -> None:
         self._store = store
+        self._uploads = uploads
         self._patience_s = patience_s
         self._metrics = metrics
 
@@ -37,10 +41,8 @@ class DocumentCalls:
         version = request.headers.get(VERSION_HEADER)
         if version is not None and not (version.isascii() and version.isdigit() and 0 < int(version) <= MOST_VERSION):
             raise InvalidInput(f"{VERSION_HEADER}: {version!r} is no version")
-        data = await Body(request, self._patience_s, self._metrics).whole(MOST_DOCUMENT_BYTES)
-        remote = self._store.remote
-        if version is not None:
-            await self._store.run(lambda: remote.replace_document(name, data, int(version) - 1))
-        else:
-            await self._store.run(lambda: remote.put_document(name, data))
+        with uploading(self._store, self._uploads) as upload:
+            await upload.receive_all(Body(request, self._patience_s, self._metrics), MOST_DOCUMENT_BYTES)
+            number = int(version) if version is not None else None
+            await self._store.put_document(name, number, upload.size_bytes, upload.load_all)
         return web.Response(status=204)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,8 @@ from gearworkers.objects.remotes.manager import Digests, Hex, Present
 from gearworkers.objects.sources import Chunk
 from gearworkers.services.manager.metrics import Metrics
 from gearworkers.services.manager.store import Store
-from gearworkers.services.manager.streams import Answer, Body, receive_blobs, receive_file
+from gearworkers.services.manager.streams import Answer, Body
+from gearworkers.services.manager.uploads import receive_blobs, receive_whole, uploading
 
 MOST_JSON_BYTES = 2 << 20
 _OCTETS = "application/octet-stream"
@@ -103,7 +103,7 @@ class ObjectCalls:
 
     async def prefetch(self, request: web.Request) -> web.StreamResponse:
         """What a profile names, in its order, in one stream."""
-        asked = msgspec.json.decode(await self._body(request).whole(MOST_JSON_BYTES), type=Prefetch)
+        asked = msgspec.json.decode(await self._json(request), type=Prefetch)
         named = await self._store.run(lambda: self._store.named_by(asked.document))
         skipped = set(map(bytes.fromhex, asked.skip))
         return await self._send_blobs(request, [digest for digest in named if digest not in skipped])
@@ -113,23 +113,20 @@ class ObjectCalls:
         digest = _digest(request.match_info["digest"])
         if (request.content_length or 0) > self._store.most_object_bytes:
             raise web.HTTPRequestEntityTooLarge(self._store.most_object_bytes, request.content_length or 0)
-        fd = await receive_file(self._body(request), self._store, digest, self._uploads)
-        try:
-            is_new = not await self._store.run(lambda: self._store.remote.has([digest]))
-            if is_new:
-                await self._store.run(lambda: self._store.remote.put(digest, fd))
-                self._metrics.stored.inc()
-        finally:
-            os.close(fd)
+        with uploading(self._store, self._uploads) as upload:
+            fd = await upload.receive_object(self._body(request), digest)
+            is_new = await self._store.put_object(digest, fd, upload.size_bytes)
+        self._metrics.stored.inc(is_new)
         return answer(Stored(int(is_new)), status=201 if is_new else 200)
 
     async def push(self, request: web.Request) -> web.Response:
         """Many blobs in one stream, each verified before it is stored."""
         stored = 0
-        async for batch in receive_blobs(self._body(request), self._most_blob_bytes):
-            new = await self._store.run(lambda batch=batch: self._store.put_blobs(batch))  # type: ignore[misc]
-            self._metrics.stored.inc(new)
-            stored += new
+        with uploading(self._store, self._uploads) as upload:
+            async for batch in receive_blobs(self._body(request), upload, self._most_blob_bytes):
+                new = await self._store.put_blobs(batch, upload.load)
+                self._metrics.stored.inc(new)
+                stored += new
         return answer(Stored(stored))
 
     async def _send_blobs(self, request: web.Request, digests: Sequence[bytes]) -> web.StreamResponse:
@@ -143,14 +140,16 @@ class ObjectCalls:
         return response
 
     async def _digests(self, request: web.Request) -> list[bytes]:
-        body = await self._body(request).whole(MOST_JSON_BYTES)
-        asked = msgspec.json.decode(body, type=Digests).digests
+        asked = msgspec.json.decode(await self._json(request), type=Digests).digests
         return [bytes.fromhex(text) for text in asked]
 
     async def _started(self, request: web.Request, response: web.StreamResponse) -> Answer:
         out = Answer(response, self._patience_s, self._metrics)
         await out.start(request)
         return out
+
+    async def _json(self, request: web.Request) -> bytes:
+        return await receive_whole(self._body(request), self._store, self._uploads, MOST_JSON_BYTES)
 
     def _body(self, request: web.Request) -> Body:
         return Body(request, self._patience_s, self._metrics)

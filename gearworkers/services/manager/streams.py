@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import hashlib
-import os
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass
 
 from aiohttp import ClientConnectionError, web
 
-from gearworkers.errors import IntegrityError, InvalidInput, from_os_error
-from gearworkers.objects.remotes import frames
 from gearworkers.services.manager.metrics import Metrics
-from gearworkers.services.manager.store import Store
 
-T = TypeVar("T")
+PIECE_BYTES = 256 << 10
+"""What a connection's body takes in memory at most, beside aiohttp's own buffers."""
 
-_PIECE_BYTES = 256 << 10
 _LEAST_BYTES_PER_S = 4096
-_BATCH_BYTES = 4 << 20
-_BATCH_BLOBS = 256
 _STARTED: web.RequestKey[web.StreamResponse] = web.RequestKey("started", web.StreamResponse)
 
 
@@ -43,7 +32,8 @@ class Pace:
     """How fast one client has to be: something within each `patience_s`, and a little on the whole."""
 
     patience_s: float
-    began_s: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
+    """For the client alone: what the store takes is not its fault."""
     moved_bytes: int = 0
 
     @asynccontextmanager
@@ -53,14 +43,17 @@ class Pace:
         Raises:
             TooSlow: It took too long, or takes too long on the whole.
         """
-        late_s = time.monotonic() - self.began_s - self.patience_s
+        late_s = self.waited_s - self.patience_s
         if late_s > 0 and self.moved_bytes < late_s * _LEAST_BYTES_PER_S:
             raise TooSlow
+        began_s = time.monotonic()
         try:
             async with asyncio.timeout(self.patience_s):
                 yield
         except TimeoutError as exc:
             raise TooSlow from exc
+        finally:
+            self.waited_s += time.monotonic() - began_s
 
 
 class Body:
@@ -86,21 +79,10 @@ class Body:
     async def exactly(self, size_bytes: int) -> bytes:
         """So many bytes; fewer only at the end."""
         parts = []
-        while size_bytes and (data := await self.read(min(size_bytes, _PIECE_BYTES))):
+        while size_bytes and (data := await self.read(min(size_bytes, PIECE_BYTES))):
             parts.append(data)
             size_bytes -= len(data)
         return b"".join(parts)
-
-    async def whole(self, most_bytes: int) -> bytes:
-        """All of it.
-
-        Raises:
-            TooLarge: It has more than *most_bytes*.
-        """
-        data = await self.exactly(most_bytes + 1)
-        if len(data) > most_bytes:
-            raise TooLarge(f"a body of at most {most_bytes} bytes is taken here")
-        return data
 
 
 class Answer:
@@ -128,57 +110,6 @@ class Answer:
         self._metrics.sent.inc(len(data))
 
 
-async def receive_file(body: Body, store: Store, digest: bytes, directory: Path) -> int:
-    """A body in a file without a name, verified; its descriptor. A crash leaves nothing.
-
-    Raises:
-        IntegrityError: Its SHA-256 is not *digest*.
-        TooLarge: It has more bytes than an object may have.
-    """
-    file = await store.run(lambda: _unnamed(directory))
-    try:
-        hasher = hashlib.sha256()
-        size_bytes = 0
-        while piece := await body.exactly(_PIECE_BYTES * 4):
-            size_bytes += len(piece)
-            if size_bytes > store.most_object_bytes:
-                raise TooLarge(f"objects of at most {store.most_object_bytes} bytes are taken")
-            await store.run(lambda piece=piece: _append(file, hasher, piece))  # type: ignore[misc]
-        if hasher.digest() != digest:
-            raise IntegrityError(f"object {digest.hex()}: {size_bytes} bytes with SHA-256 {hasher.hexdigest()} came")
-    except BaseException:
-        os.close(file)
-        raise
-    return file
-
-
-async def receive_blobs(body: Body, most_blob_bytes: int) -> AsyncIterator[list[tuple[bytes, bytes]]]:
-    """The blobs of a body, in batches of a few MiB.
-
-    Raises:
-        InvalidInput: It is no stream of blobs, or ends early.
-        TooLarge: A blob is larger than any can be.
-    """
-    batch: list[tuple[bytes, bytes]] = []
-    batch_bytes = 0
-    while raw := await body.exactly(frames.HEADER.size):
-        if len(raw) < frames.HEADER.size:
-            raise InvalidInput("the stream ends within a header")
-        digest, size_bytes = frames.header(raw)
-        if size_bytes > most_blob_bytes:
-            raise TooLarge(f"blob {digest.hex()}: at most {most_blob_bytes} bytes are taken")
-        blob = await body.exactly(size_bytes)
-        if len(blob) < size_bytes:
-            raise InvalidInput(f"blob {digest.hex()}: the stream ends after {len(blob)} of {size_bytes} bytes")
-        batch.append((digest, blob))
-        batch_bytes += size_bytes
-        if batch_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_BLOBS:
-            yield batch
-            batch, batch_bytes = [], 0
-    if batch:
-        yield batch
-
-
 def broken_off(request: web.Request) -> web.StreamResponse | None:
     """If the answer has begun, break its connection, so that nobody takes it for whole; that answer."""
     response = request.get(_STARTED)
@@ -190,24 +121,3 @@ def broken_off(request: web.Request) -> web.StreamResponse | None:
 def is_gone(exc: BaseException) -> bool:
     """Whether an error says that the client has left."""
     return isinstance(exc, ConnectionError | ClientConnectionError)
-
-
-def _unnamed(directory: Path) -> int:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        if exc.errno != errno.EOPNOTSUPP:
-            raise from_os_error(exc, f"make a file in {directory}") from exc
-    with tempfile.TemporaryFile(dir=directory) as file:  # NFS has no O_TMPFILE
-        return os.dup(file.fileno())
-
-
-def _append(fd: int, hasher: hashlib._Hash, data: bytes) -> None:
-    hasher.update(data)
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[os.write(fd, view) :]
-    except OSError as exc:
-        raise from_os_error(exc, "keep an upload") from exc
