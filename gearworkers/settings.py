@@ -179,6 +179,11 @@ class Settings:
         return self.gear_root / "push"
 
     @property
+    def gear_converting_path(self) -> Path:
+        """Files without names, of layers that are being converted: on disk, where a system's /tmp may be memory."""
+        return self.gear_root / "converting"
+
+    @property
     def gear_remotes_path(self) -> Path:
         """Which directories this node knows to hold a remote."""
         return self.gear_root / "remotes"

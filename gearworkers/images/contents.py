@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from gearworkers.errors import FailedPrecondition, from_os_error
@@ -44,7 +45,9 @@ class Stored:
 class Contents:
     """Takes contents and names of contents from one thread; made by `storing`."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote, directory: Path) -> None:
+        self.directory = directory
+        """For large ones on their way."""
         self._gathered = Gathered(remote.blobs, most_bytes=_PUT_BYTES)
         self._remote = Remote(self._gathered)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
@@ -156,9 +159,14 @@ class Contents:
 
 
 @contextmanager
-def storing(remote: Remote) -> Iterator[Contents]:
-    """A Contents whose threads end with the block."""
-    contents = Contents(remote)
+def storing(remote: Remote, directory: Path) -> Iterator[Contents]:
+    """A Contents whose threads end with the block.
+
+    Args:
+        remote: Where the contents go.
+        directory: Where files without names may be made for large ones.
+    """
+    contents = Contents(remote, directory)
     try:
         yield contents
     finally:
@@ -166,14 +174,15 @@ def storing(remote: Remote) -> Iterator[Contents]:
 
 
 @contextmanager
-def nameless_file(what: str) -> Iterator[BinaryIO]:
-    """An empty file that ends with the block, for *what*, in the system's directory for such.
+def nameless_file(what: str, directory: Path) -> Iterator[BinaryIO]:
+    """An empty file in *directory*, made if it is not there, for *what*; ends with the block, or with a crash.
 
     Raises:
         GearError: In the block too, what the kernel says.
     """
     try:
-        with tempfile.TemporaryFile() as file:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
             yield file
     except OSError as exc:
-        raise from_os_error(exc, f"keep {what} in {tempfile.gettempdir()}") from exc
+        raise from_os_error(exc, f"keep {what} in {directory}, below GEAR_ROOT") from exc

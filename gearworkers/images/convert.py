@@ -12,6 +12,7 @@ index, and the tag last. So a run that dies leaves nothing wrong, and its finish
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
@@ -23,7 +24,7 @@ from gearworkers.archive.reader import Readable, TarReader
 from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images import manifest as m
 from gearworkers.images.blobs import Beginning, unpacked
-from gearworkers.images.contents import nameless_file, storing
+from gearworkers.images.contents import Contents, nameless_file, storing
 from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
@@ -171,14 +172,15 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
     """
     repository = Repository.of(settings, Reference.parse(job.target))
     if job.private:
-        return _copied(open_source(settings, job.source), repository, job, progress)
+        return _copied(settings, open_source(settings, job.source), repository, job, progress)
     name = record_name(job)
     known = None if job.again else _known(remote, name)
     if known is not None and _taken_over(settings, repository, known):
         progress(job.size_bytes)
         return msgspec.structs.replace(known.done, new_objects=0, new_bytes=0, reused=True)
-    with nameless_file("a layer") as file:
-        done = _converted(open_source(settings, job.source), remote, job, file, progress)
+    with nameless_file("a layer", settings.gear_converting_path) as file:
+        with storing(remote, settings.gear_converting_path) as contents:
+            done = _converted(open_source(settings, job.source), contents, job, file, progress)
         repository.put_blob(done.digest, file, done.size_bytes)
     record = _Record(done, f"{repository.registry.reference.host}/{repository.name}")
     remote.put_document(name, msgspec.json.encode(record))
@@ -266,7 +268,7 @@ def _taken_over(settings: Settings, repository: Repository, known: _Record) -> b
         if origin.host == repository.registry.reference.host and repository.mount(digest, origin.repository):
             return True
         blob = Repository.of(settings, origin).blob(digest, known.done.size_bytes)
-        with nameless_file("a layer") as file:
+        with nameless_file("a layer", settings.gear_converting_path) as file:
             _copy(blob, file)
             repository.put_blob(digest, file, known.done.size_bytes)
     except (NotFound, FailedPrecondition, Unavailable, InvalidInput, IntegrityError):
@@ -274,10 +276,10 @@ def _taken_over(settings: Settings, repository: Repository, known: _Record) -> b
     return True
 
 
-def _copied(source: Source, repository: Repository, job: LayerJob, progress: Progress) -> LayerDone:
+def _copied(settings: Settings, source: Source, repository: Repository, job: LayerJob, progress: Progress) -> LayerDone:
     """The layer as it is in the target."""
     if not repository.has_blob(job.digest):
-        with nameless_file("a layer") as file:
+        with nameless_file("a layer", settings.gear_converting_path) as file:
             _copy(_Counted(source.blob(job.digest, job.size_bytes), progress), file)
             repository.put_blob(job.digest, file, job.size_bytes)
     progress(job.size_bytes)
@@ -301,10 +303,10 @@ def _copy(blob: Readable, file: BinaryIO) -> None:
         file.write(buffer[:count])
 
 
-def _converted(source: Source, remote: Remote, job: LayerJob, file: BinaryIO, progress: Progress) -> LayerDone:
+def _converted(source: Source, contents: Contents, job: LayerJob, file: BinaryIO, progress: Progress) -> LayerDone:
     """The layer's Gear tar in *file*, once all of its contents are in the remote."""
     blob = _Counted(source.blob(job.digest, job.size_bytes), progress)
-    with unpacked(blob, job.diff_id) as tar, storing(remote) as contents:
+    with unpacked(blob, job.diff_id) as tar:
         made: GearTar = write_gear_layer(tar, file, contents)
         stored = contents.finish()
     return LayerDone(
@@ -344,9 +346,7 @@ def _push_image(
     manifest = m.decode_manifest(data, f"manifest {plan.manifest}")
     layers = [done[job.digest] for job in plan.layers]
     config = _gear_config(small_blob(source, manifest.config), layers)
-    with nameless_file("a config") as file:
-        file.write(config)
-        repository.put_blob(m.digest_of(config), file, len(config))
+    repository.put_blob(m.digest_of(config), io.BytesIO(config), len(config))
     made = _gear_manifest(msgspec.json.decode(data), plan.media_type, config, layers)
     repository.put_manifest(m.digest_of(made), plan.media_type, made)
     return made, plan.media_type

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,12 +124,12 @@ def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
 def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
     """A content that is large or sparse goes to the remote by way of a file without a name."""
     hasher = hashlib.sha256()
-    with nameless_file("a content") as file:
+    with nameless_file("a content", contents.directory) as file:
         fd = file.fileno()
         if entry.sparse is not None and entry.size_bytes > free_bytes(fd):
             raise ResourceExhausted(
                 f"tar entry {shown(entry.name)}: it is a sparse file of {entry.size_bytes} bytes, "
-                f"and {free_bytes(fd)} are free in {tempfile.gettempdir()}"
+                f"and {free_bytes(fd)} are free in {contents.directory}"
             )
         for piece in _expanded(entry, reader):
             hasher.update(piece)

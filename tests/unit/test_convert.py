@@ -18,7 +18,7 @@ import pytest
 
 from gearworkers.archive import writer
 from gearworkers.archive.entry import Entry
-from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, ResourceExhausted
+from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput, NotFound, ResourceExhausted
 from gearworkers.images import convert
 from gearworkers.images import manifest as m
 from gearworkers.images.contents import SMALL_BYTES
@@ -451,12 +451,11 @@ class TestRefusals:
         with pytest.raises(ResourceExhausted, match="bomb"):
             converted(settings, pushed(settings, peer, Image([tar_of([bomb])])), f"{peer.host}/gear:v1")
 
-    def test_no_directory_for_temporary_files(
-        self, settings: Settings, peer: Registry, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_directory_for_what_is_on_its_way(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
-        monkeypatch.setattr(tempfile, "tempdir", "/not/there")
-        with pytest.raises(NotFound, match="/not/there"):
+        settings.gear_root.mkdir()
+        (settings.gear_root / "converting").touch()
+        with pytest.raises(GearError, match=f"keep a layer in {settings.gear_root}/converting, below GEAR_ROOT"):
             converted(settings, source, f"{peer.host}/gear:v1")
 
     def test_no_remote(self, settings: Settings) -> None:
@@ -491,6 +490,21 @@ def test_sparse_files_become_plain_ones(settings: Settings, peer: Registry, tmp_
     (found,) = converted_image(settings, peer, Image([tar])).tars
     ((entry, content),) = contents_of(found, open_remote(settings))
     assert (entry.name, entry.size_bytes, content) == (b"sparse", 9 << 20, path.read_bytes())
+
+
+def test_nothing_is_kept_where_the_system_has_its_temporary_files(
+    settings: Settings, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be memory; a layer that is copied, a converted one and a large content are as large as they like."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(9 << 20)
+        file.write(MIDDLE)
+    private = tar_of([(".gear-private", b""), ("secret", LARGE)])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    found = converted_image(settings, peer, Image([tar_of([("large", LARGE)]), sparse_tar(path), private]))
+    assert len(found.tars) == 3 and found.tars[2] == private
+    assert list((settings.gear_root / "converting").iterdir()) == []
 
 
 def sparse_tar(path: Path) -> bytes:
