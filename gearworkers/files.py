@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gearworkers.errors import from_os_error
+from gearworkers.errors import FailedPrecondition, from_os_error
 
 LONGEST_PATH_BYTES = 4095
 """What Linux takes of a path; a layer cannot hold what lies deeper."""
@@ -85,6 +86,28 @@ def stamp(path: Path) -> tuple[int, int, int]:
     """Another one when the file was written or replaced since."""
     found = os.stat(path)
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def read_small(path: Path, most_bytes: int = 1 << 20) -> bytes:
+    """All of a file that somebody else writes and that is small: a token, a configuration.
+
+    Raises:
+        NotFound: It is not there.
+        FailedPrecondition: It is no regular file, or has more than *most_bytes*.
+        GearError: As the kernel says.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FailedPrecondition(f"read {path}: it is no regular file")
+            data = file.read(most_bytes + 1)
+    except IsADirectoryError as exc:
+        raise FailedPrecondition(f"read {path}: it is a directory") from exc
+    except OSError as exc:
+        raise from_os_error(exc, f"read {path}") from exc
+    if len(data) > most_bytes:
+        raise FailedPrecondition(f"read {path}: it has more than {most_bytes} bytes")
+    return data
 
 
 def free_bytes(fd: int) -> int:

@@ -254,7 +254,7 @@ def _known(remote: Remote, name: str) -> _Record | None:
     data = remote.document(name)
     try:
         return msgspec.json.decode(data, type=_Record) if data is not None else None
-    except msgspec.MsgspecError:
+    except ValueError:
         return None
 
 

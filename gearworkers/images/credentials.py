@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gearworkers.errors import FailedPrecondition, InvalidInput, from_os_error
+from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
+from gearworkers.files import read_small
 from gearworkers.images.reference import DOCKER_HUB
 
 _HUB_KEY = "https://index.docker.io/v1/"
@@ -79,12 +80,10 @@ def find_credentials(directory: Path, host: str) -> Credentials | None:
 
 def _read(path: Path) -> _Config:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Config)
-    except FileNotFoundError:
+        return msgspec.json.decode(read_small(path), type=_Config)
+    except NotFound:
         return _Config()
-    except OSError as exc:
-        raise from_os_error(exc, f"read {path}") from exc
-    except msgspec.MsgspecError as exc:
+    except ValueError as exc:
         raise InvalidInput(f"{path}: {exc}") from exc
 
 
@@ -120,7 +119,7 @@ def _ask_helper(name: str, server: str) -> Credentials | None:
         raise FailedPrecondition(f"{command[0]} gives no credentials for {server}: {said[:200]}")
     try:
         answer = msgspec.json.decode(done.stdout, type=_HelperAnswer)
-    except msgspec.MsgspecError as exc:
+    except ValueError as exc:
         raise FailedPrecondition(f"{command[0]} answers for {server} in a way not understood: {exc}") from exc
     if answer.user == _IDENTITY_TOKEN_USER:
         return Credentials(identity_token=answer.secret)

@@ -113,7 +113,7 @@ def _said(response: urllib3.BaseHTTPResponse) -> str:
     try:
         body = response.read(_SHOWN_ERROR_BYTES) or response.data  # the latter, if it was read already
         found = msgspec.json.decode(body, type=_Errors).errors
-    except (HTTPError, OSError, msgspec.MsgspecError):
+    except (HTTPError, OSError, ValueError):
         return ""
     return "".join(f": {item.code} {item.message}".rstrip() for item in found[:3])
 
@@ -124,7 +124,7 @@ def _proxy(text: str, context: ssl.SSLContext) -> urllib3.ProxyManager:
         url = parse_url(text if "://" in text else f"http://{text}")
         headers = make_headers(proxy_basic_auth=unquote(url.auth)) if url.auth else None
         return urllib3.ProxyManager(url.url, proxy_headers=headers, ssl_context=context, maxsize=_CONNECTIONS)
-    except (LocationParseError, ProxySchemeUnknown):  # they would show its password
+    except (LocationParseError, ProxySchemeUnknown, UnicodeEncodeError):  # they would show its password
         raise InvalidInput("HTTPS_PROXY: http[s]://[USER:PASSWORD@]HOST:PORT is needed") from None
 
 

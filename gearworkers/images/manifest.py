@@ -174,7 +174,7 @@ def decode(data: bytes, of: type[_T], what: str) -> _T:
     """
     try:
         return msgspec.json.decode(data, type=of)
-    except msgspec.MsgspecError as exc:
+    except ValueError as exc:
         raise InvalidInput(f"{what}: {exc}") from exc
 
 

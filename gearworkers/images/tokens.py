@@ -153,7 +153,7 @@ class Authority:
             raise problem(response, f"get a token for {self.host} from {url.partition('?')[0]}")
         try:
             return msgspec.json.decode(response.data, type=_Token)
-        except msgspec.MsgspecError as exc:
+        except ValueError as exc:
             raise FailedPrecondition(f"{url.partition('?')[0]} answers for {self.host} without a token: {exc}") from exc
 
 

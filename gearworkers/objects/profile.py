@@ -76,7 +76,7 @@ def unpack(data: bytes) -> Profile:
         if len(raw) > _MOST_BYTES:
             raise IntegrityError(f"profile: it unpacks to more than {_MOST_BYTES} bytes")
         return msgspec.json.decode(raw, type=Profile)
-    except (zstandard.ZstdError, msgspec.DecodeError) as exc:
+    except (zstandard.ZstdError, ValueError) as exc:
         raise IntegrityError(f"profile: damaged ({exc})") from exc
 
 

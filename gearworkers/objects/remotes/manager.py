@@ -23,8 +23,8 @@ from gearworkers.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
-    from_os_error,
 )
+from gearworkers.files import read_small
 from gearworkers.http_errors import asked_to_wait_s, from_http_error
 from gearworkers.objects.remotes import codec, frames
 from gearworkers.objects.remotes.blobs import Document
@@ -38,7 +38,9 @@ MOST_DIGESTS = 10_000
 _CONNECT_S = 5.0
 _VERIFY_BYTES_PER_S = 50e6
 _LEAST_BYTES_PER_S = 4096
-_TOKEN = re.compile("[!-~]+")
+TOKEN = re.compile("[!-~]+")
+"""What a bearer token may be."""
+
 _KINDS: dict[int, type[GearError]] = {
     400: InvalidInput,
     401: FailedPrecondition,
@@ -220,16 +222,18 @@ class ManagerStore:
             response.release_conn()
 
     def _authorization(self) -> dict[str, str]:
-        token, origin = self._settings.remote_token, "GEAR_REMOTE_TOKEN"
-        if self._settings.remote_token_file is not None:
-            origin = f"GEAR_REMOTE_TOKEN_FILE={self._settings.remote_token_file}"
+        token, origin, file = self._settings.remote_token, "GEAR_REMOTE_TOKEN", self._settings.remote_token_file
+        if file is not None:
+            origin = f"GEAR_REMOTE_TOKEN_FILE={file}"
             try:
-                token = self._settings.remote_token_file.read_text("latin-1").strip()
-            except OSError as exc:
-                raise from_os_error(exc, f"read the remote's token from {self._settings.remote_token_file}") from exc
-        if token and not _TOKEN.fullmatch(token):  # the header's own error would show it
+                token = read_small(file).decode("latin-1").strip()
+            except NotFound as exc:  # what was asked for may be there
+                raise FailedPrecondition(f"{origin}: {exc}") from exc
+        if not token and file is None:
+            return {}
+        if not TOKEN.fullmatch(token):  # the header's own error would show it
             raise FailedPrecondition(f"{origin}: one token is needed, a line of letters, digits and signs")
-        return {"Authorization": f"Bearer {token}"} if token else {}
+        return {"Authorization": f"Bearer {token}"}
 
     def _problem(self, response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
         kind = _KINDS.get(response.status) or (Unavailable if response.status >= 500 else InvalidInput)
@@ -237,7 +241,7 @@ class ManagerStore:
             kind, tried = FailedPrecondition, f"{tried}: no manager answers, but something that is in its place"
         try:
             said = msgspec.json.decode(response.read(64 << 10), type=Problem).error
-        except (HTTPError, OSError, msgspec.MsgspecError):
+        except (HTTPError, OSError, ValueError):
             said = response.reason or ""
         return kind(f"{self._url}: {tried}: {response.status} {said}").after(asked_to_wait_s(response))
 
@@ -247,7 +251,7 @@ class ManagerStore:
             yield
         except (HTTPError, OSError) as exc:
             raise from_http_error(exc, f"{self._url}: {tried}", "GEAR_REMOTE_CA_FILE") from exc
-        except (msgspec.MsgspecError, KeyError, ValueError) as exc:
+        except (KeyError, ValueError) as exc:
             raise Unavailable(f"{self._url}: {tried}: not a manager's answer ({exc})") from exc
 
 

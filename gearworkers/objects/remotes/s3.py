@@ -10,7 +10,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from obstore.store import S3Store
 
-from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
+from gearworkers.files import read_small
 from gearworkers.objects.remotes.bucket import Bucket
 from gearworkers.settings import Settings
 
@@ -95,7 +96,11 @@ class SharedCredentials:
     def _section(self) -> configparser.SectionProxy | None:
         parser = configparser.ConfigParser(interpolation=None)
         try:
-            parser.read(self._path)
+            parser.read_string(read_small(self._path).decode(), str(self._path))
+        except NotFound:
+            return None
+        except UnicodeDecodeError as exc:  # its text, and configparser's, show what is there
+            raise FailedPrecondition(f"{self._path}: it is not UTF-8, byte {exc.start}") from None
         except configparser.Error as exc:
-            raise FailedPrecondition(f"{self._path}: {exc}") from exc
+            raise FailedPrecondition(f"{self._path}: it is no file of profiles ({type(exc).__name__})") from None
         return parser[self._profile] if parser.has_section(self._profile) else None

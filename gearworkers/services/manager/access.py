@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from gearworkers.errors import FailedPrecondition, Unavailable
-from gearworkers.files import stamp
+from gearworkers.errors import FailedPrecondition, GearError, Unavailable, from_os_error
+from gearworkers.files import read_small, stamp
+from gearworkers.objects.remotes.manager import TOKEN
 from gearworkers.settings import Settings
 
 
@@ -22,31 +24,53 @@ class TokenFile:
         """Whether *token* is one of them; how long it takes tells of its hash only.
 
         Raises:
-            Unavailable: The file cannot be read: nobody is let in.
+            Unavailable: The file cannot be used: nobody is let in.
         """
-        self._refresh()
+        try:
+            self._refresh()
+        except GearError as exc:
+            raise Unavailable(str(exc)) from exc
         return hashlib.sha256(token.encode(errors="surrogateescape")).digest() in self._hashes
 
     def check(self) -> None:
         """See that there is a token.
 
         Raises:
-            FailedPrecondition: There is none.
+            FailedPrecondition: There is none, or the file cannot be used.
         """
-        self._refresh()
+        try:
+            self._refresh()
+        except GearError as exc:
+            raise FailedPrecondition(str(exc)) from exc
         if not self._hashes:
             raise FailedPrecondition(f"{self._path} holds no token; write one into it, such as `openssl rand -hex 32`")
 
     def _refresh(self) -> None:
         try:
             seen = stamp(self._path)
-            if seen != self._seen:
-                lines = (line.strip() for line in self._path.read_text(errors="surrogateescape").splitlines())
-                tokens = [line for line in lines if line and not line.startswith("#")]
-                self._hashes = frozenset(hashlib.sha256(token.encode()).digest() for token in tokens)
-                self._seen = seen
         except OSError as exc:
-            raise Unavailable(f"read tokens from {self._path}: {exc.strerror}") from exc
+            raise from_os_error(exc, f"read tokens from {self._path}") from exc
+        if seen != self._seen:
+            tokens = _tokens_in(read_small(self._path), self._path)
+            self._hashes = frozenset(hashlib.sha256(token.encode()).digest() for token in tokens)
+            self._seen = seen
+
+
+def _tokens_in(data: bytes, path: Path) -> Iterator[str]:
+    """
+    Raises:
+        FailedPrecondition: A line is no token; its number is told, and nothing of it.
+    """
+    for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
+        token = line.strip()
+        if not token or token.startswith("#"):
+            continue
+        if not TOKEN.fullmatch(token):
+            raise FailedPrecondition(
+                f"{path}: line {number} is no token, which is letters, digits and signs in one piece; "
+                "write one, such as `openssl rand -hex 32`"
+            )
+        yield token
 
 
 class Access:
@@ -55,7 +79,7 @@ class Access:
     def __init__(self, settings: Settings) -> None:
         """
         Raises:
-            FailedPrecondition: A token file is empty.
+            FailedPrecondition: A token file is empty or cannot be used.
         """
         self._write = _checked(settings.manager_write_tokens_file)
         self._read = _checked(settings.manager_read_tokens_file)

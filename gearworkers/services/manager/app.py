@@ -45,6 +45,7 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (Unavailable, 503),
     (GearError, 500),
     (msgspec.MsgspecError, 400),
+    (UnicodeDecodeError, 400),
     (TooLarge, 413),
     (TooSlow, 408),
 )
@@ -153,7 +154,7 @@ class Manager:
                 return refusal
             self._note_node(request)
             return await call.handler(request)
-        except (GearError, msgspec.MsgspecError, TooLarge, TooSlow) as exc:
+        except (GearError, msgspec.MsgspecError, UnicodeDecodeError, TooLarge, TooSlow) as exc:
             return self._told(call, request, exc)
         except Exception as exc:
             if is_gone(exc):
