@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,18 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound
+from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, Unavailable
+from gearworkers.objects import retry
 from gearworkers.objects.remotes import codec
-from gearworkers.objects.remotes.bucket import in_memory
+from gearworkers.objects.remotes.bucket import Bucket, in_memory
 from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
+from gearworkers.objects.remotes.directory import Directory
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.objects.sources import checked_layout
 from gearworkers.settings import Settings
+from tests.support.answers import Answer, Asked, answering
 from tests.support.remotes import Service, credentials_file, manager_thread, new_bucket, s3_server
 
 KINDS = ["directory", "memory", "memory behind memory", "S3", "manager over directory", "manager over S3"]
 LARGE = 3 << 20
+MOST_READS = retry.ATTEMPTS**2 * 3
+"""Of a manager's client, and of the manager; and three looks each."""
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +245,48 @@ def test_a_document_that_many_replace_holds_what_one_of_them_put(remote: Remote)
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda number: remote.put_document("raced", b"%d" % number), range(6)))
     assert remote.document("raced") in {b"%d" % number for number in range(6)}
+
+
+def test_a_version_that_is_listed_and_not_there_is_told_soon(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.put_document(NAME, b"one")
+    reads = 0
+
+    def gone(self: object, name: str, version: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        assert reads <= MOST_READS, "it goes on for ever"
+        raise NotFound(f"document {name}: version {version} is not there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(retry, "_jittered_s", lambda state: 0.0)
+        for store in (Directory, Bucket):
+            patched.setattr(store, "read_version", gone)
+        with pytest.raises(Unavailable, match=rf"{re.escape(NAME)}.*version 1 is listed and cannot be read"):
+            remote.document(NAME)
+    assert remote.document(NAME) == b"one", "when it is there again"
+
+
+def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory by a link that leads nowhere, in a bucket as its server lists a key that it does not have."""
+    monkeypatch.setattr(retry, "_jittered_s", lambda state: 0.0)
+    (tmp_path / "remote" / "documents" / "layer").mkdir(parents=True)
+    (tmp_path / "remote" / "documents" / "layer" / "@0000000003").symlink_to("nowhere")
+    listing = b"""<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>
+<Contents><Key>documents/layer/@0000000003</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"e"</ETag>
+<Size>1</Size></Contents></ListBucketResult>"""
+
+    def answer(asked: Asked) -> Answer:
+        assert len(server.asked) < MOST_READS, "it goes on for ever"
+        return Answer(200, body=listing) if "list-type" in asked.path else Answer(404)
+
+    credentials = credentials_file(tmp_path)
+    with answering(answer) as server:
+        for where in (str(tmp_path / "remote"), f"s3://b?endpoint={server.url}"):
+            settings = Settings(gear_root=tmp_path / "gear", remote=where, aws_credentials_file=credentials)
+            remote = open_remote(settings)
+            with pytest.raises(Unavailable, match=r"remove documents/layer/@0000000003"):
+                remote.document("layer")
+            remote.close()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from gearworkers.errors import AlreadyExists, NotFound
+from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.objects.remotes.blobs import Document
 
 _MARK = "@"
+_LOOKS = 3
+"""At a document that others keep replacing, before whoever asks is told to come again."""
 
 
 class Versions(Protocol):
@@ -57,15 +59,23 @@ def versions_among(names: Iterable[str]) -> list[int]:
 
 
 def newest(place: Versions, name: str) -> Document | None:
-    """What a document holds; None if there is none."""
-    while True:
+    """What a document holds; None if there is none.
+
+    Raises:
+        Unavailable: Its newest version is listed, and not there when it is read, each time.
+    """
+    for _ in range(_LOOKS):
         version = max(place.versions(name), default=0)
         if not version:
             return None
         try:
             return Document(place.read_version(name, version), version)
         except NotFound:
-            continue  # replaced twice since it was listed
+            continue  # replaced twice since it was listed, or the listing is wrong
+    raise Unavailable(
+        f"document {name} of {place.where}: version {version} is listed and cannot be read; "
+        f"if it stays so, remove {version_name(name, version)}"
+    )
 
 
 def put_version(place: Versions, name: str, document: Document) -> None:
