@@ -38,19 +38,22 @@ def make_ready(settings: Settings, objects: ObjectStore, layers: LayerStore, spo
 
 
 def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
-    """Remove the objects that no layer and no pin refers to; safe beside imports.
+    """Remove the objects that no layer and no pin refers to, and announcements of such for push; safe beside imports.
 
     Raises:
         GearError: What the file system says.
     """
     try:
         settings.gear_pins_path.mkdir(mode=0o700, exist_ok=True)
-        return GarbageCollector(
+        collector = GarbageCollector(
             settings.gear_root,
             objects,
             published=(settings.gear_images_path, settings.gear_containers_path, settings.gear_pins_path),
             building=settings.gear_build_path,
-        ).collect()
+        )
+        report = collector.collect()
+        collector.forget_announced(PushSpool(settings.gear_push_path, objects))
+        return report
     except OSError as exc:
         raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
 

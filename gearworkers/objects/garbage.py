@@ -25,6 +25,7 @@ from gearworkers.errors import ResourceExhausted, from_os_error
 from gearworkers.mounts import sys as kernel
 from gearworkers.objects.claims import OBJECTS_FILE, RECORD, read_objects
 from gearworkers.objects.locks import GarbageLock
+from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 
 HIDDEN = "hidden"
@@ -73,6 +74,17 @@ class GarbageCollector:
                 gone, gone_bytes = self._remove(order, shard, garbage[at : at + _BATCH], lists)
                 removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
         return GarbageReport(removed, removed_bytes, kept, kept_bytes)
+
+    def forget_announced(self, spool: PushSpool) -> int:
+        """Let go of what was announced for push and neither is stored nor being imported; how many.
+
+        Nothing is hidden or published meanwhile.
+        """
+        with self._lock.exclusive():
+            self._hidden.restore()
+            return spool.forget_unstored(
+                lambda: {digest for path in self._lists(self._building) for digest, _ in read_objects(path)}
+            )
 
     def _remove(self, order: int, shard: bytes, names: list[bytes], read: set[Path]) -> tuple[int, int]:
         """Hide, look at the claims once more, then remove; how many objects and bytes went."""

@@ -16,6 +16,7 @@ import pytest
 
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, IntegrityError
+from gearworkers.objects.claims import Claims
 from gearworkers.objects.remotes import codec
 from gearworkers.objects.remotes.directory import Directory
 from gearworkers.objects.remotes.push import PushReport, push_pending
@@ -148,6 +149,104 @@ def test_an_import_killed_at_any_step_and_done_again_is_pushed_whole(settings: S
         driver.remove("layer")
         GearDriver(settings).collect_garbage()
         empty(settings)
+
+
+def test_nothing_waits_for_ever_of_an_import_killed_at_any_step(settings: Settings) -> None:
+    def work(say: Say) -> None:
+        driver = GearDriver(settings)
+        driver.create("layer", "")
+        driver.apply_diff("layer", "", io.BytesIO(DATA))
+
+    announced_only = 0
+    for _ in killed_at_every_step(work):
+        driver = InProcess(settings)
+        driver.remove("layer")
+        waited = waiting(settings)
+        GearDriver(settings).collect_garbage()
+        announced_only += waited - waiting(settings)
+        GearDriver(settings).push_pending()
+        assert waiting(settings) == 0
+        empty(settings)
+    assert announced_only
+
+
+@pytest.fixture
+def announced(settings: Settings) -> tuple[PushSpool, ObjectStore, bytes]:
+    """A spool in which an object is announced that is not stored."""
+    store = ObjectStore(settings.gear_public_cache_path)
+    spool = PushSpool(settings.gear_push_path, store)
+    digest = hashlib.sha256(CONTENTS[0]).digest()
+    spool.announce(digest)
+    return spool, store, digest
+
+
+def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
+    fd = os.open(settings.gear_build_path, os.O_RDONLY)
+    assert store.put(digest, memoryview(CONTENTS[0]), fd)
+    os.close(fd)
+
+
+Announced = tuple[PushSpool, ObjectStore, bytes]
+
+
+def test_what_an_import_under_way_has_announced_stays(settings: Settings, announced: Announced) -> None:
+    spool, _, digest = announced
+    build = settings.gear_build_path / "layer.1"
+    build.mkdir()
+    claims = Claims(build)
+    claims.add(digest, len(CONTENTS[0]))
+    GearDriver(settings).collect_garbage()
+    assert list(spool.pending()) == [digest]
+    claims.close()
+    shutil.rmtree(build)
+    GearDriver(settings).collect_garbage()
+    assert waiting(settings) == 0
+
+
+@pytest.mark.parametrize("announces", [True, False])
+def test_an_import_that_stores_what_is_being_forgotten_has_it_pushed(
+    settings: Settings, announced: Announced, announces: bool
+) -> None:
+    spool, store, digest = announced
+
+    def importing() -> set[bytes]:
+        """Where the collector reads the claims: another import comes; it announces before, or had done."""
+        if announces:
+            spool.announce(digest)
+        stored(store, digest, settings)
+        spool.add(digest)
+        return set()
+
+    assert spool.forget_unstored(importing) == 0
+    GearDriver(settings).collect_garbage()
+    assert waiting(settings) == 1
+    assert GearDriver(settings).push_pending().pushed_objects == 1
+    assert pushed(settings) == {digest.hex()}
+
+
+def test_an_object_whose_link_was_put_aside_is_pushed(settings: Settings, announced: Announced) -> None:
+    """The collector took it for an announcement, the import's link replaced that, and the collector was killed."""
+    spool, store, digest = announced
+    stored(store, digest, settings)
+    spool.add(digest)
+    path = settings.gear_push_path / digest.hex()
+    path.rename(f"{path}.aside")
+    spool.announce(digest)
+    assert spool.forget_unstored(set) == 0
+    assert path.stat().st_size == len(CONTENTS[0]) and waiting(settings) == 1
+
+
+def test_forgetting_killed_at_any_step_is_ended_by_the_next(settings: Settings, announced: Announced) -> None:
+    spool, _, digest = announced
+
+    def work(say: Say) -> None:
+        spool.forget_unstored(lambda: {digest})
+
+    for _ in killed_at_every_step(work):
+        assert waiting(settings) in (1, 2)
+        assert spool.forget_unstored(lambda: {digest}) == 0
+        assert list(spool.pending()) == [digest]
+    assert spool.forget_unstored(set) == 1 and waiting(settings) == 0
 
 
 def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> None:
