@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import kombu
 from celery.app.amqp import AMQP
+from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import AuthenticationError, InvalidResponse, ResponseError
 
 _REFUSALS = (ResponseError, InvalidResponse)
 
 
-class _Transport(kombu_redis.Transport):  # type: ignore[misc] # kombu has no types
+class _Transport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, *_REFUSALS)
 
     def establish_connection(self) -> Any:
@@ -27,22 +27,22 @@ class _Transport(kombu_redis.Transport):  # type: ignore[misc] # kombu has no ty
         The trial is what kombu does for each task that is taken, of a task that there is not. So it changes nothing,
         needs no permission beyond what is needed anyway, and is refused whenever that would be.
         """
-        connection = super().establish_connection()
+        connection = super().establish_connection()  # type: ignore[no-untyped-call] # kombu has few types
         channel = self._avail_channels[-1]
         try:
             channel.client.zadd(channel.unacked_index_key, {"": 0}, xx=True)
         except BaseException:
-            self.close_connection(connection)
+            self.close_connection(connection)  # type: ignore[no-untyped-call]
             raise
         return connection
 
 
-class _Connection(kombu.Connection):  # type: ignore[misc]
+class _Connection(Connection):
     def get_transport_cls(self) -> type[Any]:
         return _Transport
 
 
-class RedisBroker(AMQP):  # type: ignore[misc]
+class RedisBroker(AMQP):  # type: ignore[misc] # Celery has no types
     """What an application is given as `amqp` to speak to Redis in this way."""
 
     Connection = _Connection

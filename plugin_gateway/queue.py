@@ -91,11 +91,11 @@ class TaskQueue:
         queues = {"import": import_queue(self._node), "push": push_queue(self._node)}
         with self._app.connection_for_write() as connection:
             client: Any = connection.default_channel.client
-            waiting = [client.llen(queue) for queue in queues.values()]
+            imports, upkeep = (client.llen(queue) for queue in queues.values())
             # Workers are named by their queue, and those that are named are not waited for once they have answered.
             workers = self._app.control.inspect([*queues.values()], timeout=_WORKER_ANSWER_S, connection=connection)
             answers = workers.ping() or {}
-        return QueueState(*waiting, frozenset(kind for kind, queue in queues.items() if queue not in answers))
+        return QueueState(imports, upkeep, frozenset(kind for kind, queue in queues.items() if queue not in answers))
 
     def close(self) -> None:
         """Let the connections go; who is still waiting gets an answer."""

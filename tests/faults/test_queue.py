@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 
 import pytest
@@ -151,12 +151,11 @@ def full_disk(stack: Stack, redis: Redis) -> Iterator[None]:
 @contextmanager
 def configured(stack: Stack, redis: Redis, name: str, value: str) -> Iterator[None]:
     """By a setting."""
-    before = redis.config_get(name)[name]
     redis.config_set(name, value)
     try:
         yield
     finally:
-        redis.config_set(name, before)
+        redis.config_set(name, 0)
 
 
 @contextmanager
@@ -182,7 +181,7 @@ def in_a_script(stack: Stack, redis: Redis) -> Iterator[None]:
             redis.script_kill()
 
 
-REFUSALS = {
+REFUSALS: dict[str, Callable[[Stack, Redis], AbstractContextManager[None]]] = {
     "AOF": full_disk,
     "good replicas": partial(configured, name="min-replicas-to-write", value="1"),
     "read only": failed_over,
