@@ -18,19 +18,29 @@ from redis.exceptions import AuthenticationError, InvalidResponse, ResponseError
 _REFUSALS = (ResponseError, InvalidResponse)
 
 
+def require_write(client: Any) -> None:
+    """Have Redis refuse now what it would refuse of a task.
+
+    The trial is what kombu does for each task that is taken, for a task that does not exist. So it changes nothing,
+    and needs no permission that workers do without.
+
+    Args:
+        client: Of redis-py.
+
+    Raises:
+        RedisError: What Redis answers, or that it does not.
+    """
+    client.zadd(kombu_redis.Channel.unacked_index_key, {"": 0}, xx=True)
+
+
 class _Transport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, *_REFUSALS)
 
     def establish_connection(self) -> Any:
-        """Connect to a Redis that takes tasks; a refusal is raised as it came, and the caller tries again.
-
-        The trial is what kombu does for each task that is taken, of a task that there is not. So it changes nothing,
-        needs no permission beyond what is needed anyway, and is refused whenever that would be.
-        """
+        """Connect to a Redis that takes tasks; a refusal is raised as it came, and the caller tries again."""
         connection = super().establish_connection()  # type: ignore[no-untyped-call] # kombu has few types
-        channel = self._avail_channels[-1]
         try:
-            channel.client.zadd(channel.unacked_index_key, {"": 0}, xx=True)
+            require_write(self._avail_channels[-1].client)
         except BaseException:
             self.close_connection(connection)  # type: ignore[no-untyped-call]
             raise
@@ -48,9 +58,12 @@ class RedisBroker(AMQP):  # type: ignore[misc] # Celery has no types
     Connection = _Connection
 
 
-def why_not_taken(error: Exception) -> str:
-    """What keeps Redis from taking a task, for `docker info`: it refuses, or it does not answer."""
+def is_refusal(error: Exception) -> bool:
+    """Whether Redis has answered, with an error."""
     cause = error.__cause__ or error  # kombu wraps what redis-py raises
-    if isinstance(cause, (*_REFUSALS, AuthenticationError)):
-        return f"Redis refuses tasks: {cause}"
-    return "Redis does not answer"
+    return isinstance(cause, (*_REFUSALS, AuthenticationError))
+
+
+def why_not_taken(error: Exception) -> str:
+    """What keeps Redis from taking a task, for `docker info`."""
+    return f"Redis refuses tasks: {error}" if is_refusal(error) else "Redis does not answer"
