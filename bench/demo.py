@@ -84,7 +84,7 @@ def logical_bytes(*tars: Path) -> int:
 
 @contextmanager
 def running(disk: Path, driver: str) -> Iterator[Side]:
-    """A dockerd with *driver*; for gearworkers the Procfile's processes, brought up by honcho as `make up` does."""
+    """A dockerd with *driver*; for gearworkers the Procfile's processes, brought up as by `make up`."""
     stack = Stack(disk / "stack") if driver == "gear" else None
     side = Side(Dockerd(driver, disk / driver, driver), stack)
     try:
@@ -95,7 +95,7 @@ def running(disk: Path, driver: str) -> Iterator[Side]:
     finally:
         side.dockerd.stop()
         if stack is not None:
-            stack.honcho.stop()
+            stack.make_up.stop()
 
 
 def show(ours: Outcome, peer: Outcome) -> None:

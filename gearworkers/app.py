@@ -2,14 +2,14 @@
 
 Workers of a node, one process a core for imports, one for what may take its time::
 
-    celery -A gearworkers.app worker -n import@%h -Q import@$GEAR_NODE --concurrency $(nproc) \\
+    celery -A gearworkers.app worker -n import@$GEAR_NODE -Q import@$GEAR_NODE --concurrency $(nproc) \\
         --without-gossip --without-mingle --without-heartbeat
-    nice celery -A gearworkers.app worker -n push@%h -Q push@$GEAR_NODE --concurrency 1 \\
+    nice celery -A gearworkers.app worker -n push@$GEAR_NODE -Q push@$GEAR_NODE --concurrency 1 \\
         --without-gossip --without-mingle --without-heartbeat
 
-Any node's, for conversions of images (`convert_on_workers`)::
+The gateway asks them by these names. Any node's, for conversions of images (`convert_on_workers`)::
 
-    nice celery -A gearworkers.app worker -n convert@%h -Q convert --concurrency $(nproc)
+    nice celery -A gearworkers.app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
 
 Nobody waits for a result of a node's tasks through Redis: a heavy call's answer comes over the streams socket. So the
 gateway has no result backend, and these tasks ignore their results. A conversion waits for those of its layers: its
@@ -25,6 +25,7 @@ from typing import Any
 
 from celery import Celery, bootsteps, signals
 
+from gearworkers.broker import RedisBroker
 from gearworkers.log import configure_logging
 from gearworkers.processes import end_with_parent
 from gearworkers.settings import Settings
@@ -92,7 +93,7 @@ def make_app(
         transport_options: For kombu's Redis transport, beside the visibility timeout.
         with_results: Whether results are kept and can be waited for, in the same Redis.
     """
-    app = Celery("gearworkers", set_as_current=False, include=["gearworkers.tasks"])
+    app = Celery("gearworkers", set_as_current=False, include=["gearworkers.tasks"], amqp=RedisBroker)
     app.conf.update(
         broker_url=settings.effective_broker_url,
         result_backend=settings.effective_broker_url if with_results else None,

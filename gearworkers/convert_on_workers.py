@@ -2,7 +2,7 @@
 
 Any node with a worker of that queue takes part; it needs the same remote and credentials for the registries::
 
-    celery -A gearworkers.app worker -n convert@%h -Q convert --concurrency $(nproc)
+    celery -A gearworkers.app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
 
 These are the only tasks with results, which Redis keeps for a day. A task whose worker was killed as a whole would come
 again when VISIBILITY_TIMEOUT_S is over; it expires before, since by then the tag may stand for something newer. Whoever

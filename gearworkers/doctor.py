@@ -53,6 +53,8 @@ def gateway_status(settings: Settings) -> list[tuple[str, str]] | None:
 
 
 def _redis(settings: Settings) -> Check:
+    from gearworkers.broker import is_refusal, require_write  # heavy, and of no use to the other commands
+
     name = "Redis"
     tried = maybe_sanitize_url(settings.effective_broker_url)  # its password is not told
     advice = f"start it (Procfile: redis), or set GEAR_BROKER_URL; tried {tried}"
@@ -62,8 +64,12 @@ def _redis(settings: Settings) -> Check:
         )
         memory = client.info("memory")
         persistence = client.info("persistence")
+        require_write(client)
     except (redis.RedisError, ValueError) as exc:
-        return Check(name, False, False, f"does not answer ({exc}): imports go on in the gateway", advice)
+        if is_refusal(exc):
+            advice = "see its log; when it takes them again, workers come back by themselves"
+        how = "refuses tasks" if is_refusal(exc) else "does not answer"
+        return Check(name, False, False, f"{how} ({exc}): imports go on in the gateway", advice)
     if memory.get("maxmemory_policy") != "noeviction" or not persistence.get("aof_enabled"):
         return Check(name, False, False, "may lose tasks", "set maxmemory-policy noeviction and appendonly yes")
     return Check(name, True, False, "answers, AOF on, noeviction")
@@ -77,7 +83,7 @@ def _workers(settings: Settings) -> Check:
     try:
         answers = make_app(settings).control.inspect(timeout=_TIMEOUT_S).active_queues() or {}
     except Exception as exc:  # whatever the broker library raises, there is no answer
-        return Check(name, False, False, f"cannot be asked ({type(exc).__name__})", "start Redis first")
+        return Check(name, False, False, f"cannot be asked ({type(exc).__name__})", "see Redis first")
     served = {queue["name"] for found in answers.values() for queue in found}
     missing = ", ".join(sorted(queues - served))
     if missing:

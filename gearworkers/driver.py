@@ -47,7 +47,6 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _INIT_SUFFIX = "-init"
-_LOCK_FILE = "gateway.lock"
 
 
 def _translated(
@@ -113,7 +112,7 @@ class GearDriver:
     def _use(self, opts: Sequence[str]) -> None:
         settings = options.with_options(self._given, opts)
         if self._sole and settings.gear_root not in self._own_roots:
-            self._locks.enter_context(alone(settings.gear_root / _LOCK_FILE, "a gateway of this GEAR_ROOT"))
+            self._locks.enter_context(alone(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
             self._own_roots.add(settings.gear_root)
         self.settings = settings
         self._open()

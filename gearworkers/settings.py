@@ -204,6 +204,11 @@ class Settings:
         return self.gear_root / "fetching"
 
     @property
+    def gateway_lock(self) -> Path:
+        """Held by the one gateway of gear_root."""
+        return self.gear_root / "gateway.lock"
+
+    @property
     def lazy_mount_path(self) -> Path:
         """Where the lazy file system is mounted."""
         return self.run_dir / "lazy"

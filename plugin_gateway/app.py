@@ -204,10 +204,7 @@ class Gateway:
             self._upkeep.absorb(id)
 
     async def _own_status(self) -> list[tuple[str, str]]:
-        queue, desk = await self._dispatcher.queue.state(), self._dispatcher.desk
-        waiting = "Redis does not answer"
-        if queue is not None:
-            waiting = f"{queue.waiting_imports} imports, {queue.waiting_upkeep} upkeep waiting"
+        waiting, desk = await self._dispatcher.look(), self._dispatcher.desk
         at_work = ", ".join(
             f"{desk.serving(by, heavy=True) + desk.serving(by, heavy=False)} by {by}" for by in ("worker", "gateway")
         )
@@ -275,6 +272,7 @@ class Gateway:
             raise from_os_error(exc, f"serve metrics at {where}") from exc
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        await self._dispatcher.look()
         return web.Response(body=self.metrics.text(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from gearworkers.errors import Unavailable
 from gearworkers.settings import Settings
 from gearworkers.streams import Answer, Order
 from plugin_gateway.desk import Body, Desk, Offer
 from plugin_gateway.metrics import Metrics
 from plugin_gateway.pool import OwnPool
-from plugin_gateway.queue import TaskQueue
+from plugin_gateway.queue import QueueState, TaskQueue
 
 _log = structlog.stdlib.get_logger(__name__)
+
+KINDS = ("import", "push")
+"""Of work, by the worker that does it."""
+NOT_TAKEN = "no worker takes tasks"
+SILENT = "no worker answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +76,22 @@ class Health:
         self._reasons.clear()
         self._metrics.degraded.set(False)
 
+    def looked(self, reasons: Mapping[str, str]) -> None:
+        """What Redis and the workers answer, by kind; a task that was not taken is disproved by one that is taken."""
+        for kind, reason in reasons.items():
+            if reason or self.reason(kind) != NOT_TAKEN:
+                self.note(kind, reason)
+
     def note(self, kind: str, reason: str) -> None:
-        """*reason* empty: a worker took it. Logged when it changes."""
-        if reason == self.reason(kind):
+        """*reason* empty: all is well. Logged when it changes."""
+        if reason == self.reason(kind) or (reason, self.reason(kind)) == (NOT_TAKEN, SILENT):
             return
         if reason:
             self._reasons[kind] = reason
             _log.warning("degraded: the gateway works for the workers", kind=kind, reason=reason)
         else:
             del self._reasons[kind]
-            _log.info("no longer degraded: a worker takes the work", kind=kind)
+            _log.info("no longer degraded", kind=kind)
         self._metrics.degraded.set(bool(self._reasons))
 
 
@@ -98,6 +111,7 @@ class Dispatcher:
         self.queue = TaskQueue(settings)
         self.health = Health(metrics)
         self._pool = OwnPool(settings)
+        self._looking: asyncio.Task[str] | None = None
 
     def open(self) -> None:
         """Listen on the streams socket; FailedPrecondition if another gateway does."""
@@ -129,21 +143,44 @@ class Dispatcher:
             by = offer.claimed.result().by if offer.claimed.done() else ""
             return Outcome(answer, offer.started, by)
 
+    async def look(self) -> str:
+        """Have `health` be what Redis and the workers answer now; returns how the queue is, for `docker info`."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+        return await asyncio.shield(self._looking)
+
+    async def _look(self) -> str:
+        queue = self.queue
+        try:
+            state = await queue.state()
+        except Unavailable as exc:
+            told, reasons = str(exc), dict.fromkeys(KINDS, str(exc))
+        else:
+            told = f"{state.waiting_imports} imports, {state.waiting_upkeep} upkeep waiting"
+            reasons = {kind: self._silence(kind, state) for kind in KINDS}
+        if queue is self.queue:  # else it tells of a broker that was replaced
+            self.health.looked(reasons)
+        return told
+
+    def _silence(self, kind: str, state: QueueState) -> str:
+        """Why *kind* is not done by workers, empty if one answers; one that is at work may be slow to."""
+        is_at_work = self.desk.serving("worker", heavy=kind == "import") > 0
+        return SILENT if kind in state.silent and not is_at_work else ""
+
     async def _assign(self, offer: Offer) -> asyncio.Task[None] | None:
         """See that somebody takes it; the task if it is the gateway's own pool."""
         kind = "import" if offer.heavy else "push"
-        expires_s = self._patience.expires_s
         queue = self.queue
-        if not await queue.publish(offer.order, heavy=offer.heavy, expires_s=expires_s):
-            reason = "Redis does not answer"
-        elif await self._picked_up(offer, kind):
-            reason = ""
-        else:
-            reason = "" if self._is_busy(offer) else "no worker takes tasks"
+        try:
+            await queue.publish(offer.order, heavy=offer.heavy, expires_s=self._patience.expires_s)
+            reason = "" if await self._picked_up(offer, kind) or self._is_busy(offer) else NOT_TAKEN
+        except Unavailable as exc:
+            reason = str(exc)
+        if not offer.claimed.done():
             _log.info("no worker is free", call=offer.order.call, id=offer.order.id, reason=reason or "all are busy")
         if offer.claimed.done():
             reason = ""
-        if queue is self.queue and (reason or offer.claimed.done()):  # else it tells of a broker that was replaced
+        if queue is self.queue and (reason or offer.claimed.done()):
             self.health.note(kind, reason)
         if offer.claimed.done():
             return None

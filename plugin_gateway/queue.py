@@ -1,4 +1,4 @@
-"""Orders into Redis, by Celery, from the event loop; and whether Redis is there."""
+"""Orders into Redis, by Celery, from the event loop; and whether Redis and workers are there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import structlog
 
 from gearworkers.app import import_queue, make_app, push_queue
+from gearworkers.broker import why_not_taken
+from gearworkers.errors import Unavailable
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 
@@ -25,6 +27,8 @@ _TRANSPORT = {
     "interval_max": 0,
 }
 _PATIENCE_S = 2.0
+_WORKER_ANSWER_S = 1.5  # they answer in 20 ms, unless the machine is busy
+_STATE_PATIENCE_S = _PATIENCE_S + _WORKER_ANSWER_S
 _ATTEMPTS = 2  # the first may meet a connection that a restart of Redis has cut
 
 Result = TypeVar("Result")
@@ -32,14 +36,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What Redis says; lengths are of what no worker has taken yet."""
+    """What Redis and the workers say; lengths are of what no worker has taken yet."""
 
     waiting_imports: int
     waiting_upkeep: int
+    silent: frozenset[str] = frozenset()
+    """Which workers do not answer: of ``import`` and ``push``."""
 
 
 class TaskQueue:
-    """Publishes orders; never raises, never waits for longer than some two seconds.
+    """Publishes orders, and asks how it goes; never waits for longer than a few seconds.
 
     Args:
         settings: Name the broker and the node.
@@ -48,9 +54,11 @@ class TaskQueue:
     def __init__(self, settings: Settings) -> None:
         self._node = settings.node
         self._app = make_app(settings, _TRANSPORT)
-        self._thread = ThreadPoolExecutor(1, "queue")  # one: kombu's channels are not to be shared
+        # A thread each, as kombu's channels are not to be shared: no publisher waits while workers are asked.
+        self._publishing = ThreadPoolExecutor(1, "queue")
+        self._asking = ThreadPoolExecutor(1, "queue-state")
 
-    async def publish(self, order: Order, *, heavy: bool, expires_s: float) -> bool:
+    async def publish(self, order: Order, *, heavy: bool, expires_s: float) -> None:
         """Put *order* into this node's import queue if *heavy*, else into its push queue.
 
         Args:
@@ -58,44 +66,51 @@ class TaskQueue:
             heavy: Whether Docker waits for it.
             expires_s: After so many seconds no worker begins it.
 
-        Returns:
-            Whether Redis has it; if False, nobody will do it.
+        Raises:
+            Unavailable: Redis has not taken it; nobody will do it.
         """
         arguments = {"gear_root": order.gear_root, "token": order.token, "id": order.id, "parent": order.parent}
         queue = import_queue(self._node) if heavy else push_queue(self._node)
 
-        def send() -> bool:
+        def send() -> None:
             self._app.send_task(
                 f"gearworkers.{order.call}", kwargs=arguments, queue=queue, expires=expires_s, retry=False
             )
-            return True
 
-        return await self._ask(send) or False
+        await _asked(self._publishing, send, _PATIENCE_S)
 
-    async def state(self) -> QueueState | None:
-        """How long the queues are; None if Redis does not answer."""
+    async def state(self) -> QueueState:
+        """How long the queues are, and whether their workers answer.
 
-        def lengths() -> QueueState:
-            with self._app.connection_for_write() as connection:
-                client: Any = connection.default_channel.client
-                return QueueState(client.llen(import_queue(self._node)), client.llen(push_queue(self._node)))
+        Raises:
+            Unavailable: Redis does not answer, or refuses tasks.
+        """
+        return await _asked(self._asking, self._look, _STATE_PATIENCE_S)
 
-        return await self._ask(lengths)
-
-    async def _ask(self, call: Callable[[], Result]) -> Result | None:
-        try:
-            future = asyncio.get_running_loop().run_in_executor(self._thread, _attempted, call)
-            return await asyncio.wait_for(future, _PATIENCE_S)
-        except TimeoutError:
-            _log.info("Redis does not answer in time", patience_s=_PATIENCE_S)
-        except Exception as exc:  # kombu and redis-py let many kinds through; each means: not published
-            _log.info("Redis does not answer", error=f"{type(exc).__name__}: {exc}")
-        return None
+    def _look(self) -> QueueState:
+        queues = {"import": import_queue(self._node), "push": push_queue(self._node)}
+        with self._app.connection_for_write() as connection:
+            client: Any = connection.default_channel.client
+            imports, upkeep = (client.llen(queue) for queue in queues.values())
+            # Workers are named by their queue, and those that are named are not waited for once they have answered.
+            workers = self._app.control.inspect([*queues.values()], timeout=_WORKER_ANSWER_S, connection=connection)
+            answers = workers.ping() or {}
+        return QueueState(imports, upkeep, frozenset(kind for kind, queue in queues.items() if queue not in answers))
 
     def close(self) -> None:
         """Let the connections go; who is still waiting gets an answer."""
-        self._thread.shutdown(wait=False)  # cancelled futures would cancel those that wait
+        for thread in (self._publishing, self._asking):
+            thread.shutdown(wait=False)  # cancelled futures would cancel those that wait
         self._app.close()
+
+
+async def _asked(thread: ThreadPoolExecutor, call: Callable[[], Result], patience_s: float) -> Result:
+    try:
+        future = asyncio.get_running_loop().run_in_executor(thread, _attempted, call)
+        return await asyncio.wait_for(future, patience_s)
+    except Exception as exc:  # kombu and redis-py let many kinds through; each means: not taken
+        _log.info("Redis takes no task", error=f"{type(exc).__name__}: {exc}")
+        raise Unavailable(why_not_taken(exc)) from exc
 
 
 def _attempted(call: Callable[[], Result]) -> Result:

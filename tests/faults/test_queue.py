@@ -8,23 +8,32 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 
 import pytest
+from redis import Redis
+from redis.exceptions import ResponseError
 
 from gearworkers.objects.store import ObjectStore
-from tests.support.plugin import Plugin, UnixHTTPConnection
+from tests.support.plugin import Plugin, read_metrics
 from tests.support.processes import wait_until
 from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar
+
+AOF_BYTES = 16 << 20
+"""Of the file system on which Redis has its AOF."""
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("stack"), name="queue")
+    aof = str(stack.root / "redis")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={AOF_BYTES}", "tmpfs", aof], check=True)
     yield stack
     stack.stop()
+    subprocess.run(["umount", aof], check=True)
 
 
 @pytest.fixture
@@ -63,10 +72,7 @@ def children(stack: Stack) -> list[int]:
 
 def count(stack: Stack, by: str) -> float:
     """How many ApplyDiffs *by* has done."""
-    connection = UnixHTTPConnection(stack.run_dir / "metrics.sock")
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
+    text = read_metrics(stack.run_dir / "metrics.sock").decode()
     name = f'gear_orders_total{{by="{by}",call="apply_diff"}} '
     return sum(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
 
@@ -127,6 +133,80 @@ def test_without_redis_the_gateway_works_and_recovers_when_it_is_back(plugin: Pl
     wait_until(lambda: is_served_by_worker(plugin), "the workers have found Redis again")
 
 
+@contextmanager
+def full_disk(stack: Stack, redis: Redis) -> Iterator[None]:
+    """Below the AOF."""
+    filler = stack.root / "redis" / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+    with suppress(ResponseError):  # from the next one on
+        redis.set("what the last page has no room for", bytes(1 << 16))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextmanager
+def configured(stack: Stack, redis: Redis, name: str, value: str) -> Iterator[None]:
+    """By a setting."""
+    redis.config_set(name, value)
+    try:
+        yield
+    finally:
+        redis.config_set(name, 0)
+
+
+@contextmanager
+def failed_over(stack: Stack, redis: Redis) -> Iterator[None]:
+    """It has become a replica."""
+    redis.replicaof("127.0.0.1", 1)
+    try:
+        yield
+    finally:
+        redis.replicaof("NO", "ONE")
+
+
+@contextmanager
+def in_a_script(stack: Stack, redis: Redis) -> Iterator[None]:
+    """It runs one that does not end."""
+    redis.config_set("busy-reply-threshold", 1)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(stack.redis_socket))
+        client.sendall(b"EVAL 'while true do end' 0\r\n")
+        try:
+            yield
+        finally:
+            redis.script_kill()
+
+
+REFUSALS: dict[str, Callable[[Stack, Redis], AbstractContextManager[None]]] = {
+    "AOF": full_disk,
+    "good replicas": partial(configured, name="min-replicas-to-write", value="1"),
+    "read only": failed_over,
+    "maxmemory": partial(configured, name="maxmemory", value="1"),
+    "busy": in_a_script,
+}
+
+
+@pytest.mark.parametrize("told", REFUSALS)
+def test_while_redis_refuses_tasks_the_gateway_works_and_the_same_workers_come_back(
+    plugin: Plugin, stack: Stack, told: str
+) -> None:
+    id, tar, before, worker = an_id(), a_tar(), count(stack, "gateway"), stack.daemons["import"]
+    pid, tried_twice = worker.pid, worker.log_count(b"Trying again in 4")
+    with Redis(unix_socket_path=str(stack.redis_socket)) as redis, REFUSALS[told](stack, redis):
+        assert apply(plugin, id, tar)[0] == 200
+        assert plugin.diff(id) == (200, tar)
+        assert count(stack, "gateway") == before + 1
+        assert "import: Redis refuses tasks" in plugin.status()["Degraded"] and told in plugin.status()["Degraded"]
+        if told not in ("maxmemory", "busy"):  # the one lets tasks be taken, the other answers nobody who waits for one
+            wait_until(lambda: worker.log_count(b"Trying again in 4") > tried_twice, "the worker tries twice")
+    wait_until(lambda: is_served_by_worker(plugin), "a worker takes calls again")
+    assert stack.is_running("import") and worker.pid == pid
+
+
 def test_a_worker_whose_processes_die_just_before_redis_takes_calls_again(plugin: Plugin, stack: Stack) -> None:
     worker = stack.daemons["import"]
     noticed = worker.log_count(b"Cannot connect")
@@ -152,7 +232,7 @@ def test_without_workers_the_gateway_works_and_what_it_queued_is_not_done_again(
     stack.kill("import")
     ids, tar = [an_id(), an_id()], a_tar()
     assert [apply(plugin, id, tar)[0] for id in ids] == [200, 200]
-    assert "no worker takes tasks" in plugin.status()["Degraded"]
+    assert "import: no worker answers" in plugin.status()["Degraded"]
     stack.start("import")
     wait_until(lambda: is_served_by_worker(plugin), "the new workers take calls")
     assert [plugin.diff(id) for id in ids] == [(200, tar), (200, tar)]

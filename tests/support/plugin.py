@@ -25,6 +25,16 @@ class UnixHTTPConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def read_metrics(path: Path) -> bytes:
+    """What the gateway tells Prometheus at the Unix socket *path*."""
+    connection = UnixHTTPConnection(path)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
 @dataclass(frozen=True)
 class Plugin:
     """The gateway on the Unix socket *path*; a connection for each call."""

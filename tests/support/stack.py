@@ -33,14 +33,14 @@ class Stack:
     name: str = "gear"
     settings: dict[str, str] = field(default_factory=dict)
     daemons: dict[str, Daemon] = field(init=False)
-    honcho: Daemon = field(init=False)
+    make_up: Daemon = field(init=False)
 
     def __post_init__(self) -> None:
         for path in (self.directory, self.root / "redis", self.run_dir, PLUGINS):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.daemons = {name: self._daemon(name, command) for name, command in _procfile().items()}
         command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
-        self.honcho = Daemon(command, self.directory / "honcho.log", self.environ(), CHECKOUT)
+        self.make_up = Daemon(command, self.directory / "up.log", self.environ(), CHECKOUT)
 
     @property
     def root(self) -> Path:
@@ -86,7 +86,7 @@ class Stack:
     def set(self, **settings: str) -> None:
         """Change variables for what is started or run from now on."""
         self.settings |= settings
-        for daemon in (*self.daemons.values(), self.honcho):
+        for daemon in (*self.daemons.values(), self.make_up):
             daemon.environ = self.environ()
 
     def environ(self) -> dict[str, str]:
@@ -116,13 +116,13 @@ class Stack:
             self._wait_until_ready(name)
 
     def up(self) -> None:
-        """Start all as `make up` does, and return when all are ready; ended by `honcho.stop()`."""
-        self.honcho.start()
-        self.honcho.wait_until(self._is_up, "the stack")
+        """Start all by what `make up` runs, and return when all are ready; ended by `make_up.stop()`."""
+        self.make_up.start()
+        self.make_up.wait_until(self._is_up, "the stack")
 
     def _is_up(self) -> bool:
         sockets = self.redis_socket.exists() and self.plugin_socket.exists() and listens(self.plugin_socket)
-        return sockets and self.honcho.log_count(b" ready.") >= len(("import", "push", "convert"))
+        return sockets and self.make_up.log_count(b" ready.") >= len(("import", "push", "convert"))
 
     def stop(self, *names: str) -> None:
         """SIGTERM to the processes named, all if none is, in the reverse order."""

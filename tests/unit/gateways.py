@@ -12,7 +12,7 @@ from typing import Any
 import uvloop
 
 from gearworkers.claiming import Stream, claimed
-from gearworkers.errors import AlreadyExists, NotFound
+from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.layers.changes import Change, ChangeKind
 from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
@@ -108,14 +108,16 @@ class ThreadQueue:
         self._work = work
         self.accepts = True
         """Whether orders can be published."""
+        self.silent: frozenset[str] = frozenset()
+        """Of the kinds of worker, those that do not answer."""
         self.orders: list[Order] = []
 
-    async def publish(self, order: Order, *, heavy: bool, expires_s: float) -> bool:
-        if self.accepts:
-            self.orders.append(order)
-            if self._threads is not None:
-                self._threads.submit(self.take, order)
-        return self.accepts
+    async def publish(self, order: Order, *, heavy: bool, expires_s: float) -> None:
+        if not self.accepts:
+            raise Unavailable("Redis does not answer")
+        self.orders.append(order)
+        if self._threads is not None:
+            self._threads.submit(self.take, order)
 
     def take(self, order: Order, by: str = "worker") -> bool:
         """Claim *order* and work; whether it was granted."""
@@ -124,8 +126,10 @@ class ThreadQueue:
                 self._work(order, stream)
             return stream is not None
 
-    async def state(self) -> QueueState | None:
-        return QueueState(0, 0) if self.accepts else None
+    async def state(self) -> QueueState:
+        if not self.accepts:
+            raise Unavailable("Redis does not answer")
+        return QueueState(0, 0, self.silent)
 
     def close(self) -> None:
         if self._threads is not None:

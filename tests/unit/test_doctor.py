@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from gearworkers.mounts.lazy.protocol import InitFlag
 from gearworkers.mounts.lazy.trial import check_fuse
 from gearworkers.settings import Settings
 from tests.support.lazynode import gear_tar, lazy_node
+from tests.support.processes import Daemon, listens
 from tests.unit.gateways import run_gateway
 
 
@@ -53,6 +55,20 @@ def test_a_broker_that_does_not_answer_is_told_without_its_password() -> None:
     check = doctor._redis(replace(Settings(), broker_url="redis://user:secret@127.0.0.1:1/0"))
     assert not check.ok and "127.0.0.1:1" in check.advice
     assert "secret" not in f"{check.found} {check.advice}"
+
+
+def test_a_broker_that_refuses_tasks_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    options = {"port": "0", "unixsocket": str(path), "dir": str(tmp_path), "min-replicas-to-write": "1"}
+    command = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", value))]
+    server = Daemon(command, tmp_path / "log", os.environ)
+    server.start()
+    try:
+        server.wait_until(lambda: listens(path), "Redis's socket")
+        check = doctor._redis(replace(Settings(), run_dir=tmp_path))
+    finally:
+        server.stop()
+    assert not check.ok and check.found.startswith("refuses tasks (NOREPLICAS")
 
 
 def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from plugin_gateway import app, desk
 from plugin_gateway.app import Gateway
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
-from tests.support.plugin import Plugin, UnixHTTPConnection
+from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
 from tests.support.processes import wait_until
 from tests.unit.gateways import MemoryDriver, Running, Work, run_gateway
 
@@ -254,12 +255,26 @@ def test_when_nothing_can_be_published_the_gateway_does_the_work_and_says_so(sta
     assert "import" not in plugin.status()["Degraded"]
 
 
+def test_status_and_metrics_tell_what_is_away_before_any_call_needs_it(start: Start, settings: Settings) -> None:
+    running, plugin = start()
+    metrics = partial(read_metrics, Path(settings.effective_metrics_listen))
+    running.queue.accepts = False
+    assert plugin.status()["Degraded"] == "yes: import: Redis does not answer; push: Redis does not answer"
+    running.queue.accepts = True
+    assert plugin.status()["Degraded"] == "no"
+    running.queue.silent = frozenset({"import"})
+    assert b"gear_degraded 1.0" in metrics()
+    assert plugin.status()["Degraded"] == "yes: import: no worker answers"
+    running.queue.silent = frozenset()
+    assert b"gear_degraded 0.0" in metrics()
+
+
 def test_when_no_worker_comes_the_gateway_does_the_work_and_waits_less_the_next_time(start: Start) -> None:
     _, plugin = start(workers=0)
     begun_s = time.monotonic()
     assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
     assert time.monotonic() - begun_s >= LITTLE_PATIENCE.pickup_s
-    assert "no worker takes tasks" in plugin.status()["Degraded"]
+    assert "no worker takes tasks" in plugin.status()["Degraded"], "though those that are asked answer"
 
     def took_s() -> float:
         begun_s = time.monotonic()
@@ -369,10 +384,7 @@ def test_what_a_push_came_to_is_counted(settings: Settings) -> None:
 def test_metrics_are_served_beside_the_plugin(start: Start, settings: Settings) -> None:
     _, plugin = start()
     plugin.call("Exists", ID="a")
-    connection = UnixHTTPConnection(Path(settings.effective_metrics_listen))
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read()
-    connection.close()
+    text = read_metrics(Path(settings.effective_metrics_listen))
     assert b'gear_calls_total{method="GraphDriver.Exists",outcome="ok"} 1.0' in text
 
 

@@ -1,0 +1,82 @@
+"""`make up` with its real parts: they come back when they are killed, and a second one of the same place is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from gearworkers.processes import alone
+from tests.support.plugin import Plugin
+from tests.support.processes import listens, wait_until
+from tests.support.stack import CHECKOUT, Stack
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("stack"), name="up")
+    stack.up()
+    yield stack
+    stack.make_up.stop()
+
+
+@pytest.fixture
+def elsewhere(stack: Stack, tmp_path: Path) -> dict[str, str]:
+    """The environment of a stack that has nothing in common with the one that runs."""
+    places = {"GEAR_ROOT": tmp_path / "gear", "GEAR_RUN_DIR": tmp_path / "run", "GEAR_PLUGIN_SOCKET": tmp_path / "sock"}
+    return {**stack.environ(), **{name: str(path) for name, path in places.items()}}
+
+
+def parts(stack: Stack) -> dict[str, int]:
+    """The main processes, by a word of their commands."""
+    listing = subprocess.run(
+        ["pgrep", "-a", "-P", str(stack.make_up.pid)], capture_output=True, text=True, check=True
+    ).stdout
+    words = ("redis-server", "plugin_gateway", "import@", "push@", "convert@", "lazyfs")
+    return {word: int(line.split()[0]) for line in listing.splitlines() for word in words if word in line}
+
+
+def is_well(stack: Stack) -> bool:
+    return listens(stack.plugin_socket) and Plugin(stack.plugin_socket).status()["Degraded"] == "no"
+
+
+def test_parts_that_are_killed_come_back_and_the_others_stay(stack: Stack) -> None:
+    wait_until(lambda: is_well(stack), "the workers answer")
+    before = parts(stack)
+    assert len(before) == 6
+    killed = {"redis-server", "plugin_gateway", "import@"}
+    for word in killed:
+        os.kill(before[word], signal.SIGKILL)
+    wait_until(lambda: parts(stack).keys() == before.keys(), "all run again", found=lambda: str(parts(stack)))
+    stack.make_up.wait_until(lambda: is_well(stack), "the workers answer again")
+    assert {word for word, pid in parts(stack).items() if pid != before[word]} == killed
+
+
+@pytest.mark.parametrize("shared", ["GEAR_ROOT", "GEAR_RUN_DIR"])
+@pytest.mark.parametrize("command", ["packaging/up.py", "packaging/redis.sh"])
+def test_a_second_of_the_same_place_is_refused_and_leaves_the_first_alone(
+    stack: Stack, elsewhere: dict[str, str], shared: str, command: str
+) -> None:
+    before = parts(stack)
+    environ = {**elsewhere, shared: stack.environ()[shared]}
+    interpreter = [sys.executable] if command.endswith(".py") else []
+    done = subprocess.run([*interpreter, command], env=environ, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"of this {shared} runs already" in done.stderr
+    with Redis(unix_socket_path=str(stack.redis_socket)) as redis:
+        assert redis.info("server")["process_id"] == before["redis-server"]
+    assert parts(stack) == before
+    assert Plugin(stack.plugin_socket).status()["Degraded"] == "no"
+
+
+def test_a_gateway_that_was_started_otherwise_keeps_make_up_from_starting(elsewhere: dict[str, str]) -> None:
+    with alone(Path(elsewhere["GEAR_ROOT"], "gateway.lock"), "the gateway"):
+        command = [sys.executable, "packaging/up.py"]
+        done = subprocess.run(command, env=elsewhere, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 1 and "a gateway of this GEAR_ROOT runs already" in done.stderr
