@@ -25,6 +25,7 @@ DEFAULT_MANAGER_LISTEN = "127.0.0.1:2019"
 DEFAULT_MOST_OBJECT_BYTES = 64 << 30
 DEFAULT_CLIENT_TIMEOUT_S = 30.0
 DEFAULT_DOCKER_HOST = "unix:///var/run/docker.sock"
+XINO = ("off", "on")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 
@@ -67,6 +68,8 @@ class Settings:
     """The largest object that the manager takes."""
     manager_client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
     """A client that sends or takes nothing for so long is dropped."""
+    xino: bool = False
+    """Mount containers with overlay's xino=on: all files have one st_dev, and inode numbers exceed 2^53."""
     node: str = field(default_factory=socket.gethostname)
     metrics_listen: str = ""
     """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
@@ -101,12 +104,12 @@ class Settings:
         GEAR_METRICS_LISTEN, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S, GEAR_PROFILE_WINDOW_S,
         GEAR_REMOTE_TOKEN, GEAR_REMOTE_TOKEN_FILE, GEAR_REMOTE_CA_FILE, GEAR_REMOTE_TIMEOUT_S, GEAR_MANAGER_LISTEN,
         GEAR_MANAGER_STORE, GEAR_MANAGER_READ_TOKENS_FILE, GEAR_MANAGER_WRITE_TOKENS_FILE, GEAR_MANAGER_TLS_CERT_FILE,
-        GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES, GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_LOG_LEVEL and
-        GEAR_LOG_FORMAT; of others' AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE, DOCKER_HOST, DOCKER_CONFIG, HTTPS_PROXY
-        and NO_PROXY. One that is empty is as one that is not there.
+        GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES, GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_XINO,
+        GEAR_LOG_LEVEL and GEAR_LOG_FORMAT; of others' AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE, DOCKER_HOST,
+        DOCKER_CONFIG, HTTPS_PROXY and NO_PROXY. One that is empty is as one that is not there.
 
         Raises:
-            InvalidInput: A path is not absolute, a number not positive, a level or format none.
+            InvalidInput: A path is not absolute, a number not positive, a word not one of its setting's.
         """
         return cls(
             gear_root=_absolute(environ, "GEAR_ROOT", DEFAULT_ROOT),
@@ -132,6 +135,7 @@ class Settings:
             fetch_threads=_number(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
             fill_delay_s=_number(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
             profile_window_s=_number(environ, "GEAR_PROFILE_WINDOW_S", DEFAULT_PROFILE_WINDOW_S, or_zero=True),
+            xino=_one_of(environ, "GEAR_XINO", XINO, "off") == "on",
             node=environ.get("GEAR_NODE") or socket.gethostname(),
             metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
             docker_host=environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST,

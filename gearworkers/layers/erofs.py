@@ -1,9 +1,9 @@
 """An EROFS image of a tree that holds names, metadata and extended attributes, and no file contents.
 
 An image has two parts with a hole between them. The *head* holds block 0 (superblock, the shared attribute metacopy,
-our own label), the root's inode, whole directory blocks and long symlink targets. The *area* holds all other inodes,
-each followed by its attributes and by small data: symlink targets, the tail of a directory. A regular file is one
-chunk that is a hole.
+our own label, and the root's inode if it fits), whole directory blocks and long symlink targets. The *area* holds all
+other inodes, each followed by its attributes and by small data: symlink targets, the tail of a directory. A regular
+file is one chunk that is a hole.
 
 The number of an EROFS inode is its place in the image, counted in slots of 32 bytes. So the area's place decides the
 numbers, and the image is a sparse file: an area that begins at number 2^31 lies at 64 GiB.
@@ -37,7 +37,6 @@ _SHARED_ID = struct.Struct("<I")
 
 _BLOCK_BITS = 12
 _SLOT_BYTES = 32
-_META_BLOCK = 1
 _FEATURE_CHUNKED_FILE = 4
 _EXTENDED = 1
 _FLAT_PLAIN, _FLAT_INLINE, _CHUNK_BASED = (_EXTENDED | layout << 1 for layout in (0, 2, 4))
@@ -49,6 +48,8 @@ _LABEL_OFFSET = 2048
 _LABEL = struct.Struct("<8sQQQ32s")
 _LABEL_MAGIC = b"gearinos"
 _DIGEST_OFFSET = _LABEL_OFFSET + _LABEL.size - 32
+_ROOT_OFFSET = _LABEL_OFFSET + _LABEL.size
+"""In block 0, where it takes no block of its own; a root that does not fit begins at the next one."""
 _MOST_HEAD_BYTES = 2 << 30
 """Of the directories of as many files as a layer may have."""
 _PIECE_BYTES = 1 << 20
@@ -185,10 +186,10 @@ class ImageWriter:
         self._time_ns = time_ns
         self._order: list[tuple[Node, Node]] = []  # inode, and of a directory its parent
         self._placed: dict[int, _Placed] = {}
-        self._end_bytes = 0  # of the inodes placed so far: the root's, then the area's
+        self._end_bytes = _ROOT_OFFSET  # of what is placed so far: of the head, then of the area
         self._data_blocks = 0
         self._place_one(root, root)
-        self._data_start = _META_BLOCK + -(-self._end_bytes // BLOCK_BYTES)
+        self._data_start = -(-self._end_bytes // BLOCK_BYTES)
         self._end_bytes = 0
         self._place_others()
         self.slots = -(-self._end_bytes // BLOCK_BYTES) * SLOTS_PER_BLOCK
@@ -213,10 +214,10 @@ class ImageWriter:
         next_block = self._data_start
         for node, parent in self._order:
             next_block = self._write(node, parent, next_block)
-        self._write_superblock(_area_offset(first + self.slots))
+        self._write_superblock(_offset(first + self.slots))
         self._write_label()
         file.write(self._head)
-        file.seek(_area_offset(first))
+        file.seek(_offset(first))
         file.write(self._area)
 
     # -- placing
@@ -301,10 +302,10 @@ class ImageWriter:
             + behind
         )
         if node is self._root:
-            offset = _META_BLOCK * BLOCK_BYTES + node.nid * _SLOT_BYTES
+            offset = _offset(node.nid)
             self._head[offset : offset + len(record)] = record
         else:
-            offset = (node.nid - self._first) * _SLOT_BYTES
+            offset = _offset(node.nid - self._first)
             self._area[offset : offset + len(record)] = record
         return next_block
 
@@ -336,7 +337,7 @@ class ImageWriter:
             seconds,
             nanoseconds,
             image_bytes // BLOCK_BYTES,
-            _META_BLOCK,
+            0,  # inodes are counted from block 0
             0,  # shared attributes are counted from block 0
             self._uuid,
             b"",
@@ -384,7 +385,7 @@ def check_image(path: Path) -> None:
         head = bytearray(os.pread(file.fileno(), label.head_bytes, 0))
         head[_DIGEST_OFFSET : _LABEL_OFFSET + _LABEL.size] = bytes(32)
         hasher = sha256(head)
-        file.seek(_area_offset(label.first))
+        file.seek(_offset(label.first))
         while piece := file.read(_PIECE_BYTES):
             hasher.update(piece)
     if hasher.digest() != label.digest:
@@ -401,12 +402,12 @@ def _label_in(file: BinaryIO) -> Label | None:
 
 def _is_plausible(label: Label, file_bytes: int) -> bool:
     """Whether the two parts make up the file, so that no hole is read."""
-    ends_well = file_bytes == _area_offset(label.first + label.slots)
-    return ends_well and BLOCK_BYTES <= label.head_bytes <= min(_MOST_HEAD_BYTES, _area_offset(label.first))
+    ends_well = file_bytes == _offset(label.first + label.slots)
+    return ends_well and BLOCK_BYTES <= label.head_bytes <= min(_MOST_HEAD_BYTES, _offset(label.first))
 
 
-def _area_offset(first: int) -> int:
-    return _META_BLOCK * BLOCK_BYTES + first * _SLOT_BYTES
+def _offset(nid: int) -> int:
+    return nid * _SLOT_BYTES
 
 
 def _dirents(names: list[bytes], node: Node, parent: Node) -> bytes:

@@ -99,7 +99,7 @@ class InodeNumbers:
 def window(root: Path) -> tuple[int, int]:
     """The numbers that layers may have: the least, and the end.
 
-    They are below 2^32, for programs of 32 bits, if the file system of *root* has none from 2^31 on.
+    They are below 2^32, for programs of 32 bits, if the file system of *root* can have none from 2^31 on.
     """
     highest = _highest_inode(root)
     if highest < _32_BITS // 2:
@@ -109,10 +109,10 @@ def window(root: Path) -> tuple[int, int]:
 
 
 def _highest_inode(root: Path) -> int:
-    """What no inode number of the file system exceeds.
+    """What no inode number of the file system exceeds, END_OF_NUMBERS if nothing bounds them.
 
-    ext4 numbers its inodes from 1 on; XFS by their place on the disk, with less than one bit unused; btrfs and tmpfs by
-    a counter that would have to make 2^31 files first.
+    ext4 numbers its inodes from 1 on; XFS by their place on the disk, with less than one bit unused; btrfs by a counter
+    that uses no number twice while it is mounted, and a build host makes 2^31 files in weeks.
     """
     status = os.statvfs(root)
     kind = sys.statfs_type(root)
@@ -120,7 +120,7 @@ def _highest_inode(root: Path) -> int:
         return status.f_files
     if kind == _XFS:
         return 2 * status.f_blocks * status.f_frsize // _LEAST_XFS_INODE_BYTES
-    return 0
+    return END_OF_NUMBERS
 
 
 def _read_gap(fd: int) -> tuple[int, int]:

@@ -156,11 +156,13 @@ class MountedLayers:
     def _spec(self, layer: Layer, mount_label: str, volatile: bool) -> overlay.OverlaySpec:
         data = self._data(layer.id)
         label = mount_label or layer.mount_label
+        xino = self._settings.xino
         if layer.kind is Kind.IMAGE:
-            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label)
+            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label, xino=xino)
         directory = self._layers.directory(layer)
         lowers = self._layers.chain(layer.parent) or (self._settings.gear_root / _EMPTY,)
-        return overlay.OverlaySpec(lowers, data, directory / UPPER, directory / WORK, context=label, volatile=volatile)
+        upper, work = directory / UPPER, directory / WORK
+        return overlay.OverlaySpec(lowers, data, upper, work, context=label, volatile=volatile, xino=xino)
 
     def _data(self, id: str) -> tuple[Path, ...]:
         """Where contents are looked up, in this order."""

@@ -4,7 +4,7 @@ Glossary: a *lower* is a read-only layer's tree; a *data* layer holds objects th
 and *work* take what the mount writes; *merged* is what the mount shows.
 
 Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers", "Metadata only copy up",
-"Redirected directories" ("renaming directories"), "Volatile mount".
+"Redirected directories" ("renaming directories"), "Volatile mount", "Inode properties".
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class OverlaySpec:
     """SELinux label of everything in the mount, as in the option ``context=``."""
     volatile: bool = False
     """Never sync the upper; `clear_volatile` must follow the unmount before upper is mounted again."""
+    xino: bool = False
+    """Compose inode numbers of layer and file, so that all files have the mount's own st_dev; they exceed 2^53."""
 
 
 def mount(spec: OverlaySpec, target: Path) -> None:
@@ -122,7 +124,7 @@ def clear_volatile(work: Path) -> None:
 def _read_only(spec: OverlaySpec) -> OverlaySpec:
     if spec.upper is None:
         return spec
-    return OverlaySpec((spec.upper, *spec.lowers), spec.data, context=spec.context)
+    return OverlaySpec((spec.upper, *spec.lowers), spec.data, context=spec.context, xino=spec.xino)
 
 
 def _superblock(spec: OverlaySpec, attributes: int) -> int:
@@ -143,6 +145,7 @@ def _set_options(context_fd: int, spec: OverlaySpec) -> None:
     sys.fsconfig_string(context_fd, "source", b"overlay")
     for key, value in _OPTIONS:
         sys.fsconfig_string(context_fd, key, value)
+    sys.fsconfig_string(context_fd, "xino", b"on" if spec.xino else b"off")  # not left to the kernel's configuration
     if spec.context:
         sys.fsconfig_string(context_fd, "context", os.fsencode(spec.context))
     if spec.volatile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from tests.conformance.layers import (
 )
 
 BIG = bytes(range(256)) * 4096
+FS_IOC_GETFLAGS = 0x80086601
 
 
 def image(driver: Driver) -> str:
@@ -246,3 +249,27 @@ def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(d
             os.setxattr(path, name, acl)
     nodes = shown(driver, committed(driver, id, parent))
     assert all(dict(nodes[path].xattrs)[name] == acl for path in (b"a", b"b", b"d", b"new"))
+
+
+def test_flags_are_read_of_what_the_container_has_changed_or_made_only(driver: Driver) -> None:
+    """The overlay asks the file system below, and EROFS has none; `lsattr` and `chattr` begin so."""
+    parent, id = applied(driver, file("a", b"a"), directory("d")), an_id()
+    driver.create_read_write(id, parent)
+    with mounted(driver, id) as merged:
+        (merged / "new").touch()
+        for path in (merged / "a", merged / "d"):
+            with pytest.raises(OSError, match="Inappropriate ioctl"):  # ENOTTY
+                _flags(path)
+            path.chmod(stat.S_IMODE(path.stat().st_mode))
+        for path in (merged / "a", merged / "d", merged / "new"):
+            _flags(path)
+
+
+def _flags(path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        flags = array.array("l", [0])
+        fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+        return flags[0]
+    finally:
+        os.close(fd)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gearworkers.mounts.overlay import is_mounted
-from tests.conformance.drivers import Driver, an_id
-from tests.conformance.layers import applied, container, file, mounted, shown, tar
+from gearworkers.settings import Settings
+from tests.conformance.drivers import Driver, InProcess, an_id
+from tests.conformance.layers import applied, committed, container, directory, file, hardlink, mounted, shown, tar
 
 
 @pytest.fixture
@@ -147,3 +149,23 @@ def test_init_again_leaves_layers_alone(driver: Driver, id: str) -> None:
     assert driver.exists(id)
     with mounted(driver, id) as merged:
         assert Path(merged / "lower").read_bytes() == b"lower"
+
+
+@pytest.mark.parametrize("xino", [False, True], ids=["off", "on"])
+def test_with_xino_all_files_have_one_device_and_numbers_beyond_53_bits(settings: Settings, xino: bool) -> None:
+    driver = InProcess(replace(settings, xino=xino))
+    base = applied(driver, directory("d"), file("d/a1", b"first"), hardlink("d/a2", "d/a1"))
+    parent = applied(driver, directory("d"), file("d/b1", b"second"), hardlink("d/b2", "d/b1"), parent=base)
+    id = an_id()
+    driver.create_read_write(id, parent)
+    with mounted(driver, id) as merged:
+        (merged / "d/c1").write_text("third")
+        (merged / "d/c2").hardlink_to(merged / "d/c1")
+        status = {path.name: path.stat() for path in (merged / "d").iterdir()}
+        assert all(found.st_dev == (merged / "d").stat().st_dev for found in status.values()) == xino
+        assert all(found.st_ino > 1 << 53 for name, found in status.items() if name[0] in "ab") == xino
+    numbers = {name: found.st_ino for name, found in status.items()}
+    assert len({numbers["a1"], numbers["b1"], numbers["c1"]}) == 3
+    assert all(numbers[f"{letter}1"] == numbers[f"{letter}2"] for letter in "abc")
+    assert shown(driver, committed(driver, id, parent)) == shown(driver, id)
+    driver.cleanup()

@@ -62,7 +62,7 @@ def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
     with open(path, "xb") as file:
         image.write(file, 1000 * SLOTS_PER_BLOCK)
         file.seek(2048)
-        file.write(bytes(2048))
+        file.write(bytes(64))
 
 
 @contextmanager

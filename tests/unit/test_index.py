@@ -53,12 +53,21 @@ def mounted(index: Index, place: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("count", [1, 2, 150, 151, 152, 153, 154, 5000])
 def test_every_name_of_a_directory_is_found(count: int, tmp_path: Path) -> None:
+    check_names("dir", count, tmp_path)
+
+
+@pytest.mark.parametrize("count", [0, 1, 53, 54, 55, 56, 57, 150, 5000])
+def test_every_name_of_the_root_is_found_in_its_first_block_or_behind_it(count: int, tmp_path: Path) -> None:
+    check_names(".", count, tmp_path)
+
+
+def check_names(directory: str, count: int, place: Path) -> None:
     names = {f"file-{number:07d}-of-many".encode() for number in range(count)}
-    with mounted(index_of(*(Entry(b"dir/" + name) for name in names)), tmp_path) as tree:
-        assert set(os.listdir(os.fsencode(tree / "dir"))) == names
+    with mounted(index_of(*(Entry(os.fsencode(directory) + b"/" + name) for name in names)), place) as tree:
+        assert set(os.listdir(os.fsencode(tree / directory))) == names
         for name in names:
-            os.lstat(os.fsencode(tree / "dir") + b"/" + name)
-        assert not (tree / "dir" / "file-0000000-of-man").exists()
+            os.lstat(os.fsencode(tree / directory) + b"/" + name)
+        assert not (tree / directory / "file-0000000-of-man").exists()
 
 
 @pytest.mark.parametrize("name_bytes", range(240, 256))

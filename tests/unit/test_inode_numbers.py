@@ -16,7 +16,7 @@ import pytest
 
 from gearworkers.archive.entry import Entry
 from gearworkers.errors import ResourceExhausted
-from gearworkers.layers.erofs import SLOTS_PER_BLOCK, read_label
+from gearworkers.layers.erofs import END_OF_NUMBERS, SLOTS_PER_BLOCK, read_label
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.layers.inode_numbers import NUMBERS_FILE, InodeNumbers, window
@@ -122,10 +122,16 @@ def test_a_layer_on_its_way_keeps_its_numbers(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "make"),
-    [("ext4", ("mkfs.ext4", "-q", "-F")), ("xfs", ("mkfs.xfs", "-q", "-f")), ("btrfs", ("mkfs.btrfs", "-q"))],
+    ("kind", "make", "least"),
+    [
+        ("ext4", ("mkfs.ext4", "-q", "-F"), LEAST),
+        ("xfs", ("mkfs.xfs", "-q", "-f"), 1 << 33),
+        ("btrfs", ("mkfs.btrfs", "-q"), END_OF_NUMBERS // 2),
+    ],
 )
-def test_numbers_are_none_that_the_file_system_gives(tmp_path: Path, kind: str, make: tuple[str, ...]) -> None:
+def test_numbers_are_none_that_the_file_system_gives(
+    tmp_path: Path, kind: str, make: tuple[str, ...], least: int
+) -> None:
     disk, place = tmp_path / "disk", tmp_path / "place"
     disk.touch()
     os.truncate(disk, 2 << 40 if kind == "xfs" else 1 << 30)
@@ -134,6 +140,7 @@ def test_numbers_are_none_that_the_file_system_gives(tmp_path: Path, kind: str, 
     subprocess.run(["mount", "-o", "loop", str(disk), str(place)], check=True)
     try:
         start, end = window(place)
+        assert start == least
         highest = 0
         for number in range(600):
             (place / f"d{number}").mkdir()  # XFS spreads directories over the disk

@@ -30,6 +30,7 @@ def test_who_has_no_home_has_settings_all_the_same(monkeypatch: pytest.MonkeyPat
         ("GEAR_PROFILE_WINDOW_S", "-1"),
         ("GEAR_REMOTE_TIMEOUT_S", "nan"),
         ("GEAR_LOG_LEVEL", "loud"),
+        ("GEAR_XINO", "auto"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
