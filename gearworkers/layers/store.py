@@ -38,7 +38,10 @@ from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
 RECORD_FILE = "layer.json"
+FRESH_FILE = "fresh"
+"""In a layer that Create made and that may be filled by a tar: none of it has come yet."""
 APPLYING_FILE = "applying"
+"""What that file becomes when an ApplyDiff begins."""
 TREE = "tree"
 UPPER = "upper"
 WORK = "work"
@@ -230,6 +233,8 @@ class LayerStore:
             raise AlreadyExists(f"layer {layer.id}: there is one of this id")
         with self.building(layer.id) as build:
             self._lay_out(build, layer, ids)
+            if layer.kind is Kind.NEW:
+                (build / FRESH_FILE).touch(mode=0o600)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps) -> Layer:
@@ -239,6 +244,8 @@ class LayerStore:
         container = msgspec.structs.replace(layer, kind=Kind.CONTAINER)
         with self.building(layer.id) as build:
             self._lay_out(build, container, ids)
+            if (self._images / layer.id / FRESH_FILE).exists():
+                (build / FRESH_FILE).touch(mode=0o600)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
         self._discard(self._images / layer.id)
         return container
@@ -246,10 +253,14 @@ class LayerStore:
     def begin_apply(self, id: str, parent: str) -> Layer:
         """Mark that an ApplyDiff fills the layer; stays until it has finished or the layer is removed.
 
+        dockerd answers a broken connection with another request, whose body is what is left of the tar: nothing, or a
+        rest that may read as a tar of its own. So a layer takes one ApplyDiff, and none after a restart of the gateway,
+        since the one before may have received a part of the tar.
+
         Raises:
             InvalidInput: Create was told another parent.
             AlreadyExists: The layer has content.
-            FailedPrecondition: An ApplyDiff is under way or was broken off.
+            FailedPrecondition: An ApplyDiff has begun, or the gateway or dockerd was restarted since Create.
         """
         layer = self.get(id)
         if layer.parent != parent:
@@ -258,10 +269,11 @@ class LayerStore:
         if layer.kind is Kind.IMAGE or (layer.kind is Kind.CONTAINER and any((directory / UPPER).iterdir())):
             raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
         try:
-            (directory / APPLYING_FILE).touch(mode=0o600, exist_ok=False)
-        except FileExistsError as exc:
+            os.rename(directory / FRESH_FILE, directory / APPLYING_FILE)
+        except FileNotFoundError as exc:
             raise FailedPrecondition(
-                f"layer {id}: an ApplyDiff into it is under way or was broken off; remove the layer and start again"
+                f"layer {id}: a part of its tar may be gone: an ApplyDiff into it is under way or was broken off, or the "
+                "gateway was restarted; remove the layer and start again"
             ) from exc
         return layer
 
@@ -312,7 +324,13 @@ class LayerStore:
         return any(found)
 
     def recover(self) -> int:
-        """Remove what crashes left in build/ and private/; for the gateway's start only. How many directories."""
+        """Remove what crashes left in build/ and private/, and let no layer of before take a tar.
+
+        For the start of the gateway or of dockerd only.
+
+        Returns:
+            How many directories were removed.
+        """
         staged = list(self._build.iterdir())
         for path in staged:
             self._discard(path)
@@ -323,6 +341,9 @@ class LayerStore:
             if self._is_image(path.name):
                 self._discard(path)
         self._release_old_indexes()
+        for parent in (self._images, self._containers):
+            for path in parent.iterdir():
+                (path / FRESH_FILE).unlink(missing_ok=True)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)
