@@ -14,7 +14,15 @@ from typing import NoReturn, Protocol
 
 from gearworkers.archive import pax, sparse
 from gearworkers.archive.entry import BLOCK_BYTES, CONTENTLESS, DIR, HARDLINK, REG, Entry, shown
-from gearworkers.archive.header import ZERO_BLOCK, c_string, is_gnu, parse_header, parse_size, parse_type
+from gearworkers.archive.header import (
+    ZERO_BLOCK,
+    c_string,
+    is_gnu,
+    parse_header,
+    parse_size,
+    parse_type,
+    refuse_compressed,
+)
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import IntegrityError, InvalidInput
 
@@ -233,6 +241,8 @@ class TarReader:
         """The next header block; None at the archive's end, which is two zero blocks, one, or none."""
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
             if self._filled != self._position or extended:
+                if not self.offset:
+                    refuse_compressed(bytes(self._view[: self._filled]))
                 self._cut("a header behind it")
             self._end()
             return None

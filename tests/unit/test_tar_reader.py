@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 
 import pytest
 
@@ -154,6 +157,11 @@ def test_an_archive_of_nothing_has_no_entries(nothing: bytes) -> None:
     assert read.rebuilt() == nothing
 
 
+@pytest.mark.parametrize("name", [b"BZh", b"LZIP", b"]"])
+def test_an_archive_may_begin_with_a_name_as_compressed_data_do(name: bytes) -> None:
+    assert only(a_file(name) + END).name == name
+
+
 @pytest.mark.parametrize("end", [END, END[:512], b"", END + b"what a tape had behind it" * 1000])
 def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
     tar = a_file() + end
@@ -166,6 +174,9 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
     ("tar", "why"),
     [
         (b"x" * 512, "checksum"),
+        (gzip.compress(a_file()), "compressed with gzip"),
+        (lzma.compress(bytes(1 << 20)), "compressed with xz"),
+        (bz2.compress(a_file()), "compressed with bzip2"),
         (a_file()[:-1] + b"\0" * 512 + a_file(), "checksum"),
         (END[:512] + a_file(), "single zero block"),
         (changed(a_file(), SIZE, b"-0000000005\0"), "not octal"),
