@@ -272,8 +272,8 @@ class LayerStore:
             os.rename(directory / FRESH_FILE, directory / APPLYING_FILE)
         except FileNotFoundError as exc:
             raise FailedPrecondition(
-                f"layer {id}: a part of its tar may be gone: an ApplyDiff into it is under way or was broken off, or the "
-                "gateway was restarted; remove the layer and start again"
+                f"layer {id}: a part of its tar may be gone: an ApplyDiff into it is under way or was broken off, "
+                "or the gateway was restarted; remove the layer and start again"
             ) from exc
         return layer
 
