@@ -22,8 +22,9 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.archive.privacy import MARK
-from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
+from gearworkers.errors import AlreadyExists, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.files import opened_directory, remove_tree
+from gearworkers.layers import filling
 from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
@@ -38,10 +39,6 @@ from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
 RECORD_FILE = "layer.json"
-FRESH_FILE = "fresh"
-"""In a layer that Create made and that may be filled by a tar: none of it has come yet."""
-APPLYING_FILE = "applying"
-"""What that file becomes when an ApplyDiff begins."""
 TREE = "tree"
 UPPER = "upper"
 WORK = "work"
@@ -157,8 +154,8 @@ class LayerStore:
             FailedPrecondition: Its ApplyDiff did not finish.
         """
         directory = self.directory(layer)
-        if layer.kind is Kind.NEW and (directory / APPLYING_FILE).exists():
-            raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
+        if layer.kind is Kind.NEW:
+            filling.refuse_unfinished(directory)
         if layer.kind is Kind.CONTAINER:
             return directory / UPPER
         if layer.kind is Kind.IMAGE:
@@ -234,18 +231,17 @@ class LayerStore:
         with self.building(layer.id) as build:
             self._lay_out(build, layer, ids)
             if layer.kind is Kind.NEW:
-                (build / FRESH_FILE).touch(mode=0o600)
+                filling.allow(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps) -> Layer:
         """Make a new layer a container layer, to be written through a mount."""
-        if (self._images / layer.id / APPLYING_FILE).exists():
-            raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
+        filling.refuse_unfinished(self._images / layer.id)
         container = msgspec.structs.replace(layer, kind=Kind.CONTAINER)
         with self.building(layer.id) as build:
             self._lay_out(build, container, ids)
-            if (self._images / layer.id / FRESH_FILE).exists():
-                (build / FRESH_FILE).touch(mode=0o600)
+            if filling.is_allowed(self._images / layer.id):
+                filling.allow(build)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
         self._discard(self._images / layer.id)
         return container
@@ -253,14 +249,10 @@ class LayerStore:
     def begin_apply(self, id: str, parent: str) -> Layer:
         """Mark that an ApplyDiff fills the layer; stays until it has finished or the layer is removed.
 
-        dockerd answers a broken connection with another request, whose body is what is left of the tar: nothing, or a
-        rest that may read as a tar of its own. So a layer takes one ApplyDiff, and none after a restart of the gateway,
-        since the one before may have received a part of the tar.
-
         Raises:
             InvalidInput: Create was told another parent.
             AlreadyExists: The layer has content.
-            FailedPrecondition: An ApplyDiff has begun, or the gateway or dockerd was restarted since Create.
+            FailedPrecondition: As `filling.begin`.
         """
         layer = self.get(id)
         if layer.parent != parent:
@@ -268,13 +260,7 @@ class LayerStore:
         directory = self.directory(layer)
         if layer.kind is Kind.IMAGE or (layer.kind is Kind.CONTAINER and any((directory / UPPER).iterdir())):
             raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
-        try:
-            os.rename(directory / FRESH_FILE, directory / APPLYING_FILE)
-        except FileNotFoundError as exc:
-            raise FailedPrecondition(
-                f"layer {id}: a part of its tar may be gone: an ApplyDiff into it is under way or was broken off, "
-                "or the gateway was restarted; remove the layer and start again"
-            ) from exc
+        filling.begin(directory)
         return layer
 
     def publish(self, build: Path, layer: Layer) -> None:
@@ -343,7 +329,7 @@ class LayerStore:
         self._release_old_indexes()
         for parent in (self._images, self._containers):
             for path in parent.iterdir():
-                (path / FRESH_FILE).unlink(missing_ok=True)
+                filling.forbid(path)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)
