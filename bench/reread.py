@@ -125,7 +125,7 @@ def _provided(side: Side, disk: Path, image: Image) -> str:
     try:
         settings = replace(Settings(), remote=str(remote))
         target = f"{registry.host}/reread:gear"
-        convert_here(settings, plan_conversion(settings, f"docker-archive:{archive}", target, None), 2, lambda *_: None)
+        convert_here(settings, plan_conversion(settings, f"docker-archive:{archive}", target), 2, lambda *_: None)
         side.dockerd.docker("pull", target)
     finally:
         registry.stop()

@@ -7,7 +7,7 @@ import select
 import socket
 from typing import NoReturn
 
-from gearworkers.errors import IntegrityError, InvalidInput, Unavailable
+from gearworkers.errors import IntegrityError, Unavailable
 from gearworkers.streams import CHUNKED, Answer, frame
 
 RESPONSE_HEAD = (
@@ -104,7 +104,6 @@ class BodySource:
         self._expects_end = False  # of a chunk: CRLF
         self._in_trailer = False
         self._ended = body_bytes == 0
-        self._empty = True
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill some of *buffer*; 0 only at the body's proper end.
@@ -112,16 +111,12 @@ class BodySource:
         Raises:
             Unavailable: The caller broke off, or the gateway is gone.
             IntegrityError: The chunks are malformed.
-            InvalidInput: The body has no bytes: what a caller sends that lost them in an earlier attempt.
         """
         while not self._ended:
             received = self._receive(buffer)
             kept = self._decode(buffer, received) if self._chunked else self._count(received)
             if kept:
-                self._empty = False
                 return kept
-        if self._empty:
-            raise InvalidInput("the request has an empty body; was it sent before, over a connection that broke?")
         self._line.check_gateway()
         return 0
 

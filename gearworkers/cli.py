@@ -112,9 +112,13 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="An image: [HOST/]NAME[:TAG][@DIGEST], oci:PATH[:TAG] or docker-archive:PATH[:TAG].")
     ],
-    target: Annotated[str, typer.Argument(help="What the Gear image is to be called: [HOST/]NAME[:TAG].")],
+    target: Annotated[str, typer.Argument(help="Name of the Gear image: [HOST/]NAME[:TAG]; not the source's.")],
     platform: Annotated[
-        str, typer.Option(help="Of an image for several platforms, this one: OS/ARCHITECTURE[/VARIANT]. Default: ours.")
+        str,
+        typer.Option(
+            help="Platform to convert: OS/ARCHITECTURE[/VARIANT]. "
+            "Default: this host's, and any of an image for one platform only."
+        ),
     ] = "",
     all_platforms: Annotated[bool, typer.Option("--all-platforms", help="Convert it for all platforms.")] = False,
     local: Annotated[
@@ -128,8 +132,16 @@ def convert(
 
     if all_platforms and platform:
         raise InvalidInput("--platform or --all-platforms, not both")
-    wanted = None if all_platforms else Platform.parse(platform) if platform else Platform.here()
-    convert_image(command_settings(), source, target, wanted, again=again, processes=processes, local=local)
+    convert_image(
+        command_settings(),
+        source,
+        target,
+        Platform.parse(platform) if platform else None,
+        all_platforms=all_platforms,
+        again=again,
+        processes=processes,
+        local=local,
+    )
 
 
 @app.command()

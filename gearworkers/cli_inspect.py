@@ -15,6 +15,7 @@ from gearworkers.dockerd import LocalImage, local_image
 from gearworkers.errors import NotFound, Unavailable
 from gearworkers.images import manifest as m
 from gearworkers.images.blobs import unpacked
+from gearworkers.images.indexes import images_for
 from gearworkers.images.layer import INLINE_BYTES
 from gearworkers.images.source import Source, open_source, small_blob
 from gearworkers.layers.pins import Pin, Pins
@@ -106,8 +107,8 @@ def _inspect_remote(node: Node, name: str) -> Iterable[tuple[str, str]]:
     source = open_source(node.settings, name)
     data, media_type = source.root()
     if media_type in m.INDEXES:
-        (ours,) = m.images_for(m.decode_index(data, name), m.Platform.here(), name)
-        data, _ = source.manifest(ours.digest)
+        (ours,) = images_for(source, data, m.Platform.here(), name)
+        data, _ = source.manifest(ours.descriptor.digest)
     manifest = m.decode_manifest(data, name)
     config = m.decode_config(small_blob(source, manifest.config), manifest, name)
     yield "Image", f"{name}, not pulled here"

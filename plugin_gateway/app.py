@@ -15,6 +15,7 @@ from aiohttp import web
 from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.processes import tell_ready
 from gearworkers.settings import Settings
+from gearworkers.streams import Answer
 from plugin_gateway.calls import LIGHT_CALLS, Driver, layer_id
 from plugin_gateway.connection import Connection, HeavyRequest, connection_of
 from plugin_gateway.desk import Body
@@ -174,7 +175,7 @@ class Gateway:
             return 200, failure(str(from_os_error(exc, method)))
         except Exception as exc:
             _log.exception("call failed: a bug", method=method)
-            return 500, failure(f"internal error: {type(exc).__name__}: {exc}; the gateway's log has more")
+            return 500, failure(_internal(exc))
 
     async def _after(self, method: str, body: bytes, answer: Response) -> Response:
         """What a call that went well brings about."""
@@ -240,7 +241,11 @@ class Gateway:
     async def _heavy_outcome(self, request: HeavyRequest, connection: Connection) -> Outcome:
         call = "apply_diff" if request.method == "GraphDriver.ApplyDiff" else "diff"
         order = make_order(call, self._driver.settings, request.id, request.parent)
-        return await self._dispatcher.do(order, Body(connection.descriptor(), request.body_bytes, request.head))
+        try:
+            return await self._dispatcher.do(order, Body(connection.descriptor(), request.body_bytes, request.head))
+        except Exception as exc:  # broken off, dockerd would send the rest of a tar as another
+            _log.exception("call failed: a bug", method=request.method, id=request.id)
+            return Outcome(Answer(error=_internal(exc)), started=call == "diff", by="")
 
     async def _after_heavy(self, request: HeavyRequest, failed: bool) -> None:
         if failed:
@@ -287,6 +292,10 @@ def _tell(request: HeavyRequest, connection: Connection, outcome: Outcome) -> No
         connection.break_off()
     else:
         connection.respond(500, error(answer.error))
+
+
+def _internal(exc: Exception) -> str:
+    return f"internal error: {type(exc).__name__}: {exc}; the gateway's log has more"
 
 
 def _host_and_port(where: str) -> tuple[str, int]:

@@ -14,6 +14,17 @@ from gearworkers.errors import InvalidInput
 
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+    b"\x5d\0\0": "lzma",
+    b"\x1f\x9d": "compress",
+}
+"""By how their data begin."""
 _USTAR_MAGIC = b"ustar\0"
 _GNU_MAGIC, _GNU_VERSION = b"ustar ", b" \0"
 _V7, _USTAR, _GNU = range(3)
@@ -88,8 +99,21 @@ def parse_type(block: bytes, offset: int) -> int:
         InvalidInput: The checksum is wrong.
     """
     if not _checksum_matches(block):
+        if not offset:
+            refuse_compressed(block)
         raise InvalidInput(f"tar header at byte {offset}: the checksum is wrong; this is not a tar or it is damaged")
     return block[_TYPE]
+
+
+def refuse_compressed(beginning: bytes) -> None:
+    """Say how a stream that is not a tar is compressed; for no other, as a name in a tar may begin alike.
+
+    Raises:
+        InvalidInput: It is.
+    """
+    for magic, name in _COMPRESSIONS.items():
+        if beginning.startswith(magic):
+            raise InvalidInput(f"this is not a tar but compressed with {name}; a layer is a tar, plain, gzip or zstd")
 
 
 def parse_size(block: bytes) -> int:

@@ -2,9 +2,9 @@
 
 What is accepted and what is refused is what Go's archive/tar does, since it is what Docker reads layers with:
 v7, ustar, PAX, star and GNU headers, sparse files of all of GNU's formats, an end without zero blocks as long as
-no entry is cut. Stricter in two things: an extended header that describes nothing at a bare end of the stream is
-a cut, and a stream of no bytes is no tar. More lenient in two that Docker refuses: contiguous files ('7') and old
-GNU sparse files ('S') are regular files.
+no entry is cut; so a stream of no bytes is a tar without entries. Stricter in one thing: an extended header that
+describes nothing at a bare end of the stream is a cut. More lenient in two that Docker refuses: contiguous files ('7')
+and old GNU sparse files ('S') are regular files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import NoReturn, Protocol
 
 from gearworkers.archive import pax, sparse
 from gearworkers.archive.entry import BLOCK_BYTES, CONTENTLESS, DIR, HARDLINK, REG, Entry, shown
-from gearworkers.archive.header import ZERO_BLOCK, c_string, is_gnu, parse_header, parse_size, parse_type
+from gearworkers.archive.header import (
+    ZERO_BLOCK,
+    c_string,
+    is_gnu,
+    parse_header,
+    parse_size,
+    parse_type,
+    refuse_compressed,
+)
 from gearworkers.archive.stream import StreamWriter
 from gearworkers.errors import IntegrityError, InvalidInput
 
@@ -233,9 +241,9 @@ class TarReader:
         """The next header block; None at the archive's end, which is two zero blocks, one, or none."""
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
             if self._filled != self._position or extended:
+                if not self.offset:
+                    refuse_compressed(bytes(self._view[: self._filled]))
                 self._cut("a header behind it")
-            if not self._base_offset:
-                raise InvalidInput("the tar stream is empty: no byte came")
             self._end()
             return None
         start = self._position

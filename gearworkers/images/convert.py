@@ -13,22 +13,21 @@ index, and the tag last. So a run that dies leaves nothing wrong, and its finish
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO
 
 import msgspec
 
-from gearworkers.archive.privacy import begins_marked
-from gearworkers.archive.reader import Readable, TarReader
+from gearworkers.archive.reader import Readable
 from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import Beginning, unpacked
+from gearworkers.images.blobs import unpacked
 from gearworkers.images.contents import Contents, nameless_file, storing
 from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.source import Source, open_source, small_blob
+from gearworkers.images.survey import private_layers, refuse_to_replace, survey
 from gearworkers.objects.remotes.remote import Remote
 from gearworkers.settings import Settings
 
@@ -39,7 +38,6 @@ Told = Callable[[str, int], None]
 """The same of many layers: called with a layer's digest before."""
 
 _COPY_BYTES = 1 << 20
-_LOOKS_AT_ONCE = 8
 
 
 class LayerJob(msgspec.Struct, frozen=True):
@@ -81,6 +79,8 @@ class ImagePlan(msgspec.Struct, frozen=True):
     media_type: str
     layers: tuple[LayerJob, ...]
     """In the manifest's order; a layer may come twice."""
+    entry: m.Document = {}
+    """Its descriptor in the index; empty for the image of a single platform."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -124,7 +124,13 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 def plan_conversion(
-    settings: Settings, source: str, target: str, platform: m.Platform | None, *, again: bool = False
+    settings: Settings,
+    source: str,
+    target: str,
+    platform: m.Platform | None = None,
+    *,
+    all_platforms: bool = False,
+    again: bool = False,
 ) -> Plan:
     """Find out what there is to convert; reads manifests, configs and how the layers begin, changes nothing.
 
@@ -132,32 +138,30 @@ def plan_conversion(
         settings: Credentials and proxy.
         source: As `open_source` takes it.
         target: A reference to a registry, with a tag or without, but not by digest.
-        platform: Of an index, this one; None for all.
+        platform: As `survey` takes it.
+        all_platforms: Convert all images of an index.
         again: Convert also what was converted before.
 
     Raises:
-        InvalidInput, IntegrityError: A name is malformed, the image is none that can be converted.
-        NotFound: It is not there, or not for this platform.
+        InvalidInput, IntegrityError: A name is malformed, the image cannot be converted, or *target* is its own name.
+        NotFound: It is not there, or not for *platform*.
     """
     named = Reference.parse(target)
     if named.digest:
         raise InvalidInput(f"{target}: a digest cannot be chosen; name a tag")
     image = open_source(settings, source)
-    data, media_type = image.root()
-    digest = m.digest_of(data)
-    if media_type in m.MANIFESTS:
-        index, manifests = "", [(digest, data, media_type)]
-    else:
-        children = m.images_for(m.decode_index(data, f"index {digest}"), platform, source)
-        index = "" if platform else digest
-        manifests = [(child.digest, *image.manifest(child.digest)) for child in children]
-    images = [_decoded(image, *manifest) for manifest in manifests]
-    private = _private_layers(image, images)
+    found = survey(image, source, platform, all_platforms=all_platforms)
+    refuse_to_replace(settings, source, named, found)
+    private = private_layers(image, found.images)
 
     def job(layer: m.Descriptor, diff_id: str) -> LayerJob:
         return LayerJob(source, str(named), layer.digest, layer.size, diff_id, again, layer.digest in private)
 
-    plans = (ImagePlan(one.manifest, one.media_type, tuple(job(*layer) for layer in one.layers)) for one in images)
+    plans = (
+        ImagePlan(one.manifest, one.media_type, tuple(job(*layer) for layer in one.layers), one.entry)
+        for one in found.images
+    )
+    index = found.digest if found.is_index and all_platforms else ""
     return Plan(source, str(named), index, tuple(plans))
 
 
@@ -209,39 +213,6 @@ def finish_conversion(settings: Settings, plan: Plan, layers: Iterable[LayerDone
         data, media_type = pushed[0]
     digest = repository.put_manifest(target.version, media_type, data)
     return _report(plan, digest, done.values())
-
-
-class _Image(NamedTuple):
-    """One manifest, read with its config."""
-
-    manifest: str
-    media_type: str
-    layers: list[tuple[m.Descriptor, str]]
-    """With their diff IDs, the lowest first."""
-
-
-def _decoded(image: Source, digest: str, data: bytes, media_type: str) -> _Image:
-    manifest = m.decode_manifest(data, f"manifest {digest}")
-    config = m.decode_config(small_blob(image, manifest.config), manifest, f"config {manifest.config.digest}")
-    return _Image(digest, media_type, list(zip(manifest.layers, config.rootfs.diff_ids, strict=True)))
-
-
-def _private_layers(source: Source, images: Sequence[_Image]) -> set[str]:
-    """The digests of the layers that have the mark or lie above one that has it, in any of the images."""
-    distinct = {layer.digest: layer for one in images for layer, _ in one.layers}
-    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-        looks = pool.map(lambda layer: _has_mark(source, layer), distinct.values())
-        marked = {digest for digest, has_mark in zip(distinct, looks, strict=True) if has_mark}
-    private: set[str] = set()
-    for one in images:
-        digests = [layer.digest for layer, _ in one.layers]
-        first = next((at for at, digest in enumerate(digests) if digest in marked), len(digests))
-        private.update(digests[first:])
-    return private
-
-
-def _has_mark(source: Source, layer: m.Descriptor) -> bool:
-    return begins_marked(TarReader(Beginning(source.blob(layer.digest, layer.size))))
 
 
 def record_name(job: LayerJob) -> str:
@@ -355,8 +326,9 @@ def _push_image(
 def _gear_config(data: bytes, layers: list[LayerDone]) -> bytes:
     """The config with the Gear layers' diff IDs and the mark; history and all else stay."""
     document: m.Document = msgspec.json.decode(data)
-    document["rootfs"]["diff_ids"] = [layer.diff_id for layer in layers]
-    run: dict[str, Any] = document.setdefault("config", {}) or {}
+    diff_ids = [layer.diff_id for layer in layers]
+    document["rootfs"] = {"type": "layers"} | (document.get("rootfs") or {}) | {"diff_ids": diff_ids}
+    run: dict[str, Any] = document.get("config") or {}
     run["Labels"] = {**(run.get("Labels") or {}), **_mark(layers)}
     document["config"] = run
     return m.encode(document)
@@ -371,11 +343,11 @@ def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers:
     """The manifest of the same schema; what it says of other manifests is not true of this one and is left out."""
     oci = media_type == m.OCI_MANIFEST
     document["mediaType"] = media_type
-    document["config"] |= {"digest": m.digest_of(config), "size": len(config)}
+    document["config"] = m.renamed(document["config"], config)
     kind = m.OCI_LAYER_GZIP if oci else m.DOCKER_LAYER_GZIP
     document["layers"] = [
         old if layer.private else _gear_descriptor(layer, old, kind)
-        for layer, old in zip(layers, document["layers"], strict=True)
+        for layer, old in zip(layers, document.get("layers") or [], strict=True)
     ]
     document.pop("subject", None)
     if oci:
@@ -389,15 +361,10 @@ def _gear_descriptor(layer: LayerDone, old: m.Document, kind: str) -> m.Document
 
 
 def _gear_index(source: Source, plan: Plan, pushed: list[tuple[bytes, str]]) -> tuple[bytes, str]:
-    """The index with the Gear images in the place of what they were made of, and nothing else in it."""
+    """The index with the Gear images in the place of the originals, also of those in indexes below, and no more."""
     data, media_type = source.manifest(plan.index)
     document: m.Document = msgspec.json.decode(data)
-    new = {image.manifest: made for image, (made, _) in zip(plan.images, pushed, strict=True)}
-    document["manifests"] = [
-        child | {"digest": m.digest_of(new[child["digest"]]), "size": len(new[child["digest"]])}
-        for child in document["manifests"]
-        if child["digest"] in new
-    ]
+    document["manifests"] = [m.renamed(image.entry, made) for image, (made, _) in zip(plan.images, pushed, strict=True)]
     document["mediaType"] = media_type
     document.pop("subject", None)
     return m.encode(document), media_type

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gearworkers.errors import IntegrityError, InvalidInput, NotFound
+from gearworkers.errors import IntegrityError, InvalidInput
 from gearworkers.images.reference import check_digest
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -30,16 +30,18 @@ DOCKER_LAYERS = {"gzip": DOCKER_LAYER_GZIP, "zstd": DOCKER_LAYER_ZSTD}
 
 MANIFESTS = frozenset((OCI_MANIFEST, DOCKER_MANIFEST))
 INDEXES = frozenset((OCI_INDEX, DOCKER_INDEX))
+CONFIGS = frozenset((OCI_CONFIG, DOCKER_CONFIG))
 LAYERS = frozenset(
-    (
-        "application/vnd.oci.image.layer.v1.tar",
-        OCI_LAYER_GZIP,
-        "application/vnd.oci.image.layer.v1.tar+zstd",
-        DOCKER_LAYER,
-        DOCKER_LAYER_GZIP,
-        DOCKER_LAYER_ZSTD,
-    )
+    f"application/vnd.{kind}{suffix}"
+    for kind, suffixes in {
+        "oci.image.layer.v1.tar": ("", "+gzip", "+zstd"),
+        "oci.image.layer.nondistributable.v1.tar": ("", "+gzip", "+zstd"),
+        "docker.image.rootfs.diff.tar": ("", ".gzip", ".zstd"),
+        "docker.image.rootfs.foreign.diff.tar": ("", ".gzip", ".zstd"),
+    }.items()
+    for suffix in suffixes
 )
+"""Those that registries are asked not to hold ("foreign") among them: a Gear layer has none of their contents."""
 
 GEAR_MARK = "io.gearworkers.image"
 """Label of a Gear image's config, and annotation of its OCI manifest; its value is "1"."""
@@ -48,6 +50,8 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_CONFIG_BYTES = 16 << 20
 
 _ATTESTATION = "vnd.docker.reference.type"
+_ENCRYPTED = "+encrypted"
+_OF_OLD_BYTES = frozenset(("data", "urls"))
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
 _USUAL_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 """As containerd takes an image that says none."""
@@ -90,6 +94,9 @@ class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
 
 
+_UNKNOWN = Platform("unknown", "unknown")
+
+
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
     """What names a blob or a manifest."""
 
@@ -100,26 +107,32 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
     annotations: dict[str, str] | None = None
 
     @property
-    def is_attestation(self) -> bool:
-        """Whether it is about another manifest of the same index, as BuildKit's provenance is."""
-        return _ATTESTATION in (self.annotations or {})
+    def is_image(self) -> bool:
+        """Whether it names a manifest that is not said to be about another one, as BuildKit's provenance is."""
+        about_another = _ATTESTATION in (self.annotations or {}) or self.platform == _UNKNOWN
+        return self.media_type in MANIFESTS and not about_another
+
+    @property
+    def names_platform(self) -> bool:
+        """Whether it says what the image runs on."""
+        return self.platform is not None and bool(self.platform.os and self.platform.architecture)
 
 
 class Manifest(msgspec.Struct, frozen=True, rename="camel"):
     """One image."""
 
     config: Descriptor
-    layers: tuple[Descriptor, ...]
+    layers: tuple[Descriptor, ...] = ()
 
 
 class Index(msgspec.Struct, frozen=True, rename="camel"):
     """Manifests of one name, by platform."""
 
-    manifests: tuple[Descriptor, ...]
+    manifests: tuple[Descriptor, ...] = ()
 
 
 class _RootFs(msgspec.Struct, frozen=True):
-    diff_ids: tuple[str, ...]
+    diff_ids: tuple[str, ...] = ()
 
 
 class RunConfig(msgspec.Struct, frozen=True):
@@ -136,8 +149,16 @@ class RunConfig(msgspec.Struct, frozen=True):
 class Config(msgspec.Struct, frozen=True):
     """What of an image's config is needed here."""
 
-    rootfs: _RootFs
+    rootfs: _RootFs = _RootFs()
     config: RunConfig | None = None
+    architecture: str = ""
+    os: str = ""
+    variant: str = ""
+
+    @property
+    def platform(self) -> Platform:
+        """What the image runs on."""
+        return Platform(self.architecture, self.os, self.variant)
 
     @property
     def is_gear(self) -> bool:
@@ -150,32 +171,22 @@ class _Typed(msgspec.Struct, frozen=True, rename="camel"):
     schema_version: int = 2
 
 
-def images_for(index: Index, platform: Platform | None, source: str) -> list[Descriptor]:
-    """The one image of an index for a platform, or all; attestations, which are about others' digests, are left out.
-
-    Raises:
-        NotFound: There is none.
-    """
-    images = [child for child in index.manifests if child.media_type in MANIFESTS and not child.is_attestation]
-    if platform is None and images:
-        return images
-    found = [child for child in images if child.platform and platform and platform.runs(child.platform)]
-    if not found:
-        there = ", ".join(sorted({str(child.platform) for child in images}))
-        raise NotFound(f"{source} has no image for {platform or 'any platform'}; there are: {there}")
-    return found[:1]
-
-
 def decode(data: bytes, of: type[_T], what: str) -> _T:
-    """*data* as JSON of the struct *of*.
+    """*data* as JSON of the struct *of*; a null is what Go, which wrote most, takes it for: a value not given.
 
     Raises:
         InvalidInput: It is not JSON, or not of that shape; the message begins with *what*.
     """
     try:
-        return msgspec.json.decode(data, type=of)
-    except ValueError as exc:
+        return msgspec.convert(_without_nulls(msgspec.json.decode(data)), of)
+    except (ValueError, RecursionError) as exc:
         raise InvalidInput(f"{what}: {exc}") from exc
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def encode(document: Document) -> bytes:
@@ -207,8 +218,12 @@ def decode_manifest(data: bytes, what: str) -> Manifest:
         if blob.size < 0:
             raise InvalidInput(f"{what}: the size of {blob.digest} is negative")
     for layer in found.layers:
+        if layer.media_type.endswith(_ENCRYPTED):
+            raise InvalidInput(f"{what}: layer {layer.digest} is encrypted; decrypt the image first")
         if layer.media_type not in LAYERS:
-            raise InvalidInput(f"{what}: layer {layer.digest} is {layer.media_type!r}, which is not a tar layer")
+            raise InvalidInput(
+                f"{what}: layer {layer.digest} is {layer.media_type!r}; a layer is a tar, plain, gzip or zstd"
+            )
     return found
 
 
@@ -239,6 +254,12 @@ def media_type_of(data: bytes, told: str, what: str) -> str:
     if typed.schema_version != 2 or media_type not in MANIFESTS | INDEXES:
         raise InvalidInput(f"{what}: a manifest of type {media_type!r}, version {typed.schema_version}, is not read")
     return media_type
+
+
+def renamed(descriptor: Document, data: bytes) -> Document:
+    """*descriptor* for *data*, which takes the place of what it named."""
+    kept = {key: value for key, value in descriptor.items() if key not in _OF_OLD_BYTES}
+    return kept | {"digest": digest_of(data), "size": len(data)}
 
 
 def digest_of(data: bytes) -> str:

@@ -14,6 +14,8 @@ from gearworkers.hosts import host_name, is_loopback
 DOCKER_HUB = "docker.io"
 _HUB_API_HOST = "registry-1.docker.io"
 _DEFAULT_TAG = "latest"
+_HTTPS_PORT = "443"
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _MAX_REPOSITORY_CHARACTERS = 255
 
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|"
@@ -77,6 +79,16 @@ class Reference:
     def is_loopback(self) -> bool:
         """Whether the registry is on this machine, where plain HTTP is as good as TLS."""
         return is_loopback(host_name(self.host))
+
+    def is_in_repository_of(self, other: Reference) -> bool:
+        """Whether both name the same repository, as far as their names tell."""
+        return (self._server, self.repository) == (other._server, other.repository)
+
+    @property
+    def _server(self) -> tuple[str, str]:
+        """Host and port, one for all of their usual spellings."""
+        name, port = host_name(self.host).lower(), self.host.rpartition("]")[2].partition(":")[2]
+        return "localhost" if name in _THIS_MACHINE else name, port or _HTTPS_PORT
 
     def at(self, digest: str) -> Reference:
         """The manifest of this digest in the same repository."""

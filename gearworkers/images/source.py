@@ -154,6 +154,8 @@ class OciLayout:
 
     def __init__(self, files: Files, tag: str) -> None:
         self._files = files
+        self._index = b""
+        """What stands for several platforms under one name."""
         self._root = self._chosen(tag)
 
     def root(self) -> tuple[bytes, str]:
@@ -162,9 +164,10 @@ class OciLayout:
 
     def manifest(self, digest: str) -> tuple[bytes, str]:
         """As `Source.manifest`."""
-        data = _small(self._open(digest), m.MAX_MANIFEST_BYTES)
+        is_root = digest == self._root.digest
+        data = self._index if is_root and self._index else _small(self._open(digest), m.MAX_MANIFEST_BYTES)
         what = f"manifest {digest} of {self._files.path}"
-        told = self._root.media_type if digest == self._root.digest else ""
+        told = self._root.media_type if is_root else ""
         return m.verified(data, digest, what), m.media_type_of(data, told or m.OCI_MANIFEST, what)
 
     def blob(self, digest: str, size_bytes: int) -> Readable:
@@ -178,7 +181,15 @@ class OciLayout:
         path = self._files.path
         data = _small(self._files.open("index.json"), m.MAX_MANIFEST_BYTES)
         found = m.decode_index(data, f"{path}: index.json").manifests
-        return found[_choose([_layout_names(descriptor) for descriptor in found], tag, path)]
+        names = [_layout_names(descriptor) for descriptor in found]
+        called = _called(names, tag)
+        if not _are_platforms_of_one(called, found, names):
+            return found[_choose(names, tag, path)]
+        documents = msgspec.json.decode(data)["manifests"]
+        self._index = m.encode(
+            {"schemaVersion": 2, "mediaType": m.OCI_INDEX, "manifests": [documents[at] for at in called]}
+        )
+        return m.Descriptor(m.OCI_INDEX, m.digest_of(self._index), len(self._index))
 
 
 class DockerArchive:
@@ -230,7 +241,7 @@ class DockerArchive:
 
 class _Saved(msgspec.Struct, frozen=True):
     config: str = msgspec.field(name="Config")
-    layers: tuple[str, ...] = msgspec.field(name="Layers")
+    layers: tuple[str, ...] = msgspec.field(name="Layers", default=())
     tags: tuple[str, ...] | None = msgspec.field(name="RepoTags", default=None)
 
 
@@ -312,12 +323,23 @@ def _layout_names(descriptor: m.Descriptor) -> tuple[str, ...]:
 
 def _choose(names: Sequence[Sequence[str]], tag: str, path: Path) -> int:
     """Which image is meant: the one of that name or tag, or the only one."""
-    found = [at for at, known in enumerate(names) if not tag or any(_is_called(name, tag) for name in known)]
+    found = _called(names, tag)
     if len(found) == 1:
         return found[0]
     shown = ", ".join(name for known in names for name in known) or "none with a name"
     wanted = f"{len(found)} of them are called {tag}" if tag else "say which, behind the path and a colon"
     raise InvalidInput(f"{path} holds {len(names)} images ({shown}); {wanted}")
+
+
+def _called(names: Sequence[Sequence[str]], tag: str) -> list[int]:
+    """Which images have that name or tag; all for none."""
+    return [at for at, known in enumerate(names) if not tag or any(_is_called(name, tag) for name in known)]
+
+
+def _are_platforms_of_one(called: Sequence[int], found: Sequence[m.Descriptor], names: Sequence[Sequence[str]]) -> bool:
+    """Whether several manifests have the same names, or all none, and differ in their platforms."""
+    platforms = {found[at].platform for at in called}
+    return len({tuple(names[at]) for at in called}) == 1 < len(called) == len(platforms)
 
 
 def _is_called(name: str, tag: str) -> bool:

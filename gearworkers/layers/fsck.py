@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from gearworkers.archive.stream import StreamReader
 from gearworkers.errors import GearError, IntegrityError
+from gearworkers.layers import filling
 from gearworkers.layers.apply import PRIVATE_FILE, STREAM_FILE
 from gearworkers.layers.erofs import check_image
 from gearworkers.layers.inode_numbers import INDEX_FILE
 from gearworkers.layers.renumber import has_numbers
-from gearworkers.layers.store import APPLYING_FILE, Kind, Layer, LayerStore
+from gearworkers.layers.store import Kind, Layer, LayerStore
 from gearworkers.objects.claims import OBJECTS_FILE, read_objects
 from gearworkers.objects.store import ObjectStore
 
@@ -46,7 +47,7 @@ def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection
             continue
         if layer.kind is Kind.IMAGE:
             yield from _image_faults(layers, layer, store, bad_digests)
-        elif (layers.directory(layer) / APPLYING_FILE).exists():
+        elif filling.is_unfinished(layers.directory(layer)):
             yield LayerFault(id, "its ApplyDiff did not finish, or is under way", "dockerd removes it")
 
 

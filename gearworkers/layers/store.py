@@ -22,8 +22,9 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.archive.privacy import MARK
-from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
+from gearworkers.errors import AlreadyExists, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.files import opened_directory, remove_tree
+from gearworkers.layers import filling
 from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
@@ -38,7 +39,6 @@ from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
 RECORD_FILE = "layer.json"
-APPLYING_FILE = "applying"
 TREE = "tree"
 UPPER = "upper"
 WORK = "work"
@@ -154,8 +154,8 @@ class LayerStore:
             FailedPrecondition: Its ApplyDiff did not finish.
         """
         directory = self.directory(layer)
-        if layer.kind is Kind.NEW and (directory / APPLYING_FILE).exists():
-            raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
+        if layer.kind is Kind.NEW:
+            filling.refuse_unfinished(directory)
         if layer.kind is Kind.CONTAINER:
             return directory / UPPER
         if layer.kind is Kind.IMAGE:
@@ -230,15 +230,18 @@ class LayerStore:
             raise AlreadyExists(f"layer {layer.id}: there is one of this id")
         with self.building(layer.id) as build:
             self._lay_out(build, layer, ids)
+            if layer.kind is Kind.NEW:
+                filling.allow(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps) -> Layer:
         """Make a new layer a container layer, to be written through a mount."""
-        if (self._images / layer.id / APPLYING_FILE).exists():
-            raise FailedPrecondition(f"layer {layer.id}: its ApplyDiff has not finished; remove it and pull again")
+        filling.refuse_unfinished(self._images / layer.id)
         container = msgspec.structs.replace(layer, kind=Kind.CONTAINER)
         with self.building(layer.id) as build:
             self._lay_out(build, container, ids)
+            if filling.is_allowed(self._images / layer.id):
+                filling.allow(build)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
         self._discard(self._images / layer.id)
         return container
@@ -249,7 +252,7 @@ class LayerStore:
         Raises:
             InvalidInput: Create was told another parent.
             AlreadyExists: The layer has content.
-            FailedPrecondition: An ApplyDiff is under way or was broken off.
+            FailedPrecondition: As `filling.begin`.
         """
         layer = self.get(id)
         if layer.parent != parent:
@@ -257,12 +260,7 @@ class LayerStore:
         directory = self.directory(layer)
         if layer.kind is Kind.IMAGE or (layer.kind is Kind.CONTAINER and any((directory / UPPER).iterdir())):
             raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
-        try:
-            (directory / APPLYING_FILE).touch(mode=0o600, exist_ok=False)
-        except FileExistsError as exc:
-            raise FailedPrecondition(
-                f"layer {id}: an ApplyDiff into it is under way or was broken off; remove the layer and start again"
-            ) from exc
+        filling.begin(directory)
         return layer
 
     def publish(self, build: Path, layer: Layer) -> None:
@@ -312,7 +310,13 @@ class LayerStore:
         return any(found)
 
     def recover(self) -> int:
-        """Remove what crashes left in build/ and private/; for the gateway's start only. How many directories."""
+        """Remove what crashes left in build/ and private/, and let no layer of before take a tar.
+
+        For the start of the gateway or of dockerd only.
+
+        Returns:
+            How many directories were removed.
+        """
         staged = list(self._build.iterdir())
         for path in staged:
             self._discard(path)
@@ -323,6 +327,9 @@ class LayerStore:
             if self._is_image(path.name):
                 self._discard(path)
         self._release_old_indexes()
+        for parent in (self._images, self._containers):
+            for path in parent.iterdir():
+                filling.forbid(path)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)

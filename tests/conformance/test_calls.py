@@ -94,11 +94,39 @@ def test_a_broken_off_layer_refuses_all_but_remove(driver: Driver) -> None:
     assert set(shown(driver, id)) == {b"a"}
 
 
-def test_a_body_of_no_bytes_is_an_error(driver: Driver) -> None:
+@pytest.mark.parametrize("nothing", [b"", bytes(512), bytes(1024), bytes(10240)])
+def test_a_tar_of_nothing_is_an_empty_layer(driver: Driver, nothing: bytes) -> None:
+    base, id = applied(driver, file("a", b"a")), an_id()
+    driver.create(id, base)
+    assert driver.apply_diff(id, base, nothing) == 0
+    assert driver.diff(id, base) == nothing
+    assert shown(driver, id) == shown(driver, base)
+
+
+def test_what_is_left_of_a_broken_body_is_no_layer(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"empty|no byte"):
+    whole = tar(file("a", b"a" * 5000))
+    with pytest.raises(Refused, match="ends early"):
+        driver.apply_diff(id, "", whole[:3000])
+    for rest in (b"", bytes(1024), tar(file("b", b"b"))):
+        with pytest.raises(Refused, match="a part of its tar may be gone"):
+            driver.apply_diff(id, "", rest)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_layer_made_before_a_restart_is_mounted_but_takes_no_tar(driver: Driver, used: bool) -> None:
+    id = an_id()
+    driver.create(id)
+    if used:
+        with mounted(driver, id):
+            pass
+    driver.restart()
+    with pytest.raises(Refused, match="the gateway was restarted"):
         driver.apply_diff(id, "", b"")
+    with mounted(driver, id) as merged:
+        (merged / "a").touch()
+    assert set(shown(driver, id)) == {b"a"}
 
 
 def test_a_diff_for_another_parent_than_creates_is_refused(driver: Driver) -> None:

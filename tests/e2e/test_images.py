@@ -8,9 +8,16 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import pytest
+
+from gearworkers.images import manifest as m
+from gearworkers.images.reference import Reference
+from gearworkers.images.registry import Repository
+from gearworkers.settings import Settings
 from tests.support import rootfs
 from tests.support.disk import tree_bytes
 from tests.support.dockerd import Dockerd
+from tests.support.images import Image
 from tests.support.processes import wait_until
 from tests.support.registry import Registry
 from tests.support.stack import Stack
@@ -102,6 +109,27 @@ def test_an_image_pulled_from_nothing_is_whole(dockerd: Dockerd, registry: Regis
     container = dockerd.docker("create", name, "none")
     assert dockerd.call("cp", f"{container}:/only", "-").stdout.count(b"here") == 1
     dockerd.docker("rm", container)
+    dockerd.docker("rmi", name)
+
+
+EMPTY_LAYERS = {"no bytes": b"", "one zero block": bytes(512), "twenty zero blocks": bytes(10240)}
+"""Tars of nothing: what Docker's own drivers take for an empty layer."""
+
+
+@pytest.mark.parametrize("compression", ["", "gzip"])
+def test_layers_of_nothing_are_empty_and_come_back_as_they_were(
+    dockerd: Dockerd, registry: Registry, tmp_path: Path, compression: str
+) -> None:
+    image = Image((tiny_tar(), *EMPTY_LAYERS.values(), tar_of({"after": b"it"})), compression)
+    name, loaded = f"{registry.host}/nothing:1", tmp_path / "loaded.tar"
+    dockerd.docker("load", stdin=image.saved(name))
+    assert dockerd.run(name, "cat", "/after") == "it"
+    dockerd.docker("save", "-o", str(loaded), name)
+    assert saved_layers(loaded) == [m.digest_of(tar) for tar in image.tars]
+    dockerd.docker("rmi", name)
+    image.push(Repository.of(Settings(), Reference.parse(name)), "1")
+    dockerd.docker("pull", name)
+    assert dockerd.run(name, "cat", "/after") == "it"
     dockerd.docker("rmi", name)
 
 

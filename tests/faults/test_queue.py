@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 
 import pytest
@@ -249,6 +249,22 @@ def test_a_gateway_killed_in_the_middle_leaves_no_half_layer(plugin: Plugin, sta
     plugin.call("Remove", ID=id)
     assert apply(plugin, id, tar)[0] == 200
     assert plugin.diff(id) == (200, tar)
+
+
+def test_the_rest_of_a_tar_that_a_dead_gateway_received_is_no_layer(plugin: Plugin, stack: Stack) -> None:
+    rests: dict[str, list[bytes]] = {an_id(): [], an_id(): [bytes(1024)], an_id(): [tiny_tar()]}
+    for id in rests:
+        plugin.call("Create", ID=id, Parent="")
+    os.killpg(stack.daemons["gateway"].pid, signal.SIGSTOP)  # so no worker hears of what it receives
+    with ExitStack() as connections:
+        for id in rests:
+            connections.enter_context(plugin.begin_apply(id, a_tar()[:10240]))
+        stack.kill("gateway")
+    stack.start("gateway")
+    for id, rest in rests.items():
+        status, answer = plugin.apply_diff(id, rest)
+        assert status == 500 and "the gateway was restarted" in str(answer["Err"])
+        plugin.call("Remove", ID=id)
 
 
 def test_objects_of_removed_layers_go_by_themselves(plugin: Plugin, stack: Stack) -> None:

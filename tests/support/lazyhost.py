@@ -164,7 +164,7 @@ def _converted(registry: Registry, remote: str, work: Path) -> tuple[str, list[b
     archive.write_bytes(source.saved("app:1"))
     settings = replace(Settings(), gear_root=work / "gear", remote=remote)
     target = f"{registry.host}/app:gear"
-    plan = plan_conversion(settings, f"docker-archive:{archive}", target, None)
+    plan = plan_conversion(settings, f"docker-archive:{archive}", target)
     convert_here(settings, plan, 2, lambda *_: None)
     archive.unlink()
     return target, pull(Repository.of(settings, Reference.parse(target)), "gear").tars

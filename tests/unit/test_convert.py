@@ -91,10 +91,17 @@ def repository(settings: Settings, name: str) -> Repository:
 
 
 def converted(
-    settings: Settings, source: str, target: str, platform: m.Platform | None = AMD64, *, again: bool = False
+    settings: Settings,
+    source: str,
+    target: str,
+    platform: m.Platform | None = AMD64,
+    *,
+    all_platforms: bool = False,
+    again: bool = False,
 ) -> Report:
     """Convert in this process, one layer after the other."""
-    plan = convert.plan_conversion(settings, source, target, platform, again=again)
+    wanted = None if all_platforms else platform
+    plan = convert.plan_conversion(settings, source, target, wanted, all_platforms=all_platforms, again=again)
     remote = open_remote(settings)
     done = [convert.convert_layer(settings, remote, job, lambda _: None) for job in plan.jobs()]
     return convert.finish_conversion(settings, plan, done)
@@ -315,7 +322,7 @@ class TestIndexes:
     def test_all_are_taken_if_asked_without_what_is_about_the_old_ones(
         self, settings: Settings, peer: Registry, source: str
     ) -> None:
-        converted(settings, source, f"{peer.host}/gear:v1", None)
+        converted(settings, source, f"{peer.host}/gear:v1", all_platforms=True)
         target = repository(settings, f"{peer.host}/gear")
         index = json.loads(target.manifest("v1")[0])
         assert [child["platform"]["architecture"] for child in index["manifests"]] == ["arm64", "amd64"]
@@ -568,7 +575,7 @@ class TestPrivateLayers:
         target = repository(settings, f"{peer.host}/many")
         images = [Image([self.MARKED, self.ABOVE]), Image([self.ABOVE], architecture="arm64")]
         push_index(target, "v1", images)
-        report = converted(settings, f"{peer.host}/many:v1", f"{peer.host}/gear:v1", None)
+        report = converted(settings, f"{peer.host}/many:v1", f"{peer.host}/gear:v1", all_platforms=True)
         assert (report.layers, report.private_layers, report.objects) == (2, 2, 0)
 
     def test_a_mark_behind_a_content_is_refused(self, settings: Settings, peer: Registry) -> None:

@@ -91,6 +91,10 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
     done = convert(remote, many, f"{peer.host}/arm:v1", "--local", "--platform", "linux/arm64")
     assert done.returncode == 0, done.stderr
     assert pull(at(peer, "arm"), "v1").config["architecture"] == "arm64"
+    done = convert(remote, f"{peer.host}/arm:v1", f"{peer.host}/amd:v1", "--local", "--platform", "linux/amd64")
+    assert done.returncode == 2 and "no image for linux/amd64; there is: linux/arm64" in done.stderr
+    done = convert(remote, many, many, "--local", "--all-platforms")
+    assert done.returncode == 2 and f"name another tag, such as {many}-gear" in done.stderr
     done = convert(remote, many, f"{peer.host}/all:v1", "--local", "--all-platforms")
     assert done.returncode == 0 and "2, 1 of them converted before" in done.stdout, done.stderr
 

@@ -25,6 +25,7 @@ from gearworkers.settings import Settings
 from gearworkers.streams import Answer, Order
 from plugin_gateway import app, desk
 from plugin_gateway.app import Gateway
+from plugin_gateway.connection import Connection
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
 from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
@@ -208,12 +209,22 @@ def test_a_refused_body_is_read_to_its_end_so_that_its_sender_sees_the_answer(st
     assert plugin.apply_diff("a", [bytes(1 << 16)] * 200) == (500, {"Err": "no"})
 
 
-def test_an_empty_body_is_an_error(start: Start) -> None:
+def test_a_body_of_no_bytes_is_a_body(start: Start) -> None:
     _, plugin = start()
-    status, answer = plugin.apply_diff("a", [])
-    assert status == 500 and "empty body" in answer["Err"]
-    status, body = plugin.request("GraphDriver.ApplyDiff?id=a&parent=", b"")
-    assert status == 400 and "empty" in json.loads(body)["Err"]
+    assert plugin.apply_diff("a", []) == (200, {})
+    assert plugin.request("GraphDriver.ApplyDiff?id=a&parent=", b"") == (200, b"{}")
+
+
+def test_a_failure_ahead_of_the_worker_is_told_so_that_docker_does_not_send_the_rest_of_the_body(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Connection) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    _, plugin = start()
+    monkeypatch.setattr(Connection, "descriptor", fail)
+    status, answer = plugin.apply_diff("a", [bytes(1 << 16)] * 20)
+    assert status == 500 and "Too many open files" in answer["Err"]
 
 
 def test_a_body_that_breaks_off_is_an_error_for_the_worker(start: Start) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gearworkers.bodies import BodySource
 from gearworkers.claiming import Stream, claimed
-from gearworkers.errors import GearError, IntegrityError, InvalidInput, Unavailable
+from gearworkers.errors import GearError, IntegrityError, Unavailable
 from gearworkers.streams import CHUNKED, Answer, FrameBuffer, Grant, frame
 
 
@@ -116,10 +116,10 @@ def test_malformed_chunks_are_an_error(pair: Pair, wire: bytes) -> None:
         read_all(pair.stream().source())
 
 
-def test_an_empty_body_is_refused(pair: Pair) -> None:
-    pair.caller.sendall(b"0\r\n\r\n")
-    with pytest.raises(InvalidInput, match="empty body"):
-        read_all(pair.stream().source())
+@pytest.mark.parametrize(("wire", "body_bytes"), [(b"0\r\n\r\n", CHUNKED), (b"", 0)])
+def test_a_body_of_no_bytes_has_an_end(pair: Pair, wire: bytes, body_bytes: int) -> None:
+    pair.caller.sendall(wire)
+    assert read_all(pair.stream(body_bytes=body_bytes).source()) == b""
 
 
 def test_a_body_with_a_length_is_read_to_that_length_and_an_early_end_is_an_error(pair: Pair) -> None:

@@ -218,6 +218,32 @@ def test_a_layout_that_makes_up_another_object_is_found_out_and_the_object_comes
         until(lambda: (root / "large").read_bytes() == LARGE, "the right bytes are read")
 
 
+def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has_arrived(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE, "etc/small": b"small" * 100})
+    root = node.run("c1")
+    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
+        copy_in_kernel(root / "lib/large", root / "copy")
+    for command in (["cp", "lib/large", "copied"], ["install", "lib/large", "installed"]):
+        subprocess.run(command, cwd=root, check=True)
+        assert (root / command[-1]).read_bytes() == LARGE
+    with open(root / "lib/large", "rb") as source, open(root / "sent", "wb") as target:
+        assert sum(iter(lambda: os.sendfile(target.fileno(), source.fileno(), None, len(LARGE)), 0)) == len(LARGE)
+    assert (root / "sent").read_bytes() == LARGE
+    copy_in_kernel(root / "etc/small", root / "copy")
+    until(lambda: node.status().incomplete_layers == 0, "all has arrived")
+    node.driver.put("c1")
+    root = Path(node.driver.get("c1"))
+    copy_in_kernel(root / "lib/large", root / "copy")
+    assert (root / "copy").read_bytes() == LARGE
+
+
+def copy_in_kernel(source: Path, target: Path) -> None:
+    """By copy_file_range, and by nothing else."""
+    with open(source, "rb") as file, open(target, "wb") as out:
+        while os.copy_file_range(file.fileno(), out.fileno(), 1 << 30):
+            pass
+
+
 def test_a_large_object_that_was_removed_comes_again_while_an_image_wants_it(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
     root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)

@@ -85,3 +85,22 @@ def test_a_reference_is_shown_as_it_is_read(text: str) -> None:
 def test_the_api_of_docker_hub_has_a_host_of_its_own() -> None:
     assert Reference.parse("debian").api_host == "registry-1.docker.io"
     assert Reference.parse("ghcr.io/a").api_host == "ghcr.io"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_same"),
+    [
+        ("debian", "docker.io/library/debian:12", True),
+        ("debian", "index.docker.io/debian", True),
+        ("debian", "debian/debian", False),
+        ("Host.org/a", "host.org:443/a", True),
+        ("host.org/a", "host.org:5000/a", False),
+        ("localhost:5000/a", "127.0.0.1:5000/a", True),
+        ("localhost:5000/a", "[::1]:5000/a", True),
+        ("localhost:5000/a", "127.0.0.2:5000/a", False),
+        ("localhost:5000/a", "localhost:5001/a", False),
+        (f"host.org/a@{DIGEST}", "host.org/a:t", True),
+    ],
+)
+def test_a_repository_is_known_by_any_of_its_usual_names(one: str, other: str, are_same: bool) -> None:
+    assert Reference.parse(one).is_in_repository_of(Reference.parse(other)) is are_same

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 
 import pytest
 
@@ -147,6 +150,18 @@ def test_gear_records_name_content_that_is_not_there() -> None:
     assert (entry.gear, entry.size_bytes, entry.stored_bytes) == ((b"\xab" * 32, 7), 7, 0)
 
 
+@pytest.mark.parametrize("nothing", [b"", bytes(512), END, bytes(10240)])
+def test_an_archive_of_nothing_has_no_entries(nothing: bytes) -> None:
+    read = read_tar(nothing)
+    assert read.files == []
+    assert read.rebuilt() == nothing
+
+
+@pytest.mark.parametrize("name", [b"BZh", b"LZIP", b"]"])
+def test_an_archive_may_begin_with_a_name_as_compressed_data_do(name: bytes) -> None:
+    assert only(a_file(name) + END).name == name
+
+
 @pytest.mark.parametrize("end", [END, END[:512], b"", END + b"what a tape had behind it" * 1000])
 def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
     tar = a_file() + end
@@ -158,8 +173,10 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
 @pytest.mark.parametrize(
     ("tar", "why"),
     [
-        (b"", "empty"),
         (b"x" * 512, "checksum"),
+        (gzip.compress(a_file()), "compressed with gzip"),
+        (lzma.compress(bytes(1 << 20)), "compressed with xz"),
+        (bz2.compress(a_file()), "compressed with bzip2"),
         (a_file()[:-1] + b"\0" * 512 + a_file(), "checksum"),
         (END[:512] + a_file(), "single zero block"),
         (changed(a_file(), SIZE, b"-0000000005\0"), "not octal"),
@@ -199,7 +216,7 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
 )
 def test_what_is_malformed_is_refused_with_the_reason(tar: bytes, why: str) -> None:
     with pytest.raises(InvalidInput, match=why):
-        read_tar(tar + (END if tar else b""))
+        read_tar(tar + END)
 
 
 def test_a_sparse_map_in_the_content_is_bounded() -> None:
