@@ -202,7 +202,7 @@ class GearDriver:
     @_translated
     def put(self, id: str) -> None:
         """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
-        self._mounts.put(id, volatile=_is_volatile(id))
+        self._mounts.put(id)
 
     # -- what a layer holds
 
