@@ -7,7 +7,7 @@ gateway; `ApplyDiff`, `Diff` and upkeep may run in any process of the node that 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import wraps
@@ -18,7 +18,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from gearworkers import options
 from gearworkers.archive.reader import Readable
 from gearworkers.engine import Engine
-from gearworkers.errors import from_os_error
+from gearworkers.errors import InvalidInput, from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers import trial
 from gearworkers.layers.absorb import absorb, settled
@@ -162,20 +162,39 @@ class GearDriver:
     # -- layers
 
     @_translated
-    def create(self, id: str, parent: str, mount_label: str = "") -> None:
+    def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
         """Make a layer that is to be filled, by ApplyDiff or through a mount.
 
         Raises:
-            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`.
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option that containers alone have.
         """
+        if options.container_size(storage_opt) is not None:
+            raise InvalidInput(f"layer {id}: --storage-opt size is for containers only")
         engine = self._engine
         engine.layers.create(new_layer(id, parent, Kind.NEW, mount_label), engine.id_maps())
 
     @_translated
-    def create_read_write(self, id: str, parent: str, mount_label: str = "") -> None:
-        """Make a layer that a container writes."""
+    def create_read_write(
+        self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None
+    ) -> None:
+        """Make a layer that a container writes.
+
+        Args:
+            id: The layer's.
+            parent: The layer below it.
+            mount_label: SELinux label.
+            storage_opt: ``size``: what may be written; the ``-init`` layer, which dockerd writes, is not held to it.
+
+        Raises:
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option is unknown or malformed.
+            FailedPrecondition: The file system cannot limit a container's size.
+        """
         engine = self._engine
-        engine.layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label), engine.id_maps())
+        size = options.container_size(storage_opt)
+        if size is not None:
+            engine.layers.quotas.require()
+        limit = 0 if size is None or _is_init_layer(id) else size
+        engine.layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label, limit), engine.id_maps())
 
     @_translated
     def remove(self, id: str) -> None:
@@ -199,7 +218,7 @@ class GearDriver:
             NotFound, FailedPrecondition: As `MountedLayers.get`.
         """
         engine = self._engine
-        return str(engine.mounts.get(id, mount_label, engine.id_maps(), volatile=_is_volatile(id)))
+        return str(engine.mounts.get(id, mount_label, engine.id_maps(), volatile=_is_init_layer(id)))
 
     @_translated
     def put(self, id: str) -> None:
@@ -378,7 +397,7 @@ class GearDriver:
             remote.close()
 
 
-def _is_volatile(id: str) -> bool:
+def _is_init_layer(id: str) -> bool:
     """dockerd makes a container's ``-init`` layer anew with the container: it need not survive a power cut alone."""
     return id.endswith(_INIT_SUFFIX)
 

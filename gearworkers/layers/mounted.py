@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
@@ -131,7 +131,9 @@ class MountedLayers:
     def _mount(self, layer: Layer, mount_label: str, target: Path, volatile: bool) -> None:
         if volatile:
             overlay.clear_volatile(target.parent / WORK)
-        overlay.mount(self._spec(layer, mount_label, volatile), target)
+        spec = self._spec(layer, mount_label, volatile)
+        with self._layers.quotas.lifted(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
+            overlay.mount(spec, target)
         if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
             self._starts.begin(layer, target)
 
