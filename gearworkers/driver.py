@@ -179,11 +179,7 @@ class GearDriver:
     ) -> None:
         """Make a layer that a container writes.
 
-        Args:
-            id: The layer's.
-            parent: The layer below it.
-            mount_label: SELinux label.
-            storage_opt: ``size``: what may be written; the ``-init`` layer, which dockerd writes, is not held to it.
+        Args: *storage_opt* has ``size``, what it may write; dockerd's ``-init`` layer is not held to that.
 
         Raises:
             AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option is unknown or malformed.
@@ -259,8 +255,11 @@ class GearDriver:
         """Bytes of the files that the layer has over *parent*, each inode once."""
         engine = self._engine
         layer = engine.layers.get(id)
+        if layer.parent == parent and layer.kind is Kind.CONTAINER:
+            with opened_directory(engine.layers.lower(layer)) as upper_fd:
+                return tree_size(upper_fd)
         if layer.parent == parent:
-            return _upper_size(engine.layers.lower(layer)) if layer.kind is Kind.CONTAINER else layer.size_bytes
+            return layer.size_bytes
         with engine.mounts.view(parent) as parent_fd, engine.mounts.view(id) as own_fd:
             return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
 
@@ -400,8 +399,3 @@ class GearDriver:
 def _is_init_layer(id: str) -> bool:
     """dockerd makes a container's ``-init`` layer anew with the container: it need not survive a power cut alone."""
     return id.endswith(_INIT_SUFFIX)
-
-
-def _upper_size(upper: Path) -> int:
-    with opened_directory(upper) as upper_fd:
-        return tree_size(upper_fd)

@@ -34,6 +34,7 @@ PACKAGES = (
     "iproute2",
     "procps",
     "e2fsprogs",
+    "xfsprogs",
     "busybox-static",
     "openssl",
     "curl",
