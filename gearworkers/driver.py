@@ -7,15 +7,18 @@ gateway; `ApplyDiff`, `Diff` and upkeep may run in any process of the node that 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from threading import Lock
 from typing import Concatenate, ParamSpec, TypeVar
 
 from gearworkers import options
 from gearworkers.archive.reader import Readable
-from gearworkers.errors import from_os_error
+from gearworkers.engine import Engine
+from gearworkers.errors import InvalidInput, from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers import trial
 from gearworkers.layers.absorb import absorb, settled
@@ -23,23 +26,16 @@ from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
 from gearworkers.layers.idmap import IDMap, IdMaps
-from gearworkers.layers.mounted import MountedLayers
-from gearworkers.layers.recording import Recordings
-from gearworkers.layers.recovery import collect_garbage, make_ready
+from gearworkers.layers.recovery import collect_garbage
 from gearworkers.layers.repair import Checker
 from gearworkers.layers.replay import replay
 from gearworkers.layers.size import changed_size, tree_size
-from gearworkers.layers.starts import Starts
-from gearworkers.layers.store import MERGED, WORK, Kind, Layer, LayerStore, image_layer, new_layer
-from gearworkers.layers.usage import Usage, UsageMeter
-from gearworkers.mounts import overlay
+from gearworkers.layers.store import MERGED, WORK, Kind, image_layer, new_layer
+from gearworkers.layers.usage import Usage
 from gearworkers.mounts.probe import backing_fs_name, probe, require
-from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.objects.garbage import GarbageReport
 from gearworkers.objects.remotes.opening import open_remote
 from gearworkers.objects.remotes.push import PushReport, push_pending
-from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import ObjectStore
 from gearworkers.processes import alone
 from gearworkers.settings import Settings
 
@@ -66,10 +62,10 @@ def _translated(
 
 
 class GearDriver:
-    """One GEAR_ROOT; the gateway has one, and so has each worker.
+    """One GEAR_ROOT, until dockerd names another; the gateway has one, and so has each worker.
 
-    Calls may come at the same time from many threads. Errors are GearError; after one, nothing is half done
-    but an ApplyDiff's target, which refuses until it is removed.
+    Calls may come at the same time from many threads. Each works to its end on the root that it began with. Errors
+    are GearError; after one, nothing is half done but an ApplyDiff's target, which refuses until it is removed.
     """
 
     def __init__(self, settings: Settings, *, sole: bool = False) -> None:
@@ -80,22 +76,16 @@ class GearDriver:
                 other would take for what a crash left.
         """
         self._given = settings
-        self.settings = settings
         self._sole = sole
-        self._own_roots: set[Path] = set()
+        self._engine = Engine.of(settings)  # replaced as a whole; a call takes it once, at its start
+        self._prepared: dict[Path, Engine] = {}  # one a root: calls may be under way where dockerd was before
+        self._inits = Lock()
         self._locks = ExitStack()
-        self._index_mode = ""
-        self._recordings = Recordings()
-        self._open()
 
-    def _open(self) -> None:
-        settings = self.settings
-        self._objects = ObjectStore(settings.gear_public_cache_path)
-        self._layers = LayerStore(settings, self._objects)
-        self._spool = PushSpool(settings.gear_push_path, self._objects)
-        self._usage = UsageMeter(self._layers, self._objects)
-        self._starts = Starts(settings, self._layers, self._recordings)
-        self._mounts = MountedLayers(settings, self._layers, self._starts)
+    @property
+    def settings(self) -> Settings:
+        """As dockerd's options have changed them."""
+        return self._engine.settings
 
     # -- the daemon's life
 
@@ -107,17 +97,23 @@ class GearDriver:
         Raises:
             GearError: GEAR_ROOT cannot be used.
         """
-        self._use(options.saved(self.settings.run_dir))
+        with self._inits:
+            self._engine = self._prepared_engine(options.saved(self._given.run_dir))
 
-    def _use(self, opts: Sequence[str]) -> None:
+    def _prepared_engine(self, opts: Sequence[str]) -> Engine:
+        """The engine of the root that *opts* name, with their settings; a root is repaired and locked once."""
         settings = options.with_options(self._given, opts)
-        if self._sole and settings.gear_root not in self._own_roots:
-            self._locks.enter_context(alone(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
-            self._own_roots.add(settings.gear_root)
-        self.settings = settings
-        self._open()
-        make_ready(self.settings, self._objects, self._layers, self._spool)
-        self._mounts.prepare()
+        root = settings.gear_root.resolve()
+        if root not in self._prepared:
+            engine = Engine.of(settings)
+            with ExitStack() as locks:
+                if self._sole:
+                    locks.enter_context(alone(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
+                engine.prepare()
+                self._locks.enter_context(locks.pop_all())
+            self._prepared[root] = engine
+        known = self._prepared[root]
+        return replace(known, settings=replace(settings, gear_root=known.settings.gear_root))
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
         """A dockerd has started: take its options and id maps, count mounts anew.
@@ -132,16 +128,17 @@ class GearDriver:
             InvalidInput: An unknown or malformed option.
             FailedPrecondition: This kernel or file system cannot do it, or another gateway has gear.root.
         """
-        self._use(opts)
-        checks = probe(self.settings.gear_root, trial.check_index)
-        require(checks)
-        self._index_mode = next(check.found for check in checks if check.name == trial.NAME)
-        maps = IdMaps(tuple(uid_maps), tuple(gid_maps))
-        maps.save(self.settings.gear_root)
-        for path in (self.settings.gear_root, self.settings.gear_images_path, self.settings.gear_containers_path):
-            path.chmod(0o711 if maps.uids else 0o700)
-        self._mounts.restart()
-        options.save(self.settings.run_dir, opts)
+        with self._inits:
+            engine = self._prepared_engine(opts)
+            settings = engine.settings
+            require(probe(settings.gear_root, trial.check_index))
+            maps = IdMaps(tuple(uid_maps), tuple(gid_maps))
+            maps.save(settings.gear_root)
+            for path in (settings.gear_root, settings.gear_images_path, settings.gear_containers_path):
+                path.chmod(0o711 if maps.uids else 0o700)
+            engine.mounts.restart()
+            options.save(settings.run_dir, opts)
+            self._engine = engine
 
     def capabilities(self) -> dict[str, bool]:
         """Diff returns the very tar that ApplyDiff was given, so dockerd keeps no tar-split."""
@@ -149,40 +146,59 @@ class GearDriver:
 
     def cleanup(self) -> None:
         """dockerd ends: unmount what is still mounted."""
-        self._mounts.drop_all()
-        self._layers.release()
+        engine = self._engine
+        engine.mounts.drop_all()
+        engine.layers.release()
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts that containers have."""
-        self._starts.close()
-        self._layers.release()
+        for engine in self._prepared.values() or (self._engine,):
+            engine.starts.close()
+            engine.layers.release()
         self._locks.close()
-        self._own_roots.clear()
+        self._prepared.clear()
 
     # -- layers
 
     @_translated
-    def create(self, id: str, parent: str, mount_label: str = "") -> None:
+    def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
         """Make a layer that is to be filled, by ApplyDiff or through a mount.
 
         Raises:
-            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`.
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option that containers alone have.
         """
-        self._layers.create(new_layer(id, parent, Kind.NEW, mount_label), self._id_maps())
+        if options.container_size(storage_opt) is not None:
+            raise InvalidInput(f"layer {id}: --storage-opt size is for containers only")
+        engine = self._engine
+        engine.layers.create(new_layer(id, parent, Kind.NEW, mount_label), engine.id_maps())
 
     @_translated
-    def create_read_write(self, id: str, parent: str, mount_label: str = "") -> None:
-        """Make a layer that a container writes."""
-        self._layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label), self._id_maps())
+    def create_read_write(
+        self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None
+    ) -> None:
+        """Make a layer that a container writes.
+
+        Args: *storage_opt* has ``size``, what it may write; dockerd's ``-init`` layer is not held to that.
+
+        Raises:
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option is unknown or malformed.
+            FailedPrecondition: The file system cannot limit a container's size.
+        """
+        engine = self._engine
+        size = options.container_size(storage_opt)
+        if size is not None:
+            engine.layers.quotas.require()
+        limit = 0 if size is None or _is_init_layer(id) else size
+        engine.layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label, limit), engine.id_maps())
 
     @_translated
     def remove(self, id: str) -> None:
         """Remove the layer, mounted or not; one that is not there is fine."""
-        self._mounts.remove(id)
+        self._engine.mounts.remove(id)
 
     def exists(self, id: str) -> bool:
         """Whether there is such a layer."""
-        return self._layers.exists(id)
+        return self._engine.layers.exists(id)
 
     # -- mounts
 
@@ -196,52 +212,55 @@ class GearDriver:
         Raises:
             NotFound, FailedPrecondition: As `MountedLayers.get`.
         """
-        return str(self._mounts.get(id, mount_label, self._id_maps(), volatile=_is_volatile(id)))
+        engine = self._engine
+        return str(engine.mounts.get(id, mount_label, engine.id_maps(), volatile=_is_init_layer(id)))
 
     @_translated
     def put(self, id: str) -> None:
         """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
-        self._mounts.put(id, volatile=_is_volatile(id))
+        self._engine.mounts.put(id)
 
     # -- what a layer holds
 
     @_translated
     def get_metadata(self, id: str) -> dict[str, str]:
         """LowerDir, UpperDir, WorkDir and MergedDir, as overlay2 names them."""
-        layer = self._layers.get(id)
-        directory = self._layers.directory(layer)
+        engine = self._engine
+        layer = engine.layers.get(id)
+        directory = engine.layers.directory(layer)
         metadata = {
-            "UpperDir": str(self._layers.lower(layer)),
+            "UpperDir": str(engine.layers.lower(layer)),
             "WorkDir": str(directory / WORK),
             "MergedDir": str(directory / MERGED),
         }
         if layer.parent:
-            metadata["LowerDir"] = ":".join(map(str, self._layers.chain(layer.parent)))
+            metadata["LowerDir"] = ":".join(map(str, engine.layers.chain(layer.parent)))
         return metadata
 
     @_translated
     def changes(self, id: str, parent: str) -> list[Change]:
         """What the layer has that *parent* has not; sorted by path."""
-        layer = self._layers.get(id)
+        engine = self._engine
+        layer = engine.layers.get(id)
         if layer.kind is Kind.CONTAINER and layer.parent == parent:
-            with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as merged_fd:
+            with engine.mounts.view(parent) as parent_fd, engine.mounts.view(id) as merged_fd:
                 assert merged_fd is not None
-                return upper_changes(self._layers.lower(layer), merged_fd, parent_fd)
-        with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as own_fd:
+                return upper_changes(engine.layers.lower(layer), merged_fd, parent_fd)
+        with engine.mounts.view(parent) as parent_fd, engine.mounts.view(id) as own_fd:
             return tree_changes(own_fd, parent_fd)
 
     @_translated
     def diff_size(self, id: str, parent: str) -> int:
         """Bytes of the files that the layer has over *parent*, each inode once."""
-        layer = self._layers.get(id)
+        engine = self._engine
+        layer = engine.layers.get(id)
+        if layer.parent == parent and layer.kind is Kind.CONTAINER:
+            with opened_directory(engine.layers.lower(layer)) as upper_fd:
+                return tree_size(upper_fd)
         if layer.parent == parent:
-            return self._upper_size(layer) if layer.kind is Kind.CONTAINER else layer.size_bytes
-        with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as own_fd:
+            return layer.size_bytes
+        with engine.mounts.view(parent) as parent_fd, engine.mounts.view(id) as own_fd:
             return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
-
-    def _upper_size(self, layer: Layer) -> int:
-        with opened_directory(self._layers.lower(layer)) as upper_fd:
-            return tree_size(upper_fd)
 
     @_translated
     def apply_diff(self, id: str, parent: str, source: Readable) -> int:
@@ -262,21 +281,22 @@ class GearDriver:
 
         Crash: the layer is unfinished and refuses everything but Remove.
         """
-        layer = self._layers.begin_apply(id, parent)
-        spool = self._spool if self.settings.remote else None
-        with self._layers.building(id) as build:
+        engine = self._engine
+        layer = engine.layers.begin_apply(id, parent)
+        spool = engine.spool if engine.settings.remote else None
+        with engine.layers.building(id) as build:
             applied = apply_tar(
                 source,
                 build,
-                self._objects,
-                self._id_maps(),
+                engine.objects,
+                engine.id_maps(),
                 spool,
-                self.settings.gear_root,
-                self._layers.numbers,
-                private=self._layers.is_private(parent),
+                engine.settings.gear_root,
+                engine.layers.numbers,
+                private=engine.layers.is_private(parent),
             )
-            self._layers.publish(build, image_layer(layer, applied))
-        self._starts.arrived(id)
+            engine.layers.publish(build, image_layer(layer, applied))
+        engine.starts.arrived(id)
         return applied.size_bytes
 
     @_translated
@@ -287,75 +307,62 @@ class GearDriver:
             NotFound: No such layer, or an object is missing.
             IntegrityError: Something stored is damaged; a part may have been written.
         """
-        layer = self._layers.get(id)
-        ids = self._id_maps()
+        engine = self._engine
+        layer = engine.layers.get(id)
+        ids = engine.id_maps()
         if layer.kind is Kind.IMAGE and layer.parent == parent:
-            replay(self._layers.directory(layer), self._layers.contents(layer), sink)
+            replay(engine.layers.directory(layer), engine.layers.contents(layer), sink)
         elif layer.kind is Kind.CONTAINER and layer.parent == parent:
-            upper = self._layers.lower(layer)
+            upper = engine.layers.lower(layer)
             with (
-                settled(self._layers.directory(layer), upper),
-                self._mounts.view(parent) as parent_fd,
-                self._mounts.view(id) as merged_fd,
+                settled(engine.layers.directory(layer), upper),
+                engine.mounts.view(parent) as parent_fd,
+                engine.mounts.view(id) as merged_fd,
             ):
                 assert merged_fd is not None
                 write_diff(upper, merged_fd, parent_fd, sink, ids)
         else:
-            with self._mounts.view(parent) as parent_fd, self._mounts.view(id) as own_fd:
+            with engine.mounts.view(parent) as parent_fd, engine.mounts.view(id) as own_fd:
                 write_tree_diff(own_fd, parent_fd, sink, ids)
 
     # -- upkeep
 
     def usage(self) -> Usage:
         """What is stored, and what it would take without sharing; at most a minute old."""
-        return self._usage.get()
+        return self._engine.usage.get()
 
     def status(self) -> list[tuple[str, str]]:
         """What `docker info` shows of the store."""
-        usage = self.usage()
-        root = self.settings.gear_root
+        engine = self._engine
+        usage = engine.usage.get()
+        root = engine.settings.gear_root
         return [
             ("Root Dir", str(root)),
             ("Backing Filesystem", backing_fs_name(root)),
-            ("Kernel Mode", f"overlay with data-only layers, EROFS indexes {self._tried_index_mode()}"),
+            ("Kernel Mode", f"overlay with data-only layers, EROFS indexes {engine.index_mode.get()}"),
             ("Layers", f"{usage.image_layers} image, {usage.other_layers} read-write"),
             ("Objects", str(usage.objects)),
             ("Logical Bytes", str(usage.logical_bytes)),
             ("Stored Bytes", str(usage.stored_bytes)),
-            ("Awaiting Push", str(sum(1 for _ in self._spool.pending()))),
+            ("Awaiting Push", str(sum(1 for _ in engine.spool.pending()))),
         ]
-
-    def _tried_index_mode(self) -> str:
-        """How indexes are mounted; `init` has tried it, but not in a gateway that is started while dockerd runs."""
-        if not self._index_mode:
-            self._index_mode = trial.check_index(self.settings.gear_root).found
-        return self._index_mode
 
     def faults(
         self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
     ) -> Iterator[str]:
         """Check every object and layer; a line for each fault. Arguments as `Checker.faults`."""
-        checker = Checker(self.settings, self._layers, self._objects, self._spool)
+        engine = self._engine
+        checker = Checker(engine.settings, engine.layers, engine.objects, engine.spool)
         return checker.faults(read_data=read_data, repair=repair, incomplete=incomplete)
 
     def collect_garbage(self) -> GarbageReport:
         """Remove the objects that no layer refers to; safe beside imports."""
-        return collect_garbage(self.settings, self._objects)
+        engine = self._engine
+        return collect_garbage(engine.settings, engine.objects)
 
     def is_absorbable(self, id: str) -> bool:
-        """Whether the layer, whose Diff was taken, still has its contents in itself, though it need not.
-
-        Nobody writes it any more, and it is not private.
-        """
-        layer = self._layers.get(id)
-        directory = self._layers.directory(layer)
-        return (
-            layer.kind is Kind.CONTAINER
-            and layer.absorbable
-            and not (directory / OBJECTS_FILE).exists()
-            and not overlay.is_mounted(directory / MERGED)
-            and not self._layers.is_private(id)
-        )
+        """As `Engine.is_absorbable`."""
+        return self._engine.is_absorbable(id)
 
     @_translated
     def absorb(self, id: str) -> int:
@@ -364,13 +371,14 @@ class GearDriver:
         Raises:
             NotFound: No such layer.
         """
-        if not self.is_absorbable(id):
+        engine = self._engine
+        if not engine.is_absorbable(id):
             return 0
-        layer = self._layers.get(id)
-        spool = self._spool if self.settings.remote else None
-        with self._layers.building(id) as build:
-            directory, upper = self._layers.directory(layer), self._layers.lower(layer)
-            return absorb(directory, upper, build, self._objects, spool, self.settings.gear_root)
+        layer = engine.layers.get(id)
+        spool = engine.spool if engine.settings.remote else None
+        with engine.layers.building(id) as build:
+            directory, upper = engine.layers.directory(layer), engine.layers.lower(layer)
+            return absorb(directory, upper, build, engine.objects, spool, engine.settings.gear_root)
 
     def push_pending(self) -> PushReport:
         """Push what waits in the spool to the remote; an object that is damaged keeps no other from being pushed.
@@ -379,16 +387,14 @@ class GearDriver:
             FailedPrecondition: No remote is set.
             Unavailable: It does not answer; what is left stays in the spool.
         """
-        remote = open_remote(self.settings)
+        engine = self._engine
+        remote = open_remote(engine.settings)
         try:
-            return push_pending(self._spool, remote)
+            return push_pending(engine.spool, remote)
         finally:
             remote.close()
 
-    def _id_maps(self) -> IdMaps:
-        return IdMaps.load(self.settings.gear_root)
 
-
-def _is_volatile(id: str) -> bool:
+def _is_init_layer(id: str) -> bool:
     """dockerd makes a container's ``-init`` layer anew with the container: it need not survive a power cut alone."""
     return id.endswith(_INIT_SUFFIX)

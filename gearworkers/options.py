@@ -1,9 +1,11 @@
-"""dockerd's ``--storage-opt``: said once, at its start, and kept for a gateway that is started while it runs."""
+"""``--storage-opt``: dockerd's, said once, at its start, and kept for a gateway that is started while it runs; and a
+container's, said when it is made."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
 
 _OPTIONS = ("gear.root", "gear.broker")
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgtp])i?)?b?", re.ASCII | re.IGNORECASE)
+_MOST_BYTES = (1 << 63) - 1
 _FILE = "dockerd-options.json"
 
 
@@ -33,6 +37,30 @@ def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
         else:
             settings = replace(settings, gear_root=Path(value))
     return settings
+
+
+def container_size(opts: Mapping[str, str] | None) -> int | None:
+    """The bytes that ``docker run --storage-opt size=…`` names, 0 for no limit; None if it names none.
+
+    Raises:
+        InvalidInput: An option is unknown, or the size is no size.
+
+    Source: as Docker's overlay2 takes it: docker/go-units, RAMInBytes.
+    """
+    size = None
+    for key, value in (opts or {}).items():
+        if key.lower() != "size":
+            raise InvalidInput(f"--storage-opt {key}={value}: unknown option {key}; known is size=…")
+        size = _bytes(value)
+    return size
+
+
+def _bytes(text: str) -> int:
+    found = _SIZE.fullmatch(text)
+    size = int(float(found[1]) * (1 << 10 * (1 + "kmgtp".index(found[2].lower()) if found[2] else 0))) if found else -1
+    if not 0 <= size <= _MOST_BYTES:
+        raise InvalidInput(f"--storage-opt size={text}: a number of bytes is needed, such as 512M or 10G")
+    return size
 
 
 def save(run_dir: Path, opts: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ PACKAGES = (
     "iproute2",
     "procps",
     "e2fsprogs",
+    "xfsprogs",
     "openssl",
     "curl",
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init

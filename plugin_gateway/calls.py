@@ -27,10 +27,12 @@ class Driver(Protocol):
     def capabilities(self) -> dict[str, bool]:
         """What the driver can."""
 
-    def create(self, id: str, parent: str, mount_label: str = "") -> None:
+    def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
         """Make a layer to be filled."""
 
-    def create_read_write(self, id: str, parent: str, mount_label: str = "") -> None:
+    def create_read_write(
+        self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None
+    ) -> None:
         """Make a layer that a container writes."""
 
     def remove(self, id: str) -> None:
@@ -93,8 +95,10 @@ def _changes(driver: Driver, request: LayerRequest) -> Response:
 LIGHT_CALLS: Mapping[str, Light] = {
     "GraphDriver.Init": init,
     "GraphDriver.Capabilities": _layer_call(lambda d, r: Response(capabilities=d.capabilities())),
-    "GraphDriver.Create": _layer_call(lambda d, r: d.create(r.id, r.parent, r.mount_label)),
-    "GraphDriver.CreateReadWrite": _layer_call(lambda d, r: d.create_read_write(r.id, r.parent, r.mount_label)),
+    "GraphDriver.Create": _layer_call(lambda d, r: d.create(r.id, r.parent, r.mount_label, r.storage_opt)),
+    "GraphDriver.CreateReadWrite": _layer_call(
+        lambda d, r: d.create_read_write(r.id, r.parent, r.mount_label, r.storage_opt)
+    ),
     "GraphDriver.Remove": _layer_call(lambda d, r: d.remove(r.id)),
     "GraphDriver.Get": _layer_call(lambda d, r: Response(dir=d.get(r.id, r.mount_label))),
     "GraphDriver.Put": _layer_call(lambda d, r: d.put(r.id)),

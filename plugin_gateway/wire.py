@@ -23,6 +23,8 @@ class LayerRequest(msgspec.Struct, frozen=True, rename="pascal"):
     id: str = msgspec.field(default="", name="ID")
     parent: str = ""
     mount_label: str = ""
+    storage_opt: dict[str, str] | None = None
+    """Of Create and CreateReadWrite: `docker run --storage-opt`."""
 
 
 class InitRequest(msgspec.Struct, frozen=True, rename="pascal"):

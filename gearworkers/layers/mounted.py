@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
@@ -63,7 +63,7 @@ class MountedLayers:
             id: The layer's; a new one becomes a container layer.
             mount_label: SELinux label; empty for the layer's own.
             ids: Who owns what is made.
-            volatile: It need not survive a power cut; `put` is told the same.
+            volatile: It need not survive a power cut.
 
         Returns:
             Where it is mounted.
@@ -81,19 +81,16 @@ class MountedLayers:
             self._table.acquire(id, target, lambda: self._mount(layer, mount_label, target, volatile))
             return target
 
-    def put(self, id: str, *, volatile: bool) -> None:
+    def put(self, id: str) -> None:
         """Count one user less; unmount after the last. One too many, or of no layer, is fine."""
         check_id(id)
         with self._table.locked(id):
             if not self._layers.exists(id):
                 return
             directory = self._layers.directory(self._layers.get(id))
-            is_unmounted = self._table.release(id, directory / MERGED)
-            if is_unmounted:
+            if self._table.release(id, directory / MERGED):
                 self._starts.end(id)
                 (self._old_numbers / id).unlink(missing_ok=True)
-            if is_unmounted and volatile:
-                overlay.clear_volatile(directory / WORK)
 
     def remove(self, id: str) -> None:
         """Unmount the layer whatever its count is, and remove it; one that is not there is fine."""
@@ -133,8 +130,10 @@ class MountedLayers:
 
     def _mount(self, layer: Layer, mount_label: str, target: Path, volatile: bool) -> None:
         if volatile:
-            overlay.clear_volatile(target.parent / WORK)  # of a Put that was killed behind the unmount
-        overlay.mount(self._spec(layer, mount_label, volatile), target)
+            overlay.clear_volatile(target.parent / WORK)
+        spec = self._spec(layer, mount_label, volatile)
+        with self._layers.quotas.lifted(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
+            overlay.mount(spec, target)
         if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
             self._starts.begin(layer, target)
 

@@ -25,7 +25,7 @@ class Starts:
         Args:
             settings: Names the lazy file server's socket and the length of a start.
             layers: Of the node.
-            recordings: Those under way, which outlive an Init.
+            recordings: Those under way.
         """
         self._settings = settings
         self._layers = layers

@@ -29,6 +29,7 @@ from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.private import PrivateCaches
+from gearworkers.layers.quotas import Quotas
 from gearworkers.layers.renumber import has_numbers, renumber
 from gearworkers.mounts import sys as kernel
 from gearworkers.mounts.index import mount_index
@@ -65,6 +66,10 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     created_s: float = 0.0
     absorbable: bool = False
     """It came by Create: once it was written and its Diff taken, it is an image layer in all but form."""
+    size_limit_bytes: int = 0
+    """What a container may write; 0 for as much as there is."""
+    project: int = 0
+    """To which the files of a container with such a limit belong; see layers.quotas."""
     size_bytes: int = 0
     objects: int = 0
     object_bytes: int = 0
@@ -101,6 +106,8 @@ class LayerStore:
         self._build = settings.gear_build_path
         self.private = PrivateCaches(settings.gear_private_cache_path, self._images)
         """What private layers keep to themselves."""
+        self.quotas = Quotas(self._containers)
+        """The sizes that containers are held to."""
         self.numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
         """Where layers' indexes take their inode numbers from."""
         self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.note_change` only
@@ -217,7 +224,7 @@ class LayerStore:
     # -- a layer's life
 
     def create(self, layer: Layer, ids: IdMaps) -> None:
-        """Make an empty layer; its parent must be there.
+        """Make an empty layer; its parent must be there, and a limit needs `Quotas.require`.
 
         Raises:
             AlreadyExists: The id is taken.
@@ -229,6 +236,8 @@ class LayerStore:
         if self.exists(layer.id):
             raise AlreadyExists(f"layer {layer.id}: there is one of this id")
         with self.building(layer.id) as build:
+            if layer.size_limit_bytes:
+                layer = msgspec.structs.replace(layer, project=self.quotas.limit(build, layer.size_limit_bytes))
             self._lay_out(build, layer, ids)
             if layer.kind is Kind.NEW:
                 filling.allow(build)
@@ -303,10 +312,13 @@ class LayerStore:
         """
         check_id(id)
         self._settled.pop(id, None)
+        project = self._project(id)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
         for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or goes on and now will fail
             self._discard(leftover)
         self._discard(self.private.path(id))  # last: nothing comes any more
+        if project:
+            self.quotas.release(project)
         return any(found)
 
     def recover(self) -> int:
@@ -333,6 +345,12 @@ class LayerStore:
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)
+
+    def _project(self, id: str) -> int:
+        try:
+            return self.get(id).project
+        except GearError:
+            return 0
 
     def _is_image(self, id: str) -> bool:
         try:
@@ -412,10 +430,16 @@ class LayerStore:
         return True
 
 
-def new_layer(id: str, parent: str, kind: Kind, mount_label: str) -> Layer:
+def new_layer(id: str, parent: str, kind: Kind, mount_label: str, size_limit_bytes: int = 0) -> Layer:
     """The record of a layer that begins now."""
     return Layer(
-        id=id, parent=parent, kind=kind, mount_label=mount_label, created_s=time.time(), absorbable=kind is Kind.NEW
+        id=id,
+        parent=parent,
+        kind=kind,
+        mount_label=mount_label,
+        created_s=time.time(),
+        absorbable=kind is Kind.NEW,
+        size_limit_bytes=size_limit_bytes,
     )
 
 

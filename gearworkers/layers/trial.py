@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +15,7 @@ from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.mounts.index import mount_index
 from gearworkers.mounts.overlay import OverlaySpec, detached, unmount
-from gearworkers.mounts.probe import Check
+from gearworkers.mounts.probe import Check, tried
 
 NAME = "EROFS indexes"
 _CONTENT = b"trial"
@@ -25,7 +26,7 @@ def check_index(scratch: Path) -> Check:
     """Read a file through an index and a data-only layer, as a container does.
 
     Args:
-        scratch: A directory below GEAR_ROOT; what is left in it may be removed.
+        scratch: An empty directory below GEAR_ROOT; files are left in it.
     """
     advice = "boot a kernel with CONFIG_EROFS_FS, 6.12 or newer; before it loop devices are needed, too"
     try:
@@ -35,6 +36,28 @@ def check_index(scratch: Path) -> Check:
     if seen != _CONTENT:
         return Check(NAME, False, True, "a file of the index reads as something else", advice)
     return Check(NAME, True, True, mode)
+
+
+class IndexMode:
+    """How indexes are mounted below one root; tried when it is asked for, until it works. From any thread."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._known = ""
+
+    def get(self) -> str:
+        """In words, or why they cannot be mounted."""
+        with self._lock:
+            if self._known:
+                return self._known
+            try:
+                check = tried(check_index, self._root)
+            except GearError as exc:
+                return str(exc)
+            if check.ok:
+                self._known = check.found
+            return check.found
 
 
 def _opened(name: str, dir_fd: int) -> BinaryIO:

@@ -43,7 +43,7 @@ class OverlaySpec:
     context: str = ""
     """SELinux label of everything in the mount, as in the option ``context=``."""
     volatile: bool = False
-    """Never sync the upper; `clear_volatile` must follow the unmount before upper is mounted again."""
+    """Never sync the upper; once unmounted, it takes `clear_volatile` before it is mounted again."""
     xino: bool = False
     """Compose inode numbers of layer and file, so that all files have the mount's own st_dev; they exceed 2^53."""
 

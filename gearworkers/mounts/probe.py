@@ -66,16 +66,24 @@ def probe(root: Path, *further: Callable[[Path], Check]) -> list[Check]:
     Raises:
         GearError: *root* cannot be written to at all.
 
-    Crash: may leave a directory ``.probe-*`` in *root*, empty but for three files; it may be removed at any time.
+    Crash: may leave a directory ``.probe-*`` in *root*, with a few files and a mount; both may be removed at any time.
     """
     checks = [_check_kernel(os.uname().release), _check_backing_fs(root)]
+    for check in (_check_xattrs, _check_data_only, *further, _check_d_type, _check_inode_room):
+        checks.append(tried(check, root))
+    return checks
+
+
+def tried(check: Callable[[Path], Check], root: Path) -> Check:
+    """The check, made in an empty directory of its own in *root*; nothing is left in it, and others may try meanwhile.
+
+    Raises, Crash: As `probe`.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=root) as scratch:
-            for check in (_check_xattrs, _check_data_only, *further, _check_d_type, _check_inode_room):
-                checks.append(_tried(check, Path(scratch)))
+            return check(Path(scratch))
     except OSError as exc:
         raise from_os_error(exc, f"trying what the file system of {root} can do") from exc
-    return checks
 
 
 def require(checks: list[Check]) -> None:
@@ -101,13 +109,6 @@ def kernel_version(release: str) -> tuple[int, int]:
         return int(numbers[0]), int(numbers[1])
     except (IndexError, ValueError):
         return 0, 0
-
-
-def _tried(check: Callable[[Path], Check], scratch: Path) -> Check:
-    """The check made in a directory of its own."""
-    place = scratch / check.__name__
-    place.mkdir()
-    return check(place)
 
 
 def _check_kernel(release: str) -> Check:

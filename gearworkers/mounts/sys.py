@@ -4,7 +4,7 @@ Every function raises OSError with errno, what was tried as its text and, where 
 For fsconfig and fsmount the text ends with what the kernel logged into the file system context.
 
 Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2), umount2(2), openat2(2),
-renameat2(2), fanotify_init(2), fanotify_mark(2), syncfs(2), statfs(2), getdents64(2).
+renameat2(2), fanotify_init(2), fanotify_mark(2), syncfs(2), statfs(2), getdents64(2), quotactl(2).
 Numbers from 424 on are the same on all architectures.
 """
 
@@ -30,6 +30,7 @@ _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
 _SYS_OPENAT2 = 437
+_SYS_QUOTACTL_FD = 443
 
 _FSOPEN_CLOEXEC = 1
 _FAN_CLOEXEC = 0x1
@@ -174,6 +175,22 @@ def statfs_type(path: Path) -> int:
     if _libc().statfs(raw, buffer) < 0:
         raise _last_error("statfs", raw)
     return int(struct.unpack_from("l", buffer)[0]) & 0xFFFFFFFF
+
+
+def quotactl_fd(fd: int, command: int, id: int, data: bytes) -> bytes:
+    """Ask about a quota of the file system that holds *fd*, or set one; *data* as the kernel has left it.
+
+    Args:
+        fd: Any file of it, not O_PATH.
+        command: With the quota's type, as QCMD makes it.
+        id: Whose quota.
+        data: The command's structure; filled in by those that ask.
+    """
+    buffer = ctypes.create_string_buffer(data, len(data))
+    numbers = (ctypes.c_long(number) for number in (_SYS_QUOTACTL_FD, fd, command, id))
+    if _libc().syscall(*numbers, buffer) < 0:
+        raise _last_error("quotactl", None)
+    return buffer.raw
 
 
 def entry_types(dir_fd: int) -> dict[bytes, int]:

@@ -73,13 +73,15 @@ class MountTable:
         return sorted(path.name for path in self._directory.iterdir())
 
     def restart(self) -> None:
-        """A new dockerd counts anew: what is mounted has one user, its container."""
+        """A new dockerd counts anew: what is mounted has one user, its container; or none, after a killed Get."""
         for path in self._directory.iterdir():
-            self._write(path.name, 1)
+            if self._counted(path.name):
+                self._write(path.name, 1)
 
     def _count(self, id: str, target: Path) -> int:
-        if not is_mounted(target):
-            return 0
+        return self._counted(id) if is_mounted(target) else 0
+
+    def _counted(self, id: str) -> int:
         try:
             return int((self._directory / id).read_text())
         except (FileNotFoundError, ValueError):

@@ -7,7 +7,7 @@ import io
 import json
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from gearworkers.errors import GearError
 from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
 from tests.support.stack import Stack
+
+Options = Mapping[str, str] | None
 
 _TIMEOUT_S = 60.0
 _PIECE_BYTES = 1 << 16
@@ -39,9 +41,11 @@ class Driver(Protocol):
 
     def capabilities(self) -> dict[str, bool]: ...
 
-    def create(self, id: str, parent: str = "", mount_label: str = "") -> None: ...
+    def create(self, id: str, parent: str = "", mount_label: str = "", storage_opt: Options = None) -> None: ...
 
-    def create_read_write(self, id: str, parent: str = "", mount_label: str = "") -> None: ...
+    def create_read_write(
+        self, id: str, parent: str = "", mount_label: str = "", storage_opt: Options = None
+    ) -> None: ...
 
     def remove(self, id: str) -> None: ...
 
@@ -91,11 +95,11 @@ class InProcess:
     def capabilities(self) -> dict[str, bool]:
         return dict(self._call("capabilities"))
 
-    def create(self, id: str, parent: str = "", mount_label: str = "") -> None:
-        self._call("create", id, parent, mount_label)
+    def create(self, id: str, parent: str = "", mount_label: str = "", storage_opt: Options = None) -> None:
+        self._call("create", id, parent, mount_label, storage_opt)
 
-    def create_read_write(self, id: str, parent: str = "", mount_label: str = "") -> None:
-        self._call("create_read_write", id, parent, mount_label)
+    def create_read_write(self, id: str, parent: str = "", mount_label: str = "", storage_opt: Options = None) -> None:
+        self._call("create_read_write", id, parent, mount_label, storage_opt)
 
     def remove(self, id: str) -> None:
         self._call("remove", id)
@@ -162,11 +166,11 @@ class OverSocket:
     def capabilities(self) -> dict[str, bool]:
         return dict(self._call("Capabilities")["Capabilities"])
 
-    def create(self, id: str, parent: str = "", mount_label: str = "") -> None:
-        self._call("Create", ID=id, Parent=parent, MountLabel=mount_label, StorageOpt=None)
+    def create(self, id: str, parent: str = "", mount_label: str = "", storage_opt: Options = None) -> None:
+        self._call("Create", ID=id, Parent=parent, MountLabel=mount_label, StorageOpt=storage_opt)
 
-    def create_read_write(self, id: str, parent: str = "", mount_label: str = "") -> None:
-        self._call("CreateReadWrite", ID=id, Parent=parent, MountLabel=mount_label, StorageOpt=None)
+    def create_read_write(self, id: str, parent: str = "", mount_label: str = "", storage_opt: Options = None) -> None:
+        self._call("CreateReadWrite", ID=id, Parent=parent, MountLabel=mount_label, StorageOpt=storage_opt)
 
     def remove(self, id: str) -> None:
         self._call("Remove", ID=id)

@@ -44,6 +44,20 @@ def test_an_unknown_option_is_refused_by_the_names_of_the_known(driver: Driver) 
         driver.init(["gear.root=relative"])
 
 
+def test_a_container_s_options_are_kept_or_refused(driver: Driver) -> None:
+    id = an_id()
+    for option, why in (({"size": "1M"}, "without project quotas"), ({"nope": "1"}, "unknown option nope")):
+        with pytest.raises(Refused, match=why):
+            driver.create_read_write(id, storage_opt=option)
+    for option, why in (({"size": "1M"}, "containers only"), ({"nope": "1"}, "unknown option nope")):
+        with pytest.raises(Refused, match=why):
+            driver.create(id, storage_opt=option)
+    with pytest.raises(Refused, match="512M or 10G"):
+        driver.create_read_write(id, storage_opt={"size": "much"})
+    assert not driver.exists(id)
+    driver.create_read_write(id, storage_opt={})
+
+
 def test_get_metadata_has_overlay2s_keys(driver: Driver) -> None:
     base = applied(driver, file("a", b"a"))
     middle = applied(driver, file("b", b"b"), parent=base)

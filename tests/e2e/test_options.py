@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import sandbox
+from tests.support.disk import LIMITING, mount_small
 from tests.support.dockerd import NO_NETWORK, Dockerd
 from tests.support.processes import NotReady, wait_until
 from tests.support.stack import Stack
@@ -78,6 +79,32 @@ def test_root_and_broker_are_those_of_the_options(own: Stack, disk: Path) -> Non
         assert info(dockerd)["Root Dir"] == f"{disk}/elsewhere"
         assert len(list((disk / "elsewhere" / "images").iterdir())) == 1
         assert not list(own.root.glob("images/*"))
+    finally:
+        dockerd.stop()
+
+
+def test_a_size_that_cannot_be_enforced_and_an_unknown_option_are_refused(dockerd: Dockerd, stack: Stack) -> None:
+    for option, why in (("size=1M", "extfs without project quotas"), ("nope=1", "unknown option nope")):
+        refused = dockerd.call("create", "--storage-opt", option, "tiny", "true")
+        assert refused.returncode and why in refused.stderr.decode()
+    assert not dockerd.docker("ps", "-aq")
+
+
+@pytest.mark.parametrize("fs", sorted(LIMITING))
+def test_a_container_writes_no_more_than_its_size(own: Stack, disk: Path, tmp_path: Path, fs: str) -> None:
+    try:
+        limiting = mount_small(tmp_path, fs, LIMITING[fs])
+    except subprocess.CalledProcessError:
+        pytest.skip(f"this kernel has no project quotas on {fs}")
+    dockerd = Dockerd("d3", disk / f"limited-{fs}", "gear3", ("--storage-opt", f"gear.root={limiting}/gear"))
+    dockerd.start()
+    try:
+        dockerd.docker("import", "-", "limited", stdin=tiny_tar())
+        fill = ("sh", "-c", "dd if=/dev/zero of=/f bs=64k count=32 2>&1; stat -c %s /f")
+        *told, written = dockerd.run("limited", *fill, options=("--rm", "--storage-opt", "size=1M")).splitlines()
+        assert any("No space left" in line or "quota exceeded" in line.lower() for line in told), told
+        assert 1 << 19 < int(written) <= 1 << 20
+        assert dockerd.run("limited", *fill).splitlines()[-1] == str(2 << 20)
     finally:
         dockerd.stop()
 

@@ -14,7 +14,18 @@ from typing import Any, Generic, TypeVar
 from gearworkers.mounts import sys as kernel
 
 _CHANGES = frozenset(
-    ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.setxattr", "os.truncate", "os.utime")
+    (
+        "open",
+        "os.mkdir",
+        "os.rename",
+        "os.link",
+        "os.remove",
+        "os.rmdir",
+        "os.setxattr",
+        "os.truncate",
+        "os.utime",
+        "fcntl.ioctl",
+    )
 )
 _UNAUDITED = (
     (os, "write"),
@@ -24,6 +35,7 @@ _UNAUDITED = (
     (kernel, "syncfs"),
     (kernel, "move_mount"),
     (kernel, "umount2"),
+    (kernel, "quotactl_fd"),
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import applied, file
 from tests.faults.crashes import Say, killed_at_every_step
+from tests.support.lazynode import LazyNode, lazy_node
 
 READ_WRITE = ("container", "container-init")  # the latter is mounted without sync
 
@@ -92,3 +96,96 @@ def test_a_put_killed_at_any_step_is_repeated_or_followed_by_a_get(settings: Set
         InProcess(settings).get(id)
         assert outcome.was_killed or outcome.said
     InProcess(settings).put(id)
+
+
+def killed_calls(settings: Settings, call: str, id: str) -> Iterator[bool]:
+    """Have a Get or a Put killed at each of its steps; whether it had answered."""
+
+    def work(say: Say) -> None:
+        getattr(GearDriver(settings), call)(id)
+        say(b"done")
+
+    return (bool(outcome.said) for outcome in killed_at_every_step(work))
+
+
+@pytest.mark.parametrize("call", ["put", "remove"])
+def test_a_put_or_remove_after_a_get_that_was_killed_unmounts(settings: Settings, base: str, call: str) -> None:
+    mounted = 0
+    for _ in killed_calls(settings, "get", layer_of(settings, "container", base)):
+        driver = InProcess(settings)
+        merged = Path(driver.get_metadata("container")["MergedDir"])
+        mounted += mounts_at(merged)
+        getattr(driver, call)("container")
+        assert not mounts_at(merged)
+        driver.remove("container")
+        assert not merged.exists()
+        layer_of(settings, "container", base)
+    assert mounted > 1, "some were killed after the mount"
+
+
+def test_a_new_dockerd_takes_over_no_user_from_a_get_that_was_killed(settings: Settings, base: str) -> None:
+    id = layer_of(settings, "container", base)
+    for answered in killed_calls(settings, "get", id):
+        driver = InProcess(settings)
+        driver.init()
+        merged = driver.get(id)
+        driver.put(id)
+        assert mounts_at(merged) == answered, "what had answered is a container's"
+    driver.put(id)
+
+
+def test_a_killed_call_of_one_user_takes_nothing_from_another(settings: Settings, base: str) -> None:
+    id = layer_of(settings, "container", base)
+    driver = InProcess(settings)
+    merged = driver.get(id)
+    for answered in killed_calls(settings, "get", id):
+        check_one_mount(driver, id, merged)
+        if answered:
+            driver.put(id)
+    driver.get(id)
+    for answered in killed_calls(settings, "put", id):
+        if not answered:
+            driver.put(id)
+        check_one_mount(driver, id, merged)
+        driver.get(id)
+    driver.put(id)
+    assert mounts_at(merged) == 1
+    driver.put(id)
+    assert not mounts_at(merged)
+
+
+def check_one_mount(driver: InProcess, id: str, merged: Path) -> None:
+    """A user more, and one less, changes nothing."""
+    driver.get(id)
+    assert mounts_at(merged) == 1
+    driver.put(id)
+    assert mounts_at(merged) == 1
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[LazyNode]:
+    """One whose containers' starts are recorded."""
+    with lazy_node(tmp_path) as node:
+        node.settings = replace(node.settings, remote=str(tmp_path / "remote"))
+        node.pull({"base": b"of the base"}, "base")
+        yield node
+
+
+def test_the_same_holds_where_files_arrive_when_they_are_opened_and_starts_are_recorded(node: LazyNode) -> None:
+    driver = InProcess(node.settings)
+    id = layer_of(node.settings, "container", "base")
+    for answered in killed_calls(node.settings, "get", id):
+        merged = driver.get(id)
+        assert mounts_at(merged) == 1 and (merged / "base").read_bytes() == b"of the base"
+        assert answered or "recording" in [thread.name for thread in threading.enumerate()]
+        driver.put(id)
+        if answered:
+            driver.put(id)
+        assert not mounts_at(merged)
+    driver.get(id)
+    for answered in killed_calls(node.settings, "put", id):
+        if not answered:
+            driver.put(id)
+        assert not mounts_at(merged)
+        driver.get(id)
+        assert mounts_at(merged) == 1 and (merged / "own").read_bytes() == b"of the container"

@@ -24,6 +24,30 @@ def mount_fresh(image: Path, target: Path, size_bytes: int) -> None:
         subprocess.run(["losetup", "--detach", device], check=True)  # with the unmount, if mounted
 
 
+MAKE = {
+    "xfs": ("mkfs.xfs", "-q", "-d", "size=320m"),
+    "ext4": ("mkfs.ext4", "-q", "-O", "project,quota", "-E", "quotatype=prjquota"),
+}
+"""How a small file system is made that can have project quotas."""
+LIMITING = {"xfs": "pquota", "ext4": "prjquota"}
+"""With which mount option they hold."""
+
+
+def mount_small(directory: Path, fs: str, options: str) -> Path:
+    """Make one of MAKE's in a sparse file in *directory*, and mount it with *options*; where.
+
+    Raises:
+        subprocess.CalledProcessError: This kernel has no such file system, or not with these options.
+    """
+    image, target = directory / f"{fs}.img", directory / fs
+    with image.open("xb") as file:
+        os.truncate(file.fileno(), 320 << 20)
+    subprocess.run([*MAKE[fs], str(image)], check=True)
+    target.mkdir()
+    subprocess.run(["mount", "-o", f"loop,{options}", str(image), str(target)], check=True, stderr=subprocess.DEVNULL)
+    return target
+
+
 def used_bytes(path: Path) -> int:
     """Bytes in use on the file system that holds *path*, everything written."""
     os.sync()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,7 +51,7 @@ class MemoryDriver:
     def capabilities(self) -> dict[str, bool]:
         return {"ReproducesExactDiffs": True}
 
-    def create(self, id: str, parent: str, mount_label: str = "") -> None:
+    def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
         if id in self.layers:
             raise AlreadyExists(f"layer {id}: it is there")
         self.layers[id] = parent

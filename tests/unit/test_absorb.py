@@ -101,7 +101,7 @@ def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
         with pytest.raises(KeyboardInterrupt):
             driver.absorb("step")
     shutil.rmtree(driver.settings.gear_build_path)
-    driver.prepare()
+    GearDriver(driver.settings).prepare()
     assert tar_of(driver, "step") == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +106,16 @@ def test_a_second_gateway_of_one_root_is_refused_before_it_takes_anything_for_a_
         assert under_way.exists()
     driver.prepare()
     assert not under_way.exists()
+
+
+def test_status_leaves_nothing_in_the_root_and_says_the_same_each_time(settings: Settings) -> None:
+    started(settings)
+    before = set(settings.gear_root.iterdir())
+    restarted = GearDriver(settings)  # beside a dockerd that runs: nothing was tried yet
+    restarted.prepare()
+    with ThreadPoolExecutor(4) as pool:
+        modes = {dict(status)["Kernel Mode"] for status in pool.map(lambda _: restarted.status(), range(8))}
+    modes |= {dict(GearDriver(settings).status())["Kernel Mode"] for _ in range(2)}
+    (mode,) = modes
+    assert "mounted" in mode
+    assert set(settings.gear_root.iterdir()) == before

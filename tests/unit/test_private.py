@@ -170,7 +170,7 @@ def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
     removed, missing = driver.faults(read_data=True, repair=True)
     assert "(removed)" in removed
     assert missing.startswith("layer marked: 1 of its private objects are missing")
-    assert driver._layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
+    assert driver._engine.layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
 
 
 @pytest.mark.parametrize("mark", [{".gear-private": b""}, {}], ids=["private", "public"])
@@ -194,7 +194,7 @@ def test_what_no_layer_has_goes_at_the_next_start(driver: GearDriver) -> None:
     driver.create("new", "")
     (driver.settings.gear_private_cache_path / "new").mkdir()
     (driver.settings.gear_private_cache_path / "gone").mkdir()
-    driver.prepare()
+    GearDriver(driver.settings).prepare()
     assert not list(driver.settings.gear_private_cache_path.iterdir())
 
 

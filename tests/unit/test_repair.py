@@ -53,7 +53,7 @@ def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
     until(lambda: node.status().incomplete_layers == 0, "the layer is complete again")
     assert not list(GearDriver(node.settings).faults(read_data=True, repair=False))
-    node.driver.prepare()
+    GearDriver(node.settings).prepare()
     assert may_store_in_place(node)
 
 
@@ -71,7 +71,7 @@ def test_contents_are_not_stored_in_place_after_a_restart_while_an_object_is_los
     damage(node)
     (node.shelf.root / DIGEST.hex()).unlink()
     list(GearDriver(node.settings).faults(read_data=True, repair=True))
-    node.driver.prepare()
+    GearDriver(node.settings).prepare()
     assert not may_store_in_place(node)
     with pytest.raises(OSError, match="Input/output"):
         (node.run("after") / "etc/file").read_bytes()
