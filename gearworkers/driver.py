@@ -363,6 +363,7 @@ class GearDriver:
 
         Raises:
             NotFound: No such layer.
+            Unavailable: A Diff of it is under way; try again later.
         """
         if not self.is_absorbable(id):
             return 0
