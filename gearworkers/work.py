@@ -34,7 +34,7 @@ def perform(settings: Settings, order: Order, by: str) -> Answer | None:
     Crash: the gateway sees it and answers its caller.
     """
     try:
-        with claimed(settings.streams_socket, order.token, by) as stream:
+        with claimed(settings.streams_socket, order.token, by, settings.stream_idle_s) as stream:
             if stream is None:
                 _log.info("order not wanted any more", call=order.call, id=order.id)
                 return None
