@@ -188,16 +188,17 @@ class GearDriver:
     # -- mounts
 
     @_translated
-    def get(self, id: str, mount_label: str = "") -> str:
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
         """Mount the layer, or count one more user of its mount.
 
         Returns:
             The path of the merged tree: read-only for an image layer.
 
         Raises:
-            NotFound, FailedPrecondition: As `MountedLayers.get`.
+            NotFound, FailedPrecondition, MustWait: As `MountedLayers.get`.
         """
-        return str(self._mounts.get(id, mount_label, self._id_maps(), volatile=_is_volatile(id)))
+        mounts = self._mounts
+        return str(mounts.get(id, mount_label, self._id_maps(), volatile=_is_volatile(id), may_wait=may_wait))
 
     @_translated
     def put(self, id: str) -> None:
