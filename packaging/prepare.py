@@ -37,6 +37,7 @@ PACKAGES = (
     "procps",
     "e2fsprogs",
     "xfsprogs",
+    "btrfs-progs",
     "openssl",
     "curl",
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init

@@ -15,9 +15,11 @@ from gearworkers.claiming import Stream, claimed
 from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.layers.changes import Change, ChangeKind
 from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.mounted import MustWait
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from plugin_gateway.app import Gateway
+from plugin_gateway.desk import Offer
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.queue import QueueState
 
@@ -37,6 +39,8 @@ class MemoryDriver:
     is_released: bool = False
     broken: Exception | None = None
     """What every call of exists and status raises."""
+    lazy_server: threading.Event = field(default_factory=threading.Event)
+    """Whether layers whose name begins with "gear" can be mounted."""
 
     def prepare(self) -> None:
         self.settings.gear_root.mkdir(exist_ok=True)
@@ -61,9 +65,13 @@ class MemoryDriver:
     def remove(self, id: str) -> None:
         self.layers.pop(id, None)
 
-    def get(self, id: str, mount_label: str = "") -> str:
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
         if id not in self.layers:
             raise NotFound(f"layer {id}: there is none")
+        if id.startswith("gear") and not may_wait:
+            raise MustWait
+        if id.startswith("gear"):
+            assert self.lazy_server.wait(60)
         self.mounted.add(id)
         return f"/merged/{id}"
 
@@ -121,7 +129,7 @@ class ThreadQueue:
 
     def take(self, order: Order, by: str = "worker") -> bool:
         """Claim *order* and work; whether it was granted."""
-        with claimed(self._settings.streams_socket, order.token, by) as stream:
+        with claimed(self._settings.streams_socket, order.token, by, self._settings.stream_idle_s) as stream:
             if stream is not None:
                 self._work(order, stream)
             return stream is not None
@@ -142,8 +150,8 @@ class ThreadPool:
     def __init__(self, queue: ThreadQueue) -> None:
         self._queue = queue
 
-    async def perform(self, order: Order) -> None:
-        await asyncio.to_thread(self._queue.take, order, "gateway")
+    async def perform(self, offer: Offer) -> None:
+        await asyncio.to_thread(self._queue.take, offer.order, "gateway")
 
     def close(self) -> None:
         """Nothing to end."""
