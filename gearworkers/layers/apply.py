@@ -21,9 +21,9 @@ from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import Index
 from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.objects.claims import Claims
-from gearworkers.objects.inplace import permission
+from gearworkers.objects.inplace import Bursts, forbid, remove_unfinished
 from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.store import Found, ObjectStore
 from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
 
 STREAM_FILE = "stream.zst"
@@ -92,10 +92,9 @@ def apply_tar(
         stream_file = stack.enter_context(open(build / STREAM_FILE, "xb"))
         log = StreamWriter(stream_file)
         index = Index(ids, time_ns=time.time_ns())
-        in_place = stack.enter_context(permission(root))
-        writer = stack.enter_context(ContentWriter(store, staging_fd, spool, in_place=in_place))
-        reader = TarReader(source, log, buffer_bytes=MOST_CONTENT_BYTES)
-        contents = stack.enter_context(closing(_Contents(reader, log, store, writer, build, staging_fd)))
+        writer = stack.enter_context(ContentWriter(store, staging_fd, spool, Bursts(root)))
+        reader = TarReader(_Pausing(source, writer), log, buffer_bytes=MOST_CONTENT_BYTES)
+        contents = stack.enter_context(closing(_Contents(reader, log, store, writer, build, staging_fd, root)))
         if private:
             contents.keep_private()
         with _no_garbage_collector():
@@ -117,6 +116,18 @@ def _no_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
+class _Pausing:
+    """The tar's source; the writer is told before each wait for it."""
+
+    def __init__(self, source: Readable, writer: ContentWriter) -> None:
+        self._source = source
+        self._writer = writer
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        self._writer.pause()
+        return self._source.readinto(buffer)
+
+
 class _Contents:
     """Takes the contents out of a tar: hashed, claimed, stored, logged."""
 
@@ -128,6 +139,7 @@ class _Contents:
         writer: ContentWriter,
         build: Path,
         staging_fd: int,
+        root: Path,
     ) -> None:
         self._reader = reader
         self._log = log
@@ -136,6 +148,7 @@ class _Contents:
         self._writer = writer
         self._build = build
         self._staging_fd = staging_fd
+        self._root = root
         self._complete = True
 
     @property
@@ -219,11 +232,19 @@ class _Contents:
             return None
         entry.size_bytes = size_bytes
         self._claims.add(digest, size_bytes)
-        self._complete = self._complete and self._store.has(digest)
+        found = self._store.find(digest)
+        if found is not Found.WHOLE and self._complete:
+            self._complete = False
+            self._writer.pause()
+            forbid(self._root)
+            found = self._store.find(digest)
+        if found is Found.UNFINISHED:
+            remove_unfinished(self._store, digest, self._staging_fd)
         return digest
 
     def _streamed(self, entry: Entry) -> bytes:
         """A content that is large or sparse goes piece by piece to a file that has no name yet."""
+        self._writer.pause()  # hashing a long hole takes its time
         self._refuse_without_space(entry)
         hasher = hashlib.sha256()
         segments = entry.sparse if entry.sparse is not None else ((0, entry.size_bytes),)

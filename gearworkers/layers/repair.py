@@ -9,15 +9,17 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gearworkers.files import opened_directory
 from gearworkers.layers.fsck import layer_faults
 from gearworkers.layers.store import LayerStore
 from gearworkers.layers.wanted import layers_naming, mark_incomplete
 from gearworkers.objects import inplace
+from gearworkers.objects.claims import OBJECTS_FILE, read_objects
 from gearworkers.objects.fsck import bad_objects
 from gearworkers.objects.locks import GarbageLock
 from gearworkers.objects.remotes.push import damaged_in
 from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import ObjectStore
+from gearworkers.objects.store import Found, ObjectStore
 from gearworkers.settings import Settings
 
 Marked = Callable[[str], object]
@@ -59,6 +61,7 @@ class Checker:
             advice = fault.advice
             if repair and fault.lacks_objects:
                 inplace.lose(self._settings.gear_root)
+                self._remove_unfinished(fault.id)
                 if self._mark(fault.id, incomplete):
                     advice = "marked incomplete: what it lacks is fetched from GEAR_REMOTE"
             yield f"layer {fault.id}: {fault.what}; {advice}"
@@ -88,6 +91,14 @@ class Checker:
                 self._mark(id, incomplete)
             for cache in (settings.gear_arrivals_path, settings.gear_public_cache_path):
                 Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
+
+    def _remove_unfinished(self, id: str) -> None:
+        """What a killed import left at the names of the layer's objects; it is about to be looked up by overlays."""
+        records = read_objects(self._settings.gear_images_path / id / OBJECTS_FILE)
+        with self._layers.building(id) as build, opened_directory(build) as build_fd:
+            for digest, _ in records:
+                if self._objects.find(digest) is Found.UNFINISHED:
+                    inplace.remove_unfinished(self._objects, digest, build_fd)
 
     def _mark(self, id: str, incomplete: Marked) -> bool:
         root = self._settings.gear_root

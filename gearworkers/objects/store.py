@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from enum import Enum, auto
 from pathlib import Path
 
 from gearworkers.digest import ALPHABET, DIGEST_XATTR, RESERVED, object_path
@@ -20,6 +21,15 @@ from gearworkers.mounts import sys as kernel
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _HOLE_BYTES = 64 * 1024
 _READ_BYTES = 1 << 20
+
+
+class Found(Enum):
+    """What stands at an object's name."""
+
+    WHOLE = auto()
+    UNFINISHED = auto()
+    """A file without digest: an import is writing it, or was killed while it did (`inplace`)."""
+    ABSENT = auto()
 
 
 class ObjectStore:
@@ -56,21 +66,31 @@ class ObjectStore:
         return self._prefix + object_path(digest)
 
     def has(self, digest: bytes) -> bool:
-        """Whether the object is here; a file without digest is none: not yet, or no longer to be.
+        """Whether the object is here, whole.
 
         Raises:
             IntegrityError: Another content stands at its name.
+        """
+        return self.find(digest) is Found.WHOLE
+
+    def find(self, digest: bytes) -> Found:
+        """What stands at the object's name.
+
+        Raises:
+            IntegrityError: Another content does.
         """
         path = self.path(digest)
         try:
             found = os.getxattr(path, DIGEST_XATTR)
         except OSError as exc:
-            if exc.errno in (errno.ENOENT, errno.ENODATA):
-                return False
+            if exc.errno == errno.ENOENT:
+                return Found.ABSENT
+            if exc.errno == errno.ENODATA:
+                return Found.UNFINISHED
             raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
             raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")
-        return True
+        return Found.WHOLE
 
     def open(self, digest: bytes) -> int:
         """A read-only descriptor of the object.

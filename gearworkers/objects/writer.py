@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from gearworkers.errors import GearError, from_os_error
 from gearworkers.mounts import sys as kernel
-from gearworkers.objects.inplace import put_in_place
+from gearworkers.objects.inplace import Bursts, put_in_place
 from gearworkers.objects.spool import PushSpool
 from gearworkers.objects.store import ObjectStore
 from gearworkers.processes import end_with_parent
@@ -42,7 +42,7 @@ class ContentWriter:
 
     The first few are stored by this process. Once there are many, a forked one does it, which gets them through
     shared memory: a thread would wait for the interpreter's lock at each of its system calls. What was put is stored
-    when `flush` has returned.
+    when `flush` has returned. The caller calls `pause` before it waits for anything.
 
     Attributes:
         new_objects: How many were new; right after `flush`.
@@ -51,11 +51,12 @@ class ContentWriter:
     Crash: the kernel ends the other process with this one; see `inplace` and `store` for what a write leaves.
     """
 
-    def __init__(self, store: ObjectStore, staging_fd: int, spool: PushSpool | None, *, in_place: bool) -> None:
+    def __init__(self, store: ObjectStore, staging_fd: int, spool: PushSpool | None, bursts: Bursts) -> None:
         self._store = store
         self._staging_fd = staging_fd
         self._spool = spool
-        self._in_place = in_place
+        self._bursts = bursts
+        self._is_private = False
         self._beside: _Beside | None = None
         self._alone = self._alone_bytes = 0
         self.new_objects = 0
@@ -67,6 +68,7 @@ class ContentWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._bursts.close()
         if self._beside is not None:
             self._beside.close()
 
@@ -87,7 +89,12 @@ class ContentWriter:
         self._alone += 1
         self._alone_bytes += len(data)
         if self._alone >= _ALONE_CONTENTS or self._alone_bytes >= _ALONE_BYTES:
+            self._bursts.close()  # else its lock would be that of both processes
             self._beside = _Beside(self)
+
+    def pause(self) -> None:
+        """Keep nobody waiting who wants to forbid storing in place; cheap."""
+        self._bursts.end()
 
     def push_nothing(self) -> None:
         """What comes is of a Gear layer: the remote has what it names, and each node gets the rest with the layer."""
@@ -97,7 +104,7 @@ class ContentWriter:
         """What comes goes to *store*, which nobody sees yet, and is never pushed; nothing has been put before."""
         self._store = store
         self._spool = None
-        self._in_place = True
+        self._is_private = True
 
     def announce(self, digest: bytes) -> None:
         """The caller is about to store this object, which is not here, otherwise."""
@@ -126,7 +133,7 @@ class ContentWriter:
         store, staging_fd = self._store, self._staging_fd
         if self._spool is not None and not store.has(digest):
             self._spool.announce(digest)
-        if self._in_place:
+        if self._is_private or self._bursts.begin():
             new = put_in_place(store, digest, data, staging_fd)
         else:
             new = not store.has(digest) and store.put(digest, data, staging_fd)
@@ -150,6 +157,7 @@ class ContentWriter:
                 at = position % _RING_BYTES
                 self._store_one(digest, ring[at : at + length])
                 end = position + length
+            self._bursts.end()
             writeback.advance(end)
             line.send(_TAKEN.pack(_ACK, end))
 

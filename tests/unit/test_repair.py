@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from gearworkers.driver import GearDriver
-from gearworkers.objects.inplace import permission
+from gearworkers.objects.inplace import Bursts
 from gearworkers.objects.store import ObjectStore
 from tests.support.lazynode import LazyNode, lazy_node, until
 from tests.support.tiny import tar_of
@@ -37,8 +38,8 @@ def damage(node: LazyNode) -> None:
 
 
 def may_store_in_place(node: LazyNode) -> bool:
-    with permission(node.settings.gear_root) as allowed:
-        return allowed
+    with closing(Bursts(node.settings.gear_root)) as bursts:
+        return bursts.begin()
 
 
 def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -> None:
@@ -64,6 +65,14 @@ def test_a_missing_object_makes_its_layer_incomplete_too(node: LazyNode) -> None
     assert node.status().incomplete_layers == 0
     list(GearDriver(node.settings).faults(read_data=False, repair=True))
     assert node.status().incomplete_layers == 1
+    assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
+
+
+def test_what_a_killed_import_left_at_a_lost_objects_name_is_not_read(node: LazyNode) -> None:
+    object = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
+    object.unlink()
+    object.write_bytes(FILES["etc/file"][:100])
+    list(GearDriver(node.settings).faults(read_data=False, repair=True))
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
