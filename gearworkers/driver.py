@@ -370,6 +370,7 @@ class GearDriver:
 
         Raises:
             NotFound: No such layer.
+            Unavailable: A Diff of it is under way; try again later.
         """
         engine = self._engine
         if not engine.is_absorbable(id):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import msgspec
 
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR, object_path
-from gearworkers.errors import from_os_error
+from gearworkers.errors import Unavailable, from_os_error
 from gearworkers.files import opened_directory
 from gearworkers.layers.upper import directories, open_below
 from gearworkers.mounts import sys as kernel
@@ -66,6 +66,7 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
         root: GEAR_ROOT, whose garbage collector reads the list.
 
     Raises:
+        Unavailable: A Diff of the layer is under way, for as long as its caller likes; nothing has changed.
         GearError: The file system's refusal; the layer is as whole as before.
     """
     try:
@@ -75,15 +76,16 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
             claims.seal()
         finally:
             claims.close()
-        with opened_directory(build) as build_fd:
+        with opened_directory(build) as build_fd, _locked(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
             with publishing(root, store):  # or the collector finds the list at neither place
                 os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
-            with _locked(layer, fcntl.LOCK_EX):
-                (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
-                kernel.syncfs(build_fd)
-                count = _replaced(upper, build_fd, contents)
-                _set_times_back(layer, upper)
+            (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
+            kernel.syncfs(build_fd)
+            count = _replaced(upper, build_fd, contents)
+            _set_times_back(layer, upper)
             return count
+    except BlockingIOError as exc:
+        raise Unavailable(f"move the contents of layer {layer.name} to the object store: a Diff reads it") from exc
     except OSError as exc:
         raise from_os_error(exc, f"move the contents of layer {layer.name} to the object store") from exc
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.driver import GearDriver
+from gearworkers.errors import Unavailable
 from gearworkers.layers import absorb as absorb_module
 from gearworkers.objects.claims import OBJECTS_FILE
 from gearworkers.settings import Settings
@@ -123,6 +124,15 @@ def test_the_list_of_objects_changes_its_place_while_no_collector_reads_the_list
     monkeypatch.setattr(os, "rename", rename)
     assert driver.absorb("step") == 3
     assert len(held) == 1
+
+
+def test_a_diff_whose_caller_stops_reading_does_not_stop_the_absorption_of_other_layers(driver: GearDriver) -> None:
+    """Absorption gives way and is tried again."""
+    built_layer(driver)
+    layer = driver.settings.gear_containers_path / "step"
+    with absorb_module.settled(layer, layer / "upper"), pytest.raises(Unavailable, match="Diff"):
+        driver.absorb("step")
+    assert driver.absorb("step") == 3
 
 
 def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDriver) -> None:

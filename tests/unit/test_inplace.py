@@ -56,7 +56,7 @@ def goes_through(work: Callable[[], object]) -> bool:
     """Whether *work* ends."""
     working = threading.Thread(target=work, daemon=True)
     working.start()
-    working.join(PATIENCE_S / 4)
+    working.join(PATIENCE_S)
     return not working.is_alive()
 
 
