@@ -8,7 +8,7 @@ import socket
 from typing import NoReturn
 
 from gearworkers.errors import IntegrityError, Unavailable
-from gearworkers.streams import CHUNKED, Answer, frame
+from gearworkers.streams import CHUNKED, Progress, frame
 
 RESPONSE_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.plugins.v1.1+json\r\n"
@@ -21,14 +21,25 @@ _NEXT_CHUNK = re.compile(rb"\r\n([1-9a-f][0-9a-f]{0,13})\r\n")
 _LINE_LIMIT_BYTES = 4096
 _GATHER_BYTES = 64 << 10
 _SEND_BUFFER_BYTES = 1 << 20
+_STALLED_S = 0.5
+"""After such a wait for the caller the gateway lets another process use the core."""
+_LONGEST_POLL_MS = (1 << 31) - 1
 
 
 class Line:
-    """The caller's connection, watched together with the gateway's life."""
+    """The caller's connection, watched together with the gateway's life.
 
-    def __init__(self, connection: socket.socket, control: socket.socket) -> None:
+    Args:
+        connection: The caller's, non-blocking.
+        control: To the gateway, which is told when the caller stalls.
+        idle_s: A caller that sends or takes nothing for so long is given up.
+    """
+
+    def __init__(self, connection: socket.socket, control: socket.socket, idle_s: float) -> None:
         self._connection = connection
         self._control = control
+        self._idle_s = idle_s
+        self._started = False
         self._readable = self._poller(select.POLLIN)
         self._writable = self._poller(select.POLLOUT)
 
@@ -39,7 +50,7 @@ class Line:
         return poller
 
     def receive_into(self, buffer: memoryview) -> int:
-        """Some bytes; waits for them. 0: the caller has closed. Unavailable: it or the gateway is gone."""
+        """Some bytes; waits for them. 0: the caller has closed. Unavailable: it or the gateway is gone, or it idles."""
         while True:
             try:
                 return self._connection.recv_into(buffer)
@@ -49,7 +60,7 @@ class Line:
                 raise Unavailable(f"read the request's body: {exc.strerror}; it broke off") from exc
 
     def send(self, parts: list[bytes | memoryview]) -> None:
-        """All of *parts*; waits. Unavailable: the caller or the gateway is gone."""
+        """All of *parts*; waits. Unavailable: the caller or the gateway is gone, or the caller idles."""
         while parts:
             try:
                 sent = self._connection.sendmsg(parts)
@@ -65,10 +76,8 @@ class Line:
 
     def announce(self) -> None:
         """Tell the gateway that the answer's first byte follows."""
-        try:
-            self._control.sendall(frame(Answer(started=True)))
-        except OSError as exc:
-            raise Unavailable(f"write the answer: the gateway is gone ({exc.strerror})") from exc
+        self._started = True
+        self._tell(stalled=False)
 
     def widen(self) -> None:
         """Ask for a send buffer that saves the caller and us some wake-ups."""
@@ -82,8 +91,26 @@ class Line:
             raise Unavailable("the gateway is gone or has given the call up")
 
     def _wait(self, poller: select.poll) -> None:
-        if any(fd == self._control.fileno() for fd, _ in poller.poll()):
+        ready = poller.poll(_STALLED_S * 1000) or self._wait_stalled(poller)
+        if any(fd == self._control.fileno() for fd, _ in ready):
             raise Unavailable("the gateway is gone or has given the call up")
+
+    def _wait_stalled(self, poller: select.poll) -> list[tuple[int, int]]:
+        self._tell(stalled=True)
+        ready = poller.poll(min(self._idle_s * 1000, _LONGEST_POLL_MS))
+        if not ready:
+            raise Unavailable(
+                f"the call was given up: its caller has sent or taken nothing for {self._idle_s:g} s; "
+                "GEAR_STREAM_IDLE_S says how long that may be"
+            )
+        self._tell(stalled=False)
+        return ready
+
+    def _tell(self, *, stalled: bool) -> None:
+        try:
+            self._control.sendall(frame(Progress(self._started, stalled)))
+        except OSError as exc:
+            raise Unavailable(f"the gateway is gone ({exc.strerror})") from exc
 
 
 class BodySource:

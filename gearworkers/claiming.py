@@ -12,6 +12,7 @@ import msgspec
 
 from gearworkers.bodies import BodySource, ChunkedSink, Line
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
+from gearworkers.settings import DEFAULT_STREAM_IDLE_S
 from gearworkers.streams import Answer, Claim, FrameBuffer, Grant, frame
 
 _GRANT_TIMEOUT_S = 10.0
@@ -20,11 +21,14 @@ _GRANT_TIMEOUT_S = 10.0
 class Stream:
     """A granted claim: the control connection and, for ApplyDiff and Diff, the caller's connection."""
 
-    def __init__(self, control: socket.socket, connection: socket.socket | None, grant: Grant, head: bytes) -> None:
+    def __init__(
+        self, control: socket.socket, connection: socket.socket | None, grant: Grant, head: bytes, idle_s: float
+    ) -> None:
         self._control = control
         self._connection = connection
         self._grant = grant
         self._head = head
+        self._idle_s = idle_s
 
     def source(self) -> BodySource:
         """The request's body."""
@@ -48,12 +52,18 @@ class Stream:
     def _line(self) -> Line:
         if self._connection is None:
             raise GearError("streams socket: no connection came with the grant")
-        return Line(self._connection, self._control)
+        return Line(self._connection, self._control, self._idle_s)
 
 
 @contextmanager
-def claimed(path: Path, token: str, by: str) -> Iterator[Stream | None]:
+def claimed(path: Path, token: str, by: str, idle_s: float = DEFAULT_STREAM_IDLE_S) -> Iterator[Stream | None]:
     """Claim *token* at the streams socket *path*.
+
+    Args:
+        path: The socket.
+        token: Of the order.
+        by: As in `Claim`.
+        idle_s: As of `Line`.
 
     Yields:
         The stream; None if somebody else does the order, or it is wanted no more.
@@ -71,10 +81,10 @@ def claimed(path: Path, token: str, by: str) -> Iterator[Stream | None]:
         if not grant.accepted:
             yield None
         elif not fds:
-            yield Stream(control, None, grant, head)
+            yield Stream(control, None, grant, head, idle_s)
         else:
             with socket.socket(fileno=fds[0]) as connection:
-                yield Stream(control, connection, grant, head)
+                yield Stream(control, connection, grant, head, idle_s)
 
 
 def _negotiate(control: socket.socket, path: Path, claim: Claim) -> tuple[Grant, bytes, list[int]]:

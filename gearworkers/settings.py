@@ -24,6 +24,7 @@ DEFAULT_REMOTE_TIMEOUT_S = 60.0
 DEFAULT_MANAGER_LISTEN = "127.0.0.1:2019"
 DEFAULT_MOST_OBJECT_BYTES = 64 << 30
 DEFAULT_CLIENT_TIMEOUT_S = 30.0
+DEFAULT_STREAM_IDLE_S = 900.0
 DEFAULT_DOCKER_HOST = "unix:///var/run/docker.sock"
 XINO = ("off", "on")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -73,6 +74,8 @@ class Settings:
     node: str = field(default_factory=socket.gethostname)
     metrics_listen: str = ""
     """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
+    stream_idle_s: float = DEFAULT_STREAM_IDLE_S
+    """Seconds in which a caller of ApplyDiff sends nothing, or one of Diff takes nothing, before the call fails."""
     large_object_bytes: int = DEFAULT_LARGE_OBJECT_BYTES
     """From this size on an object that a container opens is served in parts while it arrives.
 
@@ -101,12 +104,13 @@ class Settings:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
-        GEAR_METRICS_LISTEN, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S, GEAR_PROFILE_WINDOW_S,
-        GEAR_REMOTE_TOKEN, GEAR_REMOTE_TOKEN_FILE, GEAR_REMOTE_CA_FILE, GEAR_REMOTE_TIMEOUT_S, GEAR_MANAGER_LISTEN,
-        GEAR_MANAGER_STORE, GEAR_MANAGER_READ_TOKENS_FILE, GEAR_MANAGER_WRITE_TOKENS_FILE, GEAR_MANAGER_TLS_CERT_FILE,
-        GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES, GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_XINO,
-        GEAR_LOG_LEVEL and GEAR_LOG_FORMAT; of others' AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE, DOCKER_HOST,
-        DOCKER_CONFIG, HTTPS_PROXY and NO_PROXY. One that is empty is as one that is not there.
+        GEAR_METRICS_LISTEN, GEAR_STREAM_IDLE_S, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S,
+        GEAR_PROFILE_WINDOW_S, GEAR_REMOTE_TOKEN, GEAR_REMOTE_TOKEN_FILE, GEAR_REMOTE_CA_FILE, GEAR_REMOTE_TIMEOUT_S,
+        GEAR_MANAGER_LISTEN, GEAR_MANAGER_STORE, GEAR_MANAGER_READ_TOKENS_FILE, GEAR_MANAGER_WRITE_TOKENS_FILE,
+        GEAR_MANAGER_TLS_CERT_FILE, GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES,
+        GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_XINO, GEAR_LOG_LEVEL and GEAR_LOG_FORMAT; of others'
+        AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE, DOCKER_HOST, DOCKER_CONFIG, HTTPS_PROXY and NO_PROXY. One that is
+        empty is as one that is not there.
 
         Raises:
             InvalidInput: A path is not absolute, a number not positive, a word not one of its setting's.
@@ -131,6 +135,7 @@ class Settings:
             manager_tls_key_file=_optional(environ, "GEAR_MANAGER_TLS_KEY_FILE"),
             manager_most_object_bytes=_number(environ, "GEAR_MANAGER_MOST_OBJECT_BYTES", DEFAULT_MOST_OBJECT_BYTES),
             manager_client_timeout_s=_number(environ, "GEAR_MANAGER_CLIENT_TIMEOUT_S", DEFAULT_CLIENT_TIMEOUT_S),
+            stream_idle_s=_number(environ, "GEAR_STREAM_IDLE_S", DEFAULT_STREAM_IDLE_S),
             large_object_bytes=_number(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
             fetch_threads=_number(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
             fill_delay_s=_number(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),

@@ -9,10 +9,10 @@ Glossary
 
 What is said on the control connection, each a frame (4 bytes little-endian length, JSON)::
 
-    worker  -> Claim            I take this token
-    gateway -> Grant            yes (with the connection's descriptor, and what was read of the body), or no
-    worker  -> Answer(started)  only Diff, before its first byte: from now on an error can only be told by breaking off
-    worker  -> Answer           the end
+    worker  -> Claim     I take this token
+    gateway -> Grant     yes (with the connection's descriptor, and what was read of the body), or no
+    worker  -> Progress  an answer's first byte follows; the caller keeps me waiting, or no longer
+    worker  -> Answer    the end
 
 The connection stays non-blocking, since that flag is shared with the gateway. Here are the words; `claiming` is the
 worker's side, `bodies` what goes over the connection.
@@ -65,14 +65,21 @@ class Grant(msgspec.Struct, frozen=True):
     """How much of the body, as it came, follows this frame."""
 
 
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """How it stands, told when that changes."""
+
+    started: bool = False
+    """Diff: the answer's first byte is about to be written or was, so an error can only be told by breaking off."""
+    stalled: bool = False
+    """The process waits for the caller to send or to take something, and uses no core."""
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """What became of it."""
 
     error: str = ""
     retryable: bool = False
     size_bytes: int = 0
-    started: bool = False
-    """Not the end: the answer's first byte is about to be written to the connection."""
     figures: dict[str, int] = {}
 
 

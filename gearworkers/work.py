@@ -36,7 +36,7 @@ def perform(settings: Settings, order: Order, by: str) -> Answer | None:
     if not _is_ours(settings, order):
         return None
     try:
-        with claimed(settings.streams_socket, order.token, by) as stream:
+        with claimed(settings.streams_socket, order.token, by, settings.stream_idle_s) as stream:
             if stream is None:
                 _log.info("order not wanted any more", call=order.call, id=order.id)
                 return None

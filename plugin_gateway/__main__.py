@@ -19,8 +19,8 @@ from plugin_gateway.app import Gateway
 
 _HELP = """Answers Docker's graphdriver plugin calls on a Unix socket.
 Set by the environment: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE and what reaches it,
-GEAR_NODE, GEAR_METRICS_LISTEN, GEAR_PROFILE_WINDOW_S, GEAR_XINO, GEAR_LOG_LEVEL, GEAR_LOG_FORMAT (console or json); the
-README has all."""
+GEAR_NODE, GEAR_METRICS_LISTEN, GEAR_STREAM_IDLE_S, GEAR_PROFILE_WINDOW_S, GEAR_XINO, GEAR_LOG_LEVEL, GEAR_LOG_FORMAT
+(console or json); the README has all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

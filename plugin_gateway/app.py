@@ -209,6 +209,9 @@ class Gateway:
         at_work = ", ".join(
             f"{desk.serving(by, heavy=True) + desk.serving(by, heavy=False)} by {by}" for by in ("worker", "gateway")
         )
+        stalled = desk.stalled("worker") + desk.stalled("gateway")
+        if stalled:
+            at_work += f"; {stalled} wait for their callers"
         return [("Queue", waiting), ("At Work", at_work), ("Degraded", self._dispatcher.health.summary())]
 
     # -- heavy calls

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +24,9 @@ _HEAVY = (_APPLY_DIFF + b"?", _APPLY_DIFF + b" ", b"POST /GraphDriver.Diff ")
 _HEAD_END = b"\r\n\r\n"
 _HEAD_LIMIT_BYTES = 64 << 10
 _REQUEST_LIMIT_BYTES = 1 << 20
+_BEGIN_BYTES = 32 << 10
+"""So much of a body is here before a process is used up for it; tar itself writes 10 KiB at a time."""
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]+)")
 _DRAIN_S = 30.0
 _REASONS = {200: b"OK", 400: b"Bad Request", 500: b"Internal Server Error"}
 
@@ -166,7 +170,7 @@ class Connection(asyncio.Protocol):
 
 
 def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
-    """The request, or None while a Diff's body is not here whole.
+    """The request, or None while an ApplyDiff's body has not begun, or a Diff's is not here whole.
 
     Raises:
         InvalidInput: It is not what dockerd sends.
@@ -178,6 +182,8 @@ def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
     url = urlsplit(request_line.split(" ")[1])
     length = _body_bytes(headers)
     if url.path == "/GraphDriver.ApplyDiff":
+        if len(body) < _BEGIN_BYTES and not _is_whole(body, length):
+            return None
         query = parse_qs(url.query)
         return HeavyRequest(url.path[1:], _first(query, "id"), _first(query, "parent"), length, body)
     if not 0 <= length <= _REQUEST_LIMIT_BYTES:
@@ -186,6 +192,21 @@ def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
         return None
     layer = decode(body[:length], LayerRequest)
     return HeavyRequest(url.path[1:], layer.id, layer.parent, 0, b"")
+
+
+def _is_whole(body: bytes, length: int) -> bool:
+    """Whether all of the body is here, or it is malformed, of which the worker tells."""
+    if length != CHUNKED:
+        return len(body) >= length
+    at = 0
+    while (end := body.find(b"\r\n", at)) >= 0:
+        size = _CHUNK_SIZE.match(body, at, end)
+        if size is None:
+            return True
+        if not int(size[1], 16):
+            return body.find(b"\r\n\r\n", end) >= 0
+        at = end + int(size[1], 16) + 4
+    return False
 
 
 def _body_bytes(headers: dict[str, str]) -> int:

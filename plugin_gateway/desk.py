@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import msgspec
 import structlog
 
 from gearworkers.errors import InvalidInput
-from gearworkers.streams import CHUNKED, Answer, Claim, FrameBuffer, Grant, Order, frame
+from gearworkers.streams import CHUNKED, Answer, Claim, FrameBuffer, Grant, Order, Progress, frame
 from plugin_gateway.metrics import Metrics
 from plugin_gateway.sockets import listen
 
@@ -37,6 +36,22 @@ class Body:
     head: bytes = b""
 
 
+class Changes:
+    """Wakes those who wait for the next change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    async def next(self) -> None:
+        """Return when `tell` is called."""
+        await self._event.wait()
+
+    def tell(self) -> None:
+        """Something has changed."""
+        self._event.set()
+        self._event.clear()
+
+
 @dataclass(slots=True, eq=False)
 class Offer:
     """One order, waiting for whoever claims its token first."""
@@ -48,6 +63,8 @@ class Offer:
     """The answer; None if the process died without one."""
     started: bool = False
     """Whether the answer's first byte may have been written to the connection."""
+    stalled: bool = False
+    """Whether the process that does it waits for the caller."""
     withdrawn: bool = False
     """Whether nobody waits for it any more; its body is closed."""
 
@@ -55,6 +72,11 @@ class Offer:
     def heavy(self) -> bool:
         """Whether Docker waits for it."""
         return self.body is not None
+
+    @property
+    def kind(self) -> str:
+        """``apply_diff``, ``diff`` or ``upkeep``."""
+        return self.order.call if self.heavy else "upkeep"
 
 
 class Desk:
@@ -64,9 +86,10 @@ class Desk:
         self._path = path
         self._metrics = metrics
         self._offers: dict[str, Offer] = {}
-        self._serving: Counter[tuple[str, bool]] = Counter()
+        self._served: set[Offer] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._changed: asyncio.Future[None] | None = None
+        self.changes = Changes()
+        """Of what is offered, claimed, stalled and ended."""
         self._is_open = False
         self.last_sign_s = 0.0
         """When a worker last claimed or ended an order, on the monotonic clock."""
@@ -86,13 +109,11 @@ class Desk:
 
     def serving(self, by: str, *, heavy: bool) -> int:
         """How many orders processes of that kind are doing now."""
-        return self._serving[by, heavy]
+        return sum(offer.heavy == heavy and offer.claimed.result().by == by for offer in self._served)
 
-    async def change(self) -> None:
-        """Return when an order is next claimed or ended."""
-        if self._changed is None:
-            self._changed = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._changed)
+    def stalled(self, by: str) -> int:
+        """How many of them wait for their callers."""
+        return sum(offer.stalled and offer.claimed.result().by == by for offer in self._served)
 
     @contextmanager
     def offer(self, order: Order, body: Body | None) -> Iterator[Offer]:
@@ -106,6 +127,7 @@ class Desk:
             self._offers.pop(order.token, None)
             if body is not None:
                 os.close(body.fd)
+            self.changes.tell()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -152,24 +174,33 @@ class Desk:
         if offer.withdrawn:
             return  # the end of its control connection tells it
         offer.claimed.set_result(claim)
-        self._count(claim, offer, +1)
+        self._served.add(offer)
+        self._metrics.orders.labels(offer.order.call, claim.by).inc()
+        self._note_change(claim)
         try:
-            await _follow(control, frames, offer)
+            await self._follow(control, frames, offer)
         finally:
-            self._count(claim, offer, -1)
+            self._served.discard(offer)
+            self._note_change(claim)
             if not offer.done.done():
                 offer.done.set_result(None)
 
-    def _count(self, claim: Claim, offer: Offer, step: int) -> None:
-        self._serving[claim.by, offer.heavy] += step
-        self._metrics.serving.labels(claim.by).inc(step)
-        if step > 0:
-            self._metrics.orders.labels(offer.order.call, claim.by).inc()
+    async def _follow(self, control: socket.socket, frames: FrameBuffer, offer: Offer) -> None:
+        while (message := await _next(control, frames)) is not None:
+            news = msgspec.json.decode(message, type=Answer | Progress)
+            if isinstance(news, Answer):
+                if not offer.withdrawn:
+                    offer.done.set_result(news)
+                return
+            offer.started, offer.stalled = news.started, news.stalled
+            self._note_change(offer.claimed.result())
+
+    def _note_change(self, claim: Claim) -> None:
+        self._metrics.serving.labels(claim.by).set(sum(self.serving(claim.by, heavy=heavy) for heavy in (True, False)))
+        self._metrics.stalled.labels(claim.by).set(self.stalled(claim.by))
         if claim.by == "worker":
             self.last_sign_s = time.monotonic()
-        if self._changed is not None:
-            changed, self._changed = self._changed, None
-            changed.set_result(None)
+        self.changes.tell()
 
 
 async def _grant(control: socket.socket, body: Body | None) -> None:
@@ -180,16 +211,6 @@ async def _grant(control: socket.socket, body: Body | None) -> None:
     grant = frame(Grant(True, True, body.body_bytes, len(body.head)))
     sent = socket.send_fds(control, [grant], [body.fd])
     await asyncio.get_running_loop().sock_sendall(control, grant[sent:] + body.head)
-
-
-async def _follow(control: socket.socket, frames: FrameBuffer, offer: Offer) -> None:
-    while (message := await _next(control, frames)) is not None:
-        answer = msgspec.json.decode(message, type=Answer)
-        if not answer.started:
-            if not offer.withdrawn:
-                offer.done.set_result(answer)
-            return
-        offer.started = True
 
 
 async def _next(control: socket.socket, frames: FrameBuffer) -> bytes | None:

@@ -35,7 +35,7 @@ class Patience:
     pickup_s: float = 2.0
     """For an idle worker to take a call that Docker waits for: it needs some 5 ms."""
     degraded_pickup_s: float = 0.2
-    """The same when the last one was not taken."""
+    """The same when the last one was not taken, or a worker waits for its caller."""
     busy_s: float = 10.0
     """For a busy one to become free."""
     upkeep_pickup_s: float = 15.0
@@ -110,7 +110,7 @@ class Dispatcher:
         self.desk = Desk(settings.streams_socket, metrics)
         self.queue = TaskQueue(settings)
         self.health = Health(metrics)
-        self._pool = OwnPool(settings)
+        self._pool = OwnPool(settings, self.desk.changes)
         self._looking: asyncio.Task[str] | None = None
 
     def open(self) -> None:
@@ -184,7 +184,7 @@ class Dispatcher:
             self.health.note(kind, reason)
         if offer.claimed.done():
             return None
-        return asyncio.get_running_loop().create_task(self._pool.perform(offer.order))
+        return asyncio.get_running_loop().create_task(self._pool.perform(offer))
 
     async def _picked_up(self, offer: Offer, kind: str) -> bool:
         """Wait for a claim as long as one may be hoped for."""
@@ -193,7 +193,7 @@ class Dispatcher:
             left_s = self._deadline_s(offer, kind, begun_s) - time.monotonic()
             if left_s <= 0:
                 return False
-            change = asyncio.ensure_future(self.desk.change())
+            change = asyncio.ensure_future(self.desk.changes.next())
             waited_for: set[asyncio.Future[Any]] = {offer.claimed, change}
             try:
                 await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -205,6 +205,8 @@ class Dispatcher:
         patience = self._patience
         if not offer.heavy:
             return begun_s + patience.upkeep_pickup_s
+        if self.desk.stalled("worker"):  # for as long as its caller likes: the pool takes its place
+            return begun_s + patience.degraded_pickup_s
         if self._is_busy(offer):
             return begun_s + patience.busy_s
         pickup_s = patience.degraded_pickup_s if self.health.reason(kind) else patience.pickup_s

@@ -21,6 +21,9 @@ class Metrics:
             "gear_orders", "Heavy calls and upkeep, by who did them", ["call", "by"], registry=self._registry
         )
         self.serving = Gauge("gear_orders_in_progress", "Orders being done", ["by"], registry=self._registry)
+        self.stalled = Gauge(
+            "gear_orders_stalled", "Of them, those that wait for their caller", ["by"], registry=self._registry
+        )
         self.pushed = Counter("gear_pushed_objects", "Objects that the remote has confirmed", registry=self._registry)
         self.refused = Gauge(
             "gear_push_refused_objects", "Objects that the last push could not push", registry=self._registry

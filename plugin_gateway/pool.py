@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import structlog
 
@@ -15,66 +15,89 @@ from gearworkers.processes import end_with_parent
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from gearworkers.work import perform
+from plugin_gateway.desk import Changes, Offer
 
 _log = structlog.stdlib.get_logger(__name__)
 
 _IDLE_S = 60.0
+_MOST_PER_CORE = 8
 
 
 class OwnPool:
-    """At most one process a core; each order claims its token at the streams socket as a worker does."""
+    """Each order claims its token at the streams socket, as a worker does.
 
-    def __init__(self, settings: Settings) -> None:
+    Of each kind of order one process a core is at work. One that waits for its caller makes room for another, up to
+    eight a core. Kinds do not share that: `docker commit` reads a Diff only as fast as its ApplyDiff takes it, so a
+    full house of Diffs must not keep ApplyDiffs out.
+
+    Args:
+        settings: Of the node.
+        changes: The desk's; told when a process is free.
+    """
+
+    def __init__(self, settings: Settings, changes: Changes) -> None:
         self._settings = settings
-        self._executor: ProcessPoolExecutor | None = None
-        self._running = 0
-        self._idle: asyncio.TimerHandle | None = None
+        self._changes = changes
+        self._cores = os.cpu_count() or 1
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._at_work: set[Offer] = set()
+        self._processes: set[ProcessPoolExecutor] = set()  # of one process each: the death of one is its own
+        self._idle: dict[ProcessPoolExecutor, asyncio.TimerHandle] = {}
 
-    async def perform(self, order: Order) -> None:
-        """Have *order* done; returns when it is, or when somebody else had claimed it.
+    async def perform(self, offer: Offer) -> None:
+        """Have *offer* claimed and done, in its turn; returns when it is, or when nobody has to do it any more.
 
         Raises:
-            BrokenProcessPool: A process died; the next order gets a new pool.
+            BrokenProcessPool: The process died.
         """
-        executor = self._started()
-        self._running += 1
+        async with self._turns[offer.kind]:
+            while not (self._has_room(offer.kind) or offer.claimed.done() or offer.withdrawn):
+                await self._changes.next()
+            if offer.claimed.done() or offer.withdrawn:
+                return
+            self._at_work.add(offer)
         try:
-            await asyncio.wrap_future(executor.submit(_perform, self._settings, order))
-        except BrokenProcessPool:
-            if self._executor is executor:
-                _log.error("a process of the gateway's pool died", call=order.call, id=order.id)
-                self._executor = None
-            raise
+            await self._run(offer.order)
         finally:
-            self._running -= 1
-            self._end_when_idle()
+            self._at_work.discard(offer)
+            self._changes.tell()
 
     def close(self) -> None:
         """End the processes; what is under way in them ends too."""
-        executor, self._executor = self._executor, None
-        if self._idle is not None:
-            self._idle.cancel()
-        if executor is not None:
-            executor.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # all that the gateway has are the pool's
-                process.terminate()
+        for timer in self._idle.values():
+            timer.cancel()
+        for process in self._processes:
+            process.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():  # all that the gateway has are the pool's
+            child.terminate()
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
-        if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                os.cpu_count() or 1,
-                multiprocessing.get_context("spawn"),
-                _begin,
-                (self._settings, os.getpid()),
-            )
-        return self._executor
+    def _has_room(self, kind: str) -> bool:
+        stalled = [offer.stalled for offer in self._at_work if offer.kind == kind]
+        return stalled.count(False) < self._cores and len(stalled) < self._cores * _MOST_PER_CORE
 
-    def _end_when_idle(self) -> None:
-        if not self._running and self._executor is not None:
-            self._idle = asyncio.get_running_loop().call_later(_IDLE_S, self.close)
+    async def _run(self, order: Order) -> None:
+        process = self._free()
+        try:
+            await asyncio.wrap_future(process.submit(_perform, self._settings, order))
+        except Exception as exc:
+            _log.error("a process of the gateway's pool failed", call=order.call, id=order.id, error=repr(exc))
+            self._end(process)
+            raise
+        self._idle[process] = asyncio.get_running_loop().call_later(_IDLE_S, self._end, process)
+
+    def _free(self) -> ProcessPoolExecutor:
+        if self._idle:
+            process, timer = self._idle.popitem()
+            timer.cancel()
+            return process
+        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (self._settings, os.getpid()))
+        self._processes.add(process)
+        return process
+
+    def _end(self, process: ProcessPoolExecutor) -> None:
+        self._idle.pop(process, None)
+        self._processes.discard(process)
+        process.shutdown(wait=False)
 
 
 def _begin(settings: Settings, parent_pid: int) -> None:

@@ -18,6 +18,7 @@ from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from plugin_gateway.app import Gateway
+from plugin_gateway.desk import Offer
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.queue import QueueState
 
@@ -142,8 +143,8 @@ class ThreadPool:
     def __init__(self, queue: ThreadQueue) -> None:
         self._queue = queue
 
-    async def perform(self, order: Order) -> None:
-        await asyncio.to_thread(self._queue.take, order, "gateway")
+    async def perform(self, offer: Offer) -> None:
+        await asyncio.to_thread(self._queue.take, offer.order, "gateway")
 
     def close(self) -> None:
         """Nothing to end."""

@@ -22,10 +22,11 @@ import pytest
 from gearworkers.claiming import Stream
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
-from gearworkers.streams import Answer, Order
+from gearworkers.streams import CHUNKED, Answer, Order
 from plugin_gateway import app, desk
 from plugin_gateway.app import Gateway
-from plugin_gateway.connection import Connection
+from plugin_gateway.connection import Connection, _is_whole
+from plugin_gateway.desk import Offer
 from plugin_gateway.dispatch import Patience
 from plugin_gateway.sockets import listen
 from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
@@ -37,6 +38,10 @@ PATIENCE = Patience(pickup_s=60.0, degraded_pickup_s=60.0, busy_s=60.0, upkeep_p
 """For workers that come, late perhaps on a machine that has other work."""
 LITTLE_PATIENCE = Patience(pickup_s=0.3, degraded_pickup_s=0.05, busy_s=0.5, upkeep_pickup_s=0.3)
 """For those that do not."""
+
+
+BEGUN = bytes(64 << 10)
+"""More of a body than the gateway waits for."""
 
 
 def do(order: Order, stream: Stream) -> None:
@@ -237,7 +242,7 @@ def test_a_body_that_breaks_off_is_an_error_for_the_worker(start: Start) -> None
             errors.append(str(exc))
 
     _, plugin = start(note)
-    plugin.begin_apply("a", b"half").close()
+    plugin.begin_apply("a", BEGUN).close()
     wait_until(lambda: bool(errors), "the worker fails")
     assert "broke off" in errors[0]
 
@@ -298,7 +303,7 @@ def test_when_no_worker_comes_the_gateway_does_the_work_and_waits_less_the_next_
 def test_when_nobody_can_do_the_work_docker_is_told_why_and_what_to_do(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def perform(order: Order) -> None:
+    async def perform(offer: Offer) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     running, plugin = start(workers=0)
@@ -339,8 +344,14 @@ def test_claims_are_accepted_again_after_the_descriptors_had_run_out(
 def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, plugin = start(workers=1)
-    slow = plugin.begin_apply("slow", b"x")
+    go = threading.Event()
+
+    def do_slowly(order: Order, stream: Stream) -> None:
+        assert order.id != "slow" or go.wait(60)
+        do(order, stream)
+
+    running, plugin = start(do_slowly, workers=1)
+    slow = plugin.begin_apply("slow", BEGUN)
     wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the worker is busy")
     monkeypatch.setattr(running.gateway._dispatcher, "_patience", LITTLE_PATIENCE)
     begun_s = time.monotonic()
@@ -348,14 +359,74 @@ def test_a_call_waits_for_a_busy_worker_longer_than_for_an_absent_one(
     assert time.monotonic() - begun_s >= LITTLE_PATIENCE.busy_s
     assert "import" not in plugin.status()["Degraded"]
     assert b'gear_orders_total{by="gateway",call="apply_diff"} 1.0' in running.gateway.metrics.text()
+    go.set()
     slow.sendall(b"0\r\n\r\n")
     assert slow.recv(100).startswith(b"HTTP/1.1 200")
     slow.close()
 
 
+@pytest.mark.parametrize("call", ["apply_diff", "diff"])
+def test_a_worker_whose_caller_stalls_is_replaced_at_once(
+    start: Start, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    running, plugin = start(workers=1)
+    slow = plugin.begin_apply("slow", BEGUN) if call == "apply_diff" else plugin.begin_diff(str(64 << 20))
+    wait_until(lambda: "; 1 wait for their callers" in plugin.status()["At Work"], "the worker waits")
+    assert b'gear_orders_stalled{by="worker"} 1.0' in running.gateway.metrics.text()
+    patience = replace(PATIENCE, degraded_pickup_s=LITTLE_PATIENCE.degraded_pickup_s)
+    monkeypatch.setattr(running.gateway._dispatcher, "_patience", patience)
+    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
+    assert plugin.diff("1000") == (200, bytes(1000))
+    assert "import" not in plugin.status()["Degraded"]
+    assert b'gear_orders_total{by="gateway",call="apply_diff"} 1.0' in running.gateway.metrics.text()
+    if call == "apply_diff":
+        slow.sendall(b"0\r\n\r\n")
+    answer = http.client.HTTPResponse(slow)
+    answer.begin()
+    assert answer.status == 200
+    assert answer.read() == (b'{"Size":%d}' % len(BEGUN) if call == "apply_diff" else bytes(64 << 20))
+    answer.close()
+    slow.close()
+    assert "wait" not in plugin.status()["At Work"]
+
+
+def test_a_body_that_has_hardly_begun_keeps_nobody_busy(start: Start) -> None:
+    running, plugin = start(workers=1)
+    stalled = [plugin.begin_apply(f"stalled{number}", b"x") for number in range(4)]
+    assert plugin.apply_diff("b", [b"abc"]) == (200, {"Size": 3})
+    assert [order.id for order in running.queue.orders if order.call == "apply_diff"] == ["b"]
+    for connection in stalled:
+        connection.sendall(b"2\r\nyz\r\n0\r\n\r\n")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.read() == b'{"Size":3}'
+        answer.close()
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "is_whole"),
+    [
+        (b"", False),
+        (b"3\r\nabc\r\n", False),
+        (b"3\r\nabc\r\n0\r\n", False),
+        (b"5\r\n0\r\n\r\n\r\n", False),
+        (b"7\r\n\r\n0\r\n\r\n", False),
+        (b"3\r\nabc\r\n0\r\n\r\n", True),
+        (b"0\r\n\r\n", True),
+        (b"3;a=b\r\nabc\r\n000\r\nX: y\r\n\r\n", True),
+        (b"-7\r\n", True),
+        (b"\r\n", True),
+    ],
+)
+def test_the_end_of_a_short_body_is_known(body: bytes, is_whole: bool) -> None:
+    """One that is malformed has nothing to be waited for: a worker tells."""
+    assert _is_whole(body, CHUNKED) is is_whole
+
+
 def test_a_waiting_call_gets_the_worker_that_becomes_free(start: Start) -> None:
     running, plugin = start(workers=1)
-    slow = plugin.begin_apply("slow", b"x")
+    slow = plugin.begin_apply("slow", BEGUN)
     wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the worker is busy")
     answers: list[Any] = []
     waiting = threading.Thread(target=lambda: answers.append(plugin.apply_diff("b", [b"abc"])))
@@ -424,7 +495,7 @@ def test_the_sockets_are_for_root_alone_and_gone_at_the_end(start: Start, settin
 
 def test_a_call_under_way_is_finished_before_the_gateway_ends(start: Start) -> None:
     running, plugin = start()
-    slow = plugin.begin_apply("slow", b"x")
+    slow = plugin.begin_apply("slow", BEGUN)
     wait_until(lambda: plugin.status()["At Work"].startswith("1 by worker"), "the import is under way")
     running.stop = lambda: None  # type: ignore[method-assign] # the fixture need not do it again
     ending = threading.Thread(target=Running.stop, args=(running,))

@@ -6,17 +6,21 @@ import http.client
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gearworkers import bodies
 from gearworkers.bodies import BodySource
 from gearworkers.claiming import Stream, claimed
 from gearworkers.errors import GearError, IntegrityError, Unavailable
-from gearworkers.streams import CHUNKED, Answer, FrameBuffer, Grant, frame
+from gearworkers.streams import CHUNKED, FrameBuffer, Grant, Progress, frame
+from tests.support.processes import wait_until
 
 
 @dataclass
@@ -28,8 +32,16 @@ class Pair:
     connection: socket.socket
     control: socket.socket
 
-    def stream(self, head: bytes = b"", body_bytes: int = CHUNKED) -> Stream:
-        return Stream(self.control, self.connection, Grant(True, True, body_bytes, len(head)), head)
+    def stream(self, head: bytes = b"", body_bytes: int = CHUNKED, idle_s: float = 60.0) -> Stream:
+        return Stream(self.control, self.connection, Grant(True, True, body_bytes, len(head)), head, idle_s)
+
+    def told(self) -> list[Progress]:
+        """What the gateway has heard so far."""
+        self.gateway.setblocking(False)
+        frames = FrameBuffer()
+        with suppress(BlockingIOError):
+            frames.feed(self.gateway.recv(4096))
+        return [msgspec.json.decode(message, type=Progress) for message in iter(frames.next, None)]
 
     def close(self) -> None:
         for end in (self.caller, self.gateway, self.connection, self.control):
@@ -163,14 +175,51 @@ def test_what_is_written_arrives_as_one_response_with_its_clean_end(pair: Pair) 
 
 def test_the_gateway_is_told_before_the_first_byte_is_written_and_not_earlier(pair: Pair) -> None:
     sink = pair.stream().sink()
-    pair.gateway.setblocking(False)
     sink.write(b"small")
-    with pytest.raises(BlockingIOError):
-        pair.gateway.recv(1)
+    assert pair.told() == []
     sink.write(bytes(100_000))
-    frames = FrameBuffer()
-    frames.feed(pair.gateway.recv(1000))
-    assert frames.next() == frame(Answer(started=True))[4:]
+    assert pair.told() == [Progress(started=True)]
+
+
+def test_the_gateway_is_told_of_a_caller_that_sends_nothing_and_that_it_goes_on(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "_STALLED_S", 0.01)
+    told: list[Progress] = []
+
+    def hears() -> bool:
+        told.extend(pair.told())
+        return bool(told)
+
+    def send_late() -> None:
+        wait_until(hears, "the gateway hears of it")
+        pair.caller.sendall(chunked([b"late"]))
+
+    late = threading.Thread(target=send_late)
+    late.start()
+    assert read_all(pair.stream().source()) == b"late"
+    late.join()
+    assert [*told, *pair.told()] == [Progress(stalled=True), Progress()]
+
+
+def test_a_caller_that_sends_nothing_for_too_long_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_STALLED_S", 0.01)
+    pair.caller.sendall(b"3\r\nabc\r\n")
+    with pytest.raises(Unavailable, match=r"nothing for 0\.01 s; GEAR_STREAM_IDLE_S"):
+        read_all(pair.stream(idle_s=0.01).source())
+
+
+def test_a_caller_that_takes_nothing_for_too_long_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_STALLED_S", 0.01)
+    with pytest.raises(Unavailable, match="nothing for"):
+        pair.stream(idle_s=0.01).sink().write(bytes(64 << 20))
+    assert pair.told() == [Progress(started=True), Progress(started=True, stalled=True)]
+
+
+def test_a_caller_may_be_given_all_the_time_there_is(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_STALLED_S", 0.01)
+    threading.Timer(0.1, pair.caller.sendall, (chunked([b"abc"]),)).start()
+    assert read_all(pair.stream(idle_s=float("inf")).source()) == b"abc"
 
 
 def test_a_writer_whose_caller_is_gone_ends_with_an_error(pair: Pair) -> None:
@@ -189,13 +238,13 @@ def test_a_writer_that_waits_learns_that_the_gateway_is_gone(pair: Pair) -> None
 
 def test_frames_come_whole_however_they_are_cut_and_absurd_ones_are_refused() -> None:
     frames = FrameBuffer()
-    wire = frame(Answer(error="x")) + frame(Answer())
+    wire = frame(Grant(True)) + frame(Grant(False))
     found = []
     for at in range(len(wire)):
         frames.feed(wire[at : at + 1])
         if (message := frames.next()) is not None:
             found.append(message)
-    assert found == [b'{"error":"x"}', b"{}"]
+    assert [msgspec.json.decode(message, type=Grant).accepted for message in found] == [True, False]
     absurd = FrameBuffer()
     absurd.feed(b"\xff\xff\xff\x7f")
     with pytest.raises(GearError, match="a message of"):
