@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
 
 import pytest
@@ -43,6 +45,9 @@ def plugin(stack: Stack) -> Plugin:
     plugin = Plugin(stack.plugin_socket)
     wait_until(lambda: is_served_by_worker(plugin), "a worker takes calls")
     return plugin
+
+
+CORES = os.cpu_count() or 1
 
 
 def is_served_by_worker(plugin: Plugin) -> bool:
@@ -236,6 +241,42 @@ def test_without_workers_the_gateway_works_and_what_it_queued_is_not_done_again(
     stack.start("import")
     wait_until(lambda: is_served_by_worker(plugin), "the new workers take calls")
     assert [plugin.diff(id) for id in ids] == [(200, tar), (200, tar)]
+
+
+def test_callers_that_stall_stop_nobody_else_and_are_served_when_they_go_on(plugin: Plugin, stack: Stack) -> None:
+    """As many as workers and the gateway have processes without them."""
+    tar = a_tar()
+    stalled = {an_id(): tar[: len(tar) // 2] for _ in range(2 * CORES)} | {an_id(): tar[:1] for _ in range(2 * CORES)}
+    with ExitStack() as stack_of_connections:
+        connections = {}
+        for id, begin in stalled.items():
+            plugin.call("Create", ID=id, Parent="")
+            connections[id] = stack_of_connections.enter_context(plugin.begin_apply(id, begin))
+        wait_until(lambda: f"; {2 * CORES} wait for" in plugin.status()["At Work"], "those that have begun are stalled")
+        id = an_id()
+        assert apply(plugin, id, tar)[0] == 200
+        assert plugin.diff(id) == (200, tar)
+        for id, begin in stalled.items():
+            rest = tar[len(begin) :]
+            connections[id].sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(rest), rest))
+            assert answer_on(connections[id])[0] == 200
+    assert all(plugin.diff(id) == (200, tar) for id in stalled)
+
+
+def test_more_commits_at_once_than_there_are_processes_all_end(plugin: Plugin) -> None:
+    """`docker commit` gives a Diff's answer to an ApplyDiff as it comes: either waits for the other."""
+    source, tar = an_id(), tiny_tar({"etc/big": os.urandom(6 << 20)})
+    assert apply(plugin, source, tar)[0] == 200
+
+    def commit(id: str) -> int:
+        connection = UnixHTTPConnection(plugin.path)
+        connection.request("POST", "/GraphDriver.Diff", json.dumps({"ID": source, "Parent": ""}))
+        with closing(connection), connection.getresponse() as diff:
+            plugin.call("Create", ID=id, Parent="")
+            return plugin.apply_diff(id, iter(partial(diff.read, 1 << 16), b""))[0]
+
+    with ThreadPoolExecutor(2 * CORES) as callers:
+        assert list(callers.map(commit, [an_id() for _ in range(2 * CORES)])) == [200] * 2 * CORES
 
 
 def test_a_gateway_killed_in_the_middle_leaves_no_half_layer(plugin: Plugin, stack: Stack) -> None:
