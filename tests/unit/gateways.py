@@ -122,7 +122,7 @@ class ThreadQueue:
 
     def take(self, order: Order, by: str = "worker") -> bool:
         """Claim *order* and work; whether it was granted."""
-        with claimed(self._settings.streams_socket, order.token, by) as stream:
+        with claimed(self._settings.streams_socket, order.token, by, self._settings.stream_idle_s) as stream:
             if stream is not None:
                 self._work(order, stream)
             return stream is not None

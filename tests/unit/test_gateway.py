@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from gearworkers import bodies
 from gearworkers.claiming import Stream
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
@@ -388,6 +389,27 @@ def test_a_worker_whose_caller_stalls_is_replaced_at_once(
     answer.close()
     slow.close()
     assert "wait" not in plugin.status()["At Work"]
+
+
+def test_a_caller_that_stalls_for_too_long_is_told_so(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_STALLED_S", 0.01)
+    running = run_gateway(replace(settings, stream_idle_s=0.01), do, patience=PATIENCE)
+    plugin = Plugin(settings.plugin_socket)
+    try:
+        with plugin.begin_apply("a", BEGUN) as connection:
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, b"GEAR_STREAM_IDLE_S" in answer.read()) == (500, True)
+        with plugin.begin_diff(str(64 << 20)) as connection:
+            wait_until(
+                lambda: b'method="GraphDriver.Diff",outcome="error"' in running.gateway.metrics.text(), "its end"
+            )
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+                answer.read()
+    finally:
+        running.stop()
 
 
 def test_a_body_that_has_hardly_begun_keeps_nobody_busy(start: Start) -> None:
