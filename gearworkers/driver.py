@@ -203,17 +203,18 @@ class GearDriver:
     # -- mounts
 
     @_translated
-    def get(self, id: str, mount_label: str = "") -> str:
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
         """Mount the layer, or count one more user of its mount.
 
         Returns:
             The path of the merged tree: read-only for an image layer.
 
         Raises:
-            NotFound, FailedPrecondition: As `MountedLayers.get`.
+            NotFound, FailedPrecondition, MustWait: As `MountedLayers.get`.
         """
         engine = self._engine
-        return str(engine.mounts.get(id, mount_label, engine.id_maps(), volatile=_is_init_layer(id)))
+        volatile = _is_init_layer(id)
+        return str(engine.mounts.get(id, mount_label, engine.id_maps(), volatile=volatile, may_wait=may_wait))
 
     @_translated
     def put(self, id: str) -> None:

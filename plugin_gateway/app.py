@@ -6,7 +6,6 @@ import asyncio
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -21,13 +20,13 @@ from plugin_gateway.connection import Connection, HeavyRequest, connection_of
 from plugin_gateway.desk import Body
 from plugin_gateway.dispatch import Dispatcher, Outcome, Patience, make_order
 from plugin_gateway.metrics import METRICS_CONTENT_TYPE, Metrics
-from plugin_gateway.sockets import listen
+from plugin_gateway.sockets import BACKLOG, listen
+from plugin_gateway.threads import CallThreads
 from plugin_gateway.upkeep import Upkeep
 from plugin_gateway.wire import CONTENT_TYPE, MalformedRequest, Response, encode, error, failure
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_THREADS = 16
 _REQUEST_LIMIT_BYTES = 1 << 20
 _KEEPALIVE_S = 7 * 86400.0  # dockerd closes its idle connections itself; ours to close would race with its requests
 _GRACE_S = 20.0
@@ -51,7 +50,7 @@ class Gateway:
         self.metrics = Metrics()
         self._dispatcher = Dispatcher(settings, self.metrics, patience or Patience())
         self._upkeep = Upkeep(self._dispatcher, lambda: self._driver.settings, self.metrics)
-        self._threads = ThreadPoolExecutor(_THREADS, "light")
+        self._threads = CallThreads()
         self._heavy_tasks: set[asyncio.Task[None]] = set()
         self._to_absorb: set[str] = set()
         self._runners: list[web.AppRunner] = []
@@ -97,7 +96,7 @@ class Gateway:
         assert runner.server is not None
         light = runner.server
         self._server = await asyncio.get_running_loop().create_unix_server(
-            lambda: Connection(light, self._take_heavy), sock=self._listener
+            lambda: Connection(light, self._take_heavy), sock=self._listener, backlog=BACKLOG
         )
         self._upkeep.begin()
         _log.info("gateway listens", socket=str(self._settings.plugin_socket), root=str(self._settings.gear_root))
@@ -122,7 +121,7 @@ class Gateway:
         self._dispatcher.close()
         if self._is_prepared:
             await asyncio.to_thread(self._driver.release)
-        self._threads.shutdown(wait=False)
+        self._threads.close()
         _log.info("gateway ended")
 
     def _make_run_dir(self) -> None:
@@ -161,8 +160,7 @@ class Gateway:
     async def _called(self, method: str, body: bytes) -> tuple[int, Response]:
         """Call the driver in a thread; HTTP status and answer."""
         try:
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._threads, LIGHT_CALLS[method], self._driver, body)
+            answer = await self._threads.call(method, self._driver, body)
             return 200, await self._after(method, body, answer)
         except MalformedRequest as exc:
             return 400, failure(str(exc))
@@ -195,8 +193,7 @@ class Gateway:
         if id not in self._to_absorb:
             return
         try:
-            loop = asyncio.get_running_loop()
-            ready = await loop.run_in_executor(self._threads, self._driver.is_absorbable, id)
+            ready = await self._threads.is_absorbable(self._driver, id)
         except GearError as exc:
             _log.debug("not absorbed", id=id, error=str(exc))
             return

@@ -38,8 +38,8 @@ class Driver(Protocol):
     def remove(self, id: str) -> None:
         """Remove a layer."""
 
-    def get(self, id: str, mount_label: str = "") -> str:
-        """Mount a layer; where."""
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
+        """Mount a layer; where. MustWait if that waits for the lazy file server and it may not."""
 
     def put(self, id: str) -> None:
         """One user of the mount less."""
@@ -88,6 +88,12 @@ def _layer_call(call: Callable[[Driver, LayerRequest], Response | None]) -> Ligh
     return light
 
 
+def get_patiently(driver: Driver, body: bytes) -> Response:
+    """GraphDriver.Get of a layer that has to wait."""
+    request = decode(body, LayerRequest)
+    return Response(dir=driver.get(request.id, request.mount_label))
+
+
 def _changes(driver: Driver, request: LayerRequest) -> Response:
     return Response(changes=[wire_change(change) for change in driver.changes(request.id, request.parent)])
 
@@ -100,7 +106,7 @@ LIGHT_CALLS: Mapping[str, Light] = {
         lambda d, r: d.create_read_write(r.id, r.parent, r.mount_label, r.storage_opt)
     ),
     "GraphDriver.Remove": _layer_call(lambda d, r: d.remove(r.id)),
-    "GraphDriver.Get": _layer_call(lambda d, r: Response(dir=d.get(r.id, r.mount_label))),
+    "GraphDriver.Get": _layer_call(lambda d, r: Response(dir=d.get(r.id, r.mount_label, may_wait=False))),
     "GraphDriver.Put": _layer_call(lambda d, r: d.put(r.id)),
     "GraphDriver.Exists": _layer_call(lambda d, r: Response(exists=d.exists(r.id))),
     "GraphDriver.Status": _layer_call(lambda d, r: Response(status=d.status())),

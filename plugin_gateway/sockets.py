@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gearworkers.errors import FailedPrecondition, from_os_error
 
-_BACKLOG = 128
+BACKLOG = 4096
+"""dockerd starts some hundred containers at once after a boot, and takes a full backlog (EAGAIN) for an error."""
 
 
 def listen(path: Path) -> socket.socket:
@@ -52,6 +53,6 @@ def _bound(path: Path) -> socket.socket:
         raise
     finally:
         os.umask(umask)
-    listener.listen(_BACKLOG)
+    listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener

@@ -28,6 +28,10 @@ _LAZY_TIMEOUT_S = 10.0
 """At a start of all parts a container may be mounted before the lazy file server is up."""
 
 
+class MustWait(Exception):
+    """A mount that looks into the lazy file system waits for its server, with no limit if that hangs."""
+
+
 class MountedLayers:
     """Counted mounts at `merged/` of each layer; from any thread of the one process of the node that mounts."""
 
@@ -56,7 +60,7 @@ class MountedLayers:
         """The caller begins anew: what is mounted has one user."""
         self._table.restart()
 
-    def get(self, id: str, mount_label: str, ids: IdMaps, *, volatile: bool) -> Path:
+    def get(self, id: str, mount_label: str, ids: IdMaps, *, volatile: bool, may_wait: bool = True) -> Path:
         """Mount the layer, or count one more user of its mount.
 
         Args:
@@ -64,6 +68,7 @@ class MountedLayers:
             mount_label: SELinux label; empty for the layer's own.
             ids: Who owns what is made.
             volatile: It need not survive a power cut.
+            may_wait: Whether the caller has time for the lazy file server.
 
         Returns:
             Where it is mounted.
@@ -71,6 +76,7 @@ class MountedLayers:
         Raises:
             NotFound: No such layer.
             FailedPrecondition: It, or one below it, is unfinished; or the kernel refuses.
+            MustWait: The layer is incomplete, not mounted, and *may_wait* is False; nothing has changed.
         """
         check_id(id)
         with self._table.locked(id):
@@ -78,7 +84,7 @@ class MountedLayers:
             if layer.kind is Kind.NEW:
                 layer = self._layers.promote(layer, ids)
             target = self._layers.directory(layer) / MERGED
-            self._table.acquire(id, target, lambda: self._mount(layer, mount_label, target, volatile))
+            self._table.acquire(id, target, lambda: self._mount(layer, mount_label, target, volatile, may_wait))
             return target
 
     def put(self, id: str) -> None:
@@ -124,14 +130,17 @@ class MountedLayers:
             with self.view(layer.parent) as parent_view:
                 yield parent_view
         else:
-            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id))
+            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id, self._layers.is_complete(id)))
             with overlay.detached(spec) as fd:
                 yield fd
 
-    def _mount(self, layer: Layer, mount_label: str, target: Path, volatile: bool) -> None:
+    def _mount(self, layer: Layer, mount_label: str, target: Path, volatile: bool, may_wait: bool) -> None:
+        is_complete = self._layers.is_complete(layer.id)
+        if not (is_complete or may_wait):
+            raise MustWait
         if volatile:
             overlay.clear_volatile(target.parent / WORK)
-        spec = self._spec(layer, mount_label, volatile)
+        spec = self._spec(layer, mount_label, volatile, is_complete)
         with self._layers.quotas.lifted(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
             overlay.mount(spec, target)
         if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
@@ -152,8 +161,8 @@ class MountedLayers:
         for parent in (self._settings.gear_containers_path, self._settings.gear_images_path):
             self._table.drop(id, parent / id / MERGED)
 
-    def _spec(self, layer: Layer, mount_label: str, volatile: bool) -> overlay.OverlaySpec:
-        data = self._data(layer.id)
+    def _spec(self, layer: Layer, mount_label: str, volatile: bool, is_complete: bool) -> overlay.OverlaySpec:
+        data = self._data(layer.id, is_complete)
         label = mount_label or layer.mount_label
         xino = self._settings.xino
         if layer.kind is Kind.IMAGE:
@@ -163,11 +172,11 @@ class MountedLayers:
         upper, work = directory / UPPER, directory / WORK
         return overlay.OverlaySpec(lowers, data, upper, work, context=label, volatile=volatile, xino=xino)
 
-    def _data(self, id: str) -> tuple[Path, ...]:
+    def _data(self, id: str, is_complete: bool) -> tuple[Path, ...]:
         """Where contents are looked up, in this order."""
         settings = self._settings
         here = (*self._layers.private_caches(id), settings.gear_public_cache_path)
-        if self._layers.is_complete(id):
+        if is_complete:
             return here
         lazy = settings.lazy_mount_path
         wait_until_mounted(lazy, _LAZY_TIMEOUT_S)

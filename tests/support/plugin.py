@@ -74,15 +74,14 @@ class Plugin:
         connection.sendall(head.encode() + b"%x\r\n%s\r\n" % (len(first_bytes), first_bytes))
         return connection
 
-    def begin_diff(self, id: str) -> socket.socket:
-        """The connection of a Diff of whose answer nothing was read."""
+    def begin(self, method: str, id: str) -> socket.socket:
+        """The connection of a call that has been sent and of whose answer nothing was read."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(60)
         connection.connect(str(self.path))
         body = json.dumps({"ID": id, "Parent": ""}).encode()
-        connection.sendall(
-            b"POST /GraphDriver.Diff HTTP/1.1\r\nHost: p\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        )
+        head = f"POST /GraphDriver.{method} HTTP/1.1\r\nHost: p\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
         return connection
 
     def status(self) -> dict[str, str]:

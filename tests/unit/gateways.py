@@ -15,6 +15,7 @@ from gearworkers.claiming import Stream, claimed
 from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.layers.changes import Change, ChangeKind
 from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.mounted import MustWait
 from gearworkers.settings import Settings
 from gearworkers.streams import Order
 from plugin_gateway.app import Gateway
@@ -38,6 +39,8 @@ class MemoryDriver:
     is_released: bool = False
     broken: Exception | None = None
     """What every call of exists and status raises."""
+    lazy_server: threading.Event = field(default_factory=threading.Event)
+    """Whether layers whose name begins with "gear" can be mounted."""
 
     def prepare(self) -> None:
         self.settings.gear_root.mkdir(exist_ok=True)
@@ -62,9 +65,13 @@ class MemoryDriver:
     def remove(self, id: str) -> None:
         self.layers.pop(id, None)
 
-    def get(self, id: str, mount_label: str = "") -> str:
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
         if id not in self.layers:
             raise NotFound(f"layer {id}: there is none")
+        if id.startswith("gear") and not may_wait:
+            raise MustWait
+        if id.startswith("gear"):
+            assert self.lazy_server.wait(60)
         self.mounted.add(id)
         return f"/merged/{id}"
 

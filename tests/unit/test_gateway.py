@@ -7,6 +7,7 @@ import errno
 import http.client
 import json
 import os
+import select
 import socket
 import stat
 import threading
@@ -371,7 +372,7 @@ def test_a_worker_whose_caller_stalls_is_replaced_at_once(
     start: Start, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     running, plugin = start(workers=1)
-    slow = plugin.begin_apply("slow", BEGUN) if call == "apply_diff" else plugin.begin_diff(str(64 << 20))
+    slow = plugin.begin_apply("slow", BEGUN) if call == "apply_diff" else plugin.begin("Diff", str(64 << 20))
     wait_until(lambda: "; 1 wait for their callers" in plugin.status()["At Work"], "the worker waits")
     assert b'gear_orders_stalled{by="worker"} 1.0' in running.gateway.metrics.text()
     patience = replace(PATIENCE, degraded_pickup_s=LITTLE_PATIENCE.degraded_pickup_s)
@@ -400,7 +401,7 @@ def test_a_caller_that_stalls_for_too_long_is_told_so(settings: Settings, monkey
             answer = http.client.HTTPResponse(connection)
             answer.begin()
             assert (answer.status, b"GEAR_STREAM_IDLE_S" in answer.read()) == (500, True)
-        with plugin.begin_diff(str(64 << 20)) as connection:
+        with plugin.begin("Diff", str(64 << 20)) as connection:
             wait_until(
                 lambda: b'method="GraphDriver.Diff",outcome="error"' in running.gateway.metrics.text(), "its end"
             )
@@ -483,6 +484,30 @@ def test_what_a_push_came_to_is_counted(settings: Settings) -> None:
     figures = (b"gear_pushed_objects_total 3.0", b"gear_push_refused_objects 1.0")
     wait_until(lambda: all(figure in text() for figure in figures), "the push at the start")
     running.stop()
+
+
+def test_calls_that_wait_for_the_lazy_file_server_or_for_their_layer_keep_no_others_waiting(start: Start) -> None:
+    """More of them than there are threads for anything."""
+    running, plugin = start()
+    ids = [f"gear{number}" for number in range(200)]
+    running.driver.layers |= dict.fromkeys([*ids, "plain"], "")
+    waiting = [plugin.begin("Get", id) for id in ids]
+    turns: Any = running.gateway._threads._turns
+    wait_until(lambda: len(turns) == len(ids), "all have their turn")
+    waiting += [plugin.begin("Remove", id) for id in ids]
+    assert plugin.call("Exists", ID="plain") == {"Exists": True}
+    assert plugin.call("Get", ID="plain") == {"Dir": "/merged/plain"}
+    for method in ("Put", "Create", "GetMetadata", "Status", "Remove"):
+        assert not plugin.call(method, ID={"Create": "new"}.get(method, "plain")).get("Err")
+    assert not select.select(waiting, [], [], 0)[0]
+    running.driver.lazy_server.set()
+    for connection in waiting:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert "Err" not in json.loads(answer.read())
+        answer.close()
+        connection.close()
+    assert set(running.driver.layers) == {"new"}
 
 
 def test_metrics_are_served_beside_the_plugin(start: Start, settings: Settings) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import time
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from gearworkers.errors import FailedPrecondition
 
 _MOUNTINFO = "/proc/self/mountinfo"
 _MOUNT_POINT_FIELD = 4
-_STEP_S = 0.02
 
 
 def is_mount_point(target: Path) -> bool:
@@ -29,12 +29,18 @@ def wait_until_mounted(target: Path, timeout_s: float) -> None:
 
     Raises:
         FailedPrecondition: Nobody has mounted it in that time.
+
+    Source: proc_pid_mounts(5): a descriptor that polls when the mounts have changed.
     """
     deadline_s = time.monotonic() + timeout_s
-    while not is_mount_point(target):
-        if time.monotonic() > deadline_s:
-            raise FailedPrecondition(f"the lazy file system is not mounted at {target}; start `gear lazyfs`")
-        time.sleep(_STEP_S)
+    with open(_MOUNTINFO, "rb") as mounts:
+        changes = select.poll()
+        changes.register(mounts, select.POLLERR | select.POLLPRI)
+        while not is_mount_point(target):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise FailedPrecondition(f"the lazy file system is not mounted at {target}; start `gear lazyfs`")
+            changes.poll(left_s * 1000)
 
 
 def is_data_layer(path: Path) -> bool:
