@@ -19,7 +19,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from gearworkers.objects.store import ObjectStore
-from tests.support.plugin import Plugin, read_metrics
+from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
 from tests.support.processes import wait_until
 from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar

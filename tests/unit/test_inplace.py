@@ -83,8 +83,8 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
     finally:
         tar.go.set()
         importing.join()
-    assert not driver._layers.get("gear").complete and not driver._layers.get("damaged").complete
-    assert driver._layers.get("stalled").new_objects == files
+    assert not driver._engine.layers.get("gear").complete and not driver._engine.layers.get("damaged").complete
+    assert driver._engine.layers.get("stalled").new_objects == files
 
 
 def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: Path) -> None:
