@@ -8,6 +8,8 @@ The public cache may hold half of what a private layer has whole: others store t
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,6 +43,7 @@ class MountedLayers:
         self._starts = starts
         self._table = MountTable(settings.run_dir / "mounts")
         self._old_numbers = settings.old_numbers_path
+        self._watching = threading.Lock()
 
     def prepare(self) -> None:
         """Make what is missing.
@@ -178,6 +181,16 @@ class MountedLayers:
         here = (*self._layers.private_caches(id), settings.gear_public_cache_path)
         if is_complete:
             return here
+        self._wait_for_lazy()
         lazy = settings.lazy_mount_path
-        wait_until_mounted(lazy, _LAZY_TIMEOUT_S)
         return (*here, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
+
+    def _wait_for_lazy(self) -> None:
+        """One thread looks through all mounts at each change of them, the others wait for that thread."""
+        deadline_s = time.monotonic() + _LAZY_TIMEOUT_S
+        is_first = self._watching.acquire(timeout=_LAZY_TIMEOUT_S)
+        try:
+            wait_until_mounted(self._settings.lazy_mount_path, deadline_s - time.monotonic())
+        finally:
+            if is_first:
+                self._watching.release()

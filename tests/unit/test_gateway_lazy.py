@@ -57,14 +57,16 @@ def test_while_64_containers_wait_for_the_lazy_file_server_others_are_served(
     waiting = [plugin.begin("Get", id) for id in STARTING]
     turns: Any = running.gateway._threads._turns
     wait_until(lambda: len(turns) == len(STARTING), "all have their turn")
+    removing = [plugin.begin("Remove", id) for id in STARTING]
     assert plugin.call("Exists", ID="ordinary") == {"Exists": True}
     plugin.call("CreateReadWrite", ID="other", Parent="ordinary")
     merged = plugin.call("Get", ID="other")["Dir"]
     assert Path(merged, "etc/file").read_bytes() == FILES["etc/file"]
     assert plugin.call("Put", ID="other") == plugin.call("Remove", ID="other") == {}
-    assert not select.select(waiting, [], [], 0)[0]
+    assert not select.select([*waiting, *removing], [], [], 0)[0]
     node.start()
     assert [Path(answered(connection)["Dir"]).parent.name for connection in waiting] == STARTING
+    assert [answered(connection) for connection in removing] == [{}] * len(STARTING)
 
 
 def answered(connection: Any) -> Any:

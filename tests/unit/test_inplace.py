@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from gearworkers.driver import GearDriver
-from gearworkers.layers.store import LayerStore
 from gearworkers.objects import inplace
 from gearworkers.objects import writer as module
 from gearworkers.objects.inplace import Bursts, forbid
@@ -84,9 +83,8 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
     finally:
         tar.go.set()
         importing.join()
-    layers = LayerStore(driver.settings, ObjectStore(driver.settings.gear_public_cache_path))
-    assert not layers.get("gear").complete and not layers.get("damaged").complete
-    assert layers.get("stalled").new_objects == files
+    assert not driver._engine.layers.get("gear").complete and not driver._engine.layers.get("damaged").complete
+    assert driver._engine.layers.get("stalled").new_objects == files
 
 
 def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: Path) -> None:
