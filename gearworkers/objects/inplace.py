@@ -73,6 +73,7 @@ class Bursts:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._mark = os.fsencode(root / _FORBIDDEN_FILE)
         self._fd = -1
         self._is_under_way = False
         self._is_forbidden = False
@@ -103,7 +104,7 @@ class Bursts:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not (self._root / _FORBIDDEN_FILE).exists():
+        if not os.access(self._mark, os.F_OK):  # a tenth of what Path.exists takes
             return True
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         return False

@@ -32,6 +32,9 @@ class Found(Enum):
     ABSENT = auto()
 
 
+_WHOLE = Found.WHOLE  # a look-up in the class takes 0.2 µs, twice for each content of an import
+
+
 class ObjectStore:
     """One cache directory; safe to use from many processes at once.
 
@@ -71,7 +74,7 @@ class ObjectStore:
         Raises:
             IntegrityError: Another content stands at its name.
         """
-        return self.find(digest) is Found.WHOLE
+        return self.find(digest) is _WHOLE
 
     def find(self, digest: bytes) -> Found:
         """What stands at the object's name.
@@ -90,7 +93,7 @@ class ObjectStore:
             raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
             raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")
-        return Found.WHOLE
+        return _WHOLE
 
     def open(self, digest: bytes) -> int:
         """A read-only descriptor of the object.
