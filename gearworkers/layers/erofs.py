@@ -192,8 +192,8 @@ class ImageWriter:
         self._data_start = -(-self._end_bytes // BLOCK_BYTES)
         self._end_bytes = 0
         self._place_others()
-        self.slots = -(-self._end_bytes // BLOCK_BYTES) * SLOTS_PER_BLOCK
-        """How many inode numbers the image needs."""
+        self.slots = max(1, -(-self._end_bytes // BLOCK_BYTES)) * SLOTS_PER_BLOCK
+        """How many inode numbers the image needs; some for an empty tree, too, since they say where the image ends."""
 
     def write(self, file: BinaryIO, first: int) -> None:
         """Write the image to an empty file; all inodes but the root's get numbers from *first* on.

@@ -37,6 +37,18 @@ def stored_parts(path: Path) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
+def test_an_empty_layer_is_whole_also_as_the_first_of_a_store(tmp_path: Path) -> None:
+    driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
+    driver.prepare()
+    for number, tar in enumerate([b"", bytes(1024), tar_of({"file": b"content"}), b""]):
+        driver.create(f"layer{number}", "")
+        driver.apply_diff(f"layer{number}", "", io.BytesIO(tar))
+        assert os.listdir(driver.get(f"layer{number}")) == ["file"] * (number == 2)
+        driver.put(f"layer{number}")
+    assert faults(driver) == []
+    driver.cleanup()
+
+
 @pytest.mark.parametrize("name", ["index.erofs", "stream.zst", "objects"])
 def test_one_wrong_bit_anywhere_is_told_with_the_layer(driver: GearDriver, name: str) -> None:
     path = driver.settings.gear_images_path / "layer" / name
