@@ -16,7 +16,7 @@ from gearworkers.images import manifest as m
 from gearworkers.images.convert import LayerJob, convert_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from tests.support import rootfs
 from tests.support.registry import Registry

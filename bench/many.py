@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.frame import Figure, fresh_disk, seconds
-from gearworkers.objects.fetch import Fetcher
-from gearworkers.objects.prefetch import Prefetcher
-from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.remotes.remote import Remote
-from gearworkers.objects.store import ObjectStore
-from gearworkers.objects.workpool import WorkPool
+from gearworkers.cas.store import ObjectStore
+from gearworkers.fetch.fetcher import Fetcher
+from gearworkers.fetch.prefetch import Prefetcher
+from gearworkers.fetch.priority_pool import WorkPool
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
 from tests.support import rootfs
 from tests.support.delay import delayed

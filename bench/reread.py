@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk, nothing_arrives
 from gearworkers.images.convert import plan_conversion
-from gearworkers.images.convert_here import convert_here
+from gearworkers.images.convert_local import convert_here
 from gearworkers.settings import Settings
 from tests.support import rootfs
 from tests.support.images import Image, tar_of

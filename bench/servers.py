@@ -134,7 +134,7 @@ def _run(*command: str) -> None:
 def _serve(held: Held, inside: Sequence[str], running: ExitStack) -> None:
     registry = Registry(held.registry, _REGISTRY_PORT)
     _start([*inside, *registry.daemon.command], held, "registry", running)
-    gear = [sys.executable, "-c", "from gearworkers.cli import main; main()", "manager"]
+    gear = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     _start([*inside, *gear], held, "manager", running)
 
 

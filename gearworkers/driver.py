@@ -16,28 +16,28 @@ from threading import Lock
 from typing import Concatenate, ParamSpec, TypeVar
 
 from gearworkers import options
-from gearworkers.archive.reader import Readable
+from gearworkers.cas.collector import GarbageReport
 from gearworkers.engine import Engine
 from gearworkers.errors import InvalidInput, from_os_error
-from gearworkers.files import opened_directory
-from gearworkers.layers import trial
-from gearworkers.layers.absorb import absorb, settled
+from gearworkers.fsck.repair import Checker
 from gearworkers.layers.apply import apply_tar
-from gearworkers.layers.changes import Change, tree_changes, upper_changes
-from gearworkers.layers.containerdiff import Writable, write_diff, write_tree_diff
+from gearworkers.layers.dedupe import absorb, settled
+from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
+from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
+from gearworkers.layers.diff.replay import replay
+from gearworkers.layers.diff.size import changed_size, tree_size
 from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.index.probe import check_index
 from gearworkers.layers.recovery import collect_garbage
-from gearworkers.layers.repair import Checker
-from gearworkers.layers.replay import replay
-from gearworkers.layers.size import changed_size, tree_size
 from gearworkers.layers.store import MERGED, WORK, Kind, image_layer, new_layer
 from gearworkers.layers.usage import Usage
 from gearworkers.mounts.probe import backing_fs_name, probe, require
-from gearworkers.objects.garbage import GarbageReport
-from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.remotes.push import PushReport, push_pending
-from gearworkers.processes import alone
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.push import PushReport, push_pending
 from gearworkers.settings import Settings
+from gearworkers.tar.reader import Readable
+from gearworkers.util.fs import opened_directory
+from gearworkers.util.process import alone
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -131,7 +131,7 @@ class GearDriver:
         with self._inits:
             engine = self._prepared_engine(opts)
             settings = engine.settings
-            require(probe(settings.gear_root, trial.check_index))
+            require(probe(settings.gear_root, check_index))
             maps = IdMaps(tuple(uid_maps), tuple(gid_maps))
             maps.save(settings.gear_root)
             for path in (settings.gear_root, settings.gear_images_path, settings.gear_containers_path):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.refs import OBJECTS_FILE
+from gearworkers.cas.store import ObjectStore
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.mounted import MountedLayers
-from gearworkers.layers.recording import Recordings
+from gearworkers.layers.index.probe import IndexMode
+from gearworkers.layers.mounts import MountedLayers
 from gearworkers.layers.recovery import make_ready
-from gearworkers.layers.starts import Starts
 from gearworkers.layers.store import MERGED, Kind, LayerStore
-from gearworkers.layers.trial import IndexMode
 from gearworkers.layers.usage import UsageMeter
 from gearworkers.mounts.overlay import is_mounted
-from gearworkers.objects.claims import OBJECTS_FILE
-from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import ObjectStore
+from gearworkers.profiles.hooks import Starts
+from gearworkers.profiles.recordings import Recordings
 from gearworkers.settings import Settings
 
 

@@ -23,8 +23,8 @@ from honcho.environ import parse_procfile
 from honcho.printer import Message, Printer
 
 from gearworkers.errors import GearError
-from gearworkers.processes import alone
 from gearworkers.settings import Settings
+from gearworkers.util.process import alone
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 GRACE_S = 60

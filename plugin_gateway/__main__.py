@@ -13,9 +13,9 @@ import uvloop
 
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError
-from gearworkers.log import configure_logging
 from gearworkers.settings import LOG_LEVELS, Settings
-from plugin_gateway.app import Gateway
+from gearworkers.util.log import configure_logging
+from plugin_gateway.gateway import Gateway
 
 _HELP = """Answers Docker's graphdriver plugin calls on a Unix socket.
 Set by the environment: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE and what reaches it,

@@ -18,18 +18,18 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from gearworkers.archive.reader import Readable
 from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import unpacked
-from gearworkers.images.contents import Contents, nameless_file, storing
-from gearworkers.images.layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
+from gearworkers.images.gear_layer import FORMAT, INLINE_BYTES, GearTar, write_gear_layer
+from gearworkers.images.layer_reader import unpacked
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.source import Source, open_source, small_blob
 from gearworkers.images.survey import private_layers, refuse_to_replace, survey
-from gearworkers.objects.remotes.remote import Remote
+from gearworkers.images.upload import Contents, nameless_file, storing
+from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
+from gearworkers.tar.reader import Readable
 
 Progress = Callable[[int], None]
 """Called with the bytes of a layer, as the source has it, that have been read so far."""

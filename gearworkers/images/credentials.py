@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
-from gearworkers.files import read_small
 from gearworkers.images.reference import DOCKER_HUB
+from gearworkers.util.fs import read_small
 
 _HUB_KEY = "https://index.docker.io/v1/"
 _HELPER_TIMEOUT_S = 60

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from gearworkers.errors import InvalidInput
-from gearworkers.hosts import host_name, is_loopback
+from gearworkers.util.net import host_name, is_loopback
 
 DOCKER_HUB = "docker.io"
 _HUB_API_HOST = "registry-1.docker.io"

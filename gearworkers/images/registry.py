@@ -13,15 +13,15 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import urllib3
 
-from gearworkers.archive.reader import Readable
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound, Unavailable
-from gearworkers.images.blobs import Verified
-from gearworkers.images.http import Transport, make_transport, problem, translated
+from gearworkers.images.auth import Authority
+from gearworkers.images.layer_reader import Verified
 from gearworkers.images.manifest import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, digest_of, verified
 from gearworkers.images.reference import Reference
-from gearworkers.images.tokens import Authority
-from gearworkers.objects.retry import ATTEMPTS, retried
+from gearworkers.images.transport import Transport, make_transport, problem, translated
 from gearworkers.settings import Settings
+from gearworkers.tar.reader import Readable
+from gearworkers.util.retry import ATTEMPTS, retried
 
 UPLOAD_CHUNK_BYTES = 16 << 20
 """A blob of up to this size goes in one request; what one more costs in memory."""

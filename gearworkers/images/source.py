@@ -17,13 +17,13 @@ from typing import Protocol
 
 import msgspec
 
-from gearworkers.archive.reader import Readable
 from gearworkers.errors import InvalidInput, NotFound, from_os_error
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import MAGIC_BYTES, Verified, compression_of, read_all
+from gearworkers.images.layer_reader import MAGIC_BYTES, Verified, compression_of, read_all
 from gearworkers.images.reference import Reference, check_digest
 from gearworkers.images.registry import Repository
 from gearworkers.settings import Settings
+from gearworkers.tar.reader import Readable
 
 OCI = "oci:"
 DOCKER_ARCHIVE = "docker-archive:"

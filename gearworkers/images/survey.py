@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from gearworkers.archive.privacy import begins_marked
-from gearworkers.archive.reader import TarReader
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import Beginning
-from gearworkers.images.indexes import images_for
+from gearworkers.images.image_index import images_for
+from gearworkers.images.layer_reader import Beginning
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.source import Source, is_local, small_blob
 from gearworkers.settings import Settings
+from gearworkers.tar.private_marker import begins_marked
+from gearworkers.tar.reader import TarReader
 
 _LOOKS_AT_ONCE = 8
 

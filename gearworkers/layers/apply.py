@@ -11,20 +11,20 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.archive.entry import REG, Entry, shown
-from gearworkers.archive.privacy import MARK, is_mark, refuse_hidden, refuse_late
-from gearworkers.archive.reader import Readable, TarReader
-from gearworkers.archive.stream import StreamWriter
+from gearworkers.cas.inplace import Bursts, forbid, remove_unfinished
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.refs import Claims
+from gearworkers.cas.store import Found, ObjectStore
+from gearworkers.cas.writer import MOST_CONTENT_BYTES, ContentWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted
-from gearworkers.files import free_bytes, opened_directory
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.index import Index
-from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
-from gearworkers.objects.claims import Claims
-from gearworkers.objects.inplace import Bursts, forbid, remove_unfinished
-from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import Found, ObjectStore
-from gearworkers.objects.writer import MOST_CONTENT_BYTES, ContentWriter
+from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
+from gearworkers.layers.index.tree import Index
+from gearworkers.tar.entry import REG, Entry, shown
+from gearworkers.tar.private_marker import MARK, is_mark, refuse_hidden, refuse_late
+from gearworkers.tar.reader import Readable, TarReader
+from gearworkers.tar.tar_split import StreamWriter
+from gearworkers.util.fs import free_bytes, opened_directory
 
 STREAM_FILE = "stream.zst"
 PRIVATE = "private"

@@ -18,15 +18,15 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from gearworkers.cas.collector import publishing
+from gearworkers.cas.refs import OBJECTS_FILE, read_objects, sorted_records
+from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import NotFound, from_os_error
-from gearworkers.files import opened_directory, remove_tree
+from gearworkers.layers.incomplete import object_list
 from gearworkers.layers.store import LayerStore
-from gearworkers.layers.wanted import object_list
-from gearworkers.mounts import sys as kernel
-from gearworkers.objects.claims import OBJECTS_FILE, read_objects, sorted_records
-from gearworkers.objects.garbage import publishing
-from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
+from gearworkers.util import syscalls as kernel
+from gearworkers.util.fs import opened_directory, remove_tree
 
 _PIN_FILE = "pin.json"
 _log = structlog.get_logger(__name__)

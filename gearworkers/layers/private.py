@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gearworkers.cas.store import ObjectStore
 from gearworkers.layers.apply import PRIVATE, PRIVATE_FILE
-from gearworkers.objects.store import ObjectStore
 
 
 class PrivateCaches:

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gearworkers.errors import FailedPrecondition, ResourceExhausted, from_os_error
-from gearworkers.files import opened_directory
-from gearworkers.mounts import quota
+from gearworkers.mounts import quotactl
 from gearworkers.mounts.probe import backing_fs_name
+from gearworkers.util.fs import opened_directory
 
 _FIRST = 1 << 20
 """Docker's overlay2 and its volumes count from 1."""
@@ -39,8 +39,8 @@ class Quotas:
         """
         try:
             with opened_directory(self._containers) as dir_fd:
-                is_enforced = quota.is_enforced(dir_fd)
-                project = quota.project_of(dir_fd) if is_enforced else None
+                is_enforced = quotactl.is_enforced(dir_fd)
+                project = quotactl.project_of(dir_fd) if is_enforced else None
         except OSError as exc:
             raise from_os_error(exc, f"ask for project quotas in {self._containers}") from exc
         if project is None:
@@ -65,8 +65,8 @@ class Quotas:
         try:
             with opened_directory(directory) as dir_fd, self._lock:
                 project = self._free_project(dir_fd)
-                quota.limit(dir_fd, project, size_bytes)
-                quota.assign(dir_fd, project)
+                quotactl.limit(dir_fd, project, size_bytes)
+                quotactl.assign(dir_fd, project)
                 self._next = project + 1
                 return project
         except OSError as exc:
@@ -83,19 +83,19 @@ class Quotas:
         """
         self.require()
         with opened_directory(self._containers) as dir_fd:
-            quota.limit(dir_fd, project, size_bytes + _MOUNT_BYTES)
+            quotactl.limit(dir_fd, project, size_bytes + _MOUNT_BYTES)
             try:
                 yield
             finally:
-                quota.limit(dir_fd, project, size_bytes)
+                quotactl.limit(dir_fd, project, size_bytes)
 
     def release(self, project: int) -> None:
         """The project's files are gone: its limit goes, too."""
         with suppress(OSError), opened_directory(self._containers) as dir_fd:
-            quota.limit(dir_fd, project, 0)
+            quotactl.limit(dir_fd, project, 0)
 
     def _free_project(self, dir_fd: int) -> int:
         for project in range(self._next, _LAST):
-            if not quota.is_used(dir_fd, project):
+            if not quotactl.is_used(dir_fd, project):
                 return project
         raise ResourceExhausted("--storage-opt size: no project number is left; restart the gateway")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gearworkers.cas.collector import GarbageCollector, GarbageReport, publishing
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import from_os_error
+from gearworkers.layers.incomplete import remove_unvouched
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
-from gearworkers.layers.wanted import remove_unvouched
-from gearworkers.objects.garbage import GarbageCollector, GarbageReport, publishing
-from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 
 _BOOT_FILE = "boot_id"

@@ -21,23 +21,23 @@ from pathlib import Path
 
 import msgspec
 
-from gearworkers.archive.privacy import MARK
+from gearworkers.cas import inplace
+from gearworkers.cas.collector import publishing
+from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import AlreadyExists, GearError, InvalidInput, NotFound, from_os_error
-from gearworkers.files import opened_directory, remove_tree
-from gearworkers.layers import filling
+from gearworkers.layers import apply_once
 from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.inode_numbers import INDEX_FILE, InodeNumbers
+from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
+from gearworkers.layers.index.mount import mount_index
+from gearworkers.layers.index.renumber import has_numbers, renumber
 from gearworkers.layers.private import PrivateCaches
 from gearworkers.layers.quotas import Quotas
-from gearworkers.layers.renumber import has_numbers, renumber
-from gearworkers.mounts import sys as kernel
-from gearworkers.mounts.index import mount_index
 from gearworkers.mounts.overlay import is_mounted, unmount
-from gearworkers.objects import inplace
-from gearworkers.objects.garbage import publishing
-from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
+from gearworkers.tar.private_marker import MARK
+from gearworkers.util import syscalls as kernel
+from gearworkers.util.fs import opened_directory, remove_tree
 
 RECORD_FILE = "layer.json"
 TREE = "tree"
@@ -162,7 +162,7 @@ class LayerStore:
         """
         directory = self.directory(layer)
         if layer.kind is Kind.NEW:
-            filling.refuse_unfinished(directory)
+            apply_once.refuse_unfinished(directory)
         if layer.kind is Kind.CONTAINER:
             return directory / UPPER
         if layer.kind is Kind.IMAGE:
@@ -240,17 +240,17 @@ class LayerStore:
                 layer = msgspec.structs.replace(layer, project=self.quotas.limit(build, layer.size_limit_bytes))
             self._lay_out(build, layer, ids)
             if layer.kind is Kind.NEW:
-                filling.allow(build)
+                apply_once.allow(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps) -> Layer:
         """Make a new layer a container layer, to be written through a mount."""
-        filling.refuse_unfinished(self._images / layer.id)
+        apply_once.refuse_unfinished(self._images / layer.id)
         container = msgspec.structs.replace(layer, kind=Kind.CONTAINER)
         with self.building(layer.id) as build:
             self._lay_out(build, container, ids)
-            if filling.is_allowed(self._images / layer.id):
-                filling.allow(build)
+            if apply_once.is_allowed(self._images / layer.id):
+                apply_once.allow(build)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
         self._discard(self._images / layer.id)
         return container
@@ -269,7 +269,7 @@ class LayerStore:
         directory = self.directory(layer)
         if layer.kind is Kind.IMAGE or (layer.kind is Kind.CONTAINER and any((directory / UPPER).iterdir())):
             raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
-        filling.begin(directory)
+        apply_once.begin(directory)
         return layer
 
     def publish(self, build: Path, layer: Layer) -> None:
@@ -341,7 +341,7 @@ class LayerStore:
         self._release_old_indexes()
         for parent in (self._images, self._containers):
             for path in parent.iterdir():
-                filling.forbid(path)
+                apply_once.forbid(path)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
         return len(staged) + len(ownerless)

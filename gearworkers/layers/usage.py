@@ -8,9 +8,9 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
+from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, from_os_error
 from gearworkers.layers.store import Kind, LayerStore
-from gearworkers.objects.store import ObjectStore
 
 _AT_MOST_S = 60.0
 _TIMES_COUNTING = 50

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.errors import GearError, InvalidInput, from_os_error
-from gearworkers.mounts import sys
+from gearworkers.util import syscalls
 
 _OPTIONS = (
     ("metacopy", b"on"),
@@ -57,7 +57,7 @@ def mount(spec: OverlaySpec, target: Path) -> None:
     try:
         mount_fd = _superblock(spec, attributes=0)
         try:
-            sys.move_mount(mount_fd, target)
+            syscalls.move_mount(mount_fd, target)
         finally:
             os.close(mount_fd)
     except OSError as exc:
@@ -76,7 +76,7 @@ def detached(spec: OverlaySpec) -> Iterator[int]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            mount_fd = _superblock(_read_only(spec), attributes=sys.MOUNT_ATTR_RDONLY)
+            mount_fd = _superblock(_read_only(spec), attributes=syscalls.MOUNT_ATTR_RDONLY)
             stack.callback(os.close, mount_fd)
             root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
             stack.callback(os.close, root_fd)
@@ -91,7 +91,7 @@ def unmount(target: Path) -> None:
     Open files keep the file system alive until they are closed, as with overlay2.
     """
     try:
-        sys.umount2(target)
+        syscalls.umount2(target)
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.ENOENT):
             raise from_os_error(exc, f"unmounting {target}") from exc
@@ -131,25 +131,27 @@ def _superblock(spec: OverlaySpec, attributes: int) -> int:
     """An unattached mount of *spec*: an O_PATH descriptor."""
     if not spec.lowers or (spec.upper is None) != (spec.work is None):
         raise InvalidInput(f"{_told(spec)}: a lower is needed, and upper and work go together")
-    context_fd = sys.fsopen("overlay")
+    context_fd = syscalls.fsopen("overlay")
     try:
         _set_options(context_fd, spec)
         with _layers_added(context_fd, spec):
-            sys.fsconfig_create(context_fd)
-        return sys.fsmount(context_fd, attributes)
+            syscalls.fsconfig_create(context_fd)
+        return syscalls.fsmount(context_fd, attributes)
     finally:
         os.close(context_fd)
 
 
 def _set_options(context_fd: int, spec: OverlaySpec) -> None:
-    sys.fsconfig_string(context_fd, "source", b"overlay")
+    syscalls.fsconfig_string(context_fd, "source", b"overlay")
     for key, value in _OPTIONS:
-        sys.fsconfig_string(context_fd, key, value)
-    sys.fsconfig_string(context_fd, "xino", b"on" if spec.xino else b"off")  # not left to the kernel's configuration
+        syscalls.fsconfig_string(context_fd, key, value)
+    syscalls.fsconfig_string(
+        context_fd, "xino", b"on" if spec.xino else b"off"
+    )  # not left to the kernel's configuration
     if spec.context:
-        sys.fsconfig_string(context_fd, "context", os.fsencode(spec.context))
+        syscalls.fsconfig_string(context_fd, "context", os.fsencode(spec.context))
     if spec.volatile:
-        sys.fsconfig_flag(context_fd, "volatile")
+        syscalls.fsconfig_flag(context_fd, "volatile")
 
 
 @contextmanager
@@ -185,12 +187,12 @@ def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None
     if that is short enough.
     """
     try:
-        sys.fsconfig_fd(context_fd, key, layer_fd)
+        syscalls.fsconfig_fd(context_fd, key, layer_fd)
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.EBADF):
             raise
-        is_told = key == "datadir+" and 0 < len(path) <= sys.MOST_OPTION_BYTES
-        sys.fsconfig_string(context_fd, key, path if is_told else b"/proc/self/fd/%d" % layer_fd)
+        is_told = key == "datadir+" and 0 < len(path) <= syscalls.MOST_OPTION_BYTES
+        syscalls.fsconfig_string(context_fd, key, path if is_told else b"/proc/self/fd/%d" % layer_fd)
 
 
 def _add_empty_lower(context_fd: int) -> int:
@@ -199,10 +201,10 @@ def _add_empty_lower(context_fd: int) -> int:
     Returns:
         The tmpfs' mount; it must stay open until the superblock is made.
     """
-    tmpfs_fd = sys.fsopen("tmpfs")
+    tmpfs_fd = syscalls.fsopen("tmpfs")
     try:
-        sys.fsconfig_create(tmpfs_fd)
-        empty_fd = sys.fsmount(tmpfs_fd, sys.MOUNT_ATTR_RDONLY)
+        syscalls.fsconfig_create(tmpfs_fd)
+        empty_fd = syscalls.fsmount(tmpfs_fd, syscalls.MOUNT_ATTR_RDONLY)
     finally:
         os.close(tmpfs_fd)
     try:

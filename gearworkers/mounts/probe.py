@@ -16,9 +16,9 @@ from pathlib import Path
 
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
-from gearworkers.files import opened_directory
-from gearworkers.mounts import sys
 from gearworkers.mounts.overlay import OverlaySpec, detached
+from gearworkers.util import syscalls
+from gearworkers.util.fs import opened_directory
 
 _REDIRECT = b"/\x01a/bcdefghijklmnopqrstu"
 """As long as an object's path."""
@@ -96,7 +96,7 @@ def require(checks: list[Check]) -> None:
 def backing_fs_name(root: Path) -> str:
     """The name Docker gives the file system that holds *root*: ``extfs``, ``xfs``, … or its magic number."""
     try:
-        magic = sys.statfs_type(root)
+        magic = syscalls.statfs_type(root)
     except OSError as exc:
         raise from_os_error(exc, f"looking at the file system of {root}") from exc
     return _FS_NAMES.get(magic, hex(magic))
@@ -168,7 +168,7 @@ def _check_data_only(scratch: Path) -> Check:
 def _check_d_type(scratch: Path) -> Check:
     (scratch / "file").touch()
     with opened_directory(scratch) as fd:
-        ok = sys.entry_types(fd).get(b"file", _DT_UNKNOWN) != _DT_UNKNOWN
+        ok = syscalls.entry_types(fd).get(b"file", _DT_UNKNOWN) != _DT_UNKNOWN
     if ok:
         return Check("file types in directories (d_type)", True, True, "told")
     return Check(

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gearworkers.archive.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
-from gearworkers.archive.writer import END, header, padding
-from gearworkers.objects.store import ObjectStore
+from gearworkers.cas.store import ObjectStore
 from gearworkers.settings import Settings
+from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.writer import END, header, padding
 from tests.conformance.drivers import Driver, an_id
 from tests.support.overlays import Node, snapshot
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.archive.entry import CHAR, Entry
-from gearworkers.archive.writer import END, header, padding
+from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import object_path
-from gearworkers.layers.fsck import layer_faults
+from gearworkers.fsck.layers import layer_faults
 from gearworkers.layers.store import LayerStore
-from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
+from gearworkers.tar.entry import CHAR, Entry
+from gearworkers.tar.writer import END, header, padding
 from tests.conformance.drivers import Driver, Refused, an_id
 from tests.conformance.layers import (
     NET_RAW,

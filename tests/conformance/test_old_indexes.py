@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.doctor import inode_numbers_check
+from gearworkers.cli.doctor import inode_numbers_check
 from gearworkers.driver import GearDriver
-from gearworkers.layers.erofs import SLOTS_PER_BLOCK, ImageWriter
-from gearworkers.layers.inode_numbers import InodeNumbers
-from gearworkers.layers.renumber import has_numbers
+from gearworkers.layers.index.erofs import SLOTS_PER_BLOCK, ImageWriter
+from gearworkers.layers.index.inode_numbers import InodeNumbers
+from gearworkers.layers.index.renumber import has_numbers
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import (

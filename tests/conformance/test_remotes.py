@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, Unavailable
-from gearworkers.objects import retry
-from gearworkers.objects.remotes import codec
-from gearworkers.objects.remotes.bucket import Bucket, in_memory
-from gearworkers.objects.remotes.decorators import Bounded, Cached, Retried
-from gearworkers.objects.remotes.directory import Directory
-from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.remotes.remote import Remote
-from gearworkers.objects.sources import checked_layout
+from gearworkers.fetch.source import checked_layout
+from gearworkers.remote import encoding
+from gearworkers.remote.bucket import Bucket, in_memory
+from gearworkers.remote.decorators import Bounded, Cached, Retried
+from gearworkers.remote.directory import Directory
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
+from gearworkers.util import retry
 from tests.support.answers import Answer, Asked, answering
 from tests.support.remotes import Service, credentials_file, manager_thread, new_bucket, s3_server
 
@@ -104,8 +104,8 @@ CONTENTS = [
     b"x",
     b"text " * 1000,
     noise(5000),
-    noise(codec.LARGE_BYTES - 1),
-    noise(codec.LARGE_BYTES),
+    noise(encoding.LARGE_BYTES - 1),
+    noise(encoding.LARGE_BYTES),
     noise(LARGE),
     bytes(LARGE),
     b"\x28\xb5\x2f\xfd looks like zstd",
@@ -139,7 +139,7 @@ def test_a_store_verifies_or_a_reader_does(remote: Remote) -> None:
     """A blob that lies gets no further than to whoever reads it."""
     digest = sha256(b"the truth")
     try:
-        remote.blobs.put_many([(digest, codec.encode(b"a lie"))])
+        remote.blobs.put_many([(digest, encoding.encode(b"a lie"))])
     except IntegrityError:
         assert remote.has([digest]) == []
         return

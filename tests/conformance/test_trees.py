@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.archive.entry import BLOCK
-from gearworkers.archive.writer import END, header, padding
+from gearworkers.tar.entry import BLOCK
+from gearworkers.tar.writer import END, header, padding
 from tests.conformance.drivers import Driver, an_id
 from tests.conformance.layers import (
     MTIME_NS,

@@ -9,7 +9,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gearworkers.mounts.lazy.client import order_prefetch
+from gearworkers.lazyfs.client import order_prefetch
 from tests.support import rootfs
 from tests.support.dockerd import Dockerd
 from tests.support.lazyhost import FILES, LARGE, LazyHost

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.store import ObjectStore
+from gearworkers.cas.store import ObjectStore
+from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from tests.support.lazyhost import FILES, LARGE, LazyHost
 from tests.support.processes import wait_until

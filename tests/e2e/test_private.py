@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.objects.remotes.directory import Directory
-from gearworkers.objects.remotes.remote import Remote
-from gearworkers.objects.store import ObjectStore
+from gearworkers.cas.store import ObjectStore
+from gearworkers.remote.directory import Directory
+from gearworkers.remote.remote import Remote
 from tests.support.dockerd import Dockerd
 from tests.support.lazyhost import LazyHost
 from tests.support.processes import wait_until

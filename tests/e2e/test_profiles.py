@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.images.layer import INLINE_BYTES
-from gearworkers.objects import profile
-from gearworkers.objects.profile import Profile
-from gearworkers.objects.remotes.opening import open_remote
-from gearworkers.objects.sources import Chunk
-from gearworkers.objects.store import ObjectStore
+from gearworkers.cas.store import ObjectStore
+from gearworkers.fetch.source import Chunk
+from gearworkers.images.gear_layer import INLINE_BYTES
+from gearworkers.profiles import document
+from gearworkers.profiles.document import Profile
+from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from tests.support.lazyhost import LazyHost
 from tests.support.processes import wait_until
@@ -113,7 +113,7 @@ def _is_watching(pid: int) -> bool:
 def _profiles(host: LazyHost) -> list[Profile]:
     """Every version of every profile."""
     files = sorted((host.store / "documents" / "profiles").rglob("@*"))
-    return [profile.unpack(path.read_bytes()) for path in files]
+    return [document.unpack(path.read_bytes()) for path in files]
 
 
 def _contents(host: LazyHost, found: Profile) -> int:
@@ -138,7 +138,7 @@ def _recorders(host: LazyHost) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            is_recorder = b"gearworkers.services.recorder" in (process / "cmdline").read_bytes().split(b"\0")
+            is_recorder = b"gearworkers.profiles.recorder" in (process / "cmdline").read_bytes().split(b"\0")
             if is_recorder and root in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
         except OSError:

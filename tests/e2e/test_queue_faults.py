@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from gearworkers.objects.remotes.directory import Directory
-from gearworkers.objects.remotes.remote import Remote
+from gearworkers.remote.directory import Directory
+from gearworkers.remote.remote import Remote
 from tests.support.dockerd import Dockerd
 from tests.support.processes import wait_until
 from tests.support.stack import Stack

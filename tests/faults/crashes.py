@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from gearworkers.mounts import sys as kernel
+from gearworkers.util import syscalls as kernel
 
 _CHANGES = frozenset(
     (

@@ -17,13 +17,13 @@ import pytest
 import redis
 from celery import Celery
 
-from gearworkers.app import CONVERT_QUEUE, LAYER_TASK, make_app
 from gearworkers.errors import GearError
 from gearworkers.images.convert import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.objects.remotes.opening import open_remote
+from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
+from gearworkers.workers.celery_app import CONVERT_QUEUE, LAYER_TASK, make_app
 from tests.support import registries
 from tests.support.answers import Answer, answering
 from tests.support.images import Image, contents_of, pull, tar_of
@@ -31,7 +31,7 @@ from tests.support.processes import wait_until
 from tests.support.registry import Registry
 from tests.support.stack import Stack
 
-GEAR = [sys.executable, "-c", "from gearworkers.cli import main; main()"]
+GEAR = [sys.executable, "-c", "from gearworkers.cli.main import main; main()"]
 A_DAY_S = 24 * 3600
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.cas.collector import HIDDEN
 from gearworkers.driver import GearDriver
 from gearworkers.layers.store import RECORD_FILE
-from gearworkers.objects.garbage import HIDDEN
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import (

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import FailedPrecondition
-from gearworkers.mounts.lazy.connection import DEVICE
-from gearworkers.mounts.lazy.keeper import Keeper
-from gearworkers.mounts.lazy.place import is_mount_point
-from gearworkers.mounts.lazy.tree import node_of
-from gearworkers.services.lazyfs import LazyServer
+from gearworkers.lazyfs.fd_keeper import Keeper
+from gearworkers.lazyfs.fuse_connection import DEVICE
+from gearworkers.lazyfs.server import LazyServer
+from gearworkers.lazyfs.tree import node_of
+from gearworkers.mounts.mountinfo import is_mount_point
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node, until
 
 LARGE = random.Random(1).randbytes(8 << 20)

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.refs import Claims
+from gearworkers.cas.store import ObjectStore
 from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, IntegrityError
-from gearworkers.objects.claims import Claims
-from gearworkers.objects.remotes import codec
-from gearworkers.objects.remotes.directory import Directory
-from gearworkers.objects.remotes.push import PushReport, push_pending
-from gearworkers.objects.remotes.remote import Remote
-from gearworkers.objects.spool import PushSpool
-from gearworkers.objects.store import ObjectStore
+from gearworkers.remote import encoding
+from gearworkers.remote.directory import Directory
+from gearworkers.remote.push import PushReport, push_pending
+from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
 from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import applied, file, mounted, tar
@@ -55,9 +55,9 @@ def blob_path(settings: Settings, name: str) -> Path:
 
 def content(settings: Settings, name: str) -> bytes:
     digest, blob = bytes.fromhex(name), blob_path(settings, name).read_bytes()
-    if not codec.is_layout(blob):
-        return codec.decode(digest, blob)
-    return b"".join(content(settings, chunk.digest.hex()) for chunk in codec.decode_layout(digest, blob))
+    if not encoding.is_layout(blob):
+        return encoding.decode(digest, blob)
+    return b"".join(content(settings, chunk.digest.hex()) for chunk in encoding.decode_layout(digest, blob))
 
 
 def push(settings: Settings) -> None:
@@ -326,7 +326,7 @@ def test_the_command_tells_what_could_not_be_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
     digest = spoil(settings, CONTENTS[0])
-    command = [sys.executable, "-c", "from gearworkers.cli import main; main()", "push"]
+    command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "push"]
     environ = {**os.environ, "GEAR_ROOT": str(settings.gear_root), "GEAR_REMOTE": settings.remote}
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 1

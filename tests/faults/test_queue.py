@@ -18,7 +18,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from gearworkers.objects.store import ObjectStore
+from gearworkers.cas.store import ObjectStore
 from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
 from tests.support.processes import wait_until
 from tests.support.stack import Stack

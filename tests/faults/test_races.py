@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gearworkers.archive.stream import Raw, StreamReader
 from gearworkers.driver import GearDriver
-from gearworkers.files import opened_directory
-from gearworkers.layers import mounted
+from gearworkers.layers import mounts
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
+from gearworkers.tar.tar_split import Raw, StreamReader
+from gearworkers.util.fs import opened_directory
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import file, object_names, tar
 from tests.faults.crashes import Say, finish_child, has_said, start_child
@@ -173,7 +173,7 @@ def test_a_container_that_is_unmounted_just_before_it_is_looked_at_is_seen_whole
             yield fd
 
     with monkeypatch.context() as patch:
-        patch.setattr(mounted, "opened_directory", opened_late)
+        patch.setattr(mounts, "opened_directory", opened_late)
         out = io.BytesIO()
         driver.diff("container", "", out)
     assert b"written" in out.getvalue()

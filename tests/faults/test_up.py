@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from gearworkers.processes import alone
+from gearworkers.util.process import alone
 from tests.support.plugin import Plugin
 from tests.support.processes import listens, wait_until
 from tests.support.stack import CHECKOUT, Stack

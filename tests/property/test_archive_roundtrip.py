@@ -8,9 +8,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
-from gearworkers.archive.writer import END, header, padding
 from gearworkers.errors import GearError
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.writer import END, header, padding
 from tests.support.tars import read_tar, with_checksum
 
 GOLDEN = gzip.decompress((Path(__file__).parent.parent / "data" / "docker-save.tar.gz").read_bytes())

@@ -14,8 +14,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gearworkers.layers.changes import ChangeKind, tree_changes, upper_changes
-from gearworkers.layers.containerdiff import write_diff
+from gearworkers.layers.diff.changes import ChangeKind, tree_changes, upper_changes
+from gearworkers.layers.diff.export import write_diff
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts.overlay import detached
 from tests.support.overlays import Overlay, applied, mounted, snapshot

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from gearworkers.archive.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
 from gearworkers.settings import Settings
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
 from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import File, applied, committed, mounted, shown, tar
 from tests.property.test_containerdiff_sequences import OPERATION, REFUSED, Operation

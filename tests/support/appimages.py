@@ -34,7 +34,7 @@ from typing import Any
 
 from gearworkers.images import manifest as m
 from gearworkers.images.convert import Report, plan_conversion
-from gearworkers.images.convert_here import convert_here
+from gearworkers.images.convert_local import convert_here
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.settings import Settings

@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 import zstandard
 
-from gearworkers.archive.entry import Entry
 from gearworkers.images import manifest as m
-from gearworkers.images.blobs import read_all, unpacked
+from gearworkers.images.layer_reader import read_all, unpacked
 from gearworkers.images.registry import Repository
-from gearworkers.objects.remotes.remote import Remote
+from gearworkers.remote.remote import Remote
+from gearworkers.tar.entry import Entry
 from tests.support.tars import Trickle, read_tar
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

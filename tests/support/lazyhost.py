@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gearworkers.cas.store import ObjectStore
 from gearworkers.images.convert import plan_conversion
-from gearworkers.images.convert_here import convert_here
+from gearworkers.images.convert_local import convert_here
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.objects.store import ObjectStore
 from gearworkers.settings import Settings
 from tests.support import rootfs
 from tests.support.dockerd import Dockerd

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound, Unavailable
-from gearworkers.mounts.lazy.client import LazyStatus, read_status
-from gearworkers.mounts.lazy.place import wait_until_mounted
+from gearworkers.fetch.source import Chunk, Content
+from gearworkers.lazyfs.client import LazyStatus, read_status
+from gearworkers.lazyfs.server import serve
+from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.mounts.overlay import unmount
-from gearworkers.objects.sources import Chunk, Content
-from gearworkers.services.lazyfs import serve
 from gearworkers.settings import Settings
 from tests.support.processes import PATIENCE_S
 

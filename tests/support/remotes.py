@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gearworkers.services.manager.server import ManagerServer
+from gearworkers.manager.server import ManagerServer
 from gearworkers.settings import Settings
 from tests.support.ports import free_port
 from tests.support.processes import Daemon
@@ -62,7 +62,7 @@ def manager_server(directory: Path, environ: Mapping[str, str] | None = None) ->
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     settings = {"GEAR_ROOT": str(directory), "GEAR_MANAGER_LISTEN": f"127.0.0.1:{port}", **(environ or {})}
-    command = [sys.executable, "-c", "from gearworkers.cli import main; main()", "manager"]
+    command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     with _running(command, directory / "manager.log", settings, port) as service:
         yield service
 

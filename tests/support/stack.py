@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gearworkers.mounts.lazy.client import LazyStatus, read_status
+from gearworkers.lazyfs.client import LazyStatus, read_status
 from tests.support import sandbox
 from tests.support.processes import PATIENCE_S, Daemon, listens, wait_until
 

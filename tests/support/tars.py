@@ -6,9 +6,9 @@ import hashlib
 import io
 from dataclasses import dataclass
 
-from gearworkers.archive.entry import Entry
-from gearworkers.archive.reader import TarReader
-from gearworkers.archive.stream import Raw, StreamReader, StreamWriter
+from gearworkers.tar.entry import Entry
+from gearworkers.tar.reader import TarReader
+from gearworkers.tar.tar_split import Raw, StreamReader, StreamWriter
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import urllib3
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, Unavailable
 from gearworkers.images.credentials import find_credentials
-from gearworkers.images.http import make_transport
-from gearworkers.objects.remotes.manager import ManagerStore
-from gearworkers.objects.remotes.s3 import in_s3
-from gearworkers.services.manager.access import Access
+from gearworkers.images.transport import make_transport
+from gearworkers.manager.tokens import Access
+from gearworkers.remote.manager import ManagerStore
+from gearworkers.remote.s3 import in_s3
 from gearworkers.settings import Settings
 from tests.support.remotes import manager_thread
 
@@ -79,7 +79,7 @@ def test_a_manager_does_not_start_with_it(make: Callable[[Path], None], file: Pa
 
 def test_a_manager_says_it_in_one_line(file: Path, tmp_path: Path) -> None:
     BAD["not UTF-8"](file)
-    command = [sys.executable, "-c", "from gearworkers.cli import main; main()", "manager"]
+    command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     environ = {"GEAR_ROOT": str(tmp_path), "GEAR_MANAGER_WRITE_TOKENS_FILE": str(file)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2 and re.fullmatch(rf"gear: {file}: line 1 is no token.*\n", done.stderr), done.stderr

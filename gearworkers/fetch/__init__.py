@@ -1,0 +1,1 @@
+"""Fetching objects from a remote: whole, in chunks, and ahead of time."""

@@ -1,0 +1,1 @@
+"""Checking a GEAR_ROOT and repairing it from a remote."""

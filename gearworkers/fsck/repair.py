@@ -1,0 +1,109 @@
+"""Checking what is stored and, if asked to, mending it: damaged objects go, layers that lack any have them come again.
+
+Order of a repair: storing in place is forbidden, the layers learn that they are incomplete, then the object goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gearworkers.cas import inplace
+from gearworkers.cas.locks import GarbageLock
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.refs import OBJECTS_FILE, read_objects
+from gearworkers.cas.store import Found, ObjectStore
+from gearworkers.fsck.layers import layer_faults
+from gearworkers.fsck.objects import bad_objects
+from gearworkers.layers.incomplete import layers_naming, mark_incomplete
+from gearworkers.layers.store import LayerStore
+from gearworkers.remote.push import damaged_in
+from gearworkers.settings import Settings
+from gearworkers.util.fs import opened_directory
+
+Marked = Callable[[str], object]
+"""Called with the id of each layer that was marked incomplete."""
+
+
+class Checker:
+    """Looks at all of one node's store."""
+
+    def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore, spool: PushSpool) -> None:
+        self._settings = settings
+        self._layers = layers
+        self._objects = objects
+        self._spool = spool
+
+    def faults(self, *, read_data: bool, repair: bool, incomplete: Marked) -> Iterator[str]:
+        """Check every object and layer; a line for each fault.
+
+        Args:
+            read_data: Also read all bytes and compare their digest.
+            repair: Remove damaged objects, and mark image layers that lack any as incomplete: they are fetched again.
+            incomplete: Told of each layer that was marked.
+        """
+        damaged: set[bytes] = set()
+        for bad in bad_objects(self._objects, read_data=read_data):
+            damaged.add(bad.digest)
+            if repair:
+                self._spool.done(bad.digest)  # a link to the same bytes
+                self._lose(bad.path, incomplete)
+            yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
+        for digest, why in damaged_in(self._spool) if read_data else ():
+            if repair:
+                self._spool.done(digest)
+            yield f"awaiting push: {why}" + (" (removed)" if repair else "")
+        yield from self._private_faults(read_data=read_data, repair=repair)
+        are_whole = not damaged
+        for fault in layer_faults(self._layers, self._objects, damaged):
+            are_whole = False
+            advice = fault.advice
+            if repair and fault.lacks_objects:
+                inplace.lose(self._settings.gear_root)
+                self._remove_unfinished(fault.id)
+                if self._mark(fault.id, incomplete):
+                    advice = "marked incomplete: what it lacks is fetched from GEAR_REMOTE"
+            yield f"layer {fault.id}: {fault.what}; {advice}"
+        if are_whole:
+            inplace.found(self._settings.gear_root)
+
+    def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
+        """What is damaged of what private layers have for themselves: it comes from nowhere but with its image."""
+        for store in self._layers.private.stores():
+            for bad in bad_objects(store, read_data=read_data):
+                if repair:
+                    Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
+                done = " (removed)" if repair else ""
+                yield f"private object {os.fsdecode(bad.path)}: {bad.why}{done}; remove the image and pull it again"
+
+    def _lose(self, path: bytes, incomplete: Marked) -> None:
+        """Remove a damaged object, after its layers know.
+
+        Crash: they are incomplete and lack nothing but what is damaged; the next repair goes on.
+        """
+        settings = self._settings
+        inside = path[len(os.fsencode(settings.gear_public_cache_path)) :]
+        name = inside[2:].replace(b"/", b"")
+        inplace.lose(settings.gear_root)
+        with GarbageLock(settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
+            for id in layers_naming(settings.gear_images_path, name):
+                self._mark(id, incomplete)
+            for cache in (settings.gear_arrivals_path, settings.gear_public_cache_path):
+                Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
+
+    def _remove_unfinished(self, id: str) -> None:
+        """What a killed import left at the names of the layer's objects; it is about to be looked up by overlays."""
+        records = read_objects(self._settings.gear_images_path / id / OBJECTS_FILE)
+        with self._layers.building(id) as build, opened_directory(build) as build_fd:
+            for digest, _ in records:
+                if self._objects.find(digest) is Found.UNFINISHED:
+                    inplace.remove_unfinished(self._objects, digest, build_fd)
+
+    def _mark(self, id: str, incomplete: Marked) -> bool:
+        root = self._settings.gear_root
+        inplace.note_change(root)
+        done = mark_incomplete(self._settings.gear_images_path, id)
+        inplace.note_change(root)  # who had read the layer's record before reads it again
+        incomplete(id)
+        return done

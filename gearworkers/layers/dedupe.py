@@ -1,0 +1,240 @@
+"""A read-write layer that has become an image layer in all but form gives its contents to the object store.
+
+BuildKit makes layers by Create, writes them through a mount and registers them by their Diff: they never come by
+ApplyDiff. Their files are replaced, one atomic rename each, by index files of the same metadata whose bytes are
+objects; a mount above the layer sees the same before and after.
+
+Order of writes: objects, the list that keeps them from the garbage collector, the directories' times, the names,
+the times again.
+Crash: some files are index files already, their objects are listed, and `settle` sets the directories' times back,
+which are part of the layer's Diff.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from gearworkers.cas.collector import publishing
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.refs import OBJECTS_FILE, Claims
+from gearworkers.cas.store import ObjectStore
+from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR, object_path
+from gearworkers.errors import Unavailable, from_os_error
+from gearworkers.layers.diff.upperdir import directories, open_below
+from gearworkers.util import syscalls as kernel
+from gearworkers.util.fs import opened_directory
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PIECE_BYTES = 1 << 20
+
+TIMES_FILE = "times"
+
+
+class _Times(msgspec.Struct, frozen=True, array_like=True):
+    """A directory's, to be set back."""
+
+    path: bytes
+    atime_ns: int
+    mtime_ns: int
+
+
+class _Content(NamedTuple):
+    """One inode's bytes, now an object, and what tells whether the inode was changed since."""
+
+    digest: bytes
+    identity: tuple[int, int, int]
+
+
+def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: PushSpool | None, root: Path) -> int:
+    """Replace the regular files in *upper* by index files; how many names.
+
+    Args:
+        layer: The layer's directory; its `objects` list is written there.
+        upper: Its tree; mounted by nobody for writing.
+        build: Empty, on the same file system, private to this call.
+        store: Where the contents go.
+        spool: Where new objects are noted for push; None for nowhere.
+        root: GEAR_ROOT, whose garbage collector reads the list.
+
+    Raises:
+        Unavailable: A Diff of the layer is under way, for as long as its caller likes; nothing has changed.
+        GearError: The file system's refusal; the layer is as whole as before.
+    """
+    try:
+        claims = Claims(build)
+        try:
+            contents = _stored(upper, build, store, claims, spool)
+            claims.seal()
+        finally:
+            claims.close()
+        with opened_directory(build) as build_fd, _locked(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with publishing(root, store):  # or the collector finds the list at neither place
+                os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
+            (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
+            kernel.syncfs(build_fd)
+            count = _replaced(upper, build_fd, contents)
+            _set_times_back(layer, upper)
+            return count
+    except BlockingIOError as exc:
+        raise Unavailable(f"move the contents of layer {layer.name} to the object store: a Diff reads it") from exc
+    except OSError as exc:
+        raise from_os_error(exc, f"move the contents of layer {layer.name} to the object store") from exc
+
+
+@contextmanager
+def settled(layer: Path, upper: Path) -> Iterator[None]:
+    """Within it the layer's files and times stand still; what a crashed `absorb` left is mended first."""
+    if (layer / TIMES_FILE).exists():
+        with _locked(layer, fcntl.LOCK_EX):
+            _set_times_back(layer, upper)
+    with _locked(layer, fcntl.LOCK_SH):
+        yield
+
+
+def _set_times_back(layer: Path, upper: Path) -> None:
+    times = layer / TIMES_FILE
+    try:
+        recorded = msgspec.msgpack.decode(times.read_bytes(), type=list[_Times])
+    except FileNotFoundError:
+        return
+    with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
+        for directory in recorded:
+            fd = open_below(upper_fd, directory.path)
+            if fd is not None:
+                try:
+                    os.utime(fd, ns=(directory.atime_ns, directory.mtime_ns))
+                finally:
+                    os.close(fd)
+    times.unlink()
+
+
+def _directory_times(upper: Path) -> Iterator[_Times]:
+    with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
+        for path, dir_fd in directories(upper_fd):
+            status = os.fstat(dir_fd)
+            yield _Times(path, status.st_atime_ns, status.st_mtime_ns)
+
+
+def _stored(
+    upper: Path, build: Path, store: ObjectStore, claims: Claims, spool: PushSpool | None
+) -> dict[int, _Content]:
+    """Make every content an object; by inode."""
+    contents: dict[int, _Content] = {}
+    with opened_directory(build) as build_fd:
+        for dir_fd, name, status in _files(upper):
+            if status.st_ino in contents:
+                continue
+            fd = os.open(name, _READ, dir_fd=dir_fd)
+            try:
+                digest = _digest(fd)
+                claims.add(digest, status.st_size)
+                if not store.has(digest):
+                    if spool is not None:
+                        spool.announce(digest)
+                    _store(fd, digest, store, build_fd)
+                    if spool is not None and store.has(digest):
+                        spool.add(digest)
+                contents[status.st_ino] = _Content(digest, _identity(status))
+            finally:
+                os.close(fd)
+    return contents
+
+
+def _replaced(upper: Path, build_fd: int, contents: dict[int, _Content]) -> int:
+    """Put index files in the files' places; one that was changed meanwhile stays as it is."""
+    made: dict[int, bytes] = {}
+    count = 0
+    for dir_fd, name, status in _files(upper):
+        content = contents.get(status.st_ino)
+        if content is None or content.identity != _identity(status):
+            continue
+        index = made.get(status.st_ino)
+        if index is None:
+            index = made[status.st_ino] = b"index-%d" % status.st_ino
+            _make_index(build_fd, index, dir_fd, name, status, content.digest)
+        os.link(index, b"place", src_dir_fd=build_fd, dst_dir_fd=build_fd)
+        os.rename(b"place", name, src_dir_fd=build_fd, dst_dir_fd=dir_fd)
+        count += 1
+    return count
+
+
+def _make_index(build_fd: int, index: bytes, dir_fd: int, name: bytes, status: os.stat_result, digest: bytes) -> None:
+    source_fd = os.open(name, _READ, dir_fd=dir_fd)
+    try:
+        fd = os.open(index, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=build_fd)
+        try:
+            os.ftruncate(fd, status.st_size)
+            os.setxattr(fd, METACOPY_XATTR, b"")
+            os.setxattr(fd, REDIRECT_XATTR, object_path(digest))
+            os.fchown(fd, status.st_uid, status.st_gid)
+            for xattr in os.listxattr(source_fd):
+                if not xattr.startswith("trusted.overlay."):
+                    os.setxattr(fd, xattr, os.getxattr(source_fd, xattr))
+            os.fchmod(fd, stat.S_IMODE(status.st_mode))
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(fd)
+    finally:
+        os.close(source_fd)
+
+
+def _digest(fd: int) -> bytes:
+    hasher = hashlib.sha256()
+    offset = 0
+    while piece := os.pread(fd, _PIECE_BYTES, offset):
+        hasher.update(piece)
+        offset += len(piece)
+    return hasher.digest()
+
+
+def _store(fd: int, digest: bytes, store: ObjectStore, build_fd: int) -> None:
+    """Copy the bytes of *fd*, hashed once more: a file changed meanwhile must not become an object of a wrong name."""
+    hasher = hashlib.sha256()
+    offset = 0
+    with store.create(build_fd) as pending:
+        while piece := os.pread(fd, _PIECE_BYTES, offset):
+            hasher.update(piece)
+            pending.write(memoryview(piece))
+            offset += len(piece)
+        if hasher.digest() == digest:
+            pending.publish(digest)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _files(directory: Path) -> Iterator[tuple[int, bytes, os.stat_result]]:
+    """Regular files with bytes of their own: directory descriptor, name, status."""
+    with opened_directory(directory, os.O_NOFOLLOW) as root_fd:
+        for _, dir_fd in directories(root_fd):
+            for text in os.listdir(dir_fd):
+                name = os.fsencode(text)
+                status = os.lstat(name, dir_fd=dir_fd)
+                if stat.S_ISREG(status.st_mode) and status.st_size and not _is_index(dir_fd, name):
+                    yield dir_fd, name, status
+
+
+def _is_index(dir_fd: int, name: bytes) -> bool:
+    fd = os.open(name, _READ, dir_fd=dir_fd)
+    try:
+        return METACOPY_XATTR in os.listxattr(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _locked(layer: Path, operation: int) -> Iterator[None]:
+    """The kernel lets go of it when the holder dies."""
+    with opened_directory(layer) as fd:
+        fcntl.flock(fd, operation)
+        yield

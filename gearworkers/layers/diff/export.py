@@ -1,0 +1,305 @@
+"""The tar of what a read-write layer, or any tree, has against another view: what ``docker commit`` stores.
+
+Every file is read through the merged view, so metadata-only copies and renamed directories have their bytes, and
+what is written is what the container sees. The upper only says which names there are.
+
+The same trees always make the same bytes: sorted names, no access times, no clock; only the mark of a private layer
+comes before all else. Names that begin with ``.wh.`` cannot be said in a layer's tar and are left out, as are sockets
+and what lies deeper than a path is long.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from gearworkers.errors import InvalidInput, NotFound, from_os_error
+from gearworkers.layers.diff.changes import ChangeKind, tree_changes
+from gearworkers.layers.diff.upperdir import Found, Sign, join, lstat_at, open_below, walk_upper
+from gearworkers.layers.diff.xattrs import kept_xattrs, kept_xattrs_of
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
+from gearworkers.tar.private_marker import MARK
+from gearworkers.tar.whiteouts import OPAQUE, PREFIX, whiteout_name
+from gearworkers.tar.writer import END, header, padding
+from gearworkers.util.fs import LONGEST_PATH_BYTES, opened_directory
+
+PIECE_BYTES = 1 << 20
+"""How much of a large file is read at once, and at most gathered before it is written."""
+
+GATHERED_BYTES = 64 << 10
+"""What is smaller is gathered into larger writes."""
+
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_MARKER_MODE = 0o600
+_TYPES = {
+    stat.S_IFDIR: DIR,
+    stat.S_IFLNK: SYMLINK,
+    stat.S_IFCHR: CHAR,
+    stat.S_IFBLK: BLOCK,
+    stat.S_IFIFO: FIFO,
+    stat.S_IFREG: REG,
+}
+_VANISHED_ERRORS = frozenset((errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR))
+
+
+class Writable(Protocol):
+    """Where a tar goes."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> object:
+        """Take all of *data*, which may be altered after."""
+        ...
+
+
+def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable, ids: IdMaps) -> None:
+    """Write the tar of the read-write layer *upper* against its parent.
+
+    Args:
+        upper: The upper directory.
+        merged_fd: Root of the overlay with it.
+        parent_fd: Root of the overlay without it; None if there is nothing below.
+        out: Takes the tar; its errors pass through unchanged.
+        ids: From the host's owners to the tar's.
+
+    A file that grows or shrinks meanwhile has the length it had when it was opened, cut or filled with zeros; one
+    that vanishes is left out.
+
+    Raises:
+        NotFound: A file is there but its content is not in the object store.
+        GearError: Something cannot be read, or an owner is in none of the id ranges. The tar is then unfinished.
+    """
+    tar = _Tar(out, ids)
+    with opened_directory(upper) as upper_fd:
+        if lstat_at(upper_fd, MARK) is not None:
+            tar.add_mark(merged_fd)
+    for found in _steps(upper, merged_fd, parent_fd):
+        if found.sign is Sign.PRESENT and found.status is not None:
+            tar.add(found.path, found.merged_dir_fd, found.name, found.status)
+        elif found.sign is Sign.GONE:
+            tar.add_marker(_whiteout_path(found.path))
+        elif found.sign is Sign.OPAQUE:
+            tar.add_marker(join(found.path, OPAQUE))
+    tar.finish()
+
+
+def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: IdMaps) -> None:
+    """Write the tar that makes *old* to *new*, for any two trees; None stands for an empty one.
+
+    Changed files are written whole, what is gone becomes a whiteout. What counts as changed is `tree_changes`'.
+    Arguments and errors are otherwise those of `write_diff`.
+    """
+    tar = _Tar(out, ids)
+    changes = tree_changes(new_fd, old_fd)
+    if new_fd is not None and any(change.path[1:] == MARK for change in changes):
+        tar.add_mark(new_fd)
+    for change in changes:
+        path = change.path[1:]
+        if change.kind is ChangeKind.DELETE:
+            tar.add_marker(_whiteout_path(path))
+        elif new_fd is not None:
+            _add_below(tar, new_fd, path)
+    tar.finish()
+
+
+def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
+    with _Reading(os.fsencode(upper)), opened_directory(upper) as upper_fd:
+        yield from walk_upper(upper_fd, merged_fd, parent_fd)
+
+
+def _add_below(tar: _Tar, root_fd: int, path: bytes) -> None:
+    directory, _, name = path.rpartition(b"/")
+    with _Reading(path):
+        dir_fd = open_below(root_fd, directory)
+    if dir_fd is None:
+        return
+    try:
+        status = lstat_at(dir_fd, name)
+        if status is not None:
+            tar.add(path, dir_fd, name, status)
+    finally:
+        os.close(dir_fd)
+
+
+def _whiteout_path(path: bytes) -> bytes:
+    directory, _, name = path.rpartition(b"/")
+    return join(directory, whiteout_name(name))
+
+
+class _Reading:
+    """A block in which an OSError is about reading *path*; a class, for it is entered several times a file."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: bytes) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(exc, OSError):
+            raise from_os_error(exc, f"reading {shown(self._path)} for a layer's tar") from exc
+
+
+class _Tar:
+    """A tar being written; hard links within it are kept."""
+
+    def __init__(self, out: Writable, ids: IdMaps) -> None:
+        self._out = out
+        self._ids = ids
+        self._gathered = bytearray()
+        self._buffer = memoryview(bytearray(PIECE_BYTES))
+        self._is_marked = False
+        self._written: dict[tuple[int, int], bytes] = {}
+        """(device, inode) to the path it has in the tar, of what has several names."""
+
+    def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
+        """Write what stands at *name* in the directory; left out if a tar cannot hold it or it is gone by now."""
+        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK) or len(path) > LONGEST_PATH_BYTES:
+            return
+        kind = _TYPES.get(stat.S_IFMT(status.st_mode))
+        if kind is None:
+            return
+        first = self._written.get((status.st_dev, status.st_ino)) if status.st_nlink > 1 else None
+        if first is not None and kind != DIR:
+            self._add_contentless(path, dir_fd, name, HARDLINK, status, linkname=first)
+        elif kind == REG:
+            self._add_file(path, dir_fd, name)
+        else:
+            self._add_contentless(path, dir_fd, name, kind, status)
+
+    def add_mark(self, root_fd: int) -> None:
+        """Write the mark of a private layer, if there is one: it comes before all contents."""
+        with _Reading(MARK):
+            status = lstat_at(root_fd, MARK)
+        if status is not None:
+            self.add(MARK, root_fd, MARK, status)
+            self._is_marked = True
+
+    def add_marker(self, path: bytes) -> None:
+        """Write a whiteout or an opaque mark: an empty file."""
+        if len(path) <= LONGEST_PATH_BYTES + len(PREFIX):
+            self._put(header(Entry(path, REG, mode=_MARKER_MODE)))
+
+    def finish(self) -> None:
+        """Write the end mark."""
+        self._put(END)
+        self._flush()
+
+    def _add_file(self, path: bytes, dir_fd: int, name: bytes) -> None:
+        with _Reading(path):
+            fd = _open_file(path, dir_fd, name)
+        if fd is None:
+            return
+        try:
+            with _Reading(path):
+                status = os.fstat(fd)
+                xattrs = kept_xattrs_of(fd)
+            if stat.S_ISREG(status.st_mode):
+                entry = self._entry(path, REG, status, xattrs=xattrs)
+                self._remember(path, status)
+                self._put(header(entry))
+                self._copy(path, fd, entry.size_bytes)
+        finally:
+            os.close(fd)
+
+    def _add_contentless(
+        self, path: bytes, dir_fd: int, name: bytes, kind: int, status: os.stat_result, linkname: bytes = b""
+    ) -> None:
+        """A hard link has its inode's xattrs too: who applies it sets the owner, which takes a capability away."""
+        try:
+            with _Reading(path):
+                if kind == SYMLINK:
+                    linkname = os.readlink(name, dir_fd=dir_fd)
+                xattrs = kept_xattrs(dir_fd, name)
+        except (NotFound, InvalidInput):  # gone, or no symlink any more
+            return
+        if kind not in (DIR, HARDLINK):
+            self._remember(path, status)
+        shown_path = path + b"/" if kind == DIR else path
+        self._put(header(self._entry(shown_path, kind, status, linkname=linkname, xattrs=xattrs)))
+
+    def _entry(
+        self,
+        path: bytes,
+        kind: int,
+        status: os.stat_result,
+        *,
+        linkname: bytes = b"",
+        xattrs: dict[bytes, bytes] | None = None,
+    ) -> Entry:
+        try:
+            uid, gid = self._ids.to_container(status.st_uid, status.st_gid)
+        except InvalidInput as exc:
+            raise InvalidInput(f"the owner of {shown(path)}: {exc}") from exc
+        is_device = kind in (CHAR, BLOCK)
+        return Entry(
+            path,
+            kind,
+            linkname,
+            stat.S_IMODE(status.st_mode),
+            uid,
+            gid,
+            size_bytes=status.st_size if kind == REG else 0,
+            mtime_ns=status.st_mtime_ns,
+            devmajor=os.major(status.st_rdev) if is_device else 0,
+            devminor=os.minor(status.st_rdev) if is_device else 0,
+            xattrs=xattrs or None,
+        )
+
+    def _remember(self, path: bytes, status: os.stat_result) -> None:
+        if status.st_nlink > 1:
+            self._written[status.st_dev, status.st_ino] = path
+
+    def _copy(self, path: bytes, fd: int, size_bytes: int) -> None:
+        """Write exactly *size_bytes* of the open file, zeros where it ends early, and the padding."""
+        left_bytes = size_bytes
+        while left_bytes:
+            piece = self._buffer[: min(left_bytes, PIECE_BYTES)]
+            with _Reading(path):
+                read_bytes = os.readv(fd, (piece,))
+            if not read_bytes:
+                piece[:] = bytes(len(piece))
+                read_bytes = len(piece)
+            self._put(piece[:read_bytes])
+            left_bytes -= read_bytes
+        self._put(padding(size_bytes))
+
+    def _put(self, data: bytes | memoryview) -> None:
+        """Gather what is small; hand on what is not, without a copy."""
+        if len(self._gathered) + len(data) > PIECE_BYTES:
+            self._flush()
+        if len(data) >= GATHERED_BYTES:
+            self._flush()
+            self._out.write(data)
+        else:
+            self._gathered += data
+
+    def _flush(self) -> None:
+        if self._gathered:
+            self._out.write(self._gathered)
+            self._gathered = bytearray()
+
+
+def _open_file(path: bytes, dir_fd: int, name: bytes) -> int | None:
+    """The file opened for reading; None if it has vanished or become something else.
+
+    Raises:
+        NotFound: It is there, but not the object that its index entry refers to.
+    """
+    try:
+        return os.open(name, _OPEN_FILE, dir_fd=dir_fd)
+    except OSError as exc:
+        if exc.errno not in _VANISHED_ERRORS:
+            raise
+        status = lstat_at(dir_fd, name)
+        if exc.errno == errno.ENOENT and status is not None and stat.S_ISREG(status.st_mode):
+            raise NotFound(f"{shown(path)}: its content is in no object store; `gear fsck` names the object") from exc
+        return None

@@ -1,0 +1,224 @@
+"""What a read-write layer holds against the view below it: one walk, for the list of changes and for the tar.
+
+The names, whiteouts and marks are read in the upper directory; what stands at a name is read in the merged
+view, where the kernel has resolved metadata-only copies and redirects. Three directories are so walked in step:
+*upper*, *merged* (what the container sees) and *parent* (the same without the upper).
+
+Only descriptors are used and no symlink is followed, so a container that is running meanwhile can at most hide
+its own files. One directory is open at a time, however deep the tree.
+
+Source: Linux Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories", "renaming directories".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+from gearworkers.digest import OPAQUE_XATTR, REDIRECT_XATTR
+from gearworkers.util import syscalls
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_A_DIRECTORY_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
+
+
+class Sign(Enum):
+    """What the walk says of a path."""
+
+    PRESENT = auto()
+    """The layer has its own entry here: new, changed, or a directory copied up for something in it."""
+    GONE = auto()
+    """A whiteout hides what the parent has here."""
+    OPAQUE = auto()
+    """All that the parent has in this directory is hidden; follows the directory's PRESENT."""
+    LOST = auto()
+    """The parent has it in a hidden directory, the layer has nothing in its place; implied by OPAQUE."""
+
+
+class Found(NamedTuple):
+    """One step of the walk; the descriptors are good until the next step."""
+
+    sign: Sign
+    path: bytes
+    """Relative to the root, without a leading slash."""
+    name: bytes
+    """The last component of path; empty for OPAQUE."""
+    merged_dir_fd: int
+    """The directory that holds name, or for OPAQUE the directory itself, in the merged view."""
+    parent_dir_fd: int | None
+    """The same directory in the parent view, if there is one."""
+    status: os.stat_result | None
+    """Of PRESENT: lstat in the merged view."""
+
+
+class _Directory(NamedTuple):
+    path: bytes
+    whole: bool
+    """Below a redirect: listed in the merged view, for the upper has but a part of it."""
+    hidden: bool
+    """What the parent has here is covered by an opaque directory, this one or one above."""
+    has_parent: bool
+
+
+class _Opened(NamedTuple):
+    listed_fd: int
+    merged_fd: int
+    parent_fd: int | None
+    whole: bool
+    hidden: bool
+    newly_hidden: bool
+
+
+def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
+    """Each entry of the upper: a directory's in the order of their bytes, then what its subdirectories hold.
+
+    The root itself is not told of. What vanishes during the walk is left out, and so is what a directory holds whose
+    path is longer than the kernel takes.
+
+    Args:
+        upper_fd: The upper directory's root.
+        merged_fd: The root of the overlay that it is the upper (or topmost lower) of.
+        parent_fd: The root of the same overlay without the upper; None for nothing.
+    """
+    pending = [_Directory(b"", whole=False, hidden=False, has_parent=parent_fd is not None)]
+    while pending:
+        directory = pending.pop()
+        with contextlib.ExitStack() as stack:
+            opened = _open_views(stack, directory, upper_fd, merged_fd, parent_fd)
+            if opened is None:
+                continue
+            subdirectories: list[_Directory] = []
+            yield from _walk_directory(directory.path, opened, subdirectories)
+        pending.extend(reversed(subdirectories))
+
+
+def open_below(root_fd: int, path: bytes) -> int | None:
+    """The directory *path* below *root_fd*, reached without any symlink; None when there is none, or no way so long."""
+    try:
+        return syscalls.openat2(
+            root_fd, path or b".", _DIRECTORY, 0, syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
+        )
+    except OSError as exc:
+        if exc.errno in _NOT_A_DIRECTORY_THERE:
+            return None
+        raise
+
+
+def directories(root_fd: int) -> Iterator[tuple[bytes, int]]:
+    """Every directory from the root down: its path, and a descriptor that is good until the next step.
+
+    One is open at a time, however deep the tree. What `open_below` does not reach is left out.
+    """
+    pending = [b""]
+    while pending:
+        path = pending.pop()
+        fd = open_below(root_fd, path)
+        if fd is None:
+            continue
+        try:
+            yield path, fd
+            with os.scandir(fd) as entries:
+                below = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+            pending += [join(path, name) for name in below]
+        finally:
+            os.close(fd)
+
+
+def lstat_at(dir_fd: int | None, name: bytes) -> os.stat_result | None:
+    """lstat of *name* in the directory; None when either is not there."""
+    if dir_fd is None:
+        return None
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def sorted_names(dir_fd: int) -> list[bytes]:
+    """The directory's names in the order of their bytes."""
+    return sorted(map(os.fsencode, os.listdir(dir_fd)))
+
+
+def join(directory: bytes, name: bytes) -> bytes:
+    """*name* below *directory*, which may be empty for the root."""
+    return directory + b"/" + name if directory else name
+
+
+def _open_views(
+    stack: contextlib.ExitStack, directory: _Directory, upper_fd: int, merged_fd: int, parent_fd: int | None
+) -> _Opened | None:
+    """The directory in each view; None when it has vanished."""
+    merged = _kept_open(stack, merged_fd, directory.path)
+    upper = None if directory.whole else _kept_open(stack, upper_fd, directory.path)
+    if merged is None or (upper is None and not directory.whole):
+        return None
+    parent = None
+    if directory.has_parent and parent_fd is not None:
+        parent = _kept_open(stack, parent_fd, directory.path)
+    redirected = upper is not None and directory.path != b"" and _xattr(upper, REDIRECT_XATTR) is not None
+    covers = redirected or (upper is not None and _xattr(upper, OPAQUE_XATTR) == b"y")
+    whole = directory.whole or redirected
+    listed = upper if upper is not None and not whole else merged
+    hidden = directory.hidden or covers
+    return _Opened(listed, merged, parent, whole, hidden, newly_hidden=covers and not directory.hidden)
+
+
+def _kept_open(stack: contextlib.ExitStack, root_fd: int, path: bytes) -> int | None:
+    fd = open_below(root_fd, path)
+    if fd is not None:
+        stack.callback(os.close, fd)
+    return fd
+
+
+def _walk_directory(path: bytes, opened: _Opened, subdirectories: list[_Directory]) -> Iterator[Found]:
+    """The steps for one directory's entries; the directories among them are added to *subdirectories*."""
+    if opened.newly_hidden and opened.parent_fd is not None:
+        yield Found(Sign.OPAQUE, path, b"", opened.merged_fd, opened.parent_fd, None)
+    for name in _names(opened):
+        child = join(path, name)
+        sign, status = _sign_of(opened, name)
+        if sign is None:
+            continue
+        yield Found(sign, child, name, opened.merged_fd, opened.parent_fd, status)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            has_parent = opened.parent_fd is not None
+            subdirectories.append(_Directory(child, opened.whole, opened.hidden, has_parent))
+
+
+def _names(opened: _Opened) -> list[bytes]:
+    names = sorted_names(opened.listed_fd)
+    if opened.hidden and opened.parent_fd is not None:
+        return sorted({*names, *sorted_names(opened.parent_fd)})
+    return names
+
+
+def _sign_of(opened: _Opened, name: bytes) -> tuple[Sign | None, os.stat_result | None]:
+    """What to say of *name*, and its lstat if it is present; (None, None) for nothing."""
+    status = lstat_at(opened.merged_fd, name)
+    if status is not None:
+        return Sign.PRESENT, status
+    if lstat_at(opened.parent_fd, name) is None:
+        return None, None
+    if opened.hidden:
+        return Sign.LOST, None
+    # Not in the merged view but in the parent's: a whiteout, unless the file has vanished only now.
+    return (Sign.GONE, None) if _is_whiteout(opened.listed_fd, name) else (None, None)
+
+
+def _is_whiteout(dir_fd: int, name: bytes) -> bool:
+    status = lstat_at(dir_fd, name)
+    return status is not None and stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def _xattr(fd: int, name: str) -> bytes | None:
+    try:
+        return os.getxattr(fd, name)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.ENOTSUP):
+            return None
+        raise

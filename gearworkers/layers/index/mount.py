@@ -1,0 +1,74 @@
+"""A layer's index, an EROFS image in a file, mounted where overlays find it.
+
+Source: Linux Documentation/filesystems/erofs.rst; file-backed mounts are there from 6.12 on, before a loop device
+stands between.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from gearworkers.errors import from_os_error
+from gearworkers.mounts.overlay import is_mounted
+from gearworkers.util import syscalls
+from gearworkers.util.fs import opened_directory
+
+_NO_BLOCK_DEVICE = frozenset((errno.ENOTBLK, errno.EINVAL))
+
+
+def mount_index(image: Path, target: Path, *, prepare: Callable[[], None] = lambda: None) -> None:
+    """Mount *image* at the directory *target*, unless it is; many processes may try at once.
+
+    Args:
+        image: The file.
+        target: In a directory that this function locks.
+        prepare: Called under the lock, before *image* is mounted.
+
+    Raises:
+        NotFound: The image or the directory is missing.
+        GearError: What the kernel refused.
+    """
+    if is_mounted(target):
+        return
+    try:
+        with opened_directory(target.parent) as directory_fd:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX)
+            if not is_mounted(target):
+                prepare()
+                _mount(image, target)
+    except OSError as exc:
+        raise from_os_error(exc, f"mounting {image}: {exc.strerror}") from exc
+
+
+def _mount(image: Path, target: Path) -> None:
+    context_fd = syscalls.fsopen("erofs")
+    try:
+        syscalls.fsconfig_string(context_fd, "source", os.fsencode(image))
+        syscalls.fsconfig_flag(context_fd, "ro")
+        try:
+            syscalls.fsconfig_create(context_fd)
+        except OSError as exc:
+            if exc.errno not in _NO_BLOCK_DEVICE:
+                raise
+            _mount_by_loop(image, target, exc)
+            return
+        mount_fd = syscalls.fsmount(context_fd, syscalls.MOUNT_ATTR_RDONLY)
+        try:
+            syscalls.move_mount(mount_fd, target)
+        finally:
+            os.close(mount_fd)
+    finally:
+        os.close(context_fd)
+
+
+def _mount_by_loop(image: Path, target: Path, cause: OSError) -> None:
+    """For kernels that mount block devices only; mount(8) sets up the loop device and lets go of it at the unmount."""
+    command = ["mount", "-t", "erofs", "-o", "ro,loop", str(image), str(target)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise OSError(cause.errno, f"{cause.strerror}; by a loop device: {told.stderr.strip()}")

@@ -1,0 +1,131 @@
+"""How each large file is open: through the server's reads while it arrives, past the server once it is here.
+
+The kernel refuses (EIO) to open a node past the server while it is open through it, and the other way round, and two
+backing files for one node. So a node begins *served*, becomes *passed* at an open when it is whole and not open, and
+stays so until the kernel forgets it. A successor must know which nodes are passed: for each there is a file in a
+directory that lives as long as the mount, written before the first such open is answered. How often a node is open
+through a server that died nobody knows: such a node stays served.
+
+Crash: a backing file is registered that nobody uses, until the file system is unmounted.
+
+Source: Linux Documentation/filesystems/fuse-passthrough.rst; fs/fuse/iomode.c; from 6.9 on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from gearworkers.lazyfs import fuse_protocol
+
+_BACKING_OPEN = 0x4010E501
+_BACKING_CLOSE = 0x4004E502
+_MAP = struct.Struct("<iIQ")
+_ID = struct.Struct("<I")
+_SERVED = 1
+_PASSED = 2
+
+_log = structlog.get_logger(__name__)
+
+
+class OpenFile(Protocol):
+    """A file that stays open for as long as it is referred to."""
+
+    fd: int
+
+
+class Openings:
+    """The nodes of one connection; all methods from any thread."""
+
+    def __init__(self, fuse_fd: int, directory: Path) -> None:
+        self._fuse_fd = fuse_fd
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._lookups: dict[int, int] = {}
+        self._served: dict[int, int] = {}
+        self._passed: dict[int, int] = {}
+
+    def begin(self, *, is_new: bool) -> None:
+        """Learn what a dead server has left, or forget it if the mount is new."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self._directory.iterdir():
+            if is_new or path.suffix:
+                path.unlink()
+            else:
+                self._passed[int(path.name, 16)] = int(path.read_text())
+
+    def looked_up(self, node: int) -> None:
+        """The node is about to be given to the kernel."""
+        with self._lock:
+            self._lookups[node] = self._lookups.get(node, 0) + 1
+            if self._lookups[node] == 1 and node not in self._passed:
+                self._served[node] = 0
+
+    def open(self, node: int, get_whole: Callable[[], OpenFile | None]) -> bytes:
+        """The answer to OPEN.
+
+        Args:
+            node: Of a large object.
+            get_whole: The file of the whole object; None while it arrives.
+        """
+        with self._lock:
+            if node not in self._passed and self._served.get(node) == 0:
+                whole = get_whole()
+                if whole is not None:
+                    self._pass(node, whole)
+            backing = self._passed.get(node)
+            if backing is not None:
+                return fuse_protocol.open_body(
+                    fuse_protocol.PASSTHROUGH | fuse_protocol.NO_FLUSH, handle=_PASSED, backing=backing
+                )
+            if node in self._served:
+                self._served[node] += 1
+            return fuse_protocol.open_body(fuse_protocol.KEEP_CACHE | fuse_protocol.NO_FLUSH, handle=_SERVED)
+
+    def release(self, node: int, handle: int) -> None:
+        """One open less."""
+        with self._lock:
+            if handle == _SERVED and self._served.get(node, 0) > 0:
+                self._served[node] -= 1
+
+    def forget(self, node: int, lookups: int) -> bool:
+        """The kernel knows the node so many times less; whether it knows it no longer."""
+        with self._lock:
+            left = self._lookups.get(node, 0) - lookups
+            if left > 0:
+                self._lookups[node] = left
+                return False
+            self._lookups.pop(node, None)
+            self._served.pop(node, None)
+            backing = self._passed.pop(node, None)
+            if backing is not None:
+                self._path(node).unlink(missing_ok=True)
+                fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))
+            return True
+
+    def _pass(self, node: int, whole: OpenFile) -> None:
+        """Unless this kernel cannot, or no successor could know of it."""
+        try:
+            backing = fcntl.ioctl(self._fuse_fd, _BACKING_OPEN, bytearray(_MAP.pack(whole.fd, 0, 0)))
+        except OSError:
+            return
+        try:
+            temporary = self._path(node).with_suffix(".new")
+            temporary.write_text(str(backing))
+            os.rename(temporary, self._path(node))
+        except OSError as exc:
+            _log.warning("a large object is read through the server for want of a note of it", error=str(exc))
+            fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))
+            return
+        del self._served[node]
+        self._passed[node] = backing
+
+    def _path(self, node: int) -> Path:
+        return self._directory / f"{node:016x}"

@@ -1,0 +1,130 @@
+"""What a start-up profile is about: its name, and from an opened file to its object.
+
+Any node that has an image knows its profile's name: it is made of the lists of objects of the image's layers, which
+are the same wherever the same layers were applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from gearworkers.cas.refs import OBJECTS_FILE
+from gearworkers.digest import OBJECT_PATH, REDIRECT_XATTR
+from gearworkers.layers.incomplete import ObjectList, object_list
+from gearworkers.layers.store import Kind, LayerStore
+from gearworkers.util import syscalls
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_RESOLVE = syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
+
+
+def image_of(layers: LayerStore, id: str) -> str:
+    """The topmost image layer of this layer and its parents; empty if there is none.
+
+    Raises:
+        NotFound: One of them is missing.
+    """
+    return next((layer.id for layer in layers.parents(id) if layer.kind is Kind.IMAGE), "")
+
+
+def profile_name(layers: LayerStore, id: str) -> str:
+    """The document that holds the profile of the image whose topmost layer this is.
+
+    Raises:
+        NotFound: The layer or a parent is missing.
+    """
+    hasher = hashlib.sha256()
+    for path in _lists(layers, id):
+        with open(path, "rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return f"profiles/{hasher.hexdigest()}"
+
+
+def image_objects(layers: LayerStore, id: str) -> list[ObjectList]:
+    """What the image's layers refer to, the topmost first."""
+    return [found for path in _lists(layers, id) if (found := object_list(path)) is not None]
+
+
+def _lists(layers: LayerStore, id: str) -> list[Path]:
+    images = [layer for layer in layers.parents(id) if layer.kind is Kind.IMAGE and layer.objects]
+    return [layers.directory(layer) / OBJECTS_FILE for layer in images]
+
+
+class OpenedObjects:
+    """Tells the object of a file that was opened in an overlay of the image's layers; a context.
+
+    Nothing of the overlay is looked at: the layers' indexes say which object stands at a path. A file that was
+    renamed inside the container is not found.
+    """
+
+    def __init__(self, trees: Sequence[Path], lists: Sequence[ObjectList], merged: Path) -> None:
+        """
+        Args:
+            trees: The mounted indexes, the topmost first.
+            lists: As `image_objects`.
+            merged: Where the overlay is mounted.
+        """
+        self._trees = trees
+        self._lists = lists
+        self._prefix = os.fsencode(merged.parent.resolve() / merged.name) + b"/"  # as the kernel tells it
+        self._seen: set[tuple[int, int]] = set()
+        self._stack = ExitStack()
+        self._tree_fds: list[int] = []
+
+    def __enter__(self) -> OpenedObjects:
+        for tree in self._trees:
+            fd = os.open(tree, _DIRECTORY)
+            self._stack.callback(os.close, fd)
+            self._tree_fds.append(fd)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def object(self, file_fd: int) -> tuple[bytes, int] | None:
+        """Digest and size in bytes; None if it is none of the image's, or the file was seen before."""
+        status = os.fstat(file_fd)
+        key = status.st_dev, status.st_ino
+        if key in self._seen:
+            return None
+        self._seen.add(key)
+        try:
+            path = os.readlink(b"/proc/self/fd/%d" % file_fd).removeprefix(self._prefix).lstrip(b"/")
+        except OSError:
+            return None  # its name is too long
+        for tree_fd in self._tree_fds:
+            redirect = _redirect(tree_fd, path)
+            if redirect is not None:
+                return self._named(redirect)
+        return None
+
+    def _named(self, redirect: bytes) -> tuple[bytes, int] | None:
+        found = OBJECT_PATH.fullmatch(redirect)
+        if found is None:
+            return None
+        name = found[1] + found[2]
+        return next((record for known in self._lists if (record := known.named(name)) is not None), None)
+
+
+def _redirect(tree_fd: int, path: bytes) -> bytes | None:
+    """Where the index has the content of the file at *path*; None if it has no such file, empty if it is no object."""
+    try:
+        fd = syscalls.openat2(tree_fd, path, os.O_PATH | os.O_NOFOLLOW, resolve=_RESOLVE)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return b""
+        return os.getxattr(b"/proc/self/fd/%d" % fd, REDIRECT_XATTR)
+    except OSError:
+        return b""  # an empty file
+    finally:
+        os.close(fd)

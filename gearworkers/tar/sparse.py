@@ -1,0 +1,118 @@
+"""GNU's sparse maps: which parts of a file the stored content is.
+
+Source: GNU tar manual, "Storing Sparse Files"; validated as Go's archive/tar does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from gearworkers.tar.entry import BLOCK_BYTES, Entry
+from gearworkers.tar.header import parse_number
+from gearworkers.tar.pax import MAX_SPECIAL_BYTES, SPARSE_MAP, Records, parse_integer
+
+Segments = tuple[tuple[int, int], ...]
+
+_OLD_MAP = slice(386, 483)
+_OLD_REAL_SIZE = slice(483, 495)
+_SEGMENT_BYTES = 24
+_FORMATS_IN_RECORDS = ((b"0", b"0"), (b"0", b"1"))
+_FORMAT_IN_CONTENT = (b"1", b"0")
+
+
+def read_old_gnu(entry: Entry, block: bytes, next_block: Callable[[], bytes]) -> Segments:
+    """The map of a type 'S' header and of the extension blocks behind it; sets the entry's real size.
+
+    Raises:
+        ValueError: A number is malformed, or the map is longer than MAX_SPECIAL_BYTES.
+    """
+    entry.size_bytes = parse_number(block[_OLD_REAL_SIZE])
+    numbers: list[int] = []
+    table, read_bytes = block[_OLD_MAP], 0
+    while True:
+        table_end = len(table) // _SEGMENT_BYTES * _SEGMENT_BYTES
+        for at in range(0, table_end, _SEGMENT_BYTES):
+            if table[at] == 0:
+                break
+            numbers += (parse_number(table[at : at + 12]), parse_number(table[at + 12 : at + 24]))
+        if not table[table_end]:
+            return _paired(numbers)
+        read_bytes += BLOCK_BYTES
+        if read_bytes > MAX_SPECIAL_BYTES:
+            raise ValueError(f"its sparse map is longer than {MAX_SPECIAL_BYTES} bytes")
+        table = next_block()
+
+
+def read_pax(entry: Entry, records: Records, next_block: Callable[[], bytes]) -> Segments | None:
+    """The map of formats 0.0, 0.1 (in the records) or 1.0 (ahead of the content); None if the file is not sparse.
+
+    Sets the entry's real name and size.
+
+    Raises:
+        ValueError: The map or a number in it is malformed, or it is too long.
+    """
+    version = records.get(b"GNU.sparse.major", b""), records.get(b"GNU.sparse.minor", b"")
+    in_content = version == _FORMAT_IN_CONTENT
+    unversioned = version == (b"", b"") and bool(records.get(SPARSE_MAP))
+    if not (in_content or unversioned or version in _FORMATS_IN_RECORDS):
+        return None
+    name = records.get(b"GNU.sparse.name")
+    if name:
+        if b"\0" in name:
+            raise ValueError("a NUL byte stands in its GNU.sparse.name")
+        entry.name = name
+    size = records.get(b"GNU.sparse.size") or records.get(b"GNU.sparse.realsize")
+    if size:
+        entry.size_bytes = parse_integer(size)
+    return _map_in_content(next_block) if in_content else _map_in_records(records)
+
+
+def _map_in_records(records: Records) -> Segments:
+    count = parse_integer(records.get(b"GNU.sparse.numblocks", b""))
+    text = records.get(SPARSE_MAP, b"")
+    numbers = text.split(b",") if text else []
+    if len(numbers) != 2 * count:
+        raise ValueError("its sparse map is not as long as its PAX records say")
+    return _paired(map(parse_integer, numbers))
+
+
+def _map_in_content(next_block: Callable[[], bytes]) -> Segments:
+    """Decimal numbers, one a line: a count, then an offset and a length for each; padded to whole blocks."""
+    data = bytearray()
+    _read_lines(data, 1, next_block)
+    count = parse_integer(bytes(data[: data.index(b"\n")]))
+    if not 0 <= count <= MAX_SPECIAL_BYTES:
+        raise ValueError("its sparse map has an impossible number of segments")
+    _read_lines(data, 1 + 2 * count, next_block)
+    return _paired(map(parse_integer, bytes(data).split(b"\n")[1 : 1 + 2 * count]))
+
+
+def _read_lines(data: bytearray, lines: int, next_block: Callable[[], bytes]) -> None:
+    complete = data.count(b"\n")
+    while complete < lines:
+        if len(data) >= MAX_SPECIAL_BYTES:
+            raise ValueError(f"its sparse map is longer than {MAX_SPECIAL_BYTES} bytes")
+        block = next_block()
+        data += block
+        complete += block.count(b"\n")
+
+
+def _paired(numbers: Iterable[int]) -> Segments:
+    each = iter(numbers)
+    return tuple(zip(each, each, strict=True))
+
+
+def check(segments: Segments, size_bytes: int, stored_bytes: int) -> None:
+    """Check that the segments lie in order within the file and are what is stored, no more and no less.
+
+    Raises:
+        ValueError: They are not.
+    """
+    end = total = 0
+    for offset, length in segments:
+        if offset < end or length < 0 or offset + length > size_bytes:
+            raise ValueError("its sparse segments overlap, are out of order or lie outside the file")
+        end = offset + length
+        total += length
+    if size_bytes < 0 or total != stored_bytes:
+        raise ValueError(f"its sparse segments make {total} bytes, but {stored_bytes} are stored")

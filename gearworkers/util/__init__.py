@@ -1,0 +1,1 @@
+"""Helpers that know nothing of layers or images: files, processes, addresses, system calls."""

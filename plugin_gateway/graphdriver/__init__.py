@@ -1,0 +1,1 @@
+"""Docker's graphdriver plugin protocol."""

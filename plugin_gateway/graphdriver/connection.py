@@ -1,0 +1,227 @@
+"""A connection of dockerd's: light requests go to the HTTP server, a heavy one takes the connection over.
+
+dockerd keeps connections open and mixes calls on them. ApplyDiff's body and Diff's answer are gigabytes that this
+process would only copy; so between two requests the first bytes are looked at, and for these two calls the HTTP
+server is passed by: reading stops, and the connection's descriptor goes to the process that does the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import parse_qs, urlsplit
+
+from gearworkers.errors import InvalidInput
+from gearworkers.workers.messages import CHUNKED
+from plugin_gateway.graphdriver.messages import CONTENT_TYPE, LayerRequest, decode, error
+
+_APPLY_DIFF = b"POST /GraphDriver.ApplyDiff"
+_HEAVY = (_APPLY_DIFF + b"?", _APPLY_DIFF + b" ", b"POST /GraphDriver.Diff ")
+_HEAD_END = b"\r\n\r\n"
+_HEAD_LIMIT_BYTES = 64 << 10
+_REQUEST_LIMIT_BYTES = 1 << 20
+_BEGIN_BYTES = 32 << 10
+"""So much of a body is here before a process is used up for it; tar itself writes 10 KiB at a time."""
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]+)")
+_DRAIN_S = 30.0
+_REASONS = {200: b"OK", 400: b"Bad Request", 500: b"Internal Server Error"}
+
+
+@dataclass(frozen=True, slots=True)
+class HeavyRequest:
+    """An ApplyDiff or a Diff."""
+
+    method: str
+    """``GraphDriver.ApplyDiff`` or ``GraphDriver.Diff``."""
+    id: str
+    parent: str
+    body_bytes: int
+    """Length of the body that the worker is to read, or CHUNKED."""
+    head: bytes
+    """What was read of it."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection.
+
+    Args:
+        light: Makes the HTTP server's protocol for it.
+        heavy: Called with each heavy request and this connection, on which reading has stopped. It must end in one
+            call of respond, close or break_off.
+    """
+
+    def __init__(
+        self, light: Callable[[], asyncio.Protocol], heavy: Callable[[HeavyRequest, Connection], None]
+    ) -> None:
+        self._make_light = light
+        self._heavy = heavy
+        self._light: asyncio.Protocol | None = None
+        self._receive: Callable[[bytes], None] = self._begin_request
+        self._pending = b""
+        self._drain: asyncio.TimerHandle | None = None
+
+    # -- what the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection is there."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        self._receive(data)
+
+    def eof_received(self) -> bool | None:
+        """The other side will send no more."""
+        return self._light.eof_received() if self._light is not None else None
+
+    def pause_writing(self) -> None:
+        """The other side reads slowly."""
+        if self._light is not None:
+            self._light.pause_writing()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        if self._light is not None:
+            self._light.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        if self._drain is not None:
+            self._drain.cancel()
+        if self._light is not None:
+            self._light.connection_lost(exc)
+
+    # -- between requests
+
+    def light_request_read(self) -> None:
+        """The HTTP server has a request whole: what comes now begins the next one."""
+        self._receive = self._begin_request
+
+    def _begin_request(self, data: bytes) -> None:
+        self._pending += data
+        if self._pending.startswith(_HEAVY):
+            self._receive = self._read_heavy
+            self._read_heavy(b"")
+        elif not any(prefix.startswith(self._pending) for prefix in _HEAVY):
+            self._receive = self._pass_on
+            self._pass_on(self._taken())
+
+    def _pass_on(self, data: bytes) -> None:
+        if self._light is None:
+            self._light = self._make_light()
+            self._light.connection_made(self._transport)
+        self._light.data_received(data)
+
+    def _taken(self) -> bytes:
+        data, self._pending = self._pending, b""
+        return data
+
+    # -- a heavy request
+
+    def _read_heavy(self, data: bytes) -> None:
+        self._pending += data
+        end = self._pending.find(_HEAD_END)
+        if end < 0 and len(self._pending) < _HEAD_LIMIT_BYTES:
+            return
+        try:
+            request = _parsed(self._pending[: max(end, 0)], self._pending[end + len(_HEAD_END) :])
+        except InvalidInput as exc:
+            self.respond(400, error(str(exc)))
+            return
+        if request is not None:
+            self._pending = b""
+            self._receive = self._drop
+            self._transport.pause_reading()
+            self._heavy(request, self)
+
+    def descriptor(self) -> int:
+        """A duplicate of the connection's descriptor, for the caller to close."""
+        return os.dup(self._transport.get_extra_info("socket").fileno())
+
+    def respond(self, status: int, body: bytes) -> None:
+        """Answer the request and be done with the connection.
+
+        What is left of the request is read and dropped: a close with unread bytes would reach Go as an error of its
+        write, before it has read why, and dockerd would send the rest of the body as a new request.
+        """
+        head = b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+        self._transport.write(head % (status, _REASONS[status], CONTENT_TYPE.encode(), len(body)) + body)
+        self._receive = self._drop
+        if status == 200:
+            self._transport.close()
+            return
+        self._transport.resume_reading()
+        self._drain = asyncio.get_running_loop().call_later(_DRAIN_S, self._transport.abort)
+
+    def close(self) -> None:
+        """Be done with a connection whose request somebody else has answered whole."""
+        self._transport.close()
+
+    def break_off(self) -> None:
+        """End the connection where it is, so that a part is not taken for the whole."""
+        self._transport.abort()
+
+    def _drop(self, data: bytes) -> None:
+        """The rest of a body that was answered already."""
+
+
+def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
+    """The request, or None while an ApplyDiff's body has not begun, or a Diff's is not here whole.
+
+    Raises:
+        InvalidInput: It is not what dockerd sends.
+    """
+    if not head:
+        raise InvalidInput(f"the request's head is longer than {_HEAD_LIMIT_BYTES} bytes")
+    request_line, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    url = urlsplit(request_line.split(" ")[1])
+    length = _body_bytes(headers)
+    if url.path == "/GraphDriver.ApplyDiff":
+        if len(body) < _BEGIN_BYTES and not _is_whole(body, length):
+            return None
+        query = parse_qs(url.query)
+        return HeavyRequest(url.path[1:], _first(query, "id"), _first(query, "parent"), length, body)
+    if not 0 <= length <= _REQUEST_LIMIT_BYTES:
+        raise InvalidInput("Diff: the request needs a Content-Length, and a short body")
+    if len(body) < length:
+        return None
+    layer = decode(body[:length], LayerRequest)
+    return HeavyRequest(url.path[1:], layer.id, layer.parent, 0, b"")
+
+
+def _is_whole(body: bytes, length: int) -> bool:
+    """Whether all of the body is here, or it is malformed, of which the worker tells."""
+    if length != CHUNKED:
+        return len(body) >= length
+    at = 0
+    while (end := body.find(b"\r\n", at)) >= 0:
+        size = _CHUNK_SIZE.match(body, at, end)
+        if size is None:
+            return True
+        if not int(size[1], 16):
+            return body.find(b"\r\n\r\n", end) >= 0
+        at = end + int(size[1], 16) + 4
+    return False
+
+
+def _body_bytes(headers: dict[str, str]) -> int:
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        return CHUNKED
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise InvalidInput(f"the request's Content-Length is {length!r}")
+    return int(length)
+
+
+def _first(query: dict[str, list[str]], name: str) -> str:
+    return query.get(name, [""])[0]
+
+
+def connection_of(transport: Any) -> Connection:
+    """The Connection that an HTTP request came over."""
+    return cast(Connection, transport.get_protocol())

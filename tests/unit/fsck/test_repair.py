@@ -1,0 +1,89 @@
+"""`gear fsck --repair`: a layer that lost an object has it fetched again, and nothing half of it is seen meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from gearworkers.cas.inplace import Bursts
+from gearworkers.cas.store import ObjectStore
+from gearworkers.driver import GearDriver
+from tests.support.lazynode import LazyNode, lazy_node, until
+from tests.support.tiny import tar_of
+
+FILES = {"etc/file": b"content " * 100, "etc/other": b"another " * 100}
+DIGEST = hashlib.sha256(FILES["etc/file"]).digest()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[LazyNode]:
+    """With an ordinary image, whose contents the remote has too."""
+    with lazy_node(tmp_path) as one:
+        one.apply(tar_of(FILES), "image")
+        for content in FILES.values():
+            one.shelf.put(content)
+        assert (one.run("before") / "etc/file").read_bytes() == FILES["etc/file"]
+        yield one
+
+
+def damage(node: LazyNode) -> None:
+    path = ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)
+    os.chmod(path, 0o600)
+    Path(os.fsdecode(path)).write_bytes(b"damaged")
+
+
+def may_store_in_place(node: LazyNode) -> bool:
+    with closing(Bursts(node.settings.gear_root)) as bursts:
+        return bursts.begin()
+
+
+def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -> None:
+    """The gateway, which had read the layer's record, learns that another process has changed it."""
+    damage(node)
+    assert may_store_in_place(node)
+    incomplete: list[str] = []
+    told = list(GearDriver(node.settings).faults(read_data=True, repair=True, incomplete=incomplete.append))
+    assert [line.split()[0] for line in told] == ["object", "layer"]
+    assert set(incomplete) == {"image"}
+    assert not may_store_in_place(node)
+    assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
+    until(lambda: node.status().incomplete_layers == 0, "the layer is complete again")
+    assert not list(GearDriver(node.settings).faults(read_data=True, repair=False))
+    GearDriver(node.settings).prepare()
+    assert may_store_in_place(node)
+
+
+def test_a_missing_object_makes_its_layer_incomplete_too(node: LazyNode) -> None:
+    ObjectStore(node.settings.gear_public_cache_path).remove(DIGEST)
+    (told,) = GearDriver(node.settings).faults(read_data=False, repair=False)
+    assert "1 of its objects are missing" in told
+    assert node.status().incomplete_layers == 0
+    list(GearDriver(node.settings).faults(read_data=False, repair=True))
+    assert node.status().incomplete_layers == 1
+    assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
+
+
+def test_what_a_killed_import_left_at_a_lost_objects_name_is_not_read(node: LazyNode) -> None:
+    object = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
+    object.unlink()
+    object.write_bytes(FILES["etc/file"][:100])
+    list(GearDriver(node.settings).faults(read_data=False, repair=True))
+    assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
+
+
+def test_contents_are_not_stored_in_place_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
+    damage(node)
+    (node.shelf.root / DIGEST.hex()).unlink()
+    list(GearDriver(node.settings).faults(read_data=True, repair=True))
+    GearDriver(node.settings).prepare()
+    assert not may_store_in_place(node)
+    with pytest.raises(OSError, match="Input/output"):
+        (node.run("after") / "etc/file").read_bytes()
+    assert list(node.status().failures) == [DIGEST.hex()]
+    node.apply(tar_of(FILES), "again")
+    assert (node.run("later") / "etc/file").read_bytes() == FILES["etc/file"]

@@ -1,0 +1,75 @@
+"""A gateway whose lazy file server is down: containers of Gear images wait for it, and nobody waits for them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gearworkers.layers import mounts
+from tests.support.gateways import Running, run_gateway
+from tests.support.lazynode import LazyNode
+from tests.support.plugin import Plugin
+from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.tiny import tar_of
+
+STARTING = [f"starting{number}" for number in range(64)]
+FILES = {"etc/file": b"content " * 100}
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyNode]:
+    """With a Gear image and an ordinary one; its server is not started."""
+    monkeypatch.setattr(mounts, "_LAZY_TIMEOUT_S", PATIENCE_S)
+    node = LazyNode(tmp_path)
+    node.pull(FILES)
+    node.apply(tar_of(FILES), "ordinary")
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def running(node: LazyNode) -> Iterator[Running]:
+    settings = replace(node.settings, plugin_socket=node.settings.run_dir / "plugin.sock")
+    running = run_gateway(settings, lambda order, stream: None, workers=0)
+    gateway: Any = running.gateway
+    gateway._driver = node.driver
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("how", ["has not started", "was killed"])
+def test_while_64_containers_wait_for_the_lazy_file_server_others_are_served(
+    node: LazyNode, running: Running, how: str
+) -> None:
+    plugin = Plugin(running.driver.settings.plugin_socket)
+    if how == "was killed":
+        node.start()
+        node.kill()
+    for id in STARTING:
+        plugin.call("CreateReadWrite", ID=id, Parent="image")
+    waiting = [plugin.begin("Get", id) for id in STARTING]
+    turns: Any = running.gateway._threads._turns
+    wait_until(lambda: len(turns) == len(STARTING), "all have their turn")
+    removing = [plugin.begin("Remove", id) for id in STARTING]
+    assert plugin.call("Exists", ID="ordinary") == {"Exists": True}
+    plugin.call("CreateReadWrite", ID="other", Parent="ordinary")
+    merged = plugin.call("Get", ID="other")["Dir"]
+    assert Path(merged, "etc/file").read_bytes() == FILES["etc/file"]
+    assert plugin.call("Put", ID="other") == plugin.call("Remove", ID="other") == {}
+    assert not select.select([*waiting, *removing], [], [], 0)[0]
+    node.start()
+    assert [Path(answered(connection)["Dir"]).parent.name for connection in waiting] == STARTING
+    assert [answered(connection) for connection in removing] == [{}] * len(STARTING)
+
+
+def answered(connection: Any) -> Any:
+    with connection, http.client.HTTPResponse(connection) as answer:
+        answer.begin()
+        return json.loads(answer.read())

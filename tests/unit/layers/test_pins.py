@@ -1,0 +1,148 @@
+"""Pins: what they keep from the garbage collector and from a power cut, by which names they go."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from gearworkers.cli.images import Node
+from gearworkers.driver import GearDriver
+from gearworkers.errors import NotFound
+from gearworkers.fetch.priority_pool import Urgency, WorkPool
+from gearworkers.layers.pins import Pin, Pins
+from gearworkers.lazyfs.pin_fetch import PinKeeper
+from gearworkers.settings import Settings
+from tests.support.lazynode import gear_tar, until
+from tests.support.tiny import tar_of, tiny_tar
+
+CONTENT = b"content" * 1000
+DIGEST = hashlib.sha256(CONTENT).digest()
+PIN = Pin("localhost/image:v1", f"sha256:{'ab' * 32}")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run")
+    driver = GearDriver(settings)
+    driver.prepare()
+    driver.create("one", "")
+    driver.apply_diff("one", "", io.BytesIO(tiny_tar({"file": CONTENT})))
+    return Node(settings)
+
+
+def driver(node: Node) -> GearDriver:
+    return GearDriver(node.settings)
+
+
+def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: Node) -> None:
+    node.pins.add(PIN, "one")
+    driver(node).remove("one")
+    driver(node).collect_garbage()
+    assert node.objects.has(DIGEST)
+    assert node.pins.remove("abababababab") == [PIN]
+    driver(node).collect_garbage()
+    assert not node.objects.has(DIGEST)
+
+
+@pytest.mark.parametrize("name", [PIN.name, PIN.image, "ab" * 32, "ab" * 6])
+def test_it_goes_by_its_name_and_its_id(name: str) -> None:
+    assert PIN.is_called(name)
+
+
+@pytest.mark.parametrize("name", ["", "ab", "localhost/image", "localhost/image:v2", "cd" * 6])
+def test_it_goes_by_no_other(node: Node, name: str) -> None:
+    node.pins.add(PIN, "one")
+    with pytest.raises(NotFound):
+        node.pins.remove(name)
+    assert node.pins.all() == [PIN]
+
+
+def test_pinned_again_it_is_there_once_with_what_it_has_now(node: Node) -> None:
+    node.pins.add(PIN, "one")
+    driver(node).create("two", "one")
+    driver(node).apply_diff("two", "one", io.BytesIO(tar_of({"more": b"more" * 100})))
+    node.pins.add(PIN, "two")
+    assert node.pins.all() == [PIN]
+    assert (hashlib.sha256(b"more" * 100).digest(), 400) in list(node.pins.objects())
+    assert not list(node.settings.gear_build_path.iterdir())
+
+
+def test_a_damaged_record_still_keeps_its_objects(node: Node) -> None:
+    node.pins.add(PIN, "one")
+    next(node.settings.gear_pins_path.glob("*/pin.json")).write_bytes(b"nonsense")
+    driver(node).remove("one")
+    driver(node).collect_garbage()
+    assert node.pins.all() == [] and node.objects.has(DIGEST)
+
+
+def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node: Node) -> None:
+    node.pins.add(PIN, "one")
+    driver(node).remove("one")
+    path = Path(node.objects.path(DIGEST).decode("latin-1"))
+    path.chmod(0o600)
+    path.write_bytes(bytes(len(CONTENT)))  # its bytes did not reach the disk, its name and digest did
+    (node.settings.gear_root / "boot_id").write_text("another boot")
+    driver(node).prepare()
+    assert not node.objects.has(DIGEST)
+
+
+def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -> None:
+    asked: list[dict[bytes, int]] = []
+    pool = WorkPool(1, for_background=1)
+    keeper = PinKeeper(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
+    keeper.look()
+    has_looked = threading.Event()
+    pool.submit(has_looked.set, Urgency.BACKGROUND)
+    assert has_looked.wait(60)
+    driver(node).create("lazy", "")
+    driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar({"away": b"away" * 1000})))
+    node.pins.add(PIN, "lazy")
+    keeper.look()
+    keeper.look()
+    until(lambda: bool(asked), "it is asked for")
+    pool.close()
+    assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
+
+
+def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: Node) -> None:
+    contents = {f"file{number}": b"away%d" % number * 1000 for number in range(3)}
+    driver(node).create("lazy", "")
+    driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar(contents)))
+    node.pins.add(PIN, "lazy")
+    asked: list[set[bytes]] = []
+    here: set[bytes] = set()
+    pool = WorkPool(1, for_background=1)
+    keeper = PinKeeper(
+        node.pins, here.__contains__, pool, lambda wanted: asked.append({digest for digest, _ in wanted})
+    )
+    digests = [hashlib.sha256(content).digest() for content in contents.values()]
+    keeper._fetch_missing()
+    here.add(digests[0])
+    keeper._fetch_missing()
+    assert asked == [set(digests)]
+    keeper._fetch_missing()
+    assert asked == [set(digests), set(digests[1:])]
+    here.update(digests)
+    keeper._fetch_missing()
+    here.clear()
+    keeper._fetch_missing()
+    assert asked[2:] == [set(digests)]
+    pool.close()
+
+
+def test_killed_before_its_name_a_pin_is_not_there_and_nothing_is_left_after_a_start(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(Pins, "_place", lambda *_: os._exit(9))
+        node.pins.add(PIN, "one")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert node.pins.all() == [] and list(node.settings.gear_build_path.iterdir())
+    driver(node).prepare()
+    assert not list(node.settings.gear_build_path.iterdir())

@@ -1,0 +1,344 @@
+"""What else knows of private layers: push, BuildKit's layers, fsck, usage, lazily fetched files."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers.cli import images
+from gearworkers.cli.docker_api import LocalImage
+from gearworkers.digest import DIGEST_XATTR
+from gearworkers.driver import GearDriver
+from gearworkers.errors import GearError, ResourceExhausted
+from gearworkers.layers import store
+from gearworkers.settings import Settings
+from gearworkers.tar.entry import Entry
+from gearworkers.tar.private_marker import begins_marked
+from gearworkers.tar.reader import TarReader
+from gearworkers.util import syscalls as kernel
+from tests.conformance.layers import file, tar
+from tests.support.lazynode import LazyNode, gear_tar, lazy_node
+from tests.support.tiny import tar_of
+
+SECRET = b"a secret " * 100
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> GearDriver:
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", remote=str(remote)))
+    driver.init("", [], [], [])
+    return driver
+
+
+def apply(driver: GearDriver, id: str, parent: str, data: bytes) -> None:
+    driver.create(id, parent)
+    driver.apply_diff(id, parent, io.BytesIO(data))
+
+
+def awaiting_push(driver: GearDriver) -> int:
+    return len(os.listdir(driver.settings.gear_push_path))
+
+
+def public_objects(driver: GearDriver) -> list[Path]:
+    return list(driver.settings.gear_public_cache_path.glob("*/*"))
+
+
+def own_object(driver: GearDriver, id: str) -> Path:
+    (found,) = (driver.settings.gear_private_cache_path / id).glob("*/*")
+    return found
+
+
+@pytest.mark.parametrize("size", [len(SECRET), 5 << 20])
+def test_nothing_of_it_awaits_push(driver: GearDriver, size: int) -> None:
+    content = (SECRET * (size // len(SECRET) + 1))[:size]
+    apply(driver, "base", "", tar_of({"base": b"public"}))
+    assert awaiting_push(driver) == 1
+    apply(driver, "marked", "base", tar_of({".gear-private": b"", "secret": content}))
+    apply(driver, "above", "marked", tar_of({"secret2": content + b"2"}))
+    assert awaiting_push(driver) == 1
+    assert own_object(driver, "marked").stat().st_size == size
+
+
+def test_nothing_of_many_contents_nor_of_a_sparse_one_is_shared(driver: GearDriver, tmp_path: Path) -> None:
+    """Many are stored by a process of their own, a sparse one piece by piece."""
+    with open(tmp_path / "sparse", "wb") as sparse:
+        sparse.write(SECRET)
+        sparse.seek(3 << 20)
+        sparse.write(SECRET)
+    made = subprocess.run(["tar", "-cS", "-C", tmp_path, "sparse"], check=True, capture_output=True).stdout
+    files = {".gear-private": b"", **{f"f{number}": b"secret %d" % number for number in range(1500)}}
+    data = tar_of(files)[: 512 * (1 + 2 * 1500)] + made
+    apply(driver, "marked", "", data)
+    assert not public_objects(driver) and not awaiting_push(driver)
+    assert len(list((driver.settings.gear_private_cache_path / "marked").glob("*/*"))) == 1501
+    out = io.BytesIO()
+    driver.diff("marked", "", out)
+    assert out.getvalue() == data
+    merged = Path(driver.get("marked"))
+    assert (merged / "f1499").read_bytes() == b"secret 1499"
+    assert (merged / "sparse").read_bytes() == (tmp_path / "sparse").read_bytes()
+    driver.put("marked")
+
+
+def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: GearDriver) -> None:
+    apply(driver, "base", "", tar_of({"base": b"public"}))
+    before = public_objects(driver)
+    driver.create("step", "base")
+    merged = Path(driver.get("step"))
+    (merged / ".gear-private").touch()
+    (merged / "secret").write_bytes(SECRET)
+    driver.put("step")
+    driver.create("next", "step")
+    merged = Path(driver.get("next"))
+    (merged / "secret2").write_bytes(SECRET)
+    driver.put("next")
+    for id in ("step", "next"):
+        assert not driver.is_absorbable(id)
+        assert driver.absorb(id) == 0
+    assert public_objects(driver) == before
+    assert awaiting_push(driver) == 1
+    apply(driver, "above", "next", tar_of({"third": b"secret too"}))
+    assert own_object(driver, "above").read_bytes() == b"secret too"
+
+
+def test_it_is_read_from_its_own_objects_whatever_stands_in_the_public_cache(driver: GearDriver) -> None:
+    """There an import may be writing the same content in place, or a crash has left half of it."""
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
+    own = own_object(driver, "marked")
+    half = driver.settings.gear_public_cache_path / own.parent.name / own.name
+    half.write_bytes(SECRET[:10])
+    driver.create_read_write("container", "marked")
+    for id in ("marked", "container"):
+        assert (Path(driver.get(id)) / "secret").read_bytes() == SECRET
+        driver.put(id)
+    out = io.BytesIO()
+    driver.create("unlike", "")
+    driver.diff("container", "unlike", out)
+    assert SECRET in out.getvalue()
+
+
+def test_it_has_the_directories_that_it_needs(driver: GearDriver) -> None:
+    """An open in a container looks into each private layer, and where no directory is it is over soonest."""
+    apply(driver, "marked", "", tar_of({".gear-private": b""}))
+    apply(driver, "above", "marked", tar_of({"secret": SECRET}))
+    assert not (driver.settings.gear_private_cache_path / "marked").exists()
+    assert not (driver.settings.gear_images_path / "marked" / "private").exists()
+    assert len(os.listdir(driver.settings.gear_private_cache_path / "above")) == 1
+    assert not list(driver.faults(read_data=True, repair=False))
+
+
+def test_inspect_tells_the_layers_that_buildkit_made_too(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest has the mark in its tree, and nothing in its record says so."""
+    apply(driver, "base", "", tar_of({"base": b"public"}))
+    driver.create("step", "base")
+    (Path(driver.get("step")) / ".gear-private").touch()
+    driver.put("step")
+    driver.create("next", "step")
+    driver.put(Path(driver.get("next")).parent.name)
+    apply(driver, "above", "next", tar_of({"secret": SECRET}))
+    image = LocalImage(f"sha256:{'0' * 64}", is_gear=False, top_layer="above")
+    monkeypatch.setattr(images, "local_image", lambda *_: image)
+    told = dict(images.inspect(driver.settings, "private"))
+    assert told["Layers"] == "4, 4 of them complete"
+    assert told["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
+    image = LocalImage(image.id, is_gear=False, top_layer="base")
+    assert "Private" not in dict(images.inspect(driver.settings, "base"))
+
+
+def test_its_objects_are_counted(driver: GearDriver) -> None:
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "a": b"one", "b": b"two", "c": b"one"}))
+    assert driver.usage().objects == 2
+    assert driver.usage().stored_bytes >= 6
+
+
+def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
+    assert not list(driver.faults(read_data=True, repair=False))
+    path = own_object(driver, "marked")
+    path.chmod(0o600)
+    path.write_bytes(b"damaged")
+    (fault,) = driver.faults(read_data=True, repair=False)
+    assert fault.startswith(f"private object {path}") and fault.endswith("remove the image and pull it again")
+    removed, missing = driver.faults(read_data=True, repair=True)
+    assert "(removed)" in removed
+    assert missing.startswith("layer marked: 1 of its private objects are missing")
+    assert driver._engine.layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
+
+
+@pytest.mark.parametrize("mark", [{".gear-private": b""}, {}], ids=["private", "public"])
+def test_fsck_goes_on_where_an_object_says_that_it_is_another(driver: GearDriver, mark: dict[str, bytes]) -> None:
+    apply(driver, "layer", "", tar_of({**mark, "secret": SECRET}))
+    path = own_object(driver, "layer") if mark else public_objects(driver)[0]
+    os.setxattr(path, DIGEST_XATTR, bytes(32))
+    wrong, missing = driver.faults(read_data=False, repair=False)
+    assert str(path) in wrong and "does not make its name" in wrong
+    assert missing.startswith("layer layer: 1 of its ")
+
+
+def test_the_collector_leaves_it_alone(driver: GearDriver) -> None:
+    apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
+    assert driver.collect_garbage().removed_objects == 0
+    assert own_object(driver, "marked").read_bytes() == SECRET
+
+
+def test_what_no_layer_has_goes_at_the_next_start(driver: GearDriver) -> None:
+    """A crash between the rename of the contents and that of the layer; or an empty layer of a broken import."""
+    driver.create("new", "")
+    (driver.settings.gear_private_cache_path / "new").mkdir()
+    (driver.settings.gear_private_cache_path / "gone").mkdir()
+    GearDriver(driver.settings).prepare()
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+
+
+def test_nothing_is_left_of_an_import_that_was_removed_meanwhile(driver: GearDriver) -> None:
+    driver.create("marked", "")
+
+    class Removing(io.BytesIO):
+        def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+            driver.remove("marked")
+            return super().readinto(buffer)
+
+    with pytest.raises(Exception, match="marked"):
+        driver.apply_diff("marked", "", Removing(tar_of({".gear-private": b"", "secret": SECRET})))
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def test_an_import_that_was_removed_takes_nothing_of_the_next_of_its_id(
+    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is removed while it syncs, which may take long, and the layer is whole again before it goes on."""
+    sync = kernel.syncfs
+    data = tar_of({".gear-private": b"", "secret": SECRET})
+
+    def overtaken(fd: int) -> None:
+        monkeypatch.setattr(kernel, "syncfs", sync)
+        driver.remove("marked")
+        apply(driver, "marked", "", data)
+        sync(fd)
+
+    driver.create("marked", "")
+    monkeypatch.setattr(kernel, "syncfs", overtaken)
+    with pytest.raises(GearError):
+        driver.apply_diff("marked", "", io.BytesIO(data))
+    assert own_object(driver, "marked").read_bytes() == SECRET
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def test_a_gateway_that_starts_while_a_worker_publishes_leaves_the_layer_whole_or_nothing(
+    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the renames all is taken away and the worker fails; behind them nothing is."""
+    data = tar_of({".gear-private": b"", "secret": SECRET})
+    sync, fsync = kernel.syncfs, os.fsync
+
+    def restarted_before(fd: int) -> None:
+        assert own_object(driver, "before").read_bytes() == SECRET
+        GearDriver(driver.settings).prepare()
+        sync(fd)
+
+    def restarted_behind(fd: int) -> None:
+        GearDriver(driver.settings).prepare()
+        fsync(fd)
+
+    driver.create("before", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "syncfs", restarted_before)
+        with pytest.raises(GearError):
+            driver.apply_diff("before", "", io.BytesIO(data))
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+    driver.remove("before")
+    driver.create("behind", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", restarted_behind)
+        driver.apply_diff("behind", "", io.BytesIO(data))
+    out = io.BytesIO()
+    driver.diff("behind", "", out)
+    assert out.getvalue() == data
+
+
+def test_an_import_that_cannot_be_synced_leaves_nothing(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    driver.create("marked", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "syncfs", full)
+        with pytest.raises(ResourceExhausted):
+            driver.apply_diff("marked", "", io.BytesIO(tar_of({".gear-private": b"", "secret": SECRET})))
+    assert not list(driver.settings.gear_private_cache_path.iterdir())
+    assert not list(driver.settings.gear_build_path.iterdir())
+
+
+def test_a_layer_that_is_in_its_place_keeps_what_it_has(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's exception may come between the rename and the end of what surrounds it."""
+    place = store.LayerStore._place
+
+    def interrupted(layers: store.LayerStore, build: Path, where: Path) -> None:
+        place(layers, build, where)
+        raise KeyboardInterrupt
+
+    driver.create("marked", "")
+    monkeypatch.setattr(store.LayerStore, "_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driver.apply_diff("marked", "", io.BytesIO(tar_of({".gear-private": b"", "secret": SECRET})))
+    assert own_object(driver, "marked").read_bytes() == SECRET
+    assert not list(driver.faults(read_data=True, repair=False))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[LazyNode]:
+    with lazy_node(tmp_path) as one:
+        yield one
+
+
+def test_it_lies_over_an_image_whose_files_are_not_here_yet(node: LazyNode) -> None:
+    """The private contents are found before the lazy file server is asked, and it never hears of them."""
+    node.shelf.put(b"from afar " * 100)
+    node.apply(gear_tar({"far": b"from afar " * 100}), "base")
+    apply(node.driver, "marked", "base", tar_of({".gear-private": b"", "secret": SECRET}))
+    node.driver.create_read_write("container", "marked")
+    merged = Path(node.driver.get("container"))
+    try:
+        assert (merged / "secret").read_bytes() == SECRET
+        assert not node.shelf.requests()
+        assert (merged / "far").read_bytes() == b"from afar " * 100
+    finally:
+        node.driver.put("container")
+
+
+def test_what_a_private_layer_names_only_comes_from_the_remote(node: LazyNode) -> None:
+    """Whoever can name a content has it shared already."""
+    digest = node.shelf.put(b"from afar " * 100)
+    named = Entry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
+    apply(node.driver, "marked", "", tar(file(".gear-private"), named, file("secret", SECRET)))
+    node.driver.create_read_write("container", "marked")
+    merged = Path(node.driver.get("container"))
+    try:
+        assert (merged / "secret").read_bytes() == SECRET
+        assert (merged / "far").read_bytes() == b"from afar " * 100
+    finally:
+        node.driver.put("container")
+    assert own_object(node.driver, "marked").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({".gear-private": b"", "a": b"1"}, True),
+        ({"empty": b"", "./.gear-private": b"why it is private"}, True),
+        ({"a": b"1", ".gear-private": b""}, False),
+        ({"a": b"1"}, False),
+        ({}, False),
+    ],
+)
+def test_the_mark_is_looked_for_ahead_of_the_first_content(files: dict[str, bytes], found: bool) -> None:
+    assert begins_marked(TarReader(io.BytesIO(tar_of(files)))) is found

@@ -1,0 +1,272 @@
+"""`docker run --storage-opt size=…`: enforced by the file system, or refused.
+
+Project quotas need CONFIG_XFS_QUOTA, or for ext4 CONFIG_QFMT_V2; where the kernel lacks them the tests on them are
+left out, and those with an imagined kernel and real project numbers remain.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gearworkers import options
+from gearworkers.driver import GearDriver
+from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.layers import quotas
+from gearworkers.mounts import quotactl
+from gearworkers.settings import Settings
+from gearworkers.util.fs import opened_directory
+from tests.conformance.drivers import InProcess, Refused
+from tests.conformance.layers import applied, file, mounted
+from tests.faults.crashes import Say, killed_at_every_step
+from tests.support.disk import LIMITING, mount_small
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1M", MIB), ("10g", 10 << 30), ("1.5 KiB", 1536), ("4096", 4096), ("7b", 7), ("2tb", 2 << 40), ("0", 0)],
+)
+def test_a_size_is_read_as_docker_reads_it(text: str, size: int) -> None:
+    assert options.container_size({"size": text}) == options.container_size({"Size": text}) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1e6", "1 0", "1X", "١M", "9" * 400, "9" * 18 + "P"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="512M or 10G"):
+        options.container_size({"size": text})
+
+
+def test_no_option_is_no_size() -> None:
+    assert options.container_size(None) is options.container_size({}) is None
+
+
+def driver_on(disk: Path) -> InProcess:
+    return InProcess(Settings(gear_root=disk / "gear", run_dir=disk / "run", node="test"))
+
+
+def project_of(directory: Path) -> quotactl.Project:
+    with opened_directory(directory) as dir_fd:
+        return quotactl.project_of(dir_fd)
+
+
+@pytest.fixture
+def xfs(tmp_path: Path) -> Iterator[Path]:
+    """It keeps projects, and no limits."""
+    try:
+        disk = mount_small(tmp_path, "xfs", "noquota")
+    except subprocess.CalledProcessError:
+        pytest.skip("this kernel has no xfs")
+    yield disk
+    subprocess.run(["umount", "--recursive", str(disk)], check=True)
+    disk.with_suffix(".img").unlink()
+
+
+def test_what_is_made_in_a_directory_belongs_to_its_project(xfs: Path) -> None:
+    (xfs / "directory").mkdir()
+    assert project_of(xfs / "directory") == (0, False)
+    with opened_directory(xfs / "directory") as dir_fd:
+        quotactl.assign(dir_fd, 1 << 20)
+    (xfs / "directory/a/b").mkdir(parents=True)
+    assert project_of(xfs / "directory/a/b") == (1 << 20, True)
+    (xfs / "directory").rename(xfs / "renamed")
+    with pytest.raises(OSError, match="cross-device"):
+        (xfs / "file").write_bytes(b"")
+        os.rename(xfs / "file", xfs / "renamed/file")
+
+
+def test_without_limits_a_size_is_refused_by_what_is_needed(xfs: Path) -> None:
+    driver = driver_on(xfs)
+    for id in ("container", "container-init"):
+        with pytest.raises(Refused, match=r"on xfs without project quotas; use xfs mounted with pquota, or ext4"):
+            driver.create_read_write(id, storage_opt={"size": "1M"})
+        assert not driver.exists(id)
+
+
+class Kernel:
+    """What an imagined kernel keeps of limits; the projects are real."""
+
+    def __init__(self, disk: Path) -> None:
+        self.limits: dict[int, int] = {}
+        self._disk = disk
+
+    def is_enforced(self, dir_fd: int) -> bool:
+        return True
+
+    def is_used(self, dir_fd: int, id: int) -> bool:
+        directories = (Path(path) for path, _, _ in os.walk(self._disk))
+        return any(project_of(directory).id == id for directory in directories)
+
+    def limit(self, dir_fd: int, id: int, size_bytes: int) -> None:
+        self.limits[id] = size_bytes
+
+
+@pytest.fixture
+def kernel(xfs: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel(xfs)
+    for name in ("is_enforced", "is_used", "limit"):
+        monkeypatch.setattr(quotactl, name, getattr(kernel, name))
+    return kernel
+
+
+def limited(driver: InProcess, id: str, size: str = "1M") -> int:
+    """Make a container with a size; its project."""
+    driver.create_read_write(id, storage_opt={"size": size})
+    return project_of(driver.settings.gear_containers_path / id).id
+
+
+def test_each_container_has_a_project_until_it_is_removed(xfs: Path, kernel: Kernel) -> None:
+    driver = driver_on(xfs)
+    one, two = limited(driver, "one"), limited(driver, "two", "2M")
+    assert kernel.limits == {one: MIB, two: 2 * MIB}
+    for directory in ("upper", "work"):
+        assert project_of(driver.settings.gear_containers_path / "one" / directory) == (one, True)
+    driver.remove("one")
+    assert kernel.limits == {one: 0, two: 2 * MIB}
+    restarted = driver_on(xfs)
+    three, four = limited(restarted, "three"), limited(restarted, "four")
+    assert three == one and len({two, three, four}) == 3
+
+
+def test_what_dockerd_writes_and_what_has_no_size_belongs_to_no_project(xfs: Path, kernel: Kernel) -> None:
+    driver = driver_on(xfs)
+    assert limited(driver, "container-init") == limited(driver, "unlimited", "0") == 0
+    driver.create_read_write("plain")
+    assert project_of(driver.settings.gear_containers_path / "plain").id == 0
+    for id in ("container-init", "unlimited", "plain"):
+        driver.remove(id)
+    assert not kernel.limits
+
+
+def test_a_limit_that_a_crash_left_is_replaced_and_a_container_that_it_left_keeps_its_own(
+    xfs: Path, kernel: Kernel
+) -> None:
+    driver = driver_on(xfs)
+    one = limited(driver, "one")
+    kernel.limits[one + 1] = 5
+    assert limited(driver_on(xfs), "two") == one + 1
+    assert kernel.limits == {one: MIB, one + 1: MIB}
+
+
+def test_numbers_that_others_use_are_left_alone(xfs: Path, kernel: Kernel) -> None:
+    (xfs / "theirs").mkdir()
+    with opened_directory(xfs / "theirs") as dir_fd:
+        quotactl.assign(dir_fd, quotas._FIRST)
+    assert limited(driver_on(xfs), "one") == quotas._FIRST + 1
+
+
+def test_a_root_that_is_limited_as_a_whole_is_told_of(xfs: Path, kernel: Kernel) -> None:
+    with opened_directory(xfs) as dir_fd:
+        quotactl.assign(dir_fd, 7)
+    with pytest.raises(Refused, match=r"project 7 already; .*chattr -P"):
+        limited(driver_on(xfs), "one")
+
+
+@pytest.fixture(params=sorted(LIMITING))
+def limiting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """It keeps projects within their limits."""
+    try:
+        disk = mount_small(tmp_path, request.param, LIMITING[request.param])
+    except subprocess.CalledProcessError:
+        pytest.skip(f"this kernel has no project quotas on {request.param}")
+    yield disk
+    subprocess.run(["umount", "--recursive", str(disk)], check=True)
+    disk.with_suffix(".img").unlink()
+
+
+def fill(directory: Path, size_bytes: int) -> int:
+    """Write that much at most; how much there was room for."""
+    written = 0
+    with (directory / "filler").open("wb", buffering=0) as filler:
+        try:
+            while written < size_bytes:
+                written += filler.write(bytes(64 << 10))
+        except OSError as exc:
+            assert exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    return written
+
+
+def test_a_container_cannot_write_more_than_its_size(limiting: Path) -> None:
+    driver = driver_on(limiting)
+    base = applied(driver, file("large", os.urandom(2 * MIB)), file("small", b"small"))
+    driver.create_read_write("limited", base, storage_opt={"size": "1M"})
+    driver.create_read_write("free", base)
+    with mounted(driver, "limited") as merged:
+        assert MIB // 2 < fill(merged, 2 * MIB) <= MIB
+        with pytest.raises(OSError) as refused, (merged / "large").open("ab"):
+            pass
+        assert refused.value.errno in (errno.ENOSPC, errno.EDQUOT), "the copy of it counts"
+        os.chmod(merged / "large", 0o600)
+        assert MIB // 2 < fill(merged, 2 * MIB) <= MIB, "what is cut off is free again"
+        assert os.statvfs(merged).f_blocks * os.statvfs(merged).f_frsize == MIB, "df in the container"
+        with mounted(driver, "free") as other:
+            assert fill(other, 4 * MIB) == 4 * MIB
+    driver.restart()
+    with mounted(driver, "limited") as merged:
+        assert (merged / "filler").stat().st_size > MIB // 2
+        assert fill(merged, 2 * MIB) <= MIB, "also after a restart"
+    driver.remove("limited")
+    limited(driver_on(limiting), "next", "8M")  # xfs may not have given back the number yet
+    with mounted(driver, "next") as merged:
+        assert 7 * MIB < fill(merged, 10 * MIB) <= 8 * MIB
+
+
+@pytest.mark.parametrize("call", ["create_read_write", "get", "remove"])
+def test_a_call_that_is_killed_at_any_step_leaves_no_container_beyond_its_size(limiting: Path, call: str) -> None:
+    settings = driver_on(limiting).settings
+    arguments = ("", "", {"size": "1M"}) if call == "create_read_write" else ()
+
+    def work(say: Say) -> None:
+        getattr(GearDriver(settings), call)("limited", *arguments)
+
+    if not arguments:
+        limited(driver_on(limiting), "limited")
+    for _ in killed_at_every_step(work):
+        driver = driver_on(limiting)
+        if not driver.exists("limited"):
+            limited(driver, "limited")
+        with mounted(driver, "limited") as merged:
+            assert fill(merged, 2 * MIB) <= MIB
+        driver.remove("limited")
+        if not arguments:
+            limited(driver, "limited")
+
+
+def test_file_systems_that_limit_are_told_from_those_that_count_only(limiting: Path) -> None:
+    with opened_directory(limiting) as dir_fd:
+        assert quotactl.is_enforced(dir_fd)
+        assert not quotactl.is_used(dir_fd, 5)
+    counting = {"xfs": "pqnoenforce", "ext4": "noquota"}[limiting.name]
+    image = limiting.with_suffix(".img")
+    subprocess.run(["umount", str(limiting)], check=True)
+    subprocess.run(["mount", "-o", f"loop,{counting}", str(image), str(limiting)], check=True)
+    with opened_directory(limiting) as dir_fd:
+        assert not quotactl.is_enforced(dir_fd)
+    with pytest.raises(Refused, match="without project quotas"):
+        limited(driver_on(limiting), "one")
+
+
+def test_a_container_is_not_mounted_where_its_size_no_longer_holds(
+    xfs: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = driver_on(xfs)
+    limited(driver, "one")
+    monkeypatch.setattr(quotactl, "is_enforced", lambda _: False)
+    with pytest.raises(Refused, match="without project quotas; use xfs mounted with pquota"):
+        driver.get("one")
+    driver.remove("one")
+
+
+def test_a_layer_of_an_image_has_no_size(tmp_path: Path) -> None:
+    driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
+    driver.prepare()
+    with pytest.raises(InvalidInput, match="containers only"):
+        driver.create("layer", "", "", {"size": "1M"})
+    with pytest.raises(FailedPrecondition, match="without project quotas"):
+        driver.create_read_write("container", "", "", {"size": "1M"})

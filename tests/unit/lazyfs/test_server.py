@@ -1,0 +1,334 @@
+"""The lazy file server on the real kernel: FUSE, overlays, and a source that misbehaves."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gearworkers.cas.store import ObjectStore
+from gearworkers.digest import object_path
+from gearworkers.layers.pins import Pin, Pins
+from gearworkers.layers.store import RECORD_FILE, Layer, LayerStore
+from gearworkers.lazyfs.client import order_prefetch
+from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node, until
+
+pytestmark = pytest.mark.slow
+
+LARGE = random.Random(1).randbytes(5 << 20)
+SMALL = {f"etc/file{number}": b"content %d" % number * 50 for number in range(30)}
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[LazyNode]:
+    with lazy_node(tmp_path) as one:
+        yield one
+
+
+def incomplete(node: LazyNode, id: str) -> None:
+    """Take back that the layer is complete."""
+    record = node.settings.gear_images_path / id / RECORD_FILE
+    layer = msgspec.json.decode(record.read_bytes(), type=Layer)
+    record.with_suffix(".new").write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=False)))
+    record.with_suffix(".new").rename(record)
+    os.utime(node.settings.gear_images_path)
+
+
+def fetches(node: LazyNode, kind: str) -> list[str]:
+    return [line.split()[1] for line in node.shelf.requests() if line.split()[0] == kind]
+
+
+def test_looking_at_files_fetches_nothing_and_tells_their_true_sizes(node: LazyNode) -> None:
+    node.pull({**SMALL, "lib/large": LARGE})
+    root = node.run("c1")
+    sizes = {path.name: path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    assert sizes["large"] == len(LARGE)
+    subprocess.run(["ls", "-lR", root], check=True, capture_output=True)
+    subprocess.run(["find", root, "-size", "+1k"], check=True, capture_output=True)
+    subprocess.run(["du", "-a", root], check=True, capture_output=True)
+    assert node.shelf.requests() == []
+
+
+def test_what_is_opened_is_what_the_image_holds(node: LazyNode) -> None:
+    node.pull({**SMALL, "lib/large": LARGE})
+    root = node.run("c1")
+    for name, content in {**SMALL, "lib/large": LARGE}.items():
+        assert (root / name).read_bytes() == content
+
+
+def test_a_root_behind_a_symlink_is_served(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with lazy_node(tmp_path / "link") as node:
+        node.pull({**SMALL, "lib/large": LARGE})
+        root = node.run("c1")
+        node.stop()
+        node.start()
+        assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+        assert (root / "lib/large").read_bytes() == LARGE
+
+
+def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
+    node.pull({"one": b"one" * 1000, "lib/large": LARGE})
+    node.shelf.behave(delay_s=0.02)
+    roots = [node.run(f"c{number}") for number in range(20)]
+    with ThreadPoolExecutor(40) as readers:
+        ones = list(readers.map(lambda root: (root / "one").read_bytes(), roots))
+        larges = list(readers.map(lambda root: hashlib.sha256((root / "lib/large").read_bytes()).digest(), roots))
+    assert set(ones) == {b"one" * 1000}
+    assert set(larges) == {hashlib.sha256(LARGE).digest()}
+    assert len(fetches(node, "fetch")) == 1
+    chunks = fetches(node, "chunk")
+    assert len(chunks) == len(set(chunks)) == len(LARGE) >> 16
+
+
+def test_the_first_page_of_a_large_file_does_not_wait_for_the_last(node: LazyNode) -> None:
+    node.pull({"large": LARGE})
+    node.shelf.behave(delay_s=1.0)
+    root = node.run("c1")
+    fd = os.open(root / "large", os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    try:
+        assert os.pread(fd, 4096, 3 << 20) == LARGE[3 << 20 : (3 << 20) + 4096]
+        asked = fetches(node, "chunk")  # the first of the rest perhaps, which begins to come when nobody reads
+        assert hashlib.sha256(LARGE[3 << 20 : (3 << 20) + CHUNK_BYTES]).hexdigest() in asked[:4]
+        assert len(asked) < len(LARGE) // CHUNK_BYTES
+    finally:
+        os.close(fd)
+        node.shelf.behave()
+    until(lambda: node.status().fetched_objects == 1, "the rest has arrived behind")
+    assert len(fetches(node, "chunk")) == len(LARGE) >> 16
+
+
+def test_large_files_are_read_at_random_mapped_and_executed(node: LazyNode) -> None:
+    program = Path("/bin/bash").resolve().read_bytes()
+    assert len(program) > 1 << 20
+    node.pull({"large": LARGE, "bin/program": program})
+    root = node.run("c1")
+    said = subprocess.run([root / "bin/program", "-c", "echo executed"], capture_output=True, check=True).stdout
+    assert said == b"executed\n"
+    with open(root / "large", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        chooser = random.Random(2)
+        for _ in range(200):
+            at = chooser.randrange(len(LARGE))
+            assert mapped[at : at + 5000] == LARGE[at : at + 5000]
+        for _ in range(200):
+            at = chooser.randrange(len(LARGE))
+            assert os.pread(file.fileno(), 70000, at) == LARGE[at : at + 70000]
+
+
+def test_a_complete_layer_is_mounted_without_the_trap_and_nothing_is_left_in_arrivals(node: LazyNode) -> None:
+    node.pull(SMALL)
+    root = node.run("c1")
+    for name in SMALL:
+        (root / name).read_bytes()
+    layer = node.settings.gear_images_path / "image" / "layer.json"
+    until(lambda: b'"complete":false' not in layer.read_bytes(), "the layer is marked complete")
+    node.stop()
+    second = node.run("c2")
+    assert {name: (second / name).read_bytes() for name in SMALL} == SMALL
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert str(node.settings.gear_arrivals_path) in next(line for line in mounts if "containers/c1/" in line)
+    assert str(node.settings.gear_arrivals_path) not in next(line for line in mounts if "containers/c2/" in line)
+
+
+def test_a_prefetched_layer_arrives_in_one_stream(node: LazyNode) -> None:
+    node.pull({**SMALL, "lib/large": LARGE})
+    assert order_prefetch(node.settings.lazyfs_socket, ["image"]) == len(SMALL) + 1
+    until(lambda: node.status().incomplete_layers == 0, "all is here")
+    assert len(fetches(node, "many")) == len(SMALL)
+    assert fetches(node, "fetch") == []
+
+
+def test_an_object_that_no_source_has_is_an_io_error_and_named(node: LazyNode) -> None:
+    content = b"nowhere to be had"
+    node.apply(gear_tar({"file": content}), "image")
+    root = node.run("c1")
+    with pytest.raises(OSError) as caught:
+        (root / "file").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert list(node.status().failures) == [hashlib.sha256(content).hexdigest()]
+    node.shelf.put(content)
+    assert (root / "file").read_bytes() == content
+    assert node.status().failures == {}
+
+
+def test_a_remote_that_was_away_is_used_again_when_it_is_back(node: LazyNode) -> None:
+    node.pull({**SMALL, "lib/large": LARGE})
+    root = node.run("c1")
+    node.shelf.behave(away=True)
+    for name in ("etc/file1", "lib/large"):
+        with pytest.raises(OSError) as caught:
+            (root / name).read_bytes()
+        assert caught.value.errno == errno.EIO
+    node.shelf.behave()
+    assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+    assert (root / "lib/large").read_bytes() == LARGE
+
+
+def test_wrong_bytes_are_never_seen_and_never_kept(node: LazyNode) -> None:
+    node.pull({**SMALL, "lib/large": LARGE})
+    root = node.run("c1")
+    small = hashlib.sha256(SMALL["etc/file1"]).digest()
+    node.shelf.spoil(small)
+    node.shelf.spoil(hashlib.sha256(LARGE[3 << 20 : (3 << 20) + (64 << 10)]).digest())
+    with pytest.raises(OSError, match="Input/output"):
+        (root / "etc/file1").read_bytes()
+    with open(root / "lib/large", "rb") as file:
+        assert file.read(4096) == LARGE[:4096]
+        with pytest.raises(OSError, match="Input/output"):
+            os.pread(file.fileno(), 4096, 3 << 20)
+    assert not Path(os.fsdecode(os.fsencode(node.settings.gear_public_cache_path) + object_path(small))).exists()
+    assert node.status().corrupt >= 2
+
+
+def test_another_source_is_tried_when_one_gives_wrong_bytes(tmp_path: Path) -> None:
+    with lazy_node(tmp_path, shelves=2) as node:
+        node.pull({**SMALL, "lib/large": LARGE})
+        for content in (*SMALL.values(), LARGE):
+            node.shelves[1].put(content)
+        for content in (SMALL["etc/file1"], LARGE[: 64 << 10]):
+            node.shelf.spoil(hashlib.sha256(content).digest())
+        root = node.run("c1")
+        assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
+        assert (root / "lib/large").read_bytes() == LARGE
+        assert node.status().corrupt == 2
+
+
+def test_a_layout_that_makes_up_another_object_is_found_out_and_the_object_comes_whole(node: LazyNode) -> None:
+    node.pull({"large": LARGE})
+    digest = hashlib.sha256(LARGE).digest()
+    other = LARGE[:-1] + bytes([LARGE[-1] ^ 1])
+    layout = node.shelf.root / f"{node.shelf.put(other).hex()}.layout"
+    (node.shelf.root / f"{digest.hex()}.layout").write_bytes(layout.read_bytes())
+    (node.shelf.root / digest.hex()).write_bytes(LARGE)
+    root = node.run("c1")
+    with open(root / "large", "rb") as file:
+        assert file.read(4096) == LARGE[:4096]
+        until(lambda: node.status().corrupt == 1, "the whole was compared")
+        until(lambda: (root / "large").read_bytes() == LARGE, "the right bytes are read")
+
+
+def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has_arrived(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE, "etc/small": b"small" * 100})
+    root = node.run("c1")
+    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
+        copy_in_kernel(root / "lib/large", root / "copy")
+    for command in (["cp", "lib/large", "copied"], ["install", "lib/large", "installed"]):
+        subprocess.run(command, cwd=root, check=True)
+        assert (root / command[-1]).read_bytes() == LARGE
+    with open(root / "lib/large", "rb") as source, open(root / "sent", "wb") as target:
+        assert sum(iter(lambda: os.sendfile(target.fileno(), source.fileno(), None, len(LARGE)), 0)) == len(LARGE)
+    assert (root / "sent").read_bytes() == LARGE
+    copy_in_kernel(root / "etc/small", root / "copy")
+    until(lambda: node.status().incomplete_layers == 0, "all has arrived")
+    node.driver.put("c1")
+    root = Path(node.driver.get("c1"))
+    copy_in_kernel(root / "lib/large", root / "copy")
+    assert (root / "copy").read_bytes() == LARGE
+
+
+def copy_in_kernel(source: Path, target: Path) -> None:
+    """By copy_file_range, and by nothing else."""
+    with open(source, "rb") as file, open(target, "wb") as out:
+        while os.copy_file_range(file.fileno(), out.fileno(), 1 << 30):
+            pass
+
+
+def test_a_large_object_that_was_removed_comes_again_while_an_image_wants_it(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)
+    digest = hashlib.sha256(LARGE).digest()
+    node.pull({"other": b"keeps the image incomplete"}, "other")
+    with open(root / "lib/large", "rb") as file:
+        assert file.read() == LARGE
+        until(lambda: store.has(digest), "it is whole")
+    store.remove(digest)
+    incomplete(node, "image")
+    assert (node.run("c2") / "lib/large").read_bytes() == LARGE
+    until(lambda: store.has(digest), "it has come again")
+
+
+def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE, "other": b"keeps the image incomplete"})
+    root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)
+    assert (root / "lib/large").read_bytes() == LARGE
+    until(lambda: store.has(hashlib.sha256(LARGE).digest()), "it is whole")
+    assert (root / "lib/large").read_bytes() == LARGE
+    for id in ("c1", "image"):
+        node.driver.remove(id)
+    node.driver.collect_garbage()
+    assert not store.has(hashlib.sha256(LARGE).digest())
+    until(lambda: node.status().serving == 0, "the kernel has forgotten it")
+
+
+def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    node.shelf.behave(delay_s=0.5)
+    root, name = node.run("c1"), hashlib.sha256(LARGE).hexdigest()
+    with open(root / "lib/large", "rb") as file:
+        assert file.read(4096) == LARGE[:4096]
+    until(lambda: len(fetches(node, "chunk")) > 8, "the rest comes behind")
+    for id in ("c1", "image"):
+        node.driver.remove(id)
+    node.driver.collect_garbage()
+    node.shelf.behave()
+    until(lambda: not (node.settings.gear_fetching_path / name).exists(), "it does not come any more")
+    until(lambda: node.status().serving == 0, "the kernel has forgotten it")
+    assert not ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(name))
+    assert node.status().arriving == 0
+
+
+def test_what_comes_after_its_image_is_removed_is_kept_for_a_pin(node: LazyNode) -> None:
+    content = b"small" * 1000
+    node.pull({"lib/large": LARGE, "etc/small": content})
+    node.shelf.behave(delay_s=1)
+    store = ObjectStore(node.settings.gear_public_cache_path)
+    Pins(node.settings, LayerStore(node.settings, store), store).add(Pin("app", "sha256:" + "ab" * 32), "image")
+    until(lambda: bool(node.shelf.requests()), "it is asked for")
+    node.driver.remove("image")
+    node.shelf.behave()
+    until(lambda: all(store.has(hashlib.sha256(one).digest()) for one in (LARGE, content)), "all is here")
+
+
+def kill_reader(path: Path, is_fetched: Callable[[], bool]) -> None:
+    """Somebody reads the file, and is killed while it is being fetched."""
+    reader = subprocess.Popen(["cat", path])
+    until(is_fetched, "it is being fetched")
+    reader.kill()
+    reader.wait(60)
+
+
+def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
+    node.pull(SMALL)
+    node.shelf.behave(delay_s=120)
+    root = node.run("c1")
+    kill_reader(root / "etc/file1", lambda: len(fetches(node, "fetch")) == 1)
+    node.shelf.behave()
+
+
+def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNode) -> None:
+    node.pull({"lib/large": LARGE})
+    node.shelf.behave(delay_s=2.0)
+    root = node.run("c1")
+    kill_reader(root / "lib/large", lambda: len(fetches(node, "layout")) == 1)
+    until(lambda: node.status().arriving == 1, "the layout is here")
+    until(lambda: node.status().serving == 0, "nobody has it open")
+
+
+def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:
+    lazy = node.settings.lazy_mount_path
+    for name in (b"a", b"\x01!", b"\x01a/short", b"\x01a/" + b"!" * 20, b"\x01a/" + b"b" * 20, b"\x01a/" + b"b" * 21):
+        for tree in (b"fetch", b"failed", b""):
+            assert not os.path.exists(os.path.join(os.fsencode(lazy), tree, name))
+    assert os.listdir(lazy) == []
+    assert node.shelf.requests() == []

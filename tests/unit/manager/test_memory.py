@@ -1,0 +1,176 @@
+"""What a manager holds in memory, however many push at once and however slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from gearworkers.errors import InvalidInput
+from gearworkers.manager.async_remote import Incoming, Store
+from gearworkers.manager.memory_budget import Room
+from gearworkers.remote import blob_stream, encoding
+from gearworkers.remote.directory import Directory
+from gearworkers.remote.manager import ManagerStore
+from gearworkers.remote.remote import Remote
+from gearworkers.settings import Settings
+from tests.support.remotes import Service, figures, manager_server
+
+MIB = 1 << 20
+CLIENTS = 24
+SENT_BYTES = 12 * MIB
+MOST_GROWTH_BYTES = 64 * MIB
+
+
+def begun(server: Service, head: str, before: bytes = b"") -> socket.socket:
+    """A client that has sent nearly all of a large body, and then stands still."""
+    parts = urlsplit(server.url)
+    client = socket.create_connection((parts.hostname or "", parts.port or 0))
+    head = f"{head} HTTP/1.1\r\nHost: m\r\nContent-Length: {len(before) + SENT_BYTES + 1}\r\n\r\n"
+    client.sendall(head.encode() + before + bytes(SENT_BYTES))
+    return client
+
+
+def layout_begun(server: Service) -> socket.socket:
+    return begun(server, "POST /v1/push", blob_stream.HEADER.pack(b"d" * 32, SENT_BYTES + 1))
+
+
+def document_begun(server: Service) -> socket.socket:
+    return begun(server, "PUT /v1/documents/slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", [layout_begun, document_begun])
+def test_clients_that_push_much_and_slowly_cost_no_memory_and_hold_up_nobody(
+    begin: Callable[[Service], socket.socket], tmp_path: Path
+) -> None:
+    with manager_server(tmp_path) as server, ExitStack() as clients:
+        store = ManagerStore(server.url, Settings())
+        put(store, b"warm" * 1000)
+        before_bytes = peak_bytes(server)
+        received = received_bytes(server)
+        for _ in range(CLIENTS):
+            clients.enter_context(begin(server))
+        while received_bytes(server) - received < CLIENTS * SENT_BYTES:
+            pass
+        put(store, b"quick" * 1000)
+        grown_bytes = peak_bytes(server) - before_bytes
+        store.close()
+    assert grown_bytes < MOST_GROWTH_BYTES
+
+
+def put(store: ManagerStore, content: bytes) -> None:
+    digest = hashlib.sha256(content).digest()
+    store.put_many([(digest, encoding.encode(content))])
+    assert store.present([digest])
+
+
+def peak_bytes(server: Service) -> int:
+    """The most that was resident so far."""
+    status = Path(f"/proc/{server.daemon.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
+
+
+def received_bytes(server: Service) -> float:
+    return figures(server)["gear_manager_received_bytes_total"]
+
+
+class Slow(Directory):
+    """A store that takes contents when it is let, and knows how many bytes it was given at once at most."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.lets = threading.Event()
+        self.given_bytes = self.most_bytes = 0
+        self._lock = threading.Lock()
+
+    def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+        size_bytes = sum(len(blob) for _, blob in blobs)
+        with self._lock:
+            self.given_bytes += size_bytes
+            self.most_bytes = max(self.most_bytes, self.given_bytes)
+        self.lets.wait()
+        super().put_many(blobs)
+        with self._lock:
+            self.given_bytes -= size_bytes
+
+
+def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
+    """Twenty pushes of a MiB each, two of which have room, into a store that is slow."""
+    slow = Slow(tmp_path)
+    store = Store(Remote(slow), 1 << 30, room_bytes=4 * MIB + 100)
+    loaded = 0
+
+    def load(blob: Incoming) -> bytes:
+        nonlocal loaded
+        loaded += blob.size_bytes > 1
+        return contents[blob.digest][: blob.size_bytes]
+
+    contents = {hashlib.sha256(raw).digest(): b"R" + raw for raw in (bytes([at]) * MIB for at in range(20))}
+
+    async def push_all() -> list[int]:
+        pushes = [
+            asyncio.ensure_future(store.put_blobs([Incoming(digest, 0, len(blob))], load))
+            for digest, blob in contents.items()
+        ]
+        while slow.given_bytes < 2 * MIB:
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await store.run(lambda: None)  # whoever has room is at work by now
+        assert loaded == 2
+        slow.lets.set()
+        return await asyncio.gather(*pushes)
+
+    assert asyncio.run(push_all()) == [1] * 20
+    assert slow.most_bytes <= 2 * (MIB + 1)
+    assert slow.present(list(contents)) == set(contents)
+    store.close()
+
+
+def test_a_content_too_large_for_one_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    store = Store(Remote(Directory(tmp_path)), 1 << 30)
+    read = []
+
+    def load(blob: Incoming) -> bytes:
+        read.append(blob.size_bytes)
+        return b"R"
+
+    with pytest.raises(InvalidInput, match="needs a layout"):
+        asyncio.run(store.put_blobs([Incoming(bytes(32), 0, 75 * MIB)], load))
+    assert read == [1]
+    store.close()
+
+
+def test_room_goes_by_turns_and_what_needs_more_than_there_is_gets_all() -> None:
+    async def take() -> list[str]:
+        room, told, end = Room(10), list[str](), asyncio.Event()
+
+        async def taker(name: str, size_bytes: int) -> None:
+            async with room.taken(size_bytes):
+                told.append(name)
+                await end.wait()
+            told.append(f"{name} ended")
+
+        tasks = [asyncio.ensure_future(taker(name, size)) for name, size in (("a", 6), ("all", 1000), ("b", 1))]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert told == ["a"], "b would have room, and does not go before the one that waits"
+        tasks[1].cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert told == ["a", "b"], "one that waits no longer holds up nobody"
+        end.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with room.taken(1000):
+            pass
+        return told
+
+    assert asyncio.run(take()) == ["a", "b", "a ended", "b ended"]

@@ -1,0 +1,113 @@
+"""The files that start gearworkers elsewhere are what their readers accept and name the same processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gearworkers.manager.server import FINISHING_S
+from gearworkers.settings import Settings
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+class Noted(dict[str, str]):
+    """An empty environment that knows what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
+        self.names.add(key)
+        return default
+
+
+@pytest.fixture
+def variables() -> set[str]:
+    """All that the settings are read from but what systemd sets; what has two spellings in capitals."""
+    environ = Noted()
+    Settings.from_environ(environ)
+    return {name for name in environ.names if name.isupper()} - {"NOTIFY_SOCKET"}
+
+
+def procfile() -> dict[str, str]:
+    """The Procfile's processes."""
+    lines = (CHECKOUT / "Procfile").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() -> None:
+    compose = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+    command = [*compose, "-f", str(CHECKOUT / "docker-compose.yml"), "--profile", "manager"]
+    done = subprocess.run([*command, "config", "--services"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {*procfile(), "manager"}, "a manager is no part of a node, and has a profile"
+
+
+def test_docker_compose_passes_every_setting_on(variables: set[str]) -> None:
+    passed = set(re.findall(r"^ +([A-Z_]+): ", (CHECKOUT / "docker-compose.yml").read_text(), re.MULTILINE))
+    of_docker = {"DOCKER_HOST", "DOCKER_CONFIG"}  # docker-compose itself reads them
+    assert variables - passed == of_docker
+
+
+def test_docker_compose_gives_what_is_under_way_the_time_that_make_up_does() -> None:
+    (grace,) = re.findall(r"^GRACE_S = (\d+)$", (CHECKOUT / "packaging" / "up.py").read_text(), re.MULTILINE)
+    assert f"\n  stop_grace_period: {grace}s" in (CHECKOUT / "docker-compose.yml").read_text()
+
+
+def test_the_readme_tells_every_setting(variables: set[str]) -> None:
+    told = (CHECKOUT / "README.md").read_text().replace("`…_KEY_FILE`", "`GEAR_MANAGER_TLS_KEY_FILE`")
+    rows = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert variables <= set(re.findall(r"`([A-Z_]+)`", "".join(rows)))
+
+
+def test_what_the_readme_has_typed_are_settings() -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    typed = dict(re.findall(r"\b(GEAR_[A-Z_]+)=(\S+)", "".join(blocks)))
+    assert {"GEAR_REMOTE", "GEAR_MANAGER_LISTEN"} <= set(typed)
+    Settings.from_environ(typed)
+
+
+@pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
+def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
+    unit = (CHECKOUT / "packaging" / "systemd" / f"gear-{name}.service").read_text()
+    started = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
+    words = procfile()[name].removeprefix("exec ").removeprefix("nice ").split()
+    assert started.split()[1:] == [word.replace("$GEAR_NODE", "${GEAR_NODE}") for word in words[1:]]
+
+
+def test_the_managers_unit_gives_it_time_to_finish() -> None:
+    unit = (CHECKOUT / "packaging" / "systemd" / "gear-manager.service").read_text()
+    (seconds,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("TimeoutStopSec=")]
+    assert int(seconds) > FINISHING_S
+    assert "ExecStart=/opt/gearworkers/.venv/bin/gear manager\n" in unit
+
+
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    units = tmp_path / "units"
+    units.mkdir()
+    for unit in (CHECKOUT / "packaging" / "systemd").glob("gear*"):
+        (units / unit.name).write_text(unit.read_text().replace("/opt/gearworkers", str(CHECKOUT)))
+    done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("root", ["relative", "/proc/none"])
+def test_make_up_says_in_a_line_what_cannot_be(root: str) -> None:
+    command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
+    done = subprocess.run(command, env={**os.environ, "GEAR_ROOT": root}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("make up: ") and root in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_redis_keeps_what_it_was_given() -> None:
+    lines = (CHECKOUT / "packaging" / "redis.conf").read_text().splitlines()
+    assert "appendonly yes" in lines
+    assert "maxmemory-policy noeviction" in lines

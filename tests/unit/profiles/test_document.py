@@ -1,0 +1,105 @@
+"""Profiles as documents: what is refused, how two become one, and who wins when two nodes write at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import zstandard
+
+from gearworkers.errors import AlreadyExists, IntegrityError
+from gearworkers.profiles import document
+from gearworkers.profiles.document import MOST_OBJECTS, MOST_RANGES, Opened, Profile
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.remote import Remote
+from gearworkers.settings import Settings
+
+A, B, C = (letter * 64 for letter in "abc")
+NAME = "profiles/" + "0" * 64
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    (tmp_path / "remote").mkdir()
+    return open_remote(Settings(gear_root=tmp_path, remote=str(tmp_path / "remote")))
+
+
+def packed(document: object) -> bytes:
+    return zstandard.compress(msgspec.json.encode(document))
+
+
+def test_a_profile_is_read_as_it_was_written() -> None:
+    one = Profile((Opened(A, 5), Opened(B, 1 << 30, ((4096, 100), (0, 1)))))
+    assert document.unpack(document.pack(one)) == one
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no zstd",
+        zstandard.compress(b"{}"),
+        zstandard.compress(b"\xff\xfe"),
+        packed({"format": 2, "objects": []}),
+        packed({"objects": [["../../etc/passwd", 1, []]]}),
+        packed({"objects": [[A + "\n", 1, []]]}),
+        packed({"objects": [[A[:-1] + "\n", 1, []]]}),
+        packed({"objects": [[A, -1, []]]}),
+        packed({"objects": [[A, 1, [[-1, 5]]]]}),
+        packed({"objects": [[A, 1 << 62, []]]}),
+        packed({"objects": [[A, 1, [[0, 1]] * (MOST_RANGES + 1)]]}),
+        packed({"objects": [[A, 1, []]] * (MOST_OBJECTS + 1)}),
+        zstandard.compress(b" " * (40 << 20)),
+        bytes(5 << 20),
+    ],
+)
+def test_what_is_no_profile_is_refused(data: bytes) -> None:
+    with pytest.raises(IntegrityError):
+        document.unpack(data)
+
+
+def test_merged_keeps_the_order_of_the_first_and_joins_ranges() -> None:
+    old = Profile((Opened(A, 5), Opened(B, 100_000, ((0, 10), (50, 10)))))
+    new = Profile((Opened(C, 7), Opened(B, 100_000, ((10, 5), (90, 1))), Opened(A, 5)))
+    assert document.merged(old, new) == Profile(
+        (Opened(A, 5), Opened(B, 100_000, ((0, 15), (50, 10), (90, 1))), Opened(C, 7))
+    )
+    assert document.merged(old, old) == old
+
+
+def test_ranges_that_touch_become_one() -> None:
+    assert document.joined([(10, 5), (0, 10), (100, 1), (12, 1)]) == [(0, 15), (100, 1)]
+
+
+def test_the_first_recording_stays_unless_it_is_added_to(remote: Remote) -> None:
+    assert document.keep(remote, NAME, Profile((Opened(A, 1),)), again=False)
+    assert not document.keep(remote, NAME, Profile((Opened(B, 2),)), again=False)
+    assert document.keep(remote, NAME, Profile((Opened(B, 2),)), again=True)
+    assert not document.keep(remote, NAME, Profile((Opened(B, 2),)), again=True)
+    data = remote.document(NAME)
+    assert data is not None
+    assert document.unpack(data) == Profile((Opened(A, 1), Opened(B, 2)))
+
+
+def test_a_damaged_profile_is_replaced(remote: Remote) -> None:
+    remote.put_document(NAME, b"damaged")
+    assert document.keep(remote, NAME, Profile((Opened(A, 1),)), again=False)
+    data = remote.document(NAME)
+    assert data is not None
+    assert document.unpack(data) == Profile((Opened(A, 1),))
+
+
+def test_two_that_record_at_once_both_count(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = remote.replace_document
+
+    def late(name: str, data: bytes, version: int) -> None:
+        monkeypatch.setattr(remote, "replace_document", replace)
+        replace(name, document.pack(Profile((Opened(B, 2),))), version)
+        raise AlreadyExists("somebody was quicker")
+
+    monkeypatch.setattr(remote, "replace_document", late)
+    assert document.keep(remote, NAME, Profile((Opened(A, 1),)), again=True)
+    data = remote.document(NAME)
+    assert data is not None
+    assert {opened.digest for opened in document.unpack(data).objects} == {A, B}

@@ -1,0 +1,186 @@
+"""A remote in a directory that is a mount: not mounted, hung, or answering as a broken NFS does."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gearworkers.cli.doctor import remote_check
+from gearworkers.errors import NotFound, Unavailable
+from gearworkers.lazyfs import fuse_connection as fuse
+from gearworkers.lazyfs import fuse_protocol
+from gearworkers.lazyfs.fuse_connection import Connection, Waiter
+from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, Op, Request
+from gearworkers.mounts import overlay
+from gearworkers.remote.directory import Directory
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.remote import Remote
+from gearworkers.settings import Settings
+
+CONTENT = b"content"
+DIGEST = hashlib.sha256(CONTENT).digest()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return replace(Settings(), gear_root=tmp_path / "gear", remote=str(tmp_path / "remote"), remote_timeout_s=30.0)
+
+
+# -- nothing is mounted
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Remote]:
+    """As another process would."""
+    remote = open_remote(settings)
+    yield remote
+    remote.close()
+
+
+def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
+    once = Remote(Directory(Path(settings.remote)))
+    for ask in (
+        lambda: once.put_many([(DIGEST, CONTENT)]),
+        lambda: once.has([DIGEST]),
+        lambda: list(once.fetch(DIGEST)),
+        lambda: once.put_document("name", b""),
+        lambda: once.document("name"),
+    ):
+        with pytest.raises(Unavailable, match="not there: mount"):
+            ask()
+    found = remote_check(settings)
+    assert not found.ok
+    assert "not there: mount" in found.found
+    with opened(settings) as remote:
+        assert not Path(settings.remote).exists()
+        Path(settings.remote).mkdir()
+        remote.put_many([(DIGEST, CONTENT)])
+        assert list(remote.fetch(DIGEST)) == [CONTENT]
+    assert remote_check(settings).ok
+
+
+def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Settings) -> None:
+    directory = Path(settings.remote)
+    directory.mkdir()
+    with opened(settings) as remote:
+        for name in ("objects", "documents", "staging"):
+            remote.put_many([(DIGEST, CONTENT)])
+            remote.put_document("a/name", b"1")
+            shutil.rmtree(directory / name)
+            remote.put_many([(hashlib.sha256(b"another").digest(), b"another")])
+            remote.put_document("a/name", b"2")
+            assert remote.document("a/name") == b"2"
+
+
+def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there(settings: Settings) -> None:
+    path, away = Path(settings.remote), Path(settings.remote + "-away")
+    path.mkdir()
+    with opened(settings) as before:
+        before.put_many([(DIGEST, CONTENT)])
+        path.rename(away)
+        path.mkdir()
+        with pytest.raises(Unavailable, match="held objects and is empty"):
+            list(before.fetch(DIGEST))
+        another = Remote(Directory(path, settings.gear_remotes_path))
+        with pytest.raises(Unavailable, match="held objects and is empty"):
+            another.put_many([(hashlib.sha256(b"new").digest(), b"new")])
+        assert list(path.iterdir()) == []
+        path.rmdir()
+        away.rename(path)
+        assert list(before.fetch(DIGEST)) == [CONTENT]
+        shutil.rmtree(path)
+        (path / "objects").mkdir(parents=True)  # as the error says
+        with pytest.raises(NotFound):
+            list(before.fetch(DIGEST))
+
+
+# -- something is
+
+
+class Broken:
+    """A mounted file system whose lookups fail a number of times; then it is empty."""
+
+    def __init__(self, error: int, times: int) -> None:
+        self.error = error
+        self.left = times
+        self.asked = 0
+
+    def __call__(self, request: Request, waiter: Waiter) -> None:
+        if request.op in (Op.FORGET, Op.BATCH_FORGET):
+            return
+        if request.op == Op.GETATTR and request.node == ROOT_NODE:
+            waiter.give(fuse_protocol.attributes_body(fuse_protocol.directory(ROOT_NODE)))
+        elif request.op == Op.LOOKUP:
+            self.asked += 1
+            self.left -= 1
+            waiter.fail(self.error if self.left >= 0 else errno.ENOENT)
+        else:
+            waiter.fail(errno.ENOSYS)
+
+
+@contextmanager
+def mounted(target: Path, handle: Callable[[Request, Waiter], None] | None) -> Iterator[None]:
+    """A FUSE file system that *handle* serves; that never answers at all, without one."""
+    target.mkdir(parents=True)
+    fd = fuse.mount(target)
+    thread = threading.Thread(target=Connection(fd, handle).serve) if handle is not None else None
+    if thread is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        overlay.unmount(target)
+        if thread is not None:
+            thread.join()
+        os.close(fd)  # whoever waits for an answer is let go
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int) -> None:
+    broken = Broken(error, times=2)
+    with mounted(Path(settings.remote), broken), opened(settings) as remote:
+        assert remote.has([DIGEST]) == []
+    assert broken.asked > 2
+
+
+@pytest.mark.slow
+def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
+    broken = Broken(errno.EIO, times=1 << 30)
+    with mounted(Path(settings.remote), broken), opened(settings) as remote, pytest.raises(Unavailable):
+        remote.has([DIGEST])
+    assert broken.asked > 2
+
+
+def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -> None:
+    settings = replace(settings, remote_timeout_s=0.5)
+    with mounted(Path(settings.remote), None), opened(settings) as remote:
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable, match=r"did not answer within 0\.5 s"):
+            list(remote.fetch(DIGEST))
+        assert time.monotonic() - began_s < 60
+
+
+def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings) -> None:
+    Path(settings.remote).mkdir()
+    with opened(settings) as remote:
+        remote.put_many([(DIGEST, CONTENT)])
+    settings = replace(settings, remote_timeout_s=2.0)
+    with mounted(settings.gear_nfs_path, None), opened(settings) as remote:
+        assert list(remote.fetch(DIGEST)) == [CONTENT]
+
+        def took_s() -> float:
+            began_s = time.monotonic()
+            assert [list(remote.fetch(DIGEST)) for _ in range(20)] == [[CONTENT]] * 20
+            return time.monotonic() - began_s
+
+        assert any(took_s() < settings.remote_timeout_s for _ in range(5)), "once, if the machine has other work"

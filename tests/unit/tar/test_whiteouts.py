@@ -1,0 +1,30 @@
+"""Names that remove."""
+
+from __future__ import annotations
+
+import pytest
+
+from gearworkers.errors import InvalidInput
+from gearworkers.tar import whiteouts
+
+
+@pytest.mark.parametrize("name", [b"a", b".hidden", b".wh", b"x.wh.y", b"\xff"])
+def test_ordinary_names_remove_nothing_and_their_whiteouts_remove_them(name: bytes) -> None:
+    assert whiteouts.removed_name(name) is None
+    assert whiteouts.removed_name(whiteouts.whiteout_name(name)) == name
+
+
+def test_the_opaque_mark_is_no_whiteout() -> None:
+    assert whiteouts.is_opaque(b".wh..wh..opq")
+    assert whiteouts.removed_name(b".wh..wh..opq") is None
+
+
+def test_what_aufs_kept_for_itself_removes_nothing() -> None:
+    assert whiteouts.removed_name(b".wh..wh.plnk") is None
+    assert not whiteouts.is_opaque(b".wh..wh.plnk")
+
+
+@pytest.mark.parametrize("base", [b".wh.", b".wh..", b".wh..."])
+def test_a_whiteout_of_the_directory_itself_or_the_one_above_is_refused(base: bytes) -> None:
+    with pytest.raises(InvalidInput):
+        whiteouts.removed_name(base)

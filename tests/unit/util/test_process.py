@@ -1,0 +1,71 @@
+"""What processes tell of themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import NotFound
+from gearworkers.util.process import tell_ready
+from tests.support.processes import PATIENCE_S
+
+
+@contextmanager
+def told_at(address: str | bytes) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.settimeout(PATIENCE_S)
+        line.bind(address)
+        yield line
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_systemd_is_told_where_it_waits(tmp_path: Path, is_abstract: bool) -> None:
+    path = str(tmp_path / "notify")
+    with told_at(b"\0" + path.encode() if is_abstract else path) as line:
+        tell_ready("@" + path if is_abstract else path)
+        assert line.recv(100) == b"READY=1"
+
+
+def test_nobody_is_told_where_nobody_waits() -> None:
+    tell_ready("")
+
+
+def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"tell systemd at .*/none"):
+        tell_ready(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("command", "answers_at"),
+    [
+        ((sys.executable, "-m", "plugin_gateway"), "plugin.sock"),
+        ((str(Path(sys.executable).with_name("gear")), "lazyfs"), "run/lazyfs.sock"),
+        ((str(Path(sys.executable).with_name("gear")), "manager"), ""),
+    ],
+    ids=["gateway", "lazyfs", "manager"],
+)
+def test_a_part_is_ready_when_it_answers(tmp_path: Path, command: tuple[str, ...], answers_at: str) -> None:
+    environ = os.environ | {
+        "GEAR_ROOT": str(tmp_path / "gear"),
+        "GEAR_RUN_DIR": str(tmp_path / "run"),
+        "GEAR_PLUGIN_SOCKET": str(tmp_path / "plugin.sock"),
+        "GEAR_MANAGER_LISTEN": "127.0.0.1:0",
+        "NOTIFY_SOCKET": str(tmp_path / "notify"),
+    }
+    with told_at(str(tmp_path / "notify")) as line, subprocess.Popen(command, env=environ) as process:
+        try:
+            assert line.recv(100) == b"READY=1"
+            if answers_at:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(str(tmp_path / answers_at))
+        finally:
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
