@@ -10,7 +10,7 @@
     └── ResourceExhausted    no space, no inodes, no quota, no memory
 
 Each foreign library is translated in one place: OSError in `from_os_error`, urllib3 in `http_errors`, obstore in
-`objects.remotes.bucket`.
+`remote.bucket`.
 """
 
 from __future__ import annotations

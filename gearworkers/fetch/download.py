@@ -72,7 +72,7 @@ class WholeObjects:
                     self._context.pool.submit(partial(self._run, job), urgency)
             job.waiters.append(done)
 
-    # -- what requests for many bring (`objects.prefetch`)
+    # -- what requests for many bring (`fetch.prefetch`)
 
     def claim(self, digest: bytes, size_bytes: int, *, must_come: bool) -> Job | None:
         """A job for who asks, if the object is neither here nor on its way; `stored` or `unclaim` follows.

@@ -4,7 +4,7 @@ Glossary: a *plan* is what `plan_conversion` finds out about an image; a *layer 
 which needs nothing but itself; a *record* is the small document in the remote that says what a layer became, so
 that nobody converts it again.
 
-A private layer (archive.privacy) is copied as it is: its contents stay in it, and none goes to the remote.
+A private layer (tar.private_marker) is copied as it is: its contents stay in it, and none goes to the remote.
 
 Order of writes: contents, then the layer's blob, then its record; when all layers are there, config, manifest,
 index, and the tag last. So a run that dies leaves nothing wrong, and its finished layers are found done.

@@ -79,7 +79,7 @@ def apply_tar(
         spool: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, which knows whether contents may be stored in place.
         numbers: Where the index takes its inode numbers from.
-        private: Whether the layer is private; it also is if the tar has the mark (archive.privacy).
+        private: Whether the layer is private; it also is if the tar has the mark (tar.private_marker).
 
     Raises:
         InvalidInput, IntegrityError: The tar is malformed, hostile or ends early; the message names the entry.

@@ -1,8 +1,8 @@
 """Pins: images whose objects stay here, and come back if they are gone.
 
-A pin is a directory in pins/: `pin.json`, and `objects` as a layer has it (objects.claims), the union over the image's
+A pin is a directory in pins/: `pin.json`, and `objects` as a layer has it (cas.refs), the union over the image's
 layers. The garbage collector takes it for one more list of what is referred to, so a pin outlives its image's layers;
-the lazy file server has fetched what a pin misses (services.lazyfs_pins).
+the lazy file server has fetched what a pin misses (lazyfs.pin_fetch).
 
 Order of writes: made in build/, synced, then named by one rename; it goes the other way.
 """

@@ -1,6 +1,6 @@
 """private/: what private layers keep to themselves, a directory a layer, laid out as the public cache.
 
-Which layers are private says archive.privacy; a layer that has contents of its own has their list, PRIVATE_FILE.
+Which layers are private says tar.private_marker; a layer that has contents of its own has their list, PRIVATE_FILE.
 """
 
 from __future__ import annotations

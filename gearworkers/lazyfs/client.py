@@ -1,4 +1,4 @@
-"""What others ask of the lazy file server, over its control socket (`services.lazyfs_control`)."""
+"""What others ask of the lazy file server, over its control socket (`lazyfs.control`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who records the starts of containers: a process for each recording (`services.recorder`), watched by a thread."""
+"""Who records the starts of containers: a process for each recording (`profiles.recorder`), watched by a thread."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ NEAR_REST_S = 30.0
 
 
 class Retried:
-    """Tries again what is retryable, within the bounds of `objects.retry`; a stream goes on where it broke off."""
+    """Tries again what is retryable, within the bounds of `util.retry`; a stream goes on where it broke off."""
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs

@@ -46,7 +46,7 @@ _LONGEST_DELAY_S = 300
 def retry_delay_s(retries: int, asked_s: float = 0.0) -> int:
     """Seconds before the next attempt: 2, 4, 8 … 300, or up to that what was asked for.
 
-    With RETRIES, and the few attempts that the remote itself makes in each (`objects.retry`), a push is tried for
+    With RETRIES, and the few attempts that the remote itself makes in each (`util.retry`), a push is tried for
     some 25 minutes; what is left then stays in the spool for the next one.
     """
     return int(min(max(2 << retries, asked_s), _LONGEST_DELAY_S))
