@@ -1,4 +1,4 @@
-"""Builds, and what they write: small steps, save, chown of a large tree."""
+"""Builds and their output: small steps, save, chown of a large tree."""
 
 from __future__ import annotations
 

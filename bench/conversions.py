@@ -1,4 +1,4 @@
-"""Conversion of a layer, against what unpacks it: `gunzip -c | tar -x`."""
+"""Conversion of a layer, against unpacking it: `gunzip -c | tar -x`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Taken:
 def convert() -> list[Figure]:
     """A Debian layer, and one that shares 96 % of its files with it, from a registry into a directory and a registry.
 
-    The converted layer is durable when it is done; what the peer unpacks is not, but in the figure that says so.
+    The converted layer is durable when it is done. The peer's files are not, except in the figure that says so.
     """
     ours, shared, peer, synced = _Taken(), _Taken(), _Taken(), _Taken()
     with fresh_disk() as disk:

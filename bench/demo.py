@@ -31,7 +31,7 @@ _STEPS = (
 
 @dataclass
 class Outcome:
-    """What one side's run of the job gave."""
+    """The results of one side."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     stored_bytes: int = 0
@@ -46,12 +46,12 @@ class Outcome:
 
 
 def job(side: Side) -> Outcome:
-    """Import, run, build, run what was built, import a second image that shares most files, run it."""
+    """Import, run, build, run the built image, import a second image that shares most files, run it."""
     outcome, docker = Outcome(), side.dockerd.docker
     outcome.step("import a Debian", lambda: docker("import", str(rootfs.debian()), "first"))
     outcome.step("run a container", lambda: side.dockerd.run("first", "git", "--version"))
     outcome.step("build 4 steps on it", lambda: docker("build", "-t", "built", "-", stdin=_STEPS))
-    said = outcome.step("run what was built", lambda: side.dockerd.run("built"))
+    said = outcome.step("run the built image", lambda: side.dockerd.run("built"))
     assert said == "done", said
     outcome.step("import a second Debian", lambda: docker("import", str(rootfs.debian_variant()), "second"))
     outcome.step("run the second", lambda: side.dockerd.run("second", "cat", "/etc/debian_version"))

@@ -1,4 +1,4 @@
-"""What every row of the bench is made of: two sides on one fresh disk, taken in turns, and figures that are ratios."""
+"""The frame of every benchmark: two sides on one fresh disk, measured in turns, and figures that are ratios."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Figure:
     """One measured figure.
 
     Args:
-        work: What was done, with the unit.
+        work: The measured work, with the unit.
         ours: gearworkers' median.
         peer: overlay2's median; None where the goal is absolute.
         goal: The highest ratio (the highest value, without a peer) that meets the goal; None if there is none.
@@ -88,7 +88,7 @@ class Side:
             self.stack.stop()
 
     def stored_bytes(self) -> int:
-        """What its images, containers and bookkeeping take on disk."""
+        """Bytes on disk of its images, containers and bookkeeping."""
         os.sync()
         ours = tree_bytes(self.stack.root) if self.stack is not None else 0
         return ours + tree_bytes(self.dockerd.data_root)

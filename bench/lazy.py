@@ -1,4 +1,4 @@
-"""Five applications started on an empty host: how long until they answer, and what that costs the network."""
+"""Five applications started on an empty host: the time until they answer, and the bytes they fetch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def received() -> list[Figure]:
 
 
 def second() -> list[Figure]:
-    """Bytes of versions 2 and 3 on a host where the version before has answered, and what it opened has arrived."""
+    """Bytes of versions 2 and 3 on a host where the previous version has answered and its opened files have arrived."""
     names = [f"{app.name}:{version}" for app in APPLICATIONS for version in VERSIONS]
     received: dict[str, dict[str, float]] = {version: {} for version in VERSIONS}
     with fresh_disk() as disk:
@@ -91,7 +91,7 @@ def second() -> list[Figure]:
                 with _running(_sides(disk / app.name, servers, _NO_RECORDING)[0]) as ours:
                     for version in VERSIONS:
                         received[version][app.name] = _megabytes(_start(ours, servers, app, version))
-                        wait_until(lambda: nothing_arrives(ours), "what was opened has arrived", 120.0)
+                        wait_until(lambda: nothing_arrives(ours), "the opened files have arrived", 120.0)
     found = []
     for version, what in (("2", "all updated but the program"), ("3", "the program updated")):
         figures = [

@@ -1,4 +1,4 @@
-"""What gearworkers takes: time of Get and Put, resident memory, disk."""
+"""The cost of gearworkers: time of Get and Put, resident memory, disk."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class _Workers:
     """The import worker's processes, as they were seen while they ran."""
 
     peak_bytes: int = 0
-    """Of the largest of them, what they share counted whole."""
+    """The largest process; shared pages counted in full."""
     together_bytes: int = 0
-    """Of all at one time, what they share counted once."""
+    """All processes at one time; shared pages counted once."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _watched(stack: Stack) -> Iterator[_Workers]:
 
 
 def _sizes(pid: int) -> tuple[int, int]:
-    """Bytes resident at most, and bytes resident with what is shared divided; nothing of a process that has ended."""
+    """Peak resident bytes, and resident bytes with shared pages divided; zero for a process that has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         smaps = Path(f"/proc/{pid}/smaps_rollup").read_text()

@@ -1,4 +1,4 @@
-"""Reads of files once they have been opened: what arrived in a running container of a Gear image, against overlay2."""
+"""Second reads of files: files that arrived in a running container of a Gear image, against overlay2."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _image() -> Image:
 
 
 def _provided(side: Side, disk: Path, image: Image) -> str:
-    """Have *image* on this side; on ours as a Gear image, none of whose contents are here."""
+    """Have *image* on this side; on ours as a Gear image without any of its contents."""
     archive = disk / "image.tar"
     if not archive.exists():
         archive.write_bytes(image.saved("reread:1"))

@@ -1,7 +1,7 @@
 """A registry and a manager on another host: behind a network of 100 Mbit/s and 20 ms, or beside us on loopback.
 
 The other host is a network namespace. A veth pair leads to it, with tc's token bucket on both ends; a forwarder before
-each server delays every byte by half of the round trip (this kernel has no netem). What the bytes cost is read from
+each server delays every byte by half of the round trip (this kernel has no netem). The number of bytes is read from
 the veth's own counters, headers included. TCP's slow start is not there, for either side.
 """
 
@@ -32,7 +32,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Held:
-    """What the servers hold, on disk, while none of them runs."""
+    """The servers' data on disk, while no server runs."""
 
     directory: Path
 
@@ -72,7 +72,7 @@ class Servers:
 
     @property
     def registry(self) -> str:
-        """What stands before the slash in an image's name."""
+        """The part of an image's name before the slash."""
         return f"{self.host}:{_REGISTRY_PORT}"
 
     @property
@@ -81,7 +81,7 @@ class Servers:
         return f"http://{self.host}:{_MANAGER_PORT}"
 
     def received_bytes(self) -> int:
-        """What has come from them since the device is there."""
+        """Bytes received from them since the device was made."""
         lines = Path("/proc/self/net/dev").read_text().splitlines()
         fields = next(line for line in lines if line.strip().startswith(f"{self.link}:"))
         return int(fields.partition(":")[2].split()[0])
@@ -109,7 +109,7 @@ def far(held: Held) -> Iterator[Servers]:
 
 
 def _namespace(running: ExitStack) -> tuple[str, ...]:
-    """Make the other host and the way to it; what stands before a command that runs there."""
+    """Make the other host and the link to it; return the prefix for commands that run there."""
     holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     running.callback(holder.wait)
     running.callback(holder.kill)

@@ -54,7 +54,7 @@ COMPILER_PACKAGES = ("gcc", "libc6-dev")
 
 
 def main() -> None:
-    """Install what is missing and build .venv."""
+    """Install missing packages and build .venv."""
     if sys.version_info < (3, 11):  # noqa: UP036  the machine's python3 may be older
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON=…")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,7 +91,7 @@ def is_installed(name: str) -> bool:
 
 
 def docker_packages() -> list[str]:
-    """What this machine lacks of dockerd, its client, BuildKit and Compose, as packages of Debian."""
+    """Debian packages for the missing parts of dockerd, its client, BuildKit and Compose."""
     lacks_daemon, lacks_client = which("dockerd") is None, which("docker") is None
     lacks_compose = which("docker-compose") is None and not has_plugin("compose")
     wanted = ["docker-compose"] if lacks_compose else []
@@ -130,7 +130,7 @@ def note_docker() -> None:
 
 
 def packages_to_build_with() -> list[str]:
-    """What this Python lacks to make a virtual environment and to compile into it."""
+    """Packages that this Python needs to make a virtual environment and to compile into it."""
     wanted = []
     if importlib.util.find_spec("ensurepip") is None:
         wanted.append("python3-venv")
@@ -149,7 +149,7 @@ def debian_release() -> int:
 
 
 def install_packages(names: list[str]) -> None:
-    """Install *names* unless that would remove another package; exits with what to do if it fails."""
+    """Install *names* unless that would remove another package; on failure exit with advice."""
     if not names:
         return
     if os.geteuid() != 0:
@@ -226,7 +226,7 @@ def no_service_starts() -> Iterator[None]:
 
 
 def wanted_stamp() -> str:
-    """What the virtual environment was made from."""
+    """The inputs of the virtual environment."""
     made_from = [Path(sys.executable).resolve().as_posix().encode(), CHECKOUT.as_posix().encode()]
     made_from += [(CHECKOUT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     return hashlib.sha256(b"\0".join(made_from)).hexdigest()

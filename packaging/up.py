@@ -28,11 +28,11 @@ from gearworkers.util.process import alone
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 GRACE_S = 60
-"""What is under way is finished in; then it is killed."""
+"""Seconds to finish work in progress; then the process is killed."""
 _FIRST_DELAY_S = 0.5
 _MOST_DELAY_S = 30.0
 _LONG_RUN_S = 60.0
-"""A part that has run for so long is started again without the delays of earlier ends."""
+"""Seconds after which a process that ends restarts without the delays of earlier restarts."""
 _READ_BYTES = 1 << 16
 _MOST_LINES = 10_000
 _STDOUT_FD = 1
@@ -62,7 +62,7 @@ class _Output:
         self._line += text
 
     def flush(self) -> None:
-        """Send what was written on its way."""
+        """Flush the written lines."""
         with suppress(queue.Full):
             self._lines.put_nowait(self._line)
         self._line = ""
@@ -71,7 +71,7 @@ class _Output:
         return os.isatty(_STDOUT_FD)
 
     def close(self) -> None:
-        """Give what is on its way a moment."""
+        """Give lines in flight a moment."""
         self.flush()  # nothing: the end
         self._thread.join(_FLUSH_S)
 
@@ -88,7 +88,7 @@ class _Output:
 
 
 async def run(commands: Mapping[str, str]) -> bool:
-    """Keep the shell commands running until a signal comes; whether one has, and not the end of who reads the output.
+    """Keep the shell commands running until a signal comes or the output's reader ends; return whether a signal came.
 
     Returns when all have ended: by SIGTERM to each command's own process, by SIGKILL to its session after GRACE_S.
     """
@@ -168,7 +168,7 @@ async def _run_once(name: str, command: str, say: Say, stop: asyncio.Event) -> i
 
 
 async def _relay(read_fd: int, say_line: Callable[[bytes], None]) -> None:
-    """Say what comes from the pipe line by line, until nobody can write any more."""
+    """Print the pipe's lines until its last writer closes it."""
     reader = asyncio.StreamReader()
     with os.fdopen(read_fd, "rb") as pipe:
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
@@ -184,7 +184,7 @@ async def _relay(read_fd: int, say_line: Callable[[bytes], None]) -> None:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """What makes the Procfile's processes agree with *settings*."""
+    """Environment that makes the Procfile's processes agree with *settings*."""
     venv_bin = str(Path(sys.executable).parent)
     return {
         "PATH": os.pathsep.join([venv_bin, os.environ.get("PATH", os.defpath)]),
@@ -218,7 +218,7 @@ def _run_alone(settings: Settings) -> bool:
 
 
 def main() -> None:
-    """Run until a signal ends it; what cannot be is one line on stderr, and exit status 1."""
+    """Run until a signal ends it; a refusal is one line on stderr and exit status 1."""
     try:
         is_signalled = _run_alone(Settings.from_environ())
     except (GearError, OSError) as exc:

@@ -25,7 +25,7 @@ _PIECE_BYTES = 1 << 16
 
 
 class Refused(Exception):
-    """What a call answers when it does not do what it was asked; its text is what Docker would show."""
+    """A call's error; its text is the message that Docker shows."""
 
 
 class Driver(Protocol):

@@ -59,13 +59,13 @@ def fifo(name: str | bytes) -> File:
 
 
 def whiteout(name: str) -> File:
-    """What removes *name*."""
+    """The whiteout of *name*."""
     parent, base = os.path.split(name)
     return file(os.path.join(parent, ".wh." + base))
 
 
 def opaque(name: str) -> File:
-    """What hides all below in the directory *name*."""
+    """The opaque marker of the directory *name*."""
     return file(os.path.join(name, ".wh..wh..opq"))
 
 

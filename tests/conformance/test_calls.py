@@ -1,4 +1,4 @@
-"""Calls that are wrong, come twice, or come at the wrong moment; and what the light ones answer."""
+"""Calls that are malformed, repeated or out of order; and the answers of the light calls."""
 
 from __future__ import annotations
 

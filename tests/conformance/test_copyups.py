@@ -1,4 +1,4 @@
-"""What a container does to files of its image, committed and read back."""
+"""Changes of a container to files of its image, committed and read back."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def _allocated_bytes(directory_path: Path) -> int:
 
 
 def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(driver: Driver) -> None:
-    """On what it has not changed the kernel refuses it: an overlay asks the file system below, and EROFS sets none."""
+    """The kernel refuses it on unchanged files: an overlay asks the file system below, and EROFS sets none."""
     acl = bytes.fromhex("0200000001000600ffffffff02000400d204000004000400ffffffff10000600ffffffff20000400ffffffff")
     name = "system.posix_acl_access"
     has_acl = with_xattrs(file("b"), system__posix_acl_access=acl)

@@ -1,4 +1,4 @@
-"""Hostile and broken tars: what Docker's overlay2 makes of them, or a refusal that names the entry; nothing else.
+"""Hostile and broken tars: the same result as Docker's overlay2, or a refusal that names the entry; nothing else.
 
 After each: nothing outside the layer was touched, a refused layer shows nothing, nothing is left behind, and the
 driver goes on.
@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a hard link at an object's place": (lambda: tar(file("f", b"x"), hardlink(b"\x01A", "f")), r"top-level"),
     "a whiteout of nothing": (lambda: tar(file("d/.wh.")), r"'d/\.wh\.'"),
     "a whiteout of the directory above": (lambda: tar(file("d/.wh...")), r"'d/\.wh\.\.\.'"),
-    "a whiteout of what the layer holds": (lambda: tar(file("a", b"a"), whiteout("a")), r"'\.wh\.a'.*same layer"),
+    "a whiteout of a path in the same layer": (lambda: tar(file("a", b"a"), whiteout("a")), r"'\.wh\.a'.*same layer"),
     "a name of 5000 characters": (lambda: tar(file("n" * 5000, b"x")), r"'nnn.*5000 bytes.*too long"),
     "a path of 5000 characters": (lambda: tar(file("d/" * 2500 + "f", b"x")), r"'d/d/.*too long"),
     "a symlink to 5000 characters": (lambda: tar(symlink("s", "t" * 5000)), r"'s'.*too long"),
@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a wrong checksum": (lambda: b"X" + tar(file("a", b"a"))[1:], r"byte 0.*checksum"),
     "no tar at all": (lambda: b"\x1f\x8b\x08\x00" + os.urandom(2000), r"compressed with gzip"),
-    "a size that is no number": (lambda: block(size=b"12x45678901\0") + END, r"'entry'.*octal"),
+    "a size that is not a number": (lambda: block(size=b"12x45678901\0") + END, r"'entry'.*octal"),
     "a negative size": (lambda: block(size=b"\xff" * 12) + END, r"'entry'.*negative"),
     "a size of 8 EiB": (lambda: block(size=b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7) + END, r"'entry'"),
     "a size of 1 TiB that lies": (lambda: block(size=b"\x80" + bytes(5) + b"\x01" + bytes(5)) + END, r"'entry'"),
@@ -226,13 +226,13 @@ def untouched(driver: Driver, tmp_path: Path) -> Iterator[None]:
 
 
 def facts(path: Path) -> tuple[int, int, int, int]:
-    """What a write to *path* would change."""
+    """The state that a write to *path* would change."""
     status = path.stat()
     return status.st_mtime_ns, status.st_nlink, status.st_mode, status.st_uid
 
 
 def check_whole(settings: Settings) -> None:
-    """Nothing in staging, every object what its name says, every published layer whole."""
+    """Staging is empty, every object matches its digest, and every published layer is whole."""
     build = settings.gear_build_path
     wait_until(lambda: not any(build.iterdir()), "staging is empty")
     store = ObjectStore(settings.gear_public_cache_path)
@@ -240,10 +240,10 @@ def check_whole(settings: Settings) -> None:
     assert not faults
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.usefixtures("untouched")
-def test_it_is_refused_by_the_entrys_name(driver: Driver, what: str) -> None:
-    made, reason = REFUSED[what]
+def test_the_error_names_the_entry(driver: Driver, case: str) -> None:
+    made, reason = REFUSED[case]
     base = applied(driver, file("lower", b"lower"))
     id = an_id()
     driver.create(id, base)
@@ -257,10 +257,10 @@ def test_it_is_refused_by_the_entrys_name(driver: Driver, what: str) -> None:
     assert set(shown(driver, after)) == {b"lower", b"after"}, "the driver goes on"
 
 
-@pytest.mark.parametrize("what", ACCEPTED)
+@pytest.mark.parametrize("case", ACCEPTED)
 @pytest.mark.usefixtures("untouched")
-def test_it_is_taken_as_overlay2_takes_it(driver: Driver, what: str) -> None:
-    made, names = ACCEPTED[what]
+def test_the_result_equals_overlay2s(driver: Driver, case: str) -> None:
+    made, names = ACCEPTED[case]
     id = an_id()
     data = made()
     driver.create(id)
@@ -306,7 +306,7 @@ def test_a_deep_tree(driver: Driver) -> None:
 def test_what_a_container_makes_deeper_than_a_stack_or_a_path_is_measured_committed_and_removed(
     driver: Driver, depth: int, name: str, reached: int
 ) -> None:
-    """Commit leaves out what no path reaches, as overlay2's does."""
+    """Commit omits files that no path reaches, as with overlay2."""
     base, id = applied(driver, file("a", b"a")), an_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:

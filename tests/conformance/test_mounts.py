@@ -87,7 +87,7 @@ def test_remove_takes_a_mounted_layer_away(driver: Driver, id: str) -> None:
         driver.remove(id)
         assert not merged.exists()
         assert not driver.exists(id)
-        assert held.read() == b"lower", "what is open stays open, as with overlay2"
+        assert held.read() == b"lower", "open files stay open, as with overlay2"
 
 
 def test_cleanup_unmounts_everything(driver: Driver, id: str) -> None:

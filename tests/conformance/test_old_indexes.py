@@ -67,7 +67,7 @@ def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
 
 @contextmanager
 def old_program() -> Iterator[None]:
-    """What runs inside writes old indexes, and leaves them as they are."""
+    """Inside this context, code writes old indexes and leaves them unchanged."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InodeNumbers, "write", write_old)
         patch.setattr("gearworkers.layers.store.renumber", lambda *_: None)

@@ -36,7 +36,7 @@ LARGE = b"a large secret " * 400_000
 
 
 def private_files(settings: Settings, id: str) -> set[str]:
-    """What the layer keeps to itself."""
+    """The layer's private objects."""
     return {str(path) for path in (settings.gear_private_cache_path / id).glob("*/*")}
 
 

@@ -1,4 +1,4 @@
-"""What a tar holds is what the mounted layer shows, and its Diff is the very tar."""
+"""A mounted layer shows the contents of its tar, and its Diff is byte for byte that tar."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_capability_outlives_a_hard_link_in_the_tar(driver: Driver) -> None:
 
 def test_an_image_layer_gives_back_its_very_tar(driver: Driver) -> None:
     data = tar(directory("d"), file("d/a", b"a" * 1000), hardlink("d/b", "d/a"), file("d/a.dot", b"a" * 1000))
-    data += bytes(7 * 512) + b"what trails the end mark"
+    data += bytes(7 * 512) + b"bytes after the end mark"
     id = an_id()
     driver.create(id)
     driver.apply_diff(id, "", data)
@@ -147,7 +147,7 @@ def test_contents_of_many_layers_are_stored_once(driver: Driver) -> None:
     first = applied(driver, file("a", content))
     second = applied(driver, file("elsewhere/b", content), parent=first)
     assert len(object_names(driver.settings) - before) == 1
-    assert driver.diff_size(second, first) == 5000, "the layer's size is what it holds, stored or not"
+    assert driver.diff_size(second, first) == 5000, "a layer's size counts all its files, already stored or not"
 
 
 def test_missing_parents_are_made(driver: Driver) -> None:

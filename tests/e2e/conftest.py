@@ -19,11 +19,11 @@ DISK_BYTES = 24 << 30
 
 
 ONLY_GEAR = {"stack", "session_host", "peers", "original"}
-"""Fixtures of what Docker's own drivers do not promise."""
+"""Fixtures of guarantees that Docker's own drivers do not give."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Everything here runs a dockerd, and is marked so; on Docker's own driver what only gear promises is left out."""
+    """Mark every test here as dockerd; on Docker's own driver skip the tests of gearworkers' own guarantees."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.dockerd)
@@ -83,7 +83,7 @@ def dockerd(session_dockerd: Dockerd, session_stack: Stack | None) -> Iterator[D
 
 @pytest.fixture
 def stack(dockerd: Dockerd, session_stack: Stack | None) -> Stack:
-    """The stack, for what only gearworkers promises."""
+    """The stack, for gearworkers' own guarantees."""
     assert session_stack is not None
     return session_stack
 

@@ -1,4 +1,4 @@
-"""Five real images, converted and started on an empty host: each answers, and is what the original on overlay2 is."""
+"""Five real images, converted and started on an empty host: each answers and equals the original on overlay2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.stack import Stack
 
 VERSION = "1"
 CONTENTS_OF_EVERY = {"postgres": 4, "python": 4, "node": 4}
-"""Of these images, whose files are many, the contents of every n-th are compared; of the others all."""
+"""In these images, which have many files, every n-th file's contents are compared; in the others all."""
 _MADE_BY_DOCKER = {".dockerenv", "etc/hostname", "etc/hosts", "etc/resolv.conf", "etc/mtab"}
 _MOUNTED = {"dev", "proc", "sys"}
 
@@ -58,7 +58,7 @@ class Node:
 
 @dataclass
 class Peers:
-    """An empty host of ours, Docker's own beside it, and what is between images."""
+    """An empty host of ours, Docker's own beside it, and the state shared between images."""
 
     ours: Node
     overlay2: Dockerd
@@ -70,7 +70,7 @@ class Peers:
 
 @contextmanager
 def node(directory: Path, name: str, remote: str, environ: dict[str, str] | None = None) -> Iterator[Node]:
-    """A running host whose GEAR_REMOTE is *remote*."""
+    """A running host with *remote* as GEAR_REMOTE."""
     stack = Stack(directory / "stack", name, {"GEAR_REMOTE": remote, **(environ or {})})
     dockerd = Dockerd(name, directory / "docker", name)
     try:
@@ -119,7 +119,7 @@ def test_an_application_answers_from_an_empty_host_and_is_what_it_was(
     assert answer == started(peers.overlay2, original, app)
     with root_of(peers.ours.dockerd, converted) as ours, root_of(peers.overlay2, original) as theirs:
         files = compare(ours, theirs, CONTENTS_OF_EVERY.get(app.name, 1), peers.compared)
-    assert 0 < arrived < files / 2, "the start brought what nobody opened"
+    assert 0 < arrived < files / 2, "the start fetched unopened files"
 
 
 @pytest.mark.parametrize("image", [NGINX], ids=lambda app: app.name, indirect=True)
@@ -151,7 +151,7 @@ def test_an_application_answers_from_s3(peers: Peers, registry: Registry, disk: 
 
 
 def started(dockerd: Dockerd, name: str, app: Application) -> bytes:
-    """What the application answers in a new container of the image, which is pulled."""
+    """Pull the image and return the application's answer from a new container."""
     container = dockerd.docker("run", "-d", "--network=host", name)
     try:
         return app.wait()

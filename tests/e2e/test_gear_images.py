@@ -57,7 +57,7 @@ class Host:
 
 @pytest.fixture(scope="module")
 def original(session_dockerd: Dockerd, session_stack: Stack | None, registry: Registry) -> Dockerd:
-    """The session's dockerd, whose image `debian` is in the registry, too."""
+    """The session's dockerd; its image `debian` is also in the registry."""
     assert session_stack is not None
     session_stack.start()
     session_dockerd.docker("tag", "debian", f"{registry.host}/debian:v1")

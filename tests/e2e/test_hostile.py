@@ -1,4 +1,4 @@
-"""Hostile tars through a real dockerd: what overlay2 makes of them, or a refusal that names the entry."""
+"""Hostile tars through a real dockerd: the same result as overlay2, or a refusal that names the entry."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LOWER = tar(
     file("etc/passwd", b"lower"),
     symlink("s", "d"),
 )
-"""What the hostile layer lies on, so that it meets files, a directory and a symlink of its names."""
-HOSTILE = {what: made for what, (made, _) in (REFUSED | ACCEPTED).items()} | {
+"""The layer below the hostile one, with files, a directory and a symlink of the same names."""
+HOSTILE = {case: made for case, (made, _) in (REFUSED | ACCEPTED).items()} | {
     "a parent that is a symlink of the layer below": lambda: tar(file("s/a", b"through")),
     "a parent that is a file of the layer below": lambda: tar(file("etc/passwd/a", b"through")),
 }
@@ -47,7 +47,7 @@ def peer(disk: Path) -> Iterator[Dockerd]:
 
 
 def archive(*layers: bytes) -> bytes:
-    """What `docker load` takes: an image of these layers, digests and all."""
+    """An archive for `docker load`: an image of these layers, with digests."""
     digests = [hashlib.sha256(layer).hexdigest() for layer in layers]
     rootfs = {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]}
     config = json.dumps({"os": "linux", "architecture": "amd64", "config": {"Cmd": ["x"]}, "rootfs": rootfs})
@@ -65,7 +65,7 @@ def archive(*layers: bytes) -> bytes:
 
 
 def outcome(dockerd: Dockerd, image: bytes) -> tuple[str, Tree]:
-    """Why the image was refused, empty if it was not; and what a container of it shows."""
+    """The error of the load, empty on success; and the files that a container of it shows."""
     loaded = dockerd.call("load", stdin=image)
     if loaded.returncode:
         assert dockerd.call("image", "inspect", "hostile:1").returncode, "a refused image is not there"
@@ -79,7 +79,7 @@ def outcome(dockerd: Dockerd, image: bytes) -> tuple[str, Tree]:
 
 
 def tree(exported: bytes) -> Tree:
-    """What an export says of each file; without what dockerd puts into a container, and directories' times,
+    """Each file's metadata in an export, without dockerd's own files in a container and directories' times,
     since Docker dates a parent that it makes with the present.
     """
     found: Tree = {}
@@ -102,9 +102,9 @@ def tree(exported: bytes) -> Tree:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", HOSTILE)
-def test_it_is_what_overlay2_makes_of_it_or_refused(dockerd: Dockerd, stack: Stack, peer: Dockerd, what: str) -> None:
-    image = archive(LOWER, HOSTILE[what]())
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_result_equals_overlay2s_or_is_an_error(dockerd: Dockerd, stack: Stack, peer: Dockerd, case: str) -> None:
+    image = archive(LOWER, HOSTILE[case]())
     error, ours = outcome(dockerd, image)
     if error:
         assert "GraphDriver.ApplyDiff" in error and "internal" not in error and "Traceback" not in error

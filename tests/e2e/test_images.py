@@ -27,7 +27,7 @@ Member = tuple[bytes, int, int, int, int, str, str, str]
 
 
 def members(path: Path) -> dict[str, Member]:
-    """What a tar says of each file: type, mode, owner, time, link, contents; directories' times left out."""
+    """Each file's metadata in a tar: type, mode, owner, time, link, contents; directories' times left out."""
     with tarfile.open(path) as tar:
         return {info.name.removeprefix("./").rstrip("/"): _member(tar, info) for info in tar}
 
@@ -73,7 +73,7 @@ def test_saved_and_loaded_an_image_is_the_same(dockerd: Dockerd, tmp_path: Path)
 
 
 def saved_layers(path: Path) -> list[str]:
-    """The SHA-256 of each layer's tar in what `docker save` wrote; checked against the image's config."""
+    """The SHA-256 of each layer's tar in an archive of `docker save`; checked against the image's config."""
     with tarfile.open(path) as tar:
 
         def read(name: str) -> bytes:
@@ -113,7 +113,7 @@ def test_an_image_pulled_from_nothing_is_whole(dockerd: Dockerd, registry: Regis
 
 
 EMPTY_LAYERS = {"no bytes": b"", "one zero block": bytes(512), "twenty zero blocks": bytes(10240)}
-"""Tars of nothing: what Docker's own drivers take for an empty layer."""
+"""Empty tars, which Docker's own drivers accept as empty layers."""
 
 
 @pytest.mark.parametrize("compression", ["", "gzip"])

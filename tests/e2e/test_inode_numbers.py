@@ -1,4 +1,4 @@
-"""Copies of trees whose layers have hard links keep the links and what each file holds.
+"""Copies of trees with hard links in their layers keep the links and each file's contents.
 
 Docker's archive code, containerd's copying and BuildKit tell hard links by the inode number alone, so a number that
 files of two layers share gives one of them the contents of the other.
@@ -51,7 +51,7 @@ def written(dockerd: Dockerd, images: None) -> str:
 
 
 def in_tar(tar_bytes: bytes) -> Contents:
-    """What the files below d/ hold; of several names of one file all but the first are links in the tar."""
+    """The contents of the files below d/; in the tar, all names of a file but the first are links."""
     with tarfile.open(fileobj=io.BytesIO(tar_bytes)) as tar:
         members = [member for member in tar if member.name.startswith("d/") and not member.isdir()]
         return {member.name.removeprefix("d/"): _read(tar, member).decode().strip() for member in members}
@@ -78,7 +78,7 @@ def copied_out(dockerd: Dockerd, container: str) -> bytes:
 
 
 def shown(dockerd: Dockerd, image: str, directory: str, *options: str) -> tuple[Contents, list[str]]:
-    """What the files of an image's directory hold, and which have two names."""
+    """The contents of the files of an image's directory, and which files have two names."""
     lines = dockerd.run(image, "sh", "-c", SHOW % directory, options=("--rm", *options)).splitlines()
     found = [line.removeprefix("./").split(" ", 2) for line in lines]
     return {name: content for name, _, content in found}, sorted(name for name, links, _ in found if links == "2")

@@ -1,4 +1,4 @@
-"""Gear images on a host that has none of their files: what is seen, fetched, built, saved and removed."""
+"""Gear images on a host without their files: listing, fetching, building, saving and removing."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_every_file_is_what_the_image_holds_and_a_layer_that_has_all_leaves_the_
 
 
 def _debian_files() -> dict[str, str]:
-    """SHA-256 by path, without what docker replaces in a container."""
+    """SHA-256 by path, without the files that docker replaces in a container."""
     expected = {}
     with tarfile.open(rootfs.debian()) as tar:
         for info in tar:

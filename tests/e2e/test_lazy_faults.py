@@ -1,4 +1,4 @@
-"""What becomes of containers of a Gear image when the remote, the network or a process of the host fails."""
+"""Containers of a Gear image while the remote, the network or a process of the host fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.lazyhost import FILES, LARGE, LazyHost
 from tests.support.processes import wait_until
 
 _BOUND_S = 60.0
-"""Within so long a read fails: five attempts, four waits of up to 5 s, each answer within 5 s."""
+"""Seconds within which a read fails: five attempts, four waits of up to 5 s, each answer within 5 s."""
 
 
 def digest_of(name: str) -> bytes:
@@ -31,7 +31,7 @@ def read(host: LazyHost, container: str, name: str) -> subprocess.CompletedProce
 
 
 def assert_right(host: LazyHost, container: str, *names: str) -> None:
-    """The files are what they should be."""
+    """The files have their expected contents."""
     for name in names:
         done = read(host, container, name)
         assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def assert_io_error(host: LazyHost, container: str, name: str) -> None:
 
 @pytest.fixture
 def container(host: LazyHost) -> str:
-    """A running container whose `cat` and `sh` are here."""
+    """A running container with `cat` and `sh` already fetched."""
     container = host.start()
     host.dockerd.docker("exec", container, "sh", "-c", "cat /app/small0; ls /; sha256sum /app/small0")
     return container
@@ -78,7 +78,7 @@ def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_i
 
 @pytest.fixture
 def spoilt(host: LazyHost) -> Iterator[dict[Path, bytes]]:
-    """Blobs of the remote that are wrong as long as the test lasts, with what they should be."""
+    """Damaged blobs of the remote during the test, with their right contents."""
     remote = open_remote(Settings(gear_root=host.stack.root, remote=str(host.store)))
     layout = remote.layout(digest_of("app/large1"))
     assert layout is not None

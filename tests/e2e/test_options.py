@@ -1,4 +1,4 @@
-"""dockerd's options that reach the driver: --storage-opt, --userns-remap; and what `docker info` shows."""
+"""dockerd's options that reach the driver: --storage-opt, --userns-remap; and the output of `docker info`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMAPPED = 231_000
 
 @pytest.fixture(scope="module")
 def own(disk: Path) -> Iterator[Stack]:
-    """A stack of its own, since an option is for all who use the plugin; its workers serve Redis's database 1."""
+    """A stack of its own, since an option applies to all users of the plugin; its workers serve Redis's database 1."""
     own = Stack(disk / "own", "gear3")
     own.start("redis", "gateway")
     own.settings["GEAR_BROKER_URL"] = other_broker(own)
@@ -41,7 +41,7 @@ def other_broker(stack: Stack) -> str:
 
 
 def info(dockerd: Dockerd) -> dict[str, str]:
-    """What `docker info` shows of the driver."""
+    """The driver's status in `docker info`."""
     return dict(json.loads(dockerd.docker("info", "-f", "{{json .DriverStatus}}")))
 
 

@@ -66,7 +66,7 @@ def test_what_is_built_on_the_mark_is_private(dockerd: Dockerd, traces: Traces, 
     (tmp_path / "it").write_text(copied)
     dockerd.docker("build", "--network", "none", "-t", "private", str(tmp_path), buildkit=buildkit)
     dockerd.docker("build", "-t", "other", "-", stdin=f"FROM tiny\nRUN echo {public} > /it\n".encode())
-    wait_until(lambda: traces.is_pushed(f"{public}\n"), "what is not private is pushed", 60)
+    wait_until(lambda: traces.is_pushed(f"{public}\n"), "the public files are pushed", 60)
     assert dockerd.run("private", "cat", "/secret", "/more", "/it") == f"{secret}\n{more}\n{copied}"
     for content in (f"{secret}\n", f"{more}\n", copied):
         assert not traces.is_public(content) and not traces.is_pushed(content)

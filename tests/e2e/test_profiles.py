@@ -43,10 +43,10 @@ def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_
     assert host.stack.lazy_status().profiles_found == 0
     wait_until(lambda: bool(_profiles(host)), "the start was recorded", 60.0)
     (found,) = _profiles(host)
-    wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of what was read is here", 60.0)
+    wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of each read file is here", 60.0)
 
     host.empty()
-    host.stack.set(GEAR_FILL_DELAY_S="600")  # nothing but what was recorded comes
+    host.stack.set(GEAR_FILL_DELAY_S="600")  # only recorded files are fetched
     host.restart_lazyfs()
     host.pull()
     store = ObjectStore(host.stack.root / "public")

@@ -66,7 +66,7 @@ def abandon(dockerd: Dockerd, half: HalfImport) -> None:
 
 
 def is_by_worker(dockerd: Dockerd) -> bool:
-    """Whether what is at work is a worker's."""
+    """Whether a worker is doing the call."""
     return "0 by gateway" in dockerd.docker("info")
 
 

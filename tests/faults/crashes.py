@@ -45,7 +45,7 @@ Say = Callable[[bytes], None]
 
 
 class Outcome:
-    """What a child came to."""
+    """The outcome of a child."""
 
     def __init__(self, said: bytes, status: int) -> None:
         self.said = said.split()
@@ -77,7 +77,7 @@ def run_child(work: Callable[[Say], None]) -> Outcome:
 
 
 def start_child(work: Callable[[Say], None]) -> tuple[int, int]:
-    """Fork; the child's pid and a descriptor with what it says."""
+    """Fork; return the child's pid and a descriptor with its output."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -95,7 +95,7 @@ def start_child(work: Callable[[Say], None]) -> tuple[int, int]:
 
 
 def finish_child(pid: int, reader: int) -> Outcome:
-    """Wait for it; what it said and how it ended."""
+    """Wait for it; return its output and exit status."""
     said = b""
     while data := os.read(reader, 65536):
         said += data

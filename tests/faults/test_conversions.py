@@ -147,7 +147,7 @@ def test_a_forged_task_learns_no_token_and_reads_no_path(stack: Stack, peer: Reg
 
 @contextmanager
 def sending(stack: Stack) -> Iterator[Celery]:
-    """What sends tasks to the stack's Redis."""
+    """A Celery app that sends tasks to the stack's Redis."""
     app = make_app(Settings(run_dir=stack.run_dir), with_results=True)
     yield app
     app.close()
@@ -172,7 +172,7 @@ def test_results_are_kept_for_a_day_and_no_longer(stack: Stack) -> None:
     client = redis.Redis(unix_socket_path=str(stack.redis_socket))
     left_s = [client.ttl(key) for key in client.keys("celery-task-meta-*")]
     assert left_s and all(0 < ttl_s <= A_DAY_S for ttl_s in left_s)
-    wait_until(lambda: client.llen(CONVERT_QUEUE) == 0, "a worker has taken what a failure left")
+    wait_until(lambda: client.llen(CONVERT_QUEUE) == 0, "a worker has taken the tasks that a failure left")
     client.close()
 
 
@@ -199,7 +199,7 @@ def test_a_run_whose_worker_and_caller_were_killed_finishes_when_started_again(s
     code, out, err = convert(stack, f"{peer.host}/twice:v1", f"{peer.host}/gear:twice")
     assert code == 0, err
     found = int(next(line for line in out.splitlines() if line.startswith("Layers ")).split()[2])
-    assert done <= found <= 4  # what waited in the queue was done too, by the new worker
+    assert done <= found <= 4  # the new worker also did the queued tasks
     assert len(pull(at(peer, "gear"), "twice").tars) == 4
 
 

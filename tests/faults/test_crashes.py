@@ -1,4 +1,4 @@
-"""SIGKILL at every step of an import, a removal and a collection: what is left is never a lie, and is mended."""
+"""SIGKILL at every step of an import, a removal and a garbage collection: leftovers are never wrong and are mended."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base(settings: Settings) -> str:
 
 @pytest.fixture
 def whole(settings: Settings, base: str) -> dict[bytes, Node]:
-    """What the layer shows when it is whole."""
+    """The tree of the whole layer."""
     driver = InProcess(settings)
     id = applied(driver, *FILES, parent=base)
     nodes = shown(driver, id)

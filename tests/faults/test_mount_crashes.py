@@ -130,7 +130,7 @@ def test_a_new_dockerd_takes_over_no_user_from_a_get_that_was_killed(settings: S
         driver.init()
         merged = driver.get(id)
         driver.put(id)
-        assert mounts_at(merged) == answered, "what had answered is a container's"
+        assert mounts_at(merged) == answered, "an answered mount belongs to a container"
     driver.put(id)
 
 
@@ -164,7 +164,7 @@ def check_one_mount(driver: InProcess, id: str, merged: Path) -> None:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[LazyNode]:
-    """One whose containers' starts are recorded."""
+    """A driver that records containers' starts."""
     with lazy_node(tmp_path) as node:
         node.settings = replace(node.settings, remote=str(tmp_path / "remote"))
         node.pull({"base": b"of the base"}, "base")

@@ -52,7 +52,7 @@ def refused_and_whole(driver: InProcess, data: bytes) -> None:
     assert not [fault for fault in faults if "did not finish" not in fault]
     driver.remove("full")
     GearDriver(driver.settings).collect_garbage()
-    assert len(object_names(driver.settings)) == 1, "what the failed import had stored is garbage"
+    assert len(object_names(driver.settings)) == 1, "the failed import's objects are garbage"
     after = applied(driver, file("after", os.urandom(MIB)), parent=base)
     assert set(shown(driver, after)) == {b"base", b"after"}, "it works again"
 
@@ -114,7 +114,7 @@ def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, di
             for id in (f"another{number}" for number in range(20)):  # the file system may have kept some blocks
                 driver.create(id, base)
         assert not driver.exists(id)
-        assert (merged / "base").read_bytes() == b"base", "what is there can be read"
+        assert (merged / "base").read_bytes() == b"base", "existing files can be read"
         with pytest.raises(OSError, match="No space"):
             (merged / "new").write_bytes(os.urandom(MIB))
     with mounted(driver, "container") as merged:

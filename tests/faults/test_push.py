@@ -1,4 +1,4 @@
-"""What waits for push outlives crashes, the collector and a remote that goes away; and nothing new is forgotten."""
+"""Pending pushes survive crashes, the garbage collector and an unreachable remote; no new object is forgotten."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings_in(root: Path) -> Settings:
 
 
 def pushed(settings: Settings) -> set[str]:
-    """What of CONTENTS the remote has whole; read as files, since children are forked from here."""
+    """The CONTENTS that the remote has whole; read as files, since children are forked from here."""
     return {name for name in WANTED if blob_path(settings, name).exists() and content(settings, name) in CONTENTS}
 
 

@@ -45,7 +45,7 @@ def hasty_threads() -> Iterator[None]:
 
 @pytest.fixture
 def driver(settings: Settings) -> Iterator[GearDriver]:
-    """Of two roots with the same ids: in each an image whose one file names the root, and containers on it."""
+    """Two roots with the same ids: each has an image with one file that names the root, and containers on it."""
     driver = GearDriver(settings, sole=True)
     driver.prepare()
     for root in ROOTS:

@@ -1,4 +1,4 @@
-"""Any sequence of file operations in a container: its tar, applied to the parent, is what the container saw."""
+"""Any sequence of file operations in a container: its tar, applied to the parent, gives the container's tree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED = (
     errno.EPERM,
     errno.ELOOP,
 )
-"""What the kernel says to an operation that does not fit what is there; the sequence goes on."""
+"""Errors of the kernel for an operation that does not fit the tree; the sequence goes on."""
 
 Operation = Callable[[Path], None]
 

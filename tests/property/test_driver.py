@@ -39,7 +39,7 @@ KIND = st.sampled_from([REG, REG, REG, DIR, DIR, SYMLINK, HARDLINK, FIFO, CHAR, 
 
 @st.composite
 def trees(draw: st.DrawFn) -> list[File]:
-    """Entries whose parents come before them, each name once."""
+    """Entries with parents before children, each name once."""
     directories, files = [b""], list[File]()
     taken = set[bytes]()
     plain = list[Entry]()

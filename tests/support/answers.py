@@ -1,4 +1,4 @@
-"""A server of HTTP that says what a test has it say."""
+"""An HTTP server with answers from a test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What it is told."""
+    """The requests it received."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Server:
 
 @contextmanager
 def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
-    """A server that tells each request what *answer* says."""
+    """A server that answers each request with *answer*."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

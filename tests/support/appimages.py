@@ -1,6 +1,6 @@
 """The images of `applications`, made of Debian's packages and kept in an OCI layout outside the checkout.
 
-`python -m tests.support.appimages [VERSION…]` makes what is missing; it needs the network, so it runs before a sandbox
+`python -m tests.support.appimages [VERSION…]` makes the missing ones; it needs the network, so it runs before a sandbox
 begins. Three versions of each, as they would follow each other in a registry:
 
     1  Debian's release
@@ -43,7 +43,7 @@ from tests.support.rootfs import cache_dir, mirror, suite
 
 VERSIONS = ("1", "2", "3")
 _RECIPE = "2"
-"""Part of the cache's name; raise it when what is made differs."""
+"""Part of the cache's name; raise it when the images change."""
 _INSIDE = "--inside"
 _WORK = "images-making-"
 _GZIP_LEVEL = 6
@@ -65,7 +65,7 @@ def layout() -> Path:
 
 
 def made() -> dict[str, m.Document]:
-    """The descriptors of what is there, by name."""
+    """The descriptors of the existing images, by name."""
     path = layout() / "index.json"
     if not path.exists():
         return {}
@@ -109,7 +109,7 @@ def _descriptor(name: str) -> m.Document:
 
 
 def make(versions: Iterable[str]) -> None:
-    """Make what is missing of these versions; whoever is making them already is waited for.
+    """Make the missing images of these versions; wait for another process that makes them already.
 
     Crash: leaves blobs that no name refers to, and a working directory, which the next call removes.
     """
@@ -178,7 +178,7 @@ class _Workshop:
     pool: ThreadPoolExecutor
     debootstrapped: Path | None = None
     built: dict[object, _Tree] = field(default_factory=dict)
-    """By what made them, so that versions and applications share what is the same."""
+    """By their inputs, so that versions and applications share equal layers."""
     serial: int = 0
 
     def make_version(self, version: str) -> None:
@@ -250,11 +250,11 @@ class _Workshop:
 
     @contextmanager
     def _mounted(self, lowers: tuple[Path, ...], upper: Path, *, with_updates: bool, held: str = "") -> Iterator[Path]:
-        """The root to install into: with what only an installation needs, which stays out of the layer.
+        """The root to install into, with the files that only an installation needs; they stay out of the layer.
 
         Args:
-            lowers: What is below, the topmost first.
-            upper: Gets what the installation changes.
+            lowers: The layers below, topmost first.
+            upper: Receives the changes of the installation.
             with_updates: Whether Debian's updates are to be had, but for the packages of *held*.
             held: Patterns of packages' names, with spaces between.
         """

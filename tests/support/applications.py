@@ -1,7 +1,7 @@
-"""Five applications as people ship them: what is in their images, and when they answer.
+"""Five applications as people ship them: the contents of their images, and when they answer.
 
-Each image has what Docker Hub's default tag of that program has, from Debian's packages: a base, for two of them the
-build tools that the `python` and `node` images stand on, the program, then the application's own files (`apps/`).
+Each image has the contents of Docker Hub's default tag of that program, from Debian's packages: a base, for
+two of them the build tools of the `python` and `node` images, the program, then the application's own files (`apps/`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 FILES = Path(__file__).parent / "apps"
 HOST = "127.0.0.1"
-"""Containers share the sandbox's network, so that what they answer is asked for from outside."""
+"""Containers share the sandbox's network, so that requests come from outside."""
 _PATIENCE_S = 120.0
 _POLL_S = 0.005
 
 
 @dataclass(frozen=True)
 class Step:
-    """What makes one layer.
+    """The recipe of one layer.
 
     Args:
         packages: Debian's names, with spaces between.
@@ -51,10 +51,10 @@ class Application:
     """The image config's `config`."""
     port: int
     ask: Callable[[int], bytes]
-    """Given the port, what it answers; OSError or HTTPException while it does not."""
+    """Given the port, return its answer; OSError or HTTPException while it does not answer."""
 
     def answer(self) -> bytes:
-        """What it answers now.
+        """Return its answer now.
 
         Raises:
             OSError, http.client.HTTPException: It does not answer yet.

@@ -1,7 +1,7 @@
-"""A slow network on a fast machine: a TCP forwarder that delays what passes, and holds it to a rate if asked.
+"""A slow network on a fast machine: a TCP forwarder that delays bytes and can limit their rate.
 
 `python -m tests.support.delay --to HOST:PORT --delay-ms 10` prints the address it listens on and forwards until it is
-ended. *delay* is one way: a round trip takes two of them. What is on its way is kept, so that a delay alone costs no
+ended. *delay* is one way: a round trip takes two of them. Bytes in flight are kept, so that a delay alone costs no
 throughput; a new connection pays the round trip of TCP's handshake before its first byte. `delayed` runs it for you.
 """
 
@@ -22,14 +22,14 @@ from pathlib import Path
 _PIECE_BYTES = 256 << 10
 _RATED_PIECE_BYTES = 16 << 10
 _RATED_BACKLOG_S = 0.02
-"""What a link with a rate holds beyond its delay: a switch's buffer. More, and small answers wait behind large ones."""
+"""Bytes that a link with a rate buffers, as a switch does. With more, small answers wait behind large ones."""
 _UNRATED_BACKLOG_PIECES = 512
 _END = b""
 
 
 @dataclass
 class Link:
-    """One direction, shared by all connections: what is sent arrives `delay_s` after it has left, in order."""
+    """One direction, shared by all connections: bytes arrive in order, `delay_s` after they were sent."""
 
     delay_s: float
     rate_bytes_per_s: float | None = None
@@ -117,7 +117,7 @@ def _arrive(source: socket.socket, sink: socket.socket, under_way: queue.Queue[t
                 return
             sink.sendall(piece)
         except OSError:
-            _end(source)  # nobody takes it any more: let who sends it know, and its reader end
+            _end(source)  # the receiver is gone: tell the sender, and let its reader end
             while piece != _END:
                 _, piece = under_way.get()
             return
@@ -143,7 +143,7 @@ def delayed(
 
     Args:
         delay_s: One way, both ways; a round trip takes two of them.
-        rate_bytes_per_s: What each direction carries at most, over all connections together.
+        rate_bytes_per_s: Limit of each direction, over all connections together.
     """
     command = [sys.executable, "-m", "tests.support.delay", "--to", f"{host}:{port}", "--listen", f"{listen_host}:0"]
     command += ["--delay-ms", str(delay_s * 1000)]

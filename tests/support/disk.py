@@ -15,7 +15,7 @@ def mount_fresh(image: Path, target: Path, size_bytes: int) -> None:
     options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
     subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-i", "8192", "-E", options, str(image)], check=True)
     target.mkdir(parents=True, exist_ok=True)
-    # Direct: what is written is not copied into the page cache of the file as well, as on a disk.
+    # Direct I/O: written bytes do not also fill the page cache of the file, as on a disk.
     attach = ["losetup", "--find", "--show", "--direct-io=on", str(image)]
     device = subprocess.run(attach, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     try:

@@ -18,7 +18,7 @@ NO_NETWORK = ("--network", "none")
 
 
 class DockerError(AssertionError):
-    """A docker command failed; the text holds the command and what it wrote."""
+    """A docker command failed; the text holds the command and its output."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Dockerd:
     def docker(
         self, *arguments: str, stdin: Path | bytes | None = None, buildkit: bool = False, timeout_s: float = 300.0
     ) -> str:
-        """Run a docker command; returns what it wrote to stdout, stripped.
+        """Run a docker command; return its stdout, stripped.
 
         Raises:
             DockerError: It failed.

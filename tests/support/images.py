@@ -109,14 +109,14 @@ class Image:
         (directory / "index.json").write_bytes(m.encode({"schemaVersion": 2, "manifests": found}))
 
     def saved(self, *tags: str) -> bytes:
-        """What `docker save` writes, layers compressed as they are said to be."""
+        """The output of `docker save`, with layers compressed as declared."""
         layers = [(f"{at}/layer.tar", COMPRESS[self.compression](tar)) for at, tar in enumerate(self.tars)]
         document = [{"Config": "config.json", "RepoTags": list(tags) or None, "Layers": [name for name, _ in layers]}]
         return tar_of([*layers, ("config.json", self.config), ("manifest.json", m.encode(document))])  # type: ignore[arg-type]  # a list of one document
 
 
 def descriptor(data: bytes, media_type: str) -> dict[str, Any]:
-    """What names *data*."""
+    """The descriptor of *data*."""
     return {"mediaType": media_type, "digest": m.digest_of(data), "size": len(data)}
 
 
@@ -161,7 +161,7 @@ def pull(source: Repository, version: str) -> Pulled:
 
 
 def contents_of(tar: bytes, remote: Remote | None = None) -> list[tuple[Entry, bytes]]:
-    """The entries of a tar without what a Gear layer says of them, and their contents, from *remote* where named."""
+    """The entries of a tar without a Gear layer's records, and their contents, from *remote* where named."""
     found = []
     for entry, content in read_tar(tar).files:
         if entry.gear is not None:

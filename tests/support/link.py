@@ -1,4 +1,4 @@
-"""A TCP connection that misbehaves: what a network between a node and its remote can do."""
+"""A TCP connection that misbehaves as a network between a node and its remote can."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _PIECE_BYTES = 1 << 14
 
 @dataclass
 class Link:
-    """Leads from its own port to another one; what it does to answers can be changed at any time."""
+    """Forwards its own port to another one; the treatment of answers can change at any time."""
 
     port: int
     bytes_per_s: float = 0.0
-    """What all answers together may take; 0 for no limit."""
+    """Rate limit of all answers together; 0 for no limit."""
     cut_after_bytes: int = 0
     """Each connection is broken when so many bytes of answers have passed; 0 for never."""
     first_cut_after_bytes: list[int] = field(default_factory=list)
-    """The same of the next connections, one each; what `cut_after_bytes` says is for those after them."""
+    """Limits for the next connections, one each; `cut_after_bytes` applies to those after them."""
     passed_bytes: int = 0
     """Of answers, since the beginning."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -32,7 +32,7 @@ class Link:
         self.bytes_per_s, self.cut_after_bytes = 0.0, 0
 
     def _answers(self, source: socket.socket, target: socket.socket) -> None:
-        """Pass on what the far end says."""
+        """Forward the far end's bytes."""
         passed_bytes = 0
         own_cut_after_bytes = self.first_cut_after_bytes.pop(0) if self.first_cut_after_bytes else None
         try:
@@ -79,7 +79,7 @@ def _accept(server: socket.socket, link: Link) -> None:
 
 
 def _requests(near: socket.socket, far: socket.socket, link: Link) -> None:
-    """Pass on what the near end asks, and have the answers passed on; closes both."""
+    """Forward the near end's bytes and the answers; close both."""
     with near, far:
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,6 +1,6 @@
-"""A machine whose first process is systemd: systemd-nspawn on this host's /usr, with nothing of its /etc and /var.
+"""A machine with systemd as first process: systemd-nspawn on this host's /usr, without its /etc and /var.
 
-Only inside a sandbox, whose cgroup it lies in. It has the checkout at /opt/gearworkers, and the sandbox's network.
+Only inside a sandbox, in its cgroup. It has the checkout at /opt/gearworkers, and the sandbox's network.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Machine:
         return subprocess.run([*enter, *command], env=environ, input=stdin, capture_output=True, timeout=120)
 
     def run(self, *command: str, stdin: bytes = b"") -> str:
-        """Run a command in it; returns what it wrote to stdout, stripped.
+        """Run a command in it; return its stdout, stripped.
 
         Raises:
             AssertionError: It failed.
@@ -154,5 +154,5 @@ def _command(root: Path) -> list[str]:
 
 
 def _environ() -> dict[str, str]:
-    """dockerd needs what nspawn forbids by default: keys, /sys and /proc/sys."""
+    """dockerd needs keys, /sys and /proc/sys, which nspawn forbids by default."""
     return {**os.environ, "SYSTEMD_SECCOMP": "0", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "yes"}

@@ -85,7 +85,7 @@ def mounted(root: Path, layers: list[Callable[[Path], None]]) -> Iterator[Overla
 
 
 def make_index(tree: Path, objects: Path) -> None:
-    """Turn each file of the plain *tree* into an index inode whose content is an object."""
+    """Turn each file of the plain *tree* into an index inode with an object as its content."""
     for directory, _, names in os.walk(os.fsencode(tree)):
         for name in names:
             path = os.path.join(directory, name)

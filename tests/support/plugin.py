@@ -1,4 +1,4 @@
-"""A client of the plugin protocol that does what dockerd's does, and what it never would."""
+"""A client of the plugin protocol: dockerd's calls, and malformed ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class UnixHTTPConnection(http.client.HTTPConnection):
 
 
 def read_metrics(path: Path) -> bytes:
-    """What the gateway tells Prometheus at the Unix socket *path*."""
+    """The gateway's Prometheus metrics from the Unix socket *path*."""
     connection = UnixHTTPConnection(path)
     try:
         connection.request("GET", "/metrics")
@@ -62,7 +62,7 @@ class Plugin:
         return status, json.loads(answer)
 
     def diff(self, id: str, parent: str = "") -> tuple[int, bytes]:
-        """HTTP status and what was answered; http.client.HTTPException if it was broken off."""
+        """HTTP status and answer; http.client.HTTPException if the connection broke."""
         return self.request("GraphDriver.Diff", json.dumps({"ID": id, "Parent": parent}).encode())
 
     def begin_apply(self, id: str, first_bytes: bytes) -> socket.socket:
@@ -75,7 +75,7 @@ class Plugin:
         return connection
 
     def begin(self, method: str, id: str) -> socket.socket:
-        """The connection of a call that has been sent and of whose answer nothing was read."""
+        """The connection of a call that was sent and whose answer is unread."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(60)
         connection.connect(str(self.path))
@@ -85,5 +85,5 @@ class Plugin:
         return connection
 
     def status(self) -> dict[str, str]:
-        """What `docker info` would show."""
+        """The status that `docker info` shows."""
         return dict(self.call("Status")["Status"])

@@ -9,7 +9,7 @@ def free_port() -> int:
     """A TCP port that nobody listens on, and that nobody is given by chance while this process lives.
 
     It stays bound. A server that binds it with SO_REUSEADDR, as all do, may listen there nevertheless; the kernel
-    gives it to nobody who asks for any port, nor to a connection.
+    gives it to no bind of port 0 and to no outgoing connection.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -12,17 +12,17 @@ from pathlib import Path
 
 POLL_S = 0.02
 PATIENCE_S = 90.0
-"""A bound, for a machine that has other work; what comes is seen at once."""
+"""An upper bound for a busy machine; the condition is noticed at once."""
 
 
 class NotReady(AssertionError):
-    """What was waited for did not come; the text holds the end of the process's log."""
+    """The awaited condition did not come; the text holds the end of the process's log."""
 
 
 def wait_until(
     condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S, found: Callable[[], str] = str
 ) -> None:
-    """Return as soon as *condition* holds; *found* tells what there was instead.
+    """Return as soon as *condition* holds; *found* describes the state instead.
 
     Raises:
         NotReady: It did not within *timeout_s*.

@@ -1,4 +1,4 @@
-"""Registries that ask who comes, speak TLS, or stand behind a connection that breaks."""
+"""Registries with authentication, with TLS, or behind a connection that breaks."""
 
 from __future__ import annotations
 

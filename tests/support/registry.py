@@ -34,7 +34,7 @@ class Registry:
 
     @property
     def host(self) -> str:
-        """What stands before the slash in an image's name."""
+        """The part of an image's name before the slash."""
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:

@@ -75,7 +75,7 @@ def figures(server: Service) -> dict[str, float]:
 
 
 def ask(server: Service, path: str) -> object:
-    """What a GET answers, as JSON."""
+    """The answer of a GET, as JSON."""
     with urllib.request.urlopen(server.url + path) as page:
         return json.load(page)
 

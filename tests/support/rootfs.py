@@ -23,16 +23,16 @@ PACKAGES = "python3-minimal,git"
 CHANGED_EVERY = 25
 """In the second root file system every n-th file differs: 4 % of the files, so 96 % are shared."""
 _RECIPE = "3"
-"""Part of the cache's names; raise it when what is made below changes."""
+"""Part of the cache's names; raise it when the trees below change."""
 _STAGING = "making-"
 _ENDING_WHOLE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""What debootstrap starts and mounts ends with it."""
+"""Processes and mounts of debootstrap end with it."""
 _UNWANTED = ("./var/cache/apt/*", "./var/lib/apt/lists/*", "./dev/*")
 
 
 @dataclass(frozen=True)
 class TreeSize:
-    """What a made tree shall hold at least."""
+    """Files that a tree must hold."""
 
     entries: int
     content_bytes: int
@@ -42,7 +42,7 @@ ONE_GB = TreeSize(entries=52_000, content_bytes=1_000_000_000)
 
 
 def cache_dir() -> Path:
-    """Where what was made once is kept, outside the checkout."""
+    """The directory of cached trees, outside the checkout."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "gearworkers"
 
@@ -62,7 +62,7 @@ def debian_variant() -> Path:
 
 
 def make_all() -> None:
-    """Make what is missing of the cached tars; one process at a time does.
+    """Make the missing cached tars; one process at a time.
 
     Crash: leaves a directory ``making-*`` in the cache directory, which the next call removes; never a short tar.
     """
@@ -121,7 +121,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _info(path: Path, name: str) -> tarfile.TarInfo | None:
-    """The tar header for *path*; None for what is neither a file, a directory nor a symlink."""
+    """The tar header for *path*; None unless it is a file, a directory or a symlink."""
     with tarfile.TarFile(fileobj=io.BytesIO(), mode="w") as tar:
         info = tar.gettarinfo(path, name)
     if not (info.isreg() or info.isdir() or info.issym() or info.islnk()):

@@ -26,7 +26,7 @@ def parts() -> list[list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all parts, what the others write behind what the first does; the worst exit code."""
+    """Run all parts at once, print their output one after the other, and return the worst exit code."""
     with tempfile.TemporaryDirectory(prefix="gear-tests-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
         outputs = [Path(name) / f"output-{number}" for number in range(1, len(parts()))]
         files = [None, *(stack.enter_context(path.open("wb")) for path in outputs)]

@@ -29,7 +29,7 @@ MARK = Path("/run/docker/gear-sandbox")
 """Exists inside only; holds the scratch directory's path."""
 CGROUPS = Path("/sys/fs/cgroup")
 GRACE_S = 20.0
-"""What COMMAND gets after a signal before it is killed."""
+"""Seconds that COMMAND has after a signal before it is killed."""
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWIPC = 0x08000000
@@ -72,7 +72,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def sweep(base: Path) -> None:
-    """Remove what killed sandboxes left: scratch directories that nobody holds locked, and their cgroups."""
+    """Remove the leftovers of killed sandboxes: scratch directories without a lock holder, and their cgroups."""
     for directory in base.glob(f"{PREFIX}*"):
         try:
             fd = _opened(directory)
@@ -140,7 +140,7 @@ def _supervise(pid: int) -> int:
 
 
 def _become_init(command: Sequence[str], directory: Path) -> NoReturn:
-    """Lay out the namespaces, run *command*, reap what is orphaned, leave with its exit code."""
+    """Lay out the namespaces, run *command*, reap orphans, exit with its exit code."""
     os.setsid()
     _libc_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
     _libc_call("unshare", _CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWIPC)

@@ -16,7 +16,7 @@ from tests.support.processes import PATIENCE_S, Daemon, listens, wait_until
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PLUGINS = Path("/run/docker/plugins")
 START_ORDER = ("redis", "gateway", "lazyfs", "import", "push")
-"""What is started if nothing is named; the others are started by the tests that need them."""
+"""The default daemons; tests that need others start them."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Stack:
         return self.run_dir / "lazyfs.sock"
 
     def lazy_status(self) -> LazyStatus:
-        """What the lazy file server has done."""
+        """The counters of the lazy file server."""
         status = read_status(self.lazyfs_socket)
         assert status is not None, self.daemons["lazyfs"].log_tail()
         return status
@@ -84,7 +84,7 @@ class Stack:
         return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=240)
 
     def set(self, **settings: str) -> None:
-        """Change variables for what is started or run from now on."""
+        """Change variables for daemons and commands that start from now on."""
         self.settings |= settings
         for daemon in (*self.daemons.values(), self.make_up):
             daemon.environ = self.environ()
@@ -116,7 +116,7 @@ class Stack:
             self._wait_until_ready(name)
 
     def up(self) -> None:
-        """Start all by what `make up` runs, and return when all are ready; ended by `make_up.stop()`."""
+        """Start all daemons as `make up` does, and return when they are ready; `make_up.stop()` ends them."""
         self.make_up.start()
         self.make_up.wait_until(self._is_up, "the stack")
 
@@ -161,7 +161,7 @@ class Stack:
         wait_until(lambda: not self.staged(), "staging is empty", timeout_s, lambda: str(self.staged()))
 
     def staged(self) -> list[str]:
-        """What lies in staging, everything below it included."""
+        """All paths below staging."""
         build = self.root / "build"
         return sorted(str(path.relative_to(build)) for path in build.rglob("*"))[:50] if build.exists() else []
 
