@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import uvloop
 
-from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError
 from gearworkers.settings import LOG_LEVELS, Settings
 from gearworkers.util.log import configure_logging
 from plugin_gateway.gateway import Gateway
+from plugin_gateway.graphdriver.driver import GearDriver
 
 _HELP = """Answers Docker's graphdriver plugin calls on a Unix socket.
 Set by the environment: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE and what reaches it,
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    await Gateway(settings, GearDriver(settings, sole=True)).serve()
+    await Gateway(settings, GearDriver(settings, exclusive=True)).serve()
 
 
 def _parser() -> argparse.ArgumentParser:

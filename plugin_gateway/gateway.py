@@ -52,7 +52,7 @@ class Gateway:
         self._upkeep = Upkeep(self._dispatcher, lambda: self._driver.settings, self.metrics)
         self._threads = CallThreads()
         self._heavy_tasks: set[asyncio.Task[None]] = set()
-        self._to_absorb: set[str] = set()
+        self._to_dedupe: set[str] = set()
         self._runners: list[web.AppRunner] = []
         self._listener: socket.socket | None = None
         self._metrics_socket: Path | None = None
@@ -180,26 +180,26 @@ class Gateway:
         if method == "GraphDriver.Init":
             self._dispatcher.use_broker(self._driver.settings)
         elif method == "GraphDriver.Remove":
-            self._to_absorb.discard(layer_id(body))
+            self._to_dedupe.discard(layer_id(body))
             self._upkeep.removed()
         elif method == "GraphDriver.Put":
-            await self._absorb_when_finished(layer_id(body))
+            await self._dedupe_when_finished(layer_id(body))
         elif method == _STATUS:
             return Response(status=[*answer.status, *await self._own_status()])
         return answer
 
-    async def _absorb_when_finished(self, id: str) -> None:
+    async def _dedupe_when_finished(self, id: str) -> None:
         """A read-write layer whose Diff was taken is BuildKit's snapshot: once unmounted, its contents are shared."""
-        if id not in self._to_absorb:
+        if id not in self._to_dedupe:
             return
         try:
-            ready = await self._threads.is_absorbable(self._driver, id)
+            ready = await self._threads.can_dedupe(self._driver, id)
         except GearError as exc:
-            _log.debug("not absorbed", id=id, error=str(exc))
+            _log.debug("not deduplicated", id=id, error=str(exc))
             return
         if ready:
-            self._to_absorb.discard(id)
-            self._upkeep.absorb(id)
+            self._to_dedupe.discard(id)
+            self._upkeep.dedupe(id)
 
     async def _own_status(self) -> list[tuple[str, str]]:
         waiting, desk = await self._dispatcher.look(), self._dispatcher.desk
@@ -253,8 +253,8 @@ class Gateway:
         if request.method == "GraphDriver.ApplyDiff":
             self._upkeep.stored()
         else:
-            self._to_absorb.add(request.id)
-            await self._absorb_when_finished(request.id)
+            self._to_dedupe.add(request.id)
+            await self._dedupe_when_finished(request.id)
 
     # -- metrics
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from gearworkers.cas.store import ObjectStore
 from gearworkers.cli import doctor as checks
 from gearworkers.cli import profiles
-from gearworkers.driver import GearDriver
+from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError, InvalidInput, NotFound
 from gearworkers.images.manifest import Platform
 from gearworkers.layers.pins import Pins
@@ -54,7 +54,7 @@ def doctor() -> None:
 def status() -> None:
     """What the store holds, and how the gateway is."""
     settings = command_settings()
-    told = checks.gateway_status(settings) or [*_driver(settings).status(), ("Gateway", "not running")]
+    told = checks.gateway_status(settings) or [*_engine(settings).status(), ("Gateway", "not running")]
     for key, value in (*told, *_lazy_status(settings), *_pinned(settings)):
         _out.print(f"{key + ':':<20} {value}", markup=False)
 
@@ -62,7 +62,7 @@ def status() -> None:
 @app.command()
 def gc() -> None:
     """Remove the objects that no layer refers to, now."""
-    report = _driver(command_settings()).collect_garbage()
+    report = _engine(command_settings()).collect_garbage()
     _out.print(
         f"removed {report.removed_objects} objects, {report.removed_bytes} bytes; "
         f"kept {report.kept_objects} objects, {report.kept_bytes} bytes"
@@ -82,7 +82,7 @@ def fsck(
     settings = command_settings()
     incomplete: set[str] = set()
     faults = 0
-    for fault in _driver(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
+    for fault in _engine(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
         faults += 1
         _out.print(fault, markup=False)
     if incomplete:
@@ -99,7 +99,7 @@ def fsck(
 @app.command()
 def push() -> None:
     """Push what waits in the spool to GEAR_REMOTE, now; exit 1 if an object cannot be pushed."""
-    report = _driver(command_settings()).push_pending()
+    report = _engine(command_settings()).push_pending()
     for digest, why in report.refused.items():
         _out.print(f"not pushed: object {digest.hex()}: {why}", markup=False)
     _out.print(f"pushed {report.pushed_objects} objects, {len(report.refused)} could not be pushed")
@@ -191,17 +191,17 @@ def main() -> None:
         app()
 
 
-def _driver(settings: Settings) -> GearDriver:
-    """The driver of the store that is here.
+def _engine(settings: Settings) -> Engine:
+    """Return the engine of this host's store.
 
     Raises:
-        NotFound: GEAR_ROOT holds none.
+        NotFound: GEAR_ROOT holds no store.
     """
     if not settings.gear_public_cache_path.is_dir():
         raise NotFound(
-            f"{settings.gear_root} holds no store; set GEAR_ROOT to where it is, or start the gateway, which makes it"
+            f"{settings.gear_root} holds no store; set GEAR_ROOT to the store's directory, or start the gateway"
         )
-    return GearDriver(settings)
+    return Engine.of(settings)
 
 
 def _lazy_status(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ from gearworkers.util.process import end_with_parent
 from gearworkers.workers.broker import RedisBroker
 
 TIME_LIMIT_S = 3600
-"""Of push, collect_garbage and absorb; an import takes as long as its stream."""
+"""Of push, collect_garbage and dedupe; an import takes as long as its stream."""
 VISIBILITY_TIMEOUT_S = 3 * TIME_LIMIT_S
 """After it Redis hands an unacknowledged task to another worker: above every time limit and every retry's delay."""
 RETRIES = 10
@@ -58,7 +58,7 @@ def import_queue(node: str) -> str:
 
 
 def push_queue(node: str) -> str:
-    """The queue of the node's upkeep: push, collect_garbage, absorb."""
+    """The queue of the node's upkeep: push, collect_garbage, dedupe."""
     return f"push@{node}"
 
 

@@ -1,4 +1,4 @@
-"""Doing an order: claim it, call the driver, answer. The same in a Celery worker and in the gateway's own pool."""
+"""Doing an order: claim it, call the engine, answer. The same in a Celery worker and in the gateway's own pool."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import structlog
 
-from gearworkers import options
-from gearworkers.driver import GearDriver
+from gearworkers.engine.engine import Engine
+from gearworkers.engine.root import with_current_root
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
 from gearworkers.settings import Settings
 from gearworkers.workers.claim import Stream, claimed
@@ -21,7 +21,7 @@ _log = structlog.stdlib.get_logger(__name__)
 def perform(settings: Settings, order: Order, by: str) -> Answer | None:
     """Claim *order* and do it; ends quietly if somebody else does.
 
-    Upkeep (push, collect_garbage, absorb) is done also when no gateway is there to be told.
+    Upkeep (push, collect_garbage, dedupe) is done also when no gateway is there to be told.
 
     Args:
         settings: This process's.
@@ -56,7 +56,7 @@ def perform_alone(settings: Settings, order: Order) -> Answer | None:
 def _is_ours(settings: Settings, order: Order) -> bool:
     """Whether the order names the GEAR_ROOT of this node's gateway: whoever writes to Redis may name any path."""
     try:
-        root = _as_the_gateway(settings).gear_root
+        root = with_current_root(settings).gear_root
     except GearError as exc:
         _log.error("order refused", call=order.call, id=order.id, error=str(exc))
         return False
@@ -72,18 +72,13 @@ def _is_ours(settings: Settings, order: Order) -> bool:
     return False
 
 
-def _as_the_gateway(settings: Settings) -> Settings:
-    """With what dockerd has told this node's gateway, ``gear.root`` above all."""
-    return options.with_options(settings, options.saved(settings.run_dir))
-
-
 def _attempt(settings: Settings, order: Order, stream: Stream | None) -> Answer:
-    """Call the driver; every error becomes an answer."""
+    """Call the engine; every error becomes an answer."""
     try:
-        driver = _driver(_as_the_gateway(settings))
+        engine = _engine(with_current_root(settings))
         if stream is not None and order.call in _STREAMED:
-            return _STREAMED[order.call](driver, order, stream)
-        return _UPKEEP[order.call](driver, order)
+            return _STREAMED[order.call](engine, order, stream)
+        return _UPKEEP[order.call](engine, order)
     except GearError as exc:
         _log.warning("order failed", call=order.call, id=order.id, error=str(exc))
         return Answer(error=str(exc), retryable=exc.retryable)
@@ -97,39 +92,39 @@ def _attempt(settings: Settings, order: Order, stream: Stream | None) -> Answer:
 
 
 @cache
-def _driver(settings: Settings) -> GearDriver:
-    """One driver a GEAR_ROOT in each process."""
-    return GearDriver(settings)
+def _engine(settings: Settings) -> Engine:
+    """Return the process's one engine of that GEAR_ROOT."""
+    return Engine.of(settings)
 
 
-def _apply_diff(driver: GearDriver, order: Order, stream: Stream) -> Answer:
-    return Answer(size_bytes=driver.apply_diff(order.id, order.parent, stream.source()))
+def _apply_diff(engine: Engine, order: Order, stream: Stream) -> Answer:
+    return Answer(size_bytes=engine.apply_diff(order.id, order.parent, stream.source()))
 
 
-def _diff(driver: GearDriver, order: Order, stream: Stream) -> Answer:
+def _diff(engine: Engine, order: Order, stream: Stream) -> Answer:
     sink = stream.sink()
-    driver.diff(order.id, order.parent, sink)
+    engine.diff(order.id, order.parent, sink)
     sink.finish()
     return Answer()
 
 
-def _push(driver: GearDriver, order: Order) -> Answer:
-    report = driver.push_pending()
+def _push(engine: Engine, order: Order) -> Answer:
+    report = engine.push_pending()
     return Answer(figures={"pushed_objects": report.pushed_objects, "refused_objects": len(report.refused)})
 
 
-def _collect_garbage(driver: GearDriver, order: Order) -> Answer:
-    report = driver.collect_garbage()
+def _collect_garbage(engine: Engine, order: Order) -> Answer:
+    report = engine.collect_garbage()
     return Answer(figures={"removed_objects": report.removed_objects, "removed_bytes": report.removed_bytes})
 
 
-def _absorb(driver: GearDriver, order: Order) -> Answer:
-    return Answer(figures={"absorbed_files": driver.absorb(order.id)})
+def _dedupe(engine: Engine, order: Order) -> Answer:
+    return Answer(figures={"deduplicated_files": engine.dedupe(order.id)})
 
 
-_STREAMED: Mapping[str, Callable[[GearDriver, Order, Stream], Answer]] = {"apply_diff": _apply_diff, "diff": _diff}
-_UPKEEP: Mapping[str, Callable[[GearDriver, Order], Answer]] = {
+_STREAMED: Mapping[str, Callable[[Engine, Order, Stream], Answer]] = {"apply_diff": _apply_diff, "diff": _diff}
+_UPKEEP: Mapping[str, Callable[[Engine, Order], Answer]] = {
     "push": _push,
     "collect_garbage": _collect_garbage,
-    "absorb": _absorb,
+    "dedupe": _dedupe,
 }

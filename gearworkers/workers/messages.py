@@ -37,7 +37,7 @@ class Order(msgspec.Struct, frozen=True):
     """What a worker is asked to do; travels through Redis."""
 
     call: str
-    """``apply_diff``, ``diff``, ``push``, ``collect_garbage`` or ``absorb``."""
+    """``apply_diff``, ``diff``, ``push``, ``collect_garbage`` or ``dedupe``."""
     gear_root: str
     """The gateway's; whoever does it checks that it is his own."""
     token: str

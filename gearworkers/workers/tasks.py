@@ -4,7 +4,7 @@ Whoever writes to Redis makes tasks. So a task names no place to read from or wr
 root, remote and credentials are the worker's own, and what a task says of them is only compared.
 
 apply_diff and diff are acknowledged when they begin and never come again: their stream is gone with them. push,
-collect_garbage, absorb and the conversions are idempotent, acknowledged when done, and come again after a crash; only
+collect_garbage, dedupe and the conversions are idempotent, acknowledged when done, and come again after a crash; only
 errors marked retryable are retried.
 """
 
@@ -63,10 +63,10 @@ def collect_garbage(self: Task, gear_root: str, token: str, id: str, parent: str
     _keep_up(self, Order("collect_garbage", gear_root, token, id, parent))
 
 
-@shared_task(name="gearworkers.absorb", **_UPKEEP)
-def absorb(self: Task, gear_root: str, token: str, id: str, parent: str) -> None:
+@shared_task(name="gearworkers.dedupe", **_UPKEEP)
+def dedupe(self: Task, gear_root: str, token: str, id: str, parent: str) -> None:
     """Move the contents of the finished read-write layer *id* to the object store."""
-    _keep_up(self, Order("absorb", gear_root, token, id, parent))
+    _keep_up(self, Order("dedupe", gear_root, token, id, parent))
 
 
 @shared_task(name=LAYER_TASK, **{**_UPKEEP, "ignore_result": False})

@@ -89,9 +89,9 @@ class Upkeep:
         if self._settings().remote:
             self._push.request()
 
-    def absorb(self, id: str) -> None:
+    def dedupe(self, id: str) -> None:
         """A finished read-write layer keeps contents to itself."""
-        self._start("absorb", id)
+        self._start("dedupe", id)
 
     async def close(self) -> None:
         """Stop; what workers are doing they finish."""
@@ -111,7 +111,7 @@ class Upkeep:
         answer = outcome.answer
         if not answer.error:
             _log.info("upkeep done", call=call, id=id, by=outcome.by, **answer.figures)
-            if call == "absorb":
+            if call == "dedupe":
                 self.stored()
             if call == "push":
                 self._metrics.pushed.inc(answer.figures.get("pushed_objects", 0))

@@ -39,7 +39,7 @@ class Driver(Protocol):
         """Remove a layer."""
 
     def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
-        """Mount a layer; where. MustWait if that waits for the lazy file server and it may not."""
+        """Mount a layer; where. LazyServerNeeded if that waits for the lazy file server and it may not."""
 
     def put(self, id: str) -> None:
         """One user of the mount less."""
@@ -65,7 +65,7 @@ class Driver(Protocol):
     def diff_size(self, id: str, parent: str) -> int:
         """Bytes of the difference."""
 
-    def is_absorbable(self, id: str) -> bool:
+    def can_dedupe(self, id: str) -> bool:
         """Whether a finished read-write layer still keeps its contents to itself."""
 
 

@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
-from gearworkers.layers.mounts import MustWait
+from gearworkers.engine.mounts import LazyServerNeeded
 from plugin_gateway.graphdriver.calls import LIGHT_CALLS, Driver, Light, get_patiently, layer_id
 from plugin_gateway.graphdriver.messages import Response
 
@@ -41,9 +41,9 @@ class CallThreads:
         async with self._turns.setdefault(layer_id(body), asyncio.Lock()):
             return await self._called(method, driver, body)
 
-    async def is_absorbable(self, driver: Driver, id: str) -> bool:
+    async def can_dedupe(self, driver: Driver, id: str) -> bool:
         """As the driver's; raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._prompt, driver.is_absorbable, id)
+        return await asyncio.get_running_loop().run_in_executor(self._prompt, driver.can_dedupe, id)
 
     def close(self) -> None:
         """Begin nothing more; what is under way is not waited for."""
@@ -58,7 +58,7 @@ class CallThreads:
             return await _run(self._lazy, call, driver, body)
         try:
             return await _run(self._prompt, call, driver, body)
-        except MustWait:
+        except LazyServerNeeded:
             return await _run(self._lazy, get_patiently, driver, body)
 
 

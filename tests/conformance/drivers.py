@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError
 from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.stack import Stack
 
 Options = Mapping[str, str] | None

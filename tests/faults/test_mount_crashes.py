@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.driver import GearDriver
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import applied, file
 from tests.faults.crashes import Say, killed_at_every_step

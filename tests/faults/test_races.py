@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gearworkers.driver import GearDriver
-from gearworkers.layers import mounts
+from gearworkers.engine import mounts
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
 from gearworkers.tar.tar_split import Raw, StreamReader
 from gearworkers.util.fs import opened_directory
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import file, object_names, tar
 from tests.faults.crashes import Say, finish_child, has_said, start_child
@@ -56,7 +56,7 @@ def test_a_published_layer_never_lacks_an_object(settings: Settings) -> None:
     collections = removed = 0
     running = dict(importers)
     while running:
-        report = GearDriver(settings).collect_garbage()
+        report = GearDriver(settings).engine.collect_garbage()
         collections, removed = collections + 1, removed + report.removed_objects
         for pid, reader in list(running.items()):
             if has_said(reader) and not _is_alive(pid):
@@ -65,7 +65,7 @@ def test_a_published_layer_never_lacks_an_object(settings: Settings) -> None:
                 del running[pid]
     assert collections > 3
     assert removed > len(CONTENTS), "the collector had something to take away"
-    GearDriver(settings).collect_garbage()
+    GearDriver(settings).engine.collect_garbage()
     assert object_names(settings) == set()
     assert not list((settings.gear_root / "hidden").iterdir())
 
@@ -93,7 +93,7 @@ def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) 
         with open(settings.gear_images_path / id / STREAM_FILE, "rb") as stream:
             contents = {piece.digest for piece in StreamReader(stream) if not isinstance(piece, Raw)}
         assert len(contents) == len(CONTENTS)
-    assert not list(GearDriver(settings).faults(read_data=True, repair=False))
+    assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
 
 
 def test_an_import_does_not_wait_for_one_of_the_same_contents_that_stands_still(settings: Settings) -> None:
@@ -109,7 +109,7 @@ def test_an_import_does_not_wait_for_one_of_the_same_contents_that_stands_still(
     outcome = finish_child(pid, reader)
     assert not outcome.failed, outcome.said
     assert len(object_names(settings)) == len(CONTENTS)
-    assert not list(driver.faults(read_data=True, repair=False))
+    assert not list(driver.engine.faults(read_data=True, repair=False))
 
 
 def test_one_layer_is_applied_by_one_process_only(settings: Settings) -> None:
@@ -123,7 +123,7 @@ def test_one_layer_is_applied_by_one_process_only(settings: Settings) -> None:
     for outcome in outcomes:
         if outcome.failed:
             assert outcome.said[0].startswith((b"FailedPrecondition", b"AlreadyExists")), outcome.said
-    assert not list(GearDriver(settings).faults(read_data=True, repair=False))
+    assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
 
 
 def test_a_layer_removed_while_it_is_applied_stays_away(settings: Settings) -> None:

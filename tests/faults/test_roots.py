@@ -13,10 +13,10 @@ from threading import Event
 
 import pytest
 
-from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.layers import file, tar
 from tests.faults.crashes import Interrupted
 
@@ -46,7 +46,7 @@ def hasty_threads() -> Iterator[None]:
 @pytest.fixture
 def driver(settings: Settings) -> Iterator[GearDriver]:
     """Two roots with the same ids: each has an image with one file that names the root, and containers on it."""
-    driver = GearDriver(settings, sole=True)
+    driver = GearDriver(settings, exclusive=True)
     driver.prepare()
     for root in ROOTS:
         switch(driver, settings, root)

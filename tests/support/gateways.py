@@ -11,10 +11,10 @@ from typing import Any
 
 import uvloop
 
+from gearworkers.engine.mounts import LazyServerNeeded
 from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.layers.diff.changes import Change, ChangeKind
 from gearworkers.layers.idmap import IDMap
-from gearworkers.layers.mounts import MustWait
 from gearworkers.settings import Settings
 from gearworkers.workers.claim import Stream, claimed
 from gearworkers.workers.messages import Order
@@ -34,7 +34,7 @@ class MemoryDriver:
     layers: dict[str, str] = field(default_factory=dict)
     inits: list[tuple[Sequence[str], Sequence[IDMap]]] = field(default_factory=list)
     mounted: set[str] = field(default_factory=set)
-    absorbable: set[str] = field(default_factory=set)
+    dedupable: set[str] = field(default_factory=set)
     is_prepared: bool = False
     is_released: bool = False
     broken: Exception | None = None
@@ -69,7 +69,7 @@ class MemoryDriver:
         if id not in self.layers:
             raise NotFound(f"layer {id}: there is none")
         if id.startswith("gear") and not may_wait:
-            raise MustWait
+            raise LazyServerNeeded
         if id.startswith("gear"):
             assert self.lazy_server.wait(60)
         self.mounted.add(id)
@@ -103,8 +103,8 @@ class MemoryDriver:
     def diff_size(self, id: str, parent: str) -> int:
         return 42
 
-    def is_absorbable(self, id: str) -> bool:
-        return id in self.absorbable and id not in self.mounted
+    def can_dedupe(self, id: str) -> bool:
+        return id in self.dedupable and id not in self.mounted
 
 
 class ThreadQueue:

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound, Unavailable
 from gearworkers.fetch.source import Chunk, Content
 from gearworkers.lazyfs.client import LazyStatus, read_status
@@ -28,6 +27,7 @@ from gearworkers.lazyfs.server import serve
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.mounts.overlay import unmount
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.processes import PATIENCE_S
 
 CHUNK_BYTES = 64 << 10

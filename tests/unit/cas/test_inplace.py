@@ -17,8 +17,8 @@ from gearworkers.cas import inplace
 from gearworkers.cas import writer as module
 from gearworkers.cas.inplace import Bursts, forbid
 from gearworkers.cas.store import ObjectStore
-from gearworkers.driver import GearDriver
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import gear_tar, lazy_node
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.tiny import tar_of
@@ -79,12 +79,12 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
     try:
         assert tar.is_waited_for.wait(PATIENCE_S)
         assert goes_through(partial(apply, driver, "gear", gear_tar(ABSENT)))
-        assert goes_through(lambda: list(GearDriver(driver.settings).faults(read_data=False, repair=True)))
+        assert goes_through(lambda: list(GearDriver(driver.settings).engine.faults(read_data=False, repair=True)))
     finally:
         tar.go.set()
         importing.join()
-    assert not driver._engine.layers.get("gear").complete and not driver._engine.layers.get("damaged").complete
-    assert driver._engine.layers.get("stalled").new_objects == files
+    assert not driver.engine.layers.get("gear").complete and not driver.engine.layers.get("damaged").complete
+    assert driver.engine.layers.get("stalled").new_objects == files
 
 
 def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: Path) -> None:

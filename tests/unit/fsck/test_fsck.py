@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.driver import GearDriver
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.tiny import tar_of
 
 
@@ -24,7 +24,7 @@ def driver(tmp_path: Path) -> GearDriver:
 
 
 def faults(driver: GearDriver) -> list[str]:
-    return list(driver.faults(read_data=False, repair=False))
+    return list(driver.engine.faults(read_data=False, repair=False))
 
 
 def stored_parts(path: Path) -> Iterator[tuple[int, int]]:

@@ -463,16 +463,16 @@ def test_a_waiting_call_gets_the_worker_that_becomes_free(start: Start) -> None:
     assert b'gear_orders_total{by="worker",call="apply_diff"} 2.0' in running.gateway.metrics.text()
 
 
-def test_garbage_is_collected_at_the_start_and_a_finished_snapshot_absorbed_after_its_diff(start: Start) -> None:
+def test_garbage_is_collected_at_the_start_and_a_finished_snapshot_deduplicated_after_its_diff(start: Start) -> None:
     running, plugin = start()
     wait_until(lambda: any(order.call == "collect_garbage" for order in running.queue.orders), "garbage collection")
     running.driver.layers["5"] = ""
-    running.driver.absorbable.add("5")
+    running.driver.dedupable.add("5")
     plugin.call("Get", ID="5")
     assert plugin.diff("5") == (200, bytes(5))
-    assert not any(order.call == "absorb" for order in running.queue.orders)
+    assert not any(order.call == "dedupe" for order in running.queue.orders)
     plugin.call("Put", ID="5")
-    wait_until(lambda: ("absorb", "5") in {(order.call, order.id) for order in running.queue.orders}, "absorption")
+    wait_until(lambda: ("dedupe", "5") in {(order.call, order.id) for order in running.queue.orders}, "deduplication")
 
 
 def test_what_a_push_came_to_is_counted(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gearworkers.layers import mounts
+from gearworkers.engine import mounts
 from tests.support.gateways import Running, run_gateway
 from tests.support.lazynode import LazyNode
 from tests.support.plugin import Plugin
@@ -26,7 +26,7 @@ FILES = {"etc/file": b"content " * 100}
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyNode]:
     """With a Gear image and an ordinary one; its server is not started."""
-    monkeypatch.setattr(mounts, "_LAZY_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(mounts, "LAZY_TIMEOUT_S", PATIENCE_S)
     node = LazyNode(tmp_path)
     node.pull(FILES)
     node.apply(tar_of(FILES), "ordinary")

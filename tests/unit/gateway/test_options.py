@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers import options
-from gearworkers.driver import GearDriver
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver import options
+from plugin_gateway.graphdriver.driver import GearDriver
 
 BROKER = "redis://elsewhere/0"
 
@@ -73,9 +73,9 @@ def other_gateway(root: Path) -> Iterator[None]:
     """Another process has GEAR_ROOT *root*; it is killed at the end."""
     code = f"""
 from pathlib import Path
-from gearworkers.driver import GearDriver
+from plugin_gateway.graphdriver.driver import GearDriver
 from gearworkers.settings import Settings
-driver = GearDriver(Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run")), sole=True)
+driver = GearDriver(Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run")), exclusive=True)
 driver.prepare()
 print("prepared", flush=True)
 input()
@@ -95,10 +95,10 @@ def test_a_second_gateway_of_one_root_is_refused_before_it_takes_anything_for_a_
     with other_gateway(settings.gear_root):
         under_way = settings.gear_build_path / "layer.under-way"
         under_way.mkdir()
-        driver = GearDriver(settings, sole=True)
+        driver = GearDriver(settings, exclusive=True)
         with pytest.raises(FailedPrecondition, match="a gateway of this GEAR_ROOT runs already"):
             driver.prepare()
-        own = GearDriver(replace(settings, gear_root=tmp_path / "own"), sole=True)
+        own = GearDriver(replace(settings, gear_root=tmp_path / "own"), exclusive=True)
         own.prepare()
         with pytest.raises(FailedPrecondition, match="runs already"):
             own.init("", [f"gear.root={settings.gear_root}"], (), ())

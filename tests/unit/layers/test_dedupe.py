@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.refs import OBJECTS_FILE
-from gearworkers.driver import GearDriver
 from gearworkers.errors import Unavailable
 from gearworkers.layers import dedupe as absorb_module
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def objects_of(driver: GearDriver) -> list[Path]:
 def test_the_tar_is_the_same_before_and_after(driver: GearDriver) -> None:
     built_layer(driver)
     before = tar_of(driver, "step")
-    assert driver.absorb("step") == 3
+    assert driver.engine.dedupe("step") == 3
     assert tar_of(driver, "step") == before
     assert len(objects_of(driver)) == 1
 
 
 def test_the_mounted_layer_shows_the_same_bytes(driver: GearDriver) -> None:
     built_layer(driver)
-    driver.absorb("step")
+    driver.engine.dedupe("step")
     driver.create_read_write("above", "step")
     merged = Path(driver.get("above"))
     try:
@@ -72,24 +72,24 @@ def test_the_mounted_layer_shows_the_same_bytes(driver: GearDriver) -> None:
 
 def test_garbage_collection_keeps_what_an_absorbed_layer_refers_to(driver: GearDriver) -> None:
     built_layer(driver)
-    driver.absorb("step")
-    assert driver.collect_garbage().removed_objects == 0
+    driver.engine.dedupe("step")
+    assert driver.engine.collect_garbage().removed_objects == 0
     driver.remove("step")
-    assert driver.collect_garbage().removed_objects == 1
+    assert driver.engine.collect_garbage().removed_objects == 1
 
 
 def test_a_layer_that_is_mounted_is_left_alone(driver: GearDriver) -> None:
     built_layer(driver)
     driver.get("step")
     try:
-        assert driver.absorb("step") == 0
+        assert driver.engine.dedupe("step") == 0
     finally:
         driver.put("step")
 
 
 def test_a_container_is_never_absorbed(driver: GearDriver) -> None:
     driver.create_read_write("container", "")
-    assert not driver.is_absorbable("container")
+    assert not driver.engine.can_dedupe("container")
 
 
 def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
@@ -100,7 +100,7 @@ def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(absorb_module, "_set_times_back", _crash)
         with pytest.raises(KeyboardInterrupt):
-            driver.absorb("step")
+            driver.engine.dedupe("step")
     shutil.rmtree(driver.settings.gear_build_path)
     GearDriver(driver.settings).prepare()
     assert tar_of(driver, "step") == before
@@ -122,7 +122,7 @@ def test_the_list_of_objects_changes_its_place_while_no_collector_reads_the_list
 
     real_rename = os.rename
     monkeypatch.setattr(os, "rename", rename)
-    assert driver.absorb("step") == 3
+    assert driver.engine.dedupe("step") == 3
     assert len(held) == 1
 
 
@@ -131,8 +131,8 @@ def test_a_diff_whose_caller_stops_reading_does_not_stop_the_absorption_of_other
     built_layer(driver)
     layer = driver.settings.gear_containers_path / "step"
     with absorb_module.settled(layer, layer / "upper"), pytest.raises(Unavailable, match="Diff"):
-        driver.absorb("step")
-    assert driver.absorb("step") == 3
+        driver.engine.dedupe("step")
+    assert driver.engine.dedupe("step") == 3
 
 
 def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDriver) -> None:
@@ -144,7 +144,7 @@ def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDrive
     Path(deepest, "file").write_bytes(b"deep")
     driver.put("step")
     before = tar_of(driver, "step")
-    assert driver.absorb("step") == 1
+    assert driver.engine.dedupe("step") == 1
     assert tar_of(driver, "step") == before
     driver.remove("step")
 

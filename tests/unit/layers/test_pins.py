@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli.images import Node
-from gearworkers.driver import GearDriver
 from gearworkers.errors import NotFound
 from gearworkers.fetch.priority_pool import Urgency, WorkPool
 from gearworkers.layers.pins import Pin, Pins
 from gearworkers.lazyfs.pin_fetch import PinKeeper
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import gear_tar, until
 from tests.support.tiny import tar_of, tiny_tar
 
@@ -42,10 +42,10 @@ def driver(node: Node) -> GearDriver:
 def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: Node) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
-    driver(node).collect_garbage()
+    driver(node).engine.collect_garbage()
     assert node.objects.has(DIGEST)
     assert node.pins.remove("abababababab") == [PIN]
-    driver(node).collect_garbage()
+    driver(node).engine.collect_garbage()
     assert not node.objects.has(DIGEST)
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_record_still_keeps_its_objects(node: Node) -> None:
     node.pins.add(PIN, "one")
     next(node.settings.gear_pins_path.glob("*/pin.json")).write_bytes(b"nonsense")
     driver(node).remove("one")
-    driver(node).collect_garbage()
+    driver(node).engine.collect_garbage()
     assert node.pins.all() == [] and node.objects.has(DIGEST)
 
 

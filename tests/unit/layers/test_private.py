@@ -14,7 +14,6 @@ import pytest
 from gearworkers.cli import images
 from gearworkers.cli.docker_api import LocalImage
 from gearworkers.digest import DIGEST_XATTR
-from gearworkers.driver import GearDriver
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.layers import store
 from gearworkers.settings import Settings
@@ -22,6 +21,7 @@ from gearworkers.tar.entry import Entry
 from gearworkers.tar.private_marker import begins_marked
 from gearworkers.tar.reader import TarReader
 from gearworkers.util import syscalls as kernel
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.layers import file, tar
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node
 from tests.support.tiny import tar_of
@@ -101,8 +101,8 @@ def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: 
     (merged / "secret2").write_bytes(SECRET)
     driver.put("next")
     for id in ("step", "next"):
-        assert not driver.is_absorbable(id)
-        assert driver.absorb(id) == 0
+        assert not driver.engine.can_dedupe(id)
+        assert driver.engine.dedupe(id) == 0
     assert public_objects(driver) == before
     assert awaiting_push(driver) == 1
     apply(driver, "above", "next", tar_of({"third": b"secret too"}))
@@ -132,7 +132,7 @@ def test_it_has_the_directories_that_it_needs(driver: GearDriver) -> None:
     assert not (driver.settings.gear_private_cache_path / "marked").exists()
     assert not (driver.settings.gear_images_path / "marked" / "private").exists()
     assert len(os.listdir(driver.settings.gear_private_cache_path / "above")) == 1
-    assert not list(driver.faults(read_data=True, repair=False))
+    assert not list(driver.engine.faults(read_data=True, repair=False))
 
 
 def test_inspect_tells_the_layers_that_buildkit_made_too(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,22 +155,22 @@ def test_inspect_tells_the_layers_that_buildkit_made_too(driver: GearDriver, mon
 
 def test_its_objects_are_counted(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "a": b"one", "b": b"two", "c": b"one"}))
-    assert driver.usage().objects == 2
-    assert driver.usage().stored_bytes >= 6
+    assert driver.engine.usage.get().objects == 2
+    assert driver.engine.usage.get().stored_bytes >= 6
 
 
 def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
-    assert not list(driver.faults(read_data=True, repair=False))
+    assert not list(driver.engine.faults(read_data=True, repair=False))
     path = own_object(driver, "marked")
     path.chmod(0o600)
     path.write_bytes(b"damaged")
-    (fault,) = driver.faults(read_data=True, repair=False)
+    (fault,) = driver.engine.faults(read_data=True, repair=False)
     assert fault.startswith(f"private object {path}") and fault.endswith("remove the image and pull it again")
-    removed, missing = driver.faults(read_data=True, repair=True)
+    removed, missing = driver.engine.faults(read_data=True, repair=True)
     assert "(removed)" in removed
     assert missing.startswith("layer marked: 1 of its private objects are missing")
-    assert driver._engine.layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
+    assert driver.engine.layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
 
 
 @pytest.mark.parametrize("mark", [{".gear-private": b""}, {}], ids=["private", "public"])
@@ -178,14 +178,14 @@ def test_fsck_goes_on_where_an_object_says_that_it_is_another(driver: GearDriver
     apply(driver, "layer", "", tar_of({**mark, "secret": SECRET}))
     path = own_object(driver, "layer") if mark else public_objects(driver)[0]
     os.setxattr(path, DIGEST_XATTR, bytes(32))
-    wrong, missing = driver.faults(read_data=False, repair=False)
+    wrong, missing = driver.engine.faults(read_data=False, repair=False)
     assert str(path) in wrong and "does not make its name" in wrong
     assert missing.startswith("layer layer: 1 of its ")
 
 
 def test_the_collector_leaves_it_alone(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
-    assert driver.collect_garbage().removed_objects == 0
+    assert driver.engine.collect_garbage().removed_objects == 0
     assert own_object(driver, "marked").read_bytes() == SECRET
 
 
@@ -291,7 +291,7 @@ def test_a_layer_that_is_in_its_place_keeps_what_it_has(driver: GearDriver, monk
     with pytest.raises(KeyboardInterrupt):
         driver.apply_diff("marked", "", io.BytesIO(tar_of({".gear-private": b"", "secret": SECRET})))
     assert own_object(driver, "marked").read_bytes() == SECRET
-    assert not list(driver.faults(read_data=True, repair=False))
+    assert not list(driver.engine.faults(read_data=True, repair=False))
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers import options
-from gearworkers.driver import GearDriver
 from gearworkers.errors import FailedPrecondition, InvalidInput
 from gearworkers.layers import quotas
 from gearworkers.mounts import quotactl
 from gearworkers.settings import Settings
 from gearworkers.util.fs import opened_directory
+from plugin_gateway.graphdriver import options
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import applied, file, mounted
 from tests.faults.crashes import Say, killed_at_every_step

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.driver import GearDriver
 from gearworkers.layers.incomplete import remove_unvouched
 from gearworkers.lazyfs.client import read_status
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.remote.factory import open_remote
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import LazyNode, gear_tar, until
 from tests.support.processes import PATIENCE_S
 

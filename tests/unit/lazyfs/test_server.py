@@ -266,7 +266,7 @@ def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> Non
     assert (root / "lib/large").read_bytes() == LARGE
     for id in ("c1", "image"):
         node.driver.remove(id)
-    node.driver.collect_garbage()
+    node.driver.engine.collect_garbage()
     assert not store.has(hashlib.sha256(LARGE).digest())
     until(lambda: node.status().serving == 0, "the kernel has forgotten it")
 
@@ -280,7 +280,7 @@ def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: 
     until(lambda: len(fetches(node, "chunk")) > 8, "the rest comes behind")
     for id in ("c1", "image"):
         node.driver.remove(id)
-    node.driver.collect_garbage()
+    node.driver.engine.collect_garbage()
     node.shelf.behave()
     until(lambda: not (node.settings.gear_fetching_path / name).exists(), "it does not come any more")
     until(lambda: node.status().serving == 0, "the kernel has forgotten it")

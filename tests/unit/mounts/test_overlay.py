@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from gearworkers.errors import GearError, InvalidInput, NotFound
 from gearworkers.mounts.mountinfo import is_data_layer, is_mount_point
 from gearworkers.mounts.overlay import OverlaySpec, clear_volatile, detached, is_mounted, mount, unmount
-from gearworkers.mounts.table import MountTable
 from gearworkers.util import syscalls
 from tests.support.overlays import make_index
 
@@ -252,33 +250,3 @@ def test_entry_types_are_those_of_the_directory(root: Path) -> None:
         os.close(fd)
     assert types[b"file"] == 8
     assert types[b"public"] == 4
-
-
-def test_a_table_of_mounts_remembers_no_layer_that_nobody_uses(tmp_path: Path) -> None:
-    table = MountTable(tmp_path)
-    for number in range(100):
-        with table.locked(f"layer-{number}"), table.locked("one"):
-            pass
-    assert not table._locks
-
-
-def test_a_mount_that_cannot_be_counted_is_none_and_the_counts_of_others_go_on(root: Path) -> None:
-    counts, target = root / "counts", root / "merged"
-    counts.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", counts], check=True)
-    table = MountTable(counts)
-    try:
-        layers = spec(root, 1)
-        table.acquire("one", target, lambda: mount(layers, target))
-        with pytest.raises(OSError, match="No space left"):
-            (counts / "filler").write_bytes(bytes(1 << 20))
-        table.acquire("one", target, lambda: pytest.fail("it is mounted"))
-        assert not table.release("one", target) and is_mounted(target)
-        other = root / "other"
-        other.mkdir()
-        with pytest.raises(OSError, match="No space left"):
-            table.acquire("two", other, lambda: mount(layers, other))
-        assert not is_mounted(other)
-        assert table.release("one", target) and not is_mounted(target)
-    finally:
-        subprocess.run(["umount", counts], check=True)

@@ -19,7 +19,6 @@ from typing import Protocol
 import pytest
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.driver import GearDriver
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs import client
 from gearworkers.lazyfs.client import read_status
@@ -31,6 +30,7 @@ from gearworkers.profiles.resolve import profile_name
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 from tests.support.processes import PATIENCE_S
 

@@ -14,8 +14,7 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import Retry
 from kombu.asynchronous import Hub
 
-from gearworkers import options
-from gearworkers.driver import GearDriver
+from gearworkers.engine.engine import Engine
 from gearworkers.errors import FailedPrecondition, InvalidInput
 from gearworkers.images.convert import ImagePlan, LayerJob, Plan
 from gearworkers.settings import Settings
@@ -31,10 +30,12 @@ from gearworkers.workers.celery_app import (
 )
 from gearworkers.workers.execute import perform
 from gearworkers.workers.messages import Order
+from plugin_gateway.graphdriver import options
+from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.answers import Answer, answering
 
 HEAVY = ("gearworkers.apply_diff", "gearworkers.diff")
-UPKEEP = ("gearworkers.push", "gearworkers.collect_garbage", "gearworkers.absorb")
+UPKEEP = ("gearworkers.push", "gearworkers.collect_garbage", "gearworkers.dedupe")
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_stream_order_without_a_gateway_is_dropped(root: Path) -> None:
 
 
 def test_upkeep_without_a_gateway_is_done(app: Any, root: Path) -> None:
-    GearDriver(Settings.from_environ()).prepare()
+    Engine.of(Settings.from_environ()).prepare()
     answer = perform(Settings.from_environ(), Order("collect_garbage", str(root), "token"), "worker")
     assert answer is not None
     assert (answer.error, answer.figures) == ("", {"removed_objects": 0, "removed_bytes": 0})
@@ -112,7 +113,7 @@ def test_upkeep_of_the_root_that_dockerd_has_named_is_done_and_of_no_other(root:
 
 def test_upkeep_that_comes_again_is_refused_for_another_root(app: Any, root: Path, tmp_path: Path) -> None:
     other = Settings(gear_root=tmp_path / "other", run_dir=tmp_path)
-    GearDriver(other).prepare()
+    Engine.of(other).prepare()
     garbage = other.gear_public_cache_path / "\1A" / "x"
     garbage.touch()
     collect = app.tasks["gearworkers.collect_garbage"]
@@ -165,19 +166,19 @@ def arguments(root: Path) -> dict[str, str]:
 def test_a_push_whose_remote_is_away_is_tried_again_and_one_without_remote_is_not(
     app: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    GearDriver(Settings.from_environ()).prepare()
+    Engine.of(Settings.from_environ()).prepare()
     push = app.tasks["gearworkers.push"]
     push.push_request(retries=0, called_directly=False, is_eager=True, kwargs=arguments(root), delivery_info={})
     try:
         push.run(**arguments(root))
-        monkeypatch.setattr(GearDriver, "push_pending", _unavailable)
+        monkeypatch.setattr(Engine, "push_pending", _unavailable)
         with pytest.raises(Retry, match="2s"):
             push.run(**arguments(root))
     finally:
         push.pop_request()
 
 
-def _unavailable(driver: GearDriver) -> int:
+def _unavailable(engine: Engine) -> int:
     from gearworkers.errors import Unavailable
 
     raise Unavailable("the remote is away")

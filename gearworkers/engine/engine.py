@@ -1,0 +1,274 @@
+"""The Engine: the operations on one GEAR_ROOT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+from gearworkers.cas.collector import GarbageReport
+from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.refs import OBJECTS_FILE
+from gearworkers.cas.store import ObjectStore
+from gearworkers.engine.mounts import LayerMounts
+from gearworkers.engine.recovery import collect_garbage, make_ready
+from gearworkers.errors import from_os_error
+from gearworkers.fsck.repair import Checker
+from gearworkers.layers.apply import apply_tar
+from gearworkers.layers.dedupe import absorb, settled
+from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
+from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
+from gearworkers.layers.diff.replay import replay
+from gearworkers.layers.diff.size import changed_size, tree_size
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.index.probe import IndexMode
+from gearworkers.layers.store import MERGED, Kind, LayerStore, image_layer
+from gearworkers.layers.usage import UsageMeter
+from gearworkers.mounts.overlay import is_mounted
+from gearworkers.mounts.probe import backing_fs_name
+from gearworkers.profiles.hooks import Starts
+from gearworkers.profiles.recordings import Recordings
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.push import PushReport, push_pending
+from gearworkers.settings import Settings
+from gearworkers.tar.reader import Readable
+from gearworkers.util.fs import opened_directory
+
+_Self = TypeVar("_Self")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def layer_call(
+    call: Callable[Concatenate[_Self, str, _Arguments], _Result],
+) -> Callable[Concatenate[_Self, str, _Arguments], _Result]:
+    """Decorate a method on one layer: errors of the file system become GearError and name method and layer."""
+
+    @wraps(call)
+    def translated(self: _Self, id: str, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        try:
+            return call(self, id, *arguments, **keywords)
+        except OSError as exc:
+            where = f": {os.fsdecode(exc.filename)}" if isinstance(exc.filename, str | bytes) else ""
+            raise from_os_error(exc, f"{call.__name__} of layer {id}{where}") from exc
+
+    return translated
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts of one GEAR_ROOT. They never change, so every call works on one root from its begin to its end.
+
+    Several processes of a node may each have an engine of the same root. One process should have one: its parts hold
+    the locks between the process's threads. Methods may be called from many threads and raise GearError. After an
+    error nothing is half done, except the target of an `apply_diff`, which accepts nothing but its removal.
+    """
+
+    settings: Settings
+    objects: ObjectStore
+    layers: LayerStore
+    spool: PushSpool
+    usage: UsageMeter
+    starts: Starts
+    mounts: LayerMounts
+    index_mode: IndexMode
+
+    @classmethod
+    def of(cls, settings: Settings) -> Engine:
+        """Return the engine of the settings' root; touches nothing on the disk."""
+        objects = ObjectStore(settings.gear_public_cache_path)
+        layers = LayerStore(settings, objects)
+        starts = Starts(settings, layers, Recordings())
+        return cls(
+            settings,
+            objects,
+            layers,
+            PushSpool(settings.gear_push_path, objects),
+            UsageMeter(layers, objects),
+            starts,
+            LayerMounts(settings, layers, starts),
+            IndexMode(settings.gear_root),
+        )
+
+    # -- life
+
+    def prepare(self) -> None:
+        """Make missing directories and repair the leftovers of a crash; no other process may use the root meanwhile.
+
+        Raises:
+            GearError: The root cannot be used.
+        """
+        make_ready(self.settings, self.objects, self.layers, self.spool)
+        self.mounts.prepare()
+
+    def close(self) -> None:
+        """End recordings and unmount the indexes; mounts of containers stay."""
+        self.starts.close()
+        self.layers.release()
+
+    def id_maps(self) -> IdMaps:
+        """Return the mapping from ids in containers to ids on the disk."""
+        return IdMaps.load(self.settings.gear_root)
+
+    # -- layers
+
+    @layer_call
+    def apply_diff(self, id: str, parent: str, source: Readable) -> int:
+        """Fill an empty layer from a tar.
+
+        Args:
+            id: A new layer.
+            parent: The parent that the layer was created with; empty for none.
+            source: The tar; its `readinto` raises if the stream breaks off.
+
+        Returns:
+            The layer's size in bytes, as `diff_size`.
+
+        Raises:
+            FailedPrecondition: An earlier apply_diff into it did not finish.
+            InvalidInput, IntegrityError: The tar is malformed; names entry and reason.
+            ResourceExhausted: No space left.
+
+        Crash: the layer is unfinished and accepts nothing but its removal.
+        """
+        layer = self.layers.begin_apply(id, parent)
+        with self.layers.building(id) as build:
+            applied = apply_tar(
+                source,
+                build,
+                self.objects,
+                self.id_maps(),
+                self._push_queue(),
+                self.settings.gear_root,
+                self.layers.numbers,
+                private=self.layers.is_private(parent),
+            )
+            self.layers.publish(build, image_layer(layer, applied))
+        self.starts.arrived(id)
+        return applied.size_bytes
+
+    @layer_call
+    def diff(self, id: str, parent: str, sink: Writable) -> None:
+        """Write the layer's tar: everything that *parent* lacks or has otherwise.
+
+        Raises:
+            NotFound: There is no such layer, or an object is missing.
+            IntegrityError: Stored data are damaged; a part may have been written.
+        """
+        layer = self.layers.get(id)
+        ids = self.id_maps()
+        if layer.kind is Kind.IMAGE and layer.parent == parent:
+            replay(self.layers.directory(layer), self.layers.contents(layer), sink)
+        elif layer.kind is Kind.CONTAINER and layer.parent == parent:
+            upper = self.layers.lower(layer)
+            with (
+                settled(self.layers.directory(layer), upper),
+                self.mounts.view(parent) as parent_fd,
+                self.mounts.view(id) as merged_fd,
+            ):
+                assert merged_fd is not None
+                write_diff(upper, merged_fd, parent_fd, sink, ids)
+        else:
+            with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as own_fd:
+                write_tree_diff(own_fd, parent_fd, sink, ids)
+
+    @layer_call
+    def changes(self, id: str, parent: str) -> list[Change]:
+        """Return the paths that differ from *parent*, sorted."""
+        layer = self.layers.get(id)
+        if layer.kind is Kind.CONTAINER and layer.parent == parent:
+            with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as merged_fd:
+                assert merged_fd is not None
+                return upper_changes(self.layers.lower(layer), merged_fd, parent_fd)
+        with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as own_fd:
+            return tree_changes(own_fd, parent_fd)
+
+    @layer_call
+    def diff_size(self, id: str, parent: str) -> int:
+        """Return the bytes of the layer's files over *parent*, each inode once."""
+        layer = self.layers.get(id)
+        if layer.parent == parent and layer.kind is Kind.CONTAINER:
+            with opened_directory(self.layers.lower(layer)) as upper_fd:
+                return tree_size(upper_fd)
+        if layer.parent == parent:
+            return layer.size_bytes
+        with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as own_fd:
+            return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
+
+    # -- deduplication of finished read-write layers
+
+    def can_dedupe(self, id: str) -> bool:
+        """Whether the layer can share its contents: a finished read-write layer that still holds them itself.
+
+        Its diff was taken, nothing writes it any more, and it is not private.
+        """
+        layer = self.layers.get(id)
+        directory = self.layers.directory(layer)
+        return (
+            layer.kind is Kind.CONTAINER
+            and layer.absorbable
+            and not (directory / OBJECTS_FILE).exists()
+            and not is_mounted(directory / MERGED)
+            and not self.layers.is_private(id)
+        )
+
+    @layer_call
+    def dedupe(self, id: str) -> int:
+        """Move the contents of a finished read-write layer to the object store; return the number of files.
+
+        Raises:
+            NotFound: There is no such layer.
+            Unavailable: A diff of it is in progress; retry later.
+        """
+        if not self.can_dedupe(id):
+            return 0
+        layer = self.layers.get(id)
+        with self.layers.building(id) as build:
+            directory, upper = self.layers.directory(layer), self.layers.lower(layer)
+            return absorb(directory, upper, build, self.objects, self._push_queue(), self.settings.gear_root)
+
+    # -- maintenance
+
+    def status(self) -> list[tuple[str, str]]:
+        """Return the store's status as names and values; the usage is at most a minute old."""
+        usage = self.usage.get()
+        root = self.settings.gear_root
+        return [
+            ("Root Dir", str(root)),
+            ("Backing Filesystem", backing_fs_name(root)),
+            ("Kernel Mode", f"overlay with data-only layers, EROFS indexes {self.index_mode.get()}"),
+            ("Layers", f"{usage.image_layers} image, {usage.other_layers} read-write"),
+            ("Objects", str(usage.objects)),
+            ("Logical Bytes", str(usage.logical_bytes)),
+            ("Stored Bytes", str(usage.stored_bytes)),
+            ("Awaiting Push", str(sum(1 for _ in self.spool.pending()))),
+        ]
+
+    def faults(
+        self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
+    ) -> Iterator[str]:
+        """Check every object and layer; yield a line for each fault. Arguments as in `Checker.faults`."""
+        checker = Checker(self.settings, self.layers, self.objects, self.spool)
+        return checker.faults(read_data=read_data, repair=repair, incomplete=incomplete)
+
+    def collect_garbage(self) -> GarbageReport:
+        """Remove unreferenced objects; safe beside imports."""
+        return collect_garbage(self.settings, self.objects)
+
+    def push_pending(self) -> PushReport:
+        """Push pending objects to the remote; a damaged object does not stop the others.
+
+        Raises:
+            FailedPrecondition: No remote is set.
+            Unavailable: The remote does not answer; the rest stays pending.
+        """
+        remote = open_remote(self.settings)
+        try:
+            return push_pending(self.spool, remote)
+        finally:
+            remote.close()
+
+    def _push_queue(self) -> PushSpool | None:
+        return self.spool if self.settings.remote else None

@@ -1,0 +1,183 @@
+"""Mounts of layers: at `merged/` of each layer for its users, and views that only their holder sees.
+
+A container is one overlay: the indexes of its layers, then the directories where their contents are looked up: the
+private caches of its private layers, the public cache, and for an incomplete chain the trap of the lazy file server
+(lazyfs.tree). The private caches come first: the public cache may hold half of an object that a private layer has
+whole, since imports store objects in place (cas.inplace).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from gearworkers.errors import from_os_error
+from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id
+from gearworkers.lazyfs.tree import FAILED, FETCH
+from gearworkers.mounts import overlay
+from gearworkers.mounts.mountinfo import wait_until_mounted
+from gearworkers.profiles.hooks import Starts
+from gearworkers.settings import Settings
+from gearworkers.util.fs import opened_directory
+
+_EMPTY = "empty"
+LAZY_TIMEOUT_S = 10.0
+"""When the whole stack starts, a container may be mounted before the lazy file server is up."""
+
+
+class LazyServerNeeded(Exception):
+    """The mount would wait for the lazy file server, without limit if that hangs."""
+
+
+class LayerMounts:
+    """Mounts at `merged/` of each layer, from any thread of the one process of the node that mounts."""
+
+    def __init__(self, settings: Settings, layers: LayerStore, starts: Starts) -> None:
+        self._settings = settings
+        self._layers = layers
+        self._starts = starts
+        self._old_numbers = settings.old_numbers_path
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # those in use
+        self._guard = threading.Lock()
+        self._watching = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make missing directories.
+
+        Raises:
+            GearError: The file system refuses.
+        """
+        try:
+            (self._settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
+            self._old_numbers.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._note_old_numbers()
+        except OSError as exc:
+            raise from_os_error(exc, "prepare the directories of mounts") from exc
+
+    @contextmanager
+    def locked(self, id: str) -> Iterator[None]:
+        """Keep other threads from mounting, unmounting and removing this layer."""
+        check_id(id)
+        with self._guard:
+            lock = self._locks.setdefault(id, threading.Lock())
+        with lock:
+            yield
+
+    def target(self, layer: Layer) -> Path:
+        """Return the layer's mount point."""
+        return self._layers.directory(layer) / MERGED
+
+    def mountable(self, id: str, ids: IdMaps) -> Layer:
+        """Return the layer; a new one becomes a read-write layer with *ids* as owners. The caller holds the lock.
+
+        Raises:
+            NotFound: There is no such layer.
+        """
+        layer = self._layers.get(id)
+        return self._layers.promote(layer, ids) if layer.kind is Kind.NEW else layer
+
+    def mount(self, layer: Layer, mount_label: str = "", *, volatile: bool = False, may_wait: bool = True) -> None:
+        """Mount the layer at its target, instead of any earlier mount. The caller holds the lock.
+
+        Args:
+            layer: As from `mountable`.
+            mount_label: SELinux label; empty for the layer's own.
+            volatile: The upper directory need not survive a power cut.
+            may_wait: Whether the caller has time for the lazy file server.
+
+        Raises:
+            FailedPrecondition: The layer, or one below it, is unfinished; or the kernel refuses.
+            LazyServerNeeded: The layer is incomplete and *may_wait* is False; nothing is mounted.
+        """
+        target = self.target(layer)
+        _unmount_all(target)
+        is_complete = self._layers.is_complete(layer.id)
+        if not (is_complete or may_wait):
+            raise LazyServerNeeded
+        if volatile:
+            overlay.clear_volatile(target.parent / WORK)
+        spec = self._spec(layer, mount_label, volatile, is_complete)
+        with self._layers.quotas.lifted(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
+            overlay.mount(spec, target)
+        if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
+            self._starts.begin(layer, target)
+
+    def unmount(self, id: str) -> None:
+        """Unmount the layer; does nothing if it is not mounted or not there. The caller holds the lock."""
+        self._starts.end(id)
+        for parent in (self._settings.gear_containers_path, self._settings.gear_images_path):
+            _unmount_all(parent / id / MERGED)
+        (self._old_numbers / id).unlink(missing_ok=True)
+
+    @contextmanager
+    def view(self, id: str) -> Iterator[int | None]:
+        """Yield a descriptor of the layer's tree, of its mount if there is one; None for the empty id."""
+        if not id:
+            yield None
+            return
+        layer = self._layers.get(id)
+        merged = self._layers.directory(layer) / MERGED
+        if layer.kind is Kind.CONTAINER:
+            with opened_directory(merged) as fd:
+                # Ask the open descriptor whether it is a mount: the layer may be unmounted by now.
+                if os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev:
+                    yield fd
+                    return
+        if layer.kind is Kind.NEW:
+            self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
+            with self.view(layer.parent) as parent_view:
+                yield parent_view
+        else:
+            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id, self._layers.is_complete(id)))
+            with overlay.detached(spec) as fd:
+                yield fd
+
+    def _note_old_numbers(self) -> None:
+        """Note the mounts whose inode numbers a new mount would not have; `gear doctor` names them until they end."""
+        for directory in (*self._settings.gear_containers_path.iterdir(), *self._settings.gear_images_path.iterdir()):
+            if overlay.is_mounted(directory / MERGED) and self._layers.has_old_numbers(directory.name):
+                (self._old_numbers / directory.name).touch(mode=0o600)
+
+    def _spec(self, layer: Layer, mount_label: str, volatile: bool, is_complete: bool) -> overlay.OverlaySpec:
+        data = self._data(layer.id, is_complete)
+        label = mount_label or layer.mount_label
+        xino = self._settings.xino
+        if layer.kind is Kind.IMAGE:
+            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label, xino=xino)
+        directory = self._layers.directory(layer)
+        lowers = self._layers.chain(layer.parent) or (self._settings.gear_root / _EMPTY,)
+        upper, work = directory / UPPER, directory / WORK
+        return overlay.OverlaySpec(lowers, data, upper, work, context=label, volatile=volatile, xino=xino)
+
+    def _data(self, id: str, is_complete: bool) -> tuple[Path, ...]:
+        """Return the directories where contents are looked up, in order."""
+        settings = self._settings
+        here = (*self._layers.private_caches(id), settings.gear_public_cache_path)
+        if is_complete:
+            return here
+        self._wait_for_lazy()
+        lazy = settings.lazy_mount_path
+        return (*here, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
+
+    def _wait_for_lazy(self) -> None:
+        """Wait until the lazy file system is mounted; one thread watches the mounts, the others wait for it."""
+        deadline_s = time.monotonic() + LAZY_TIMEOUT_S
+        is_first = self._watching.acquire(timeout=LAZY_TIMEOUT_S)
+        try:
+            wait_until_mounted(self._settings.lazy_mount_path, deadline_s - time.monotonic())
+        finally:
+            if is_first:
+                self._watching.release()
+
+
+def _unmount_all(target: Path) -> None:
+    """Unmount every mount at *target*: gearworkers 0.1 may have mounted twice."""
+    overlay.unmount(target)
+    while overlay.is_mounted(target):
+        overlay.unmount(target)

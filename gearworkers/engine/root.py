@@ -1,0 +1,39 @@
+"""The GEAR_ROOT that this node's gateway uses: its front door may name another one than the environment does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gearworkers.errors import from_os_error
+from gearworkers.settings import Settings
+
+_FILE = "gear-root"
+
+
+def save_root(run_dir: Path, root: Path) -> None:
+    """Record *root* for the workers of this node, until a reboot empties *run_dir*; by one rename.
+
+    Raises:
+        GearError: The file system refuses.
+    """
+    try:
+        temporary = run_dir / f"{_FILE}.new"
+        temporary.write_text(str(root))
+        temporary.rename(run_dir / _FILE)
+    except OSError as exc:
+        raise from_os_error(exc, f"record GEAR_ROOT in {run_dir}") from exc
+
+
+def with_current_root(settings: Settings) -> Settings:
+    """Return *settings* with the GEAR_ROOT of this node's gateway; unchanged if no gateway has run here.
+
+    Raises:
+        GearError: The file system refuses.
+    """
+    try:
+        return replace(settings, gear_root=Path((settings.run_dir / _FILE).read_text()))
+    except FileNotFoundError:
+        return settings
+    except OSError as exc:
+        raise from_os_error(exc, f"read the gateway's GEAR_ROOT in {settings.run_dir}") from exc

@@ -1,0 +1,272 @@
+"""The Gear driver: the graphdriver protocol's calls by their names, over the engine of one GEAR_ROOT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+from gearworkers.engine.engine import Engine, layer_call
+from gearworkers.engine.root import save_root
+from gearworkers.errors import InvalidInput
+from gearworkers.layers.diff.changes import Change
+from gearworkers.layers.diff.export import Writable
+from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.index.probe import check_index
+from gearworkers.layers.store import WORK, Kind, new_layer
+from gearworkers.mounts.probe import probe, require
+from gearworkers.settings import Settings
+from gearworkers.tar.reader import Readable
+from gearworkers.util.process import alone
+from plugin_gateway.graphdriver import options
+from plugin_gateway.graphdriver.mount_counts import MountCounts
+
+_INIT_SUFFIX = "-init"
+
+
+@dataclass(frozen=True, slots=True)
+class _Current:
+    """The engine that new calls use, and the settings as dockerd's options change them."""
+
+    engine: Engine
+    settings: Settings
+
+
+class GearDriver:
+    """The driver of one dockerd: its GEAR_ROOT changes when dockerd names another one.
+
+    Calls may come from many threads at the same time. Each finishes on the root that it began with. Errors are
+    GearError; after one, nothing is half done, except the target of an ApplyDiff, which accepts only Remove.
+    """
+
+    def __init__(self, settings: Settings, *, exclusive: bool = False) -> None:
+        """
+        Args:
+            settings: Of the node.
+            exclusive: Lock each GEAR_ROOT in `prepare` and `init`: a second gateway would take the first one's
+                unfinished work for the leftovers of a crash.
+        """
+        self._given = settings
+        self._exclusive = exclusive
+        self._current = _Current(Engine.of(settings), settings)  # replaced as a whole; a call reads it once
+        self._prepared: dict[Path, Engine] = {}  # one per root: calls may still use the root of an earlier dockerd
+        self._counts = MountCounts(settings.run_dir / "mounts")
+        self._inits = Lock()
+        self._locks = ExitStack()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings as dockerd's options have changed them."""
+        return self._current.settings
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that new calls use."""
+        return self._current.engine
+
+    # -- the daemon's life
+
+    def prepare(self) -> None:
+        """Make missing directories under GEAR_ROOT and repair the leftovers of a crash; at the gateway's start.
+
+        A dockerd that runs already does not repeat its options: those of its `init` are read from the run directory.
+
+        Raises:
+            GearError: GEAR_ROOT cannot be used.
+        """
+        with self._inits:
+            self._use(self._prepare_root(options.saved(self._given.run_dir)))
+
+    def _prepare_root(self, opts: Sequence[str]) -> _Current:
+        """Return the engine of the root that *opts* name, and their settings; repairs and locks a root once."""
+        settings = options.with_options(self._given, opts)
+        root = settings.gear_root.resolve()
+        if root not in self._prepared:
+            engine = Engine.of(settings)
+            with ExitStack() as locks:
+                if self._exclusive:
+                    locks.enter_context(alone(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
+                engine.prepare()
+                self._locks.enter_context(locks.pop_all())
+            self._prepared[root] = engine
+        engine = self._prepared[root]
+        return _Current(engine, replace(settings, gear_root=engine.settings.gear_root))
+
+    def _use(self, current: _Current) -> None:
+        run_dir = self._given.run_dir
+        self._counts.prepare()
+        save_root(run_dir, current.settings.gear_root)
+        self._current = current
+
+    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
+        """Begin with a new dockerd: take its options and id maps, count mounts anew.
+
+        Args:
+            home: The directory that dockerd suggests; GEAR_ROOT is used instead.
+            opts: ``gear.root=PATH``, ``gear.broker=URL``.
+            uid_maps: Of --userns-remap; empty without it.
+            gid_maps: Likewise.
+
+        Raises:
+            InvalidInput: An option is unknown or malformed.
+            FailedPrecondition: The kernel or the file system lacks a feature, or another gateway has gear.root.
+        """
+        with self._inits:
+            current = self._prepare_root(opts)
+            settings = current.engine.settings
+            require(probe(settings.gear_root, check_index))
+            maps = IdMaps(tuple(uid_maps), tuple(gid_maps))
+            maps.save(settings.gear_root)
+            for path in (settings.gear_root, settings.gear_images_path, settings.gear_containers_path):
+                path.chmod(0o711 if maps.uids else 0o700)
+            self._counts.prepare()
+            self._counts.restart()
+            options.save(settings.run_dir, opts)
+            self._use(current)
+
+    def capabilities(self) -> dict[str, bool]:
+        """Diff returns exactly the tar that ApplyDiff received, so dockerd keeps no tar-split."""
+        return {"ReproducesExactDiffs": True}
+
+    def cleanup(self) -> None:
+        """dockerd ends: unmount everything that is mounted."""
+        engine = self.engine
+        for id in self._counts.ids():
+            with engine.mounts.locked(id):
+                engine.mounts.unmount(id)
+                self._counts.forget(id)
+        engine.layers.release()
+
+    def release(self) -> None:
+        """The gateway ends: keep only the mounts of containers."""
+        for engine in self._prepared.values() or (self.engine,):
+            engine.close()
+        self._locks.close()
+        self._prepared.clear()
+
+    # -- layers
+
+    @layer_call
+    def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
+        """Make a layer to be filled, by ApplyDiff or through a mount.
+
+        Raises:
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option that only containers have.
+        """
+        if options.container_size(storage_opt) is not None:
+            raise InvalidInput(f"layer {id}: --storage-opt size is for containers only")
+        engine = self.engine
+        engine.layers.create(new_layer(id, parent, Kind.NEW, mount_label), engine.id_maps())
+
+    @layer_call
+    def create_read_write(
+        self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None
+    ) -> None:
+        """Make the read-write layer of a container.
+
+        Args: *storage_opt* has ``size``, the container's limit; dockerd's ``-init`` layer has none.
+
+        Raises:
+            AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option is unknown or malformed.
+            FailedPrecondition: The file system cannot limit a container's size.
+        """
+        engine = self.engine
+        size = options.container_size(storage_opt)
+        if size is not None:
+            engine.layers.quotas.require()
+        limit = 0 if size is None or _is_init_layer(id) else size
+        engine.layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label, limit), engine.id_maps())
+
+    @layer_call
+    def remove(self, id: str) -> None:
+        """Remove the layer, mounted or not; does nothing if there is none."""
+        engine = self.engine
+        with engine.mounts.locked(id):
+            engine.mounts.unmount(id)
+            self._counts.forget(id)
+            engine.layers.remove(id)
+
+    def exists(self, id: str) -> bool:
+        """Whether there is such a layer."""
+        return self.engine.layers.exists(id)
+
+    # -- mounts
+
+    @layer_call
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
+        """Mount the layer, or count one more user of its mount.
+
+        Returns:
+            The path of the merged tree; read-only for an image layer.
+
+        Raises:
+            NotFound: There is no such layer.
+            FailedPrecondition, LazyServerNeeded: As `LayerMounts.mount`.
+        """
+        engine = self.engine
+        mounts = engine.mounts
+        with mounts.locked(id):
+            layer = mounts.mountable(id, engine.id_maps())
+            target = mounts.target(layer)
+
+            def mount() -> None:
+                mounts.mount(layer, mount_label, volatile=_is_init_layer(id), may_wait=may_wait)
+
+            self._counts.acquire(id, target, mount)
+            return str(target)
+
+    @layer_call
+    def put(self, id: str) -> None:
+        """Count one user less; unmount after the last. One too many, or an unknown layer, is fine."""
+        engine = self.engine
+        with engine.mounts.locked(id):
+            if engine.layers.exists(id):
+                target = engine.mounts.target(engine.layers.get(id))
+                self._counts.release(id, target, lambda: engine.mounts.unmount(id))
+
+    # -- contents
+
+    @layer_call
+    def get_metadata(self, id: str) -> dict[str, str]:
+        """Return LowerDir, UpperDir, WorkDir and MergedDir, as overlay2 names them."""
+        engine = self.engine
+        layer = engine.layers.get(id)
+        metadata = {
+            "UpperDir": str(engine.layers.lower(layer)),
+            "WorkDir": str(engine.layers.directory(layer) / WORK),
+            "MergedDir": str(engine.mounts.target(layer)),
+        }
+        if layer.parent:
+            metadata["LowerDir"] = ":".join(map(str, engine.layers.chain(layer.parent)))
+        return metadata
+
+    def changes(self, id: str, parent: str) -> list[Change]:
+        """As `Engine.changes`."""
+        return self.engine.changes(id, parent)
+
+    def diff_size(self, id: str, parent: str) -> int:
+        """As `Engine.diff_size`."""
+        return self.engine.diff_size(id, parent)
+
+    def apply_diff(self, id: str, parent: str, source: Readable) -> int:
+        """As `Engine.apply_diff`; dockerd's calls reach the engine of a worker instead."""
+        return self.engine.apply_diff(id, parent, source)
+
+    def diff(self, id: str, parent: str, sink: Writable) -> None:
+        """As `Engine.diff`; dockerd's calls reach the engine of a worker instead."""
+        self.engine.diff(id, parent, sink)
+
+    def can_dedupe(self, id: str) -> bool:
+        """As `Engine.can_dedupe`."""
+        return self.engine.can_dedupe(id)
+
+    def status(self) -> list[tuple[str, str]]:
+        """As `Engine.status`, for `docker info`."""
+        return self.engine.status()
+
+
+def _is_init_layer(id: str) -> bool:
+    """dockerd makes a container's ``-init`` layer anew with the container: alone it need not survive a power cut."""
+    return id.endswith(_INIT_SUFFIX)

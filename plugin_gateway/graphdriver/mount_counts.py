@@ -1,0 +1,81 @@
+"""Users of each layer's mount: dockerd does not count Get and Put for a plugin.
+
+The counts survive the gateway: they lie beside its sockets, in a directory that a reboot empties like the mounts.
+A count without a mount is 0. A mount without a count has one user, as in overlay2 after a restart. A mount with the
+count 0 belongs to a Get that was killed before it answered: it has no user.
+
+Order of writes: Get writes 0, mounts, writes 1. Put unmounts, then removes the count.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gearworkers.mounts.overlay import is_mounted
+
+
+class MountCounts:
+    """The counts in *directory*; the caller holds the layer's lock in every call on one layer."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def prepare(self) -> None:
+        """Make the directory."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def acquire(self, id: str, target: Path, mount: Callable[[], None]) -> None:
+        """Count one more user of *target*; call *mount* for the first.
+
+        Raises:
+            OSError: The count cannot be written; nothing has changed.
+        """
+        count = self._count(id, target)
+        if count:
+            self._write(id, count + 1)
+            return
+        self._write(id, 0)
+        mount()
+        self._write(id, 1)
+
+    def release(self, id: str, target: Path, unmount: Callable[[], None]) -> None:
+        """Count one user less; call *unmount* after the last."""
+        count = self._count(id, target)
+        if count > 1:
+            self._write(id, count - 1)
+            return
+        unmount()
+        self.forget(id)
+
+    def forget(self, id: str) -> None:
+        """Remove the count of an unmounted layer."""
+        (self._directory / id).unlink(missing_ok=True)
+
+    def ids(self) -> list[str]:
+        """Return the ids of all layers that have a count."""
+        return sorted(path.name for path in self._directory.iterdir())
+
+    def restart(self) -> None:
+        """Count anew for a new dockerd: each mount has one user, its container; or none, after a killed Get."""
+        for path in self._directory.iterdir():
+            if self._counted(path.name):
+                self._write(path.name, 1)
+
+    def _count(self, id: str, target: Path) -> int:
+        return self._counted(id) if is_mounted(target) else 0
+
+    def _counted(self, id: str) -> int:
+        try:
+            return int((self._directory / id).read_text())
+        except (FileNotFoundError, ValueError):
+            return 1
+
+    def _write(self, id: str, count: int) -> None:
+        """Write in place, so that a full disk does not stop an existing count from changing."""
+        fd = os.open(self._directory / id, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, b"%10d" % count, 0)
+        finally:
+            os.close(fd)
