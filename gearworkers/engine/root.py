@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def save_root(run_dir: Path, root: Path) -> None:
     """
     try:
         temporary = run_dir / f"{_FILE}.new"
-        temporary.write_text(str(root))
+        temporary.write_bytes(os.fsencode(root))
         temporary.rename(run_dir / _FILE)
     except OSError as exc:
         raise from_os_error(exc, f"record GEAR_ROOT in {run_dir}") from exc
@@ -32,7 +33,7 @@ def with_current_root(settings: Settings) -> Settings:
         GearError: The file system refuses.
     """
     try:
-        return replace(settings, gear_root=Path((settings.run_dir / _FILE).read_text()))
+        return replace(settings, gear_root=Path(os.fsdecode((settings.run_dir / _FILE).read_bytes())))
     except FileNotFoundError:
         return settings
     except OSError as exc:
