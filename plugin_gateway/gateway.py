@@ -13,6 +13,7 @@ from aiohttp import web
 
 from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
+from gearworkers.util.net import parse_host_port
 from gearworkers.util.process import tell_ready
 from gearworkers.workers.messages import Answer
 from plugin_gateway.dispatch.claims import Body
@@ -299,10 +300,11 @@ def _internal(exc: Exception) -> str:
 
 
 def _host_and_port(where: str) -> tuple[str, int]:
-    host, _, port = where.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise InvalidInput(f"GEAR_METRICS_LISTEN={where}: host:port or an absolute path is needed")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    try:
+        host, port = parse_host_port(where)
+    except ValueError:
+        raise InvalidInput(f"GEAR_METRICS_LISTEN={where}: host:port or an absolute path is needed") from None
+    return host or "127.0.0.1", port
 
 
 def _http(status: int, body: bytes) -> web.Response:
