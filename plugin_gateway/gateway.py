@@ -15,6 +15,7 @@ from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
 from gearworkers.util.net import parse_host_port
 from gearworkers.util.process import tell_ready
+from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 from gearworkers.workers.messages import Answer
 from plugin_gateway.dispatch.claims import Body
 from plugin_gateway.dispatch.dispatcher import Dispatcher, Outcome, Patience, make_order
@@ -23,7 +24,7 @@ from plugin_gateway.graphdriver.calls import LIGHT_CALLS, Driver, layer_id
 from plugin_gateway.graphdriver.connection import Connection, HeavyRequest, connection_of
 from plugin_gateway.graphdriver.messages import CONTENT_TYPE, MalformedRequest, Response, encode, error, failure
 from plugin_gateway.graphdriver.threads import CallThreads
-from plugin_gateway.metrics import METRICS_CONTENT_TYPE, Metrics
+from plugin_gateway.metrics import Metrics
 from plugin_gateway.sockets import BACKLOG, listen
 
 _log = structlog.stdlib.get_logger(__name__)
