@@ -13,7 +13,9 @@ from aiohttp import web
 
 from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
+from gearworkers.util.net import parse_host_port
 from gearworkers.util.process import tell_ready
+from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 from gearworkers.workers.messages import Answer
 from plugin_gateway.dispatch.claims import Body
 from plugin_gateway.dispatch.dispatcher import Dispatcher, Outcome, Patience, make_order
@@ -22,7 +24,7 @@ from plugin_gateway.graphdriver.calls import LIGHT_CALLS, Driver, layer_id
 from plugin_gateway.graphdriver.connection import DockerConnection, HeavyRequest, connection_of
 from plugin_gateway.graphdriver.messages import CONTENT_TYPE, MalformedRequest, Response, encode, error, failure
 from plugin_gateway.graphdriver.threads import CallThreads
-from plugin_gateway.metrics import METRICS_CONTENT_TYPE, Metrics
+from plugin_gateway.metrics import Metrics
 from plugin_gateway.sockets import BACKLOG, listen
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -299,10 +301,11 @@ def _internal(exc: Exception) -> str:
 
 
 def _host_and_port(where: str) -> tuple[str, int]:
-    host, _, port = where.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise InvalidInput(f"GEAR_METRICS_LISTEN={where}: host:port or an absolute path is needed")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    try:
+        host, port = parse_host_port(where)
+    except ValueError:
+        raise InvalidInput(f"GEAR_METRICS_LISTEN={where}: host:port or an absolute path is needed") from None
+    return host or "127.0.0.1", port
 
 
 def _http(status: int, body: bytes) -> web.Response:

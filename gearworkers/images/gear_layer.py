@@ -24,6 +24,7 @@ from gearworkers.tar.entry import HARDLINK, REG, Entry, shown
 from gearworkers.tar.private_marker import is_mark, refuse_late
 from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.util.fs import free_bytes
+from gearworkers.util.writing import write_all
 
 FORMAT = 2
 """Raise it when the same layer would give other bytes."""
@@ -143,8 +144,7 @@ def _write_or_skip(fd: int, piece: memoryview) -> None:
     if piece.obj is _ZEROS:
         os.lseek(fd, len(piece), os.SEEK_CUR)
         return
-    while piece:
-        piece = piece[os.write(fd, piece) :]
+    write_all(fd, piece)
 
 
 def _expanded(entry: Entry, reader: TarReader) -> Iterator[memoryview]:

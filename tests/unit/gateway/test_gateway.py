@@ -22,6 +22,7 @@ import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput
 from gearworkers.settings import Settings
+from gearworkers.util.unix_http import UnixHTTPConnection
 from gearworkers.workers import http_body
 from gearworkers.workers.claim import Stream
 from gearworkers.workers.messages import CHUNKED, Answer, Order
@@ -33,7 +34,7 @@ from plugin_gateway.gateway import Gateway
 from plugin_gateway.graphdriver.connection import DockerConnection, is_body_complete
 from plugin_gateway.sockets import listen
 from tests.support.gateways import MemoryDriver, Running, Work, run_gateway
-from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
+from tests.support.plugin import TIMEOUT_S, Plugin, read_metrics
 from tests.support.processes import wait_until
 
 Start = Callable[..., tuple[Running, Plugin]]
@@ -166,7 +167,7 @@ def test_a_body_goes_to_the_worker_and_its_size_comes_back(start: Start) -> None
 
 def test_light_and_heavy_calls_share_a_connection_until_a_heavy_one_ends_it(start: Start) -> None:
     _, plugin = start()
-    connection = UnixHTTPConnection(plugin.path)
+    connection = UnixHTTPConnection(plugin.path, TIMEOUT_S)
     for _ in range(3):
         connection.request("POST", "/GraphDriver.Exists", b'{"ID":"a"}')
         assert connection.getresponse().read() == b"{}"
