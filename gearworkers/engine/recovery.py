@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gearworkers.cas.collector import GarbageCollector, GarbageReport, publishing
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import from_os_error
-from gearworkers.layers.incomplete import remove_unvouched
+from gearworkers.layers.incomplete import verify_unsynced_objects
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
@@ -17,7 +17,7 @@ _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def make_ready(settings: Settings, objects: ObjectStore, layers: LayerStore, spool: PushSpool) -> None:
+def make_ready(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
     """Make what is missing, and repair; nobody imports meanwhile.
 
     Raises:
@@ -32,7 +32,7 @@ def make_ready(settings: Settings, objects: ObjectStore, layers: LayerStore, spo
         layers.recover()
         with publishing(settings.gear_root, objects):
             pass
-        _distrust_after_reboot(settings, objects, layers, spool)
+        _distrust_after_reboot(settings, objects, layers, push_queue)
     except OSError as exc:
         raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
 
@@ -52,13 +52,13 @@ def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
             building=settings.gear_build_path,
         )
         report = collector.collect()
-        collector.forget_announced(PushSpool(settings.gear_push_path, objects))
+        collector.remove_stale_announcements(PushQueue(settings.gear_push_path, objects))
         return report
     except OSError as exc:
         raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
 
 
-def _distrust_after_reboot(settings: Settings, objects: ObjectStore, layers: LayerStore, spool: PushSpool) -> None:
+def _distrust_after_reboot(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
     """Remove the objects that no published layer vouches for: a power cut may have left them without bytes.
 
     A published layer's objects were synced before it was published, but for what an incomplete one gets later.
@@ -67,7 +67,7 @@ def _distrust_after_reboot(settings: Settings, objects: ObjectStore, layers: Lay
     boot_id = _BOOT_ID.read_text()
     if not record.exists() or record.read_text() != boot_id:
         pinned = (digest for digest, _ in Pins(settings, layers, objects).objects())
-        remove_unvouched(settings.gear_images_path, objects, pinned)
+        verify_unsynced_objects(settings.gear_images_path, objects, pinned)
         collect_garbage(settings, objects)
-        spool.prune()
+        push_queue.prune()
         record.write_text(boot_id)

@@ -102,7 +102,7 @@ class Store:
         found = (digest for one in opened for digest in self._blobs_of(one))
         return list(dict.fromkeys(islice(found, _MOST_NAMED)))
 
-    def _blobs_of(self, opened: document.Opened) -> Iterator[bytes]:
+    def _blobs_of(self, opened: document.OpenedObject) -> Iterator[bytes]:
         digest = bytes.fromhex(opened.digest)
         yield digest
         for chunk in (self.remote.layout(digest) or ()) if opened.ranges else ():
@@ -163,7 +163,7 @@ class Store:
 
     def _put_contents(self, blobs: Iterable[Incoming], load: Load) -> None:
         for blob in blobs:
-            if blob.size_bytes > 1 + encoding.MOST_CONTENT_BYTES:
+            if blob.size_bytes > 1 + encoding.MAX_CONTENT_BYTES:
                 raise InvalidInput(f"blob {blob.digest.hex()}: a content of {blob.size_bytes} bytes needs a layout")
         contents = [(blob.digest, load(blob)) for blob in blobs]
         for digest, content in contents:

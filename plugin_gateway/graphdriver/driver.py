@@ -15,7 +15,7 @@ from gearworkers.layers.diff.changes import Change
 from gearworkers.layers.diff.export import Writable
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index.probe import check_index
-from gearworkers.layers.store import WORK, Kind, new_layer
+from gearworkers.layers.store import WORK, LayerKind, new_layer
 from gearworkers.mounts.probe import probe, require
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
@@ -137,7 +137,7 @@ class GearDriver:
             with engine.mounts.locked(id):
                 engine.mounts.unmount(id)
                 self._counts.forget(id)
-        engine.layers.release()
+        engine.layers.unmount_indexes()
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts of containers."""
@@ -158,7 +158,7 @@ class GearDriver:
         if options.container_size(storage_opt) is not None:
             raise InvalidInput(f"layer {id}: --storage-opt size is for containers only")
         engine = self.engine
-        engine.layers.create(new_layer(id, parent, Kind.NEW, mount_label), engine.id_maps())
+        engine.layers.create(new_layer(id, parent, LayerKind.NEW, mount_label), engine.id_maps())
 
     @layer_call
     def create_read_write(
@@ -177,7 +177,7 @@ class GearDriver:
         if size is not None:
             engine.layers.quotas.require()
         limit = 0 if size is None or _is_init_layer(id) else size
-        engine.layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label, limit), engine.id_maps())
+        engine.layers.create(new_layer(id, parent, LayerKind.CONTAINER, mount_label, limit), engine.id_maps())
 
     @layer_call
     def remove(self, id: str) -> None:
@@ -239,7 +239,7 @@ class GearDriver:
             "MergedDir": str(engine.mounts.target(layer)),
         }
         if layer.parent:
-            metadata["LowerDir"] = ":".join(map(str, engine.layers.chain(layer.parent)))
+            metadata["LowerDir"] = ":".join(map(str, engine.layers.lowers(layer.parent)))
         return metadata
 
     def changes(self, id: str, parent: str) -> list[Change]:
