@@ -163,7 +163,7 @@ class Store:
 
     def _put_contents(self, blobs: Iterable[Incoming], load: Load) -> None:
         for blob in blobs:
-            if blob.size_bytes > 1 + encoding.MAX_CONTENT_BYTES:
+            if blob.size_bytes > 1 + encoding.MOST_CONTENT_BYTES:
                 raise InvalidInput(f"blob {blob.digest.hex()}: a content of {blob.size_bytes} bytes needs a layout")
         contents = [(blob.digest, load(blob)) for blob in blobs]
         for digest, content in contents:
