@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gearworkers.cas.collector import GarbageCollector, GarbageReport, publishing
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import from_os_error
-from gearworkers.layers.incomplete import remove_unvouched
+from gearworkers.layers.incomplete import verify_unsynced_objects
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
@@ -17,7 +17,7 @@ _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def prepare_root(settings: Settings, objects: ObjectStore, layers: LayerStore, spool: PushSpool) -> None:
+def prepare_root(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
     """Make missing directories and repair the leftovers of a crash or power cut; no import may run meanwhile.
 
     Raises:
@@ -32,7 +32,7 @@ def prepare_root(settings: Settings, objects: ObjectStore, layers: LayerStore, s
         layers.recover()
         with publishing(settings.gear_root, objects):
             pass
-        _remove_unsynced(settings, objects, layers, spool)
+        _remove_unsynced(settings, objects, layers, push_queue)
     except OSError as exc:
         raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
 
@@ -54,13 +54,13 @@ def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
             building=settings.gear_build_path,
         )
         report = collector.collect()
-        collector.forget_announced(PushSpool(settings.gear_push_path, objects))
+        collector.remove_stale_announcements(PushQueue(settings.gear_push_path, objects))
         return report
     except OSError as exc:
         raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
 
 
-def _remove_unsynced(settings: Settings, objects: ObjectStore, layers: LayerStore, spool: PushSpool) -> None:
+def _remove_unsynced(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
     """After a reboot remove the objects that may lack their bytes since a power cut.
 
     Publishing a layer syncs its objects first. So only two kinds of objects can lack bytes: those that no published
@@ -70,7 +70,7 @@ def _remove_unsynced(settings: Settings, objects: ObjectStore, layers: LayerStor
     boot_id = _BOOT_ID.read_text()
     if not record.exists() or record.read_text() != boot_id:
         pinned = (digest for digest, _ in Pins(settings, layers, objects).objects())
-        remove_unvouched(settings.gear_images_path, objects, pinned)
+        verify_unsynced_objects(settings.gear_images_path, objects, pinned)
         collect_garbage(settings, objects)
-        spool.prune()
+        push_queue.prune()
         record.write_text(boot_id)

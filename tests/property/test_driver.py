@@ -16,7 +16,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from gearworkers.settings import Settings
-from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import File, applied, committed, mounted, shown, tar
 from tests.property.test_containerdiff_sequences import OPERATION, REFUSED, Operation
@@ -42,7 +42,7 @@ def trees(draw: st.DrawFn) -> list[File]:
     """Generate entries, parents before children, each name once."""
     directories, files = [b""], list[File]()
     taken = set[bytes]()
-    plain = list[Entry]()
+    plain = list[TarEntry]()
     for _ in range(draw(st.integers(0, 12))):
         path = draw(st.sampled_from(directories)) + draw(NAME)
         if path in taken:
@@ -58,13 +58,13 @@ def trees(draw: st.DrawFn) -> list[File]:
     return files
 
 
-def _entry(draw: st.DrawFn, path: bytes, kind: int, plain: list[Entry]) -> File:
+def _entry(draw: st.DrawFn, path: bytes, kind: int, plain: list[TarEntry]) -> File:
     if kind == HARDLINK and plain:
         first = draw(st.sampled_from(plain))
-        return Entry(path, HARDLINK, first.name, first.mode, first.uid, first.gid, 0, first.mtime_ns), b""
+        return TarEntry(path, HARDLINK, first.name, first.mode, first.uid, first.gid, 0, first.mtime_ns), b""
     kind = REG if kind == HARDLINK else kind
     content = draw(CONTENT) if kind == REG else b""
-    entry = Entry(
+    entry = TarEntry(
         path + b"/" if kind == DIR else path,
         kind,
         draw(NAME) if kind == SYMLINK else b"",
@@ -105,7 +105,7 @@ def test_a_mount_shows_any_tree_as_applied_and_diff_returns_its_tar(driver: InPr
     driver.remove(id)
 
 
-def check_node(node: Node, entry: Entry, content: bytes) -> None:
+def check_node(node: Node, entry: TarEntry, content: bytes) -> None:
     formats = {REG: stat.S_IFREG, DIR: stat.S_IFDIR, SYMLINK: stat.S_IFLNK, FIFO: stat.S_IFIFO}
     formats |= {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, HARDLINK: stat.S_IFREG}
     assert node.mode == formats[entry.type] | entry.mode
