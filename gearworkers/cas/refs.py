@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gearworkers.digest import DIGEST_BYTES
+from gearworkers.util.writing import replace_file
 
 RECORD = struct.Struct("<32sQ")
 _GROWTH_BYTES = 1 << 20
@@ -52,9 +53,7 @@ class Claims:
     def seal(self) -> tuple[int, int]:
         """Replace the claims by the sorted list; how many objects it names, and the sum of their sizes in bytes."""
         records = sorted_records(self._map[: self._end])
-        temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(b"".join(records))
-        os.rename(temporary, self._path)
+        replace_file(self._path, b"".join(records), sync=False)  # whoever publishes the layer syncs the file system
         return len(records), sum(size for _, size in map(RECORD.unpack, records))
 
     def close(self) -> None:

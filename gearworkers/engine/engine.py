@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from gearworkers.cas.collector import GarbageReport
@@ -24,7 +25,7 @@ from gearworkers.layers.diff.replay import replay
 from gearworkers.layers.diff.size import changed_size, tree_size
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.probe import IndexMode
-from gearworkers.layers.store import MERGED, Kind, LayerStore, image_layer
+from gearworkers.layers.store import MERGED, Kind, LayerStore, image_layer, new_layer
 from gearworkers.layers.usage import UsageMeter
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.mounts.probe import backing_fs_name
@@ -113,6 +114,42 @@ class Engine:
         return IdMaps.load(self.settings.gear_root)
 
     # -- layers
+
+    @layer_call
+    def create(self, id: str, parent: str, kind: Kind, mount_label: str = "", size_limit_bytes: int = 0) -> None:
+        """Make an empty layer on *parent*.
+
+        Args:
+            id: Of the layer.
+            parent: Of the layer; empty for none.
+            kind: NEW for a layer that `apply_diff` or a mount fills, CONTAINER for a read-write layer.
+            mount_label: SELinux label of its mounts.
+            size_limit_bytes: Limit of a read-write layer, for which the caller asks `Quotas.require`; 0 for none.
+
+        Raises:
+            AlreadyExists: The id is taken.
+            NotFound: The parent is missing.
+        """
+        self.layers.create(new_layer(id, parent, kind, mount_label, size_limit_bytes), self.id_maps())
+
+    @layer_call
+    def remove(self, id: str) -> None:
+        """Unmount and remove the layer in any state; does nothing if there is none."""
+        with self.mounts.unmounted(id):
+            self.layers.remove(id)
+
+    @layer_call
+    def mount(self, id: str, mount_label: str = "", *, volatile: bool = False, may_wait: bool = True) -> Path:
+        """Mount the layer unless it is mounted; return its mount point. Arguments and errors as `LayerMounts.mount`.
+
+        The engine counts no users: one `unmount` undoes any number of mounts.
+        """
+        return self.mounts.mount(id, mount_label, volatile=volatile, may_wait=may_wait)
+
+    @layer_call
+    def unmount(self, id: str) -> None:
+        """Unmount the layer; does nothing if it is not mounted or there is none."""
+        self.mounts.unmount(id)
 
     @layer_call
     def apply_diff(self, id: str, parent: str, source: Readable) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
 from gearworkers.settings import Settings
+from gearworkers.util.writing import replace_file
 
 _FILE = "gear-root"
 
@@ -18,9 +20,7 @@ def save_root(run_dir: Path, root: Path) -> None:
         GearError: The file system refuses.
     """
     try:
-        temporary = run_dir / f"{_FILE}.new"
-        temporary.write_text(str(root))
-        temporary.rename(run_dir / _FILE)
+        replace_file(run_dir / _FILE, os.fsencode(root), sync=False)  # the directory does not outlive a reboot
     except OSError as exc:
         raise from_os_error(exc, f"record GEAR_ROOT in {run_dir}") from exc
 
@@ -32,7 +32,7 @@ def with_current_root(settings: Settings) -> Settings:
         GearError: The file system refuses.
     """
     try:
-        return replace(settings, gear_root=Path((settings.run_dir / _FILE).read_text()))
+        return replace(settings, gear_root=Path(os.fsdecode((settings.run_dir / _FILE).read_bytes())))
     except FileNotFoundError:
         return settings
     except OSError as exc:

@@ -6,7 +6,6 @@ beside it its layout; a crash leaves both, for the next process to go on with.
 
 from __future__ import annotations
 
-import itertools
 import os
 import struct
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import IntegrityError, from_os_error
 from gearworkers.fetch.source import Chunk, checked_layout
 from gearworkers.util.open_file import File
+from gearworkers.util.writing import replace_file
 
 _RECORD = struct.Struct(f"<QQ{DIGEST_BYTES}s")
 _LAYOUT_SUFFIX = ".layout"
@@ -30,7 +30,6 @@ class Staging:
         self._path = path
         self.chunk_index = path / _CHUNK_INDEX
         """Where chunks lie (`objects.chunkindex`)."""
-        self._serial = itertools.count(1)
         self.fd = -1
         """The directory, open once it is prepared."""
 
@@ -71,11 +70,8 @@ class Staging:
             GearError: There is no room, or what else is wrong.
         """
         try:
-            temporary = self._path / f"{digest.hex()}.{next(self._serial)}.new"
-            temporary.write_bytes(
-                b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
-            )
-            temporary.rename(self._layout_path(digest))
+            records = b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
+            replace_file(self._layout_path(digest), records, sync=False)  # `layout` rejects one that a power cut spoilt
             file = File(os.open(self._file_path(digest), _READ_WRITE, 0o400))
             os.ftruncate(file.fd, size_bytes)
         except OSError as exc:

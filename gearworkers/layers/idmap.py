@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.errors import GearError, InvalidInput
+from gearworkers.util.writing import replace_file
 
 _FILE = "id-maps.json"
 
@@ -64,9 +65,7 @@ class IdMaps(msgspec.Struct, frozen=True):
 
     def save(self, root: Path) -> None:
         """Keep them in GEAR_ROOT, for all processes of the node; replaced by one rename."""
-        temporary = root / f"{_FILE}.new"
-        temporary.write_bytes(msgspec.json.encode(self))
-        temporary.rename(root / _FILE)
+        replace_file(root / _FILE, msgspec.json.encode(self), sync=False)  # dockerd names them at each start
 
     @classmethod
     def load(cls, root: Path) -> IdMaps:

@@ -28,6 +28,7 @@ from gearworkers.layers.store import RECORD_FILE, Kind, Layer
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
 from gearworkers.util.open_file import File
+from gearworkers.util.writing import replace_file
 
 _log = structlog.get_logger(__name__)
 _STEP_OBJECTS = 5000
@@ -299,9 +300,8 @@ def _mark(images: Path, id: str, *, complete: bool) -> bool:
     directory = images / id
     try:
         layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
-        temporary = directory / f"{RECORD_FILE}.new"
-        temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=complete)))
-        temporary.rename(directory / RECORD_FILE)
+        record = msgspec.json.encode(msgspec.structs.replace(layer, complete=complete))
+        replace_file(directory / RECORD_FILE, record, sync=False)
     except FileNotFoundError:
         return False  # it was removed meanwhile
     except OSError as exc:

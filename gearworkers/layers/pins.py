@@ -26,7 +26,8 @@ from gearworkers.layers.incomplete import object_list
 from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
 from gearworkers.util import syscalls as kernel
-from gearworkers.util.fs import opened_directory, remove_tree
+from gearworkers.util.fs import remove_tree
+from gearworkers.util.writing import sync_directory, write_synced
 
 _PIN_FILE = "pin.json"
 _log = structlog.get_logger(__name__)
@@ -69,8 +70,8 @@ class Pins:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             with self._layers.building(f"pin.{_key(pin)[:12]}") as build:
                 records = sorted_records(b"".join(path.read_bytes() for path in lists if path.exists()))
-                _write_synced(build / OBJECTS_FILE, b"".join(records))
-                _write_synced(build / _PIN_FILE, msgspec.json.encode(pin))
+                write_synced(build / OBJECTS_FILE, b"".join(records))
+                write_synced(build / _PIN_FILE, msgspec.json.encode(pin))
                 with publishing(self._root, self._objects):
                     self._place(build, self._directory / _key(pin))
         except OSError as exc:
@@ -89,7 +90,7 @@ class Pins:
             grave = self._build / f"removed.{secrets.token_hex(8)}"
             try:
                 os.rename(self._directory / _key(pin), grave)
-                _sync_names(self._directory)
+                sync_directory(self._directory)
             except OSError as exc:
                 raise from_os_error(exc, f"unpin {pin.name}") from exc
             remove_tree(grave)
@@ -125,21 +126,9 @@ class Pins:
     def _place(self, build: Path, place: Path) -> None:
         exchange = kernel.Rename.EXCHANGE if place.exists() else kernel.Rename.NOREPLACE
         kernel.renameat2(kernel.AT_FDCWD, os.fsencode(build), kernel.AT_FDCWD, os.fsencode(place), exchange)
-        _sync_names(self._directory)
+        sync_directory(self._directory)
 
 
 def _key(pin: Pin) -> str:
     """A name is no good for a directory: it may be longer than one may be, and have slashes."""
     return hashlib.sha256(pin.image.encode()).hexdigest()[:32]
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_names(directory: Path) -> None:
-    with opened_directory(directory) as fd:
-        os.fsync(fd)

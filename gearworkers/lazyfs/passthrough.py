@@ -14,7 +14,6 @@ Source: Linux Documentation/filesystems/fuse-passthrough.rst; fs/fuse/iomode.c; 
 from __future__ import annotations
 
 import fcntl
-import os
 import struct
 import threading
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Protocol
 import structlog
 
 from gearworkers.lazyfs import fuse_protocol
+from gearworkers.util.writing import replace_file
 
 _BACKING_OPEN = 0x4010E501
 _BACKING_CLOSE = 0x4004E502
@@ -117,9 +117,7 @@ class Openings:
         except OSError:
             return
         try:
-            temporary = self._path(node).with_suffix(".new")
-            temporary.write_text(str(backing))
-            os.rename(temporary, self._path(node))
+            replace_file(self._path(node), b"%d" % backing, sync=False)  # a reboot ends the mount as well
         except OSError as exc:
             _log.warning("a large object is read through the server for want of a note of it", error=str(exc))
             fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))

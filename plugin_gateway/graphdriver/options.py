@@ -13,6 +13,7 @@ import msgspec
 
 from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
+from gearworkers.util.writing import replace_file
 
 _OPTIONS = ("gear.root", "gear.broker")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgtp])i?)?b?", re.ASCII | re.IGNORECASE)
@@ -70,9 +71,7 @@ def save(run_dir: Path, opts: Sequence[str]) -> None:
         GearError: They cannot be kept.
     """
     try:
-        temporary = run_dir / f"{_FILE}.new"
-        temporary.write_bytes(msgspec.json.encode(list(opts)))
-        temporary.rename(run_dir / _FILE)
+        replace_file(run_dir / _FILE, msgspec.json.encode(list(opts)), sync=False)  # not for after a reboot
     except OSError as exc:
         raise from_os_error(exc, f"keep dockerd's options in {run_dir}") from exc
 

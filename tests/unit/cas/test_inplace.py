@@ -17,6 +17,7 @@ from gearworkers.cas import inplace
 from gearworkers.cas import writer as module
 from gearworkers.cas.inplace import Bursts, forbid
 from gearworkers.cas.store import ObjectStore
+from gearworkers.engine.engine import Engine
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import gear_tar, lazy_node
@@ -79,7 +80,7 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
     try:
         assert tar.is_waited_for.wait(PATIENCE_S)
         assert goes_through(partial(apply, driver, "gear", gear_tar(ABSENT)))
-        assert goes_through(lambda: list(GearDriver(driver.settings).engine.faults(read_data=False, repair=True)))
+        assert goes_through(lambda: list(Engine.of(driver.settings).faults(read_data=False, repair=True)))
     finally:
         tar.go.set()
         importing.join()
