@@ -17,7 +17,8 @@ from pathlib import Path
 
 from gearworkers.errors import from_os_error
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.store import MERGED, UPPER, WORK, Layer, LayerKind, LayerStore, check_id
+from gearworkers.layers.record import Layer, LayerKind
+from gearworkers.layers.store import MERGED, UPPER, WORK, LayerStore, check_id
 from gearworkers.lazyfs.tree import FAILED, FETCH
 from gearworkers.mounts import overlay
 from gearworkers.mounts.mountinfo import wait_until_mounted

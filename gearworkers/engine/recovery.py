@@ -8,9 +8,9 @@ from gearworkers.cas.collector import GarbageCollector, GarbageReport, publishin
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import from_os_error
-from gearworkers.layers.incomplete import verify_unsynced_objects
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
+from gearworkers.layers.unsynced import verify_unsynced_objects
 from gearworkers.settings import Settings
 
 _BOOT_FILE = "boot_id"

@@ -15,7 +15,8 @@ from gearworkers.layers.apply import PRIVATE_FILE, STREAM_FILE
 from gearworkers.layers.index.erofs import check_image
 from gearworkers.layers.index.inode_numbers import INDEX_FILE
 from gearworkers.layers.index.renumber import has_numbers
-from gearworkers.layers.store import Layer, LayerKind, LayerStore
+from gearworkers.layers.record import Layer, LayerKind
+from gearworkers.layers.store import LayerStore
 from gearworkers.tar.tar_split import TarSplitReader
 
 

@@ -22,7 +22,7 @@ from gearworkers.cas.collector import publishing
 from gearworkers.cas.refs import OBJECTS_FILE, read_refs, sorted_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import NotFound, from_os_error
-from gearworkers.layers.incomplete import object_list
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
 from gearworkers.util import syscalls as kernel
@@ -113,7 +113,7 @@ class Pins:
 
     def has(self, digest: bytes) -> bool:
         """Whether something that is pinned has the object."""
-        lists = map(object_list, self._directory.glob(f"*/{OBJECTS_FILE}"))
+        lists = map(ObjectList.open, self._directory.glob(f"*/{OBJECTS_FILE}"))
         return any(records is not None and records.between(digest, digest) for records in lists)
 
     def version(self) -> int:

@@ -73,7 +73,7 @@ class LazyServer:
             sources,
             self._pool,
             large_bytes=large_bytes,
-            is_wanted=lambda digest: self._wanted.has(digest) or pins.has(digest),
+            is_wanted=lambda digest: self._wanted.refer_to(digest) or pins.has(digest),
         )
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
@@ -178,8 +178,8 @@ class LazyServer:
     def _upkeep(self, *, with_users: bool) -> None:
         self._fetcher.chunked.fill_idle(self._settings.fill_delay_s)
         self._pins.look()
-        for id in self._wanted.completed(self._store):
-            if self._wanted.complete(id, self._store):
+        for id in self._wanted.newly_complete(self._store):
+            if self._wanted.mark_complete(id, self._store):
                 _log.info("a layer is complete", layer=id)
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
@@ -206,7 +206,7 @@ class LazyServer:
     def _status(self) -> client.LazyStatus:
         counts = self._fetcher.outcomes
         return client.LazyStatus(
-            incomplete_layers=len(self._wanted.layers()),
+            incomplete_layers=len(self._wanted.ids()),
             lookups=self._contents.lookups,
             arriving=self._fetcher.arriving,
             serving=self._contents.serving,

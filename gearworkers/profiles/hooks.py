@@ -8,7 +8,8 @@ import msgspec
 import structlog
 
 from gearworkers.errors import GearError
-from gearworkers.layers.store import Layer, LayerStore
+from gearworkers.layers.record import Layer
+from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import Known, tell
 from gearworkers.profiles.recordings import Recording, Recordings
 from gearworkers.profiles.resolve import top_image_layer

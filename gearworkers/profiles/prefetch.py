@@ -11,7 +11,7 @@ import structlog
 
 from gearworkers.errors import GearError, IntegrityError
 from gearworkers.fetch.prefetch import Part
-from gearworkers.layers.incomplete import ObjectList
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import Image, Known
 from gearworkers.profiles import document

@@ -15,7 +15,8 @@ from gearworkers.layers.diff.changes import Change
 from gearworkers.layers.diff.export import Writable
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index.probe import check_index
-from gearworkers.layers.store import WORK, LayerKind
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import WORK
 from gearworkers.mounts.probe import probe, require
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable

@@ -18,7 +18,7 @@ from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.priority_pool import WorkPool
 from gearworkers.fetch.source import Chunk, Content
 from gearworkers.layers.incomplete import IncompleteLayers
-from gearworkers.layers.store import RECORD_FILE, Layer, LayerKind
+from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind
 from gearworkers.lazyfs import contents as lazy_contents
 from gearworkers.lazyfs.arrivals import Arrivals
 from gearworkers.lazyfs.contents import LazyContents

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.layers.incomplete import verify_unsynced_objects
+from gearworkers.layers.unsynced import verify_unsynced_objects
 from gearworkers.lazyfs.client import read_status
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.remote.factory import open_remote
