@@ -21,7 +21,7 @@ from plugin_gateway.dispatch.claims import Body
 from plugin_gateway.dispatch.dispatcher import Dispatcher, Outcome, Patience, make_order
 from plugin_gateway.dispatch.maintenance import Upkeep
 from plugin_gateway.graphdriver.calls import LIGHT_CALLS, Driver, layer_id
-from plugin_gateway.graphdriver.connection import Connection, HeavyRequest, connection_of
+from plugin_gateway.graphdriver.connection import DockerConnection, HeavyRequest, connection_of
 from plugin_gateway.graphdriver.messages import CONTENT_TYPE, MalformedRequest, Response, encode, error, failure
 from plugin_gateway.graphdriver.threads import CallThreads
 from plugin_gateway.metrics import Metrics
@@ -98,7 +98,7 @@ class Gateway:
         assert runner.server is not None
         light = runner.server
         self._server = await asyncio.get_running_loop().create_unix_server(
-            lambda: Connection(light, self._take_heavy), sock=self._listener, backlog=BACKLOG
+            lambda: DockerConnection(light, self._take_heavy), sock=self._listener, backlog=BACKLOG
         )
         self._upkeep.begin()
         _log.info("gateway listens", socket=str(self._settings.plugin_socket), root=str(self._settings.gear_root))
@@ -144,7 +144,7 @@ class Gateway:
     async def _light(self, request: web.Request) -> web.Response:
         method = request.match_info["method"]
         body = await request.read()
-        connection_of(request.transport).light_request_read()
+        connection_of(request.transport).light_request_ended()
         if method == "Plugin.Activate":
             return _http(200, encode(Response(implements=["GraphDriver"])))
         if method not in LIGHT_CALLS:
@@ -156,7 +156,7 @@ class Gateway:
 
     async def _unknown(self, request: web.Request) -> web.Response:
         await request.read()
-        connection_of(request.transport).light_request_read()
+        connection_of(request.transport).light_request_ended()
         return _http(404, error(f"{request.method} {request.path}: this plugin has no such call"))
 
     async def _called(self, method: str, body: bytes) -> tuple[int, Response]:
@@ -215,12 +215,12 @@ class Gateway:
 
     # -- heavy calls
 
-    def _take_heavy(self, request: HeavyRequest, connection: Connection) -> None:
+    def _take_heavy(self, request: HeavyRequest, connection: DockerConnection) -> None:
         task = asyncio.get_running_loop().create_task(self._heavy(request, connection))
         self._heavy_tasks.add(task)
         task.add_done_callback(self._heavy_tasks.discard)
 
-    async def _heavy(self, request: HeavyRequest, connection: Connection) -> None:
+    async def _heavy(self, request: HeavyRequest, connection: DockerConnection) -> None:
         """Get it done and see that its caller is told, come what may."""
         begun_s = time.perf_counter()
         failed = True
@@ -234,13 +234,13 @@ class Gateway:
             _tell(request, connection, outcome)
             await self._after_heavy(request, failed)
         except BaseException as exc:
-            connection.break_off()
+            connection.abort()
             if not isinstance(exc, asyncio.CancelledError):
                 _log.exception("call failed: a bug", method=request.method, id=request.id)
         finally:
             self.metrics.observe(request.method, time.perf_counter() - begun_s, failed)
 
-    async def _heavy_outcome(self, request: HeavyRequest, connection: Connection) -> Outcome:
+    async def _heavy_outcome(self, request: HeavyRequest, connection: DockerConnection) -> Outcome:
         call = "apply_diff" if request.method == "GraphDriver.ApplyDiff" else "diff"
         order = make_order(call, self._driver.settings, request.id, request.parent)
         try:
@@ -283,7 +283,7 @@ class Gateway:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 
-def _tell(request: HeavyRequest, connection: Connection, outcome: Outcome) -> None:
+def _tell(request: HeavyRequest, connection: DockerConnection, outcome: Outcome) -> None:
     """Answer the caller; a Diff that has begun can only be broken off."""
     answer = outcome.answer
     if not answer.error and request.method == "GraphDriver.Diff":
@@ -291,7 +291,7 @@ def _tell(request: HeavyRequest, connection: Connection, outcome: Outcome) -> No
     elif not answer.error:
         connection.respond(200, encode(Response(size=answer.size_bytes)))
     elif outcome.started:
-        connection.break_off()
+        connection.abort()
     else:
         connection.respond(500, error(answer.error))
 

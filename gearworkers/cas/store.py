@@ -24,7 +24,7 @@ _HOLE_BYTES = 64 * 1024
 _READ_BYTES = 1 << 20
 
 
-class Found(Enum):
+class ObjectState(Enum):
     """What stands at an object's name."""
 
     WHOLE = auto()
@@ -33,7 +33,7 @@ class Found(Enum):
     ABSENT = auto()
 
 
-_WHOLE = Found.WHOLE  # a look-up in the class takes 0.2 µs, twice for each content of an import
+_WHOLE = ObjectState.WHOLE  # a look-up in the class takes 0.2 µs, twice for each content of an import
 
 
 class ObjectStore:
@@ -77,7 +77,7 @@ class ObjectStore:
         """
         return self.find(digest) is _WHOLE
 
-    def find(self, digest: bytes) -> Found:
+    def find(self, digest: bytes) -> ObjectState:
         """What stands at the object's name.
 
         Raises:
@@ -88,9 +88,9 @@ class ObjectStore:
             found = os.getxattr(path, DIGEST_XATTR)
         except OSError as exc:
             if exc.errno == errno.ENOENT:
-                return Found.ABSENT
+                return ObjectState.ABSENT
             if exc.errno == errno.ENODATA:
-                return Found.UNFINISHED
+                return ObjectState.UNFINISHED
             raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
             raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")

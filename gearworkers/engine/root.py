@@ -32,7 +32,7 @@ def with_current_root(settings: Settings) -> Settings:
         GearError: The file system refuses.
     """
     try:
-        return replace(settings, gear_root=Path((settings.run_dir / _FILE).read_text()))
+        return replace(settings, gear_root=Path(os.fsdecode((settings.run_dir / _FILE).read_bytes())))
     except FileNotFoundError:
         return settings
     except OSError as exc:

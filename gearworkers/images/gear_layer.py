@@ -19,8 +19,8 @@ from typing import BinaryIO
 from gearworkers.errors import ResourceExhausted
 from gearworkers.images.upload import SMALL_BYTES, Contents, nameless_file
 from gearworkers.tar import writer
-from gearworkers.tar.entry import HARDLINK, REG, Entry, shown
-from gearworkers.tar.private_marker import is_mark, refuse_late
+from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
+from gearworkers.tar.private_marker import is_mark, reject_late_mark
 from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.util.fs import free_bytes
@@ -32,7 +32,7 @@ INLINE_BYTES = 256
 """Contents of up to this size stay in the layer. Of a Debian root file system, 94 MB compressed, the Gear layer has
 708 KB with 0, 703 KB with 128, 712 KB with 256 and 1,037 KB with 1024; 256 spares 8 % of the objects."""
 
-_GUARD = Entry(
+_GUARD = TarEntry(
     name=b".gear-image",
     type=HARDLINK,
     linkname=b"this is a Gear image, without file contents: "
@@ -77,7 +77,7 @@ def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_by
     packed.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
         if is_mark(entry.name):
-            refuse_late(entry)
+            reject_late_mark(entry)
         if entry.type == REG:
             files += 1
             _write_file(entry, reader, packed, contents, inline_bytes)
@@ -88,7 +88,7 @@ def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_by
     return packed.finish(files)
 
 
-def _write_file(entry: Entry, reader: TarReader, packed: _Packed, contents: Contents, inline_bytes: int) -> None:
+def _write_file(entry: TarEntry, reader: TarReader, packed: _Packed, contents: Contents, inline_bytes: int) -> None:
     if entry.gear is not None:
         _keep_gear(entry, reader, contents)
     elif entry.size_bytes > inline_bytes:
@@ -101,7 +101,7 @@ def _write_file(entry: Entry, reader: TarReader, packed: _Packed, contents: Cont
     packed.write(_header(entry))
 
 
-def _keep_gear(entry: Entry, reader: TarReader, contents: Contents) -> None:
+def _keep_gear(entry: TarEntry, reader: TarReader, contents: Contents) -> None:
     """A file that names its content already; one that holds it too is taken at its bytes."""
     assert entry.gear is not None
     if entry.stored_bytes:
@@ -111,7 +111,7 @@ def _keep_gear(entry: Entry, reader: TarReader, contents: Contents) -> None:
         contents.name(*entry.gear)
 
 
-def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
+def _name_content(entry: TarEntry, reader: TarReader, contents: Contents) -> None:
     payload = reader.payload() if entry.sparse is None and entry.size_bytes < SMALL_BYTES else None
     if payload is not None:
         digest = hashlib.sha256(payload).digest()
@@ -122,7 +122,7 @@ def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
     entry.stored_bytes = 0
 
 
-def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
+def _spool(entry: TarEntry, reader: TarReader, contents: Contents) -> bytes:
     """A content that is large or sparse goes to the remote by way of a file without a name."""
     hasher = hashlib.sha256()
     with nameless_file("a content", contents.directory) as file:
@@ -145,7 +145,7 @@ def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
     return hasher.digest()
 
 
-def _header(entry: Entry) -> bytes:
+def _header(entry: TarEntry) -> bytes:
     """Without what Docker does not look at: access times, and the content of what has none."""
     entry.atime_ns = None
     entry.name = entry.name or b"./"

@@ -20,11 +20,11 @@ import msgspec
 import structlog
 
 from gearworkers.cas.collector import publishing
-from gearworkers.cas.refs import OBJECTS_FILE, RECORD
+from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD
 from gearworkers.cas.store import ObjectStore, verify_file
 from gearworkers.digest import object_name
 from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
-from gearworkers.layers.store import RECORD_FILE, Kind, Layer
+from gearworkers.layers.store import RECORD_FILE, Layer, LayerKind
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
 from gearworkers.util.open_file import File
@@ -63,14 +63,14 @@ class ObjectList:
 
     def record(self, at: int) -> tuple[bytes, int]:
         """Digest and size in bytes."""
-        digest, size_bytes = RECORD.unpack_from(self.records, at * RECORD.size)
+        digest, size_bytes = REF_RECORD.unpack_from(self.records, at * REF_RECORD.size)
         return digest, size_bytes
 
     def _prefix(self, at: int, length: int) -> bytes:
-        return self.records[at * RECORD.size : at * RECORD.size + length]
+        return self.records[at * REF_RECORD.size : at * REF_RECORD.size + length]
 
 
-class WantedObjects:
+class IncompleteLayers:
     """The incomplete layers of one root; all methods from any thread; GearError if they cannot be read."""
 
     def __init__(self, images: Path) -> None:
@@ -214,7 +214,7 @@ def _is_incomplete(directory: Path) -> bool:
     except msgspec.DecodeError as exc:
         _log.error("a layer's record is damaged", layer=directory.name, error=str(exc))
         return False
-    return layer.kind is Kind.IMAGE and not layer.complete
+    return layer.kind is LayerKind.IMAGE and not layer.complete
 
 
 def object_list(path: Path) -> ObjectList | None:
@@ -224,12 +224,14 @@ def object_list(path: Path) -> ObjectList | None:
             size_bytes = os.fstat(file.fileno()).st_size
             if not size_bytes:
                 return None
-            return ObjectList(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // RECORD.size))
+            return ObjectList(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // REF_RECORD.size)
+            )
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def remove_unvouched(images: Path, store: ObjectStore, pinned: Iterable[bytes] = ()) -> int:
+def verify_unsynced_objects(images: Path, store: ObjectStore, pinned: Iterable[bytes] = ()) -> int:
     """After a power cut: compare each object that only incomplete layers and pins have with its digest.
 
     Returns:
@@ -238,7 +240,7 @@ def remove_unvouched(images: Path, store: ObjectStore, pinned: Iterable[bytes] =
     What was fetched was not synced, so such an object may have its name without its bytes. A complete layer's objects
     were synced before it was complete.
     """
-    wanted = WantedObjects(images)
+    wanted = IncompleteLayers(images)
     incomplete = wanted.layers()
     vouching = [object_list(path / OBJECTS_FILE) for path in images.iterdir() if path.name not in incomplete]
     removed = 0
@@ -279,14 +281,14 @@ def mark_complete(images: Path, id: str, store: ObjectStore) -> bool:
 def mark_incomplete(images: Path, id: str) -> bool:
     """Say that objects of the layer are about to be gone and must be fetched; whether there is such a layer.
 
-    The caller keeps objects from being stored in place (objects.inplace.lose), before and after.
+    The caller keeps objects from being stored in place (objects.inplace.mark_objects_lost), before and after.
     """
     done = _mark(images, id, complete=False)
     os.utime(images)  # the lazy file server looks again
     return done
 
 
-def layers_naming(images: Path, name: bytes) -> list[str]:
+def layers_referring_to(images: Path, name: bytes) -> list[str]:
     """The image layers that refer to an object of this name of 21 characters."""
     found = []
     for directory in images.iterdir():

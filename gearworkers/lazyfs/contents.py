@@ -13,7 +13,7 @@ from gearworkers.fetch.download import Done
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.partial_object import LargeObject
 from gearworkers.fetch.priority_pool import Urgency
-from gearworkers.layers.incomplete import WantedObjects
+from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.lazyfs.arrivals import Arrivals
 from gearworkers.lazyfs.tree import Arrived, Found, Served, Unknown, digests_from, node_of
 from gearworkers.util.open_file import File, ReadDone
@@ -33,7 +33,7 @@ class LazyContents:
         self,
         store: ObjectStore,
         arrivals: Arrivals,
-        wanted: WantedObjects,
+        wanted: IncompleteLayers,
         fetcher: Fetcher,
         missed: Callable[[bytes, int], None],
         *,

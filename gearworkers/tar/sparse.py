@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from gearworkers.tar.entry import BLOCK_BYTES, Entry
+from gearworkers.tar.entry import BLOCK_BYTES, TarEntry
 from gearworkers.tar.header import parse_number
 from gearworkers.tar.pax import MAX_SPECIAL_BYTES, SPARSE_MAP, Records, parse_integer
 
@@ -21,7 +21,7 @@ _FORMAT_IN_CONTENT = (b"1", b"0")
 _ZEROS = memoryview(bytes(1 << 20))
 
 
-def read_old_gnu(entry: Entry, block: bytes, next_block: Callable[[], bytes]) -> Segments:
+def read_old_gnu(entry: TarEntry, block: bytes, next_block: Callable[[], bytes]) -> Segments:
     """The map of a type 'S' header and of the extension blocks behind it; sets the entry's real size.
 
     Raises:
@@ -44,7 +44,7 @@ def read_old_gnu(entry: Entry, block: bytes, next_block: Callable[[], bytes]) ->
         table = next_block()
 
 
-def read_pax(entry: Entry, records: Records, next_block: Callable[[], bytes]) -> Segments | None:
+def read_pax(entry: TarEntry, records: Records, next_block: Callable[[], bytes]) -> Segments | None:
     """The map of formats 0.0, 0.1 (in the records) or 1.0 (ahead of the content); None if the file is not sparse.
 
     Sets the entry's real name and size.

@@ -15,7 +15,7 @@ from gearworkers.layers.diff.changes import Change
 from gearworkers.layers.diff.export import Writable
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index.probe import check_index
-from gearworkers.layers.store import WORK, Kind, new_layer
+from gearworkers.layers.store import WORK, LayerKind
 from gearworkers.mounts.probe import probe, require
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
@@ -77,7 +77,7 @@ class GearDriver:
             GearError: GEAR_ROOT cannot be used.
         """
         with self._inits:
-            self._use(self._prepare_root(options.saved(self._given.run_dir)))
+            self._use(self._prepare_root(options.load(self._given.run_dir)))
 
     def _prepare_root(self, opts: Sequence[str]) -> _Current:
         """Return the engine of the root that *opts* name, and their settings; repairs and locks a root once."""
@@ -134,10 +134,10 @@ class GearDriver:
         """dockerd ends: unmount everything that is mounted."""
         engine = self.engine
         for id in self._counts.ids():
-            with engine.mounts.locked(id):
-                engine.mounts.unmount(id)
+            with self._counts.locked(id):
+                engine.unmount(id)
                 self._counts.forget(id)
-        engine.layers.release()
+        engine.layers.unmount_indexes()
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts of containers."""
@@ -157,8 +157,7 @@ class GearDriver:
         """
         if options.container_size(storage_opt) is not None:
             raise InvalidInput(f"layer {id}: --storage-opt size is for containers only")
-        engine = self.engine
-        engine.layers.create(new_layer(id, parent, Kind.NEW, mount_label), engine.id_maps())
+        self.engine.create(id, parent, LayerKind.NEW, mount_label)
 
     @layer_call
     def create_read_write(
@@ -177,16 +176,16 @@ class GearDriver:
         if size is not None:
             engine.layers.quotas.require()
         limit = 0 if size is None or _is_init_layer(id) else size
-        engine.layers.create(new_layer(id, parent, Kind.CONTAINER, mount_label, limit), engine.id_maps())
+        engine.create(id, parent, LayerKind.CONTAINER, mount_label, limit)
 
     @layer_call
     def remove(self, id: str) -> None:
         """Remove the layer, mounted or not; does nothing if there is none."""
         engine = self.engine
-        with engine.mounts.locked(id):
-            engine.mounts.unmount(id)
+        with self._counts.locked(id):
+            engine.unmount(id)
             self._counts.forget(id)
-            engine.layers.remove(id)
+            engine.remove(id)
 
     def exists(self, id: str) -> bool:
         """Whether there is such a layer."""
@@ -206,25 +205,23 @@ class GearDriver:
             FailedPrecondition, LazyServerNeeded: As `LayerMounts.mount`.
         """
         engine = self.engine
-        mounts = engine.mounts
-        with mounts.locked(id):
-            layer = mounts.mountable(id, engine.id_maps())
-            target = mounts.target(layer)
+        with self._counts.locked(id):
+            target = engine.mounts.mount_point(engine.layers.get(id))
 
-            def mount() -> None:
-                mounts.mount(layer, mount_label, volatile=_is_init_layer(id), may_wait=may_wait)
+            def mount() -> Path:
+                engine.unmount(id)  # a killed Get may have left a mount
+                return engine.mount(id, mount_label, volatile=_is_init_layer(id), may_wait=may_wait)
 
-            self._counts.acquire(id, target, mount)
-            return str(target)
+            return str(self._counts.acquire(id, target, mount))
 
     @layer_call
     def put(self, id: str) -> None:
         """Count one user less; unmount after the last. One too many, or an unknown layer, is fine."""
         engine = self.engine
-        with engine.mounts.locked(id):
+        with self._counts.locked(id):
             if engine.layers.exists(id):
-                target = engine.mounts.target(engine.layers.get(id))
-                self._counts.release(id, target, lambda: engine.mounts.unmount(id))
+                target = engine.mounts.mount_point(engine.layers.get(id))
+                self._counts.release(id, target, lambda: engine.unmount(id))
 
     # -- contents
 
@@ -236,10 +233,10 @@ class GearDriver:
         metadata = {
             "UpperDir": str(engine.layers.lower(layer)),
             "WorkDir": str(engine.layers.directory(layer) / WORK),
-            "MergedDir": str(engine.mounts.target(layer)),
+            "MergedDir": str(engine.mounts.mount_point(layer)),
         }
         if layer.parent:
-            metadata["LowerDir"] = ":".join(map(str, engine.layers.chain(layer.parent)))
+            metadata["LowerDir"] = ":".join(map(str, engine.layers.lowers(layer.parent)))
         return metadata
 
     def changes(self, id: str, parent: str) -> list[Change]:

@@ -11,23 +11,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from gearworkers.errors import from_os_error
 from gearworkers.mounts.overlay import is_mounted
+from gearworkers.util.keyed_locks import KeyedLocks
 
 
 class MountCounts:
-    """The counts in *directory*; the caller holds the layer's lock in every call on one layer."""
+    """The counts in *directory*; the caller holds the lock of the layer in each call on one layer."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._locks = KeyedLocks()
 
     def prepare(self) -> None:
-        """Make the directory."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Make the directory.
 
-    def acquire(self, id: str, target: Path, mount: Callable[[], None]) -> None:
+        Raises:
+            GearError: The file system refuses.
+        """
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise from_os_error(exc, f"make {self._directory}") from exc
+
+    def locked(self, id: str) -> AbstractContextManager[None]:
+        """Keep other threads from counting users of this layer, mounting and unmounting it."""
+        return self._locks.held(id)
+
+    def acquire(self, id: str, target: Path, mount: Callable[[], Path]) -> Path:
         """Count one more user of *target*; call *mount* for the first.
+
+        Returns:
+            *target*, or the path that *mount* returned.
 
         Raises:
             OSError: The count cannot be written; nothing has changed.
@@ -35,10 +53,11 @@ class MountCounts:
         count = self._count(id, target)
         if count:
             self._write(id, count + 1)
-            return
+            return target
         self._write(id, 0)
-        mount()
+        mounted = mount()
         self._write(id, 1)
+        return mounted
 
     def release(self, id: str, target: Path, unmount: Callable[[], None]) -> None:
         """Count one user less; call *unmount* after the last."""

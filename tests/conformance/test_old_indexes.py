@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli.doctor import inode_numbers_check
+from gearworkers.engine.engine import Engine
 from gearworkers.layers.index.erofs import SLOTS_PER_BLOCK, ImageWriter
 from gearworkers.layers.index.inode_numbers import InodeNumbers
 from gearworkers.layers.index.renumber import has_numbers
@@ -109,7 +110,7 @@ def test_old_layers_show_the_same_tree_with_other_numbers(settings: Settings, la
     assert have_numbers(settings, layers) == [True, True]
     with mounted(driver, layers[1]) as merged:
         assert len(numbers(*(merged / "d").glob("[ab]?"))) == 2
-    assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
+    assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
 def test_a_container_that_runs_keeps_its_mount_and_is_named_until_it_ends(
@@ -153,7 +154,7 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings:
         assert not list(settings.gear_build_path.iterdir())
         assert shown(driver, layers[1]) == wanted
         assert have_numbers(settings, layers) == [True, True]
-        assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
+        assert not list(Engine.of(settings).faults(read_data=True, repair=False))
         driver.cleanup()
         assert outcome.was_killed or outcome.said
         for id, image in old.items():
@@ -166,5 +167,5 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings:
 def test_a_damaged_old_index_stays_as_it_is_and_is_named(settings: Settings, layers: list[str]) -> None:
     path = settings.gear_images_path / layers[0] / "index.erofs"
     os.truncate(path, 4096)
-    faults = list(GearDriver(settings).engine.faults(read_data=False, repair=False))
+    faults = list(Engine.of(settings).faults(read_data=False, repair=False))
     assert any(layers[0] in fault and "index.erofs" in fault for fault in faults)

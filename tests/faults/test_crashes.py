@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.collector import HIDDEN
+from gearworkers.engine.engine import Engine
 from gearworkers.layers.store import RECORD_FILE
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -64,7 +65,7 @@ def recovered(settings: Settings) -> InProcess:
     driver = InProcess(settings)
     assert not list(settings.gear_build_path.iterdir())
     assert not list((settings.gear_root / HIDDEN).iterdir())
-    faults = list(GearDriver(settings).engine.faults(read_data=True, repair=False))
+    faults = list(Engine.of(settings).faults(read_data=True, repair=False))
     assert not [fault for fault in faults if "did not finish" not in fault]
     return driver
 
@@ -141,7 +142,7 @@ def check_state(outcome: Outcome, end: str) -> None:
 
 def check_only_base(settings: Settings, driver: InProcess, base: str) -> None:
     """The collector finds all that the crash has left, and no more."""
-    GearDriver(settings).engine.collect_garbage()
+    Engine.of(settings).collect_garbage()
     assert set(shown(driver, base)) == {b"base", b"shared"}
     assert object_names(settings) == {object_path(settings, content) for content in (b"only in the base", SHARED)}
 
@@ -206,7 +207,7 @@ def test_a_killed_private_import_is_removed_whole_without_a_restart(settings: Se
 
 def test_a_collection_killed_at_any_step_loses_nothing_that_is_wanted(settings: Settings, base: str) -> None:
     def work(say: Say) -> None:
-        GearDriver(settings).engine.collect_garbage()
+        Engine.of(settings).collect_garbage()
         say(b"collected")
 
     for outcome in killed_at_every_step(work):
@@ -228,7 +229,7 @@ def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Set
     first, second = tar(*FILES)[:-1024], tar(file("end", b"the end"))
 
     def work(say: Say) -> None:
-        GearDriver(settings).engine.collect_garbage()
+        Engine.of(settings).collect_garbage()
 
     collector = killed_at_every_step(work)
     driver = InProcess(settings)
@@ -238,7 +239,7 @@ def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Set
         paused = Interrupted(first, lambda: next(collector, None), second)
         driver.apply_diff(id, base, paused)
         assert driver.diff(id, base) == first + second, "every object is there"
-        assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
+        assert not list(Engine.of(settings).faults(read_data=True, repair=False))
         driver.remove(id)
         if paused.outcome is None:
             break

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.engine.engine import Engine
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -48,10 +49,10 @@ def refused_and_whole(driver: InProcess, data: bytes) -> None:
     with pytest.raises(Refused, match="remove"):
         driver.get("full")
     assert set(shown(driver, base)) == {b"base"}
-    faults = list(GearDriver(driver.settings).engine.faults(read_data=True, repair=False))
+    faults = list(Engine.of(driver.settings).faults(read_data=True, repair=False))
     assert not [fault for fault in faults if "did not finish" not in fault]
     driver.remove("full")
-    GearDriver(driver.settings).engine.collect_garbage()
+    Engine.of(driver.settings).collect_garbage()
     assert len(object_names(driver.settings)) == 1, "the failed import's objects are garbage"
     after = applied(driver, file("after", os.urandom(MIB)), parent=base)
     assert set(shown(driver, after)) == {b"base", b"after"}, "it works again"
@@ -153,5 +154,5 @@ def test_garbage_is_collected_where_not_even_a_directory_can_grow(driver: InProc
     with (disk / "rest").open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space"):
         while rest.write(bytes(1024)):
             pass
-    assert GearDriver(driver.settings).engine.collect_garbage().removed_objects == 2600
+    assert Engine.of(driver.settings).collect_garbage().removed_objects == 2600
     assert not object_names(driver.settings)

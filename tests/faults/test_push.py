@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas.push_queue import PushSpool
-from gearworkers.cas.refs import Claims
+from gearworkers.cas.push_queue import PushQueue
+from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectStore
+from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError, IntegrityError
 from gearworkers.remote import encoding
 from gearworkers.remote.directory import Directory
@@ -67,7 +68,7 @@ def push(settings: Settings) -> None:
 
 
 def _push(settings: Settings) -> None:
-    GearDriver(settings).engine.push_pending()
+    Engine.of(settings).push_pending()
 
 
 def empty(settings: Settings) -> None:
@@ -85,10 +86,10 @@ WANTED = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
 def test_what_is_new_is_pushed_once(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
-    assert GearDriver(settings).engine.push_pending().pushed_objects == len(CONTENTS)
+    assert Engine.of(settings).push_pending().pushed_objects == len(CONTENTS)
     assert pushed(settings) == WANTED
     applied(driver, file("again", CONTENTS[0]))
-    assert GearDriver(settings).engine.push_pending().pushed_objects == 0
+    assert Engine.of(settings).push_pending().pushed_objects == 0
     assert waiting(settings) == 0
 
 
@@ -100,7 +101,7 @@ def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
         (merged / "new").write_bytes(CONTENTS[0])
     driver.create(image, base)
     driver.apply_diff(image, base, driver.diff(id, base))
-    GearDriver(settings).engine.push_pending()
+    Engine.of(settings).push_pending()
     assert hashlib.sha256(CONTENTS[0]).hexdigest() in pushed(settings)
 
 
@@ -112,7 +113,7 @@ def test_a_push_killed_at_any_step_is_ended_by_the_next(settings: Settings) -> N
 
 def push_killed_at_every_step(settings: Settings) -> None:
     def work(say: Say) -> None:
-        GearDriver(settings).engine.push_pending()
+        Engine.of(settings).push_pending()
 
     driver = InProcess(settings)
     driver.create("layer")
@@ -126,7 +127,7 @@ def push_killed_at_every_step(settings: Settings) -> None:
         assert waiting(settings) == 0
         empty(settings)
         driver.remove("layer")
-        GearDriver(settings).engine.collect_garbage()
+        Engine.of(settings).collect_garbage()
         driver.create("layer")
         driver.apply_diff("layer", "", DATA)
     assert pushed(settings) == WANTED
@@ -144,10 +145,10 @@ def test_an_import_killed_at_any_step_and_done_again_is_pushed_whole(settings: S
             driver.remove("layer")
             driver.create("layer")
             driver.apply_diff("layer", "", DATA)
-        GearDriver(settings).engine.push_pending()
+        Engine.of(settings).push_pending()
         assert pushed(settings) == WANTED
         driver.remove("layer")
-        GearDriver(settings).engine.collect_garbage()
+        Engine.of(settings).collect_garbage()
         empty(settings)
 
 
@@ -162,22 +163,22 @@ def test_nothing_waits_for_ever_of_an_import_killed_at_any_step(settings: Settin
         driver = InProcess(settings)
         driver.remove("layer")
         waited = waiting(settings)
-        GearDriver(settings).engine.collect_garbage()
+        Engine.of(settings).collect_garbage()
         announced_only += waited - waiting(settings)
-        GearDriver(settings).engine.push_pending()
+        Engine.of(settings).push_pending()
         assert waiting(settings) == 0
         empty(settings)
     assert announced_only
 
 
 @pytest.fixture
-def announced(settings: Settings) -> tuple[PushSpool, ObjectStore, bytes]:
+def announced(settings: Settings) -> tuple[PushQueue, ObjectStore, bytes]:
     """A spool in which an object is announced that is not stored."""
     store = ObjectStore(settings.gear_public_cache_path)
-    spool = PushSpool(settings.gear_push_path, store)
+    push_queue = PushQueue(settings.gear_push_path, store)
     digest = hashlib.sha256(CONTENTS[0]).digest()
-    spool.announce(digest)
-    return spool, store, digest
+    push_queue.announce(digest)
+    return push_queue, store, digest
 
 
 def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
@@ -186,20 +187,20 @@ def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
     os.close(fd)
 
 
-Announced = tuple[PushSpool, ObjectStore, bytes]
+Announced = tuple[PushQueue, ObjectStore, bytes]
 
 
 def test_what_an_import_under_way_has_announced_stays(settings: Settings, announced: Announced) -> None:
-    spool, _, digest = announced
+    push_queue, _, digest = announced
     build = settings.gear_build_path / "layer.1"
     build.mkdir()
-    claims = Claims(build)
+    claims = RefWriter(build)
     claims.add(digest, len(CONTENTS[0]))
-    GearDriver(settings).engine.collect_garbage()
-    assert list(spool.pending()) == [digest]
+    Engine.of(settings).collect_garbage()
+    assert list(push_queue.pending()) == [digest]
     claims.close()
     shutil.rmtree(build)
-    GearDriver(settings).engine.collect_garbage()
+    Engine.of(settings).collect_garbage()
     assert waiting(settings) == 0
 
 
@@ -207,53 +208,53 @@ def test_what_an_import_under_way_has_announced_stays(settings: Settings, announ
 def test_an_import_that_stores_what_is_being_forgotten_has_it_pushed(
     settings: Settings, announced: Announced, announces: bool
 ) -> None:
-    spool, store, digest = announced
+    push_queue, store, digest = announced
 
     def importing() -> set[bytes]:
         """Where the collector reads the claims: another import comes; it announces before, or had done."""
         if announces:
-            spool.announce(digest)
+            push_queue.announce(digest)
         stored(store, digest, settings)
-        spool.add(digest)
+        push_queue.add(digest)
         return set()
 
-    assert spool.forget_unstored(importing) == 0
-    GearDriver(settings).engine.collect_garbage()
+    assert push_queue.remove_unstored(importing) == 0
+    Engine.of(settings).collect_garbage()
     assert waiting(settings) == 1
-    assert GearDriver(settings).engine.push_pending().pushed_objects == 1
+    assert Engine.of(settings).push_pending().pushed_objects == 1
     assert pushed(settings) == {digest.hex()}
 
 
 def test_an_object_whose_link_was_put_aside_is_pushed(settings: Settings, announced: Announced) -> None:
     """The collector took it for an announcement, the import's link replaced that, and the collector was killed."""
-    spool, store, digest = announced
+    push_queue, store, digest = announced
     stored(store, digest, settings)
-    spool.add(digest)
+    push_queue.add(digest)
     path = settings.gear_push_path / digest.hex()
     path.rename(f"{path}.aside")
-    spool.announce(digest)
-    assert spool.forget_unstored(set) == 0
+    push_queue.announce(digest)
+    assert push_queue.remove_unstored(set) == 0
     assert path.stat().st_size == len(CONTENTS[0]) and waiting(settings) == 1
 
 
 def test_forgetting_killed_at_any_step_is_ended_by_the_next(settings: Settings, announced: Announced) -> None:
-    spool, _, digest = announced
+    push_queue, _, digest = announced
 
     def work(say: Say) -> None:
-        spool.forget_unstored(lambda: {digest})
+        push_queue.remove_unstored(lambda: {digest})
 
     for _ in killed_at_every_step(work):
         assert waiting(settings) in (1, 2)
-        assert spool.forget_unstored(lambda: {digest}) == 0
-        assert list(spool.pending()) == [digest]
-    assert spool.forget_unstored(set) == 1 and waiting(settings) == 0
+        assert push_queue.remove_unstored(lambda: {digest}) == 0
+        assert list(push_queue.pending()) == [digest]
+    assert push_queue.remove_unstored(set) == 1 and waiting(settings) == 0
 
 
 def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> None:
     driver = InProcess(settings)
     driver.remove(applied(driver, file("a", CONTENTS[0])))
-    GearDriver(settings).engine.collect_garbage()
-    assert GearDriver(settings).engine.push_pending().pushed_objects == 1
+    Engine.of(settings).collect_garbage()
+    assert Engine.of(settings).push_pending().pushed_objects == 1
     assert pushed(settings) == {hashlib.sha256(CONTENTS[0]).hexdigest()}
 
 
@@ -265,12 +266,12 @@ def test_a_remote_that_goes_away_and_comes_back_gets_everything(settings: Settin
     remote.write_text("no directory")
     driver.apply_diff("layer", "", DATA)
     with pytest.raises(GearError, match="remote"):
-        GearDriver(settings).engine.push_pending()
+        Engine.of(settings).push_pending()
     assert waiting(settings) == len(CONTENTS)
     remote.unlink()
     away.rename(remote)
     assert InProcess(settings).exists("layer")
-    GearDriver(settings).engine.push_pending()
+    Engine.of(settings).push_pending()
     assert pushed(settings) == WANTED
     assert waiting(settings) == 0
 
@@ -279,7 +280,7 @@ def test_a_damaged_object_is_not_pushed_and_keeps_no_other_from_it(settings: Set
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
     damaged = {spoil(settings, content) for content in (CONTENTS[0], CONTENTS[2])}
-    report = GearDriver(settings).engine.push_pending()
+    report = Engine.of(settings).push_pending()
     assert set(report.refused) == damaged
     assert pushed(settings) == {hashlib.sha256(CONTENTS[1]).hexdigest()}
     assert {path.name for path in settings.gear_push_path.iterdir()} == {digest.hex() for digest in damaged}
@@ -300,12 +301,12 @@ class Refusing(Directory):
 def test_an_object_that_the_remote_refuses_keeps_none_behind_it_from_being_pushed(settings: Settings) -> None:
     contents = [bytes([number]) * 900_000 for number in range(10)]
     applied(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
-    spool = PushSpool(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
-    first = next(spool.pending())
+    push_queue = PushQueue(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
+    first = next(push_queue.pending())
     store = Refusing(Path(settings.remote))
     store.refused = frozenset([first])
-    assert push_pending(spool, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
-    assert list(spool.pending()) == [first]
+    assert push_pending(push_queue, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
+    assert list(push_queue.pending()) == [first]
 
 
 def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings: Settings) -> None:
@@ -314,12 +315,12 @@ def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings:
     for content in CONTENTS[:2]:
         spoil(settings, content)
     driver.remove(layers[1])
-    GearDriver(settings).engine.collect_garbage()
-    faults = list(GearDriver(settings).engine.faults(read_data=True, repair=True))
+    Engine.of(settings).collect_garbage()
+    faults = list(Engine.of(settings).faults(read_data=True, repair=True))
     assert sum("removed" in fault for fault in faults) == 2, "the spool holds what no layer refers to any more"
     assert waiting(settings) == 0
     applied(driver, file("again", CONTENTS[0]))
-    assert GearDriver(settings).engine.push_pending() == PushReport(1, {})
+    assert Engine.of(settings).push_pending() == PushReport(1, {})
 
 
 def test_the_command_tells_what_could_not_be_pushed(settings: Settings) -> None:
@@ -350,4 +351,4 @@ def test_what_others_leave_in_the_spool_keeps_nothing_from_being_pushed(settings
     applied(InProcess(settings), file("new", CONTENTS[0]))
     (settings.gear_push_path / "lost+found").mkdir()
     (settings.gear_push_path / ".nfs000000000001").touch()
-    assert GearDriver(settings).engine.push_pending() == PushReport(1, {})
+    assert Engine.of(settings).push_pending() == PushReport(1, {})

@@ -13,9 +13,10 @@ import msgspec
 import pytest
 
 from gearworkers.engine import mounts
+from gearworkers.engine.engine import Engine
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
-from gearworkers.tar.tar_split import Raw, StreamReader
+from gearworkers.tar.tar_split import RawBytes, TarSplitReader
 from gearworkers.util.fs import opened_directory
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
@@ -56,7 +57,7 @@ def test_a_published_layer_never_lacks_an_object(settings: Settings) -> None:
     collections = removed = 0
     running = dict(importers)
     while running:
-        report = GearDriver(settings).engine.collect_garbage()
+        report = Engine.of(settings).collect_garbage()
         collections, removed = collections + 1, removed + report.removed_objects
         for pid, reader in list(running.items()):
             if has_said(reader) and not _is_alive(pid):
@@ -65,7 +66,7 @@ def test_a_published_layer_never_lacks_an_object(settings: Settings) -> None:
                 del running[pid]
     assert collections > 3
     assert removed > len(CONTENTS), "the collector had something to take away"
-    GearDriver(settings).engine.collect_garbage()
+    Engine.of(settings).collect_garbage()
     assert object_names(settings) == set()
     assert not list((settings.gear_root / "hidden").iterdir())
 
@@ -91,9 +92,9 @@ def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) 
     assert sum(record.get("new_objects", 0) for record in records) >= len(CONTENTS)
     for id in ids:
         with open(settings.gear_images_path / id / STREAM_FILE, "rb") as stream:
-            contents = {piece.digest for piece in StreamReader(stream) if not isinstance(piece, Raw)}
+            contents = {piece.digest for piece in TarSplitReader(stream) if not isinstance(piece, RawBytes)}
         assert len(contents) == len(CONTENTS)
-    assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
+    assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
 def test_an_import_does_not_wait_for_one_of_the_same_contents_that_stands_still(settings: Settings) -> None:
@@ -123,7 +124,7 @@ def test_one_layer_is_applied_by_one_process_only(settings: Settings) -> None:
     for outcome in outcomes:
         if outcome.failed:
             assert outcome.said[0].startswith((b"FailedPrecondition", b"AlreadyExists")), outcome.said
-    assert not list(GearDriver(settings).engine.faults(read_data=True, repair=False))
+    assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
 def test_a_layer_removed_while_it_is_applied_stays_away(settings: Settings) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas.inplace import Bursts
+from gearworkers.cas.inplace import InPlaceLock
 from gearworkers.cas.store import ObjectStore
+from gearworkers.engine.engine import Engine
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import LazyNode, lazy_node, until
 from tests.support.tiny import tar_of
@@ -38,7 +39,7 @@ def damage(node: LazyNode) -> None:
 
 
 def may_store_in_place(node: LazyNode) -> bool:
-    with closing(Bursts(node.settings.gear_root)) as bursts:
+    with closing(InPlaceLock(node.settings.gear_root)) as bursts:
         return bursts.begin()
 
 
@@ -47,23 +48,23 @@ def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -
     damage(node)
     assert may_store_in_place(node)
     incomplete: list[str] = []
-    told = list(GearDriver(node.settings).engine.faults(read_data=True, repair=True, incomplete=incomplete.append))
+    told = list(Engine.of(node.settings).faults(read_data=True, repair=True, incomplete=incomplete.append))
     assert [line.split()[0] for line in told] == ["object", "layer"]
     assert set(incomplete) == {"image"}
     assert not may_store_in_place(node)
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
     until(lambda: node.status().incomplete_layers == 0, "the layer is complete again")
-    assert not list(GearDriver(node.settings).engine.faults(read_data=True, repair=False))
+    assert not list(Engine.of(node.settings).faults(read_data=True, repair=False))
     GearDriver(node.settings).prepare()
     assert may_store_in_place(node)
 
 
 def test_a_missing_object_makes_its_layer_incomplete_too(node: LazyNode) -> None:
     ObjectStore(node.settings.gear_public_cache_path).remove(DIGEST)
-    (told,) = GearDriver(node.settings).engine.faults(read_data=False, repair=False)
+    (told,) = Engine.of(node.settings).faults(read_data=False, repair=False)
     assert "1 of its objects are missing" in told
     assert node.status().incomplete_layers == 0
-    list(GearDriver(node.settings).engine.faults(read_data=False, repair=True))
+    list(Engine.of(node.settings).faults(read_data=False, repair=True))
     assert node.status().incomplete_layers == 1
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
@@ -72,14 +73,14 @@ def test_what_a_killed_import_left_at_a_lost_objects_name_is_not_read(node: Lazy
     object = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
     object.unlink()
     object.write_bytes(FILES["etc/file"][:100])
-    list(GearDriver(node.settings).engine.faults(read_data=False, repair=True))
+    list(Engine.of(node.settings).faults(read_data=False, repair=True))
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
 def test_contents_are_not_stored_in_place_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
     damage(node)
     (node.shelf.root / DIGEST.hex()).unlink()
-    list(GearDriver(node.settings).engine.faults(read_data=True, repair=True))
+    list(Engine.of(node.settings).faults(read_data=True, repair=True))
     GearDriver(node.settings).prepare()
     assert not may_store_in_place(node)
     with pytest.raises(OSError, match="Input/output"):

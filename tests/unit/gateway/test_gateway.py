@@ -31,7 +31,7 @@ from plugin_gateway.dispatch import claims
 from plugin_gateway.dispatch.claims import Offer
 from plugin_gateway.dispatch.dispatcher import Patience
 from plugin_gateway.gateway import Gateway
-from plugin_gateway.graphdriver.connection import Connection, _is_whole
+from plugin_gateway.graphdriver.connection import DockerConnection, is_body_complete
 from plugin_gateway.sockets import listen
 from tests.support.gateways import MemoryDriver, Running, Work, run_gateway
 from tests.support.plugin import TIMEOUT_S, Plugin, read_metrics
@@ -155,7 +155,7 @@ def test_a_body_that_is_no_request_is_an_error(start: Start, method: str) -> Non
     _, plugin = start()
     status, body = plugin.request(method, b'{"ID": 7')
     assert status == 400
-    assert "the request's body" in json.loads(body)["Err"]
+    assert "malformed request body" in json.loads(body)["Err"]
 
 
 def test_a_body_goes_to_the_worker_and_its_size_comes_back(start: Start) -> None:
@@ -227,11 +227,11 @@ def test_a_body_of_no_bytes_is_a_body(start: Start) -> None:
 def test_a_failure_ahead_of_the_worker_is_told_so_that_docker_does_not_send_the_rest_of_the_body(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Connection) -> int:
+    def fail(_: DockerConnection) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     _, plugin = start()
-    monkeypatch.setattr(Connection, "descriptor", fail)
+    monkeypatch.setattr(DockerConnection, "descriptor", fail)
     status, answer = plugin.apply_diff("a", [bytes(1 << 16)] * 20)
     assert status == 500 and "Too many open files" in answer["Err"]
 
@@ -446,7 +446,7 @@ def test_a_body_that_has_hardly_begun_keeps_nobody_busy(start: Start) -> None:
 )
 def test_the_end_of_a_short_body_is_known(body: bytes, is_whole: bool) -> None:
     """One that is malformed has nothing to be waited for: a worker tells."""
-    assert _is_whole(body, CHUNKED) is is_whole
+    assert is_body_complete(body, CHUNKED) is is_whole
 
 
 def test_a_waiting_call_gets_the_worker_that_becomes_free(start: Start) -> None:
@@ -494,7 +494,7 @@ def test_calls_that_wait_for_the_lazy_file_server_or_for_their_layer_keep_no_oth
     ids = [f"gear{number}" for number in range(200)]
     running.driver.layers |= dict.fromkeys([*ids, "plain"], "")
     waiting = [plugin.begin("Get", id) for id in ids]
-    turns: Any = running.gateway._threads._turns
+    turns: Any = running.gateway._threads._layer_locks
     wait_until(lambda: len(turns) == len(ids), "all have their turn")
     waiting += [plugin.begin("Remove", id) for id in ids]
     assert plugin.call("Exists", ID="plain") == {"Exists": True}

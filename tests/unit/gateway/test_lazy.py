@@ -55,8 +55,8 @@ def test_while_64_containers_wait_for_the_lazy_file_server_others_are_served(
     for id in STARTING:
         plugin.call("CreateReadWrite", ID=id, Parent="image")
     waiting = [plugin.begin("Get", id) for id in STARTING]
-    turns: Any = running.gateway._threads._turns
-    wait_until(lambda: len(turns) == len(STARTING), "all have their turn")
+    locks: Any = running.gateway._threads._layer_locks
+    wait_until(lambda: len(locks) == len(STARTING), "all have their turn")
     removing = [plugin.begin("Remove", id) for id in STARTING]
     assert plugin.call("Exists", ID="ordinary") == {"Exists": True}
     plugin.call("CreateReadWrite", ID="other", Parent="ordinary")

@@ -9,6 +9,11 @@ from gearworkers.mounts.overlay import OverlaySpec, is_mounted, mount, unmount
 from plugin_gateway.graphdriver.mount_counts import MountCounts
 
 
+def mounted(spec: OverlaySpec, target: Path) -> Path:
+    mount(spec, target)
+    return target
+
+
 def test_a_full_disk_refuses_a_new_count_and_changes_existing_ones(tmp_path: Path) -> None:
     for name in ("counts", "lower", "public", "merged", "other"):
         (tmp_path / name).mkdir()
@@ -17,13 +22,13 @@ def test_a_full_disk_refuses_a_new_count_and_changes_existing_ones(tmp_path: Pat
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory], check=True)
     counts = MountCounts(directory)
     try:
-        counts.acquire("one", target, lambda: mount(spec, target))
+        assert counts.acquire("one", target, lambda: mounted(spec, target)) == target
         with pytest.raises(OSError, match="No space left"):
             (directory / "filler").write_bytes(bytes(1 << 20))
         counts.acquire("one", target, lambda: pytest.fail("it is mounted"))
         counts.release("one", target, lambda: pytest.fail("it has a user"))
         with pytest.raises(OSError, match="No space left"):
-            counts.acquire("two", other, lambda: mount(spec, other))
+            counts.acquire("two", other, lambda: mounted(spec, other))
         assert not is_mounted(other)
         counts.release("one", target, lambda: unmount(target))
         assert not is_mounted(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import os
 import random
 import resource
 import shlex
@@ -162,7 +163,7 @@ def test_what_is_no_request_is_refused(server: Service) -> None:
 
 def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> None:
     wanted = [push(server, b"first %d" % number) for number in range(50)]
-    opened = [document.Opened(name, 10) for name in [*wanted, sha256(b"absent")]]
+    opened = [document.OpenedObject(name, 10) for name in [*wanted, sha256(b"absent")]]
     assert put_profile(server, "app:1", *opened) == 204
     body = json.dumps({"document": "profiles/app:1", "skip": wanted[:10]}).encode()
     status, _, stream = call(server, "POST", "/v1/prefetch", body)
@@ -176,7 +177,7 @@ def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> 
 def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) -> None:
     name = push(server, LARGE)
     at, size = 1_000_000, 300_000
-    assert put_profile(server, "large:1", document.Opened(name, len(LARGE), ((at, size),))) == 204
+    assert put_profile(server, "large:1", document.OpenedObject(name, len(LARGE), ((at, size),))) == 204
     (first, layout), *chunks = iter_frames(call(server, "POST", "/v1/prefetch", b'{"document": "profiles/large:1"}')[2])
     assert first.hex() == name
     offsets = {chunk.digest: chunk.offset for chunk in encoding.decode_layout(first, layout)}
@@ -187,7 +188,7 @@ def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) 
     assert together == LARGE[begin : begin + len(together)]
 
 
-def put_profile(server: Service, name: str, *opened: document.Opened) -> int:
+def put_profile(server: Service, name: str, *opened: document.OpenedObject) -> int:
     return call(server, "PUT", f"/v1/documents/profiles/{name}", document.pack(document.Profile(opened)))[0]
 
 
@@ -383,11 +384,12 @@ def test_without_its_tokens_file_nothing_is_said_to_be_missing(guarded: Service,
 
 def test_more_clients_than_files_that_a_shell_allows_are_no_matter(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    few = max(map(int, os.listdir("/proc/self/fd"))) + 64  # this process has the limit too, while the server starts
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
     try:
         with manager_server(tmp_path) as server, ExitStack() as idle:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            for _ in range(200):
+            for _ in range(few + 64):
                 idle.enter_context(socket.create_connection(address(server)))
             assert call(server, "GET", "/healthz")[0] == 200
     finally:

@@ -103,7 +103,7 @@ def test_upkeep_of_the_root_that_dockerd_has_named_is_done_and_of_no_other(root:
     driver = GearDriver(settings)
     driver.prepare()
     driver.init("", [f"gear.root={named}"], (), ())
-    assert options.saved(settings.run_dir)
+    assert options.load(settings.run_dir)
     for refused in (root, elsewhere, Path("/")):
         assert perform(settings, Order("collect_garbage", str(refused), "token"), "worker") is None
     assert not elsewhere.exists()
