@@ -12,15 +12,14 @@ again at some time, and a range that a crash left unused is lost until then.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gearworkers.errors import ResourceExhausted
 from gearworkers.layers.index.erofs import END_OF_NUMBERS, SLOTS_PER_BLOCK, ImageWriter, read_label
 from gearworkers.util import syscalls
+from gearworkers.util.locks import locked_file
 
 NUMBERS_FILE = "inode-numbers"
 INDEX_FILE = "index.erofs"
@@ -52,7 +51,7 @@ class InodeNumbers:
 
         Crash: leaves a part of the file, and the numbers unused until all layers are looked through.
         """
-        with self._gap() as gap_fd:
+        with locked_file(self._root / NUMBERS_FILE) as gap_fd:
             first, end = _read_gap(gap_fd)
             if end - first < image.slots:
                 first, end = self._largest_gap(image.slots)
@@ -60,15 +59,6 @@ class InodeNumbers:
             # Still under the lock: who looks through the layers sees a label for every range that was given away.
             with open(path, "xb") as file:
                 image.write(file, first)
-
-    @contextmanager
-    def _gap(self) -> Iterator[int]:
-        fd = os.open(self._root / NUMBERS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
-        finally:
-            os.close(fd)
 
     def _largest_gap(self, slots: int) -> tuple[int, int]:
         start, stop = window(self._root)
