@@ -308,4 +308,4 @@ class Engine:
             remote.close()
 
     def _push_queue(self) -> PushSpool | None:
-        return self.spool if self.settings.remote else None
+        return self.spool if self.settings.remote.url else None

@@ -47,7 +47,7 @@ class Starts:
             return
         image = image_of(self._layers, layer.id)
         known = self._tell(image, starts=True)
-        if known is not Known.FOUND and self._settings.profile_window_s and self._settings.remote:
+        if known is not Known.FOUND and self._settings.profile_window_s and self._settings.remote.url:
             self._recordings.begin(layer.id, Recording(self._settings, image, merged))
 
     def end(self, id: str) -> None:

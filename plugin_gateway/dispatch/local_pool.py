@@ -102,7 +102,7 @@ class OwnPool:
 
 def _begin(settings: Settings, parent_pid: int) -> None:
     end_with_parent(parent_pid)
-    configure_logging(settings)
+    configure_logging(settings.log)
 
 
 def _perform(settings: Settings, order: Order) -> None:

@@ -86,7 +86,7 @@ class Upkeep:
 
     def stored(self) -> None:
         """A layer is stored: its new objects await push, if there is a remote."""
-        if self._settings().remote:
+        if self._settings().remote.url:
             self._push.request()
 
     def dedupe(self, id: str) -> None:

@@ -480,7 +480,9 @@ def test_what_a_push_came_to_is_counted(settings: Settings) -> None:
         figures = {"pushed_objects": 3, "refused_objects": 1} if order.call == "push" else {}
         stream.answer(Answer(figures=figures))
 
-    running = run_gateway(replace(settings, remote="/remote"), push, workers=1, patience=PATIENCE)
+    running = run_gateway(
+        replace(settings, remote=replace(settings.remote, url="/remote")), push, workers=1, patience=PATIENCE
+    )
     text = running.gateway.metrics.text
     figures = (b"gear_pushed_objects_total 3.0", b"gear_push_refused_objects 1.0")
     wait_until(lambda: all(figure in text() for figure in figures), "the push at the start")
