@@ -25,9 +25,6 @@ def test_the_last_recorded_root_replaces_the_one_of_the_environment(settings: Se
         assert with_current_root(settings) == replace(settings, gear_root=tmp_path / name)
 
 
-def test_a_root_that_cannot_be_recorded_leaves_the_earlier_one(settings: Settings, tmp_path: Path) -> None:
-    save_root(settings.run_dir, tmp_path / "first")
-    (tmp_path / "gear-root.new").mkdir()
+def test_a_root_that_cannot_be_recorded_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(GearError, match="record GEAR_ROOT"):
-        save_root(settings.run_dir, tmp_path / "second")
-    assert with_current_root(settings).gear_root == tmp_path / "first"
+        save_root(tmp_path / "missing", tmp_path / "root")
