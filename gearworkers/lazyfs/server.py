@@ -63,7 +63,7 @@ class LazyServer:
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
         self._wanted = IncompleteLayers(settings.gear_images_path)
-        self._pool = WorkPool(settings.fetch_threads, for_background=settings.fetch_threads // 2)
+        self._pool = WorkPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
         layers = LayerStore(settings, self._store)
@@ -262,7 +262,7 @@ def sources_of(settings: Settings) -> list[Source]:
     Raises:
         InvalidInput: GEAR_REMOTE is none that is known.
     """
-    if settings.remote:
+    if settings.remote.url:
         return [open_remote(settings)]
     return [open_near(settings)] if has_near(settings) else []
 
