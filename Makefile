@@ -1,10 +1,19 @@
-# The commands of the README. Every target sets up what it needs; `make setup` is quick once done.
+# The commands that README.md and CONTRIBUTING.md show. Every target sets up first; that is quick once done.
 PYTHON ?= python3
 VENV := .venv/bin
 
 .PHONY: help setup rootfs images up demo test check bench
 help:
-	@echo "make demo | up | test | check | bench | bench-NAME   (NAME: import shared load parallel build save run read chown memory many reread convert lazy local bytes storage second)"
+	@echo "make setup    install missing Debian packages and build .venv; every other target does so first"
+	@echo "make demo     run the same job on gearworkers and on overlay2 and compare; leaves nothing behind"
+	@echo "make up       run the stack in the foreground until SIGTERM or Ctrl-C"
+	@echo "make check    run linters, type checks and quick tests"
+	@echo "make test     run all tests, those on a real dockerd included"
+	@echo "make rootfs   make the root file systems that tests and benchmarks use"
+	@echo "make images   make the application images that tests use"
+	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
+	@echo "              import shared load parallel build save run read chown memory"
+	@echo "              convert many reread lazy local bytes storage second"
 
 setup:
 	@$(PYTHON) packaging/prepare.py
@@ -12,7 +21,7 @@ setup:
 rootfs: setup
 	@$(VENV)/python -m tests.support.rootfs
 
-# What the tests need; the benches that need more versions make them by themselves.
+# The first version of each image, for the tests. Benchmarks make further versions themselves.
 images: setup
 	@$(VENV)/python -m tests.support.appimages 1
 

@@ -21,10 +21,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gearworkers.cas.store import ObjectStore, write_all
+from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import from_os_error
 from gearworkers.util import syscalls as kernel
+from gearworkers.util.writing import write_all
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _FORBIDDEN_FILE = "incomplete-layers"

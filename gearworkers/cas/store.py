@@ -15,8 +15,9 @@ from enum import Enum, auto
 from pathlib import Path
 
 from gearworkers.digest import ALPHABET, DIGEST_XATTR, RESERVED, object_path
-from gearworkers.errors import IntegrityError, NotFound, ResourceExhausted, from_os_error
+from gearworkers.errors import IntegrityError, NotFound, from_os_error
 from gearworkers.util import syscalls as kernel
+from gearworkers.util.writing import write_all
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _HOLE_BYTES = 64 * 1024
@@ -238,15 +239,6 @@ class PendingObject:
 
 def _is_zero(data: memoryview) -> bool:
     return data.tobytes().count(0) == len(data)
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    written = os.write(fd, data)
-    while written < len(data):
-        more = os.write(fd, data[written:])
-        if more == 0:
-            raise ResourceExhausted("write an object: the file system takes no more bytes")
-        written += more
 
 
 def verify_file(fd: int, digest: bytes) -> None:

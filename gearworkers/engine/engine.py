@@ -14,7 +14,7 @@ from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.mounts import LayerMounts
-from gearworkers.engine.recovery import collect_garbage, make_ready
+from gearworkers.engine.recovery import collect_garbage, prepare_root
 from gearworkers.errors import from_os_error
 from gearworkers.fsck.repair import StoreChecker
 from gearworkers.layers.apply import apply_tar
@@ -61,7 +61,7 @@ def layer_call(
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The parts of one GEAR_ROOT. They never change, so every call works on one root from its begin to its end.
+    """The parts of one GEAR_ROOT. They never change, so every call works on one root from start to end.
 
     Several processes of a node may each have an engine of the same root. One process should have one: its parts hold
     the locks between the process's threads. Methods may be called from many threads and raise GearError. After an
@@ -102,7 +102,7 @@ class Engine:
         Raises:
             GearError: The root cannot be used.
         """
-        make_ready(self.settings, self.objects, self.layers, self.push_queue)
+        prepare_root(self.settings, self.objects, self.layers, self.push_queue)
         self.mounts.prepare()
 
     def close(self) -> None:
@@ -287,7 +287,7 @@ class Engine:
     def faults(
         self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
     ) -> Iterator[str]:
-        """Check every object and layer; yield a line for each fault. Arguments as in `StoreChecker.faults`."""
+        """Check all objects and layers; yield a line for each fault. Arguments as `StoreChecker.faults`."""
         checker = StoreChecker(self.settings, self.layers, self.objects, self.push_queue)
         return checker.faults(read_data=read_data, repair=repair, incomplete=incomplete)
 

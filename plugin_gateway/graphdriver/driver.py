@@ -78,7 +78,7 @@ class GearDriver:
             GearError: GEAR_ROOT cannot be used.
         """
         with self._inits:
-            self._use(self._prepare_root(options.saved(self._given.run_dir)))
+            self._use(self._prepare_root(options.load(self._given.run_dir)))
 
     def _prepare_root(self, opts: Sequence[str]) -> _Current:
         """Return the engine of the root that *opts* name, and their settings; repairs and locks a root once."""

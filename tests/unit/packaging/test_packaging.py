@@ -62,19 +62,6 @@ def test_docker_compose_gives_what_is_under_way_the_time_that_make_up_does() -> 
     assert f"\n  stop_grace_period: {grace}s" in (CHECKOUT / "docker-compose.yml").read_text()
 
 
-def test_the_readme_tells_every_setting(variables: set[str]) -> None:
-    told = (CHECKOUT / "README.md").read_text().replace("`…_KEY_FILE`", "`GEAR_MANAGER_TLS_KEY_FILE`")
-    rows = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
-    assert variables <= set(re.findall(r"`([A-Z_]+)`", "".join(rows)))
-
-
-def test_what_the_readme_has_typed_are_settings() -> None:
-    blocks = re.findall(r"^```sh\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    typed = dict(re.findall(r"\b(GEAR_[A-Z_]+)=(\S+)", "".join(blocks)))
-    assert {"GEAR_REMOTE", "GEAR_MANAGER_LISTEN"} <= set(typed)
-    Settings.from_environ(typed)
-
-
 @pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
 def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / f"gear-{name}.service").read_text()
