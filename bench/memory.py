@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import statistics
 import threading
 import time
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.frame import Figure, Pairs, Side, both_sides, fresh_disk
+from gearworkers.util.unix_http import UnixHTTPConnection
 from tests.support import rootfs
+from tests.support.plugin import TIMEOUT_S
 from tests.support.stack import Stack
 
 CALLS = 300
@@ -119,36 +120,24 @@ def _get_and_put(side: Side) -> list[Figure]:
     container = side.dockerd.docker("create", "steps", "true")
     mount_id = (side.dockerd.data_root / f"image/gear/layerdb/mounts/{container}/mount-id").read_text()
     gets, puts = [], []
-    connection = _PluginConnection(side.stack.plugin_socket)
+    connection = UnixHTTPConnection(side.stack.plugin_socket, TIMEOUT_S)
     for _ in range(CALLS):
-        gets.append(connection.ms("Get", {"ID": mount_id, "MountLabel": ""}))
-        puts.append(connection.ms("Put", {"ID": mount_id}))
+        gets.append(_call_ms(connection, "Get", {"ID": mount_id, "MountLabel": ""}))
+        puts.append(_call_ms(connection, "Put", {"ID": mount_id}))
     return [
         Figure("Get, ms", statistics.median(gets), None, 2.0),
         Figure("Put, ms", statistics.median(puts), None, 2.0),
     ]
 
 
-class _PluginConnection(http.client.HTTPConnection):
-    """HTTP over the plugin's Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("plugin")
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket instead of a host."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(self._path))
-
-    def ms(self, method: str, arguments: dict[str, str]) -> float:
-        """Call a method; milliseconds until its answer was read."""
-        begin = time.perf_counter()
-        self.request("POST", f"/GraphDriver.{method}", json.dumps(arguments))
-        response = self.getresponse()
-        answer = json.loads(response.read())
-        assert not answer.get("Err"), answer
-        return (time.perf_counter() - begin) * _MS
+def _call_ms(connection: http.client.HTTPConnection, method: str, arguments: dict[str, str]) -> float:
+    """Call a method of the plugin; return the milliseconds until its answer was read."""
+    begin = time.perf_counter()
+    connection.request("POST", f"/GraphDriver.{method}", json.dumps(arguments))
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    assert not answer.get("Err"), answer
+    return (time.perf_counter() - begin) * _MS
 
 
 def _five_images(side: Side) -> float:

@@ -1,156 +1,191 @@
-"""Where things lie and how they are tuned; the only module that reads the environment."""
+"""Settings of every process, read from the environment; no other module reads it.
+
+Each setting is declared once: variable, default, help, and a type that checks the value. `documented` lists them.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from gearworkers.errors import InvalidInput
 
-Number = TypeVar("Number", int, float)
+T = TypeVar("T")
 
-DEFAULT_ROOT = Path("/var/lib/gear")
-DEFAULT_RUN_DIR = Path("/run/gear")
-DEFAULT_PLUGIN_SOCKET = Path("/run/docker/plugins/gear.sock")
-DEFAULT_LARGE_OBJECT_BYTES = 2 << 20
-DEFAULT_FETCH_THREADS = 32
-DEFAULT_FILL_DELAY_S = 10.0
-DEFAULT_PROFILE_WINDOW_S = 30.0
-DEFAULT_REMOTE_TIMEOUT_S = 60.0
-DEFAULT_MANAGER_LISTEN = "127.0.0.1:2019"
-DEFAULT_MOST_OBJECT_BYTES = 64 << 30
-DEFAULT_CLIENT_TIMEOUT_S = 30.0
 DEFAULT_STREAM_IDLE_S = 900.0
-DEFAULT_DOCKER_HOST = "unix:///var/run/docker.sock"
-XINO = ("off", "on")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("console", "json")
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
+LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
+
+Count = Annotated[int, Meta(gt=0, description="a whole number above 0")]
+Bytes = Annotated[int, Meta(gt=0, description="a whole number of bytes above 0", extra={"unit": "bytes"})]
+Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above 0", extra={"unit": "s"})]
+SecondsOrZero = Annotated[float, Meta(ge=0, description="a number of seconds, at least 0", extra={"unit": "s"})]
+
+
+class DocumentedSetting(NamedTuple):
+    """One setting as its documentation shows it."""
+
+    name: str
+    """The environment variable: "GEAR_STREAM_IDLE_S"."""
+    default: str
+    """The default as one would write it into the environment ("900", "off"), or in words; "none" if unset."""
+    unit: str
+    """"s", "bytes" or ""."""
+    help: str
+    """One sentence, ending with a full stop."""
+
+
+class _Declared(NamedTuple):
+    name: str
+    help: str
+    default_text: str | None
+    fallback: str | None
+
+
+def setting(name: str, default: Any, help: str, *, default_text: str | None = None, fallback: str | None = None) -> Any:
+    """Declare a dataclass field that the environment variable *name* sets.
+
+    Args:
+        name: The variable.
+        default: The value of an unset or empty variable, or a function that returns it.
+        help: One sentence.
+        default_text: The default in words, where its value does not say enough.
+        fallback: A variable to read if *name* is unset.
+    """
+    metadata = {"declared": _Declared(name, help, default_text, fallback)}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _home() -> Path:
+    """Return the user's home, or / for a user without one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One node's settings; immutable, passed to whoever needs it.
+    """The settings of a node; immutable.
 
     The `gear_*_path` names are the Gear driver's own (GearPublicCachePath, GearImagesPath, …).
     """
 
-    gear_root: Path = DEFAULT_ROOT
-    run_dir: Path = DEFAULT_RUN_DIR
-    plugin_socket: Path = DEFAULT_PLUGIN_SOCKET
-    broker_url: str = ""
-    """Empty: the Unix socket redis.sock in run_dir, database 0."""
-    remote: str = ""
-    """Where objects are kept for all nodes: a directory, s3://BUCKET/PREFIX?…, a manager's URL; empty for nowhere."""
-    remote_token: str = ""
-    """What the manager is shown; `remote_token_file` goes before it."""
-    remote_token_file: Path | None = None
-    """Read again for each request, so that a token can be replaced."""
-    remote_ca_file: Path | None = None
-    """The CA of the manager's certificate; None for the system's trust."""
-    remote_timeout_s: float = DEFAULT_REMOTE_TIMEOUT_S
-    """What a remote may take to answer, all attempts together; a file system that hangs is given up after it."""
-    aws_credentials_file: Path = field(default_factory=lambda: _home() / ".aws" / "credentials")
-    aws_profile: str = "default"
-    manager_listen: str = DEFAULT_MANAGER_LISTEN
-    """host:port of `gear manager`."""
-    manager_store: str = ""
-    """Where the manager keeps what it is given: a directory or s3://…; empty: manager/ in gear_root."""
-    manager_read_tokens_file: Path | None = None
-    """Tokens that may read, one a line; read again when it changes."""
-    manager_write_tokens_file: Path | None = None
-    """Tokens that may also write."""
-    manager_tls_cert_file: Path | None = None
-    manager_tls_key_file: Path | None = None
-    manager_most_object_bytes: int = DEFAULT_MOST_OBJECT_BYTES
-    """The largest object that the manager takes."""
-    manager_client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
-    """A client that sends or takes nothing for so long is dropped."""
-    xino: bool = False
-    """Mount containers with overlay's xino=on: all files have one st_dev, and inode numbers exceed 2^53."""
-    node: str = field(default_factory=socket.gethostname)
-    metrics_listen: str = ""
-    """Where the gateway's metrics are read: host:port or the path of a Unix socket; empty: metrics.sock in run_dir."""
-    stream_idle_s: float = DEFAULT_STREAM_IDLE_S
-    """Seconds in which a caller of ApplyDiff sends nothing, or one of Diff takes nothing, before the call fails."""
-    large_object_bytes: int = DEFAULT_LARGE_OBJECT_BYTES
-    """From this size on an object that a container opens is served in parts while it arrives.
-
-    The C library is smaller: all programs open it, so it is worth to have it where no server is asked.
-    """
-    fetch_threads: int = DEFAULT_FETCH_THREADS
-    """How many requests to the remote the lazy file server has under way at most."""
-    fill_delay_s: float = DEFAULT_FILL_DELAY_S
-    """So long after its last read the rest of a large object is fetched behind."""
-    profile_window_s: float = DEFAULT_PROFILE_WINDOW_S
-    """So long the first container of an image is watched, for the profile of its start; 0 for never."""
-    docker_host: str = DEFAULT_DOCKER_HOST
-    """The dockerd that `gear` asks about images: unix:///PATH or tcp://HOST:PORT."""
-    docker_config: Path = field(default_factory=lambda: _home() / ".docker")
-    """Where Docker's clients keep the credentials for registries: the directory of config.json."""
-    https_proxy: str = ""
-    """URL of the proxy on the way to registries; empty for none."""
-    no_proxy: str = ""
-    """Hosts and domains, with commas between, that the proxy is not asked for."""
-    notify_socket: str = ""
-    """Where systemd waits to be told that a process is ready; empty: nowhere."""
-    log_level: str = "info"
-    log_format: str = "console"
-    """``console`` or ``json``."""
+    gear_root: Path = setting("GEAR_ROOT", Path("/var/lib/gear"), "Directory of layers and objects.")
+    run_dir: Path = setting("GEAR_RUN_DIR", Path("/run/gear"), "Directory of sockets and mount counts.")
+    plugin_socket: Path = setting(
+        "GEAR_PLUGIN_SOCKET", Path("/run/docker/plugins/gear.sock"), "Socket on which dockerd finds the plugin."
+    )
+    broker_url: str = setting(
+        "GEAR_BROKER_URL", "", "Celery's broker.", default_text="redis.sock in GEAR_RUN_DIR, database 0"
+    )
+    node: str = setting("GEAR_NODE", socket.gethostname, "Name of this node.", default_text="host name")
+    metrics_listen: str = setting(
+        "GEAR_METRICS_LISTEN",
+        "",
+        "Address of the gateway's metrics: HOST:PORT or the path of a Unix socket.",
+        default_text="metrics.sock in GEAR_RUN_DIR",
+    )
+    stream_idle_s: Seconds = setting(
+        "GEAR_STREAM_IDLE_S",
+        DEFAULT_STREAM_IDLE_S,
+        "Seconds without a byte after which an import, save, push or commit fails.",
+    )
+    xino: bool = setting(
+        "GEAR_XINO", False, "on: all files of a container have one st_dev, and inode numbers exceed 2^53."
+    )
+    large_object_bytes: Bytes = setting(
+        "GEAR_LARGE_OBJECT_BYTES", 2 << 20, "Size from which a file is read in parts while it arrives."
+    )
+    fill_delay_s: Seconds = setting(
+        "GEAR_FILL_DELAY_S", 10.0, "Seconds without a read after which the rest of a large file is fetched."
+    )
+    profile_window_s: SecondsOrZero = setting(
+        "GEAR_PROFILE_WINDOW_S", 30.0, "Seconds for which the first start of a Gear image is recorded; 0: never."
+    )
+    docker_host: str = setting(
+        "DOCKER_HOST", "unix:///var/run/docker.sock", "The dockerd that `gear` asks: unix:///PATH or tcp://HOST:PORT."
+    )
+    notify_socket: str = setting(
+        "NOTIFY_SOCKET", "", "Socket on which systemd waits until the process is ready; systemd sets it."
+    )
+    remote: str = setting(
+        "GEAR_REMOTE", "", "Store that all nodes share: a directory, s3://BUCKET/PREFIX or a manager's URL."
+    )
+    remote_token: str = setting(
+        "GEAR_REMOTE_TOKEN", "", "Bearer token for the manager; GEAR_REMOTE_TOKEN_FILE takes precedence."
+    )
+    remote_token_file: Path | None = setting(
+        "GEAR_REMOTE_TOKEN_FILE", None, "File with the bearer token for the manager; read for each request."
+    )
+    remote_ca_file: Path | None = setting(
+        "GEAR_REMOTE_CA_FILE", None, "CA of the manager's certificate.", default_text="the system's CAs"
+    )
+    remote_timeout_s: Seconds = setting(
+        "GEAR_REMOTE_TIMEOUT_S", 60.0, "Seconds within which the remote must answer a call, all attempts together."
+    )
+    fetch_threads: Count = setting("GEAR_FETCH_THREADS", 32, "Requests to the remote at the same time.")
+    aws_credentials_file: Path = setting(
+        "AWS_SHARED_CREDENTIALS_FILE",
+        lambda: _home() / ".aws" / "credentials",
+        "Credentials for S3.",
+        default_text="~/.aws/credentials",
+    )
+    aws_profile: str = setting("AWS_PROFILE", "default", "Profile in the file of S3 credentials.")
+    docker_config: Path = setting(
+        "DOCKER_CONFIG",
+        lambda: _home() / ".docker",
+        "Directory of config.json, which holds the credentials for registries.",
+        default_text="~/.docker",
+    )
+    https_proxy: str = setting("HTTPS_PROXY", "", "URL of the proxy for registries.", fallback="https_proxy")
+    no_proxy: str = setting(
+        "NO_PROXY", "", "Hosts and domains to reach without the proxy, separated by commas.", fallback="no_proxy"
+    )
+    manager_listen: str = setting("GEAR_MANAGER_LISTEN", "127.0.0.1:2019", "HOST:PORT on which the manager listens.")
+    manager_store: str = setting(
+        "GEAR_MANAGER_STORE",
+        "",
+        "Store of the manager: an existing directory or s3://BUCKET/PREFIX.",
+        default_text="manager/ in GEAR_ROOT",
+    )
+    manager_read_tokens_file: Path | None = setting(
+        "GEAR_MANAGER_READ_TOKENS_FILE", None, "File of bearer tokens that may only read, one a line."
+    )
+    manager_write_tokens_file: Path | None = setting(
+        "GEAR_MANAGER_WRITE_TOKENS_FILE", None, "File of bearer tokens that may read and write, one a line."
+    )
+    manager_tls_cert_file: Path | None = setting(
+        "GEAR_MANAGER_TLS_CERT_FILE", None, "Certificate chain of the manager, for TLS."
+    )
+    manager_tls_key_file: Path | None = setting("GEAR_MANAGER_TLS_KEY_FILE", None, "Key of the manager's certificate.")
+    manager_most_object_bytes: Bytes = setting(
+        "GEAR_MANAGER_MOST_OBJECT_BYTES", 64 << 30, "Size of the largest object that the manager accepts."
+    )
+    manager_client_timeout_s: Seconds = setting(
+        "GEAR_MANAGER_CLIENT_TIMEOUT_S", 30.0, "Seconds without a byte sent or taken after which a client is dropped."
+    )
+    log_level: LogLevel = setting("GEAR_LOG_LEVEL", "info", "debug, info, warning or error.")
+    log_format: LogFormat = setting("GEAR_LOG_FORMAT", "console", "console for people, json for programs.")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE, GEAR_NODE,
-        GEAR_METRICS_LISTEN, GEAR_STREAM_IDLE_S, GEAR_LARGE_OBJECT_BYTES, GEAR_FETCH_THREADS, GEAR_FILL_DELAY_S,
-        GEAR_PROFILE_WINDOW_S, GEAR_REMOTE_TOKEN, GEAR_REMOTE_TOKEN_FILE, GEAR_REMOTE_CA_FILE, GEAR_REMOTE_TIMEOUT_S,
-        GEAR_MANAGER_LISTEN, GEAR_MANAGER_STORE, GEAR_MANAGER_READ_TOKENS_FILE, GEAR_MANAGER_WRITE_TOKENS_FILE,
-        GEAR_MANAGER_TLS_CERT_FILE, GEAR_MANAGER_TLS_KEY_FILE, GEAR_MANAGER_MOST_OBJECT_BYTES,
-        GEAR_MANAGER_CLIENT_TIMEOUT_S, GEAR_XINO, GEAR_LOG_LEVEL and GEAR_LOG_FORMAT; of others'
-        AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE, DOCKER_HOST, DOCKER_CONFIG, HTTPS_PROXY and NO_PROXY. One that is
-        empty is as one that is not there.
+        """Read every setting; an empty variable counts as unset.
 
         Raises:
-            InvalidInput: A path is not absolute, a number not positive, a word not one of its setting's.
+            InvalidInput: A path is not absolute, a number is out of range, or a word is unknown.
         """
-        return cls(
-            gear_root=_absolute(environ, "GEAR_ROOT", DEFAULT_ROOT),
-            run_dir=_absolute(environ, "GEAR_RUN_DIR", DEFAULT_RUN_DIR),
-            plugin_socket=_absolute(environ, "GEAR_PLUGIN_SOCKET", DEFAULT_PLUGIN_SOCKET),
-            broker_url=environ.get("GEAR_BROKER_URL", ""),
-            remote=environ.get("GEAR_REMOTE", ""),
-            remote_token=environ.get("GEAR_REMOTE_TOKEN", ""),
-            remote_token_file=_optional(environ, "GEAR_REMOTE_TOKEN_FILE"),
-            remote_ca_file=_optional(environ, "GEAR_REMOTE_CA_FILE"),
-            remote_timeout_s=_number(environ, "GEAR_REMOTE_TIMEOUT_S", DEFAULT_REMOTE_TIMEOUT_S),
-            aws_credentials_file=_absolute(environ, "AWS_SHARED_CREDENTIALS_FILE", _home() / ".aws" / "credentials"),
-            aws_profile=environ.get("AWS_PROFILE") or "default",
-            manager_listen=environ.get("GEAR_MANAGER_LISTEN") or DEFAULT_MANAGER_LISTEN,
-            manager_store=environ.get("GEAR_MANAGER_STORE", ""),
-            manager_read_tokens_file=_optional(environ, "GEAR_MANAGER_READ_TOKENS_FILE"),
-            manager_write_tokens_file=_optional(environ, "GEAR_MANAGER_WRITE_TOKENS_FILE"),
-            manager_tls_cert_file=_optional(environ, "GEAR_MANAGER_TLS_CERT_FILE"),
-            manager_tls_key_file=_optional(environ, "GEAR_MANAGER_TLS_KEY_FILE"),
-            manager_most_object_bytes=_number(environ, "GEAR_MANAGER_MOST_OBJECT_BYTES", DEFAULT_MOST_OBJECT_BYTES),
-            manager_client_timeout_s=_number(environ, "GEAR_MANAGER_CLIENT_TIMEOUT_S", DEFAULT_CLIENT_TIMEOUT_S),
-            stream_idle_s=_number(environ, "GEAR_STREAM_IDLE_S", DEFAULT_STREAM_IDLE_S),
-            large_object_bytes=_number(environ, "GEAR_LARGE_OBJECT_BYTES", DEFAULT_LARGE_OBJECT_BYTES),
-            fetch_threads=_number(environ, "GEAR_FETCH_THREADS", DEFAULT_FETCH_THREADS),
-            fill_delay_s=_number(environ, "GEAR_FILL_DELAY_S", DEFAULT_FILL_DELAY_S),
-            profile_window_s=_number(environ, "GEAR_PROFILE_WINDOW_S", DEFAULT_PROFILE_WINDOW_S, or_zero=True),
-            xino=_one_of(environ, "GEAR_XINO", XINO, "off") == "on",
-            node=environ.get("GEAR_NODE") or socket.gethostname(),
-            metrics_listen=environ.get("GEAR_METRICS_LISTEN", ""),
-            docker_host=environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST,
-            docker_config=_absolute(environ, "DOCKER_CONFIG", _home() / ".docker"),
-            https_proxy=environ.get("HTTPS_PROXY") or environ.get("https_proxy", ""),
-            no_proxy=environ.get("NO_PROXY") or environ.get("no_proxy", ""),
-            notify_socket=environ.get("NOTIFY_SOCKET", ""),
-            log_level=_one_of(environ, "GEAR_LOG_LEVEL", LOG_LEVELS, "info"),
-            log_format=_one_of(environ, "GEAR_LOG_FORMAT", LOG_FORMATS, "console"),
-        )
+        return _read(cls, environ)
 
     @property
     def gear_public_cache_path(self) -> Path:
@@ -258,44 +293,55 @@ class Settings:
         return self.broker_url or f"redis+socket://{self.run_dir}/redis.sock?virtual_host=0"
 
 
-def _home() -> Path:
-    """The user's home; the root of all for a user who has none."""
+def documented() -> list[DocumentedSetting]:
+    """List every setting in the order of its declaration.
+
+    ``[DocumentedSetting(name="GEAR_STREAM_IDLE_S", default="900", unit="s", help="Seconds without …"), …]``
+    """
+    hints = get_type_hints(Settings, include_extras=True)
+    return [_document(one, hints[one.name]) for one in fields(Settings)]
+
+
+def _document(one: Field[Any], hint: Any) -> DocumentedSetting:
+    declared: _Declared = one.metadata["declared"]
+    default = declared.default_text
+    if default is None:
+        default = ("on" if one.default else "off") if hint is bool else str(one.default or "none")
+    unit = (hint.__metadata__[0].extra or {}).get("unit", "") if get_origin(hint) is Annotated else ""
+    return DocumentedSetting(declared.name, default.removesuffix(".0"), unit, declared.help)
+
+
+def _read(group: type[T], environ: Mapping[str, str]) -> T:
+    """Make a *group* of settings from the variables that are set."""
+    hints = get_type_hints(group, include_extras=True)
+    values = {}
+    for one in fields(group):  # type: ignore[arg-type]
+        declared: _Declared = one.metadata["declared"]
+        text = environ.get(declared.name) or environ.get(declared.fallback or "")
+        if text:
+            values[one.name] = _parse(declared.name, text, hints[one.name])
+    return group(**values)
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    if hint is bool:
+        return _parse(name, text, Literal["off", "on"]) == "on"
+    is_number = get_origin(hint) is Annotated
     try:
-        return Path.home()
-    except RuntimeError:
-        return Path("/")
+        return msgspec.convert(text.strip() if is_number else text, hint, strict=False, dec_hook=_absolute)
+    except msgspec.ValidationError as exc:
+        raise InvalidInput(f"{name}={text}: set {_allowed(hint)}") from exc
 
 
-def _absolute(environ: Mapping[str, str], name: str, default: Path) -> Path:
-    value = environ.get(name)
-    if not value:
-        return default
-    path = Path(value)
+def _absolute(kind: type[Path], text: str) -> Path:
+    path = kind(text)
     if not path.is_absolute():
-        raise InvalidInput(f"{name}={value}: an absolute path is needed")
+        raise ValueError("not absolute")
     return path
 
 
-def _optional(environ: Mapping[str, str], name: str) -> Path | None:
-    return _absolute(environ, name, Path()) if environ.get(name) else None
-
-
-def _number(environ: Mapping[str, str], name: str, default: Number, *, or_zero: bool = False) -> Number:
-    """A positive number of the default's type."""
-    value = environ.get(name)
-    if not value:
-        return default
-    try:
-        number = type(default)(value)
-    except ValueError:
-        number = type(default)(-1)
-    if not (number > 0 or (or_zero and number == 0)):
-        raise InvalidInput(f"{name}={value}: a number {'of at least' if or_zero else 'above'} 0 is needed")
-    return number
-
-
-def _one_of(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
-    value = environ.get(name) or default
-    if value not in choices:
-        raise InvalidInput(f"{name}={value}: one of {', '.join(choices)} is needed")
-    return value
+def _allowed(hint: Any) -> str:
+    """Return the values that *hint* allows, in words."""
+    if get_origin(hint) is Annotated:
+        return str(hint.__metadata__[0].description)
+    return f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else "an absolute path"

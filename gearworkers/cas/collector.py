@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.cas.locks import GarbageLock
-from gearworkers.cas.push_queue import PushSpool
-from gearworkers.cas.refs import OBJECTS_FILE, RECORD, read_objects
+from gearworkers.cas.push_queue import PushQueue
+from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD, read_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import ALPHABET, DIGEST_BYTES, DIGEST_XATTR, RESERVED, object_name
 from gearworkers.errors import ResourceExhausted, from_os_error
@@ -75,15 +75,15 @@ class GarbageCollector:
                 removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
         return GarbageReport(removed, removed_bytes, kept, kept_bytes)
 
-    def forget_announced(self, spool: PushSpool) -> int:
+    def remove_stale_announcements(self, push_queue: PushQueue) -> int:
         """Let go of what was announced for push and neither is stored nor being imported; how many.
 
         Nothing is hidden or published meanwhile.
         """
         with self._lock.exclusive():
             self._hidden.restore()
-            return spool.forget_unstored(
-                lambda: {digest for path in self._lists(self._building) for digest, _ in read_objects(path)}
+            return push_queue.remove_unstored(
+                lambda: {digest for path in self._lists(self._building) for digest, _ in read_refs(path)}
             )
 
     def _remove(self, order: int, shard: bytes, names: list[bytes], read: set[Path]) -> tuple[int, int]:
@@ -117,7 +117,7 @@ class GarbageCollector:
     def _claimed(self, read: set[Path]) -> set[bytes]:
         """Names, without the shard's character, that imports under way and layers not in *read* refer to."""
         late = self._lists(self._building) | (self._lists(*self._published) - read)
-        return {object_name(digest)[1:] for path in late for digest, _ in read_objects(path)}
+        return {object_name(digest)[1:] for path in late for digest, _ in read_refs(path)}
 
     def _lists(self, *parents: Path) -> set[Path]:
         return {
@@ -209,10 +209,10 @@ def _marked(lists: Iterable[Path], order: int) -> set[bytes]:
 
 def _shard_names(records: mmap.mmap, order: int) -> Iterator[bytes]:
     """A shard is the records whose digest begins with these six bits, and the records are sorted."""
-    positions = range(len(records) // RECORD.size)
-    first = bisect.bisect_left(positions, order << 2, key=lambda at: records[at * RECORD.size])
+    positions = range(len(records) // REF_RECORD.size)
+    first = bisect.bisect_left(positions, order << 2, key=lambda at: records[at * REF_RECORD.size])
     for at in positions[first:]:
-        start = at * RECORD.size
+        start = at * REF_RECORD.size
         if records[start] >> 2 != order:
             return
         yield object_name(records[start : start + DIGEST_BYTES])[1:]

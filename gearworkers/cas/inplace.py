@@ -21,10 +21,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gearworkers.cas.store import ObjectStore, write_all
+from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import from_os_error
 from gearworkers.util import syscalls as kernel
+from gearworkers.util.writing import write_all
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _FORBIDDEN_FILE = "incomplete-layers"
@@ -63,7 +64,7 @@ def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd
     return True
 
 
-class Bursts:
+class InPlaceLock:
     """One import's permission to store in place, asked for anew in each burst; for one thread.
 
     After a fork parent and child need one each: whoever forks calls `close` before.
@@ -115,7 +116,7 @@ def forbid(root: Path) -> None:
 
     Waits for the bursts that are under way.
     """
-    note_change(root)
+    leave_mark(root)
     fd = _open_lock(root)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -151,7 +152,7 @@ def _open_lock(root: Path) -> int:
     return os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def note_change(root: Path) -> None:
+def leave_mark(root: Path) -> None:
     """Forbid it, and have everybody read the layers' records again."""
     forbidden = root / _FORBIDDEN_FILE
     forbidden.touch(mode=0o600)
@@ -159,7 +160,7 @@ def note_change(root: Path) -> None:
     os.utime(forbidden, ns=(now_ns, now_ns))  # finer than the kernel's own clock
 
 
-def changed_ns(root: Path) -> int:
+def mark_time_ns(root: Path) -> int:
     """When the last layer became incomplete; 0 if all are complete."""
     try:
         return (root / _FORBIDDEN_FILE).stat().st_mtime_ns
@@ -173,12 +174,12 @@ def allow(root: Path) -> None:
         (root / _FORBIDDEN_FILE).unlink(missing_ok=True)
 
 
-def lose(root: Path) -> None:
+def mark_objects_lost(root: Path) -> None:
     """Forbid it until `found`: a layer is about to lose an object that the kernel may be told to open."""
     (root / _LOST_FILE).touch(mode=0o600)
     forbid(root)
 
 
-def found(root: Path) -> None:
+def clear_objects_lost(root: Path) -> None:
     """No layer lacks anything; the next `allow` counts again."""
     (root / _LOST_FILE).unlink(missing_ok=True)

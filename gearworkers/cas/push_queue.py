@@ -1,8 +1,8 @@
-"""The push spool: an object awaiting push is a hard link here until the remote has confirmed it.
+"""The push queue: an object awaiting push is a hard link here until the remote has confirmed it.
 
 Before an object is stored an empty file stands in for the link, since a crash behind the store would leave an object
 that every later import finds and none takes for new. An object is never empty, so the two are told apart. One whose
-object was never stored, as the import died, goes when garbage is collected (`forget_unstored`).
+object was never stored, as the import died, goes when garbage is collected (`remove_unstored`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAME = re.compile(rb"[0-9a-f]{64}")
 """What else lies there is somebody else's, and no business of ours."""
 
 
-class PushSpool:
+class PushQueue:
     """Links named by the full digest in hex; what is in it survives crashes and garbage collection."""
 
     def __init__(self, directory: Path, store: ObjectStore) -> None:
@@ -77,14 +77,14 @@ class PushSpool:
         except (NotFound, IntegrityError) as exc:
             raise FileNotFoundError(str(exc)) from exc
 
-    def done(self, digest: bytes) -> None:
+    def remove(self, digest: bytes) -> None:
         """The remote has confirmed it."""
         try:
             os.unlink(self._path(digest))
         except FileNotFoundError:
             pass
 
-    def forget_unstored(self, claimed: Callable[[], Container[bytes]]) -> int:
+    def remove_unstored(self, claimed: Callable[[], Container[bytes]]) -> int:
         """Let go of announcements whose object is not in the store and that no import has claimed; how many.
 
         With them goes what an import that was killed has left of an `add`.
@@ -144,7 +144,7 @@ class PushSpool:
         """Let go of what is no longer in the store; how many. For after a reboot, when the store was checked."""
         gone = [digest for digest in self.pending() if not self._store.has(digest)]
         for digest in gone:
-            self.done(digest)
+            self.remove(digest)
         for name in self._names(_TEMPORARY):
             os.unlink(self._directory + b"/" + name)
         return len(gone)

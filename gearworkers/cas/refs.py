@@ -17,14 +17,14 @@ from pathlib import Path
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.util.writing import replace_file
 
-RECORD = struct.Struct("<32sQ")
+REF_RECORD = struct.Struct("<32sQ")
 _GROWTH_BYTES = 1 << 20
-_NO_RECORD = bytes(RECORD.size)
+_NO_RECORD = bytes(REF_RECORD.size)
 
 OBJECTS_FILE = "objects"
 
 
-class Claims:
+class RefWriter:
     """Appends to a build directory's `objects` through shared memory: visible at once, cheap."""
 
     def __init__(self, build: Path, name: str = OBJECTS_FILE) -> None:
@@ -39,22 +39,22 @@ class Claims:
 
     def add(self, digest: bytes, size_bytes: int) -> None:
         """Claim an object, before asking whether it is there."""
-        if self._end + RECORD.size > len(self._map):
+        if self._end + REF_RECORD.size > len(self._map):
             grown_bytes = len(self._map) * 2
             self._map.close()
             self._map = self._grown(grown_bytes)
-        RECORD.pack_into(self._map, self._end, digest, size_bytes)
-        self._end += RECORD.size
+        REF_RECORD.pack_into(self._map, self._end, digest, size_bytes)
+        self._end += REF_RECORD.size
 
     def __len__(self) -> int:
         """How many were claimed, doubles included."""
-        return self._end // RECORD.size
+        return self._end // REF_RECORD.size
 
     def seal(self) -> tuple[int, int]:
         """Replace the claims by the sorted list; how many objects it names, and the sum of their sizes in bytes."""
-        records = sorted_records(self._map[: self._end])
+        records = sorted_refs(self._map[: self._end])
         replace_file(self._path, b"".join(records), sync=False)  # whoever publishes the layer syncs the file system
-        return len(records), sum(size for _, size in map(RECORD.unpack, records))
+        return len(records), sum(size for _, size in map(REF_RECORD.unpack, records))
 
     def close(self) -> None:
         """Let go of the file; what was claimed stays claimed as long as the file is there."""
@@ -67,20 +67,20 @@ class Claims:
         return mmap.mmap(self._fd, size_bytes)
 
 
-def sorted_records(raw: bytes) -> list[bytes]:
+def sorted_refs(raw: bytes) -> list[bytes]:
     """The distinct records of an `objects` file or of claims, sorted by digest."""
-    size = RECORD.size
+    size = REF_RECORD.size
     records = {raw[at : at + size] for at in range(0, len(raw) - size + 1, size)}
     records.discard(_NO_RECORD)
     return sorted(records)
 
 
-def read_objects(path: Path) -> Iterator[tuple[bytes, int]]:
+def read_refs(path: Path) -> Iterator[tuple[bytes, int]]:
     """(digest, size in bytes) of every record of an `objects` file, sealed or not; none if there is no file."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return
-    for digest, size_bytes in RECORD.iter_unpack(raw[: len(raw) - len(raw) % RECORD.size]):
+    for digest, size_bytes in REF_RECORD.iter_unpack(raw[: len(raw) - len(raw) % REF_RECORD.size]):
         if digest != bytes(DIGEST_BYTES):
             yield digest, size_bytes

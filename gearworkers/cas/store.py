@@ -15,15 +15,16 @@ from enum import Enum, auto
 from pathlib import Path
 
 from gearworkers.digest import ALPHABET, DIGEST_XATTR, RESERVED, object_path
-from gearworkers.errors import IntegrityError, NotFound, ResourceExhausted, from_os_error
+from gearworkers.errors import IntegrityError, NotFound, from_os_error
 from gearworkers.util import syscalls as kernel
+from gearworkers.util.writing import write_all
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _HOLE_BYTES = 64 * 1024
 _READ_BYTES = 1 << 20
 
 
-class Found(Enum):
+class ObjectState(Enum):
     """What stands at an object's name."""
 
     WHOLE = auto()
@@ -32,7 +33,7 @@ class Found(Enum):
     ABSENT = auto()
 
 
-_WHOLE = Found.WHOLE  # a look-up in the class takes 0.2 µs, twice for each content of an import
+_WHOLE = ObjectState.WHOLE  # a look-up in the class takes 0.2 µs, twice for each content of an import
 
 
 class ObjectStore:
@@ -76,7 +77,7 @@ class ObjectStore:
         """
         return self.find(digest) is _WHOLE
 
-    def find(self, digest: bytes) -> Found:
+    def find(self, digest: bytes) -> ObjectState:
         """What stands at the object's name.
 
         Raises:
@@ -87,9 +88,9 @@ class ObjectStore:
             found = os.getxattr(path, DIGEST_XATTR)
         except OSError as exc:
             if exc.errno == errno.ENOENT:
-                return Found.ABSENT
+                return ObjectState.ABSENT
             if exc.errno == errno.ENODATA:
-                return Found.UNFINISHED
+                return ObjectState.UNFINISHED
             raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
             raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")
@@ -238,15 +239,6 @@ class PendingObject:
 
 def _is_zero(data: memoryview) -> bool:
     return data.tobytes().count(0) == len(data)
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    written = os.write(fd, data)
-    while written < len(data):
-        more = os.write(fd, data[written:])
-        if more == 0:
-            raise ResourceExhausted("write an object: the file system takes no more bytes")
-        written += more
 
 
 def verify_file(fd: int, digest: bytes) -> None:

@@ -12,19 +12,19 @@ import threading
 from types import TracebackType
 from typing import NoReturn
 
-from gearworkers.cas.inplace import Bursts, put_in_place
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.inplace import InPlaceLock, put_in_place
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, from_os_error
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.process import end_with_parent
 
-MOST_CONTENT_BYTES = 4 << 20
+MAX_CONTENT_BYTES = 4 << 20
 """A larger content is not to be put, but stored piece by piece by the caller."""
 
 _ALONE_BYTES = 8 << 20
 _ALONE_CONTENTS = 1000
-_RING_BYTES = 4 * MOST_CONTENT_BYTES
+_RING_BYTES = 4 * MAX_CONTENT_BYTES
 _BATCH_CONTENTS = 128
 _BATCH_BYTES = 1 << 20
 _MESSAGE_BYTES = 1 << 16
@@ -51,13 +51,13 @@ class ContentWriter:
     Crash: the kernel ends the other process with this one; see `inplace` and `store` for what a write leaves.
     """
 
-    def __init__(self, store: ObjectStore, staging_fd: int, spool: PushSpool | None, bursts: Bursts) -> None:
+    def __init__(self, store: ObjectStore, staging_fd: int, push_queue: PushQueue | None, bursts: InPlaceLock) -> None:
         self._store = store
         self._staging_fd = staging_fd
-        self._spool = spool
+        self._push_queue = push_queue
         self._bursts = bursts
         self._is_private = False
-        self._beside: _Beside | None = None
+        self._beside: _WriterProcess | None = None
         self._alone = self._alone_bytes = 0
         self.new_objects = 0
         self.new_bytes = 0
@@ -77,7 +77,7 @@ class ContentWriter:
 
         Args:
             digest: SHA-256 of data.
-            data: At most MOST_CONTENT_BYTES.
+            data: At most MAX_CONTENT_BYTES.
 
         Raises:
             GearError: Of this or an earlier content.
@@ -90,7 +90,7 @@ class ContentWriter:
         self._alone_bytes += len(data)
         if self._alone >= _ALONE_CONTENTS or self._alone_bytes >= _ALONE_BYTES:
             self._bursts.close()  # else its lock would be that of both processes
-            self._beside = _Beside(self)
+            self._beside = _WriterProcess(self)
 
     def pause(self) -> None:
         """Keep nobody waiting who wants to forbid storing in place; cheap."""
@@ -98,25 +98,25 @@ class ContentWriter:
 
     def push_nothing(self) -> None:
         """What comes is of a Gear layer: the remote has what it names, and each node gets the rest with the layer."""
-        self._spool = None
+        self._push_queue = None
 
     def keep_private(self, store: ObjectStore) -> None:
         """What comes goes to *store*, which nobody sees yet, and is never pushed; nothing has been put before."""
         self._store = store
-        self._spool = None
+        self._push_queue = None
         self._is_private = True
 
     def announce(self, digest: bytes) -> None:
         """The caller is about to store this object, which is not here, otherwise."""
-        if self._spool is not None:
-            self._spool.announce(digest)
+        if self._push_queue is not None:
+            self._push_queue.announce(digest)
 
     def stored(self, digest: bytes, size_bytes: int) -> None:
         """Note a new object that the caller has stored otherwise."""
         self.new_objects += 1
         self.new_bytes += size_bytes
-        if self._spool is not None:
-            self._spool.add(digest)
+        if self._push_queue is not None:
+            self._push_queue.add(digest)
 
     def flush(self) -> None:
         """Wait until all that was put is stored.
@@ -131,8 +131,8 @@ class ContentWriter:
 
     def _store_one(self, digest: bytes, data: memoryview) -> None:
         store, staging_fd = self._store, self._staging_fd
-        if self._spool is not None and not store.has(digest):
-            self._spool.announce(digest)
+        if self._push_queue is not None and not store.has(digest):
+            self._push_queue.announce(digest)
         if self._is_private or self._bursts.begin():
             new = put_in_place(store, digest, data, staging_fd)
         else:
@@ -198,7 +198,7 @@ class _Writeback:
             self._error = exc
 
 
-class _Beside:
+class _WriterProcess:
     """The process that stores, and the shared ring by which it gets the contents."""
 
     def __init__(self, writer: ContentWriter) -> None:

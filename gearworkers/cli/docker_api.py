@@ -8,7 +8,6 @@ Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container".
 from __future__ import annotations
 
 import http.client
-import socket
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -17,6 +16,7 @@ import msgspec
 from gearworkers.errors import FailedPrecondition, InvalidInput, Unavailable
 from gearworkers.images.manifest import RunConfig
 from gearworkers.settings import Settings
+from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 30.0
 
@@ -138,18 +138,7 @@ def _get(docker_host: str, path: str) -> tuple[int, bytes]:
 def _connection(docker_host: str) -> http.client.HTTPConnection:
     parts = urlsplit(docker_host)
     if parts.scheme == "unix":
-        return _UnixConnection(parts.path)
+        return UnixHTTPConnection(parts.path, _TIMEOUT_S)
     if parts.scheme == "tcp" and parts.hostname:
         return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=_TIMEOUT_S)
     raise InvalidInput(f"DOCKER_HOST={docker_host}: unix:///PATH or tcp://HOST:PORT is needed")
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT_S)
-        self.sock.connect(self._path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from gearworkers.lazyfs.fuse_probe import check_fuse
 from gearworkers.mounts.probe import Check, probe
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
+from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 3.0
 _STATUS_TIMEOUT_S = 60.0
@@ -197,13 +197,11 @@ def _call(plugin_socket: Path, method: str, timeout_s: float) -> dict[str, Any]:
 
     Raises:
         OSError: Nobody listens, or nobody answers in time.
+        HTTPException: The answer is not HTTP, or breaks off.
         ValueError: The answer is no JSON.
     """
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.sock.settimeout(timeout_s)
+    connection = UnixHTTPConnection(plugin_socket, timeout_s)
     try:
-        connection.sock.connect(str(plugin_socket))
         connection.request("POST", f"/{method}", body=b"{}")
         answer: dict[str, Any] = json.loads(connection.getresponse().read())
         return answer

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from rich.filesize import decimal
 
-from gearworkers.cas.refs import OBJECTS_FILE, read_objects
+from gearworkers.cas.refs import OBJECTS_FILE, read_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.cli.docker_api import LocalImage, local_image
 from gearworkers.errors import NotFound, Unavailable
@@ -86,7 +86,7 @@ def unpin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
 
 
 def _inspect_local(node: Node, name: str, image: LocalImage) -> Iterable[tuple[str, str]]:
-    layers = list(node.layers.parents(image.top_layer))
+    layers = list(node.layers.layer_chain(image.top_layer))
     complete = sum(layer.complete for layer in layers)
     yield "Image", f"{name}, pulled"
     yield "Id", image.id
@@ -136,8 +136,8 @@ def _contents(node: Node, objects: Objects) -> Iterable[tuple[str, str]]:
 
 
 def _objects_of(node: Node, image: LocalImage) -> Objects:
-    layers = node.layers.parents(image.top_layer)
-    return dict(record for layer in layers for record in read_objects(node.layers.directory(layer) / OBJECTS_FILE))
+    layers = node.layers.layer_chain(image.top_layer)
+    return dict(record for layer in layers for record in read_refs(node.layers.directory(layer) / OBJECTS_FILE))
 
 
 def _add_named(source: Source, layer: m.Descriptor, diff_id: str, objects: Objects) -> bool:

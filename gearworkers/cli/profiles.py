@@ -18,7 +18,7 @@ from gearworkers.errors import InvalidInput, NotFound, Unavailable, from_os_erro
 from gearworkers.layers.store import MERGED, LayerStore
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.profiles import document
-from gearworkers.profiles.resolve import image_of, profile_name
+from gearworkers.profiles.resolve import profile_name, top_image_layer
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from gearworkers.util.log import command_settings
@@ -40,7 +40,7 @@ def show(image: Image) -> None:
     id = _layer(settings, image, image_layer, f"{image} is not here; pull it first")
     remote = open_remote(settings)
     try:
-        name = profile_name(layers, image_of(layers, id))
+        name = profile_name(layers, top_image_layer(layers, id))
         data = remote.document(name)
     finally:
         remote.close()
@@ -74,11 +74,11 @@ def record(
         group_fd = watch_opens(merged)
     except OSError as exc:
         raise from_os_error(exc, f"watch {merged}") from exc
-    found = recorded(settings, image_of(layers, id), merged, group_fd, stop_fd, again=True)
+    found = recorded(settings, top_image_layer(layers, id), merged, group_fd, stop_fd, again=True)
     _out.print(f"{len(found.objects)} objects were opened")
 
 
-def _read(opened: document.Opened) -> str:
+def _read(opened: document.OpenedObject) -> str:
     """How many bytes a start reads of it, as far as that is known."""
     return str(sum(size_bytes for _, size_bytes in opened.ranges)) if opened.ranges else ""
 

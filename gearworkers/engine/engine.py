@@ -10,26 +10,27 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from gearworkers.cas.collector import GarbageReport
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.mounts import LayerMounts
-from gearworkers.engine.recovery import collect_garbage, make_ready
+from gearworkers.engine.recovery import collect_garbage, prepare_root
 from gearworkers.errors import from_os_error
-from gearworkers.fsck.repair import Checker
+from gearworkers.fsck.repair import StoreChecker
 from gearworkers.layers.apply import apply_tar
-from gearworkers.layers.dedupe import absorb, settled
+from gearworkers.layers.dedupe import dedupe_layer, locked_for_diff
 from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
 from gearworkers.layers.diff.replay import replay
 from gearworkers.layers.diff.size import changed_size, tree_size
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.index.probe import IndexMode
-from gearworkers.layers.store import MERGED, Kind, LayerStore, image_layer, new_layer
+from gearworkers.layers.index.probe import IndexMountMode
+from gearworkers.layers.record import LayerKind, image_layer, new_layer
+from gearworkers.layers.store import MERGED, LayerStore
 from gearworkers.layers.usage import UsageMeter
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.mounts.probe import backing_fs_name
-from gearworkers.profiles.hooks import Starts
+from gearworkers.profiles.hooks import ProfileHooks
 from gearworkers.profiles.recordings import Recordings
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.push import PushReport, push_pending
@@ -60,7 +61,7 @@ def layer_call(
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The parts of one GEAR_ROOT. They never change, so every call works on one root from its begin to its end.
+    """The parts of one GEAR_ROOT. They never change, so every call works on one root from start to end.
 
     Several processes of a node may each have an engine of the same root. One process should have one: its parts hold
     the locks between the process's threads. Methods may be called from many threads and raise GearError. After an
@@ -70,27 +71,27 @@ class Engine:
     settings: Settings
     objects: ObjectStore
     layers: LayerStore
-    spool: PushSpool
+    push_queue: PushQueue
     usage: UsageMeter
-    starts: Starts
+    profile_hooks: ProfileHooks
     mounts: LayerMounts
-    index_mode: IndexMode
+    index_mode: IndexMountMode
 
     @classmethod
     def of(cls, settings: Settings) -> Engine:
         """Return the engine of the settings' root; touches nothing on the disk."""
         objects = ObjectStore(settings.gear_public_cache_path)
         layers = LayerStore(settings, objects)
-        starts = Starts(settings, layers, Recordings())
+        profile_hooks = ProfileHooks(settings, layers, Recordings())
         return cls(
             settings,
             objects,
             layers,
-            PushSpool(settings.gear_push_path, objects),
+            PushQueue(settings.gear_push_path, objects),
             UsageMeter(layers, objects),
-            starts,
-            LayerMounts(settings, layers, starts),
-            IndexMode(settings.gear_root),
+            profile_hooks,
+            LayerMounts(settings, layers, profile_hooks),
+            IndexMountMode(settings.gear_root),
         )
 
     # -- life
@@ -101,13 +102,13 @@ class Engine:
         Raises:
             GearError: The root cannot be used.
         """
-        make_ready(self.settings, self.objects, self.layers, self.spool)
+        prepare_root(self.settings, self.objects, self.layers, self.push_queue)
         self.mounts.prepare()
 
     def close(self) -> None:
         """End recordings and unmount the indexes; mounts of containers stay."""
-        self.starts.close()
-        self.layers.release()
+        self.profile_hooks.close()
+        self.layers.unmount_indexes()
 
     def id_maps(self) -> IdMaps:
         """Return the mapping from ids in containers to ids on the disk."""
@@ -116,7 +117,7 @@ class Engine:
     # -- layers
 
     @layer_call
-    def create(self, id: str, parent: str, kind: Kind, mount_label: str = "", size_limit_bytes: int = 0) -> None:
+    def create(self, id: str, parent: str, kind: LayerKind, mount_label: str = "", size_limit_bytes: int = 0) -> None:
         """Make an empty layer on *parent*.
 
         Args:
@@ -171,7 +172,7 @@ class Engine:
         Crash: the layer is unfinished and accepts nothing but its removal.
         """
         layer = self.layers.begin_apply(id, parent)
-        with self.layers.building(id) as build:
+        with self.layers.build_directory(id) as build:
             applied = apply_tar(
                 source,
                 build,
@@ -179,11 +180,11 @@ class Engine:
                 self.id_maps(),
                 self._push_queue(),
                 self.settings.gear_root,
-                self.layers.numbers,
+                self.layers.inode_numbers,
                 private=self.layers.is_private(parent),
             )
             self.layers.publish(build, image_layer(layer, applied))
-        self.starts.arrived(id)
+        self.profile_hooks.layer_applied(id)
         return applied.size_bytes
 
     @layer_call
@@ -196,12 +197,12 @@ class Engine:
         """
         layer = self.layers.get(id)
         ids = self.id_maps()
-        if layer.kind is Kind.IMAGE and layer.parent == parent:
-            replay(self.layers.directory(layer), self.layers.contents(layer), sink)
-        elif layer.kind is Kind.CONTAINER and layer.parent == parent:
+        if layer.kind is LayerKind.IMAGE and layer.parent == parent:
+            replay(self.layers.directory(layer), self.layers.object_store(layer), sink)
+        elif layer.kind is LayerKind.CONTAINER and layer.parent == parent:
             upper = self.layers.lower(layer)
             with (
-                settled(self.layers.directory(layer), upper),
+                locked_for_diff(self.layers.directory(layer), upper),
                 self.mounts.view(parent) as parent_fd,
                 self.mounts.view(id) as merged_fd,
             ):
@@ -215,7 +216,7 @@ class Engine:
     def changes(self, id: str, parent: str) -> list[Change]:
         """Return the paths that differ from *parent*, sorted."""
         layer = self.layers.get(id)
-        if layer.kind is Kind.CONTAINER and layer.parent == parent:
+        if layer.kind is LayerKind.CONTAINER and layer.parent == parent:
             with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as merged_fd:
                 assert merged_fd is not None
                 return upper_changes(self.layers.lower(layer), merged_fd, parent_fd)
@@ -226,7 +227,7 @@ class Engine:
     def diff_size(self, id: str, parent: str) -> int:
         """Return the bytes of the layer's files over *parent*, each inode once."""
         layer = self.layers.get(id)
-        if layer.parent == parent and layer.kind is Kind.CONTAINER:
+        if layer.parent == parent and layer.kind is LayerKind.CONTAINER:
             with opened_directory(self.layers.lower(layer)) as upper_fd:
                 return tree_size(upper_fd)
         if layer.parent == parent:
@@ -244,8 +245,8 @@ class Engine:
         layer = self.layers.get(id)
         directory = self.layers.directory(layer)
         return (
-            layer.kind is Kind.CONTAINER
-            and layer.absorbable
+            layer.kind is LayerKind.CONTAINER
+            and layer.dedupable
             and not (directory / OBJECTS_FILE).exists()
             and not is_mounted(directory / MERGED)
             and not self.layers.is_private(id)
@@ -262,9 +263,9 @@ class Engine:
         if not self.can_dedupe(id):
             return 0
         layer = self.layers.get(id)
-        with self.layers.building(id) as build:
+        with self.layers.build_directory(id) as build:
             directory, upper = self.layers.directory(layer), self.layers.lower(layer)
-            return absorb(directory, upper, build, self.objects, self._push_queue(), self.settings.gear_root)
+            return dedupe_layer(directory, upper, build, self.objects, self._push_queue(), self.settings.gear_root)
 
     # -- maintenance
 
@@ -280,14 +281,14 @@ class Engine:
             ("Objects", str(usage.objects)),
             ("Logical Bytes", str(usage.logical_bytes)),
             ("Stored Bytes", str(usage.stored_bytes)),
-            ("Awaiting Push", str(sum(1 for _ in self.spool.pending()))),
+            ("Awaiting Push", str(sum(1 for _ in self.push_queue.pending()))),
         ]
 
     def faults(
         self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
     ) -> Iterator[str]:
-        """Check every object and layer; yield a line for each fault. Arguments as in `Checker.faults`."""
-        checker = Checker(self.settings, self.layers, self.objects, self.spool)
+        """Check all objects and layers; yield a line for each fault. Arguments as `StoreChecker.faults`."""
+        checker = StoreChecker(self.settings, self.layers, self.objects, self.push_queue)
         return checker.faults(read_data=read_data, repair=repair, incomplete=incomplete)
 
     def collect_garbage(self) -> GarbageReport:
@@ -303,9 +304,9 @@ class Engine:
         """
         remote = open_remote(self.settings)
         try:
-            return push_pending(self.spool, remote)
+            return push_pending(self.push_queue, remote)
         finally:
             remote.close()
 
-    def _push_queue(self) -> PushSpool | None:
-        return self.spool if self.settings.remote else None
+    def _push_queue(self) -> PushQueue | None:
+        return self.push_queue if self.settings.remote else None

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from gearworkers.errors import from_os_error
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.store import MERGED, UPPER, WORK, Kind, Layer, LayerStore, check_id
+from gearworkers.layers.record import Layer, LayerKind
+from gearworkers.layers.store import MERGED, UPPER, WORK, LayerStore, check_id
 from gearworkers.lazyfs.tree import FAILED, FETCH
 from gearworkers.mounts import overlay
 from gearworkers.mounts.mountinfo import wait_until_mounted
-from gearworkers.profiles.hooks import Starts
+from gearworkers.profiles.hooks import ProfileHooks
 from gearworkers.settings import Settings
 from gearworkers.util.fs import opened_directory
 from gearworkers.util.keyed_locks import KeyedLocks
@@ -38,10 +39,10 @@ class LazyServerNeeded(Exception):
 class LayerMounts:
     """Mounts at `merged/` of each layer, from any thread of the one process of the node that mounts."""
 
-    def __init__(self, settings: Settings, layers: LayerStore, starts: Starts) -> None:
+    def __init__(self, settings: Settings, layers: LayerStore, profile_hooks: ProfileHooks) -> None:
         self._settings = settings
         self._layers = layers
-        self._starts = starts
+        self._profile_hooks = profile_hooks
         self._old_numbers = settings.old_numbers_path
         self._locks = KeyedLocks()
         self._watching = threading.Lock()
@@ -83,7 +84,7 @@ class LayerMounts:
         check_id(id)
         with self._locks.held(id):
             layer = self._layers.get(id)
-            if layer.kind is Kind.NEW:
+            if layer.kind is LayerKind.NEW:
                 layer = self._layers.promote(layer, IdMaps.load(self._settings.gear_root))
             target = self.mount_point(layer)
             if not overlay.is_mounted(target):
@@ -100,7 +101,7 @@ class LayerMounts:
         """Unmount the layer; no other thread mounts it while the context lasts."""
         check_id(id)
         with self._locks.held(id):
-            self._starts.end(id)
+            self._profile_hooks.container_unmounted(id)
             for parent in (self._settings.gear_containers_path, self._settings.gear_images_path):
                 _unmount_all(parent / id / MERGED)
             (self._old_numbers / id).unlink(missing_ok=True)
@@ -114,18 +115,18 @@ class LayerMounts:
             return
         layer = self._layers.get(id)
         merged = self._layers.directory(layer) / MERGED
-        if layer.kind is Kind.CONTAINER:
+        if layer.kind is LayerKind.CONTAINER:
             with opened_directory(merged) as fd:
                 # Ask the open descriptor whether it is a mount: the layer may be unmounted by now.
                 if os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev:
                     yield fd
                     return
-        if layer.kind is Kind.NEW:
+        if layer.kind is LayerKind.NEW:
             self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
             with self.view(layer.parent) as parent_view:
                 yield parent_view
         else:
-            spec = overlay.OverlaySpec(self._layers.chain(id), self._data(id, self._layers.is_complete(id)))
+            spec = overlay.OverlaySpec(self._layers.lowers(id), self._data(id, self._layers.is_complete(id)))
             with overlay.detached(spec) as fd:
                 yield fd
 
@@ -136,32 +137,33 @@ class LayerMounts:
         if volatile:
             overlay.clear_volatile(target.parent / WORK)  # the last unmount may have been a crash
         spec = self._spec(layer, mount_label, volatile, is_complete)
-        with self._layers.quotas.lifted(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
+        quotas = self._layers.quotas
+        with quotas.raised_limit(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
             overlay.mount(spec, target)
-        if layer.kind is Kind.CONTAINER and not layer.absorbable and not volatile:
-            self._starts.begin(layer, target)
+        if layer.kind is LayerKind.CONTAINER and not layer.dedupable and not volatile:
+            self._profile_hooks.container_mounted(layer, target)
 
     def _note_old_numbers(self) -> None:
         """Note the mounts whose inode numbers a new mount would not have; `gear doctor` names them until they end."""
         for directory in (*self._settings.gear_containers_path.iterdir(), *self._settings.gear_images_path.iterdir()):
-            if overlay.is_mounted(directory / MERGED) and self._layers.has_old_numbers(directory.name):
+            if overlay.is_mounted(directory / MERGED) and self._layers.has_shared_inode_numbers(directory.name):
                 (self._old_numbers / directory.name).touch(mode=0o600)
 
     def _spec(self, layer: Layer, mount_label: str, volatile: bool, is_complete: bool) -> overlay.OverlaySpec:
         data = self._data(layer.id, is_complete)
         label = mount_label or layer.mount_label
         xino = self._settings.xino
-        if layer.kind is Kind.IMAGE:
-            return overlay.OverlaySpec(self._layers.chain(layer.id), data, context=label, xino=xino)
+        if layer.kind is LayerKind.IMAGE:
+            return overlay.OverlaySpec(self._layers.lowers(layer.id), data, context=label, xino=xino)
         directory = self._layers.directory(layer)
-        lowers = self._layers.chain(layer.parent) or (self._settings.gear_root / _EMPTY,)
+        lowers = self._layers.lowers(layer.parent) or (self._settings.gear_root / _EMPTY,)
         upper, work = directory / UPPER, directory / WORK
         return overlay.OverlaySpec(lowers, data, upper, work, context=label, volatile=volatile, xino=xino)
 
     def _data(self, id: str, is_complete: bool) -> tuple[Path, ...]:
         """Return the directories where contents are looked up, in order."""
         settings = self._settings
-        here = (*self._layers.private_caches(id), settings.gear_public_cache_path)
+        here = (*self._layers.private_directories(id), settings.gear_public_cache_path)
         if is_complete:
             return here
         self._wait_for_lazy()

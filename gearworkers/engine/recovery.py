@@ -1,24 +1,24 @@
-"""Making a GEAR_ROOT ready at a gateway's start, and what is repaired then: what a crash or a power cut has left."""
+"""Preparation of a GEAR_ROOT at a gateway's start: repairs of a crash's leftovers, and garbage collection."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from gearworkers.cas.collector import GarbageCollector, GarbageReport, publishing
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import from_os_error
-from gearworkers.layers.incomplete import remove_unvouched
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
+from gearworkers.layers.unsynced import verify_unsynced_objects
 from gearworkers.settings import Settings
 
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def make_ready(settings: Settings, objects: ObjectStore, layers: LayerStore, spool: PushSpool) -> None:
-    """Make what is missing, and repair; nobody imports meanwhile.
+def prepare_root(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
+    """Make missing directories and repair the leftovers of a crash or power cut; no import may run meanwhile.
 
     Raises:
         GearError: The root cannot be used.
@@ -32,16 +32,18 @@ def make_ready(settings: Settings, objects: ObjectStore, layers: LayerStore, spo
         layers.recover()
         with publishing(settings.gear_root, objects):
             pass
-        _distrust_after_reboot(settings, objects, layers, spool)
+        _remove_unsynced(settings, objects, layers, push_queue)
     except OSError as exc:
         raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
 
 
 def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
-    """Remove the objects that no layer and no pin refers to, and announcements of such for push; safe beside imports.
+    """Remove unreferenced objects, and pending pushes of objects that were never stored; safe beside imports.
+
+    Layers and pins hold references.
 
     Raises:
-        GearError: What the file system says.
+        GearError: The file system refuses.
     """
     try:
         settings.gear_pins_path.mkdir(mode=0o700, exist_ok=True)
@@ -52,22 +54,23 @@ def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
             building=settings.gear_build_path,
         )
         report = collector.collect()
-        collector.forget_announced(PushSpool(settings.gear_push_path, objects))
+        collector.remove_stale_announcements(PushQueue(settings.gear_push_path, objects))
         return report
     except OSError as exc:
         raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
 
 
-def _distrust_after_reboot(settings: Settings, objects: ObjectStore, layers: LayerStore, spool: PushSpool) -> None:
-    """Remove the objects that no published layer vouches for: a power cut may have left them without bytes.
+def _remove_unsynced(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
+    """After a reboot remove the objects that may lack their bytes since a power cut.
 
-    A published layer's objects were synced before it was published, but for what an incomplete one gets later.
+    Publishing a layer syncs its objects first. So only two kinds of objects can lack bytes: those that no published
+    layer refers to, and those that an incomplete layer received after its publication.
     """
     record = settings.gear_root / _BOOT_FILE
     boot_id = _BOOT_ID.read_text()
     if not record.exists() or record.read_text() != boot_id:
         pinned = (digest for digest, _ in Pins(settings, layers, objects).objects())
-        remove_unvouched(settings.gear_images_path, objects, pinned)
+        verify_unsynced_objects(settings.gear_images_path, objects, pinned)
         collect_garbage(settings, objects)
-        spool.prune()
+        push_queue.prune()
         record.write_text(boot_id)

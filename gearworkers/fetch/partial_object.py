@@ -24,6 +24,7 @@ from gearworkers.fetch.batch import Patience
 from gearworkers.fetch.priority_pool import Urgency, WorkPool
 from gearworkers.fetch.source import Chunk
 from gearworkers.util.open_file import File, ReadDone
+from gearworkers.util.writing import pwrite_all
 
 _LEAST_AHEAD_BYTES = 256 << 10
 _MOST_AHEAD_BYTES = 4 << 20
@@ -168,7 +169,7 @@ class LargeObject:
         if len(data) != chunk.size_bytes or hashlib.sha256(data).digest() != chunk.digest:
             return False
         try:
-            _write_all(self._file.fd, data, chunk.offset)
+            pwrite_all(self._file.fd, data, chunk.offset)
         except OSError as exc:
             raise from_os_error(exc, f"keep a chunk at {chunk.offset}") from exc
         self._arrived(order)
@@ -249,7 +250,7 @@ class LargeObject:
         chunk = self._layout[order]
         try:
             if not self._found_here(chunk):
-                _write_all(self._file.fd, self._fetch_chunk(chunk, asked_s), chunk.offset)
+                pwrite_all(self._file.fd, self._fetch_chunk(chunk, asked_s), chunk.offset)
         except GearError as exc:
             self._failed(order, exc)
         except OSError as exc:
@@ -266,7 +267,7 @@ class LargeObject:
             return True
         data = self._find_chunk(chunk)
         if data is not None:
-            _write_all(self._file.fd, data, chunk.offset)
+            pwrite_all(self._file.fd, data, chunk.offset)
         return data is not None
 
     def _is_here_already(self, chunk: Chunk) -> bool:
@@ -317,11 +318,3 @@ def _is_hole(fd: int, offset: int, size_bytes: int) -> bool:
         return os.lseek(fd, offset, os.SEEK_DATA) >= offset + size_bytes
     except OSError as exc:
         return exc.errno == errno.ENXIO
-
-
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        offset += written
-        view = view[written:]

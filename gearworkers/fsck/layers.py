@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gearworkers.cas.refs import OBJECTS_FILE, read_objects
+from gearworkers.cas.refs import OBJECTS_FILE, read_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, IntegrityError
 from gearworkers.layers import apply_once
@@ -15,8 +15,9 @@ from gearworkers.layers.apply import PRIVATE_FILE, STREAM_FILE
 from gearworkers.layers.index.erofs import check_image
 from gearworkers.layers.index.inode_numbers import INDEX_FILE
 from gearworkers.layers.index.renumber import has_numbers
-from gearworkers.layers.store import Kind, Layer, LayerStore
-from gearworkers.tar.tar_split import StreamReader
+from gearworkers.layers.record import Layer, LayerKind
+from gearworkers.layers.store import LayerStore
+from gearworkers.tar.tar_split import TarSplitReader
 
 
 class LayerFault(NamedTuple):
@@ -45,7 +46,7 @@ def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection
         except GearError as exc:
             yield LayerFault(id, str(exc), "remove the image or container that it belongs to")
             continue
-        if layer.kind is Kind.IMAGE:
+        if layer.kind is LayerKind.IMAGE:
             yield from _image_faults(layers, layer, store, bad_digests)
         elif apply_once.is_unfinished(layers.directory(layer)):
             yield LayerFault(id, "its ApplyDiff did not finish, or is under way", "dockerd removes it")
@@ -56,12 +57,12 @@ def _image_faults(
 ) -> Iterator[LayerFault]:
     directory = layers.directory(layer)
     refetch = "remove the image and pull it again"
-    own = layers.private.store(layer.id)
-    own_missing = sum(not _is_here(own, digest) for digest, _ in read_objects(directory / PRIVATE_FILE))
+    own = layers.private_stores.store(layer.id)
+    own_missing = sum(not _is_here(own, digest) for digest, _ in read_refs(directory / PRIVATE_FILE))
     if own_missing:
         yield LayerFault(layer.id, f"{own_missing} of its private objects are missing", refetch)
     missing = damaged = 0
-    records = list(read_objects(directory / OBJECTS_FILE))
+    records = list(read_refs(directory / OBJECTS_FILE))
     if (len(records), sum(size_bytes for _, size_bytes in records)) != (layer.objects, layer.object_bytes):
         yield LayerFault(layer.id, f"its list {OBJECTS_FILE} is damaged", refetch)
     for digest, _ in records:
@@ -79,7 +80,7 @@ def _image_faults(
         yield LayerFault(layer.id, str(exc), refetch)
     try:
         with open(directory / STREAM_FILE, "rb") as file:
-            for _ in StreamReader(file):
+            for _ in TarSplitReader(file):
                 pass
     except (IntegrityError, OSError) as exc:
         yield LayerFault(layer.id, str(exc), refetch)

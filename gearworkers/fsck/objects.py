@@ -12,7 +12,7 @@ from gearworkers.digest import DIGEST_BYTES, DIGEST_XATTR, object_name
 from gearworkers.errors import IntegrityError, from_os_error
 
 
-class BadObject(NamedTuple):
+class DamagedObject(NamedTuple):
     """A file in the cache that is not what it should be."""
 
     path: bytes
@@ -21,7 +21,7 @@ class BadObject(NamedTuple):
     why: str
 
 
-def bad_objects(store: ObjectStore, *, read_data: bool) -> Iterator[BadObject]:
+def damaged_objects(store: ObjectStore, *, read_data: bool) -> Iterator[DamagedObject]:
     """Check the name of every object against its digest and, with *read_data*, its bytes.
 
     A file without digest is no object: an import is writing it, or a crash has left it to the collector.
@@ -42,18 +42,18 @@ def bad_objects(store: ObjectStore, *, read_data: bool) -> Iterator[BadObject]:
                 yield found
 
 
-def _checked(path: bytes, name: bytes, read_data: bool) -> BadObject | None:
+def _checked(path: bytes, name: bytes, read_data: bool) -> DamagedObject | None:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         digest = _digest(fd)
         if not digest:
             return None
         if len(digest) != DIGEST_BYTES or object_name(digest) != name:
-            return BadObject(path, digest, f"its digest {digest.hex()} does not make its name")
+            return DamagedObject(path, digest, f"its digest {digest.hex()} does not make its name")
         if read_data:
             verify_file(fd, digest)
     except IntegrityError as exc:
-        return BadObject(path, digest, str(exc))
+        return DamagedObject(path, digest, str(exc))
     finally:
         os.close(fd)
     return None

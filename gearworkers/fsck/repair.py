@@ -11,12 +11,12 @@ from pathlib import Path
 
 from gearworkers.cas import inplace
 from gearworkers.cas.locks import GarbageLock
-from gearworkers.cas.push_queue import PushSpool
-from gearworkers.cas.refs import OBJECTS_FILE, read_objects
-from gearworkers.cas.store import Found, ObjectStore
+from gearworkers.cas.push_queue import PushQueue
+from gearworkers.cas.refs import OBJECTS_FILE, read_refs
+from gearworkers.cas.store import ObjectState, ObjectStore
 from gearworkers.fsck.layers import layer_faults
-from gearworkers.fsck.objects import bad_objects
-from gearworkers.layers.incomplete import layers_naming, mark_incomplete
+from gearworkers.fsck.objects import damaged_objects
+from gearworkers.layers.incomplete import layers_referring_to, mark_incomplete
 from gearworkers.layers.store import LayerStore
 from gearworkers.remote.push import damaged_in
 from gearworkers.settings import Settings
@@ -26,14 +26,14 @@ Marked = Callable[[str], object]
 """Called with the id of each layer that was marked incomplete."""
 
 
-class Checker:
+class StoreChecker:
     """Looks at all of one node's store."""
 
-    def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore, spool: PushSpool) -> None:
+    def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore, push_queue: PushQueue) -> None:
         self._settings = settings
         self._layers = layers
         self._objects = objects
-        self._spool = spool
+        self._push_queue = push_queue
 
     def faults(self, *, read_data: bool, repair: bool, incomplete: Marked) -> Iterator[str]:
         """Check every object and layer; a line for each fault.
@@ -44,15 +44,15 @@ class Checker:
             incomplete: Told of each layer that was marked.
         """
         damaged: set[bytes] = set()
-        for bad in bad_objects(self._objects, read_data=read_data):
+        for bad in damaged_objects(self._objects, read_data=read_data):
             damaged.add(bad.digest)
             if repair:
-                self._spool.done(bad.digest)  # a link to the same bytes
+                self._push_queue.remove(bad.digest)  # a link to the same bytes
                 self._lose(bad.path, incomplete)
             yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
-        for digest, why in damaged_in(self._spool) if read_data else ():
+        for digest, why in damaged_in(self._push_queue) if read_data else ():
             if repair:
-                self._spool.done(digest)
+                self._push_queue.remove(digest)
             yield f"awaiting push: {why}" + (" (removed)" if repair else "")
         yield from self._private_faults(read_data=read_data, repair=repair)
         are_whole = not damaged
@@ -60,18 +60,18 @@ class Checker:
             are_whole = False
             advice = fault.advice
             if repair and fault.lacks_objects:
-                inplace.lose(self._settings.gear_root)
+                inplace.mark_objects_lost(self._settings.gear_root)
                 self._remove_unfinished(fault.id)
                 if self._mark(fault.id, incomplete):
                     advice = "marked incomplete: what it lacks is fetched from GEAR_REMOTE"
             yield f"layer {fault.id}: {fault.what}; {advice}"
         if are_whole:
-            inplace.found(self._settings.gear_root)
+            inplace.clear_objects_lost(self._settings.gear_root)
 
     def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
         """What is damaged of what private layers have for themselves: it comes from nowhere but with its image."""
-        for store in self._layers.private.stores():
-            for bad in bad_objects(store, read_data=read_data):
+        for store in self._layers.private_stores.stores():
+            for bad in damaged_objects(store, read_data=read_data):
                 if repair:
                     Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
                 done = " (removed)" if repair else ""
@@ -85,25 +85,25 @@ class Checker:
         settings = self._settings
         inside = path[len(os.fsencode(settings.gear_public_cache_path)) :]
         name = inside[2:].replace(b"/", b"")
-        inplace.lose(settings.gear_root)
+        inplace.mark_objects_lost(settings.gear_root)
         with GarbageLock(settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
-            for id in layers_naming(settings.gear_images_path, name):
+            for id in layers_referring_to(settings.gear_images_path, name):
                 self._mark(id, incomplete)
             for cache in (settings.gear_arrivals_path, settings.gear_public_cache_path):
                 Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
 
     def _remove_unfinished(self, id: str) -> None:
         """What a killed import left at the names of the layer's objects; it is about to be looked up by overlays."""
-        records = read_objects(self._settings.gear_images_path / id / OBJECTS_FILE)
-        with self._layers.building(id) as build, opened_directory(build) as build_fd:
+        records = read_refs(self._settings.gear_images_path / id / OBJECTS_FILE)
+        with self._layers.build_directory(id) as build, opened_directory(build) as build_fd:
             for digest, _ in records:
-                if self._objects.find(digest) is Found.UNFINISHED:
+                if self._objects.find(digest) is ObjectState.UNFINISHED:
                     inplace.remove_unfinished(self._objects, digest, build_fd)
 
     def _mark(self, id: str, incomplete: Marked) -> bool:
         root = self._settings.gear_root
-        inplace.note_change(root)
+        inplace.leave_mark(root)
         done = mark_incomplete(self._settings.gear_images_path, id)
-        inplace.note_change(root)  # who had read the layer's record before reads it again
+        inplace.leave_mark(root)  # who had read the layer's record before reads it again
         incomplete(id)
         return done

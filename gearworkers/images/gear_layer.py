@@ -13,17 +13,18 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from gearworkers.errors import ResourceExhausted
 from gearworkers.images.upload import SMALL_BYTES, Contents, nameless_file
 from gearworkers.tar import writer
-from gearworkers.tar.entry import HARDLINK, REG, Entry, shown
-from gearworkers.tar.private_marker import is_mark, refuse_late
+from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
+from gearworkers.tar.private_marker import is_mark, reject_late_mark
 from gearworkers.tar.reader import Readable, TarReader
+from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.util.fs import free_bytes
+from gearworkers.util.writing import write_all
 
 FORMAT = 2
 """Raise it when the same layer would give other bytes."""
@@ -31,7 +32,7 @@ INLINE_BYTES = 256
 """Contents of up to this size stay in the layer. Of a Debian root file system, 94 MB compressed, the Gear layer has
 708 KB with 0, 703 KB with 128, 712 KB with 256 and 1,037 KB with 1024; 256 spares 8 % of the objects."""
 
-_GUARD = Entry(
+_GUARD = TarEntry(
     name=b".gear-image",
     type=HARDLINK,
     linkname=b"this is a Gear image, without file contents: "
@@ -42,7 +43,6 @@ _BUFFER_BYTES = 4 << 20
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _PACK_BYTES = 256 << 10
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_by
     packed.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
         if is_mark(entry.name):
-            refuse_late(entry)
+            reject_late_mark(entry)
         if entry.type == REG:
             files += 1
             _write_file(entry, reader, packed, contents, inline_bytes)
@@ -88,19 +88,20 @@ def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_by
     return packed.finish(files)
 
 
-def _write_file(entry: Entry, reader: TarReader, packed: _Packed, contents: Contents, inline_bytes: int) -> None:
+def _write_file(entry: TarEntry, reader: TarReader, packed: _Packed, contents: Contents, inline_bytes: int) -> None:
     if entry.gear is not None:
         _keep_gear(entry, reader, contents)
     elif entry.size_bytes > inline_bytes:
         _name_content(entry, reader, contents)
     else:
-        data = b"".join(bytes(piece) for piece in _expanded(entry, reader))
+        # bytes() copies a piece of content, and makes as many zeros as a hole is long.
+        data = b"".join(bytes(piece) for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes))
         packed.write(_header(entry) + data + writer.padding(len(data)))
         return
     packed.write(_header(entry))
 
 
-def _keep_gear(entry: Entry, reader: TarReader, contents: Contents) -> None:
+def _keep_gear(entry: TarEntry, reader: TarReader, contents: Contents) -> None:
     """A file that names its content already; one that holds it too is taken at its bytes."""
     assert entry.gear is not None
     if entry.stored_bytes:
@@ -110,7 +111,7 @@ def _keep_gear(entry: Entry, reader: TarReader, contents: Contents) -> None:
         contents.name(*entry.gear)
 
 
-def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
+def _name_content(entry: TarEntry, reader: TarReader, contents: Contents) -> None:
     payload = reader.payload() if entry.sparse is None and entry.size_bytes < SMALL_BYTES else None
     if payload is not None:
         digest = hashlib.sha256(payload).digest()
@@ -121,7 +122,7 @@ def _name_content(entry: Entry, reader: TarReader, contents: Contents) -> None:
     entry.stored_bytes = 0
 
 
-def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
+def _spool(entry: TarEntry, reader: TarReader, contents: Contents) -> bytes:
     """A content that is large or sparse goes to the remote by way of a file without a name."""
     hasher = hashlib.sha256()
     with nameless_file("a content", contents.directory) as file:
@@ -131,47 +132,20 @@ def _spool(entry: Entry, reader: TarReader, contents: Contents) -> bytes:
                 f"tar entry {shown(entry.name)}: it is a sparse file of {entry.size_bytes} bytes, "
                 f"and {free_bytes(fd)} are free in {contents.directory}"
             )
-        for piece in _expanded(entry, reader):
-            hasher.update(piece)
-            _write_or_skip(fd, piece)
+        for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes):
+            if isinstance(piece, int):
+                for hole in zeros(piece):
+                    hasher.update(hole)
+                os.lseek(fd, piece, os.SEEK_CUR)
+            else:
+                hasher.update(piece)
+                write_all(fd, piece)
         os.ftruncate(fd, entry.size_bytes)
         contents.add_file(hasher.digest(), os.dup(fd), entry.size_bytes)
     return hasher.digest()
 
 
-def _write_or_skip(fd: int, piece: memoryview) -> None:
-    if piece.obj is _ZEROS:
-        os.lseek(fd, len(piece), os.SEEK_CUR)
-        return
-    while piece:
-        piece = piece[os.write(fd, piece) :]
-
-
-def _expanded(entry: Entry, reader: TarReader) -> Iterator[memoryview]:
-    """The content in order, the holes of a sparse file as pieces of _ZEROS; each valid until the next is asked."""
-    if entry.sparse is None:
-        yield from reader.chunks()
-        return
-    stored, piece, at = reader.chunks(), memoryview(b""), 0
-    for offset, length in entry.sparse:
-        yield from _zeros(offset - at)
-        at = offset + length
-        while length:
-            piece = piece or next(stored)
-            taken = min(length, len(piece))
-            yield piece[:taken]
-            piece, length = piece[taken:], length - taken
-    yield from _zeros(entry.size_bytes - at)
-
-
-def _zeros(size_bytes: int) -> Iterator[memoryview]:
-    while size_bytes > 0:
-        step = min(size_bytes, len(_ZEROS))
-        yield memoryview(_ZEROS)[:step]
-        size_bytes -= step
-
-
-def _header(entry: Entry) -> bytes:
+def _header(entry: TarEntry) -> bytes:
     """Without what Docker does not look at: access times, and the content of what has none."""
     entry.atime_ns = None
     entry.name = entry.name or b"./"

@@ -14,7 +14,7 @@ from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.source import Source, is_local, small_blob
 from gearworkers.settings import Settings
-from gearworkers.tar.private_marker import begins_marked
+from gearworkers.tar.private_marker import starts_with_mark
 from gearworkers.tar.reader import TarReader
 
 _LOOKS_AT_ONCE = 8
@@ -119,7 +119,7 @@ def _decoded(source: Source, data: bytes, media_type: str, entry: m.Document) ->
 
 def _has_mark(source: Source, layer: m.Descriptor) -> bool:
     try:
-        return begins_marked(TarReader(Beginning(source.blob(layer.digest, layer.size))))
+        return starts_with_mark(TarReader(Beginning(source.blob(layer.digest, layer.size))))
     except (InvalidInput, IntegrityError) as exc:
         raise type(exc)(f"layer {layer.digest}: {exc}") from exc
 

@@ -11,19 +11,20 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.cas.inplace import Bursts, forbid, remove_unfinished
-from gearworkers.cas.push_queue import PushSpool
-from gearworkers.cas.refs import Claims
-from gearworkers.cas.store import Found, ObjectStore
-from gearworkers.cas.writer import MOST_CONTENT_BYTES, ContentWriter
+from gearworkers.cas.inplace import InPlaceLock, forbid, remove_unfinished
+from gearworkers.cas.push_queue import PushQueue
+from gearworkers.cas.refs import RefWriter
+from gearworkers.cas.store import ObjectState, ObjectStore
+from gearworkers.cas.writer import MAX_CONTENT_BYTES, ContentWriter
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
-from gearworkers.layers.index.tree import Index
-from gearworkers.tar.entry import REG, Entry, shown
-from gearworkers.tar.private_marker import MARK, is_mark, refuse_hidden, refuse_late
+from gearworkers.layers.index.tree import LayerTree
+from gearworkers.tar.entry import REG, TarEntry, shown
+from gearworkers.tar.private_marker import MARK, is_mark, reject_hidden_mark, reject_late_mark
 from gearworkers.tar.reader import Readable, TarReader
-from gearworkers.tar.tar_split import StreamWriter
+from gearworkers.tar.sparse import expanded, zeros
+from gearworkers.tar.tar_split import TarSplitWriter
 from gearworkers.util.fs import free_bytes, opened_directory
 
 STREAM_FILE = "stream.zst"
@@ -31,8 +32,6 @@ PRIVATE = "private"
 """In the build directory: a private layer's own objects."""
 PRIVATE_FILE = "private-objects"
 """Their list, as `objects`."""
-
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ def apply_tar(
     build: Path,
     store: ObjectStore,
     ids: IdMaps,
-    spool: PushSpool | None,
+    push_queue: PushQueue | None,
     root: Path,
     numbers: InodeNumbers,
     *,
@@ -76,7 +75,7 @@ def apply_tar(
         build: On the store's file system, private to this call.
         store: Where contents go.
         ids: From the tar's owners to the host's.
-        spool: Where new objects are noted for push; None for nowhere.
+        push_queue: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, which knows whether contents may be stored in place.
         numbers: Where the index takes its inode numbers from.
         private: Whether the layer is private; it also is if the tar has the mark (tar.private_marker).
@@ -90,11 +89,11 @@ def apply_tar(
     with ExitStack() as stack:
         staging_fd = stack.enter_context(opened_directory(build))
         stream_file = stack.enter_context(open(build / STREAM_FILE, "xb"))
-        log = StreamWriter(stream_file)
-        index = Index(ids, time_ns=time.time_ns())
-        writer = stack.enter_context(ContentWriter(store, staging_fd, spool, Bursts(root)))
-        reader = TarReader(_Pausing(source, writer), log, buffer_bytes=MOST_CONTENT_BYTES)
-        contents = stack.enter_context(closing(_Contents(reader, log, store, writer, build, staging_fd, root)))
+        log = TarSplitWriter(stream_file)
+        index = LayerTree(ids, time_ns=time.time_ns())
+        writer = stack.enter_context(ContentWriter(store, staging_fd, push_queue, InPlaceLock(root)))
+        reader = TarReader(_Pausing(source, writer), log, buffer_bytes=MAX_CONTENT_BYTES)
+        contents = stack.enter_context(closing(_ContentImporter(reader, log, store, writer, build, staging_fd, root)))
         if private:
             contents.keep_private()
         with _no_garbage_collector():
@@ -128,13 +127,13 @@ class _Pausing:
         return self._source.readinto(buffer)
 
 
-class _Contents:
+class _ContentImporter:
     """Takes the contents out of a tar: hashed, claimed, stored, logged."""
 
     def __init__(
         self,
         reader: TarReader,
-        log: StreamWriter,
+        log: TarSplitWriter,
         store: ObjectStore,
         writer: ContentWriter,
         build: Path,
@@ -144,7 +143,7 @@ class _Contents:
         self._reader = reader
         self._log = log
         self._store = self._own_store = store
-        self._claims = self._own_claims = Claims(build)
+        self._claims = self._own_claims = RefWriter(build)
         self._writer = writer
         self._build = build
         self._staging_fd = staging_fd
@@ -160,7 +159,7 @@ class _Contents:
         """All that the tar holds is the layer's own."""
         self._own_store = ObjectStore(self._build / PRIVATE)
         self._own_store.prepare()
-        self._own_claims = Claims(self._build, PRIVATE_FILE)
+        self._own_claims = RefWriter(self._build, PRIVATE_FILE)
         self._writer.keep_private(self._own_store)
 
     def close(self) -> None:
@@ -188,7 +187,7 @@ class _Contents:
             private_bytes,
         )
 
-    def fill(self, index: Index) -> None:
+    def fill(self, index: LayerTree) -> None:
         """Read all of the tar into *index*."""
         reader, add = self._reader, index.add
         entry = reader.next()
@@ -201,14 +200,14 @@ class _Contents:
             entry = reader.next()
         reader.finish()
         if not self._is_private and index.has_at_top(MARK):
-            refuse_hidden()
+            reject_hidden_mark()
 
-    def _turn_private(self, mark: Entry) -> None:
+    def _turn_private(self, mark: TarEntry) -> None:
         if self._claims:
-            refuse_late(mark)
+            reject_late_mark(mark)
         self.keep_private()
 
-    def _digest(self, entry: Entry) -> bytes | None:
+    def _digest(self, entry: TarEntry) -> bytes | None:
         if entry.gear is not None:
             return self._named(entry)
         if not entry.size_bytes:
@@ -222,7 +221,7 @@ class _Contents:
         self._log.content(digest, len(payload))
         return digest
 
-    def _named(self, entry: Entry) -> bytes | None:
+    def _named(self, entry: TarEntry) -> bytes | None:
         """A Gear layer's file: its content lies elsewhere."""
         assert entry.gear is not None
         digest, size_bytes = entry.gear
@@ -233,29 +232,30 @@ class _Contents:
         entry.size_bytes = size_bytes
         self._claims.add(digest, size_bytes)
         found = self._store.find(digest)
-        if found is not Found.WHOLE and self._complete:
+        if found is not ObjectState.WHOLE and self._complete:
             self._complete = False
             self._writer.pause()
             forbid(self._root)
             found = self._store.find(digest)
-        if found is Found.UNFINISHED:
+        if found is ObjectState.UNFINISHED:
             remove_unfinished(self._store, digest, self._staging_fd)
         return digest
 
-    def _streamed(self, entry: Entry) -> bytes:
+    def _streamed(self, entry: TarEntry) -> bytes:
         """A content that is large or sparse goes piece by piece to a file that has no name yet."""
         self._writer.pause()  # hashing a long hole takes its time
         self._refuse_without_space(entry)
         hasher = hashlib.sha256()
         segments = entry.sparse if entry.sparse is not None else ((0, entry.size_bytes),)
         with self._own_store.create(self._staging_fd) as pending:
-            for piece, hole_bytes in _expanded(self._reader.chunks(), segments, entry.size_bytes):
-                if piece is not None:
+            for piece in expanded(self._reader.chunks(), entry.sparse, entry.size_bytes):
+                if isinstance(piece, int):
+                    for hole in zeros(piece):
+                        hasher.update(hole)
+                    pending.write_zeros(piece)
+                else:
                     hasher.update(piece)
                     pending.write(piece)
-                else:
-                    _hash_zeros(hasher, hole_bytes)
-                    pending.write_zeros(hole_bytes)
             digest = hasher.digest()
             self._own_claims.add(digest, entry.size_bytes)
             if not self._own_store.has(digest):
@@ -266,38 +266,10 @@ class _Contents:
             self._log.slice(digest, offset, length)
         return digest
 
-    def _refuse_without_space(self, entry: Entry) -> None:
+    def _refuse_without_space(self, entry: TarEntry) -> None:
         room_bytes = free_bytes(self._staging_fd)
         if entry.size_bytes > room_bytes:
             raise ResourceExhausted(
                 f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, "
                 f"and {room_bytes} are free in {self._store.cache}"
             )
-
-
-def _expanded(
-    stored: Iterator[memoryview], segments: tuple[tuple[int, int], ...], size_bytes: int
-) -> Iterator[tuple[memoryview | None, int]]:
-    """The pieces of a sparse file's content in order: (bytes, 0) or (None, length of a hole)."""
-    at = 0
-    piece = memoryview(b"")
-    for offset, length in segments:
-        if offset > at:
-            yield None, offset - at
-        at = offset + length
-        while length:
-            if not piece:
-                piece = next(stored)
-            yield piece[:length], 0
-            taken = min(length, len(piece))
-            piece = piece[taken:]
-            length -= taken
-    if size_bytes > at:
-        yield None, size_bytes - at
-
-
-def _hash_zeros(hasher: hashlib._Hash, size_bytes: int) -> None:
-    while size_bytes:
-        step = min(size_bytes, len(_ZEROS))
-        hasher.update(_ZEROS[:step])
-        size_bytes -= step

@@ -24,12 +24,12 @@ from typing import NamedTuple
 import msgspec
 
 from gearworkers.cas.collector import publishing
-from gearworkers.cas.push_queue import PushSpool
-from gearworkers.cas.refs import OBJECTS_FILE, Claims
+from gearworkers.cas.push_queue import PushQueue
+from gearworkers.cas.refs import OBJECTS_FILE, RefWriter
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR, object_path
 from gearworkers.errors import Unavailable, from_os_error
-from gearworkers.layers.diff.upperdir import directories, open_below
+from gearworkers.layers.diff.upperdir import directories, open_beneath
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
 
@@ -47,14 +47,16 @@ class _Times(msgspec.Struct, frozen=True, array_like=True):
     mtime_ns: int
 
 
-class _Content(NamedTuple):
+class _StoredContent(NamedTuple):
     """One inode's bytes, now an object, and what tells whether the inode was changed since."""
 
     digest: bytes
     identity: tuple[int, int, int]
 
 
-def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: PushSpool | None, root: Path) -> int:
+def dedupe_layer(
+    layer: Path, upper: Path, build: Path, store: ObjectStore, push_queue: PushQueue | None, root: Path
+) -> int:
     """Replace the regular files in *upper* by index files; how many names.
 
     Args:
@@ -62,7 +64,7 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
         upper: Its tree; mounted by nobody for writing.
         build: Empty, on the same file system, private to this call.
         store: Where the contents go.
-        spool: Where new objects are noted for push; None for nowhere.
+        push_queue: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, whose garbage collector reads the list.
 
     Raises:
@@ -70,9 +72,9 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
         GearError: The file system's refusal; the layer is as whole as before.
     """
     try:
-        claims = Claims(build)
+        claims = RefWriter(build)
         try:
-            contents = _stored(upper, build, store, claims, spool)
+            contents = _stored(upper, build, store, claims, push_queue)
             claims.seal()
         finally:
             claims.close()
@@ -91,7 +93,7 @@ def absorb(layer: Path, upper: Path, build: Path, store: ObjectStore, spool: Pus
 
 
 @contextmanager
-def settled(layer: Path, upper: Path) -> Iterator[None]:
+def locked_for_diff(layer: Path, upper: Path) -> Iterator[None]:
     """Within it the layer's files and times stand still; what a crashed `absorb` left is mended first."""
     if (layer / TIMES_FILE).exists():
         with _locked(layer, fcntl.LOCK_EX):
@@ -108,7 +110,7 @@ def _set_times_back(layer: Path, upper: Path) -> None:
         return
     with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
         for directory in recorded:
-            fd = open_below(upper_fd, directory.path)
+            fd = open_beneath(upper_fd, directory.path)
             if fd is not None:
                 try:
                     os.utime(fd, ns=(directory.atime_ns, directory.mtime_ns))
@@ -125,10 +127,10 @@ def _directory_times(upper: Path) -> Iterator[_Times]:
 
 
 def _stored(
-    upper: Path, build: Path, store: ObjectStore, claims: Claims, spool: PushSpool | None
-) -> dict[int, _Content]:
+    upper: Path, build: Path, store: ObjectStore, claims: RefWriter, push_queue: PushQueue | None
+) -> dict[int, _StoredContent]:
     """Make every content an object; by inode."""
-    contents: dict[int, _Content] = {}
+    contents: dict[int, _StoredContent] = {}
     with opened_directory(build) as build_fd:
         for dir_fd, name, status in _files(upper):
             if status.st_ino in contents:
@@ -138,18 +140,18 @@ def _stored(
                 digest = _digest(fd)
                 claims.add(digest, status.st_size)
                 if not store.has(digest):
-                    if spool is not None:
-                        spool.announce(digest)
+                    if push_queue is not None:
+                        push_queue.announce(digest)
                     _store(fd, digest, store, build_fd)
-                    if spool is not None and store.has(digest):
-                        spool.add(digest)
-                contents[status.st_ino] = _Content(digest, _identity(status))
+                    if push_queue is not None and store.has(digest):
+                        push_queue.add(digest)
+                contents[status.st_ino] = _StoredContent(digest, _identity(status))
             finally:
                 os.close(fd)
     return contents
 
 
-def _replaced(upper: Path, build_fd: int, contents: dict[int, _Content]) -> int:
+def _replaced(upper: Path, build_fd: int, contents: dict[int, _StoredContent]) -> int:
     """Put index files in the files' places; one that was changed meanwhile stays as it is."""
     made: dict[int, bytes] = {}
     count = 0

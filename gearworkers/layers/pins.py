@@ -19,10 +19,10 @@ import msgspec
 import structlog
 
 from gearworkers.cas.collector import publishing
-from gearworkers.cas.refs import OBJECTS_FILE, read_objects, sorted_records
+from gearworkers.cas.refs import OBJECTS_FILE, read_refs, sorted_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import NotFound, from_os_error
-from gearworkers.layers.incomplete import object_list
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
 from gearworkers.util import syscalls as kernel
@@ -65,11 +65,11 @@ class Pins:
 
         Crash: the pin is there whole or not at all; what lies in build/ is removed at the next start.
         """
-        lists = [self._layers.directory(layer) / OBJECTS_FILE for layer in self._layers.parents(top_layer)]
+        lists = [self._layers.directory(layer) / OBJECTS_FILE for layer in self._layers.layer_chain(top_layer)]
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            with self._layers.building(f"pin.{_key(pin)[:12]}") as build:
-                records = sorted_records(b"".join(path.read_bytes() for path in lists if path.exists()))
+            with self._layers.build_directory(f"pin.{_key(pin)[:12]}") as build:
+                records = sorted_refs(b"".join(path.read_bytes() for path in lists if path.exists()))
                 write_synced(build / OBJECTS_FILE, b"".join(records))
                 write_synced(build / _PIN_FILE, msgspec.json.encode(pin))
                 with publishing(self._root, self._objects):
@@ -109,11 +109,11 @@ class Pins:
     def objects(self) -> Iterator[tuple[bytes, int]]:
         """(digest, size in bytes) of all that is pinned; what two pins have comes twice."""
         for path in self._directory.glob(f"*/{OBJECTS_FILE}"):
-            yield from read_objects(path)
+            yield from read_refs(path)
 
     def has(self, digest: bytes) -> bool:
         """Whether something that is pinned has the object."""
-        lists = map(object_list, self._directory.glob(f"*/{OBJECTS_FILE}"))
+        lists = map(ObjectList.open, self._directory.glob(f"*/{OBJECTS_FILE}"))
         return any(records is not None and records.between(digest, digest) for records in lists)
 
     def version(self) -> int:

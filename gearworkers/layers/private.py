@@ -14,7 +14,7 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.layers.apply import PRIVATE, PRIVATE_FILE
 
 
-class PrivateCaches:
+class PrivateStores:
     """Those of one root's layers."""
 
     def __init__(self, directory: Path, images: Path) -> None:

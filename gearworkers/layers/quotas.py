@@ -73,7 +73,7 @@ class Quotas:
             raise from_os_error(exc, f"limit {directory} to {size_bytes} bytes") from exc
 
     @contextmanager
-    def lifted(self, project: int, size_bytes: int) -> Iterator[None]:
+    def raised_limit(self, project: int, size_bytes: int) -> Iterator[None]:
         """Within it the project may take a little more: a full container's overlay would be mounted read-only.
 
         Raises:

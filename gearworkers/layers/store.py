@@ -13,10 +13,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -26,62 +24,25 @@ from gearworkers.cas.collector import publishing
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import AlreadyExists, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.layers import apply_once
-from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.renumber import has_numbers, renumber
-from gearworkers.layers.private import PrivateCaches
+from gearworkers.layers.private import PrivateStores
 from gearworkers.layers.quotas import Quotas
+from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
 from gearworkers.mounts.overlay import is_mounted, unmount
 from gearworkers.settings import Settings
 from gearworkers.tar.private_marker import MARK
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
 
-RECORD_FILE = "layer.json"
 TREE = "tree"
 UPPER = "upper"
 WORK = "work"
 MERGED = "merged"
 
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-
-
-class Kind(StrEnum):
-    """What a layer is."""
-
-    NEW = "new"
-    IMAGE = "image"
-    CONTAINER = "container"
-
-
-class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A layer's record, its file layer.json."""
-
-    id: str
-    parent: str
-    kind: Kind
-    mount_label: str = ""
-    created_s: float = 0.0
-    absorbable: bool = False
-    """It came by Create: once it was written and its Diff taken, it is an image layer in all but form."""
-    size_limit_bytes: int = 0
-    """What a container may write; 0 for as much as there is."""
-    project: int = 0
-    """To which the files of a container with such a limit belong; see layers.quotas."""
-    size_bytes: int = 0
-    objects: int = 0
-    object_bytes: int = 0
-    new_objects: int = 0
-    new_bytes: int = 0
-    complete: bool = True
-    private: bool = False
-    """The contents of its tar are its own, in private/<id>: it, or a layer below it, has the mark."""
-    private_objects: int = 0
-    private_bytes: int = 0
-    index_digest: bytes = b""
-    """SHA-256 of an index without a label; one with a label holds its own digest."""
 
 
 def check_id(id: str) -> str:
@@ -104,20 +65,20 @@ class LayerStore:
         self._images = settings.gear_images_path
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
-        self.private = PrivateCaches(settings.gear_private_cache_path, self._images)
+        self.private_stores = PrivateStores(settings.gear_private_cache_path, self._images)
         """What private layers keep to themselves."""
         self.quotas = Quotas(self._containers)
         """The sizes that containers are held to."""
-        self.numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
+        self.inode_numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
         """Where layers' indexes take their inode numbers from."""
-        self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.note_change` only
+        self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.leave_mark` only
         self._settled_ns = 0
 
     def prepare(self) -> None:
         """Make the directories that are missing."""
         for path in (self._images, self._containers, self._build):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.private.prepare()
+        self.private_stores.prepare()
 
     def ids(self) -> list[str]:
         """The ids of all layers, sorted."""
@@ -133,12 +94,12 @@ class LayerStore:
         container = None
         for directory in (self._images / id, self._containers / id):
             try:
-                layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+                layer = read_record(directory)
             except FileNotFoundError:
                 continue
             except msgspec.DecodeError as exc:
                 raise GearError(f"layer {id}: {directory / RECORD_FILE} is damaged ({exc}); remove the layer") from exc
-            if layer.kind is not Kind.NEW:
+            if layer.kind is not LayerKind.NEW:
                 return layer
             container = layer
         if container is None:
@@ -152,7 +113,7 @@ class LayerStore:
 
     def directory(self, layer: Layer) -> Path:
         """Where the layer lies."""
-        return (self._containers if layer.kind is Kind.CONTAINER else self._images) / layer.id
+        return (self._containers if layer.kind is LayerKind.CONTAINER else self._images) / layer.id
 
     def lower(self, layer: Layer) -> Path:
         """What stands for the layer in a mount above it: of an image layer its index, mounted.
@@ -161,65 +122,65 @@ class LayerStore:
             FailedPrecondition: Its ApplyDiff did not finish.
         """
         directory = self.directory(layer)
-        if layer.kind is Kind.NEW:
+        if layer.kind is LayerKind.NEW:
             apply_once.refuse_unfinished(directory)
-        if layer.kind is Kind.CONTAINER:
+        if layer.kind is LayerKind.CONTAINER:
             return directory / UPPER
-        if layer.kind is Kind.IMAGE:
+        if layer.kind is LayerKind.IMAGE:
             index = directory / INDEX_FILE
             mount_index(index, directory / TREE, prepare=lambda: self._give_numbers(index))
         return directory / TREE
 
-    def chain(self, id: str) -> tuple[Path, ...]:
+    def lowers(self, id: str) -> tuple[Path, ...]:
         """The lowers of this layer and its parents, the topmost first; empty for the empty id.
 
         Raises:
             NotFound: One of them is missing.
             FailedPrecondition: One of them is unfinished.
         """
-        return tuple(self.lower(layer) for layer in self.parents(id))
+        return tuple(self.lower(layer) for layer in self.layer_chain(id))
 
-    def parents(self, id: str) -> Iterator[Layer]:
+    def layer_chain(self, id: str) -> Iterator[Layer]:
         """The layer, its parent, and so on down."""
-        changed_ns = inplace.changed_ns(self._root)
+        changed_ns = inplace.mark_time_ns(self._root)
         if changed_ns != self._settled_ns:
             self._settled, self._settled_ns = {}, changed_ns
         while id:
             layer = self._settled.get(id)
             if layer is None:
                 layer = self.get(id)
-                if layer.kind is Kind.IMAGE and layer.complete:
+                if layer.kind is LayerKind.IMAGE and layer.complete:
                     self._settled[id] = layer
             yield layer
             id = layer.parent
 
     def is_complete(self, id: str) -> bool:
         """Whether all contents of the layer and its parents are here."""
-        return all(layer.complete for layer in self.parents(id))
+        return all(layer.complete for layer in self.layer_chain(id))
 
     def is_private(self, id: str) -> bool:
         """Whether the layer, or one below it, has the mark: its contents are shared with no other and never pushed."""
-        return any(self._has_mark(layer) for layer in self.parents(id))
+        return any(self._has_mark(layer) for layer in self.layer_chain(id))
 
     def private_layers(self, id: str) -> list[Layer]:
         """Of the layer and its parents those that are private, the topmost first; also those that BuildKit made."""
-        layers = list(self.parents(id))
+        layers = list(self.layer_chain(id))
         while layers and not self._has_mark(layers[-1]):
             layers.pop()
         return layers
 
     def _has_mark(self, layer: Layer) -> bool:
-        if layer.kind is Kind.IMAGE:
+        if layer.kind is LayerKind.IMAGE:
             return layer.private
         return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARK)
 
-    def contents(self, layer: Layer) -> ObjectStore:
+    def object_store(self, layer: Layer) -> ObjectStore:
         """Where the contents lie that an image layer's tar holds."""
-        return self.private.store(layer.id) if layer.private else self._objects
+        return self.private_stores.store(layer.id) if layer.private else self._objects
 
-    def private_caches(self, id: str) -> tuple[Path, ...]:
+    def private_directories(self, id: str) -> tuple[Path, ...]:
         """The directories of what the layer and its parents keep to themselves, the topmost first."""
-        return tuple(self.private.path(layer.id) for layer in self.parents(id) if layer.private_objects)
+        return tuple(self.private_stores.path(layer.id) for layer in self.layer_chain(id) if layer.private_objects)
 
     # -- a layer's life
 
@@ -235,19 +196,19 @@ class LayerStore:
             self.lower(self.get(layer.parent))
         if self.exists(layer.id):
             raise AlreadyExists(f"layer {layer.id}: there is one of this id")
-        with self.building(layer.id) as build:
+        with self.build_directory(layer.id) as build:
             if layer.size_limit_bytes:
                 layer = msgspec.structs.replace(layer, project=self.quotas.limit(build, layer.size_limit_bytes))
             self._lay_out(build, layer, ids)
-            if layer.kind is Kind.NEW:
+            if layer.kind is LayerKind.NEW:
                 apply_once.allow(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps) -> Layer:
         """Make a new layer a container layer, to be written through a mount."""
         apply_once.refuse_unfinished(self._images / layer.id)
-        container = msgspec.structs.replace(layer, kind=Kind.CONTAINER)
-        with self.building(layer.id) as build:
+        container = msgspec.structs.replace(layer, kind=LayerKind.CONTAINER)
+        with self.build_directory(layer.id) as build:
             self._lay_out(build, container, ids)
             if apply_once.is_allowed(self._images / layer.id):
                 apply_once.allow(build)
@@ -267,7 +228,7 @@ class LayerStore:
         if layer.parent != parent:
             raise InvalidInput(f"layer {id}: its parent is {layer.parent!r}, not {parent!r}")
         directory = self.directory(layer)
-        if layer.kind is Kind.IMAGE or (layer.kind is Kind.CONTAINER and any((directory / UPPER).iterdir())):
+        if layer.kind is LayerKind.IMAGE or (layer.kind is LayerKind.CONTAINER and any((directory / UPPER).iterdir())):
             raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
         apply_once.begin(directory)
         return layer
@@ -286,7 +247,7 @@ class LayerStore:
         write_record(build, layer)
         place = self._images / layer.id
         with opened_directory(self._images) as images_fd:
-            with self.private.placed(build, layer.id) if layer.private_objects else nullcontext():
+            with self.private_stores.placed(build, layer.id) if layer.private_objects else nullcontext():
                 kernel.syncfs(images_fd)
                 if not layer.complete:
                     inplace.forbid(self._root)
@@ -316,7 +277,7 @@ class LayerStore:
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
         for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or goes on and now will fail
             self._discard(leftover)
-        self._discard(self.private.path(id))  # last: nothing comes any more
+        self._discard(self.private_stores.path(id))  # last: nothing comes any more
         if project:
             self.quotas.release(project)
         return any(found)
@@ -332,7 +293,7 @@ class LayerStore:
         staged = list(self._build.iterdir())
         for path in staged:
             self._discard(path)
-        ownerless = self.private.ownerless()  # only now: nothing that was staged is published any more
+        ownerless = self.private_stores.ownerless()  # only now: nothing that was staged is published any more
         for path in ownerless:
             self._discard(path)
         for path in self._containers.iterdir():
@@ -354,7 +315,7 @@ class LayerStore:
 
     def _is_image(self, id: str) -> bool:
         try:
-            return self.get(id).kind is Kind.IMAGE
+            return self.get(id).kind is LayerKind.IMAGE
         except GearError:  # a power cut may leave an unfinished layer's record without its bytes
             return False
 
@@ -364,13 +325,13 @@ class LayerStore:
         except GearError:
             return False
 
-    def has_old_numbers(self, id: str) -> bool:
+    def has_shared_inode_numbers(self, id: str) -> bool:
         """Whether an index of the layer or its parents has inode numbers that others have, too.
 
         Raises:
             NotFound: One of them is missing.
         """
-        images = (layer for layer in self.parents(id) if layer.kind is Kind.IMAGE)
+        images = (layer for layer in self.layer_chain(id) if layer.kind is LayerKind.IMAGE)
         return any(not has_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
 
     def _release_old_indexes(self) -> None:
@@ -379,13 +340,13 @@ class LayerStore:
             if is_mounted(path / TREE) and not has_numbers(path / INDEX_FILE):
                 unmount(path / TREE)
 
-    def release(self) -> None:
+    def unmount_indexes(self) -> None:
         """Unmount all indexes; containers that run keep what they have, and what is asked for comes back."""
         for path in self._images.glob("*"):
             unmount(path / TREE)
 
     @contextmanager
-    def building(self, id: str) -> Iterator[Path]:
+    def build_directory(self, id: str) -> Iterator[Path]:
         """An empty directory in build/; gone at the end, with what is still in it."""
         path = self._build / f"{id[:200]}.{secrets.token_hex(4)}"
         try:
@@ -402,11 +363,11 @@ class LayerStore:
     def _give_numbers(self, index: Path) -> None:
         """An index of an older gearworkers counts its inodes from 1, as all others did."""
         if not has_numbers(index):
-            with self.building(index.parent.name) as build:
-                renumber(index, self.numbers, build)
+            with self.build_directory(index.parent.name) as build:
+                renumber(index, self.inode_numbers, build)
 
     def _lay_out(self, build: Path, layer: Layer, ids: IdMaps) -> None:
-        if layer.kind is Kind.CONTAINER:
+        if layer.kind is LayerKind.CONTAINER:
             for name, mode in ((UPPER, 0o755), (WORK, 0o700), (MERGED, 0o700)):
                 (build / name).mkdir(mode=mode)
                 (build / name).chmod(mode)
@@ -428,44 +389,6 @@ class LayerStore:
             raise from_os_error(exc, f"remove {place}") from exc
         remove_tree(grave)
         return True
-
-
-def new_layer(id: str, parent: str, kind: Kind, mount_label: str, size_limit_bytes: int = 0) -> Layer:
-    """The record of a layer that begins now."""
-    return Layer(
-        id=id,
-        parent=parent,
-        kind=kind,
-        mount_label=mount_label,
-        created_s=time.time(),
-        absorbable=kind is Kind.NEW,
-        size_limit_bytes=size_limit_bytes,
-    )
-
-
-def image_layer(layer: Layer, applied: Applied) -> Layer:
-    """The record of *layer* now that a tar has filled it."""
-    return Layer(
-        id=layer.id,
-        parent=layer.parent,
-        kind=Kind.IMAGE,
-        mount_label=layer.mount_label,
-        created_s=layer.created_s,
-        size_bytes=applied.size_bytes,
-        objects=applied.objects,
-        object_bytes=applied.object_bytes,
-        new_objects=applied.new_objects,
-        new_bytes=applied.new_bytes,
-        complete=applied.complete,
-        private=applied.private,
-        private_objects=applied.private_objects,
-        private_bytes=applied.private_bytes,
-    )
-
-
-def write_record(directory: Path, layer: Layer) -> None:
-    """Write *layer* to the directory's layer.json."""
-    (directory / RECORD_FILE).write_bytes(msgspec.json.encode(layer))
 
 
 def _rename(source: Path, target: Path, flags: kernel.Rename) -> None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, from_os_error
-from gearworkers.layers.store import Kind, LayerStore
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import LayerStore
 
 _AT_MOST_S = 60.0
 _TIMES_COUNTING = 50
@@ -67,12 +68,12 @@ class UsageMeter:
                 layer = self._layers.get(id)
             except GearError:
                 continue  # removed meanwhile, or damaged: fsck tells
-            if layer.kind is Kind.IMAGE:
+            if layer.kind is LayerKind.IMAGE:
                 images += 1
                 logical_bytes += layer.size_bytes
             else:
                 others += 1
-        for store in (self._store, *self._layers.private.stores()):
+        for store in (self._store, *self._layers.private_stores.stores()):
             for shard in store.shards():
                 count, taken_bytes = _counted(shard)
                 objects, stored_bytes = objects + count, stored_bytes + taken_bytes

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
-import socket
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.errors import InvalidInput, Unavailable
+from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 10.0
 _TELL_TIMEOUT_S = 1.0
@@ -117,20 +116,8 @@ def read_parts(path: Path, objects: Sequence[str]) -> Reads:
     return msgspec.json.decode(_ask(path, "POST", "/reads", msgspec.json.encode(Objects(list(objects)))), type=Reads)
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("lazyfs", timeout=timeout_s)
-        self._path = path
-        self._timeout_s = timeout_s
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self._timeout_s)
-        self.sock.connect(os.fspath(self._path))
-
-
 def _ask(path: Path, method: str, url: str, body: bytes, timeout_s: float = _TIMEOUT_S) -> bytes:
-    connection = _Connection(path, timeout_s)
+    connection = UnixHTTPConnection(path, timeout_s)
     try:
         connection.request(method, url, body)
         response = connection.getresponse()

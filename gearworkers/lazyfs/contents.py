@@ -13,7 +13,7 @@ from gearworkers.fetch.download import Done
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.partial_object import LargeObject
 from gearworkers.fetch.priority_pool import Urgency
-from gearworkers.layers.incomplete import WantedObjects
+from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.lazyfs.arrivals import Arrivals
 from gearworkers.lazyfs.tree import Arrived, Found, Served, Unknown, digests_from, node_of
 from gearworkers.util.open_file import File, ReadDone
@@ -33,7 +33,7 @@ class LazyContents:
         self,
         store: ObjectStore,
         arrivals: Arrivals,
-        wanted: WantedObjects,
+        wanted: IncompleteLayers,
         fetcher: Fetcher,
         missed: Callable[[bytes, int], None],
         *,
@@ -67,7 +67,7 @@ class LazyContents:
         """Make the object arrive, or be ready to be read while it does."""
         self.lookups += 1
         try:
-            found = self._wanted.known(name)
+            found = self._wanted.find_named(name)
             if found is None:
                 done(Unknown())
                 return
@@ -90,7 +90,7 @@ class LazyContents:
     def is_wanted(self, name: bytes) -> bool:
         """Whether a layer has such an object, as far as can be told."""
         try:
-            return self._wanted.known(name) is not None
+            return self._wanted.find_named(name) is not None
         except GearError:
             return True
 
@@ -154,7 +154,7 @@ class LazyContents:
                 continue
             if self._store.has(digest):
                 self._keep(node, digest, File(self._store.open(digest)))
-            elif self._wanted.has(digest):
+            elif self._wanted.refer_to(digest):
                 self._reopen(node, lambda _: None)
             else:
                 unwanted.append(digest)
@@ -210,7 +210,7 @@ class LazyContents:
         Such a one comes whole, and is a file of its own.
         """
         try:
-            others = [other for other, _ in self._wanted.between(*digests_from(node)) if other != digest]
+            others = [other for other, _ in self._wanted.objects_between(*digests_from(node)) if other != digest]
         except GearError:
             return True
         return bool(others) or self._digests.get(node, digest) != digest
@@ -259,7 +259,7 @@ class LazyContents:
             NotFound: No incomplete layer has it.
             IntegrityError: Two have the same.
         """
-        found = self._wanted.between(*digests_from(node))
+        found = self._wanted.objects_between(*digests_from(node))
         if not found:
             raise NotFound(f"object {digests_from(node)[0].hex()}…: no incomplete layer has it")
         if len(found) > 1:

@@ -23,6 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from gearworkers.errors import GearError
 from gearworkers.lazyfs.client import LazyStatus
+from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 
 _MOST_BODY_BYTES = 1 << 20
 _TIMEOUT_S = 10.0
@@ -77,7 +78,7 @@ def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> t
             if self.path == "/status":
                 self._answer(msgspec.json.encode(status()), "application/json")
             elif self.path == "/metrics":
-                self._answer(metrics_page(status()), "text/plain; version=0.0.4")
+                self._answer(metrics_page(status()), METRICS_CONTENT_TYPE)
             else:
                 self.send_error(http.HTTPStatus.NOT_FOUND)
 

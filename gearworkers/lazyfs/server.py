@@ -22,7 +22,7 @@ from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.prefetch import Prefetcher
 from gearworkers.fetch.priority_pool import WorkPool
 from gearworkers.fetch.source import Source
-from gearworkers.layers.incomplete import WantedObjects
+from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs import client
@@ -37,8 +37,8 @@ from gearworkers.lazyfs.pin_fetch import PinKeeper
 from gearworkers.lazyfs.tree import FAILED, FETCH, Tree, entry_of
 from gearworkers.mounts import overlay
 from gearworkers.mounts.mountinfo import is_data_layer, is_mount_point
-from gearworkers.profiles.growth import Misses
-from gearworkers.profiles.prefetch import Profiles
+from gearworkers.profiles.growth import ProfileGrowth
+from gearworkers.profiles.prefetch import ProfilePrefetcher
 from gearworkers.remote.encoding import LARGE_BYTES as CHUNKED_BYTES
 from gearworkers.remote.factory import has_near, open_near, open_remote
 from gearworkers.remote.remote import Remote
@@ -61,7 +61,7 @@ class LazyServer:
         self._settings = settings
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
-        self._wanted = WantedObjects(settings.gear_images_path)
+        self._wanted = IncompleteLayers(settings.gear_images_path)
         self._pool = WorkPool(settings.fetch_threads, for_background=settings.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
@@ -73,15 +73,15 @@ class LazyServer:
             sources,
             self._pool,
             large_bytes=large_bytes,
-            is_wanted=lambda digest: self._wanted.has(digest) or pins.has(digest),
+            is_wanted=lambda digest: self._wanted.refer_to(digest) or pins.has(digest),
         )
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
         self._prefetcher = Prefetcher(
             self._fetcher, sources, self._pool, large_bytes=large_bytes, served_bytes=served_bytes
         )
-        self._profiles = Profiles(layers, self._document, self._prefetcher.soon)
-        self._misses = Misses(
+        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.soon)
+        self._misses = ProfileGrowth(
             layers,
             remote,
             lambda object: self._contents.reads(object),
@@ -178,8 +178,8 @@ class LazyServer:
     def _upkeep(self, *, with_users: bool) -> None:
         self._fetcher.chunked.fill_idle(self._settings.fill_delay_s)
         self._pins.look()
-        for id in self._wanted.completed(self._store):
-            if self._wanted.complete(id, self._store):
+        for id in self._wanted.newly_complete(self._store):
+            if self._wanted.mark_complete(id, self._store):
                 _log.info("a layer is complete", layer=id)
         if with_users and not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
@@ -206,7 +206,7 @@ class LazyServer:
     def _status(self) -> client.LazyStatus:
         counts = self._fetcher.outcomes
         return client.LazyStatus(
-            incomplete_layers=len(self._wanted.layers()),
+            incomplete_layers=len(self._wanted.ids()),
             lookups=self._contents.lookups,
             arriving=self._fetcher.arriving,
             serving=self._contents.serving,
@@ -234,7 +234,7 @@ class LazyServer:
         news = msgspec.json.decode(body, type=client.Image)
         if news.starts:
             self._misses.begin(news.layer)
-        return self._profiles.tell(news)
+        return self._profiles.notify(news)
 
     def _reads(self, body: bytes) -> client.Reads:
         objects = msgspec.json.decode(body, type=client.Objects).objects

@@ -31,6 +31,7 @@ from gearworkers.manager.pacing import Body, TooLarge, TooSlow, broken_off, is_g
 from gearworkers.manager.tokens import Access
 from gearworkers.manager.uploads import receive_whole
 from gearworkers.remote.manager import NODE_HEADER, Problem
+from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 
 _log = structlog.get_logger(__name__)
 
@@ -204,7 +205,7 @@ class Manager:
         self.metrics.nodes.set(len(self._nodes.alive()))
         return web.Response(
             body=generate_latest(self.metrics.registry),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+            headers={"Content-Type": METRICS_CONTENT_TYPE},
         )
 
     async def _health(self, request: web.Request) -> web.Response:

@@ -102,7 +102,7 @@ class Store:
         found = (digest for one in opened for digest in self._blobs_of(one))
         return list(dict.fromkeys(islice(found, _MOST_NAMED)))
 
-    def _blobs_of(self, opened: document.Opened) -> Iterator[bytes]:
+    def _blobs_of(self, opened: document.OpenedObject) -> Iterator[bytes]:
         digest = bytes.fromhex(opened.digest)
         yield digest
         for chunk in (self.remote.layout(digest) or ()) if opened.ranges else ():

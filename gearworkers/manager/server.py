@@ -20,7 +20,7 @@ from gearworkers.manager.tokens import Access
 from gearworkers.remote.factory import blobs_at
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
-from gearworkers.util.net import is_loopback
+from gearworkers.util.net import is_loopback, parse_host_port
 from gearworkers.util.process import tell_ready
 
 _log = structlog.get_logger(__name__)
@@ -174,10 +174,13 @@ async def _serve(server: ManagerServer, notify_socket: str) -> None:
 
 
 def _address(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    try:
+        host, port = parse_host_port(listen)
+    except ValueError as exc:
+        raise InvalidInput(f"GEAR_MANAGER_LISTEN={exc}") from None
+    if not host:
         raise InvalidInput(f"GEAR_MANAGER_LISTEN={listen}: HOST:PORT is needed")
-    return host.strip("[]"), int(port)
+    return host, port
 
 
 def _make(directory: Path) -> None:

@@ -14,6 +14,7 @@ from gearworkers.errors import IntegrityError, InvalidInput, from_os_error
 from gearworkers.manager.async_remote import Incoming, Store
 from gearworkers.manager.pacing import PIECE_BYTES, Body, TooLarge
 from gearworkers.remote import blob_stream
+from gearworkers.util.writing import pwrite_all
 
 _BATCH_BYTES = 4 << 20
 _BATCH_BLOBS = 256
@@ -111,11 +112,8 @@ class Upload:
                 self._fd = _unnamed(self._directory)
             if self._hasher is not None:
                 self._hasher.update(data)
-            view = memoryview(data)
-            while view:
-                count = os.pwrite(self._fd, view, self._filed_bytes)
-                self._filed_bytes += count
-                view = view[count:]
+            pwrite_all(self._fd, data, self._filed_bytes)
+            self._filed_bytes += len(data)
         except OSError as exc:
             raise from_os_error(exc, "keep an upload") from exc
 

@@ -70,11 +70,11 @@ def probe(root: Path, *further: Callable[[Path], Check]) -> list[Check]:
     """
     checks = [_check_kernel(os.uname().release), _check_backing_fs(root)]
     for check in (_check_xattrs, _check_data_only, *further, _check_d_type, _check_inode_room):
-        checks.append(tried(check, root))
+        checks.append(run_check(check, root))
     return checks
 
 
-def tried(check: Callable[[Path], Check], root: Path) -> Check:
+def run_check(check: Callable[[Path], Check], root: Path) -> Check:
     """The check, made in an empty directory of its own in *root*; nothing is left in it, and others may try meanwhile.
 
     Raises, Crash: As `probe`.

@@ -19,13 +19,13 @@ from gearworkers.remote.remote import Remote
 
 _log = structlog.get_logger(__name__)
 
-MOST_OBJECTS = 10_000
-MOST_RANGES = 1_024
+MAX_OBJECTS = 10_000
+MAX_RANGES = 1_024
 """Of one object."""
 
 _FORMAT = 1
-_MOST_PACKED_BYTES = 4 << 20
-_MOST_BYTES = 32 << 20
+_MAX_PACKED_BYTES = 4 << 20
+_MAX_BYTES = 32 << 20
 _LEVEL = 9
 _RACES = 5
 _WORTH_SHARE = 0.1
@@ -36,25 +36,25 @@ _HEX_CHARS = 2 * DIGEST_BYTES
 Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
 
 
-class Opened(msgspec.Struct, frozen=True, array_like=True):
+class OpenedObject(msgspec.Struct, frozen=True, array_like=True):
     """An object that was opened."""
 
     digest: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{_HEX_CHARS}}}\Z")]
     size_bytes: Number
-    ranges: Annotated[tuple[tuple[Number, Number], ...], msgspec.Meta(max_length=MOST_RANGES)] = ()
+    ranges: Annotated[tuple[tuple[Number, Number], ...], msgspec.Meta(max_length=MAX_RANGES)] = ()
     """Of a large object, (offset, size in bytes): what was read of it, as far as that is known."""
 
 
 class Profile(msgspec.Struct, frozen=True):
     """What was opened, each once, the first first."""
 
-    objects: Annotated[tuple[Opened, ...], msgspec.Meta(max_length=MOST_OBJECTS)]
+    objects: Annotated[tuple[OpenedObject, ...], msgspec.Meta(max_length=MAX_OBJECTS)]
     format: Annotated[int, msgspec.Meta(ge=_FORMAT, le=_FORMAT)] = _FORMAT
 
 
-def opened(digest: bytes, size_bytes: int, reads: Iterable[tuple[int, int]]) -> Opened:
+def opened_object(digest: bytes, size_bytes: int, reads: Iterable[tuple[int, int]]) -> OpenedObject:
     """An object, and as much as a profile holds of what was read of it: (offset, size in bytes), in that order."""
-    return Opened(digest.hex(), size_bytes, tuple(joined(reads)[:MOST_RANGES]))
+    return OpenedObject(digest.hex(), size_bytes, tuple(joined_ranges(reads)[:MAX_RANGES]))
 
 
 def pack(profile: Profile) -> bytes:
@@ -68,29 +68,29 @@ def unpack(data: bytes) -> Profile:
     Raises:
         IntegrityError: It is something else, or larger than any profile.
     """
-    if len(data) > _MOST_PACKED_BYTES:
+    if len(data) > _MAX_PACKED_BYTES:
         raise IntegrityError(f"profile: {len(data)} bytes are more than any has")
     try:
         with zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data) as reader:
-            raw = reader.read(_MOST_BYTES + 1)
-        if len(raw) > _MOST_BYTES:
-            raise IntegrityError(f"profile: it unpacks to more than {_MOST_BYTES} bytes")
+            raw = reader.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise IntegrityError(f"profile: it unpacks to more than {_MAX_BYTES} bytes")
         return msgspec.json.decode(raw, type=Profile)
     except (zstandard.ZstdError, ValueError) as exc:
         raise IntegrityError(f"profile: damaged ({exc})") from exc
 
 
-def merged(old: Profile, new: Profile) -> Profile:
+def merged_profiles(old: Profile, new: Profile) -> Profile:
     """Both, what only the new one has behind the old one."""
     objects = {one.digest: one for one in old.objects}
     for one in new.objects:
         known = objects.get(one.digest)
-        ranges = joined((*known.ranges, *one.ranges)) if known is not None else one.ranges
-        objects[one.digest] = msgspec.structs.replace(one, ranges=tuple(ranges[:MOST_RANGES]))
-    return Profile(tuple(objects.values())[:MOST_OBJECTS])
+        ranges = joined_ranges((*known.ranges, *one.ranges)) if known is not None else one.ranges
+        objects[one.digest] = msgspec.structs.replace(one, ranges=tuple(ranges[:MAX_RANGES]))
+    return Profile(tuple(objects.values())[:MAX_OBJECTS])
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same bytes, each once and in that order; what touches an earlier range becomes part of it."""
     result: list[tuple[int, int]] = []
     for offset, size_bytes in ranges:
@@ -105,9 +105,9 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return result
 
 
-def adds_much(old: Profile, new: Profile) -> bool:
+def is_worth_adding(old: Profile, new: Profile) -> bool:
     """Whether a start by the old one alone would wait for so much of the new one that it is worth another version."""
-    both = merged(old, new)
+    both = merged_profiles(old, new)
     return _wanted_bytes(both) - _wanted_bytes(old) > _wanted_bytes(old) * _WORTH_SHARE + _WORTH_BYTES
 
 
@@ -119,7 +119,7 @@ def _wanted_bytes(profile: Profile) -> int:
     )
 
 
-def keep(remote: Remote, name: str, profile: Profile, *, again: bool) -> bool:
+def save_profile(remote: Remote, name: str, profile: Profile, *, again: bool) -> bool:
     """Put *profile* beside what is there; whether that changed anything.
 
     Args:
@@ -137,7 +137,7 @@ def keep(remote: Remote, name: str, profile: Profile, *, again: bool) -> bool:
         known = None if found is None else _readable(found.data)
         if known is not None and not again:
             return False
-        wanted = profile if known is None else merged(known, profile)
+        wanted = profile if known is None else merged_profiles(known, profile)
         if wanted == known:
             return False
         try:

@@ -14,15 +14,15 @@ from gearworkers.errors import GearError
 from gearworkers.layers.store import LayerStore
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
-from gearworkers.profiles.resolve import image_objects
+from gearworkers.profiles.resolve import image_object_lists
 from gearworkers.remote.remote import Remote
 
 _log = structlog.get_logger(__name__)
 
-_MOST_STARTS = 8
+_MAX_STARTS = 8
 
 
-class Misses:
+class ProfileGrowth:
     """Notes what is fetched on demand while containers start; all methods from any thread, and none blocks."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Misses:
         with self._lock:
             if self._remote is None or not self._window_s or image in self._starts:
                 return
-            if len(self._starts) >= _MOST_STARTS:
+            if len(self._starts) >= _MAX_STARTS:
                 return
             self._starts[image] = {}
         timer = threading.Timer(self._window_s, self._end, (self._remote, image))
@@ -66,7 +66,7 @@ class Misses:
         """Somebody waits for this object, or reads it while it arrives."""
         with self._lock:
             for objects in self._starts.values():
-                if len(objects) < document.MOST_OBJECTS:
+                if len(objects) < document.MAX_OBJECTS:
                     objects.setdefault(digest, size_bytes)
 
     def _end(self, remote: Remote, image: str) -> None:
@@ -76,16 +76,16 @@ class Misses:
         if known is None:
             return  # its first start is recorded
         try:
-            lists = image_objects(self._layers, image)
+            lists = image_object_lists(self._layers, image)
             missed = Profile(
                 tuple(
-                    document.opened(digest, size_bytes, self._reads(digest.hex()))
+                    document.opened_object(digest, size_bytes, self._reads(digest.hex()))
                     for digest, size_bytes in objects.items()
                     if any(one.between(digest, digest) for one in lists)
                 )
             )
-            if document.adds_much(known, missed):
-                document.keep(remote, name, missed, again=True)
+            if document.is_worth_adding(known, missed):
+                document.save_profile(remote, name, missed, again=True)
                 _log.info("a profile was added to", image=image, objects=len(missed.objects))
         except GearError as exc:
             _log.warning("a profile cannot be added to", image=image, error=str(exc))

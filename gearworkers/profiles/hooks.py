@@ -8,16 +8,17 @@ import msgspec
 import structlog
 
 from gearworkers.errors import GearError
-from gearworkers.layers.store import Layer, LayerStore
+from gearworkers.layers.record import Layer
+from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import Known, tell
 from gearworkers.profiles.recordings import Recording, Recordings
-from gearworkers.profiles.resolve import image_of
+from gearworkers.profiles.resolve import top_image_layer
 from gearworkers.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
 
-class Starts:
+class ProfileHooks:
     """The starts of one node's containers; all methods from any thread, and none fails for want of a profile."""
 
     def __init__(self, settings: Settings, layers: LayerStore, recordings: Recordings) -> None:
@@ -31,12 +32,12 @@ class Starts:
         self._layers = layers
         self._recordings = recordings
 
-    def arrived(self, id: str) -> None:
+    def layer_applied(self, id: str) -> None:
         """A layer was applied: if it is incomplete, the profile of the image that may end there is prefetched."""
         if not self._layers.is_complete(id):
             self._tell(id, starts=False)
 
-    def begin(self, layer: Layer, merged: Path) -> None:
+    def container_mounted(self, layer: Layer, merged: Path) -> None:
         """A container is mounted and not started yet: it starts by its image's profile, or is recorded for one.
 
         Args:
@@ -45,12 +46,12 @@ class Starts:
         """
         if self._layers.is_complete(layer.id):
             return
-        image = image_of(self._layers, layer.id)
+        image = top_image_layer(self._layers, layer.id)
         known = self._tell(image, starts=True)
         if known is not Known.FOUND and self._settings.profile_window_s and self._settings.remote:
             self._recordings.begin(layer.id, Recording(self._settings, image, merged))
 
-    def end(self, id: str) -> None:
+    def container_unmounted(self, id: str) -> None:
         """The container is about to be unmounted, or was; what it opened is recorded."""
         self._recordings.end(id)
 

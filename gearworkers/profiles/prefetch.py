@@ -11,18 +11,18 @@ import structlog
 
 from gearworkers.errors import GearError, IntegrityError
 from gearworkers.fetch.prefetch import Part
-from gearworkers.layers.incomplete import ObjectList
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import Image, Known
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
-from gearworkers.profiles.resolve import image_objects, profile_name
+from gearworkers.profiles.resolve import image_object_lists, profile_name
 
 _log = structlog.get_logger(__name__)
 
 _SETTLED_S = 0.2
 """A pull is over, or pauses, when no layer has come for so long; only the topmost one is an image then."""
-_MOST_KNOWN = 100
+_MAX_KNOWN = 100
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class ProfileCounts:
     absent: int = 0
 
 
-class Profiles:
+class ProfilePrefetcher:
     """Looks for profiles in a thread of its own, so that nobody waits for the remote."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Profiles:
         self._thread = threading.Thread(target=self._run, name="profiles", daemon=True)
         self._thread.start()
 
-    def tell(self, news: Image) -> Known:
+    def notify(self, news: Image) -> Known:
         """A layer is here, or a container starts; what is known by now of the profile of the image that ends there."""
         name, known = self.known(news.layer)
         if known is None or not news.starts:
@@ -113,7 +113,7 @@ class Profiles:
             return
         self._without.discard(image.layer)
         self.counts.found += 1
-        parts = _parts(found, image_objects(self._layers, image.layer))
+        parts = _parts(found, image_object_lists(self._layers, image.layer))
         _log.info("a profile is prefetched", image=image.layer, objects=len(parts), named=len(found.objects))
         self._bring(parts)
 
@@ -125,7 +125,7 @@ class Profiles:
         except IntegrityError as exc:
             _log.warning("a profile is not what it should be", image=layer, error=str(exc))
             found = None
-        if len(self._known) >= _MOST_KNOWN:
+        if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known[layer] = name, found
         return found

@@ -25,7 +25,7 @@ from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
 from gearworkers.profiles.fanotify import Overflow, opened_files
 from gearworkers.profiles.recordings import Recording
-from gearworkers.profiles.resolve import OpenedObjects, image_objects, profile_name
+from gearworkers.profiles.resolve import ObjectResolver, image_object_lists, profile_name
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from gearworkers.util.log import configure_logging
@@ -54,7 +54,7 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
     """
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
     name = profile_name(layers, image)
-    with OpenedObjects(layers.chain(image), image_objects(layers, image), merged) as known:
+    with ObjectResolver(layers.lowers(image), image_object_lists(layers, image), merged) as known:
         objects = _watched(known, group_fd, stop_fd, settings.profile_window_s, must_run=not again)
     large = [digest.hex() for digest, size_bytes in objects.items() if size_bytes >= settings.large_object_bytes]
     try:
@@ -63,20 +63,23 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
         reads = {}
     found = Profile(
         tuple(
-            document.opened(digest, size_bytes, reads.get(digest.hex(), ())) for digest, size_bytes in objects.items()
-        )[: document.MOST_OBJECTS]
+            document.opened_object(digest, size_bytes, reads.get(digest.hex(), ()))
+            for digest, size_bytes in objects.items()
+        )[: document.MAX_OBJECTS]
     )
     if found.objects:
         remote = open_remote(settings)
         try:
-            kept = document.keep(remote, name, found, again=again)
+            kept = document.save_profile(remote, name, found, again=again)
         finally:
             remote.close()
         _log.info("a start was recorded", image=image, objects=len(found.objects), kept=kept)
     return found
 
 
-def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float, *, must_run: bool) -> dict[bytes, int]:
+def _watched(
+    known: ObjectResolver, group_fd: int, stop_fd: int, window_s: float, *, must_run: bool
+) -> dict[bytes, int]:
     """Digest and size in bytes of what is opened, in order; nothing if *must_run* and nothing is executed."""
     objects: dict[bytes, int] = {}
     has_run = False
@@ -91,10 +94,10 @@ def _watched(known: OpenedObjects, group_fd: int, stop_fd: int, window_s: float,
         try:
             for fd, is_executed in opened_files(group_fd):
                 has_run = has_run or is_executed
-                found = known.object(fd)
+                found = known.resolve(fd)
                 if found is not None:
                     objects.setdefault(*found)
-                if len(objects) >= document.MOST_OBJECTS or time.monotonic() > end_s + _LATE_S:
+                if len(objects) >= document.MAX_OBJECTS or time.monotonic() > end_s + _LATE_S:
                     is_over = True
                     break
         except Overflow:

@@ -21,7 +21,7 @@ from gearworkers.util.syscalls import watch_opens
 
 _log = structlog.get_logger(__name__)
 
-_MOST_AT_ONCE = 4
+_MAX_AT_ONCE = 4
 _HEAD_START_S = 1.0
 """So long the container has the processors for itself; the kernel keeps what it opens meanwhile."""
 _END_S = 5.0
@@ -51,7 +51,7 @@ class Recordings:
     def begin(self, id: str, recording: Recording) -> None:
         """Watch a container that is mounted and not started yet; it is left out if it cannot be, or too many are."""
         with self._lock:
-            if self._is_closed or id in self._ends or self._under_way >= _MOST_AT_ONCE:
+            if self._is_closed or id in self._ends or self._under_way >= _MAX_AT_ONCE:
                 return
             try:
                 group_fd, stop_fd, end_fd = _watched(recording.merged)

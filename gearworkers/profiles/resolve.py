@@ -16,21 +16,22 @@ from types import TracebackType
 
 from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.digest import OBJECT_PATH, REDIRECT_XATTR
-from gearworkers.layers.incomplete import ObjectList, object_list
-from gearworkers.layers.store import Kind, LayerStore
+from gearworkers.layers.object_list import ObjectList
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import LayerStore
 from gearworkers.util import syscalls
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RESOLVE = syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
 
 
-def image_of(layers: LayerStore, id: str) -> str:
+def top_image_layer(layers: LayerStore, id: str) -> str:
     """The topmost image layer of this layer and its parents; empty if there is none.
 
     Raises:
         NotFound: One of them is missing.
     """
-    return next((layer.id for layer in layers.parents(id) if layer.kind is Kind.IMAGE), "")
+    return next((layer.id for layer in layers.layer_chain(id) if layer.kind is LayerKind.IMAGE), "")
 
 
 def profile_name(layers: LayerStore, id: str) -> str:
@@ -46,17 +47,17 @@ def profile_name(layers: LayerStore, id: str) -> str:
     return f"profiles/{hasher.hexdigest()}"
 
 
-def image_objects(layers: LayerStore, id: str) -> list[ObjectList]:
+def image_object_lists(layers: LayerStore, id: str) -> list[ObjectList]:
     """What the image's layers refer to, the topmost first."""
-    return [found for path in _lists(layers, id) if (found := object_list(path)) is not None]
+    return [found for path in _lists(layers, id) if (found := ObjectList.open(path)) is not None]
 
 
 def _lists(layers: LayerStore, id: str) -> list[Path]:
-    images = [layer for layer in layers.parents(id) if layer.kind is Kind.IMAGE and layer.objects]
+    images = [layer for layer in layers.layer_chain(id) if layer.kind is LayerKind.IMAGE and layer.objects]
     return [layers.directory(layer) / OBJECTS_FILE for layer in images]
 
 
-class OpenedObjects:
+class ObjectResolver:
     """Tells the object of a file that was opened in an overlay of the image's layers; a context.
 
     Nothing of the overlay is looked at: the layers' indexes say which object stands at a path. A file that was
@@ -67,7 +68,7 @@ class OpenedObjects:
         """
         Args:
             trees: The mounted indexes, the topmost first.
-            lists: As `image_objects`.
+            lists: As `image_object_lists`.
             merged: Where the overlay is mounted.
         """
         self._trees = trees
@@ -77,7 +78,7 @@ class OpenedObjects:
         self._stack = ExitStack()
         self._tree_fds: list[int] = []
 
-    def __enter__(self) -> OpenedObjects:
+    def __enter__(self) -> ObjectResolver:
         for tree in self._trees:
             fd = os.open(tree, _DIRECTORY)
             self._stack.callback(os.close, fd)
@@ -89,7 +90,7 @@ class OpenedObjects:
     ) -> None:
         self._stack.close()
 
-    def object(self, file_fd: int) -> tuple[bytes, int] | None:
+    def resolve(self, file_fd: int) -> tuple[bytes, int] | None:
         """Digest and size in bytes; None if it is none of the image's, or the file was seen before."""
         status = os.fstat(file_fd)
         key = status.st_dev, status.st_ino

@@ -20,6 +20,7 @@ from gearworkers.remote.blobstore import Document, blob_name
 from gearworkers.remote.directory_root import Root
 from gearworkers.remote.documents import directory_name, newest, put_version, version_name, versions_among
 from gearworkers.util import syscalls as kernel
+from gearworkers.util.writing import write_all
 
 _STAGING = "staging"
 _LEFT_BEHIND_S = 24 * 3600
@@ -206,9 +207,7 @@ def _read(path: str) -> bytes:
 def _write(path: str, data: bytes) -> None:
     fd = os.open(path, _CREATE, 0o644)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        write_all(fd, data)
     finally:
         os.close(fd)
 

@@ -10,7 +10,7 @@ from itertools import islice
 
 import structlog
 
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import verify_file
 from gearworkers.errors import GearError, IntegrityError, InvalidInput
 from gearworkers.remote import encoding
@@ -33,7 +33,7 @@ class PushReport:
     """Digests of those that cannot be pushed, and why; they stay in the spool."""
 
 
-def push_pending(spool: PushSpool, remote: Remote) -> PushReport:
+def push_pending(spool: PushQueue, remote: Remote) -> PushReport:
     """Push all that waits in the spool.
 
     A spool entry goes only when the remote has confirmed the object, so a crash pushes it once more, never less.
@@ -46,14 +46,14 @@ def push_pending(spool: PushSpool, remote: Remote) -> PushReport:
     waiting = spool.pending()
     while batch := list(islice(waiting, _BATCH)):
         for digest in _push(spool, remote, batch, report):
-            spool.done(digest)
+            spool.remove(digest)
             report.pushed_objects += 1
     for digest, why in report.refused.items():
         _log.error("an object cannot be pushed", object=digest.hex(), error=why)
     return report
 
 
-def _push(spool: PushSpool, remote: Remote, batch: Sequence[bytes], report: PushReport) -> Iterator[bytes]:
+def _push(spool: PushQueue, remote: Remote, batch: Sequence[bytes], report: PushReport) -> Iterator[bytes]:
     """Push *batch*, the small ones together; those that the remote has confirmed."""
     small: list[bytes] = []
     singly: list[bytes] = []
@@ -68,7 +68,7 @@ def _push(spool: PushSpool, remote: Remote, batch: Sequence[bytes], report: Push
 
 
 def _small_contents(
-    spool: PushSpool, batch: Sequence[bytes], small: list[bytes], large: list[bytes], report: PushReport
+    spool: PushQueue, batch: Sequence[bytes], small: list[bytes], large: list[bytes], report: PushReport
 ) -> Iterator[tuple[bytes, bytes]]:
     """(digest, content) of the small ones, noted in *small*; the others are noted in *large*."""
     for digest in batch:
@@ -90,7 +90,7 @@ def _small_contents(
         yield digest, content
 
 
-def _push_one(spool: PushSpool, remote: Remote, digest: bytes, report: PushReport) -> bool:
+def _push_one(spool: PushQueue, remote: Remote, digest: bytes, report: PushReport) -> bool:
     try:
         fd = spool.open(digest)
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _push_one(spool: PushSpool, remote: Remote, digest: bytes, report: PushRepor
     return True
 
 
-def damaged_in(spool: PushSpool) -> Iterator[tuple[bytes, str]]:
+def damaged_in(spool: PushQueue) -> Iterator[tuple[bytes, str]]:
     """Those that wait but are not what they are named by, and why; reads them all."""
     for digest in spool.pending():
         try:

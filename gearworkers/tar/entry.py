@@ -20,7 +20,7 @@ CONTENTLESS = frozenset((HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO))
 _SHOWN_BYTES = 200
 
 
-class Entry(msgspec.Struct, gc=False):
+class TarEntry(msgspec.Struct, gc=False):
     """What a tar says of one file; made by the reader, taken by the writer.
 
     `xattrs` has the names without the SCHILY.xattr prefix. `sparse` lists the (offset, length) of the data of

@@ -1,4 +1,4 @@
-"""A header block's 512 bytes to an Entry: v7, ustar, star and GNU, as Go's archive/tar reads them.
+"""A header block's 512 bytes to an TarEntry: v7, ustar, star and GNU, as Go's archive/tar reads them.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
 """
@@ -10,7 +10,7 @@ from functools import lru_cache
 from zlib import adler32
 
 from gearworkers.errors import InvalidInput
-from gearworkers.tar.entry import BLOCK_BYTES, CONTENTLESS, Entry, shown
+from gearworkers.tar.entry import BLOCK_BYTES, CONTENTLESS, TarEntry, shown
 
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 
@@ -46,7 +46,7 @@ _TRAILER = slice(508, 512)
 _NS = 1_000_000_000
 
 
-def parse_header(block: bytes, offset: int) -> Entry:
+def parse_header(block: bytes, offset: int) -> TarEntry:
     """Read the header *block* that starts at byte *offset* of the tar.
 
     Returns:
@@ -61,7 +61,7 @@ def parse_header(block: bytes, offset: int) -> Entry:
         mode, uid, gid = _parse_owner(block[_OWNER])
         format, major, minor = _parse_format(block[_FORMAT])
         size_bytes = parse_number(block[_SIZE])
-        entry = Entry(
+        entry = TarEntry(
             c_string(block[_NAME]),
             kind,
             c_string(block[_LINKNAME]) if block[_LINKNAME.start] else b"",
@@ -100,12 +100,12 @@ def parse_type(block: bytes, offset: int) -> int:
     """
     if not _checksum_matches(block):
         if not offset:
-            refuse_compressed(block)
+            reject_compressed(block)
         raise InvalidInput(f"tar header at byte {offset}: the checksum is wrong; this is not a tar or it is damaged")
     return block[_TYPE]
 
 
-def refuse_compressed(beginning: bytes) -> None:
+def reject_compressed(beginning: bytes) -> None:
     """Say how a stream that is not a tar is compressed; for no other, as a name in a tar may begin alike.
 
     Raises:
@@ -214,12 +214,12 @@ def _parse_octal_only(field: bytes) -> int:
     return parse_number(field)
 
 
-def _star_extras(entry: Entry, block: bytes, prefix: bytes) -> bytes:
+def _star_extras(entry: TarEntry, block: bytes, prefix: bytes) -> bytes:
     entry.atime_ns = parse_number(block[_STAR_ATIME]) * _NS
     return prefix[:_STAR_PREFIX_BYTES]
 
 
-def _gnu_extras(entry: Entry, block: bytes, prefix: bytes) -> bytes:
+def _gnu_extras(entry: TarEntry, block: bytes, prefix: bytes) -> bytes:
     """Take GNU's access time; return the name's prefix, which GNU's format has none of.
 
     Go's writer before 1.8 put a prefix where GNU has the times; where these do not parse and look like text,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import binascii
 import re
 
-from gearworkers.tar.entry import Entry
+from gearworkers.tar.entry import TarEntry
 
 Records = dict[bytes, bytes]
 
@@ -72,7 +72,7 @@ def _parse_record(data: bytes, at: int) -> tuple[bytes, bytes, int]:
     return key, value, end
 
 
-def merge(entry: Entry, records: Records) -> None:
+def merge(entry: TarEntry, records: Records) -> None:
     """Let *records* overrule the header's fields; an empty value overrules nothing, but is an empty xattr.
 
     Raises:
@@ -90,7 +90,7 @@ def merge(entry: Entry, records: Records) -> None:
     entry.guard = GEAR_GUARD in records
 
 
-def _merge_field(entry: Entry, key: bytes, value: bytes) -> None:
+def _merge_field(entry: TarEntry, key: bytes, value: bytes) -> None:
     match key:
         case b"path":
             entry.name = value

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from gearworkers.errors import InvalidInput
-from gearworkers.tar.entry import Entry, clean_name, shown
+from gearworkers.tar.entry import TarEntry, clean_name, shown
 from gearworkers.tar.reader import TarReader
 
 MARK = b".gear-private"
@@ -20,7 +20,7 @@ def is_mark(name: bytes) -> bool:
     return MARK in name and b"/".join(clean_name(name)).lstrip(b"/").partition(b"/")[0] == MARK
 
 
-def begins_marked(reader: TarReader) -> bool:
+def starts_with_mark(reader: TarReader) -> bool:
     """Whether the tar has the mark where it belongs; nothing is read behind the first content.
 
     Raises:
@@ -34,7 +34,7 @@ def begins_marked(reader: TarReader) -> bool:
     return False
 
 
-def refuse_late(entry: Entry) -> NoReturn:
+def reject_late_mark(entry: TarEntry) -> NoReturn:
     """The mark stands behind a content, which may have been shared.
 
     Raises:
@@ -46,7 +46,7 @@ def refuse_late(entry: Entry) -> NoReturn:
     )
 
 
-def refuse_hidden() -> NoReturn:
+def reject_hidden_mark() -> NoReturn:
     """The layer has the mark by a name that did not tell.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 
 from gearworkers.errors import IntegrityError, InvalidInput
 from gearworkers.tar import pax, sparse
-from gearworkers.tar.entry import BLOCK_BYTES, CONTENTLESS, DIR, HARDLINK, REG, Entry, shown
+from gearworkers.tar.entry import BLOCK_BYTES, CONTENTLESS, DIR, HARDLINK, REG, TarEntry, shown
 from gearworkers.tar.header import (
     ZERO_BLOCK,
     c_string,
@@ -22,9 +22,9 @@ from gearworkers.tar.header import (
     parse_header,
     parse_size,
     parse_type,
-    refuse_compressed,
+    reject_compressed,
 )
-from gearworkers.tar.tar_split import StreamWriter
+from gearworkers.tar.tar_split import TarSplitWriter
 
 _V7_REG = 0
 _CONTIGUOUS = ord("7")
@@ -63,7 +63,7 @@ class TarReader:
     """
 
     def __init__(
-        self, source: Readable, log: StreamWriter | None = None, *, buffer_bytes: int = DEFAULT_BUFFER_BYTES
+        self, source: Readable, log: TarSplitWriter | None = None, *, buffer_bytes: int = DEFAULT_BUFFER_BYTES
     ) -> None:
         self._source = source
         self._log = log
@@ -84,11 +84,11 @@ class TarReader:
         """How many bytes of the tar have been parsed or handed out."""
         return self._base_offset + self._position
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[TarEntry]:
         while (entry := self.next()) is not None:
             yield entry
 
-    def next(self) -> Entry | None:
+    def next(self) -> TarEntry | None:
         """The next entry; None at the archive's end. Skips what was not taken of the content before.
 
         Raises:
@@ -101,7 +101,7 @@ class TarReader:
             self.guarded = True
         return entry
 
-    def _entry(self) -> Entry | None:
+    def _entry(self) -> TarEntry | None:
         """As `next`, guards included."""
         if self._ended:
             return None
@@ -242,7 +242,7 @@ class TarReader:
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
             if self._filled != self._position or extended:
                 if not self.offset:
-                    refuse_compressed(bytes(self._view[: self._filled]))
+                    reject_compressed(bytes(self._view[: self._filled]))
                 self._cut("a header behind it")
             self._end()
             return None
@@ -270,7 +270,7 @@ class TarReader:
 
     # -- one entry
 
-    def _begin_content(self, entry: Entry) -> None:
+    def _begin_content(self, entry: TarEntry) -> None:
         self._left_bytes = entry.stored_bytes
         self._padding_bytes = -entry.stored_bytes % BLOCK_BYTES
         if self._left_bytes:
@@ -297,7 +297,9 @@ class TarReader:
         self._skip(-size_bytes % BLOCK_BYTES)
         return bytes(content)
 
-    def _complete(self, entry: Entry, block: bytes, records: pax.Records, long_name: bytes, long_link: bytes) -> None:
+    def _complete(
+        self, entry: TarEntry, block: bytes, records: pax.Records, long_name: bytes, long_link: bytes
+    ) -> None:
         """Put what the extended headers say into *entry*, normalise its type, find its sparse map."""
         try:
             pax.merge(entry, records)
@@ -321,14 +323,14 @@ class TarReader:
         if kind != REG:
             entry.size_bytes = 0
 
-    def _sparse_map(self, entry: Entry, block: bytes, records: pax.Records) -> sparse.Segments | None:
+    def _sparse_map(self, entry: TarEntry, block: bytes, records: pax.Records) -> sparse.Segments | None:
         if entry.type == _OLD_SPARSE:
             if not is_gnu(block):
                 raise ValueError("it is sparse in a format that is not GNU's")
             return sparse.read_old_gnu(entry, block, self._raw_block)
         return sparse.read_pax(entry, records, lambda: self._block_of_content(entry)) if records else None
 
-    def _block_of_content(self, entry: Entry) -> bytes:
+    def _block_of_content(self, entry: TarEntry) -> bytes:
         if entry.stored_bytes < BLOCK_BYTES:
             raise ValueError("its sparse map is cut off")
         entry.stored_bytes -= BLOCK_BYTES
@@ -347,7 +349,7 @@ def _records(content: bytes, block: bytes, offset: int) -> pax.Records:
         _refuse(parse_header(block, offset), str(exc), exc)
 
 
-def _normalised(entry: Entry) -> int:
+def _normalised(entry: TarEntry) -> int:
     kind = entry.type
     if kind in _FILES:
         return kind
@@ -356,7 +358,7 @@ def _normalised(entry: Entry) -> int:
     return DIR if kind == _V7_REG and entry.name.endswith(b"/") else REG
 
 
-def _check_gear(entry: Entry, *, plain: bool) -> None:
+def _check_gear(entry: TarEntry, *, plain: bool) -> None:
     """A content named by Gear records is that of the file: whole in the archive, or not there at all."""
     assert entry.gear is not None
     size_bytes = entry.gear[1]
@@ -365,5 +367,5 @@ def _check_gear(entry: Entry, *, plain: bool) -> None:
     entry.size_bytes = size_bytes
 
 
-def _refuse(entry: Entry, why: str, cause: Exception | None = None) -> NoReturn:
+def _refuse(entry: TarEntry, why: str, cause: Exception | None = None) -> NoReturn:
     raise InvalidInput(f"tar entry {shown(entry.name)} at byte {entry.header_offset}: {why}") from cause

@@ -44,7 +44,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class TarSplitTotals:
     """What a finished stream holds."""
 
     tar_bytes: int
@@ -52,7 +52,7 @@ class Totals:
     file_bytes: int
 
 
-class StreamWriter:
+class TarSplitWriter:
     """Writes a `stream.zst`; the calls come in the order of the tar's bytes.
 
     `size_bytes` is the length of the tar so far. What the file raises (OSError) passes through; after that, and
@@ -90,14 +90,14 @@ class StreamWriter:
         self._batch += _SLICE_RECORD.pack(_SLICE, digest, offset_bytes, length_bytes)
         self._add_content(length_bytes)
 
-    def close(self) -> Totals:
+    def close(self) -> TarSplitTotals:
         """Write what is left; the stream is whole when this has returned. The file is not closed."""
         self._batch += _END_RECORD.pack(_END, self.size_bytes)
         self._write_batch()
         self._write(self._frame.flush())
         self._file.write(_TRAILER.pack(self._frame_bytes, self._frame_crc, self.size_bytes, _TRAILER_MAGIC))
         file_bytes = len(_MAGIC) + self._frame_bytes + _TRAILER.size
-        return Totals(self.size_bytes, self._content_bytes, file_bytes)
+        return TarSplitTotals(self.size_bytes, self._content_bytes, file_bytes)
 
     def _add_content(self, size_bytes: int) -> None:
         self.size_bytes += size_bytes
@@ -116,13 +116,13 @@ class StreamWriter:
             self._file.write(data)
 
 
-class Raw(msgspec.Struct, frozen=True, gc=False):
+class RawBytes(msgspec.Struct, frozen=True, gc=False):
     """Bytes of the tar, as they are."""
 
     data: bytes
 
 
-class Content(msgspec.Struct, frozen=True, gc=False):
+class ObjectBytes(msgspec.Struct, frozen=True, gc=False):
     """A part of the object `digest` that stands here in the tar: all of it, unless it is sparse there."""
 
     digest: bytes
@@ -130,7 +130,7 @@ class Content(msgspec.Struct, frozen=True, gc=False):
     length_bytes: int
 
 
-class StreamReader:
+class TarSplitReader:
     """Reads a `stream.zst` back, in bounded memory.
 
     `tar_bytes` is the length of the tar.
@@ -147,7 +147,7 @@ class StreamReader:
         self._at = 0
         self._frame: zstandard.ZstdDecompressionReader | None = None
 
-    def __iter__(self) -> Iterator[Raw | Content]:
+    def __iter__(self) -> Iterator[RawBytes | ObjectBytes]:
         """The pieces of the tar in order; from the start each time."""
         self._file.seek(len(_MAGIC))
         self._data, self._at = b"", 0
@@ -161,7 +161,7 @@ class StreamReader:
         if frame.whole_crc() != self._frame_crc:
             raise IntegrityError("a layer's stream file is damaged: its checksum is another")
 
-    def _pieces(self) -> Iterator[Raw | Content]:
+    def _pieces(self) -> Iterator[RawBytes | ObjectBytes]:
         seen_bytes = 0
         while True:
             tag = self._peek_tag()
@@ -172,18 +172,18 @@ class StreamReader:
             elif tag == _CONTENT:
                 _, digest, length = _CONTENT_RECORD.unpack(self._take(_CONTENT_RECORD.size))
                 seen_bytes += length
-                yield Content(digest, 0, length)
+                yield ObjectBytes(digest, 0, length)
             elif tag == _SLICE:
                 _, digest, offset, length = _SLICE_RECORD.unpack(self._take(_SLICE_RECORD.size))
                 seen_bytes += length
-                yield Content(digest, offset, length)
+                yield ObjectBytes(digest, offset, length)
             else:
                 return self._check_end(tag, seen_bytes)
 
-    def _raw(self, length_bytes: int) -> Iterator[Raw]:
+    def _raw(self, length_bytes: int) -> Iterator[RawBytes]:
         while length_bytes:
             size_bytes = min(length_bytes, _PIECE_BYTES)
-            yield Raw(self._take(size_bytes))
+            yield RawBytes(self._take(size_bytes))
             length_bytes -= size_bytes
 
     def _check_end(self, tag: int, seen_bytes: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from gearworkers.errors import InvalidInput
 from gearworkers.tar import pax
-from gearworkers.tar.entry import BLOCK_BYTES, REG, Entry, shown
+from gearworkers.tar.entry import BLOCK_BYTES, REG, TarEntry, shown
 
 END = bytes(2 * BLOCK_BYTES)
 """What ends a tar."""
@@ -26,7 +26,7 @@ _BLANK_CHECKSUM = b" " * 8
 _REST_BYTES = 12
 
 
-def header(entry: Entry) -> bytes:
+def header(entry: TarEntry) -> bytes:
     """All header blocks of *entry*; its stored content and `padding` of it come next.
 
     The size is `size_bytes`, or `stored_bytes` for an entry that names its content by `gear`. `sparse` is not
@@ -60,13 +60,13 @@ def padding(size_bytes: int) -> bytes:
     return bytes(-size_bytes % BLOCK_BYTES)
 
 
-def _stored_bytes(entry: Entry) -> int:
+def _stored_bytes(entry: TarEntry) -> int:
     if entry.type != REG:
         return 0
     return entry.stored_bytes if entry.gear else entry.size_bytes
 
 
-def _records(entry: Entry) -> pax.Records:
+def _records(entry: TarEntry) -> pax.Records:
     """What does not fit into the ustar header."""
     if not entry.name or b"\0" in entry.name or b"\0" in entry.linkname:
         raise InvalidInput(f"{shown(entry.name)} -> {shown(entry.linkname)}: a tar cannot hold this name")
@@ -143,7 +143,7 @@ def _ascii(name: bytes) -> bytes:
     return bytes(byte for byte in name[: 2 * _NAME_BYTES] if byte < 0x80)
 
 
-def _pax_block(entry: Entry, size_bytes: int) -> bytes:
+def _pax_block(entry: TarEntry, size_bytes: int) -> bytes:
     base = _ascii(entry.name.rstrip(b"/")[-_NAME_BYTES:].rpartition(b"/")[2])
     name = (_PAX_DIRECTORY + base)[:_NAME_BYTES]
     return _block((b"", name), ord("x"), mode=0o644, numbers=(0, 0, size_bytes, 0))

@@ -1,4 +1,4 @@
-"""The light calls: what the gateway answers by itself, each a request, a method of the driver, an answer."""
+"""The light calls, which the gateway answers itself: each decodes a request and calls one method of the driver."""
 
 from __future__ import annotations
 
@@ -12,75 +12,79 @@ from plugin_gateway.graphdriver.messages import InitRequest, LayerRequest, Respo
 
 
 class Driver(Protocol):
-    """What the gateway asks of a driver; called from several threads at a time. Errors are GearError."""
+    """The driver that the gateway calls, from several threads at the same time. Errors are GearError."""
 
     @property
     def settings(self) -> Settings:
-        """As they are after Init; after prepare those of a dockerd that runs."""
+        """The settings with the options of the dockerd that runs; current after `prepare` and `init`."""
 
     def prepare(self) -> None:
-        """Repair what a crash left."""
+        """Repair the leftovers of a crash."""
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
-        """A dockerd has started."""
+        """Begin with a dockerd that has started."""
 
     def capabilities(self) -> dict[str, bool]:
-        """What the driver can."""
+        """Return the driver's capabilities."""
 
     def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
-        """Make a layer to be filled."""
+        """Create an empty layer that ApplyDiff or a mount fills."""
 
     def create_read_write(
         self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None
     ) -> None:
-        """Make a layer that a container writes."""
+        """Create the read-write layer of a container."""
 
     def remove(self, id: str) -> None:
         """Remove a layer."""
 
     def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
-        """Mount a layer; where. LazyServerNeeded if that waits for the lazy file server and it may not."""
+        """Mount a layer and return the path.
+
+        Raises:
+            LazyServerNeeded: The mount would wait for the lazy file server, and *may_wait* is False.
+        """
 
     def put(self, id: str) -> None:
-        """One user of the mount less."""
+        """Count one user of the mount less."""
 
     def exists(self, id: str) -> bool:
         """Whether there is such a layer."""
 
     def status(self) -> list[tuple[str, str]]:
-        """For docker info."""
+        """Return names and values for `docker info`."""
 
     def get_metadata(self, id: str) -> dict[str, str]:
-        """For docker inspect."""
+        """Return names and values for `docker inspect`."""
 
     def cleanup(self) -> None:
-        """dockerd ends."""
+        """Unmount everything: dockerd ends."""
 
     def release(self) -> None:
-        """The gateway ends: keep only the mounts that containers have."""
+        """Keep only the mounts of containers: the gateway ends."""
 
     def changes(self, id: str, parent: str) -> list[Change]:
-        """For docker diff."""
+        """Return the paths that differ from *parent*."""
 
     def diff_size(self, id: str, parent: str) -> int:
-        """Bytes of the difference."""
+        """Return the bytes of the layer's files over *parent*."""
 
     def can_dedupe(self, id: str) -> bool:
-        """Whether a finished read-write layer still keeps its contents to itself."""
+        """Whether the layer is a finished read-write layer whose contents are not shared yet."""
 
 
-Light = Callable[[Driver, bytes], Response]
+LightCall = Callable[[Driver, bytes], Response]
 
 
 def init(driver: Driver, body: bytes) -> Response:
-    """GraphDriver.Init."""
+    """Answer GraphDriver.Init."""
     request = decode(body, InitRequest)
     driver.init(request.home, request.opts or (), request.uid_maps or (), request.gid_maps or ())
     return Response()
 
 
-def _layer_call(call: Callable[[Driver, LayerRequest], Response | None]) -> Light:
-    """A call on a layer; one that gives nothing answers {}."""
+def _layer_call(call: Callable[[Driver, LayerRequest], Response | None]) -> LightCall:
+    """Make a light call of a call on one layer; its response is {} if *call* returns None."""
 
     def light(driver: Driver, body: bytes) -> Response:
         return call(driver, decode(body, LayerRequest)) or Response()
@@ -88,8 +92,8 @@ def _layer_call(call: Callable[[Driver, LayerRequest], Response | None]) -> Ligh
     return light
 
 
-def get_patiently(driver: Driver, body: bytes) -> Response:
-    """GraphDriver.Get of a layer that has to wait."""
+def blocking_get(driver: Driver, body: bytes) -> Response:
+    """Answer GraphDriver.Get; wait for the lazy file server if the layer needs it."""
     request = decode(body, LayerRequest)
     return Response(dir=driver.get(request.id, request.mount_label))
 
@@ -98,7 +102,7 @@ def _changes(driver: Driver, request: LayerRequest) -> Response:
     return Response(changes=[wire_change(change) for change in driver.changes(request.id, request.parent)])
 
 
-LIGHT_CALLS: Mapping[str, Light] = {
+LIGHT_CALLS: Mapping[str, LightCall] = {
     "GraphDriver.Init": init,
     "GraphDriver.Capabilities": _layer_call(lambda d, r: Response(capabilities=d.capabilities())),
     "GraphDriver.Create": _layer_call(lambda d, r: d.create(r.id, r.parent, r.mount_label, r.storage_opt)),
@@ -118,5 +122,5 @@ LIGHT_CALLS: Mapping[str, Light] = {
 
 
 def layer_id(body: bytes) -> str:
-    """The id that a call was about."""
+    """Return the layer id in a request's body."""
     return decode(body, LayerRequest).id

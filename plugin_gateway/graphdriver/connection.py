@@ -1,8 +1,8 @@
-"""A connection of dockerd's: light requests go to the HTTP server, a heavy one takes the connection over.
+"""A connection of dockerd: the HTTP server answers light requests, a worker takes the connection over for a heavy one.
 
-dockerd keeps connections open and mixes calls on them. ApplyDiff's body and Diff's answer are gigabytes that this
-process would only copy; so between two requests the first bytes are looked at, and for these two calls the HTTP
-server is passed by: reading stops, and the connection's descriptor goes to the process that does the work.
+dockerd keeps connections open and mixes calls on them. The body of ApplyDiff and the response of Diff have gigabytes,
+which this process would only copy. So the connection examines the first bytes of each request. For these two calls it
+bypasses the HTTP server and stops reading, and the gateway passes the descriptor to the worker.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HEAD_END = b"\r\n\r\n"
 _HEAD_LIMIT_BYTES = 64 << 10
 _REQUEST_LIMIT_BYTES = 1 << 20
 _BEGIN_BYTES = 32 << 10
-"""So much of a body is here before a process is used up for it; tar itself writes 10 KiB at a time."""
+"""Bytes of a body, or all of it, to receive before a worker is occupied; tar itself writes 10 KiB at a time."""
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]+)")
 _DRAIN_S = 30.0
 _REASONS = {200: b"OK", 400: b"Bad Request", 500: b"Internal Server Error"}
@@ -33,29 +33,29 @@ _REASONS = {200: b"OK", 400: b"Bad Request", 500: b"Internal Server Error"}
 
 @dataclass(frozen=True, slots=True)
 class HeavyRequest:
-    """An ApplyDiff or a Diff."""
+    """An ApplyDiff or Diff whose head has been read."""
 
     method: str
     """``GraphDriver.ApplyDiff`` or ``GraphDriver.Diff``."""
     id: str
     parent: str
     body_bytes: int
-    """Length of the body that the worker is to read, or CHUNKED."""
+    """Length of the body that the worker reads, or CHUNKED."""
     head: bytes
-    """What was read of it."""
+    """The part of the body that was already read."""
 
 
-class Connection(asyncio.Protocol):
-    """One connection.
+class DockerConnection(asyncio.Protocol):
+    """One connection of dockerd.
 
     Args:
-        light: Makes the HTTP server's protocol for it.
-        heavy: Called with each heavy request and this connection, on which reading has stopped. It must end in one
-            call of respond, close or break_off.
+        light: Makes the HTTP server's protocol for the connection.
+        heavy: Receives each heavy request and this connection, on which reading has stopped. It must end with one call
+            of respond, close or abort.
     """
 
     def __init__(
-        self, light: Callable[[], asyncio.Protocol], heavy: Callable[[HeavyRequest, Connection], None]
+        self, light: Callable[[], asyncio.Protocol], heavy: Callable[[HeavyRequest, DockerConnection], None]
     ) -> None:
         self._make_light = light
         self._heavy = heavy
@@ -64,32 +64,32 @@ class Connection(asyncio.Protocol):
         self._pending = b""
         self._drain: asyncio.TimerHandle | None = None
 
-    # -- what the event loop calls
+    # -- callbacks of the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection is there."""
+        """Start with the transport."""
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Receive bytes."""
         self._receive(data)
 
     def eof_received(self) -> bool | None:
-        """The other side will send no more."""
+        """Handle the end of dockerd's stream."""
         return self._light.eof_received() if self._light is not None else None
 
     def pause_writing(self) -> None:
-        """The other side reads slowly."""
+        """Stop writing: dockerd reads slowly."""
         if self._light is not None:
             self._light.pause_writing()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """Write again: dockerd has caught up."""
         if self._light is not None:
             self._light.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
+        """Handle the end of the connection."""
         if self._drain is not None:
             self._drain.cancel()
         if self._light is not None:
@@ -97,8 +97,8 @@ class Connection(asyncio.Protocol):
 
     # -- between requests
 
-    def light_request_read(self) -> None:
-        """The HTTP server has a request whole: what comes now begins the next one."""
+    def light_request_ended(self) -> None:
+        """Expect a new request: the HTTP server has read the last one whole."""
         self._receive = self._begin_request
 
     def _begin_request(self, data: bytes) -> None:
@@ -139,14 +139,15 @@ class Connection(asyncio.Protocol):
             self._heavy(request, self)
 
     def descriptor(self) -> int:
-        """A duplicate of the connection's descriptor, for the caller to close."""
+        """Return a duplicate of the connection's descriptor, which the caller closes."""
         return os.dup(self._transport.get_extra_info("socket").fileno())
 
     def respond(self, status: int, body: bytes) -> None:
-        """Answer the request and be done with the connection.
+        """Answer the request and end the connection.
 
-        What is left of the request is read and dropped: a close with unread bytes would reach Go as an error of its
-        write, before it has read why, and dockerd would send the rest of the body as a new request.
+        After an error the rest of the request is read and discarded. If the connection closed with unread bytes, Go
+        would report a write error without reading the response, and dockerd would send the rest of the body as a new
+        request.
         """
         head = b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
         self._transport.write(head % (status, _REASONS[status], CONTENT_TYPE.encode(), len(body)) + body)
@@ -158,22 +159,22 @@ class Connection(asyncio.Protocol):
         self._drain = asyncio.get_running_loop().call_later(_DRAIN_S, self._transport.abort)
 
     def close(self) -> None:
-        """Be done with a connection whose request somebody else has answered whole."""
+        """Close a connection whose request a worker has answered completely."""
         self._transport.close()
 
-    def break_off(self) -> None:
-        """End the connection where it is, so that a part is not taken for the whole."""
+    def abort(self) -> None:
+        """Break the connection at once, so that dockerd does not take a part for the whole."""
         self._transport.abort()
 
     def _drop(self, data: bytes) -> None:
-        """The rest of a body that was answered already."""
+        """Discard the rest of the body of a request that was answered."""
 
 
 def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
-    """The request, or None while an ApplyDiff's body has not begun, or a Diff's is not here whole.
+    """Return the request; None while too little of an ApplyDiff's body, or not all of a Diff's, has arrived.
 
     Raises:
-        InvalidInput: It is not what dockerd sends.
+        InvalidInput: The request is malformed.
     """
     if not head:
         raise InvalidInput(f"the request's head is longer than {_HEAD_LIMIT_BYTES} bytes")
@@ -182,7 +183,7 @@ def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
     url = urlsplit(request_line.split(" ")[1])
     length = _body_bytes(headers)
     if url.path == "/GraphDriver.ApplyDiff":
-        if len(body) < _BEGIN_BYTES and not _is_whole(body, length):
+        if len(body) < _BEGIN_BYTES and not is_body_complete(body, length):
             return None
         query = parse_qs(url.query)
         return HeavyRequest(url.path[1:], _first(query, "id"), _first(query, "parent"), length, body)
@@ -194,8 +195,8 @@ def _parsed(head: bytes, body: bytes) -> HeavyRequest | None:
     return HeavyRequest(url.path[1:], layer.id, layer.parent, 0, b"")
 
 
-def _is_whole(body: bytes, length: int) -> bool:
-    """Whether all of the body is here, or it is malformed, of which the worker tells."""
+def is_body_complete(body: bytes, length: int) -> bool:
+    """Whether *body* is complete, or malformed, which the worker reports."""
     if length != CHUNKED:
         return len(body) >= length
     at = 0
@@ -222,6 +223,6 @@ def _first(query: dict[str, list[str]], name: str) -> str:
     return query.get(name, [""])[0]
 
 
-def connection_of(transport: Any) -> Connection:
-    """The Connection that an HTTP request came over."""
-    return cast(Connection, transport.get_protocol())
+def connection_of(transport: Any) -> DockerConnection:
+    """Return the connection that an HTTP request came over."""
+    return cast(DockerConnection, transport.get_protocol())

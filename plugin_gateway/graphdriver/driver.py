@@ -15,7 +15,8 @@ from gearworkers.layers.diff.changes import Change
 from gearworkers.layers.diff.export import Writable
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index.probe import check_index
-from gearworkers.layers.store import WORK, Kind
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import WORK
 from gearworkers.mounts.probe import probe, require
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
@@ -77,7 +78,7 @@ class GearDriver:
             GearError: GEAR_ROOT cannot be used.
         """
         with self._inits:
-            self._use(self._prepare_root(options.saved(self._given.run_dir)))
+            self._use(self._prepare_root(options.load(self._given.run_dir)))
 
     def _prepare_root(self, opts: Sequence[str]) -> _Current:
         """Return the engine of the root that *opts* name, and their settings; repairs and locks a root once."""
@@ -137,7 +138,7 @@ class GearDriver:
             with self._counts.locked(id):
                 engine.unmount(id)
                 self._counts.forget(id)
-        engine.layers.release()
+        engine.layers.unmount_indexes()
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts of containers."""
@@ -157,7 +158,7 @@ class GearDriver:
         """
         if options.container_size(storage_opt) is not None:
             raise InvalidInput(f"layer {id}: --storage-opt size is for containers only")
-        self.engine.create(id, parent, Kind.NEW, mount_label)
+        self.engine.create(id, parent, LayerKind.NEW, mount_label)
 
     @layer_call
     def create_read_write(
@@ -176,7 +177,7 @@ class GearDriver:
         if size is not None:
             engine.layers.quotas.require()
         limit = 0 if size is None or _is_init_layer(id) else size
-        engine.create(id, parent, Kind.CONTAINER, mount_label, limit)
+        engine.create(id, parent, LayerKind.CONTAINER, mount_label, limit)
 
     @layer_call
     def remove(self, id: str) -> None:
@@ -236,7 +237,7 @@ class GearDriver:
             "MergedDir": str(engine.mounts.mount_point(layer)),
         }
         if layer.parent:
-            metadata["LowerDir"] = ":".join(map(str, engine.layers.chain(layer.parent)))
+            metadata["LowerDir"] = ":".join(map(str, engine.layers.lowers(layer.parent)))
         return metadata
 
     def changes(self, id: str, parent: str) -> list[Change]:

@@ -1,7 +1,7 @@
-"""Requests and answers of the graphdriver plugin protocol.
+"""Requests and responses of the graphdriver plugin protocol.
 
-Source: moby daemon/graphdriver/proxy.go and pkg/plugins; where docs/extend/plugins_graphdriver.md differs (the nested
-Capabilities, the names in an id map) this is what the code of 20.10 to 27 sends.
+Source: moby daemon/graphdriver/proxy.go and pkg/plugins. Where docs/extend/plugins_graphdriver.md differs (the nested
+Capabilities, the names in an id map), this module follows the code of Docker 20.10 to 27.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ CONTENT_TYPE = "application/vnd.docker.plugins.v1.1+json"
 
 
 class LayerRequest(msgspec.Struct, frozen=True, rename="pascal"):
-    """Of every call but Init. dockerd leaves out what is empty."""
+    """The request of every call but Init. dockerd omits empty fields."""
 
     id: str = msgspec.field(default="", name="ID")
     parent: str = ""
     mount_label: str = ""
     storage_opt: dict[str, str] | None = None
-    """Of Create and CreateReadWrite: `docker run --storage-opt`."""
+    """`docker run --storage-opt`, in Create and CreateReadWrite."""
 
 
 class InitRequest(msgspec.Struct, frozen=True, rename="pascal"):
-    """A dockerd has started. Go writes an empty list as null."""
+    """The request of Init. Go writes an empty list as null."""
 
     home: str = ""
     opts: list[str] | None = None
@@ -37,7 +37,7 @@ class InitRequest(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class WireChange(msgspec.Struct, frozen=True, rename="pascal"):
-    """One path that differs."""
+    """A path that differs, as JSON carries it."""
 
     path: str
     kind: int
@@ -45,7 +45,7 @@ class WireChange(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Response(msgspec.Struct, frozen=True, rename="pascal", omit_defaults=True):
-    """Of every call: what it gives, or Err."""
+    """The response to every call: its result, or Err."""
 
     err: str = ""
     dir: str = ""
@@ -59,39 +59,39 @@ class Response(msgspec.Struct, frozen=True, rename="pascal", omit_defaults=True)
 
 
 class MalformedRequest(InvalidInput):
-    """The body is not JSON, or not of the call's shape."""
+    """The body is not JSON, or has another shape than the call."""
 
 
 Request = TypeVar("Request", LayerRequest, InitRequest)
 
 
 def decode(body: bytes, type: type[Request]) -> Request:
-    """The request in *body*; an empty one is that of a call without arguments.
+    """Return the request in *body*; an empty body is a call without arguments.
 
     Raises:
-        MalformedRequest: It is not JSON, or not of that shape.
+        MalformedRequest: The body is not JSON, or has another shape.
     """
     try:
         return msgspec.json.decode(body or b"{}", type=type)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise MalformedRequest(f"the request's body is not what the call takes: {exc}") from exc
+        raise MalformedRequest(f"malformed request body: {exc}") from exc
 
 
 def encode(response: Response) -> bytes:
-    """The answer as it goes to Docker; Go's decoder wants no more than valid UTF-8."""
+    """Return the response's JSON, which is valid UTF-8, as Go's decoder requires."""
     return msgspec.json.encode(response)
 
 
 def failure(message: str) -> Response:
-    """The answer that says what went wrong; what is not Unicode in it, as a file's name, becomes question marks."""
+    """Return the response with an error message; bytes that are not Unicode become question marks."""
     return Response(err=message.encode("utf-8", "replace").decode())
 
 
 def error(message: str) -> bytes:
-    """The same as it goes to Docker."""
+    """Return the JSON of `failure`."""
     return encode(failure(message))
 
 
 def wire_change(change: Change) -> WireChange:
-    """A change as JSON can carry it: bytes that are not UTF-8 become the replacement character."""
+    """Return the change for JSON; bytes that are not UTF-8 become the replacement character."""
     return WireChange(change.path.decode("utf-8", "replace"), int(change.kind))

@@ -1,5 +1,8 @@
-"""``--storage-opt``: dockerd's, said once, at its start, and kept for a gateway that is started while it runs; and a
-container's, said when it is made."""
+"""``--storage-opt`` of dockerd and of containers.
+
+dockerd sends its options once, when it starts. They are saved for a gateway that restarts while dockerd runs. The
+options of a container come with the call that creates it.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from gearworkers.util.writing import replace_file
 
 _OPTIONS = ("gear.root", "gear.broker")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgtp])i?)?b?", re.ASCII | re.IGNORECASE)
-_MOST_BYTES = (1 << 63) - 1
+_LARGEST_BYTES = (1 << 63) - 1
 _FILE = "dockerd-options.json"
 
 
 def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
-    """*settings* with dockerd's ``--storage-opt`` applied.
+    """Return *settings* with dockerd's ``--storage-opt`` applied.
 
     Raises:
         InvalidInput: An option is unknown or has no value.
@@ -41,12 +44,12 @@ def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
 
 
 def container_size(opts: Mapping[str, str] | None) -> int | None:
-    """The bytes that ``docker run --storage-opt size=…`` names, 0 for no limit; None if it names none.
+    """Return the size limit of ``docker run --storage-opt size=…`` in bytes; 0 for no limit, None without the option.
 
     Raises:
-        InvalidInput: An option is unknown, or the size is no size.
+        InvalidInput: An option is unknown, or the size is malformed.
 
-    Source: as Docker's overlay2 takes it: docker/go-units, RAMInBytes.
+    Source: docker/go-units, RAMInBytes, which Docker's overlay2 uses.
     """
     size = None
     for key, value in (opts or {}).items():
@@ -59,25 +62,25 @@ def container_size(opts: Mapping[str, str] | None) -> int | None:
 def _bytes(text: str) -> int:
     found = _SIZE.fullmatch(text)
     size = int(float(found[1]) * (1 << 10 * (1 + "kmgtp".index(found[2].lower()) if found[2] else 0))) if found else -1
-    if not 0 <= size <= _MOST_BYTES:
+    if not 0 <= size <= _LARGEST_BYTES:
         raise InvalidInput(f"--storage-opt size={text}: a number of bytes is needed, such as 512M or 10G")
     return size
 
 
 def save(run_dir: Path, opts: Sequence[str]) -> None:
-    """Keep the options of the dockerd that has started, until it is followed by another or a reboot; by one rename.
+    """Save the options of the dockerd that has started, until the next dockerd starts or a reboot; by one rename.
 
     Raises:
-        GearError: They cannot be kept.
+        GearError: The file system refuses.
     """
     try:
         replace_file(run_dir / _FILE, msgspec.json.encode(list(opts)), sync=False)  # not for after a reboot
     except OSError as exc:
-        raise from_os_error(exc, f"keep dockerd's options in {run_dir}") from exc
+        raise from_os_error(exc, f"save dockerd's options in {run_dir}") from exc
 
 
-def saved(run_dir: Path) -> list[str]:
-    """What was saved last; none if nothing was.
+def load(run_dir: Path) -> list[str]:
+    """Return the options that were saved last; an empty list if there are none.
 
     Raises:
         GearError: The file is damaged.

@@ -6,7 +6,6 @@ import http.client
 import io
 import json
 import secrets
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from gearworkers.errors import GearError
 from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
+from gearworkers.util.unix_http import UnixHTTPConnection
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.stack import Stack
 
@@ -219,9 +219,13 @@ class OverSocket:
         return _checked(*self._post(f"/GraphDriver.{method}", json.dumps(arguments).encode()))
 
     def _post(self, path: str, body: bytes | Iterator[bytes]) -> tuple[http.client.HTTPResponse, bytes]:
-        connection = _UnixConnection(self._settings.plugin_socket)
+        connection = UnixHTTPConnection(self._settings.plugin_socket, _TIMEOUT_S)
         chunked = not isinstance(body, bytes)
-        headers = {"Accept": "application/vnd.docker.plugins.v1.2+json", "Content-Type": "application/json"}
+        headers = {
+            "Host": "plugin.moby.localhost",
+            "Accept": "application/vnd.docker.plugins.v1.2+json",
+            "Content-Type": "application/json",
+        }
         if chunked:
             headers["Transfer-Encoding"] = "chunked"
         try:
@@ -235,17 +239,6 @@ class OverSocket:
             raise Refused(f"the connection broke: {exc!r}") from exc
         finally:
             connection.close()
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("plugin.moby.localhost", timeout=_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_TIMEOUT_S)
-        self.sock.connect(str(self._path))
 
 
 def _checked(answer: http.client.HTTPResponse, data: bytes) -> Any:

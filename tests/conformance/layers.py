@@ -10,12 +10,12 @@ from pathlib import Path
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.settings import Settings
-from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.writer import END, header, padding
 from tests.conformance.drivers import Driver, an_id
 from tests.support.overlays import Node, snapshot
 
-File = tuple[Entry, bytes]
+File = tuple[TarEntry, bytes]
 
 MTIME_NS = 1_600_000_000_123_456_789
 NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
@@ -24,7 +24,7 @@ NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
 
 def file(name: str | bytes, content: bytes = b"", mode: int = 0o644, uid: int = 0, gid: int = 0) -> File:
     """A regular file."""
-    return Entry(_bytes(name), REG, b"", mode, uid, gid, len(content), MTIME_NS), content
+    return TarEntry(_bytes(name), REG, b"", mode, uid, gid, len(content), MTIME_NS), content
 
 
 def with_xattrs(made: File, **xattrs: bytes) -> File:
@@ -35,27 +35,27 @@ def with_xattrs(made: File, **xattrs: bytes) -> File:
 
 def directory(name: str | bytes, mode: int = 0o755, uid: int = 0, gid: int = 0) -> File:
     """A directory."""
-    return Entry(_bytes(name) + b"/", DIR, b"", mode, uid, gid, 0, MTIME_NS), b""
+    return TarEntry(_bytes(name) + b"/", DIR, b"", mode, uid, gid, 0, MTIME_NS), b""
 
 
 def symlink(name: str | bytes, to: str | bytes) -> File:
     """A symlink."""
-    return Entry(_bytes(name), SYMLINK, _bytes(to), 0o777, mtime_ns=MTIME_NS), b""
+    return TarEntry(_bytes(name), SYMLINK, _bytes(to), 0o777, mtime_ns=MTIME_NS), b""
 
 
 def hardlink(name: str | bytes, to: str | bytes, mode: int = 0o644, uid: int = 0, gid: int = 0) -> File:
     """A hard link to an earlier entry; its header's owner and mode count, as in Docker."""
-    return Entry(_bytes(name), HARDLINK, _bytes(to), mode, uid, gid, 0, MTIME_NS), b""
+    return TarEntry(_bytes(name), HARDLINK, _bytes(to), mode, uid, gid, 0, MTIME_NS), b""
 
 
 def device(name: str | bytes, major: int, minor: int, kind: int = CHAR) -> File:
     """A device."""
-    return Entry(_bytes(name), kind, b"", 0o620, mtime_ns=MTIME_NS, devmajor=major, devminor=minor), b""
+    return TarEntry(_bytes(name), kind, b"", 0o620, mtime_ns=MTIME_NS, devmajor=major, devminor=minor), b""
 
 
 def fifo(name: str | bytes) -> File:
     """A FIFO."""
-    return Entry(_bytes(name), FIFO, b"", 0o600, mtime_ns=MTIME_NS), b""
+    return TarEntry(_bytes(name), FIFO, b"", 0o600, mtime_ns=MTIME_NS), b""
 
 
 def whiteout(name: str) -> File:

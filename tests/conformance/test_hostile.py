@@ -17,7 +17,7 @@ from gearworkers.digest import object_path
 from gearworkers.fsck.layers import layer_faults
 from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
-from gearworkers.tar.entry import CHAR, Entry
+from gearworkers.tar.entry import CHAR, TarEntry
 from gearworkers.tar.writer import END, header, padding
 from tests.conformance.drivers import Driver, Refused, an_id
 from tests.conformance.layers import (
@@ -45,7 +45,7 @@ DIGEST = bytes(range(32))
 
 def block(**fields: bytes) -> bytes:
     """One header block with raw fields put over a right one."""
-    made = bytearray(header(Entry(b"entry", mtime_ns=0)))
+    made = bytearray(header(TarEntry(b"entry", mtime_ns=0)))
     places = {"name": 0, "mode": 100, "uid": 108, "gid": 116, "size": 124, "mtime": 136, "type": 156, "link": 157}
     places |= {"major": 329, "minor": 337}
     for name, value in fields.items():
@@ -61,7 +61,7 @@ def huge(value: int) -> bytes:
 
 def records(pairs: dict[bytes, bytes], name: bytes = b"entry") -> bytes:
     """An empty file with these PAX records."""
-    return pax_header(pairs) + header(Entry(name, mtime_ns=0)) + END
+    return pax_header(pairs) + header(TarEntry(name, mtime_ns=0)) + END
 
 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a PAX size that is none": (lambda: records({b"size": b"many"}), r"'entry'.*number"),
     "a PAX size beyond 64 bits": (lambda: records({b"size": b"9" * 40}), r"'entry'.*64 bits"),
     "a PAX record that lies about its length": (
-        lambda: checksummed_x(b"999 path=x\n") + header(Entry(b"entry")) + END,
+        lambda: checksummed_x(b"999 path=x\n") + header(TarEntry(b"entry")) + END,
         r"length",
     ),
     "a PAX bomb": (lambda: block(type=b"x", size=b"77777777777\0") + bytes(4096), r"extended header is larger"),
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "Gear records beside another size": (
         lambda: (
             pax_header({b"GEAR.sha256": DIGEST.hex().encode(), b"GEAR.size": b"5"})
-            + header(Entry(b"entry", size_bytes=3))
+            + header(TarEntry(b"entry", size_bytes=3))
             + b"abc"
             + padding(3)
             + END

@@ -1,4 +1,4 @@
-"""SIGKILL at every step of Get and Put: one mount or none, never two, and a container's files stay."""
+"""SIGKILL at every step of Get and Put leaves one mount or none, never two, and keeps a container's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conformance.layers import applied, file
 from tests.faults.crashes import Say, killed_at_every_step
 from tests.support.lazynode import LazyNode, lazy_node
 
-READ_WRITE = ("container", "container-init")  # the latter is mounted without sync
+READ_WRITE = ("container", "container-init")  # the second one is mounted volatile
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def base(settings: Settings) -> str:
 
 
 def layer_of(settings: Settings, kind: str, base: str) -> str:
-    """A layer that is not mounted; a read-write one holds a file of its own."""
+    """Make an unmounted layer; a read-write layer has a file of its own."""
     if kind == "image":
         return base
     driver = InProcess(settings)
@@ -49,7 +49,7 @@ def mounts_at(merged: Path) -> int:
 
 
 def check_one_user(settings: Settings, id: str) -> None:
-    """Get, as dockerd repeats it, and one Put: mounted once, then not at all."""
+    """Check that a Get, as dockerd repeats it, mounts once and that a Put unmounts."""
     driver = InProcess(settings)
     merged = driver.get(id)
     assert mounts_at(merged) == 1
@@ -81,7 +81,7 @@ def test_a_get_killed_at_any_step_leaves_no_second_mount(settings: Settings, bas
 
 
 @pytest.mark.parametrize("kind", ["image", *READ_WRITE])
-def test_a_put_killed_at_any_step_is_repeated_or_followed_by_a_get(settings: Settings, base: str, kind: str) -> None:
+def test_a_put_killed_at_any_step_can_be_repeated(settings: Settings, base: str, kind: str) -> None:
     id = layer_of(settings, kind, base)
 
     def work(say: Say) -> None:
@@ -99,7 +99,7 @@ def test_a_put_killed_at_any_step_is_repeated_or_followed_by_a_get(settings: Set
 
 
 def killed_calls(settings: Settings, call: str, id: str) -> Iterator[bool]:
-    """Have a Get or a Put killed at each of its steps; whether it had answered."""
+    """Kill a Get or Put at each of its steps; yield whether it had answered."""
 
     def work(say: Say) -> None:
         getattr(GearDriver(settings), call)(id)
@@ -109,7 +109,7 @@ def killed_calls(settings: Settings, call: str, id: str) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize("call", ["put", "remove"])
-def test_a_put_or_remove_after_a_get_that_was_killed_unmounts(settings: Settings, base: str, call: str) -> None:
+def test_a_put_or_remove_after_a_killed_get_unmounts(settings: Settings, base: str, call: str) -> None:
     mounted = 0
     for _ in killed_calls(settings, "get", layer_of(settings, "container", base)):
         driver = InProcess(settings)
@@ -123,7 +123,7 @@ def test_a_put_or_remove_after_a_get_that_was_killed_unmounts(settings: Settings
     assert mounted > 1, "some were killed after the mount"
 
 
-def test_a_new_dockerd_takes_over_no_user_from_a_get_that_was_killed(settings: Settings, base: str) -> None:
+def test_a_new_dockerd_counts_no_user_for_a_killed_get(settings: Settings, base: str) -> None:
     id = layer_of(settings, "container", base)
     for answered in killed_calls(settings, "get", id):
         driver = InProcess(settings)
@@ -134,7 +134,7 @@ def test_a_new_dockerd_takes_over_no_user_from_a_get_that_was_killed(settings: S
     driver.put(id)
 
 
-def test_a_killed_call_of_one_user_takes_nothing_from_another(settings: Settings, base: str) -> None:
+def test_a_killed_call_of_one_user_does_not_affect_another_user(settings: Settings, base: str) -> None:
     id = layer_of(settings, "container", base)
     driver = InProcess(settings)
     merged = driver.get(id)
@@ -155,7 +155,7 @@ def test_a_killed_call_of_one_user_takes_nothing_from_another(settings: Settings
 
 
 def check_one_mount(driver: InProcess, id: str, merged: Path) -> None:
-    """A user more, and one less, changes nothing."""
+    """Check that a Get and a Put leave the mount of the other users."""
     driver.get(id)
     assert mounts_at(merged) == 1
     driver.put(id)
@@ -164,14 +164,14 @@ def check_one_mount(driver: InProcess, id: str, merged: Path) -> None:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[LazyNode]:
-    """A driver that records containers' starts."""
+    """A node that records the starts of containers."""
     with lazy_node(tmp_path) as node:
         node.settings = replace(node.settings, remote=str(tmp_path / "remote"))
         node.pull({"base": b"of the base"}, "base")
         yield node
 
 
-def test_the_same_holds_where_files_arrive_when_they_are_opened_and_starts_are_recorded(node: LazyNode) -> None:
+def test_the_same_holds_for_lazily_fetched_layers_and_recorded_starts(node: LazyNode) -> None:
     driver = InProcess(node.settings)
     id = layer_of(node.settings, "container", "base")
     for answered in killed_calls(node.settings, "get", id):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas.push_queue import PushSpool
-from gearworkers.cas.refs import Claims
+from gearworkers.cas.push_queue import PushQueue
+from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError, IntegrityError
@@ -172,13 +172,13 @@ def test_nothing_waits_for_ever_of_an_import_killed_at_any_step(settings: Settin
 
 
 @pytest.fixture
-def announced(settings: Settings) -> tuple[PushSpool, ObjectStore, bytes]:
+def announced(settings: Settings) -> tuple[PushQueue, ObjectStore, bytes]:
     """A spool in which an object is announced that is not stored."""
     store = ObjectStore(settings.gear_public_cache_path)
-    spool = PushSpool(settings.gear_push_path, store)
+    push_queue = PushQueue(settings.gear_push_path, store)
     digest = hashlib.sha256(CONTENTS[0]).digest()
-    spool.announce(digest)
-    return spool, store, digest
+    push_queue.announce(digest)
+    return push_queue, store, digest
 
 
 def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
@@ -187,17 +187,17 @@ def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
     os.close(fd)
 
 
-Announced = tuple[PushSpool, ObjectStore, bytes]
+Announced = tuple[PushQueue, ObjectStore, bytes]
 
 
 def test_what_an_import_under_way_has_announced_stays(settings: Settings, announced: Announced) -> None:
-    spool, _, digest = announced
+    push_queue, _, digest = announced
     build = settings.gear_build_path / "layer.1"
     build.mkdir()
-    claims = Claims(build)
+    claims = RefWriter(build)
     claims.add(digest, len(CONTENTS[0]))
     Engine.of(settings).collect_garbage()
-    assert list(spool.pending()) == [digest]
+    assert list(push_queue.pending()) == [digest]
     claims.close()
     shutil.rmtree(build)
     Engine.of(settings).collect_garbage()
@@ -208,17 +208,17 @@ def test_what_an_import_under_way_has_announced_stays(settings: Settings, announ
 def test_an_import_that_stores_what_is_being_forgotten_has_it_pushed(
     settings: Settings, announced: Announced, announces: bool
 ) -> None:
-    spool, store, digest = announced
+    push_queue, store, digest = announced
 
     def importing() -> set[bytes]:
         """Where the collector reads the claims: another import comes; it announces before, or had done."""
         if announces:
-            spool.announce(digest)
+            push_queue.announce(digest)
         stored(store, digest, settings)
-        spool.add(digest)
+        push_queue.add(digest)
         return set()
 
-    assert spool.forget_unstored(importing) == 0
+    assert push_queue.remove_unstored(importing) == 0
     Engine.of(settings).collect_garbage()
     assert waiting(settings) == 1
     assert Engine.of(settings).push_pending().pushed_objects == 1
@@ -227,27 +227,27 @@ def test_an_import_that_stores_what_is_being_forgotten_has_it_pushed(
 
 def test_an_object_whose_link_was_put_aside_is_pushed(settings: Settings, announced: Announced) -> None:
     """The collector took it for an announcement, the import's link replaced that, and the collector was killed."""
-    spool, store, digest = announced
+    push_queue, store, digest = announced
     stored(store, digest, settings)
-    spool.add(digest)
+    push_queue.add(digest)
     path = settings.gear_push_path / digest.hex()
     path.rename(f"{path}.aside")
-    spool.announce(digest)
-    assert spool.forget_unstored(set) == 0
+    push_queue.announce(digest)
+    assert push_queue.remove_unstored(set) == 0
     assert path.stat().st_size == len(CONTENTS[0]) and waiting(settings) == 1
 
 
 def test_forgetting_killed_at_any_step_is_ended_by_the_next(settings: Settings, announced: Announced) -> None:
-    spool, _, digest = announced
+    push_queue, _, digest = announced
 
     def work(say: Say) -> None:
-        spool.forget_unstored(lambda: {digest})
+        push_queue.remove_unstored(lambda: {digest})
 
     for _ in killed_at_every_step(work):
         assert waiting(settings) in (1, 2)
-        assert spool.forget_unstored(lambda: {digest}) == 0
-        assert list(spool.pending()) == [digest]
-    assert spool.forget_unstored(set) == 1 and waiting(settings) == 0
+        assert push_queue.remove_unstored(lambda: {digest}) == 0
+        assert list(push_queue.pending()) == [digest]
+    assert push_queue.remove_unstored(set) == 1 and waiting(settings) == 0
 
 
 def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> None:
@@ -301,12 +301,12 @@ class Refusing(Directory):
 def test_an_object_that_the_remote_refuses_keeps_none_behind_it_from_being_pushed(settings: Settings) -> None:
     contents = [bytes([number]) * 900_000 for number in range(10)]
     applied(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
-    spool = PushSpool(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
-    first = next(spool.pending())
+    push_queue = PushQueue(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
+    first = next(push_queue.pending())
     store = Refusing(Path(settings.remote))
     store.refused = frozenset([first])
-    assert push_pending(spool, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
-    assert list(spool.pending()) == [first]
+    assert push_pending(push_queue, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
+    assert list(push_queue.pending()) == [first]
 
 
 def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings: Settings) -> None:

@@ -19,7 +19,8 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from gearworkers.cas.store import ObjectStore
-from tests.support.plugin import Plugin, UnixHTTPConnection, read_metrics
+from gearworkers.util.unix_http import UnixHTTPConnection
+from tests.support.plugin import TIMEOUT_S, Plugin, read_metrics
 from tests.support.processes import wait_until
 from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar
@@ -269,7 +270,7 @@ def test_more_commits_at_once_than_there_are_processes_all_end(plugin: Plugin) -
     assert apply(plugin, source, tar)[0] == 200
 
     def commit(id: str) -> int:
-        connection = UnixHTTPConnection(plugin.path)
+        connection = UnixHTTPConnection(plugin.path, TIMEOUT_S)
         connection.request("POST", "/GraphDriver.Diff", json.dumps({"ID": source, "Parent": ""}))
         with closing(connection), connection.getresponse() as diff:
             plugin.call("Create", ID=id, Parent="")

@@ -16,7 +16,7 @@ from gearworkers.engine import mounts
 from gearworkers.engine.engine import Engine
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
-from gearworkers.tar.tar_split import Raw, StreamReader
+from gearworkers.tar.tar_split import RawBytes, TarSplitReader
 from gearworkers.util.fs import opened_directory
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
@@ -92,7 +92,7 @@ def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) 
     assert sum(record.get("new_objects", 0) for record in records) >= len(CONTENTS)
     for id in ids:
         with open(settings.gear_images_path / id / STREAM_FILE, "rb") as stream:
-            contents = {piece.digest for piece in StreamReader(stream) if not isinstance(piece, Raw)}
+            contents = {piece.digest for piece in TarSplitReader(stream) if not isinstance(piece, RawBytes)}
         assert len(contents) == len(CONTENTS)
     assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 

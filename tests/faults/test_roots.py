@@ -1,4 +1,4 @@
-"""Init names another GEAR_ROOT while calls are under way: each of them sees one root alone."""
+"""Init names another GEAR_ROOT during other calls: each call uses one root from start to end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def switch(driver: GearDriver, settings: Settings, root: str) -> None:
 
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
-    """Threads take turns between any two steps."""
+    """Make threads switch as often as possible."""
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -45,7 +45,7 @@ def hasty_threads() -> Iterator[None]:
 
 @pytest.fixture
 def driver(settings: Settings) -> Iterator[GearDriver]:
-    """Two roots with the same ids: each has an image with one file that names the root, and containers on it."""
+    """A driver of two roots with the same ids; the image of each has a file that names the root, and containers."""
     driver = GearDriver(settings, exclusive=True)
     driver.prepare()
     for root in ROOTS:
@@ -63,7 +63,7 @@ def driver(settings: Settings) -> Iterator[GearDriver]:
 
 
 def calls_of_one_thread(driver: GearDriver, settings: Settings, number: int, ended: Event) -> int:
-    """Calls as dockerd's, until it has ended; how many rounds."""
+    """Make calls as dockerd does until *ended* is set; return the number of rounds."""
     container = f"container-{number}"
     for turn in itertools.count():
         if ended.is_set():
@@ -82,7 +82,7 @@ def calls_of_one_thread(driver: GearDriver, settings: Settings, number: int, end
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_calls_see_one_root_alone_while_init_switches_back_and_forth(driver: GearDriver, settings: Settings) -> None:
+def test_each_call_uses_one_root_while_init_switches_back_and_forth(driver: GearDriver, settings: Settings) -> None:
     ended = Event()
     with ThreadPoolExecutor(THREADS) as pool:
         running = [pool.submit(calls_of_one_thread, driver, settings, number, ended) for number in range(THREADS)]
@@ -94,7 +94,7 @@ def test_calls_see_one_root_alone_while_init_switches_back_and_forth(driver: Gea
     assert all(thread.result() for thread in running)
 
 
-def test_a_call_that_init_comes_into_answers_from_the_root_it_began_with(
+def test_a_call_interrupted_by_init_answers_from_the_root_that_it_began_with(
     driver: GearDriver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     switch(driver, settings, "a")
@@ -111,7 +111,7 @@ def test_a_call_that_init_comes_into_answers_from_the_root_it_began_with(
     assert sink.getvalue() == tar(file("root", b"a"))
 
 
-def test_an_import_goes_on_where_it_began(driver: GearDriver, settings: Settings) -> None:
+def test_an_import_continues_in_the_root_where_it_began(driver: GearDriver, settings: Settings) -> None:
     def meanwhile() -> None:
         for root in ("a", "b"):
             switch(driver, settings, root)
@@ -126,10 +126,8 @@ def test_an_import_goes_on_where_it_began(driver: GearDriver, settings: Settings
 
 
 @pytest.mark.parametrize("spelt", ["a", "link"])
-def test_a_dockerd_that_starts_leaves_an_import_under_way_alone(
-    driver: GearDriver, settings: Settings, spelt: str
-) -> None:
-    """As one for a dockerd before, or an absorption; by whatever path the same root is named."""
+def test_an_init_does_not_disturb_a_running_import(driver: GearDriver, settings: Settings, spelt: str) -> None:
+    """The import may be for an earlier dockerd; the path may be another name of the same root."""
     settings.gear_root.with_name("link").symlink_to("a")
     switch(driver, settings, "a")
     driver.create("layer", "")

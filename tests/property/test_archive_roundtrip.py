@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gearworkers.errors import GearError
-from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.writer import END, header, padding
 from tests.support.tars import read_tar, with_checksum
 
@@ -23,10 +23,10 @@ contents = st.binary(max_size=1500)
 
 
 @st.composite
-def entries(draw: st.DrawFn) -> tuple[Entry, bytes]:
+def entries(draw: st.DrawFn) -> tuple[TarEntry, bytes]:
     kind = draw(st.sampled_from([REG, REG, HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO]))
     content = draw(contents) if kind == REG else b""
-    entry = Entry(
+    entry = TarEntry(
         draw(names),
         kind,
         draw(names) if kind in (HARDLINK, SYMLINK) else b"",
@@ -44,14 +44,14 @@ def entries(draw: st.DrawFn) -> tuple[Entry, bytes]:
     return entry, content
 
 
-def as_tar(files: list[tuple[Entry, bytes]]) -> bytes:
+def as_tar(files: list[tuple[TarEntry, bytes]]) -> bytes:
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(entries(), min_size=1, max_size=8), st.integers(1, 5000))
 def test_entries_survive_writer_and_reader_and_the_tar_its_stream(
-    files: list[tuple[Entry, bytes]], step_bytes: int
+    files: list[tuple[TarEntry, bytes]], step_bytes: int
 ) -> None:
     tar = as_tar(files)
     read = read_tar(tar, buffer_bytes=4096, step_bytes=step_bytes)
@@ -91,7 +91,7 @@ def test_headers_of_any_kind_and_content_raise_nothing_but_gear_errors(
 ) -> None:
     tar = b""
     for kind, magic, content in members:
-        block = bytearray(header(Entry(b"name", size_bytes=len(content))))
+        block = bytearray(header(TarEntry(b"name", size_bytes=len(content))))
         block[156], block[257:265] = ord(kind), magic
         for at, value in changes:
             block[at] = value

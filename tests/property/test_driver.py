@@ -1,4 +1,4 @@
-"""Any tree comes out of the driver as it went in; any deeds in a container outlive a commit."""
+"""The driver returns any tree as it was applied; a commit keeps all changes of a container."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from gearworkers.settings import Settings
-from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import File, applied, committed, mounted, shown, tar
 from tests.property.test_containerdiff_sequences import OPERATION, REFUSED, Operation
@@ -39,10 +39,10 @@ KIND = st.sampled_from([REG, REG, REG, DIR, DIR, SYMLINK, HARDLINK, FIFO, CHAR, 
 
 @st.composite
 def trees(draw: st.DrawFn) -> list[File]:
-    """Entries with parents before children, each name once."""
+    """Generate entries, parents before children, each name once."""
     directories, files = [b""], list[File]()
     taken = set[bytes]()
-    plain = list[Entry]()
+    plain = list[TarEntry]()
     for _ in range(draw(st.integers(0, 12))):
         path = draw(st.sampled_from(directories)) + draw(NAME)
         if path in taken:
@@ -58,13 +58,13 @@ def trees(draw: st.DrawFn) -> list[File]:
     return files
 
 
-def _entry(draw: st.DrawFn, path: bytes, kind: int, plain: list[Entry]) -> File:
+def _entry(draw: st.DrawFn, path: bytes, kind: int, plain: list[TarEntry]) -> File:
     if kind == HARDLINK and plain:
         first = draw(st.sampled_from(plain))
-        return Entry(path, HARDLINK, first.name, first.mode, first.uid, first.gid, 0, first.mtime_ns), b""
+        return TarEntry(path, HARDLINK, first.name, first.mode, first.uid, first.gid, 0, first.mtime_ns), b""
     kind = REG if kind == HARDLINK else kind
     content = draw(CONTENT) if kind == REG else b""
-    entry = Entry(
+    entry = TarEntry(
         path + b"/" if kind == DIR else path,
         kind,
         draw(NAME) if kind == SYMLINK else b"",
@@ -92,7 +92,7 @@ def driver() -> Iterator[InProcess]:
 
 @EXAMPLES
 @given(trees())
-def test_any_tree_is_shown_as_it_went_in_and_its_tar_comes_back(driver: InProcess, files: list[File]) -> None:
+def test_a_mount_shows_any_tree_as_applied_and_diff_returns_its_tar(driver: InProcess, files: list[File]) -> None:
     data = tar(*files)
     id = an_id()
     driver.create(id)
@@ -105,7 +105,7 @@ def test_any_tree_is_shown_as_it_went_in_and_its_tar_comes_back(driver: InProces
     driver.remove(id)
 
 
-def check_node(node: Node, entry: Entry, content: bytes) -> None:
+def check_node(node: Node, entry: TarEntry, content: bytes) -> None:
     formats = {REG: stat.S_IFREG, DIR: stat.S_IFDIR, SYMLINK: stat.S_IFLNK, FIFO: stat.S_IFIFO}
     formats |= {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, HARDLINK: stat.S_IFREG}
     assert node.mode == formats[entry.type] | entry.mode
@@ -124,7 +124,7 @@ def check_node(node: Node, entry: Entry, content: bytes) -> None:
 
 @EXAMPLES
 @given(trees(), trees())
-def test_any_tree_over_any_other_is_their_union_and_any_pairs_diff_makes_one_of_the_other(
+def test_any_tree_over_another_is_their_union_and_the_diff_of_two_layers_turns_one_into_the_other(
     driver: InProcess, lower: list[File], upper: list[File]
 ) -> None:
     base = applied(driver, *lower)
@@ -145,13 +145,13 @@ def test_any_tree_over_any_other_is_their_union_and_any_pairs_diff_makes_one_of_
 
 
 def unlinked(nodes: dict[bytes, Node]) -> dict[bytes, Node]:
-    """Without who is linked to whom: between any two trees that alone is no change, as with Docker."""
+    """Return *nodes* without links: between two trees a difference of links alone is not a change, as with Docker."""
     return {name: node._replace(links=frozenset()) for name, node in nodes.items()}
 
 
 @EXAMPLES
 @given(trees(), st.lists(st.lists(OPERATION, max_size=8), min_size=1, max_size=3))
-def test_any_deeds_in_a_container_outlive_a_commit(
+def test_a_commit_keeps_all_changes_of_a_container(
     driver: InProcess, files: list[File], turns: list[list[Operation]]
 ) -> None:
     made = [applied(driver, *files)]

@@ -17,7 +17,7 @@ from gearworkers.images import manifest as m
 from gearworkers.images.layer_reader import read_all, unpacked
 from gearworkers.images.registry import Repository
 from gearworkers.remote.remote import Remote
-from gearworkers.tar.entry import Entry
+from gearworkers.tar.entry import TarEntry
 from tests.support.tars import Trickle, read_tar
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -160,7 +160,7 @@ def pull(source: Repository, version: str) -> Pulled:
     return Pulled(manifest, config, tars)
 
 
-def contents_of(tar: bytes, remote: Remote | None = None) -> list[tuple[Entry, bytes]]:
+def contents_of(tar: bytes, remote: Remote | None = None) -> list[tuple[TarEntry, bytes]]:
     """The entries of a tar without a Gear layer's records, and their contents, from *remote* where named."""
     found = []
     for entry, content in read_tar(tar).files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 from collections.abc import Iterable
@@ -10,24 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gearworkers.util.unix_http import UnixHTTPConnection
 
-class UnixHTTPConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
-        super().__init__("plugin", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+TIMEOUT_S = 60.0
 
 
 def read_metrics(path: Path) -> bytes:
     """The gateway's Prometheus metrics from the Unix socket *path*."""
-    connection = UnixHTTPConnection(path)
+    connection = UnixHTTPConnection(path, TIMEOUT_S)
     try:
         connection.request("GET", "/metrics")
         return connection.getresponse().read()
@@ -43,7 +32,7 @@ class Plugin:
 
     def request(self, method: str, body: bytes | Iterable[bytes], *, chunked: bool = False) -> tuple[int, bytes]:
         """One POST: HTTP status and body of the answer."""
-        connection = UnixHTTPConnection(self.path)
+        connection = UnixHTTPConnection(self.path, TIMEOUT_S)
         try:
             headers = {"Transfer-Encoding": "chunked"} if chunked else {}
             connection.request("POST", f"/{method}", body, headers, encode_chunked=chunked)
@@ -68,7 +57,7 @@ class Plugin:
     def begin_apply(self, id: str, first_bytes: bytes) -> socket.socket:
         """The connection of an ApplyDiff that has sent one chunk and holds the rest back."""
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(60)
+        connection.settimeout(TIMEOUT_S)
         connection.connect(str(self.path))
         head = f"POST /GraphDriver.ApplyDiff?id={id}&parent= HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + b"%x\r\n%s\r\n" % (len(first_bytes), first_bytes))
@@ -77,7 +66,7 @@ class Plugin:
     def begin(self, method: str, id: str) -> socket.socket:
         """The connection of a call that was sent and whose answer is unread."""
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(60)
+        connection.settimeout(TIMEOUT_S)
         connection.connect(str(self.path))
         body = json.dumps({"ID": id, "Parent": ""}).encode()
         head = f"POST /GraphDriver.{method} HTTP/1.1\r\nHost: p\r\nContent-Length: {len(body)}\r\n\r\n"

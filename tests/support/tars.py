@@ -6,21 +6,21 @@ import hashlib
 import io
 from dataclasses import dataclass
 
-from gearworkers.tar.entry import Entry
+from gearworkers.tar.entry import TarEntry
 from gearworkers.tar.reader import TarReader
-from gearworkers.tar.tar_split import Raw, StreamReader, StreamWriter
+from gearworkers.tar.tar_split import RawBytes, TarSplitReader, TarSplitWriter
 
 
 @dataclass(frozen=True)
 class ReadTar:
     """Every entry of a tar with its content, sparse ones expanded, and the stream made meanwhile."""
 
-    files: list[tuple[Entry, bytes]]
+    files: list[tuple[TarEntry, bytes]]
     objects: dict[bytes, bytes]
     stream: bytes
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TarEntry]:
         return [entry for entry, _ in self.files]
 
     def content(self, name: bytes) -> bytes:
@@ -28,10 +28,10 @@ class ReadTar:
 
     def rebuilt(self) -> bytes:
         """The tar, from nothing but stream and objects."""
-        pieces = StreamReader(io.BytesIO(self.stream))
+        pieces = TarSplitReader(io.BytesIO(self.stream))
         return b"".join(
             piece.data
-            if isinstance(piece, Raw)
+            if isinstance(piece, RawBytes)
             else self.objects[piece.digest][piece.offset_bytes : piece.offset_bytes + piece.length_bytes]
             for piece in pieces
         )
@@ -51,9 +51,9 @@ class Trickle:
 def read_tar(data: bytes, *, buffer_bytes: int = 1 << 16, step_bytes: int = 1 << 20) -> ReadTar:
     """Read all of *data* as a layer is read: contents become objects, the rest goes into the stream."""
     file = io.BytesIO()
-    log = StreamWriter(file)
+    log = TarSplitWriter(file)
     reader = TarReader(Trickle(data, step_bytes), log, buffer_bytes=buffer_bytes)
-    files: list[tuple[Entry, bytes]] = []
+    files: list[tuple[TarEntry, bytes]] = []
     objects: dict[bytes, bytes] = {}
     for entry in reader:
         whole = reader.payload()
@@ -68,7 +68,7 @@ def read_tar(data: bytes, *, buffer_bytes: int = 1 << 16, step_bytes: int = 1 <<
     return ReadTar(files, objects, file.getvalue())
 
 
-def log_content(log: StreamWriter, entry: Entry, digest: bytes, stored_bytes: int) -> None:
+def log_content(log: TarSplitWriter, entry: TarEntry, digest: bytes, stored_bytes: int) -> None:
     """Tell the stream that the content just read is kept under *digest*."""
     if entry.sparse is None:
         if stored_bytes:
@@ -78,7 +78,7 @@ def log_content(log: StreamWriter, entry: Entry, digest: bytes, stored_bytes: in
         log.slice(digest, offset_bytes, length_bytes)
 
 
-def expand(entry: Entry, stored: bytes) -> bytes:
+def expand(entry: TarEntry, stored: bytes) -> bytes:
     """A sparse file's content from its segments."""
     content = bytearray(entry.size_bytes)
     at = 0

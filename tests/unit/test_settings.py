@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.settings import Settings
+from gearworkers.settings import Settings, documented
 
 
 def test_who_has_no_home_has_settings_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +37,19 @@ def test_a_value_that_cannot_be_is_named(name: str, value: str, monkeypatch: pyt
     monkeypatch.setenv(name, value)
     with pytest.raises(InvalidInput, match=f"{name}.*{value}"):
         Settings.from_environ()
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "unit"),
+    [
+        ("GEAR_STREAM_IDLE_S", "900", "s"),
+        ("GEAR_LARGE_OBJECT_BYTES", "2097152", "bytes"),
+        ("GEAR_XINO", "off", ""),
+        ("GEAR_REMOTE", "none", ""),
+        ("GEAR_NODE", "host name", ""),
+        ("HTTPS_PROXY", "none", ""),
+    ],
+)
+def test_every_setting_is_documented_with_default_and_unit(name: str, default: str, unit: str) -> None:
+    found = next(one for one in documented() if one.name == name)
+    assert (found.default, found.unit) == (default, unit) and found.help.endswith(".") and "\n" not in found.help

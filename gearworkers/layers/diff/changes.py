@@ -12,7 +12,15 @@ from enum import IntEnum
 from pathlib import Path
 
 from gearworkers.errors import from_os_error
-from gearworkers.layers.diff.upperdir import Found, Sign, join, lstat_at, open_below, sorted_names, walk_upper
+from gearworkers.layers.diff.upperdir import (
+    EntryState,
+    UpperEntry,
+    join,
+    lstat_at,
+    open_beneath,
+    sorted_names,
+    walk_upper,
+)
 from gearworkers.layers.diff.xattrs import kept_xattrs
 from gearworkers.util.fs import opened_directory
 
@@ -80,8 +88,8 @@ def tree_changes(new_fd: int | None, old_fd: int | None) -> list[Change]:
     return _sorted(changes)
 
 
-def _kind_of(found: Found) -> ChangeKind | None:
-    if found.sign is Sign.OPAQUE:
+def _kind_of(found: UpperEntry) -> ChangeKind | None:
+    if found.state is EntryState.OPAQUE:
         return ChangeKind.MODIFY
     if found.status is None:
         return ChangeKind.DELETE
@@ -93,7 +101,7 @@ def _kind_of(found: Found) -> ChangeKind | None:
     return ChangeKind.MODIFY
 
 
-def _directory_touched(found: Found, new: os.stat_result, old: os.stat_result) -> bool:
+def _directory_touched(found: UpperEntry, new: os.stat_result, old: os.stat_result) -> bool:
     if new.st_mtime_ns != old.st_mtime_ns:
         return True
     return _differs(found.merged_dir_fd, found.parent_dir_fd, found.name, new, old)
@@ -103,8 +111,8 @@ def _compare_directory(
     new_root: int | None, old_root: int | None, path: bytes, changes: dict[bytes, ChangeKind]
 ) -> list[bytes]:
     """Record what differs in one directory; the subdirectories to compare next."""
-    new_dir = None if new_root is None else open_below(new_root, path)
-    old_dir = None if old_root is None else open_below(old_root, path)
+    new_dir = None if new_root is None else open_beneath(new_root, path)
+    old_dir = None if old_root is None else open_beneath(old_root, path)
     try:
         new_names = [] if new_dir is None else sorted_names(new_dir)
         gone = set() if old_dir is None else set(sorted_names(old_dir)).difference(new_names)

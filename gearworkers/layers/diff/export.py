@@ -20,10 +20,10 @@ from typing import Protocol
 
 from gearworkers.errors import InvalidInput, NotFound, from_os_error
 from gearworkers.layers.diff.changes import ChangeKind, tree_changes
-from gearworkers.layers.diff.upperdir import Found, Sign, join, lstat_at, open_below, walk_upper
+from gearworkers.layers.diff.upperdir import EntryState, UpperEntry, join, lstat_at, open_beneath, walk_upper
 from gearworkers.layers.diff.xattrs import kept_xattrs, kept_xattrs_of
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, shown
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry, shown
 from gearworkers.tar.private_marker import MARK
 from gearworkers.tar.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.tar.writer import END, header, padding
@@ -73,16 +73,16 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
         NotFound: A file is there but its content is not in the object store.
         GearError: Something cannot be read, or an owner is in none of the id ranges. The tar is then unfinished.
     """
-    tar = _Tar(out, ids)
+    tar = _DiffWriter(out, ids)
     with opened_directory(upper) as upper_fd:
         if lstat_at(upper_fd, MARK) is not None:
             tar.add_mark(merged_fd)
     for found in _steps(upper, merged_fd, parent_fd):
-        if found.sign is Sign.PRESENT and found.status is not None:
+        if found.state is EntryState.PRESENT and found.status is not None:
             tar.add(found.path, found.merged_dir_fd, found.name, found.status)
-        elif found.sign is Sign.GONE:
+        elif found.state is EntryState.REMOVED:
             tar.add_marker(_whiteout_path(found.path))
-        elif found.sign is Sign.OPAQUE:
+        elif found.state is EntryState.OPAQUE:
             tar.add_marker(join(found.path, OPAQUE))
     tar.finish()
 
@@ -93,7 +93,7 @@ def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: 
     Changed files are written whole, what is gone becomes a whiteout. What counts as changed is `tree_changes`'.
     Arguments and errors are otherwise those of `write_diff`.
     """
-    tar = _Tar(out, ids)
+    tar = _DiffWriter(out, ids)
     changes = tree_changes(new_fd, old_fd)
     if new_fd is not None and any(change.path[1:] == MARK for change in changes):
         tar.add_mark(new_fd)
@@ -106,15 +106,15 @@ def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: 
     tar.finish()
 
 
-def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
+def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[UpperEntry]:
     with _Reading(os.fsencode(upper)), opened_directory(upper) as upper_fd:
         yield from walk_upper(upper_fd, merged_fd, parent_fd)
 
 
-def _add_below(tar: _Tar, root_fd: int, path: bytes) -> None:
+def _add_below(tar: _DiffWriter, root_fd: int, path: bytes) -> None:
     directory, _, name = path.rpartition(b"/")
     with _Reading(path):
-        dir_fd = open_below(root_fd, directory)
+        dir_fd = open_beneath(root_fd, directory)
     if dir_fd is None:
         return
     try:
@@ -148,7 +148,7 @@ class _Reading:
             raise from_os_error(exc, f"reading {shown(self._path)} for a layer's tar") from exc
 
 
-class _Tar:
+class _DiffWriter:
     """A tar being written; hard links within it are kept."""
 
     def __init__(self, out: Writable, ids: IdMaps) -> None:
@@ -186,7 +186,7 @@ class _Tar:
     def add_marker(self, path: bytes) -> None:
         """Write a whiteout or an opaque mark: an empty file."""
         if len(path) <= LONGEST_PATH_BYTES + len(PREFIX):
-            self._put(header(Entry(path, REG, mode=_MARKER_MODE)))
+            self._put(header(TarEntry(path, REG, mode=_MARKER_MODE)))
 
     def finish(self) -> None:
         """Write the end mark."""
@@ -234,13 +234,13 @@ class _Tar:
         *,
         linkname: bytes = b"",
         xattrs: dict[bytes, bytes] | None = None,
-    ) -> Entry:
+    ) -> TarEntry:
         try:
             uid, gid = self._ids.to_container(status.st_uid, status.st_gid)
         except InvalidInput as exc:
             raise InvalidInput(f"the owner of {shown(path)}: {exc}") from exc
         is_device = kind in (CHAR, BLOCK)
-        return Entry(
+        return TarEntry(
             path,
             kind,
             linkname,

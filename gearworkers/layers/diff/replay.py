@@ -9,7 +9,7 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import IntegrityError
 from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.layers.diff.export import Writable
-from gearworkers.tar.tar_split import Raw, StreamReader
+from gearworkers.tar.tar_split import RawBytes, TarSplitReader
 
 _PIECE_BYTES = 1 << 20
 
@@ -26,8 +26,8 @@ def replay(directory: Path, store: ObjectStore, sink: Writable) -> None:
     except FileNotFoundError as exc:
         raise IntegrityError(f"layer {directory.name}: its {STREAM_FILE} is missing; run `gear fsck`") from exc
     with stream_file:
-        for piece in StreamReader(stream_file):
-            if isinstance(piece, Raw):
+        for piece in TarSplitReader(stream_file):
+            if isinstance(piece, RawBytes):
                 sink.write(piece.data)
             else:
                 _write_content(store, piece.digest, piece.offset_bytes, piece.length_bytes, sink)

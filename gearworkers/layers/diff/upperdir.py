@@ -27,23 +27,23 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NOT_A_DIRECTORY_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
 
 
-class Sign(Enum):
+class EntryState(Enum):
     """What the walk says of a path."""
 
     PRESENT = auto()
     """The layer has its own entry here: new, changed, or a directory copied up for something in it."""
-    GONE = auto()
+    REMOVED = auto()
     """A whiteout hides what the parent has here."""
     OPAQUE = auto()
     """All that the parent has in this directory is hidden; follows the directory's PRESENT."""
-    LOST = auto()
+    HIDDEN = auto()
     """The parent has it in a hidden directory, the layer has nothing in its place; implied by OPAQUE."""
 
 
-class Found(NamedTuple):
+class UpperEntry(NamedTuple):
     """One step of the walk; the descriptors are good until the next step."""
 
-    sign: Sign
+    state: EntryState
     path: bytes
     """Relative to the root, without a leading slash."""
     name: bytes
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     """Of PRESENT: lstat in the merged view."""
 
 
-class _Directory(NamedTuple):
+class _PendingDirectory(NamedTuple):
     path: bytes
     whole: bool
     """Below a redirect: listed in the merged view, for the upper has but a part of it."""
@@ -65,7 +65,7 @@ class _Directory(NamedTuple):
     has_parent: bool
 
 
-class _Opened(NamedTuple):
+class _OpenedDirectory(NamedTuple):
     listed_fd: int
     merged_fd: int
     parent_fd: int | None
@@ -74,7 +74,7 @@ class _Opened(NamedTuple):
     newly_hidden: bool
 
 
-def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator[Found]:
+def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator[UpperEntry]:
     """Each entry of the upper: a directory's in the order of their bytes, then what its subdirectories hold.
 
     The root itself is not told of. What vanishes during the walk is left out, and so is what a directory holds whose
@@ -85,19 +85,19 @@ def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator
         merged_fd: The root of the overlay that it is the upper (or topmost lower) of.
         parent_fd: The root of the same overlay without the upper; None for nothing.
     """
-    pending = [_Directory(b"", whole=False, hidden=False, has_parent=parent_fd is not None)]
+    pending = [_PendingDirectory(b"", whole=False, hidden=False, has_parent=parent_fd is not None)]
     while pending:
         directory = pending.pop()
         with contextlib.ExitStack() as stack:
             opened = _open_views(stack, directory, upper_fd, merged_fd, parent_fd)
             if opened is None:
                 continue
-            subdirectories: list[_Directory] = []
+            subdirectories: list[_PendingDirectory] = []
             yield from _walk_directory(directory.path, opened, subdirectories)
         pending.extend(reversed(subdirectories))
 
 
-def open_below(root_fd: int, path: bytes) -> int | None:
+def open_beneath(root_fd: int, path: bytes) -> int | None:
     """The directory *path* below *root_fd*, reached without any symlink; None when there is none, or no way so long."""
     try:
         return syscalls.openat2(
@@ -112,12 +112,12 @@ def open_below(root_fd: int, path: bytes) -> int | None:
 def directories(root_fd: int) -> Iterator[tuple[bytes, int]]:
     """Every directory from the root down: its path, and a descriptor that is good until the next step.
 
-    One is open at a time, however deep the tree. What `open_below` does not reach is left out.
+    One is open at a time, however deep the tree. What `open_beneath` does not reach is left out.
     """
     pending = [b""]
     while pending:
         path = pending.pop()
-        fd = open_below(root_fd, path)
+        fd = open_beneath(root_fd, path)
         if fd is None:
             continue
         try:
@@ -150,8 +150,8 @@ def join(directory: bytes, name: bytes) -> bytes:
 
 
 def _open_views(
-    stack: contextlib.ExitStack, directory: _Directory, upper_fd: int, merged_fd: int, parent_fd: int | None
-) -> _Opened | None:
+    stack: contextlib.ExitStack, directory: _PendingDirectory, upper_fd: int, merged_fd: int, parent_fd: int | None
+) -> _OpenedDirectory | None:
     """The directory in each view; None when it has vanished."""
     merged = _kept_open(stack, merged_fd, directory.path)
     upper = None if directory.whole else _kept_open(stack, upper_fd, directory.path)
@@ -165,49 +165,51 @@ def _open_views(
     whole = directory.whole or redirected
     listed = upper if upper is not None and not whole else merged
     hidden = directory.hidden or covers
-    return _Opened(listed, merged, parent, whole, hidden, newly_hidden=covers and not directory.hidden)
+    return _OpenedDirectory(listed, merged, parent, whole, hidden, newly_hidden=covers and not directory.hidden)
 
 
 def _kept_open(stack: contextlib.ExitStack, root_fd: int, path: bytes) -> int | None:
-    fd = open_below(root_fd, path)
+    fd = open_beneath(root_fd, path)
     if fd is not None:
         stack.callback(os.close, fd)
     return fd
 
 
-def _walk_directory(path: bytes, opened: _Opened, subdirectories: list[_Directory]) -> Iterator[Found]:
+def _walk_directory(
+    path: bytes, opened: _OpenedDirectory, subdirectories: list[_PendingDirectory]
+) -> Iterator[UpperEntry]:
     """The steps for one directory's entries; the directories among them are added to *subdirectories*."""
     if opened.newly_hidden and opened.parent_fd is not None:
-        yield Found(Sign.OPAQUE, path, b"", opened.merged_fd, opened.parent_fd, None)
+        yield UpperEntry(EntryState.OPAQUE, path, b"", opened.merged_fd, opened.parent_fd, None)
     for name in _names(opened):
         child = join(path, name)
-        sign, status = _sign_of(opened, name)
-        if sign is None:
+        state, status = _state_of(opened, name)
+        if state is None:
             continue
-        yield Found(sign, child, name, opened.merged_fd, opened.parent_fd, status)
+        yield UpperEntry(state, child, name, opened.merged_fd, opened.parent_fd, status)
         if status is not None and stat.S_ISDIR(status.st_mode):
             has_parent = opened.parent_fd is not None
-            subdirectories.append(_Directory(child, opened.whole, opened.hidden, has_parent))
+            subdirectories.append(_PendingDirectory(child, opened.whole, opened.hidden, has_parent))
 
 
-def _names(opened: _Opened) -> list[bytes]:
+def _names(opened: _OpenedDirectory) -> list[bytes]:
     names = sorted_names(opened.listed_fd)
     if opened.hidden and opened.parent_fd is not None:
         return sorted({*names, *sorted_names(opened.parent_fd)})
     return names
 
 
-def _sign_of(opened: _Opened, name: bytes) -> tuple[Sign | None, os.stat_result | None]:
+def _state_of(opened: _OpenedDirectory, name: bytes) -> tuple[EntryState | None, os.stat_result | None]:
     """What to say of *name*, and its lstat if it is present; (None, None) for nothing."""
     status = lstat_at(opened.merged_fd, name)
     if status is not None:
-        return Sign.PRESENT, status
+        return EntryState.PRESENT, status
     if lstat_at(opened.parent_fd, name) is None:
         return None, None
     if opened.hidden:
-        return Sign.LOST, None
+        return EntryState.HIDDEN, None
     # Not in the merged view but in the parent's: a whiteout, unless the file has vanished only now.
-    return (Sign.GONE, None) if _is_whiteout(opened.listed_fd, name) else (None, None)
+    return (EntryState.REMOVED, None) if _is_whiteout(opened.listed_fd, name) else (None, None)
 
 
 def _is_whiteout(dir_fd: int, name: bytes) -> bool:

@@ -50,7 +50,7 @@ _LABEL_MAGIC = b"gearinos"
 _DIGEST_OFFSET = _LABEL_OFFSET + _LABEL.size - 32
 _ROOT_OFFSET = _LABEL_OFFSET + _LABEL.size
 """In block 0, where it takes no block of its own; a root that does not fit begins at the next one."""
-_MOST_HEAD_BYTES = 2 << 30
+_MAX_HEAD_BYTES = 2 << 30
 """Of the directories of as many files as a layer may have."""
 _PIECE_BYTES = 1 << 20
 
@@ -76,7 +76,7 @@ _FILE_TYPES = {
 }
 
 
-class Node(Protocol):
+class ErofsInode(Protocol):
     """An inode of the tree to write; `nid` is set by the writer."""
 
     mode: int
@@ -96,7 +96,7 @@ class Node(Protocol):
     nid: int
 
     @property
-    def children(self) -> Mapping[bytes, Node] | None:
+    def children(self) -> Mapping[bytes, ErofsInode] | None:
         """Of a directory."""
 
 
@@ -140,7 +140,7 @@ METACOPY = b"trusted.overlay.metacopy"
 METACOPY_ENTRY = _xattr_entry(METACOPY, b"")
 
 
-class _Placed:
+class _DirectoryBlocks:
     """A directory's dirents cut into blocks: the whole ones, and a tail that follows the inode."""
 
     __slots__ = ("blocks", "tail_bytes")
@@ -180,12 +180,12 @@ class Label(NamedTuple):
 class ImageWriter:
     """Makes the image of one tree; `write` may be called once."""
 
-    def __init__(self, root: Node, *, uuid: bytes, time_ns: int) -> None:
+    def __init__(self, root: ErofsInode, *, uuid: bytes, time_ns: int) -> None:
         self._root = root
         self._uuid = uuid
         self._time_ns = time_ns
-        self._order: list[tuple[Node, Node]] = []  # inode, and of a directory its parent
-        self._placed: dict[int, _Placed] = {}
+        self._order: list[tuple[ErofsInode, ErofsInode]] = []  # inode, and of a directory its parent
+        self._placed: dict[int, _DirectoryBlocks] = {}
         self._end_bytes = _ROOT_OFFSET  # of what is placed so far: of the head, then of the area
         self._data_blocks = 0
         self._place_one(root, root)
@@ -224,7 +224,9 @@ class ImageWriter:
 
     def _place_others(self) -> None:
         """Give every inode below the root its number relative to the area, in the order of a walk."""
-        stack: list[tuple[Node, Node]] = [(child, self._root) for child in (self._root.children or {}).values()]
+        stack: list[tuple[ErofsInode, ErofsInode]] = [
+            (child, self._root) for child in (self._root.children or {}).values()
+        ]
         while stack:
             node, parent = stack.pop()
             if node.nid:
@@ -233,11 +235,11 @@ class ImageWriter:
             if node.children:
                 stack += [(child, node) for child in node.children.values() if not child.nid]
 
-    def _place_one(self, node: Node, parent: Node) -> None:
+    def _place_one(self, node: ErofsInode, parent: ErofsInode) -> None:
         size_bytes = _INODE.size + len(node.xattrs)
         inline_bytes = 0
         if node.children is not None:
-            placed = _Placed(sorted([b".", b"..", *node.children]), size_bytes)
+            placed = _DirectoryBlocks(sorted([b".", b"..", *node.children]), size_bytes)
             self._placed[id(node)] = placed
             self._data_blocks += placed.whole_blocks
             inline_bytes = placed.tail_bytes + 1 if placed.tail_bytes else 0
@@ -260,7 +262,7 @@ class ImageWriter:
 
     # -- writing
 
-    def _write(self, node: Node, parent: Node, next_block: int) -> int:
+    def _write(self, node: ErofsInode, parent: ErofsInode, next_block: int) -> int:
         """Write an inode and its data; the next free block of the head."""
         xattr_count = (len(node.xattrs) - _IBODY_HEADER.size) // 4 + 1 if node.xattrs else 0
         layout, size_bytes, first = _FLAT_PLAIN, 0, 0
@@ -309,7 +311,9 @@ class ImageWriter:
             self._area[offset : offset + len(record)] = record
         return next_block
 
-    def _write_directory(self, node: Node, parent: Node, next_block: int) -> tuple[int, int, int, bytes, int]:
+    def _write_directory(
+        self, node: ErofsInode, parent: ErofsInode, next_block: int
+    ) -> tuple[int, int, int, bytes, int]:
         assert node.children is not None
         placed = self._placed.pop(id(node))
         first = next_block if placed.whole_blocks else _NO_BLOCK
@@ -403,14 +407,14 @@ def _label_in(file: BinaryIO) -> Label | None:
 def _is_plausible(label: Label, file_bytes: int) -> bool:
     """Whether the two parts make up the file, so that no hole is read."""
     ends_well = file_bytes == _offset(label.first + label.slots)
-    return ends_well and BLOCK_BYTES <= label.head_bytes <= min(_MOST_HEAD_BYTES, _offset(label.first))
+    return ends_well and BLOCK_BYTES <= label.head_bytes <= min(_MAX_HEAD_BYTES, _offset(label.first))
 
 
 def _offset(nid: int) -> int:
     return nid * _SLOT_BYTES
 
 
-def _dirents(names: list[bytes], node: Node, parent: Node) -> bytes:
+def _dirents(names: list[bytes], node: ErofsInode, parent: ErofsInode) -> bytes:
     """One directory block: the dirents, then their names."""
     children = node.children or {}
     name_offset = len(names) * _DIRENT.size

@@ -12,12 +12,12 @@ from gearworkers.errors import GearError
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.erofs import SLOTS_PER_BLOCK
 from gearworkers.layers.index.mount import mount_index
-from gearworkers.layers.index.tree import Index
+from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import OverlaySpec, detached, unmount
-from gearworkers.mounts.probe import Check, tried
-from gearworkers.tar.entry import Entry
+from gearworkers.mounts.probe import Check, run_check
+from gearworkers.tar.entry import TarEntry
 
-NAME = "EROFS indexes"
+CHECK_NAME = "EROFS indexes"
 _CONTENT = b"trial"
 _LOOP_MAJOR = 7
 
@@ -32,14 +32,14 @@ def check_index(scratch: Path) -> Check:
     try:
         mode, seen = _read_through(scratch)
     except (GearError, OSError) as exc:
-        return Check(NAME, False, True, str(exc), advice)
+        return Check(CHECK_NAME, False, True, str(exc), advice)
     if seen != _CONTENT:
-        return Check(NAME, False, True, "a file of the index reads as something else", advice)
-    return Check(NAME, True, True, mode)
+        return Check(CHECK_NAME, False, True, "a file of the index reads as something else", advice)
+    return Check(CHECK_NAME, True, True, mode)
 
 
-class IndexMode:
-    """How indexes are mounted below one root; tried when it is asked for, until it works. From any thread."""
+class IndexMountMode:
+    """How indexes are mounted below one root; run_check when it is asked for, until it works. From any thread."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -52,7 +52,7 @@ class IndexMode:
             if self._known:
                 return self._known
             try:
-                check = tried(check_index, self._root)
+                check = run_check(check_index, self._root)
             except GearError as exc:
                 return str(exc)
             if check.ok:
@@ -66,8 +66,8 @@ def _opened(name: str, dir_fd: int) -> BinaryIO:
 
 def _read_through(scratch: Path) -> tuple[str, bytes]:
     digest = bytes(32)
-    index = Index(IdMaps(), time_ns=0)
-    index.add(Entry(b"file", size_bytes=len(_CONTENT)), digest)
+    index = LayerTree(IdMaps(), time_ns=0)
+    index.add(TarEntry(b"file", size_bytes=len(_CONTENT)), digest)
     image, tree, data = (scratch / name for name in ("index.erofs", "tree", "data"))
     with open(image, "xb") as file:
         index.image(bytes(16)).write(file, SLOTS_PER_BLOCK)

@@ -18,14 +18,14 @@ from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import erofs
 from gearworkers.tar import whiteouts
-from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry, clean_name, shown
+from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry, clean_name, shown
 from gearworkers.util.fs import LONGEST_PATH_BYTES
 
 MAX_INODES = 4_000_000
 """About 2 GB of memory while the layer is made."""
 MAX_EXTRA_BYTES = 512 << 20
 """Of extended attributes and symlinks' targets; they are in memory up to three times."""
-_MOST_KNOWN = 1 << 16
+_MAX_KNOWN = 1 << 16
 
 _FORMATS = {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}
 _FORBIDDEN_XATTRS = (b"trusted.overlay.", b"trusted.gear.")
@@ -40,7 +40,7 @@ _CAPABILITY = b"security.capability"
 _REDIRECT = b"trusted.overlay.redirect"
 _OPAQUE = b"trusted.overlay.opaque"
 _LONGEST_NAME_BYTES = 255
-_MOST_SYMLINKS = 40
+_MAX_SYMLINKS = 40
 _NO_ID = (1 << 32) - 1  # what chown(2) takes for "leave it"
 _DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
 
@@ -50,7 +50,7 @@ _REDIRECTED = erofs.encode_xattrs({_REDIRECT: object_path(bytes(32))}, metacopy=
 
 
 class Inode:
-    """An inode of the index; `erofs.Node`."""
+    """An inode of the index; `erofs.ErofsInode`."""
 
     __slots__ = (
         "attributes",
@@ -84,7 +84,7 @@ class Inode:
         self.children: dict[bytes, Inode] | None = None
 
 
-class Index:
+class LayerTree:
     """Takes the entries of one tar; `image` is what they make. After an error it is to be thrown away."""
 
     def __init__(self, ids: IdMaps, *, time_ns: int) -> None:
@@ -96,7 +96,7 @@ class Index:
         self._extra_bytes = 0
         self._owners: dict[tuple[int, int], tuple[int, int]] = {}
 
-    def add(self, entry: Entry, digest: bytes | None) -> None:
+    def add(self, entry: TarEntry, digest: bytes | None) -> None:
         """Put *entry* into the tree.
 
         Args:
@@ -149,7 +149,7 @@ class Index:
 
     # -- entries
 
-    def _add(self, entry: Entry, digest: bytes | None) -> None:
+    def _add(self, entry: TarEntry, digest: bytes | None) -> None:
         parent_path, name = clean_name(entry.name)
         if not name:
             return
@@ -185,7 +185,7 @@ class Index:
             inode.rdev = _device(entry) if kind != FIFO else 0
         self._place(parent, name, inode)
 
-    def _inode(self, entry: Entry, format: int, mode: int | None = None) -> Inode:
+    def _inode(self, entry: TarEntry, format: int, mode: int | None = None) -> Inode:
         self._count_inode(entry.name)
         if entry.xattrs or format == stat.S_IFLNK:
             self._count_extra(entry)
@@ -200,14 +200,14 @@ class Index:
         if self._inodes > MAX_INODES:
             raise ResourceExhausted(f"tar entry {shown(name)}: a layer has {MAX_INODES} files at most")
 
-    def _count_extra(self, entry: Entry) -> None:
+    def _count_extra(self, entry: TarEntry) -> None:
         self._extra_bytes += len(entry.linkname)
         self._extra_bytes += sum(len(name) + len(value) for name, value in (entry.xattrs or {}).items())
         if self._extra_bytes > MAX_EXTRA_BYTES:
             most = f"{MAX_EXTRA_BYTES} bytes of extended attributes and symlinks' targets"
             raise ResourceExhausted(f"tar entry {shown(entry.name)}: a layer has {most} at most")
 
-    def _owner(self, entry: Entry) -> tuple[int, int]:
+    def _owner(self, entry: TarEntry) -> tuple[int, int]:
         key = entry.uid, entry.gid
         owner = self._owners.get(key)
         if owner is None:
@@ -241,7 +241,7 @@ class Index:
             if inode.children:
                 stack += inode.children.values()
 
-    def _add_directory(self, entry: Entry, parent: Inode, parent_path: bytes, name: bytes) -> None:
+    def _add_directory(self, entry: TarEntry, parent: Inode, parent_path: bytes, name: bytes) -> None:
         assert parent.children is not None
         made = self._inode(entry, stat.S_IFDIR)
         before = parent.children.get(name)
@@ -254,7 +254,7 @@ class Index:
         self._place(parent, name, made)
         self._remember(parent_path + b"/" + name if parent_path else name, made)
 
-    def _add_link(self, entry: Entry, parent: Inode, name: bytes) -> None:
+    def _add_link(self, entry: TarEntry, parent: Inode, name: bytes) -> None:
         target_parent, target_name = clean_name(entry.linkname)
         # What stands at the name goes first, as with Docker: a link to itself finds nothing.
         self._remove(parent, name)
@@ -275,7 +275,7 @@ class Index:
         assert parent.children is not None
         parent.children[name] = target
 
-    def _is_plain(self, entry: Entry, parent: Inode, name: bytes) -> bool:
+    def _is_plain(self, entry: TarEntry, parent: Inode, name: bytes) -> bool:
         """Whether a name with a special beginning is a file all the same; a whiteout is dealt with here."""
         assert parent.children is not None
         if name.startswith(RESERVED):
@@ -315,7 +315,7 @@ class Index:
 
     def _remember(self, path: bytes, directory: Inode) -> None:
         """A path of thousands of bytes may lead to each of millions of directories."""
-        if len(self._known) >= _MOST_KNOWN:
+        if len(self._known) >= _MAX_KNOWN:
             self._known = {b"": self._root}
         self._known[path] = directory
 
@@ -347,7 +347,7 @@ class Index:
                 child = self._implied(here, name, mtime_ns)
             if child.target:
                 symlinks += 1
-                if symlinks > _MOST_SYMLINKS:
+                if symlinks > _MAX_SYMLINKS:
                     raise InvalidInput(f"its parent {shown(path)} goes through too many symbolic links")
                 target = child.target.split(b"/")[::-1]
                 left += target
@@ -368,7 +368,7 @@ class Index:
         return made
 
 
-def _device(entry: Entry) -> int:
+def _device(entry: TarEntry) -> int:
     major, minor = entry.devmajor, entry.devminor
     if not (0 <= major < _DEVICE_LIMITS[0] and 0 <= minor < _DEVICE_LIMITS[1]):
         raise InvalidInput(f"its device number {major}:{minor} is none that Linux has")

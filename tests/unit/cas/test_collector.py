@@ -11,7 +11,7 @@ import pytest
 
 from gearworkers.cas import collector
 from gearworkers.cas.collector import GarbageCollector, HiddenObjects
-from gearworkers.cas.refs import Claims
+from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import DIGEST_XATTR, object_name
 
@@ -28,7 +28,7 @@ class Root:
         self.store.prepare()
         for name in ("images", "build/import"):
             (path / name).mkdir(parents=True)
-        self.claims = Claims(path / "build/import")
+        self.claims = RefWriter(path / "build/import")
 
     def stored(self) -> Path:
         """The object, whole."""
@@ -108,7 +108,7 @@ def test_claims_that_cannot_be_made_leave_no_descriptor_open(tmp_path: Path, mon
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="no space"):
-        Claims(tmp_path)
+        RefWriter(tmp_path)
     assert os.listdir("/proc/self/fd") == before
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from gearworkers.cas import inplace
 from gearworkers.cas import writer as module
-from gearworkers.cas.inplace import Bursts, forbid
+from gearworkers.cas.inplace import InPlaceLock, forbid
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.engine import Engine
 from gearworkers.settings import Settings
@@ -90,7 +90,7 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
 
 def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: Path) -> None:
     events: list[str] = []
-    with closing(Bursts(tmp_path)) as bursts, closing(Bursts(tmp_path)) as others:
+    with closing(InPlaceLock(tmp_path)) as bursts, closing(InPlaceLock(tmp_path)) as others:
         assert bursts.begin() and others.begin()
         others.end()
 
@@ -102,7 +102,7 @@ def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: 
         forbidding.start()
         wait_until((tmp_path / "incomplete-layers").exists, "the mark is there")
         assert bursts.begin() and not others.begin()
-        with closing(Bursts(tmp_path)) as later:
+        with closing(InPlaceLock(tmp_path)) as later:
             assert not later.begin()
         events.append("ended")
         bursts.end()
@@ -113,7 +113,7 @@ def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: 
 
 def test_an_import_that_may_not_store_in_place_never_holds_the_lock(tmp_path: Path) -> None:
     forbid(tmp_path)
-    with closing(Bursts(tmp_path)) as bursts:
+    with closing(InPlaceLock(tmp_path)) as bursts:
         assert not bursts.begin()
         forbid(tmp_path)  # would wait for it
 

@@ -15,10 +15,10 @@ from typing import NoReturn
 import pytest
 
 from gearworkers.cas import writer as module
-from gearworkers.cas.inplace import Bursts, forbid, put_in_place
-from gearworkers.cas.push_queue import PushSpool
+from gearworkers.cas.inplace import InPlaceLock, forbid, put_in_place
+from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
-from gearworkers.cas.writer import MOST_CONTENT_BYTES, ContentWriter
+from gearworkers.cas.writer import MAX_CONTENT_BYTES, ContentWriter
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.util import syscalls as kernel
 from tests.support.processes import PATIENCE_S, wait_until
@@ -39,8 +39,8 @@ def staging(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def bursts(tmp_path: Path) -> Bursts:
-    return Bursts(tmp_path)
+def bursts(tmp_path: Path) -> InPlaceLock:
+    return InPlaceLock(tmp_path)
 
 
 def put(writer: ContentWriter, content: bytes) -> bytes:
@@ -76,7 +76,7 @@ def go_beside(writer: ContentWriter) -> int:
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_contents_of_all_sizes_are_stored_whole_beside(
-    store: ObjectStore, staging: int, bursts: Bursts, in_place: bool, others: set[str], tmp_path: Path
+    store: ObjectStore, staging: int, bursts: InPlaceLock, in_place: bool, others: set[str], tmp_path: Path
 ) -> None:
     """More of them than the ring holds, the largest included."""
     if not in_place:
@@ -86,12 +86,12 @@ def test_contents_of_all_sizes_are_stored_whole_beside(
         2,
         4096,
         1 << 20,
-        MOST_CONTENT_BYTES,
+        MAX_CONTENT_BYTES,
         *range(5000, 6500),
-        MOST_CONTENT_BYTES,
+        MAX_CONTENT_BYTES,
         3 << 20,
         1,
-        MOST_CONTENT_BYTES - 1,
+        MAX_CONTENT_BYTES - 1,
     ]
     contents = [(b"%d " % number) * (size // 4 + 1) for number, size in enumerate(sizes)]
     contents = [content[:size] for content, size in zip(contents, sizes, strict=True)]
@@ -106,7 +106,9 @@ def test_contents_of_all_sizes_are_stored_whole_beside(
 
 
 @pytest.mark.slow
-def test_very_many_tiny_contents_keep_neither_side_waiting(store: ObjectStore, staging: int, bursts: Bursts) -> None:
+def test_very_many_tiny_contents_keep_neither_side_waiting(
+    store: ObjectStore, staging: int, bursts: InPlaceLock
+) -> None:
     """All fit into the ring, so nobody hears the acknowledgements for want of room."""
     content = b"the same"
     digest = hashlib.sha256(content).digest()
@@ -119,21 +121,21 @@ def test_very_many_tiny_contents_keep_neither_side_waiting(store: ObjectStore, s
 
 
 def test_a_full_ring_waits_only_for_what_is_under_way(
-    store: ObjectStore, staging: int, bursts: Bursts, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, staging: int, bursts: InPlaceLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process may have acknowledged all by the time it is found to be full."""
-    hear = module._Beside._hear
+    hear = module._WriterProcess._hear
     is_deaf = True
     pauses_s = [0.5]  # what is under way is done by then
 
-    def hear_late(beside: module._Beside, flags: int = 0) -> bytes:
+    def hear_late(beside: module._WriterProcess, flags: int = 0) -> bytes:
         if flags and is_deaf:
             return b""
         if flags and pauses_s:
             time.sleep(pauses_s.pop())
         return hear(beside, flags)
 
-    monkeypatch.setattr(module._Beside, "_hear", hear_late)
+    monkeypatch.setattr(module._WriterProcess, "_hear", hear_late)
     with ContentWriter(store, staging, None, bursts) as writer:
         go_beside(writer)
         for number in range(5):
@@ -144,17 +146,21 @@ def test_a_full_ring_waits_only_for_what_is_under_way(
         writer.flush()
 
 
-def test_what_is_new_is_spooled_beside_too(store: ObjectStore, staging: int, bursts: Bursts, tmp_path: Path) -> None:
+def test_the_writer_process_queues_new_objects_for_push(
+    store: ObjectStore, staging: int, bursts: InPlaceLock, tmp_path: Path
+) -> None:
     (tmp_path / "push").mkdir()
-    spool = PushSpool(tmp_path / "push", store)
-    with ContentWriter(store, staging, spool, bursts) as writer:
+    push_queue = PushQueue(tmp_path / "push", store)
+    with ContentWriter(store, staging, push_queue, bursts) as writer:
         go_beside(writer)
         digest = put(writer, b"new")
         writer.flush()
-    assert digest in set(spool.pending())
+    assert digest in set(push_queue.pending())
 
 
-def test_a_killed_process_is_a_clear_error(store: ObjectStore, staging: int, bursts: Bursts, others: set[str]) -> None:
+def test_a_killed_process_is_a_clear_error(
+    store: ObjectStore, staging: int, bursts: InPlaceLock, others: set[str]
+) -> None:
     with pytest.raises(GearError, match="was killed"), ContentWriter(store, staging, None, bursts) as writer:
         os.kill(go_beside(writer), signal.SIGKILL)
         put(writer, b"more")
@@ -163,7 +169,7 @@ def test_a_killed_process_is_a_clear_error(store: ObjectStore, staging: int, bur
 
 
 def test_an_error_beside_is_told_as_what_it_is(
-    store: ObjectStore, staging: int, bursts: Bursts, monkeypatch: pytest.MonkeyPatch, others: set[str]
+    store: ObjectStore, staging: int, bursts: InPlaceLock, monkeypatch: pytest.MonkeyPatch, others: set[str]
 ) -> None:
     monkeypatch.setattr(os, "setxattr", _failing_after(module._ALONE_CONTENTS, os.setxattr))
     with (
@@ -178,7 +184,7 @@ def test_an_error_beside_is_told_as_what_it_is(
 
 
 def test_an_error_of_the_early_writeback_is_not_lost(
-    store: ObjectStore, staging: int, bursts: Bursts, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, staging: int, bursts: InPlaceLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel tells it once."""
 
@@ -194,7 +200,7 @@ def test_an_error_of_the_early_writeback_is_not_lost(
 
 
 def test_a_process_that_is_killed_while_it_stores_in_place_keeps_nobody_from_forbidding_it(
-    store: ObjectStore, staging: int, bursts: Bursts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, staging: int, bursts: InPlaceLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its parent, which may wait for its tar for long, has not noticed."""
 
@@ -219,7 +225,7 @@ def test_a_process_that_is_killed_while_it_stores_in_place_keeps_nobody_from_for
 
 
 def test_a_broken_off_import_leaves_no_process(
-    store: ObjectStore, staging: int, bursts: Bursts, others: set[str]
+    store: ObjectStore, staging: int, bursts: InPlaceLock, others: set[str]
 ) -> None:
     with pytest.raises(KeyError), ContentWriter(store, staging, None, bursts) as writer:
         go_beside(writer)

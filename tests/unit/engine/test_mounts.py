@@ -11,7 +11,7 @@ import pytest
 
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import InvalidInput, NotFound
-from gearworkers.layers.store import Kind
+from gearworkers.layers.record import LayerKind
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
 from tests.support.tiny import tar_of
@@ -22,9 +22,9 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     """An engine with an image layer and a container on it."""
     engine = Engine.of(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
     engine.prepare()
-    engine.create("image", "", Kind.NEW)
+    engine.create("image", "", LayerKind.NEW)
     engine.apply_diff("image", "", io.BytesIO(tar_of({"file": b"content"})))
-    engine.create("container", "image", Kind.CONTAINER)
+    engine.create("container", "image", LayerKind.CONTAINER)
     yield engine
     for id in engine.layers.ids():
         engine.remove(id)
@@ -53,9 +53,9 @@ def test_mounts_at_the_same_time_make_one_mount(engine: Engine) -> None:
 
 
 def test_the_first_mount_of_a_new_layer_makes_it_read_write(engine: Engine) -> None:
-    engine.create("snapshot", "image", Kind.NEW)
+    engine.create("snapshot", "image", LayerKind.NEW)
     (engine.mount("snapshot") / "written").write_bytes(b"by its user")
-    assert engine.layers.get("snapshot").kind is Kind.CONTAINER
+    assert engine.layers.get("snapshot").kind is LayerKind.CONTAINER
     engine.unmount("snapshot")
     assert [change.path for change in engine.changes("snapshot", "image")] == [b"/written"]
 

@@ -599,7 +599,7 @@ def test_a_full_disk_has_the_rest_of_a_large_object_asked_for_neither_wholly_nor
     assert found is not None
     node.shelf.alone.clear()
     with monkeypatch.context() as small:
-        small.setattr(partial_object, "_write_all", full)
+        small.setattr(partial_object, "pwrite_all", full)
         for _ in range(3):
             node.fetcher.chunked.fill_idle(0.0)
             wait_until(lambda: set(found._states) == {0, 3})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas.inplace import Bursts
+from gearworkers.cas.inplace import InPlaceLock
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.engine import Engine
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -39,7 +39,7 @@ def damage(node: LazyNode) -> None:
 
 
 def may_store_in_place(node: LazyNode) -> bool:
-    with closing(Bursts(node.settings.gear_root)) as bursts:
+    with closing(InPlaceLock(node.settings.gear_root)) as bursts:
         return bursts.begin()
 
 

@@ -1,4 +1,4 @@
-"""dockerd's options: of the dockerd that runs, whenever the gateway was started."""
+"""The gateway uses the options of the running dockerd, whichever started first."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def started(settings: Settings, *opts: str) -> GearDriver:
-    """The driver of a gateway to which a dockerd has said its options."""
+    """Return the driver of a gateway after the Init of a dockerd with *opts*."""
     driver = GearDriver(settings)
     driver.prepare()
     driver.init("", opts, (), ())
     return driver
 
 
-def test_a_gateway_that_is_started_anew_has_the_options_of_the_dockerd_that_runs(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_restarted_gateway_uses_the_options_of_the_running_dockerd(settings: Settings, tmp_path: Path) -> None:
     started(settings, f"gear.root={tmp_path}/elsewhere", f"gear.broker={BROKER}").create("layer", "")
     restarted = GearDriver(settings)
     restarted.prepare()
@@ -44,7 +42,7 @@ def test_a_gateway_that_is_started_anew_has_the_options_of_the_dockerd_that_runs
     assert restarted.exists("layer")
 
 
-def test_a_dockerd_without_options_has_none_of_the_one_before(settings: Settings, tmp_path: Path) -> None:
+def test_a_dockerd_without_options_inherits_none_of_the_previous_dockerd(settings: Settings, tmp_path: Path) -> None:
     driver = started(settings, f"gear.root={tmp_path}/elsewhere", f"gear.broker={BROKER}")
     driver.init("", (), (), ())
     assert driver.settings == settings
@@ -53,14 +51,14 @@ def test_a_dockerd_without_options_has_none_of_the_one_before(settings: Settings
     assert restarted.settings == settings
 
 
-def test_options_that_are_refused_are_not_kept(settings: Settings) -> None:
+def test_rejected_options_are_not_saved(settings: Settings) -> None:
     driver = started(settings)
     with pytest.raises(InvalidInput, match=r"gear\.root=…, gear\.broker=…"):
         driver.init("", ["gear.nope=1"], (), ())
-    assert options.saved(settings.run_dir) == []
+    assert options.load(settings.run_dir) == []
 
 
-def test_options_that_are_damaged_are_told(settings: Settings) -> None:
+def test_damaged_options_are_reported(settings: Settings) -> None:
     started(settings)
     (path,) = settings.run_dir.glob("*.json")
     path.write_bytes(b"[")
@@ -70,7 +68,7 @@ def test_options_that_are_damaged_are_told(settings: Settings) -> None:
 
 @contextmanager
 def other_gateway(root: Path) -> Iterator[None]:
-    """Another process has GEAR_ROOT *root*; it is killed at the end."""
+    """Run another process that uses GEAR_ROOT *root*; kill it at the end."""
     code = f"""
 from pathlib import Path
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -89,9 +87,7 @@ input()
             process.kill()
 
 
-def test_a_second_gateway_of_one_root_is_refused_before_it_takes_anything_for_a_crash_s(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_second_gateway_of_a_root_is_rejected_before_it_repairs_anything(settings: Settings, tmp_path: Path) -> None:
     with other_gateway(settings.gear_root):
         under_way = settings.gear_build_path / "layer.under-way"
         under_way.mkdir()
@@ -108,10 +104,10 @@ def test_a_second_gateway_of_one_root_is_refused_before_it_takes_anything_for_a_
     assert not under_way.exists()
 
 
-def test_status_leaves_nothing_in_the_root_and_says_the_same_each_time(settings: Settings) -> None:
+def test_status_leaves_nothing_in_the_root_and_returns_the_same_each_time(settings: Settings) -> None:
     started(settings)
     before = set(settings.gear_root.iterdir())
-    restarted = GearDriver(settings)  # beside a dockerd that runs: nothing was tried yet
+    restarted = GearDriver(settings)  # beside a running dockerd: the index mode has not been probed yet
     restarted.prepare()
     with ThreadPoolExecutor(4) as pool:
         modes = {dict(status)["Kernel Mode"] for status in pool.map(lambda _: restarted.status(), range(8))}

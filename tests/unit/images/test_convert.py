@@ -28,7 +28,7 @@ from gearworkers.images.upload import SMALL_BYTES
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from gearworkers.tar import writer
-from gearworkers.tar.entry import Entry
+from gearworkers.tar.entry import TarEntry
 from tests.support import registries
 from tests.support.images import Image, Pulled, contents_of, pull, push_index, tar_of
 from tests.support.registry import Registry
@@ -521,8 +521,8 @@ def sparse_tar(path: Path) -> bytes:
 
 def test_extended_attributes_times_and_odd_names_stay(settings: Settings, peer: Registry) -> None:
     entries = [
-        Entry(b"caps", mode=0o4755, uid=1 << 30, mtime_ns=1_700_000_000_123_456_789, size_bytes=len(MIDDLE)),
-        Entry(b"\xff\xfe name", gid=7, mtime_ns=-5_000_000_001, size_bytes=len(MIDDLE)),
+        TarEntry(b"caps", mode=0o4755, uid=1 << 30, mtime_ns=1_700_000_000_123_456_789, size_bytes=len(MIDDLE)),
+        TarEntry(b"\xff\xfe name", gid=7, mtime_ns=-5_000_000_001, size_bytes=len(MIDDLE)),
     ]
     entries[0].xattrs = {b"security.capability": b"\x01\0\0\x02" + bytes(16), b"user.empty": b""}
     tar = io.BytesIO()

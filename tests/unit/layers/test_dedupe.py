@@ -130,7 +130,7 @@ def test_a_diff_whose_caller_stops_reading_does_not_stop_the_absorption_of_other
     """Absorption gives way and is tried again."""
     built_layer(driver)
     layer = driver.settings.gear_containers_path / "step"
-    with absorb_module.settled(layer, layer / "upper"), pytest.raises(Unavailable, match="Diff"):
+    with absorb_module.locked_for_diff(layer, layer / "upper"), pytest.raises(Unavailable, match="Diff"):
         driver.engine.dedupe("step")
     assert driver.engine.dedupe("step") == 3
 

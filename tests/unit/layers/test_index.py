@@ -18,11 +18,11 @@ from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.layers.index import tree as index_module
 from gearworkers.layers.index.mount import mount_index
-from gearworkers.layers.index.probe import NAME, check_index
-from gearworkers.layers.index.tree import Index
+from gearworkers.layers.index.probe import CHECK_NAME, check_index
+from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import unmount
 from gearworkers.mounts.probe import probe
-from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.util import syscalls
 from tests.support.processes import wait_until
 
@@ -31,15 +31,15 @@ LOOP_MAJOR = 7
 FIRST = 1 << 31
 
 
-def index_of(*entries: Entry, ids: IdMaps | None = None) -> Index:
-    index = Index(ids or IdMaps(), time_ns=1_700_000_000_000_000_007)
+def index_of(*entries: TarEntry, ids: IdMaps | None = None) -> LayerTree:
+    index = LayerTree(ids or IdMaps(), time_ns=1_700_000_000_000_000_007)
     for entry in entries:
         index.add(entry, DIGEST if entry.type == REG and entry.size_bytes else None)
     return index
 
 
 @contextmanager
-def mounted(index: Index, place: Path) -> Iterator[Path]:
+def mounted(index: LayerTree, place: Path) -> Iterator[Path]:
     image, tree = place / "index.erofs", place / "tree"
     with open(image, "xb") as file:
         index.image(bytes(16)).write(file, FIRST)
@@ -63,7 +63,7 @@ def test_every_name_of_the_root_is_found_in_its_first_block_or_behind_it(count: 
 
 def check_names(directory: str, count: int, place: Path) -> None:
     names = {f"file-{number:07d}-of-many".encode() for number in range(count)}
-    with mounted(index_of(*(Entry(os.fsencode(directory) + b"/" + name) for name in names)), place) as tree:
+    with mounted(index_of(*(TarEntry(os.fsencode(directory) + b"/" + name) for name in names)), place) as tree:
         assert set(os.listdir(os.fsencode(tree / directory))) == names
         for name in names:
             os.lstat(os.fsencode(tree / directory) + b"/" + name)
@@ -73,7 +73,7 @@ def check_names(directory: str, count: int, place: Path) -> None:
 @pytest.mark.parametrize("name_bytes", range(240, 256))
 def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_path: Path) -> None:
     names = [b"%02d" % number + b"x" * (name_bytes - 2) for number in range(16)]
-    entries = [Entry(b"dir/" + name) for name in names] + [Entry(b"zz-behind", size_bytes=1)]
+    entries = [TarEntry(b"dir/" + name) for name in names] + [TarEntry(b"zz-behind", size_bytes=1)]
     with mounted(index_of(*entries), tmp_path) as tree:
         assert sorted(os.listdir(os.fsencode(tree / "dir"))) == names
         for name in names:
@@ -82,13 +82,13 @@ def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_pat
 
 def test_metadata_is_what_the_tar_says(tmp_path: Path) -> None:
     index = index_of(
-        Entry(
+        TarEntry(
             b"f", mode=0o6754, uid=70000, gid=4, size_bytes=5 << 30, mtime_ns=-1_500_000_000, xattrs={b"user.a": b"b"}
         ),
-        Entry(b"d", type=DIR, mode=0o1777, mtime_ns=123_456_789_987_654_321),
-        Entry(b"c", type=CHAR, mode=0o600, devmajor=300, devminor=70000),
-        Entry(b"p", type=FIFO, mode=0o640),
-        Entry(b"h", type=HARDLINK, linkname=b"f", mode=0o6754, uid=70000, gid=4, mtime_ns=-1_500_000_000),
+        TarEntry(b"d", type=DIR, mode=0o1777, mtime_ns=123_456_789_987_654_321),
+        TarEntry(b"c", type=CHAR, mode=0o600, devmajor=300, devminor=70000),
+        TarEntry(b"p", type=FIFO, mode=0o640),
+        TarEntry(b"h", type=HARDLINK, linkname=b"f", mode=0o6754, uid=70000, gid=4, mtime_ns=-1_500_000_000),
     )
     with mounted(index, tmp_path) as tree:
         file = (tree / "f").stat()
@@ -106,13 +106,15 @@ def test_metadata_is_what_the_tar_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target_bytes", [1, 3000, 3950, 4030, 4031, 4032, 4095])
 def test_symlinks_of_every_length_are_read(target_bytes: int, tmp_path: Path) -> None:
     target = b"t" * target_bytes
-    with mounted(index_of(Entry(b"a", size_bytes=3), Entry(b"l", type=SYMLINK, linkname=target)), tmp_path) as tree:
+    with mounted(
+        index_of(TarEntry(b"a", size_bytes=3), TarEntry(b"l", type=SYMLINK, linkname=target)), tmp_path
+    ) as tree:
         assert os.readlink(os.fsencode(tree / "l")) == target
 
 
 def test_attributes_larger_than_a_block_are_read(tmp_path: Path) -> None:
     xattrs = {b"user.%02d" % number: bytes([number]) * 1000 for number in range(40)}
-    entries = [Entry(b"f", size_bytes=1, xattrs=xattrs), Entry(b"l", type=SYMLINK, linkname=b"f")]
+    entries = [TarEntry(b"f", size_bytes=1, xattrs=xattrs), TarEntry(b"l", type=SYMLINK, linkname=b"f")]
     with mounted(index_of(*entries), tmp_path) as tree:
         assert os.getxattr(tree / "f", "user.39") == xattrs[b"user.39"]
         assert os.readlink(tree / "l") == "f"
@@ -120,12 +122,12 @@ def test_attributes_larger_than_a_block_are_read(tmp_path: Path) -> None:
 
 def test_a_parent_that_is_a_symlink_is_followed_inside_the_layer(tmp_path: Path) -> None:
     index = index_of(
-        Entry(b"usr/lib", type=DIR),
-        Entry(b"lib", type=SYMLINK, linkname=b"usr/lib"),
-        Entry(b"out", type=SYMLINK, linkname=b"/../../usr"),
-        Entry(b"lib/one"),
-        Entry(b"out/two"),
-        Entry(b"../../three"),
+        TarEntry(b"usr/lib", type=DIR),
+        TarEntry(b"lib", type=SYMLINK, linkname=b"usr/lib"),
+        TarEntry(b"out", type=SYMLINK, linkname=b"/../../usr"),
+        TarEntry(b"lib/one"),
+        TarEntry(b"out/two"),
+        TarEntry(b"../../three"),
     )
     with mounted(index, tmp_path) as tree:
         assert {path.name for path in (tree / "usr").rglob("*")} == {"lib", "one", "two"}
@@ -134,12 +136,12 @@ def test_a_parent_that_is_a_symlink_is_followed_inside_the_layer(tmp_path: Path)
 
 def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
     index = index_of(
-        Entry(b"a/b/c"),
-        Entry(b"a", size_bytes=2),
-        Entry(b"d", size_bytes=3),
-        Entry(b"d", type=DIR, mode=0o700),
-        Entry(b"d/e"),
-        Entry(b"d", type=DIR, mode=0o711),
+        TarEntry(b"a/b/c"),
+        TarEntry(b"a", size_bytes=2),
+        TarEntry(b"d", size_bytes=3),
+        TarEntry(b"d", type=DIR, mode=0o700),
+        TarEntry(b"d/e"),
+        TarEntry(b"d", type=DIR, mode=0o711),
     )
     assert index.size_bytes() == 2
     with mounted(index, tmp_path) as tree:
@@ -150,7 +152,7 @@ def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
 
 def test_owners_are_mapped(tmp_path: Path) -> None:
     ids = IdMaps((IDMap(0, 100000, 65536),), (IDMap(0, 200000, 65536),))
-    with mounted(index_of(Entry(b"implied/f", uid=1, gid=2), ids=ids), tmp_path) as tree:
+    with mounted(index_of(TarEntry(b"implied/f", uid=1, gid=2), ids=ids), tmp_path) as tree:
         owners = [(path.stat().st_uid, path.stat().st_gid) for path in (tree, tree / "implied", tree / "implied/f")]
         assert owners == [(100000, 200000), (100000, 200000), (100001, 200002)]
 
@@ -158,24 +160,24 @@ def test_owners_are_mapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "why"),
     [
-        ([Entry(b"a"), Entry(b"a/b")], "not a directory"),
-        ([Entry(b"l", type=SYMLINK, linkname=b"nowhere"), Entry(b"l/b")], "not a directory"),
-        ([Entry(b"l", type=SYMLINK, linkname=b"l"), Entry(b"l/b")], "too many symbolic links"),
-        ([Entry(b"h", type=HARDLINK, linkname=b"../etc/shadow")], "not in this layer"),
-        ([Entry(b"h", type=HARDLINK, linkname=b"h")], "not in this layer"),
-        ([Entry(b"d", type=DIR), Entry(b"h", type=HARDLINK, linkname=b"d")], "is a directory"),
-        ([Entry(b"\x01a/x")], "0x01"),
-        ([Entry(b"l", type=SYMLINK, linkname=b"/"), Entry(b"l/\x01a/x")], "0x01"),
-        ([Entry(b".wh.\x01a")], "0x01"),
-        ([Entry(b"f", xattrs={b"trusted.overlay.redirect": b"/x"})], "would redirect"),
-        ([Entry(b"f", xattrs={b"trusted.gear.sha256": DIGEST})], "would redirect"),
-        ([Entry(b"n" * 256)], "too long"),
-        ([Entry(b"n/" * 2500 + b"n")], "too long"),
-        ([Entry(b"f"), Entry(b".wh.f")], "whiteout"),
-        ([Entry(b"l", type=SYMLINK, linkname=b"")], "link target"),
+        ([TarEntry(b"a"), TarEntry(b"a/b")], "not a directory"),
+        ([TarEntry(b"l", type=SYMLINK, linkname=b"nowhere"), TarEntry(b"l/b")], "not a directory"),
+        ([TarEntry(b"l", type=SYMLINK, linkname=b"l"), TarEntry(b"l/b")], "too many symbolic links"),
+        ([TarEntry(b"h", type=HARDLINK, linkname=b"../etc/shadow")], "not in this layer"),
+        ([TarEntry(b"h", type=HARDLINK, linkname=b"h")], "not in this layer"),
+        ([TarEntry(b"d", type=DIR), TarEntry(b"h", type=HARDLINK, linkname=b"d")], "is a directory"),
+        ([TarEntry(b"\x01a/x")], "0x01"),
+        ([TarEntry(b"l", type=SYMLINK, linkname=b"/"), TarEntry(b"l/\x01a/x")], "0x01"),
+        ([TarEntry(b".wh.\x01a")], "0x01"),
+        ([TarEntry(b"f", xattrs={b"trusted.overlay.redirect": b"/x"})], "would redirect"),
+        ([TarEntry(b"f", xattrs={b"trusted.gear.sha256": DIGEST})], "would redirect"),
+        ([TarEntry(b"n" * 256)], "too long"),
+        ([TarEntry(b"n/" * 2500 + b"n")], "too long"),
+        ([TarEntry(b"f"), TarEntry(b".wh.f")], "whiteout"),
+        ([TarEntry(b"l", type=SYMLINK, linkname=b"")], "link target"),
     ],
 )
-def test_what_docker_refuses_or_reaches_outside_is_refused(entries: list[Entry], why: str) -> None:
+def test_what_docker_refuses_or_reaches_outside_is_refused(entries: list[TarEntry], why: str) -> None:
     with pytest.raises(InvalidInput, match=why):
         index_of(*entries)
 
@@ -186,7 +188,7 @@ def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(syscalls, "fsconfig_create", refuse)
-        with mounted(index_of(Entry(b"a", size_bytes=5)), tmp_path) as tree:
+        with mounted(index_of(TarEntry(b"a", size_bytes=5)), tmp_path) as tree:
             assert os.major(tree.stat().st_dev) == LOOP_MAJOR
             assert (tree / "a").stat().st_size == 5
     # Not at once where others look at it too: udev, or a mount namespace that was made meanwhile.
@@ -200,7 +202,7 @@ def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, mo
 def test_the_trial_tells_how_indexes_are_mounted_and_leaves_nothing(place: str, how: str) -> None:
     """On tmpfs, which `/tmp` is on Debian 13, the kernel does not mount them from their files."""
     with tempfile.TemporaryDirectory(dir=place) as name:
-        check = next(check for check in probe(Path(name), check_index) if check.name == NAME)
+        check = next(check for check in probe(Path(name), check_index) if check.name == CHECK_NAME)
         assert (check.ok, check.found) == (True, how)
         assert not os.listdir(name)
 
@@ -218,17 +220,20 @@ def test_the_trial_tells_what_a_kernel_without_erofs_needs(tmp_path: Path, monke
 def test_what_attributes_and_targets_take_in_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "MAX_EXTRA_BYTES", 1000)
     for many in (
-        [Entry(b"%d" % number, xattrs={b"user.a": bytes(90)}) for number in range(20)],
-        [Entry(b"%d" % number, type=SYMLINK, linkname=b"t" * 90) for number in range(20)],
-        [Entry(b"0"), *(Entry(b"h", type=HARDLINK, linkname=b"0", xattrs={b"user.a": bytes(90)}) for _ in range(20))],
+        [TarEntry(b"%d" % number, xattrs={b"user.a": bytes(90)}) for number in range(20)],
+        [TarEntry(b"%d" % number, type=SYMLINK, linkname=b"t" * 90) for number in range(20)],
+        [
+            TarEntry(b"0"),
+            *(TarEntry(b"h", type=HARDLINK, linkname=b"0", xattrs={b"user.a": bytes(90)}) for _ in range(20)),
+        ],
     ):
         with pytest.raises(ResourceExhausted, match="1000 bytes of extended attributes"):
             index_of(*many)
 
 
 def test_an_index_remembers_few_ways_to_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_MOST_KNOWN", 3)
-    index = index_of(*(Entry(b"%d/%d/file" % (number % 7, number % 5)) for number in range(35)))
+    monkeypatch.setattr(index_module, "_MAX_KNOWN", 3)
+    index = index_of(*(TarEntry(b"%d/%d/file" % (number % 7, number % 5)) for number in range(35)))
     assert len(index._known) <= 3
     with mounted(index, tmp_path) as tree:
         assert len(list(tree.glob("*/*/file"))) == 35

@@ -19,9 +19,9 @@ from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.erofs import END_OF_NUMBERS, SLOTS_PER_BLOCK, read_label
 from gearworkers.layers.index.inode_numbers import NUMBERS_FILE, InodeNumbers, window
 from gearworkers.layers.index.mount import mount_index
-from gearworkers.layers.index.tree import Index
+from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import unmount
-from gearworkers.tar.entry import Entry
+from gearworkers.tar.entry import TarEntry
 
 LEAST = 1 << 31
 
@@ -36,10 +36,10 @@ def numbers_of(root: Path) -> InodeNumbers:
     return InodeNumbers(root, (root / "build", root / "images"))
 
 
-def index_of(files: int) -> Index:
-    index = Index(IdMaps(), time_ns=0)
+def index_of(files: int) -> LayerTree:
+    index = LayerTree(IdMaps(), time_ns=0)
     for number in range(files):
-        index.add(Entry(b"d%d/file%d" % (number % 7, number)), None)
+        index.add(TarEntry(b"d%d/file%d" % (number % 7, number)), None)
     return index
 
 

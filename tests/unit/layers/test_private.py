@@ -17,8 +17,8 @@ from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.layers import store
 from gearworkers.settings import Settings
-from gearworkers.tar.entry import Entry
-from gearworkers.tar.private_marker import begins_marked
+from gearworkers.tar.entry import TarEntry
+from gearworkers.tar.private_marker import starts_with_mark
 from gearworkers.tar.reader import TarReader
 from gearworkers.util import syscalls as kernel
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -318,7 +318,7 @@ def test_it_lies_over_an_image_whose_files_are_not_here_yet(node: LazyNode) -> N
 def test_what_a_private_layer_names_only_comes_from_the_remote(node: LazyNode) -> None:
     """Whoever can name a content has it shared already."""
     digest = node.shelf.put(b"from afar " * 100)
-    named = Entry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
+    named = TarEntry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
     apply(node.driver, "marked", "", tar(file(".gear-private"), named, file("secret", SECRET)))
     node.driver.create_read_write("container", "marked")
     merged = Path(node.driver.get("container"))
@@ -341,4 +341,4 @@ def test_what_a_private_layer_names_only_comes_from_the_remote(node: LazyNode) -
     ],
 )
 def test_the_mark_is_looked_for_ahead_of_the_first_content(files: dict[str, bytes], found: bool) -> None:
-    assert begins_marked(TarReader(io.BytesIO(tar_of(files)))) is found
+    assert starts_with_mark(TarReader(io.BytesIO(tar_of(files)))) is found

@@ -10,15 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gearworkers.cas.refs import OBJECTS_FILE, RECORD
+from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import object_name
 from gearworkers.errors import GearError
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.priority_pool import WorkPool
 from gearworkers.fetch.source import Chunk, Content
-from gearworkers.layers.incomplete import WantedObjects
-from gearworkers.layers.store import RECORD_FILE, Kind, Layer
+from gearworkers.layers.incomplete import IncompleteLayers
+from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind
 from gearworkers.lazyfs import contents as lazy_contents
 from gearworkers.lazyfs.arrivals import Arrivals
 from gearworkers.lazyfs.contents import LazyContents
@@ -59,7 +59,7 @@ def contents(tmp_path: Path) -> Iterator[LazyContents]:
     yield LazyContents(
         store,
         arrivals,
-        WantedObjects(tmp_path / "images"),
+        IncompleteLayers(tmp_path / "images"),
         fetcher,
         lambda digest, size_bytes: None,
         large_bytes=1 << 10,
@@ -73,9 +73,9 @@ def make_layer(root: Path, *, complete: bool) -> None:
     """An image layer that refers to LARGE; it replaces the one before."""
     image = root / "images" / "image"
     image.mkdir(parents=True, exist_ok=True)
-    records = b"".join(RECORD.pack(digest, len(content)) for digest, content in sorted(LARGE.items()))
+    records = b"".join(REF_RECORD.pack(digest, len(content)) for digest, content in sorted(LARGE.items()))
     (image / OBJECTS_FILE).write_bytes(records)
-    (image / RECORD_FILE).write_bytes(msgspec.json.encode(Layer("image", "", Kind.IMAGE, complete=complete)))
+    (image / RECORD_FILE).write_bytes(msgspec.json.encode(Layer("image", "", LayerKind.IMAGE, complete=complete)))
 
 
 def wanted(contents: LazyContents, digest: bytes) -> Found:

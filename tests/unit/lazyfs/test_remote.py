@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.layers.incomplete import remove_unvouched
+from gearworkers.layers.unsynced import verify_unsynced_objects
 from gearworkers.lazyfs.client import read_status
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.remote.factory import open_remote
@@ -80,4 +80,4 @@ def test_after_a_power_cut_an_object_without_its_bytes_is_fetched_again(node: La
     GearDriver(node.settings).prepare()
     assert not store.has(digest)
     assert (node.run("c2") / "etc/small").read_bytes() == b"small"
-    assert remove_unvouched(node.settings.gear_images_path, store) == 0
+    assert verify_unsynced_objects(node.settings.gear_images_path, store) == 0

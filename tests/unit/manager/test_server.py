@@ -163,7 +163,7 @@ def test_what_is_no_request_is_refused(server: Service) -> None:
 
 def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> None:
     wanted = [push(server, b"first %d" % number) for number in range(50)]
-    opened = [document.Opened(name, 10) for name in [*wanted, sha256(b"absent")]]
+    opened = [document.OpenedObject(name, 10) for name in [*wanted, sha256(b"absent")]]
     assert put_profile(server, "app:1", *opened) == 204
     body = json.dumps({"document": "profiles/app:1", "skip": wanted[:10]}).encode()
     status, _, stream = call(server, "POST", "/v1/prefetch", body)
@@ -177,7 +177,7 @@ def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> 
 def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) -> None:
     name = push(server, LARGE)
     at, size = 1_000_000, 300_000
-    assert put_profile(server, "large:1", document.Opened(name, len(LARGE), ((at, size),))) == 204
+    assert put_profile(server, "large:1", document.OpenedObject(name, len(LARGE), ((at, size),))) == 204
     (first, layout), *chunks = iter_frames(call(server, "POST", "/v1/prefetch", b'{"document": "profiles/large:1"}')[2])
     assert first.hex() == name
     offsets = {chunk.digest: chunk.offset for chunk in encoding.decode_layout(first, layout)}
@@ -188,7 +188,7 @@ def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) 
     assert together == LARGE[begin : begin + len(together)]
 
 
-def put_profile(server: Service, name: str, *opened: document.Opened) -> int:
+def put_profile(server: Service, name: str, *opened: document.OpenedObject) -> int:
     return call(server, "PUT", f"/v1/documents/profiles/{name}", document.pack(document.Profile(opened)))[0]
 
 

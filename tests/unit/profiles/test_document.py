@@ -10,7 +10,7 @@ import zstandard
 
 from gearworkers.errors import AlreadyExists, IntegrityError
 from gearworkers.profiles import document
-from gearworkers.profiles.document import MOST_OBJECTS, MOST_RANGES, Opened, Profile
+from gearworkers.profiles.document import MAX_OBJECTS, MAX_RANGES, OpenedObject, Profile
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
@@ -30,7 +30,7 @@ def packed(document: object) -> bytes:
 
 
 def test_a_profile_is_read_as_it_was_written() -> None:
-    one = Profile((Opened(A, 5), Opened(B, 1 << 30, ((4096, 100), (0, 1)))))
+    one = Profile((OpenedObject(A, 5), OpenedObject(B, 1 << 30, ((4096, 100), (0, 1)))))
     assert document.unpack(document.pack(one)) == one
 
 
@@ -48,8 +48,8 @@ def test_a_profile_is_read_as_it_was_written() -> None:
         packed({"objects": [[A, -1, []]]}),
         packed({"objects": [[A, 1, [[-1, 5]]]]}),
         packed({"objects": [[A, 1 << 62, []]]}),
-        packed({"objects": [[A, 1, [[0, 1]] * (MOST_RANGES + 1)]]}),
-        packed({"objects": [[A, 1, []]] * (MOST_OBJECTS + 1)}),
+        packed({"objects": [[A, 1, [[0, 1]] * (MAX_RANGES + 1)]]}),
+        packed({"objects": [[A, 1, []]] * (MAX_OBJECTS + 1)}),
         zstandard.compress(b" " * (40 << 20)),
         bytes(5 << 20),
     ],
@@ -60,34 +60,34 @@ def test_what_is_no_profile_is_refused(data: bytes) -> None:
 
 
 def test_merged_keeps_the_order_of_the_first_and_joins_ranges() -> None:
-    old = Profile((Opened(A, 5), Opened(B, 100_000, ((0, 10), (50, 10)))))
-    new = Profile((Opened(C, 7), Opened(B, 100_000, ((10, 5), (90, 1))), Opened(A, 5)))
-    assert document.merged(old, new) == Profile(
-        (Opened(A, 5), Opened(B, 100_000, ((0, 15), (50, 10), (90, 1))), Opened(C, 7))
+    old = Profile((OpenedObject(A, 5), OpenedObject(B, 100_000, ((0, 10), (50, 10)))))
+    new = Profile((OpenedObject(C, 7), OpenedObject(B, 100_000, ((10, 5), (90, 1))), OpenedObject(A, 5)))
+    assert document.merged_profiles(old, new) == Profile(
+        (OpenedObject(A, 5), OpenedObject(B, 100_000, ((0, 15), (50, 10), (90, 1))), OpenedObject(C, 7))
     )
-    assert document.merged(old, old) == old
+    assert document.merged_profiles(old, old) == old
 
 
 def test_ranges_that_touch_become_one() -> None:
-    assert document.joined([(10, 5), (0, 10), (100, 1), (12, 1)]) == [(0, 15), (100, 1)]
+    assert document.joined_ranges([(10, 5), (0, 10), (100, 1), (12, 1)]) == [(0, 15), (100, 1)]
 
 
 def test_the_first_recording_stays_unless_it_is_added_to(remote: Remote) -> None:
-    assert document.keep(remote, NAME, Profile((Opened(A, 1),)), again=False)
-    assert not document.keep(remote, NAME, Profile((Opened(B, 2),)), again=False)
-    assert document.keep(remote, NAME, Profile((Opened(B, 2),)), again=True)
-    assert not document.keep(remote, NAME, Profile((Opened(B, 2),)), again=True)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=False)
+    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=False)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=True)
+    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=True)
     data = remote.document(NAME)
     assert data is not None
-    assert document.unpack(data) == Profile((Opened(A, 1), Opened(B, 2)))
+    assert document.unpack(data) == Profile((OpenedObject(A, 1), OpenedObject(B, 2)))
 
 
 def test_a_damaged_profile_is_replaced(remote: Remote) -> None:
     remote.put_document(NAME, b"damaged")
-    assert document.keep(remote, NAME, Profile((Opened(A, 1),)), again=False)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=False)
     data = remote.document(NAME)
     assert data is not None
-    assert document.unpack(data) == Profile((Opened(A, 1),))
+    assert document.unpack(data) == Profile((OpenedObject(A, 1),))
 
 
 def test_two_that_record_at_once_both_count(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,11 +95,11 @@ def test_two_that_record_at_once_both_count(remote: Remote, monkeypatch: pytest.
 
     def late(name: str, data: bytes, version: int) -> None:
         monkeypatch.setattr(remote, "replace_document", replace)
-        replace(name, document.pack(Profile((Opened(B, 2),))), version)
+        replace(name, document.pack(Profile((OpenedObject(B, 2),))), version)
         raise AlreadyExists("somebody was quicker")
 
     monkeypatch.setattr(remote, "replace_document", late)
-    assert document.keep(remote, NAME, Profile((Opened(A, 1),)), again=True)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=True)
     data = remote.document(NAME)
     assert data is not None
     assert {opened.digest for opened in document.unpack(data).objects} == {A, B}

@@ -25,7 +25,7 @@ from gearworkers.lazyfs.client import read_status
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.profiles import document as profile_document
-from gearworkers.profiles.document import Opened, Profile
+from gearworkers.profiles.document import OpenedObject, Profile
 from gearworkers.profiles.resolve import profile_name
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
@@ -43,7 +43,7 @@ SMALL = [f"etc/file{number}" for number in (7, 3, 11)]
 
 
 class StartNode(Protocol):
-    """Starts the node of this name."""
+    """ProfileHooks the node of this name."""
 
     def __call__(self, name: str, window_s: float = 30.0) -> LazyNode: ...
 
@@ -292,7 +292,7 @@ def test_without_a_window_nothing_is_recorded(start_node: StartNode, remote: Rem
     [
         b"damaged",
         profile_document.pack(
-            Profile((Opened("0" * 64, 5), Opened(hashlib.sha256(LARGE).hexdigest(), 5, ((1 << 50, 9),))))
+            Profile((OpenedObject("0" * 64, 5), OpenedObject(hashlib.sha256(LARGE).hexdigest(), 5, ((1 << 50, 9),))))
         ),
     ],
 )

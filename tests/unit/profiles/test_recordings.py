@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas.refs import OBJECTS_FILE, RECORD
+from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD
 from gearworkers.digest import REDIRECT_XATTR, object_path
-from gearworkers.layers.incomplete import object_list
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.profiles import recorder
 from gearworkers.profiles import recordings as recordings_module
 from gearworkers.profiles.recordings import Recording, Recordings
-from gearworkers.profiles.resolve import OpenedObjects
+from gearworkers.profiles.resolve import ObjectResolver
 from gearworkers.settings import Settings
 from tests.support.lazynode import until
 
@@ -58,16 +58,16 @@ def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
     monkeypatch.setattr(recordings_module, "_is_used", lambda *_: True)
     monkeypatch.setattr(recordings_module, "_is_known", lambda _: False)
     monkeypatch.setattr(recordings, "_record", slow_remote)
-    for number in range(recordings_module._MOST_AT_ONCE + 1):
+    for number in range(recordings_module._MAX_AT_ONCE + 1):
         recordings.begin("c1", Recording(Settings(), f"image{number}", tmp_path))
         recordings.end("c1")
-    assert {begun.get(timeout=20) for _ in range(recordings_module._MOST_AT_ONCE)} == {
+    assert {begun.get(timeout=20) for _ in range(recordings_module._MAX_AT_ONCE)} == {
         "image0",
         "image1",
         "image2",
         "image3",
     }
-    assert under_way() == recordings_module._MOST_AT_ONCE
+    assert under_way() == recordings_module._MAX_AT_ONCE
     kept.set()
     until(lambda: not under_way(), "they are kept")
     recordings.begin("c1", Recording(Settings(), "later", tmp_path))
@@ -91,7 +91,7 @@ def test_a_container_that_never_stops_opening_files_is_recorded_until_its_window
     monkeypatch.setattr(recorder, "opened_files", lambda group_fd: itertools.repeat((group_fd, True)))
     group_fd = os.open("/dev/zero", os.O_RDONLY)  # always ready
     stop_fd, end_fd = os.pipe()
-    with OpenedObjects([], [], tmp_path) as known:
+    with ObjectResolver([], [], tmp_path) as known:
         assert recorder._watched(known, group_fd, stop_fd, 0.2, must_run=True) == {}
     for fd in (group_fd, stop_fd, end_fd):
         os.close(fd)
@@ -103,12 +103,12 @@ def test_an_opened_file_is_told_also_where_containers_lie_behind_a_symlink(tmp_p
         (tmp_path / "root" / name).mkdir(parents=True)
         (tmp_path / "root" / name / "file").touch()
     os.setxattr(tmp_path / "root/index/file", REDIRECT_XATTR, object_path(digest))
-    (tmp_path / OBJECTS_FILE).write_bytes(RECORD.pack(digest, 7))
-    objects = object_list(tmp_path / OBJECTS_FILE)
+    (tmp_path / OBJECTS_FILE).write_bytes(REF_RECORD.pack(digest, 7))
+    objects = ObjectList.open(tmp_path / OBJECTS_FILE)
     assert objects is not None
     (tmp_path / "link").symlink_to("root")
     with (
-        OpenedObjects([tmp_path / "root/index"], [objects], tmp_path / "link/merged") as known,
+        ObjectResolver([tmp_path / "root/index"], [objects], tmp_path / "link/merged") as known,
         open(tmp_path / "root/merged/file", "rb") as file,
     ):
-        assert known.object(file.fileno()) == (digest, 7)
+        assert known.resolve(file.fileno()) == (digest, 7)

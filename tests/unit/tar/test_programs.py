@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.reader import TarReader
 from gearworkers.tar.writer import END, header, padding
 from tests.support.tars import ReadTar, read_tar
@@ -214,23 +214,23 @@ def test_the_tar_of_a_docker_save_is_itself_read() -> None:
 # -- what we write
 
 
-def written() -> list[tuple[Entry, bytes]]:
+def written() -> list[tuple[TarEntry, bytes]]:
     return [
-        (Entry(b"d/", DIR, mode=0o755, mtime_ns=MTIME_NS), b""),
-        (Entry(b"d/file", mode=0o4755, uid=70_000_000, gid=8, size_bytes=5, mtime_ns=10**9), b"hello"),
-        (Entry(b"d/before-1970", mtime_ns=-2_000_000_000), b""),
-        (Entry(b"d/hard", HARDLINK, b"d/file", mode=0o4755, uid=70_000_000, gid=8, mtime_ns=10**9), b""),
-        (Entry(b"d/soft", SYMLINK, b"t/" * 100, mode=0o777), b""),
-        (Entry(b"d/fifo", FIFO), b""),
-        (Entry(b"d/null", CHAR, devmajor=1, devminor=3), b""),
-        (Entry(b"d/" + b"split/" * 30 + b"f" * 90, size_bytes=3, mtime_ns=10**9), b"abc"),
-        (Entry(b"d/" + b"f" * 250, size_bytes=600), b"x" * 600),
-        (Entry("d/grün".encode(), size_bytes=1), b"u"),
-        (Entry(b"d/\xff\xfe", size_bytes=1), b"b"),
+        (TarEntry(b"d/", DIR, mode=0o755, mtime_ns=MTIME_NS), b""),
+        (TarEntry(b"d/file", mode=0o4755, uid=70_000_000, gid=8, size_bytes=5, mtime_ns=10**9), b"hello"),
+        (TarEntry(b"d/before-1970", mtime_ns=-2_000_000_000), b""),
+        (TarEntry(b"d/hard", HARDLINK, b"d/file", mode=0o4755, uid=70_000_000, gid=8, mtime_ns=10**9), b""),
+        (TarEntry(b"d/soft", SYMLINK, b"t/" * 100, mode=0o777), b""),
+        (TarEntry(b"d/fifo", FIFO), b""),
+        (TarEntry(b"d/null", CHAR, devmajor=1, devminor=3), b""),
+        (TarEntry(b"d/" + b"split/" * 30 + b"f" * 90, size_bytes=3, mtime_ns=10**9), b"abc"),
+        (TarEntry(b"d/" + b"f" * 250, size_bytes=600), b"x" * 600),
+        (TarEntry("d/grün".encode(), size_bytes=1), b"u"),
+        (TarEntry(b"d/\xff\xfe", size_bytes=1), b"b"),
     ]
 
 
-def as_tar(files: list[tuple[Entry, bytes]]) -> bytes:
+def as_tar(files: list[tuple[TarEntry, bytes]]) -> bytes:
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
@@ -265,7 +265,7 @@ def test_gnu_tar_and_bsdtar_extract_what_we_write(tmp_path: Path, program: str) 
 
 def test_gnu_tar_restores_xattrs_that_we_write(tmp_path: Path) -> None:
     xattrs = {b"user.binary": bytes(range(256)), b"user.text": b"a=b\nc"}
-    tar = as_tar([(Entry(b"f", xattrs=xattrs), b"")])
+    tar = as_tar([(TarEntry(b"f", xattrs=xattrs), b"")])
     subprocess.run(["tar", "--xattrs", "--xattrs-include=*", "-xf", "-"], cwd=tmp_path, input=tar, check=True)
     assert {name: os.getxattr(tmp_path / "f", name) for name in os.listxattr(tmp_path / "f")} == {
         os.fsdecode(name): value for name, value in xattrs.items()

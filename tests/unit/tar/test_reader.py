@@ -11,21 +11,21 @@ import pytest
 
 from gearworkers.errors import IntegrityError, InvalidInput
 from gearworkers.tar import pax
-from gearworkers.tar.entry import CHAR, DIR, HARDLINK, REG, SYMLINK, Entry
+from gearworkers.tar.entry import CHAR, DIR, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.reader import TarReader
-from gearworkers.tar.tar_split import StreamWriter
+from gearworkers.tar.tar_split import TarSplitWriter
 from gearworkers.tar.writer import END, header, padding
 from tests.support.tars import changed, read_tar, with_checksum
 
 NAME, SIZE, MTIME, TYPE, MAGIC, PREFIX = 0, 124, 136, 156, 257, 345
 
 
-def member(entry: Entry, content: bytes = b"") -> bytes:
+def member(entry: TarEntry, content: bytes = b"") -> bytes:
     return header(entry) + content + padding(len(content))
 
 
 def a_file(name: bytes = b"a", content: bytes = b"hello", **fields: object) -> bytes:
-    return member(Entry(name, size_bytes=len(content), **fields), content)  # type: ignore[arg-type]
+    return member(TarEntry(name, size_bytes=len(content), **fields), content)  # type: ignore[arg-type]
 
 
 def special(kind: bytes, content: bytes) -> bytes:
@@ -36,7 +36,7 @@ def extended(*records: tuple[bytes, bytes]) -> bytes:
     return special(b"x", b"".join(pax.format_records({key: value}) for key, value in records))
 
 
-def only(tar: bytes) -> Entry:
+def only(tar: bytes) -> TarEntry:
     (entry,) = read_tar(tar).entries
     return entry
 
@@ -47,7 +47,7 @@ def test_an_old_header_without_magic_is_read() -> None:
 
 
 def test_a_v7_name_with_a_slash_at_the_end_is_a_directory() -> None:
-    entry = only(changed(member(Entry(b"dir/")), TYPE, b"\0") + END)
+    entry = only(changed(member(TarEntry(b"dir/")), TYPE, b"\0") + END)
     assert (entry.name, entry.type) == (b"dir/", DIR)
 
 
@@ -95,7 +95,7 @@ def test_a_signed_checksum_is_accepted() -> None:
 
 
 def test_a_link_with_a_size_has_no_content() -> None:
-    link = changed(member(Entry(b"l", HARDLINK, b"a")), SIZE, b"00000000005\0")
+    link = changed(member(TarEntry(b"l", HARDLINK, b"a")), SIZE, b"00000000005\0")
     entries = read_tar(a_file() + link + a_file(b"b") + END).entries
     assert [(entry.name, entry.size_bytes, entry.stored_bytes) for entry in entries] == [
         (b"a", 5, 5),
@@ -106,7 +106,7 @@ def test_a_link_with_a_size_has_no_content() -> None:
 
 def test_gnu_long_names_win_over_pax_paths_and_end_at_a_nul() -> None:
     tar = special(b"L", b"long/" * 300 + b"\0rest") + special(b"K", b"target\0")
-    tar += extended((b"path", b"pax"), (b"linkpath", b"pax")) + member(Entry(b"s", SYMLINK, b"t")) + END
+    tar += extended((b"path", b"pax"), (b"linkpath", b"pax")) + member(TarEntry(b"s", SYMLINK, b"t")) + END
     entry = only(tar)
     assert (entry.name, entry.linkname) == (b"long/" * 300, b"target")
 
@@ -146,7 +146,7 @@ def test_xattr_values_may_hold_any_bytes() -> None:
 
 def test_gear_records_name_content_that_is_not_there() -> None:
     records = extended((b"GEAR.sha256", b"ab" * 32), (b"GEAR.size", b"7"))
-    entry = only(records + member(Entry(b"a")) + END)
+    entry = only(records + member(TarEntry(b"a")) + END)
     assert (entry.gear, entry.size_bytes, entry.stored_bytes) == ((b"\xab" * 32, 7), 7, 0)
 
 
@@ -243,7 +243,7 @@ def test_an_old_sparse_map_that_goes_on_and_on_is_refused() -> None:
 
 
 def test_a_sparse_directory_is_refused() -> None:
-    tar = extended((b"GNU.sparse.map", b"0,0"), (b"GNU.sparse.numblocks", b"1")) + member(Entry(b"d", DIR)) + END
+    tar = extended((b"GNU.sparse.map", b"0,0"), (b"GNU.sparse.numblocks", b"1")) + member(TarEntry(b"d", DIR)) + END
     with pytest.raises(InvalidInput, match="no regular file"):
         read_tar(tar)
 
@@ -255,7 +255,7 @@ def test_a_cut_names_the_entry_it_is_in() -> None:
 
 
 def test_every_prefix_is_an_error_or_ends_behind_a_whole_entry() -> None:
-    tar = a_file(b"one") + extended((b"path", b"two")) + a_file() + member(Entry(b"c", CHAR, devmajor=1)) + END
+    tar = a_file(b"one") + extended((b"path", b"two")) + a_file() + member(TarEntry(b"c", CHAR, devmajor=1)) + END
     whole = {1: 517, 2: 512 * 5 + 5, 3: 512 * 7}  # where an entry's last byte of content is
     for length in range(1, len(tar)):
         try:
@@ -280,7 +280,7 @@ def test_content_larger_than_the_buffer_comes_in_pieces_and_is_refused_as_a_whol
 def test_content_that_nobody_takes_is_logged_as_it_is() -> None:
     tar = a_file(content=b"x" * 9000) + a_file(b"b") + END
     file = io.BytesIO()
-    log = StreamWriter(file)
+    log = TarSplitWriter(file)
     reader = TarReader(io.BytesIO(tar), log, buffer_bytes=4096)
     reader.next()
     log.raw(next(reader.chunks()))
@@ -289,7 +289,7 @@ def test_content_that_nobody_takes_is_logged_as_it_is() -> None:
 
 
 def test_a_caller_that_forgets_to_log_what_it_took_is_told() -> None:
-    reader = TarReader(io.BytesIO(a_file() + END), StreamWriter(io.BytesIO()))
+    reader = TarReader(io.BytesIO(a_file() + END), TarSplitWriter(io.BytesIO()))
     reader.next()
     reader.payload()
     with pytest.raises(RuntimeError, match="517 bytes of the tar were handed out, 512 logged"):

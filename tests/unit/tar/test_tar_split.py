@@ -7,14 +7,14 @@ import io
 import pytest
 
 from gearworkers.errors import IntegrityError
-from gearworkers.tar.tar_split import Content, Raw, StreamReader, StreamWriter, Totals
+from gearworkers.tar.tar_split import ObjectBytes, RawBytes, TarSplitReader, TarSplitTotals, TarSplitWriter
 
 DIGEST = bytes(range(32))
 
 
 def a_stream() -> bytes:
     file = io.BytesIO()
-    log = StreamWriter(file)
+    log = TarSplitWriter(file)
     log.raw(b"header")
     log.content(DIGEST, 1 << 40)
     log.raw(memoryview(b"padding" * 1000))
@@ -24,8 +24,13 @@ def a_stream() -> bytes:
 
 
 def test_pieces_come_back_in_order() -> None:
-    reader = StreamReader(io.BytesIO(a_stream()))
-    pieces = [Raw(b"header"), Content(DIGEST, 0, 1 << 40), Raw(b"padding" * 1000), Content(DIGEST, 5, 7)]
+    reader = TarSplitReader(io.BytesIO(a_stream()))
+    pieces = [
+        RawBytes(b"header"),
+        ObjectBytes(DIGEST, 0, 1 << 40),
+        RawBytes(b"padding" * 1000),
+        ObjectBytes(DIGEST, 5, 7),
+    ]
     assert list(reader) == pieces
     assert list(reader) == pieces, "and again"
     assert reader.tar_bytes == (1 << 40) + 7013
@@ -33,21 +38,21 @@ def test_pieces_come_back_in_order() -> None:
 
 def test_the_writer_says_what_it_wrote() -> None:
     file = io.BytesIO()
-    log = StreamWriter(file)
+    log = TarSplitWriter(file)
     log.raw(b"12345")
     log.content(DIGEST, 100)
-    assert log.close() == Totals(tar_bytes=105, content_bytes=100, file_bytes=len(file.getvalue()))
+    assert log.close() == TarSplitTotals(tar_bytes=105, content_bytes=100, file_bytes=len(file.getvalue()))
 
 
 def test_a_stream_of_nothing_is_a_stream() -> None:
     file = io.BytesIO()
-    StreamWriter(file).close()
-    assert list(StreamReader(file)) == []
+    TarSplitWriter(file).close()
+    assert list(TarSplitReader(file)) == []
 
 
 def test_many_and_large_records_survive_the_batches() -> None:
     file = io.BytesIO()
-    log = StreamWriter(file)
+    log = TarSplitWriter(file)
     expected = b""
     for number in range(3000):
         block = number.to_bytes(4, "big") * 100
@@ -57,28 +62,28 @@ def test_many_and_large_records_survive_the_batches() -> None:
     large = bytes(range(256)) * 20_000
     log.raw(large)
     log.close()
-    pieces = list(StreamReader(file))
-    assert b"".join(piece.data for piece in pieces if isinstance(piece, Raw)) == expected + large
-    assert [piece.length_bytes for piece in pieces if isinstance(piece, Content)] == list(range(3000))
-    assert max(len(piece.data) for piece in pieces if isinstance(piece, Raw)) <= 1 << 20
+    pieces = list(TarSplitReader(file))
+    assert b"".join(piece.data for piece in pieces if isinstance(piece, RawBytes)) == expected + large
+    assert [piece.length_bytes for piece in pieces if isinstance(piece, ObjectBytes)] == list(range(3000))
+    assert max(len(piece.data) for piece in pieces if isinstance(piece, RawBytes)) <= 1 << 20
 
 
 def test_a_cut_is_found_before_anything_is_used() -> None:
     stream = a_stream()
     for length in range(len(stream)):
         with pytest.raises(IntegrityError):
-            StreamReader(io.BytesIO(stream[:length]))
+            TarSplitReader(io.BytesIO(stream[:length]))
 
 
 def test_a_flipped_bit_is_found() -> None:
     stream = a_stream()
-    pieces = list(StreamReader(io.BytesIO(stream)))
+    pieces = list(TarSplitReader(io.BytesIO(stream)))
     harmless = []
     for bit in range(8 * len(stream)):
         altered = bytearray(stream)
         altered[bit // 8] ^= 1 << bit % 8
         try:
-            assert list(StreamReader(io.BytesIO(bytes(altered)))) == pieces
+            assert list(TarSplitReader(io.BytesIO(bytes(altered)))) == pieces
         except IntegrityError:
             continue
         harmless.append(bit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.tar.entry import DIR, SYMLINK, Entry
+from gearworkers.tar.entry import DIR, SYMLINK, TarEntry
 from gearworkers.tar.pax import format_records, parse_records
 from gearworkers.tar.writer import END, header, padding
 from tests.support.tars import read_tar
@@ -14,42 +14,42 @@ from tests.support.tars import read_tar
 @pytest.mark.parametrize(
     "entry",
     [
-        Entry(b"a", mtime_ns=0o77777777777 * 10**9, size_bytes=0o77777777777, uid=0o7777777, gid=0o7777777),
-        Entry(b"n" * 100),
-        Entry(b"p" * 155 + b"/" + b"n" * 100),
-        Entry(b"p" * 150 + b"/" + b"n" * 20 + b"/", DIR),
-        Entry(b"l", SYMLINK, b"t" * 100),
+        TarEntry(b"a", mtime_ns=0o77777777777 * 10**9, size_bytes=0o77777777777, uid=0o7777777, gid=0o7777777),
+        TarEntry(b"n" * 100),
+        TarEntry(b"p" * 155 + b"/" + b"n" * 100),
+        TarEntry(b"p" * 150 + b"/" + b"n" * 20 + b"/", DIR),
+        TarEntry(b"l", SYMLINK, b"t" * 100),
     ],
 )
-def test_what_fits_into_ustar_is_one_block(entry: Entry) -> None:
+def test_what_fits_into_ustar_is_one_block(entry: TarEntry) -> None:
     assert len(header(entry)) == 512
 
 
 @pytest.mark.parametrize(
     "entry",
     [
-        Entry(b"a", mtime_ns=1),
-        Entry(b"a", mtime_ns=-(10**9)),
-        Entry(b"a", mtime_ns=-1_500_000_000),
-        Entry(b"a", mtime_ns=(0o77777777777 + 1) * 10**9),
-        Entry(b"a", atime_ns=0),
-        Entry(b"a", uid=0o7777777 + 1),
-        Entry(b"a", gid=-1),
-        Entry(b"n" * 101),
-        Entry(b"p" * 156 + b"/n"),
-        Entry(b"p/" + b"n" * 101),
-        Entry(b"/" + b"n" * 100),
-        Entry(b"d" * 100 + b"/", DIR),
-        Entry(b"\x80"),
-        Entry(b"l", SYMLINK, b"t" * 101),
-        Entry(b"l", SYMLINK, b"\xff"),
-        Entry(b"n" * 200_000),
-        Entry(b"a", xattrs={b"user.a": b"1", b"security.capability": bytes(20)}),
-        Entry(b"a", xattrs={b"user.a": b""}),
-        Entry(b"a", gear=(bytes(range(32)), 1 << 50), size_bytes=1 << 50),
+        TarEntry(b"a", mtime_ns=1),
+        TarEntry(b"a", mtime_ns=-(10**9)),
+        TarEntry(b"a", mtime_ns=-1_500_000_000),
+        TarEntry(b"a", mtime_ns=(0o77777777777 + 1) * 10**9),
+        TarEntry(b"a", atime_ns=0),
+        TarEntry(b"a", uid=0o7777777 + 1),
+        TarEntry(b"a", gid=-1),
+        TarEntry(b"n" * 101),
+        TarEntry(b"p" * 156 + b"/n"),
+        TarEntry(b"p/" + b"n" * 101),
+        TarEntry(b"/" + b"n" * 100),
+        TarEntry(b"d" * 100 + b"/", DIR),
+        TarEntry(b"\x80"),
+        TarEntry(b"l", SYMLINK, b"t" * 101),
+        TarEntry(b"l", SYMLINK, b"\xff"),
+        TarEntry(b"n" * 200_000),
+        TarEntry(b"a", xattrs={b"user.a": b"1", b"security.capability": bytes(20)}),
+        TarEntry(b"a", xattrs={b"user.a": b""}),
+        TarEntry(b"a", gear=(bytes(range(32)), 1 << 50), size_bytes=1 << 50),
     ],
 )
-def test_what_does_not_fit_survives_in_pax_records(entry: Entry) -> None:
+def test_what_does_not_fit_survives_in_pax_records(entry: TarEntry) -> None:
     tar = header(entry)
     assert len(tar) >= 1536
     (read,) = read_tar(tar + END).entries
@@ -58,21 +58,21 @@ def test_what_does_not_fit_survives_in_pax_records(entry: Entry) -> None:
 
 
 def test_a_size_beyond_ustars_is_a_pax_record() -> None:
-    assert b"size=8589934592\n" in header(Entry(b"a", size_bytes=1 << 33))
+    assert b"size=8589934592\n" in header(TarEntry(b"a", size_bytes=1 << 33))
 
 
 def test_a_time_before_1970_is_written_as_go_and_gnu_tar_read_it() -> None:
-    assert b"mtime=-1.5\n" in header(Entry(b"a", mtime_ns=-1_500_000_000))
+    assert b"mtime=-1.5\n" in header(TarEntry(b"a", mtime_ns=-1_500_000_000))
 
 
 def test_device_numbers_beyond_octal_survive() -> None:
-    (read,) = read_tar(header(Entry(b"n", ord("3"), devmajor=1 << 40, devminor=0o7777777)) + END).entries
+    (read,) = read_tar(header(TarEntry(b"n", ord("3"), devmajor=1 << 40, devminor=0o7777777)) + END).entries
     assert (read.devmajor, read.devminor) == (1 << 40, 0o7777777)
 
 
 def test_the_order_of_xattrs_makes_no_difference() -> None:
-    one = Entry(b"a", xattrs={b"user.a": b"1", b"user.b": b"2"})
-    other = Entry(b"a", xattrs={b"user.b": b"2", b"user.a": b"1"})
+    one = TarEntry(b"a", xattrs={b"user.a": b"1", b"user.b": b"2"})
+    other = TarEntry(b"a", xattrs={b"user.b": b"2", b"user.a": b"1"})
     assert header(one) == header(other)
 
 
@@ -91,13 +91,13 @@ def test_padding_fills_the_block(size_bytes: int) -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        Entry(b""),
-        Entry(b"a\0b"),
-        Entry(b"l", SYMLINK, b"t\0"),
-        Entry(b"a", xattrs={b"user.a=b": b""}),
-        Entry(b"a", xattrs={b"user.\0": b""}),
+        TarEntry(b""),
+        TarEntry(b"a\0b"),
+        TarEntry(b"l", SYMLINK, b"t\0"),
+        TarEntry(b"a", xattrs={b"user.a=b": b""}),
+        TarEntry(b"a", xattrs={b"user.\0": b""}),
     ],
 )
-def test_what_no_tar_can_hold_is_refused(entry: Entry) -> None:
+def test_what_no_tar_can_hold_is_refused(entry: TarEntry) -> None:
     with pytest.raises(InvalidInput, match="a tar cannot hold"):
         header(entry)
