@@ -43,7 +43,8 @@ from gearworkers.remote.encoding import LARGE_BYTES as CHUNKED_BYTES
 from gearworkers.remote.factory import has_near, open_near, open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
-from gearworkers.util.process import alone, tell_ready
+from gearworkers.util.locks import sole_process
+from gearworkers.util.process import tell_ready
 
 _log = structlog.get_logger(__name__)
 
@@ -111,7 +112,7 @@ class LazyServer:
         """
         with ExitStack() as stack:
             for directory in (self._settings.run_dir, self._settings.gear_root):
-                stack.enter_context(alone(directory / _LOCK_FILE, "a lazy file server"))
+                stack.enter_context(sole_process(directory / _LOCK_FILE, "a lazy file server"))
             self._arrivals.prepare()
             self._fetcher.prepare()
             keeper = Keeper(self._settings.lazyfs_keeper_socket)

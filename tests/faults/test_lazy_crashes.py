@@ -200,7 +200,7 @@ def test_server_and_keeper_dead_at_once_leave_nothing_that_hangs(node: LazyNode)
 
 
 def test_a_second_server_is_refused(node: LazyNode) -> None:
-    with pytest.raises(FailedPrecondition, match="runs already"):
+    with pytest.raises(FailedPrecondition, match="is already running"):
         LazyServer(node.settings, []).run()
 
 
