@@ -4,7 +4,7 @@
 set -eu
 
 hold() {
-    flock --nonblock "$1" || { echo "redis: a Redis of this $2 runs already ($3 is locked)" >&2; exit 1; }
+    flock --nonblock "$1" || { echo "redis: a Redis of this $2 is already running ($3 is locked)" >&2; exit 1; }
 }
 
 mkdir -p -m 700 "$GEAR_RUN_DIR" "$GEAR_ROOT/redis"
