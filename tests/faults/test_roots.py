@@ -126,9 +126,7 @@ def test_an_import_continues_in_the_root_where_it_began(driver: GearDriver, sett
 
 
 @pytest.mark.parametrize("spelt", ["a", "link"])
-def test_an_init_does_not_disturb_a_running_import(
-    driver: GearDriver, settings: Settings, spelt: str
-) -> None:
+def test_an_init_does_not_disturb_a_running_import(driver: GearDriver, settings: Settings, spelt: str) -> None:
     """The import may be for an earlier dockerd; the path may be another name of the same root."""
     settings.gear_root.with_name("link").symlink_to("a")
     switch(driver, settings, "a")

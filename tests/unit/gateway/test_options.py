@@ -34,9 +34,7 @@ def started(settings: Settings, *opts: str) -> GearDriver:
     return driver
 
 
-def test_a_restarted_gateway_uses_the_options_of_the_running_dockerd(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_restarted_gateway_uses_the_options_of_the_running_dockerd(settings: Settings, tmp_path: Path) -> None:
     started(settings, f"gear.root={tmp_path}/elsewhere", f"gear.broker={BROKER}").create("layer", "")
     restarted = GearDriver(settings)
     restarted.prepare()
@@ -89,9 +87,7 @@ input()
             process.kill()
 
 
-def test_a_second_gateway_of_a_root_is_rejected_before_it_repairs_anything(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_second_gateway_of_a_root_is_rejected_before_it_repairs_anything(settings: Settings, tmp_path: Path) -> None:
     with other_gateway(settings.gear_root):
         under_way = settings.gear_build_path / "layer.under-way"
         under_way.mkdir()
