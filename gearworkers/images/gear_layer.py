@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -23,6 +22,7 @@ from gearworkers.tar import writer
 from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
 from gearworkers.tar.private_marker import is_mark, reject_late_mark
 from gearworkers.tar.reader import Readable, TarReader
+from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.util.fs import free_bytes
 from gearworkers.util.writing import write_all
 
@@ -43,7 +43,6 @@ _BUFFER_BYTES = 4 << 20
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _PACK_BYTES = 256 << 10
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,8 @@ def _write_file(entry: TarEntry, reader: TarReader, packed: _Packed, contents: C
     elif entry.size_bytes > inline_bytes:
         _name_content(entry, reader, contents)
     else:
-        data = b"".join(bytes(piece) for piece in _expanded(entry, reader))
+        # bytes() copies a piece of content, and makes as many zeros as a hole is long.
+        data = b"".join(bytes(piece) for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes))
         packed.write(_header(entry) + data + writer.padding(len(data)))
         return
     packed.write(_header(entry))
@@ -132,43 +132,17 @@ def _spool(entry: TarEntry, reader: TarReader, contents: Contents) -> bytes:
                 f"tar entry {shown(entry.name)}: it is a sparse file of {entry.size_bytes} bytes, "
                 f"and {free_bytes(fd)} are free in {contents.directory}"
             )
-        for piece in _expanded(entry, reader):
-            hasher.update(piece)
-            _write_or_skip(fd, piece)
+        for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes):
+            if isinstance(piece, int):
+                for hole in zeros(piece):
+                    hasher.update(hole)
+                os.lseek(fd, piece, os.SEEK_CUR)
+            else:
+                hasher.update(piece)
+                write_all(fd, piece)
         os.ftruncate(fd, entry.size_bytes)
         contents.add_file(hasher.digest(), os.dup(fd), entry.size_bytes)
     return hasher.digest()
-
-
-def _write_or_skip(fd: int, piece: memoryview) -> None:
-    if piece.obj is _ZEROS:
-        os.lseek(fd, len(piece), os.SEEK_CUR)
-        return
-    write_all(fd, piece)
-
-
-def _expanded(entry: TarEntry, reader: TarReader) -> Iterator[memoryview]:
-    """The content in order, the holes of a sparse file as pieces of _ZEROS; each valid until the next is asked."""
-    if entry.sparse is None:
-        yield from reader.chunks()
-        return
-    stored, piece, at = reader.chunks(), memoryview(b""), 0
-    for offset, length in entry.sparse:
-        yield from _zeros(offset - at)
-        at = offset + length
-        while length:
-            piece = piece or next(stored)
-            taken = min(length, len(piece))
-            yield piece[:taken]
-            piece, length = piece[taken:], length - taken
-    yield from _zeros(entry.size_bytes - at)
-
-
-def _zeros(size_bytes: int) -> Iterator[memoryview]:
-    while size_bytes > 0:
-        step = min(size_bytes, len(_ZEROS))
-        yield memoryview(_ZEROS)[:step]
-        size_bytes -= step
 
 
 def _header(entry: TarEntry) -> bytes:

@@ -23,6 +23,7 @@ from gearworkers.layers.index.tree import LayerTree
 from gearworkers.tar.entry import REG, TarEntry, shown
 from gearworkers.tar.private_marker import MARK, is_mark, reject_hidden_mark, reject_late_mark
 from gearworkers.tar.reader import Readable, TarReader
+from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.tar.tar_split import TarSplitWriter
 from gearworkers.util.fs import free_bytes, opened_directory
 
@@ -31,8 +32,6 @@ PRIVATE = "private"
 """In the build directory: a private layer's own objects."""
 PRIVATE_FILE = "private-objects"
 """Their list, as `objects`."""
-
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def apply_tar(
     ids: IdMaps,
     push_queue: PushQueue | None,
     root: Path,
-    numbers: InodeNumbers,
+    inode_numbers: InodeNumbers,
     *,
     private: bool = False,
 ) -> Applied:
@@ -78,7 +77,7 @@ def apply_tar(
         ids: From the tar's owners to the host's.
         push_queue: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, which knows whether contents may be stored in place.
-        numbers: Where the index takes its inode numbers from.
+        inode_numbers: Where the index takes its inode numbers from.
         private: Whether the layer is private; it also is if the tar has the mark (tar.private_marker).
 
     Raises:
@@ -99,7 +98,7 @@ def apply_tar(
             contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
-        numbers.write(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
+        inode_numbers.write_index(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
         log.close()
         return contents.finish(index.size_bytes())
 
@@ -249,13 +248,14 @@ class _ContentImporter:
         hasher = hashlib.sha256()
         segments = entry.sparse if entry.sparse is not None else ((0, entry.size_bytes),)
         with self._own_store.create(self._staging_fd) as pending:
-            for piece, hole_bytes in _expanded(self._reader.chunks(), segments, entry.size_bytes):
-                if piece is not None:
+            for piece in expanded(self._reader.chunks(), entry.sparse, entry.size_bytes):
+                if isinstance(piece, int):
+                    for hole in zeros(piece):
+                        hasher.update(hole)
+                    pending.write_zeros(piece)
+                else:
                     hasher.update(piece)
                     pending.write(piece)
-                else:
-                    _hash_zeros(hasher, hole_bytes)
-                    pending.write_zeros(hole_bytes)
             digest = hasher.digest()
             self._own_claims.add(digest, entry.size_bytes)
             if not self._own_store.has(digest):
@@ -273,31 +273,3 @@ class _ContentImporter:
                 f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, "
                 f"and {room_bytes} are free in {self._store.cache}"
             )
-
-
-def _expanded(
-    stored: Iterator[memoryview], segments: tuple[tuple[int, int], ...], size_bytes: int
-) -> Iterator[tuple[memoryview | None, int]]:
-    """The pieces of a sparse file's content in order: (bytes, 0) or (None, length of a hole)."""
-    at = 0
-    piece = memoryview(b"")
-    for offset, length in segments:
-        if offset > at:
-            yield None, offset - at
-        at = offset + length
-        while length:
-            if not piece:
-                piece = next(stored)
-            yield piece[:length], 0
-            taken = min(length, len(piece))
-            piece = piece[taken:]
-            length -= taken
-    if size_bytes > at:
-        yield None, size_bytes - at
-
-
-def _hash_zeros(hasher: hashlib._Hash, size_bytes: int) -> None:
-    while size_bytes:
-        step = min(size_bytes, len(_ZEROS))
-        hasher.update(_ZEROS[:step])
-        size_bytes -= step

@@ -22,9 +22,9 @@ from gearworkers.cas.collector import publishing
 from gearworkers.cas.refs import OBJECTS_FILE, read_refs, sorted_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import NotFound, from_os_error
-from gearworkers.layers.incomplete import object_list
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import remove_tree
 from gearworkers.util.writing import sync_directory, write_synced
@@ -50,7 +50,7 @@ class Pin(msgspec.Struct, frozen=True):
 class Pins:
     """The pins of one GEAR_ROOT; any process of the node may have them at the same time."""
 
-    def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore) -> None:
+    def __init__(self, settings: NodeSettings, layers: LayerStore, objects: ObjectStore) -> None:
         self._root = settings.gear_root
         self._directory = settings.gear_pins_path
         self._build = settings.gear_build_path
@@ -113,7 +113,7 @@ class Pins:
 
     def has(self, digest: bytes) -> bool:
         """Whether something that is pinned has the object."""
-        lists = map(object_list, self._directory.glob(f"*/{OBJECTS_FILE}"))
+        lists = map(ObjectList.open, self._directory.glob(f"*/{OBJECTS_FILE}"))
         return any(records is not None and records.between(digest, digest) for records in lists)
 
     def version(self) -> int:

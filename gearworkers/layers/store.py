@@ -13,10 +13,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -26,62 +24,25 @@ from gearworkers.cas.collector import publishing
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import AlreadyExists, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.layers import apply_once
-from gearworkers.layers.apply import Applied
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.mount import mount_index
-from gearworkers.layers.index.renumber import has_numbers, renumber
+from gearworkers.layers.index.renumber import has_own_inode_numbers, renumber
 from gearworkers.layers.private import PrivateStores
 from gearworkers.layers.quotas import Quotas
+from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
 from gearworkers.mounts.overlay import is_mounted, unmount
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.tar.private_marker import MARK
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
 
-RECORD_FILE = "layer.json"
 TREE = "tree"
 UPPER = "upper"
 WORK = "work"
 MERGED = "merged"
 
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-
-
-class LayerKind(StrEnum):
-    """What a layer is."""
-
-    NEW = "new"
-    IMAGE = "image"
-    CONTAINER = "container"
-
-
-class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A layer's record, its file layer.json."""
-
-    id: str
-    parent: str
-    kind: LayerKind
-    mount_label: str = ""
-    created_s: float = 0.0
-    dedupable: bool = msgspec.field(default=False, name="absorbable")
-    """It came by Create: once it was written and its Diff taken, it is an image layer in all but form."""
-    size_limit_bytes: int = 0
-    """What a container may write; 0 for as much as there is."""
-    project: int = 0
-    """To which the files of a container with such a limit belong; see layers.quotas."""
-    size_bytes: int = 0
-    objects: int = 0
-    object_bytes: int = 0
-    new_objects: int = 0
-    new_bytes: int = 0
-    complete: bool = True
-    private: bool = False
-    """The contents of its tar are its own, in private/<id>: it, or a layer below it, has the mark."""
-    private_objects: int = 0
-    private_bytes: int = 0
-    index_digest: bytes = b""
-    """SHA-256 of an index without a label; one with a label holds its own digest."""
 
 
 def check_id(id: str) -> str:
@@ -98,7 +59,7 @@ def check_id(id: str) -> str:
 class LayerStore:
     """The layers of one GEAR_ROOT; any process of the node may have one at the same time."""
 
-    def __init__(self, settings: Settings, objects: ObjectStore) -> None:
+    def __init__(self, settings: NodeSettings, objects: ObjectStore) -> None:
         self._root = settings.gear_root
         self._objects = objects
         self._images = settings.gear_images_path
@@ -133,7 +94,7 @@ class LayerStore:
         container = None
         for directory in (self._images / id, self._containers / id):
             try:
-                layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+                layer = read_record(directory)
             except FileNotFoundError:
                 continue
             except msgspec.DecodeError as exc:
@@ -371,12 +332,12 @@ class LayerStore:
             NotFound: One of them is missing.
         """
         images = (layer for layer in self.layer_chain(id) if layer.kind is LayerKind.IMAGE)
-        return any(not has_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
+        return any(not has_own_inode_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
 
     def _release_old_indexes(self) -> None:
         """Have indexes without numbers of their own get them before they are mounted anew."""
         for path in self._images.iterdir():
-            if is_mounted(path / TREE) and not has_numbers(path / INDEX_FILE):
+            if is_mounted(path / TREE) and not has_own_inode_numbers(path / INDEX_FILE):
                 unmount(path / TREE)
 
     def unmount_indexes(self) -> None:
@@ -401,7 +362,7 @@ class LayerStore:
 
     def _give_numbers(self, index: Path) -> None:
         """An index of an older gearworkers counts its inodes from 1, as all others did."""
-        if not has_numbers(index):
+        if not has_own_inode_numbers(index):
             with self.build_directory(index.parent.name) as build:
                 renumber(index, self.inode_numbers, build)
 
@@ -428,44 +389,6 @@ class LayerStore:
             raise from_os_error(exc, f"remove {place}") from exc
         remove_tree(grave)
         return True
-
-
-def new_layer(id: str, parent: str, kind: LayerKind, mount_label: str, size_limit_bytes: int = 0) -> Layer:
-    """The record of a layer that begins now."""
-    return Layer(
-        id=id,
-        parent=parent,
-        kind=kind,
-        mount_label=mount_label,
-        created_s=time.time(),
-        dedupable=kind is LayerKind.NEW,
-        size_limit_bytes=size_limit_bytes,
-    )
-
-
-def image_layer(layer: Layer, applied: Applied) -> Layer:
-    """The record of *layer* now that a tar has filled it."""
-    return Layer(
-        id=layer.id,
-        parent=layer.parent,
-        kind=LayerKind.IMAGE,
-        mount_label=layer.mount_label,
-        created_s=layer.created_s,
-        size_bytes=applied.size_bytes,
-        objects=applied.objects,
-        object_bytes=applied.object_bytes,
-        new_objects=applied.new_objects,
-        new_bytes=applied.new_bytes,
-        complete=applied.complete,
-        private=applied.private,
-        private_objects=applied.private_objects,
-        private_bytes=applied.private_bytes,
-    )
-
-
-def write_record(directory: Path, layer: Layer) -> None:
-    """Write *layer* to the directory's layer.json."""
-    (directory / RECORD_FILE).write_bytes(msgspec.json.encode(layer))
 
 
 def _rename(source: Path, target: Path, flags: kernel.Rename) -> None:

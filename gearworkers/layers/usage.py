@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, from_os_error
-from gearworkers.layers.store import LayerKind, LayerStore
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import LayerStore
 
 _AT_MOST_S = 60.0
 _TIMES_COUNTING = 50

@@ -1,11 +1,11 @@
-"""GNU's sparse maps: which parts of a file the stored content is.
+"""GNU's sparse maps, which say where in a file the stored content lies, and expanding the content by them.
 
 Source: GNU tar manual, "Storing Sparse Files"; validated as Go's archive/tar does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from gearworkers.tar.entry import BLOCK_BYTES, TarEntry
 from gearworkers.tar.header import parse_number
@@ -18,6 +18,7 @@ _OLD_REAL_SIZE = slice(483, 495)
 _SEGMENT_BYTES = 24
 _FORMATS_IN_RECORDS = ((b"0", b"0"), (b"0", b"1"))
 _FORMAT_IN_CONTENT = (b"1", b"0")
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 def read_old_gnu(entry: TarEntry, block: bytes, next_block: Callable[[], bytes]) -> Segments:
@@ -116,3 +117,36 @@ def check(segments: Segments, size_bytes: int, stored_bytes: int) -> None:
         total += length
     if size_bytes < 0 or total != stored_bytes:
         raise ValueError(f"its sparse segments make {total} bytes, but {stored_bytes} are stored")
+
+
+def expanded(stored: Iterator[memoryview], segments: Segments | None, size_bytes: int) -> Iterator[memoryview | int]:
+    """Yield a file's content in order: stored bytes, and for each hole its length in bytes.
+
+    Args:
+        stored: The stored content, as `TarReader.chunks` yields it.
+        segments: A checked map of *stored*; None for a file that is not sparse.
+        size_bytes: Size of the file, holes included.
+    """
+    if segments is None:
+        yield from stored
+        return
+    piece, at = memoryview(b""), 0
+    for offset, length in segments:
+        if offset > at:
+            yield offset - at
+        at = offset + length
+        while length:
+            piece = piece or next(stored)
+            taken = min(length, len(piece))
+            yield piece[:taken]
+            piece, length = piece[taken:], length - taken
+    if size_bytes > at:
+        yield size_bytes - at
+
+
+def zeros(size_bytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of a hole in pieces of at most 1 MiB."""
+    while size_bytes:
+        step = min(size_bytes, len(_ZEROS))
+        yield _ZEROS[:step]
+        size_bytes -= step

@@ -78,7 +78,7 @@ def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, mo
 
     monkeypatch.setattr(doctor, "_TIMEOUT_S", 0.1)
     settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", plugin_socket=tmp_path / "gear.sock")
-    running = run_gateway(settings, lambda order, stream: None)
+    running = run_gateway(settings, lambda claimed: None)
     running.driver.status = count  # type: ignore[method-assign]
     try:
         told = doctor.gateway_status(settings)
