@@ -24,7 +24,7 @@ from gearworkers.workers.celery_app import (
     RETRIES,
     TIME_LIMIT_S,
     VISIBILITY_TIMEOUT_S,
-    _MendPool,
+    RepairPool,
     make_app,
     retry_delay_s,
 )
@@ -201,7 +201,7 @@ def test_a_process_that_celery_no_longer_watches_is_watched_again(app: Any) -> N
         pool.register_with_event_loop(hub)
         (process,) = pool._pool._pool
         pool._pool._untrack_child_process(process, hub)
-        _MendPool(SimpleNamespace(steps=[])).start(SimpleNamespace(pool=pool))
+        RepairPool(SimpleNamespace(steps=[])).start(SimpleNamespace(pool=pool))
         pool.register_with_event_loop(hub)
         assert process._sentinel_poll in hub.readers
     finally:
