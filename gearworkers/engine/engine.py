@@ -309,4 +309,4 @@ class Engine:
             remote.close()
 
     def _push_queue(self) -> PushQueue | None:
-        return self.push_queue if self.settings.remote else None
+        return self.push_queue if self.settings.remote.url else None

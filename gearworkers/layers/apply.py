@@ -61,7 +61,7 @@ def apply_tar(
     ids: IdMaps,
     push_queue: PushQueue | None,
     root: Path,
-    numbers: InodeNumbers,
+    inode_numbers: InodeNumbers,
     *,
     private: bool = False,
 ) -> Applied:
@@ -77,7 +77,7 @@ def apply_tar(
         ids: From the tar's owners to the host's.
         push_queue: Where new objects are noted for push; None for nowhere.
         root: GEAR_ROOT, which knows whether contents may be stored in place.
-        numbers: Where the index takes its inode numbers from.
+        inode_numbers: Where the index takes its inode numbers from.
         private: Whether the layer is private; it also is if the tar has the mark (tar.private_marker).
 
     Raises:
@@ -98,7 +98,7 @@ def apply_tar(
             contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
-        numbers.write(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
+        inode_numbers.write_index(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
         log.close()
         return contents.finish(index.size_bytes())
 

@@ -32,6 +32,7 @@ from gearworkers.errors import Unavailable, from_os_error
 from gearworkers.layers.diff.upperdir import directories, open_beneath
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
+from gearworkers.util.locks import locked_directory
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE_BYTES = 1 << 20
@@ -78,7 +79,7 @@ def dedupe_layer(
             claims.seal()
         finally:
             claims.close()
-        with opened_directory(build) as build_fd, _locked(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with opened_directory(build) as build_fd, locked_directory(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
             with publishing(root, store):  # or the collector finds the list at neither place
                 os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
             (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
@@ -96,9 +97,9 @@ def dedupe_layer(
 def locked_for_diff(layer: Path, upper: Path) -> Iterator[None]:
     """Within it the layer's files and times stand still; what a crashed `absorb` left is mended first."""
     if (layer / TIMES_FILE).exists():
-        with _locked(layer, fcntl.LOCK_EX):
+        with locked_directory(layer, fcntl.LOCK_EX):
             _set_times_back(layer, upper)
-    with _locked(layer, fcntl.LOCK_SH):
+    with locked_directory(layer, fcntl.LOCK_SH):
         yield
 
 
@@ -232,11 +233,3 @@ def _is_index(dir_fd: int, name: bytes) -> bool:
         return METACOPY_XATTR in os.listxattr(fd)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _locked(layer: Path, operation: int) -> Iterator[None]:
-    """The kernel lets go of it when the holder dies."""
-    with opened_directory(layer) as fd:
-        fcntl.flock(fd, operation)
-        yield

@@ -27,7 +27,7 @@ from gearworkers.layers import apply_once
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.mount import mount_index
-from gearworkers.layers.index.renumber import has_numbers, renumber
+from gearworkers.layers.index.renumber import has_own_inode_numbers, renumber
 from gearworkers.layers.private import PrivateStores
 from gearworkers.layers.quotas import Quotas
 from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
@@ -332,12 +332,12 @@ class LayerStore:
             NotFound: One of them is missing.
         """
         images = (layer for layer in self.layer_chain(id) if layer.kind is LayerKind.IMAGE)
-        return any(not has_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
+        return any(not has_own_inode_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
 
     def _release_old_indexes(self) -> None:
         """Have indexes without numbers of their own get them before they are mounted anew."""
         for path in self._images.iterdir():
-            if is_mounted(path / TREE) and not has_numbers(path / INDEX_FILE):
+            if is_mounted(path / TREE) and not has_own_inode_numbers(path / INDEX_FILE):
                 unmount(path / TREE)
 
     def unmount_indexes(self) -> None:
@@ -362,7 +362,7 @@ class LayerStore:
 
     def _give_numbers(self, index: Path) -> None:
         """An index of an older gearworkers counts its inodes from 1, as all others did."""
-        if not has_numbers(index):
+        if not has_own_inode_numbers(index):
             with self.build_directory(index.parent.name) as build:
                 renumber(index, self.inode_numbers, build)
 

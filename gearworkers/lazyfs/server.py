@@ -43,7 +43,8 @@ from gearworkers.remote.encoding import LARGE_BYTES as CHUNKED_BYTES
 from gearworkers.remote.factory import has_near, open_near, open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
-from gearworkers.util.process import alone, tell_ready
+from gearworkers.util.locks import sole_process
+from gearworkers.util.process import tell_ready
 
 _log = structlog.get_logger(__name__)
 
@@ -62,7 +63,7 @@ class LazyServer:
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
         self._wanted = IncompleteLayers(settings.gear_images_path)
-        self._pool = WorkPool(settings.fetch_threads, for_background=settings.fetch_threads // 2)
+        self._pool = WorkPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
         layers = LayerStore(settings, self._store)
@@ -111,7 +112,7 @@ class LazyServer:
         """
         with ExitStack() as stack:
             for directory in (self._settings.run_dir, self._settings.gear_root):
-                stack.enter_context(alone(directory / _LOCK_FILE, "a lazy file server"))
+                stack.enter_context(sole_process(directory / _LOCK_FILE, "a lazy file server"))
             self._arrivals.prepare()
             self._fetcher.prepare()
             keeper = Keeper(self._settings.lazyfs_keeper_socket)
@@ -261,7 +262,7 @@ def sources_of(settings: Settings) -> list[Source]:
     Raises:
         InvalidInput: GEAR_REMOTE is none that is known.
     """
-    if settings.remote:
+    if settings.remote.url:
         return [open_remote(settings)]
     return [open_near(settings)] if has_near(settings) else []
 

@@ -48,7 +48,7 @@ class ProfileHooks:
             return
         image = top_image_layer(self._layers, layer.id)
         known = self._tell(image, starts=True)
-        if known is not Known.FOUND and self._settings.profile_window_s and self._settings.remote:
+        if known is not Known.FOUND and self._settings.profile_window_s and self._settings.remote.url:
             self._recordings.begin(layer.id, Recording(self._settings, image, merged))
 
     def container_unmounted(self, id: str) -> None:

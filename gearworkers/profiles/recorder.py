@@ -111,7 +111,7 @@ def main() -> None:
     os.nice(_NICE)
     group_fd = int(sys.argv[1])
     order: Recording = pickle.load(sys.stdin.buffer)
-    configure_logging(order.settings)
+    configure_logging(order.settings.log)
     signal.alarm(int(order.settings.profile_window_s) + _LONGEST_PUSH_S)
     try:
         record(order.settings, order.image, order.merged, group_fd, sys.stdin.fileno(), again=False)

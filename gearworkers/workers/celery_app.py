@@ -118,7 +118,7 @@ def _worker_app() -> Celery:
     settings = Settings.from_environ()
     app = make_app(settings, with_results=True)
     app.set_current()
-    signals.setup_logging.connect(lambda **_: configure_logging(settings), weak=False)
+    signals.setup_logging.connect(lambda **_: configure_logging(settings.log), weak=False)
     signals.worker_process_init.connect(lambda **_: end_with_parent(os.getppid()), weak=False)
     return app
 

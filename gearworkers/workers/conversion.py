@@ -95,7 +95,7 @@ def convert_on_workers(settings: Settings, plan: Plan, progress: Told, warn: War
 class _Conversion:
     def __init__(self, app: Celery, settings: Settings, plan: Plan, progress: Told, warn: Warn) -> None:
         self._app = app
-        self._remote = remote_name(settings.remote)
+        self._remote = remote_name(settings.remote.url)
         self._plan = plan
         self._sizes = {job.digest: job.size_bytes for job in plan.jobs()}
         self._progress = progress

@@ -20,7 +20,7 @@ from gearworkers.layers.store import WORK
 from gearworkers.mounts.probe import probe, require
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
-from gearworkers.util.process import alone
+from gearworkers.util.locks import sole_process
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.mount_counts import MountCounts
 
@@ -88,7 +88,7 @@ class GearDriver:
             engine = Engine.of(settings)
             with ExitStack() as locks:
                 if self._exclusive:
-                    locks.enter_context(alone(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
+                    locks.enter_context(sole_process(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
                 engine.prepare()
                 self._locks.enter_context(locks.pop_all())
             self._prepared[root] = engine

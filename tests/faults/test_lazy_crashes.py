@@ -128,7 +128,7 @@ def test_a_large_file_that_is_open_is_read_on_after_a_restart_and_its_chunks_are
         node.start()
         assert os.pread(large.fileno(), len(LARGE), 0) == LARGE
     chunks = [line for line in node.shelf.requests() if line.startswith("chunk")]
-    under_way = node.settings.fetch_threads
+    under_way = node.settings.remote.fetch_threads
     assert len(chunks) <= len(LARGE) // CHUNK_BYTES + under_way
 
 
@@ -200,7 +200,7 @@ def test_server_and_keeper_dead_at_once_leave_nothing_that_hangs(node: LazyNode)
 
 
 def test_a_second_server_is_refused(node: LazyNode) -> None:
-    with pytest.raises(FailedPrecondition, match="runs already"):
+    with pytest.raises(FailedPrecondition, match="is already running"):
         LazyServer(node.settings, []).run()
 
 

@@ -25,7 +25,7 @@ from gearworkers.mounts import overlay
 from gearworkers.remote.directory import Directory
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 
 CONTENT = b"content"
 DIGEST = hashlib.sha256(CONTENT).digest()
@@ -33,7 +33,9 @@ DIGEST = hashlib.sha256(CONTENT).digest()
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return replace(Settings(), gear_root=tmp_path / "gear", remote=str(tmp_path / "remote"), remote_timeout_s=30.0)
+    return replace(
+        Settings(), gear_root=tmp_path / "gear", remote=RemoteSettings(url=str(tmp_path / "remote"), timeout_s=30.0)
+    )
 
 
 # -- nothing is mounted
@@ -48,7 +50,7 @@ def opened(settings: Settings) -> Iterator[Remote]:
 
 
 def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
-    once = Remote(Directory(Path(settings.remote)))
+    once = Remote(Directory(Path(settings.remote.url)))
     for ask in (
         lambda: once.put_many([(DIGEST, CONTENT)]),
         lambda: once.has([DIGEST]),
@@ -62,15 +64,15 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
     assert not found.ok
     assert "not there: mount" in found.found
     with opened(settings) as remote:
-        assert not Path(settings.remote).exists()
-        Path(settings.remote).mkdir()
+        assert not Path(settings.remote.url).exists()
+        Path(settings.remote.url).mkdir()
         remote.put_many([(DIGEST, CONTENT)])
         assert list(remote.fetch(DIGEST)) == [CONTENT]
     assert remote_check(settings).ok
 
 
 def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Settings) -> None:
-    directory = Path(settings.remote)
+    directory = Path(settings.remote.url)
     directory.mkdir()
     with opened(settings) as remote:
         for name in ("objects", "documents", "staging"):
@@ -83,7 +85,7 @@ def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Setting
 
 
 def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there(settings: Settings) -> None:
-    path, away = Path(settings.remote), Path(settings.remote + "-away")
+    path, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
     path.mkdir()
     with opened(settings) as before:
         before.put_many([(DIGEST, CONTENT)])
@@ -148,7 +150,7 @@ def mounted(target: Path, handle: Callable[[Request, Waiter], None] | None) -> I
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
 def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int) -> None:
     broken = Broken(error, times=2)
-    with mounted(Path(settings.remote), broken), opened(settings) as remote:
+    with mounted(Path(settings.remote.url), broken), opened(settings) as remote:
         assert remote.has([DIGEST]) == []
     assert broken.asked > 2
 
@@ -156,14 +158,14 @@ def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int)
 @pytest.mark.slow
 def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     broken = Broken(errno.EIO, times=1 << 30)
-    with mounted(Path(settings.remote), broken), opened(settings) as remote, pytest.raises(Unavailable):
+    with mounted(Path(settings.remote.url), broken), opened(settings) as remote, pytest.raises(Unavailable):
         remote.has([DIGEST])
     assert broken.asked > 2
 
 
 def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -> None:
-    settings = replace(settings, remote_timeout_s=0.5)
-    with mounted(Path(settings.remote), None), opened(settings) as remote:
+    settings = replace(settings, remote=replace(settings.remote, timeout_s=0.5))
+    with mounted(Path(settings.remote.url), None), opened(settings) as remote:
         began_s = time.monotonic()
         with pytest.raises(Unavailable, match=r"did not answer within 0\.5 s"):
             list(remote.fetch(DIGEST))
@@ -171,10 +173,10 @@ def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -
 
 
 def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings) -> None:
-    Path(settings.remote).mkdir()
+    Path(settings.remote.url).mkdir()
     with opened(settings) as remote:
         remote.put_many([(DIGEST, CONTENT)])
-    settings = replace(settings, remote_timeout_s=2.0)
+    settings = replace(settings, remote=replace(settings.remote, timeout_s=2.0))
     with mounted(settings.gear_nfs_path, None), opened(settings) as remote:
         assert list(remote.fetch(DIGEST)) == [CONTENT]
 
@@ -183,4 +185,4 @@ def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings
             assert [list(remote.fetch(DIGEST)) for _ in range(20)] == [[CONTENT]] * 20
             return time.monotonic() - began_s
 
-        assert any(took_s() < settings.remote_timeout_s for _ in range(5)), "once, if the machine has other work"
+        assert any(took_s() < settings.remote.timeout_s for _ in range(5)), "once, if the machine has other work"
