@@ -15,7 +15,8 @@ from gearworkers.cas.inplace import InPlaceLock, forbid, remove_unfinished
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectState, ObjectStore
-from gearworkers.cas.writer import MAX_CONTENT_BYTES, ContentWriter
+from gearworkers.cas.writer import ContentWriter
+from gearworkers.cas.writer_process import MAX_CONTENT_BYTES
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
@@ -160,7 +161,7 @@ class _ContentImporter:
         self._own_store = ObjectStore(self._build / PRIVATE)
         self._own_store.prepare()
         self._own_claims = RefWriter(self._build, PRIVATE_FILE)
-        self._writer.keep_private(self._own_store)
+        self._writer.use_private_store(self._own_store)
 
     def close(self) -> None:
         """Let go of the lists."""
@@ -192,7 +193,7 @@ class _ContentImporter:
         reader, add = self._reader, index.add
         entry = reader.next()
         if reader.guarded:
-            self._writer.push_nothing()
+            self._writer.disable_push()
         while entry is not None:
             if MARK in entry.name and not self._is_private and is_mark(entry.name):
                 self._turn_private(entry)
@@ -261,7 +262,7 @@ class _ContentImporter:
             if not self._own_store.has(digest):
                 self._writer.announce(digest)
                 if pending.publish(digest):
-                    self._writer.stored(digest, entry.size_bytes)
+                    self._writer.note_stored(digest, entry.size_bytes)
         for offset, length in segments:
             self._log.slice(digest, offset, length)
         return digest
