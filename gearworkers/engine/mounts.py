@@ -23,7 +23,7 @@ from gearworkers.lazyfs.tree import FAILED, FETCH
 from gearworkers.mounts import overlay
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.profiles.hooks import ProfileHooks
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.util.fs import opened_directory
 from gearworkers.util.keyed_locks import KeyedLocks
 
@@ -39,7 +39,7 @@ class LazyServerNeeded(Exception):
 class LayerMounts:
     """Mounts at `merged/` of each layer, from any thread of the one process of the node that mounts."""
 
-    def __init__(self, settings: Settings, layers: LayerStore, profile_hooks: ProfileHooks) -> None:
+    def __init__(self, settings: NodeSettings, layers: LayerStore, profile_hooks: ProfileHooks) -> None:
         self._settings = settings
         self._layers = layers
         self._profile_hooks = profile_hooks

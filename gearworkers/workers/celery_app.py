@@ -25,7 +25,7 @@ from typing import Any
 
 from celery import Celery, bootsteps, signals
 
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings, Settings
 from gearworkers.util.log import configure_logging
 from gearworkers.util.process import end_with_parent
 from gearworkers.workers.broker import RedisBroker
@@ -84,7 +84,7 @@ class _MendPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no 
 
 
 def make_app(
-    settings: Settings, transport_options: Mapping[str, object] | None = None, *, with_results: bool = False
+    settings: NodeSettings, transport_options: Mapping[str, object] | None = None, *, with_results: bool = False
 ) -> Celery:
     """The application for the broker of *settings*; connects to nothing yet.
 
