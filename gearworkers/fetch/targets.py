@@ -14,6 +14,7 @@ from gearworkers.fetch.context import FetchContext
 from gearworkers.fetch.failover import verify_chunk
 from gearworkers.fetch.source import Chunk
 from gearworkers.util.open_file import File
+from gearworkers.util.writing import pwrite_all
 
 
 class Target(Protocol):
@@ -189,12 +190,8 @@ class SparseFile:
         return len(data) == chunk.size_bytes and hashlib.sha256(data).digest() == chunk.digest
 
     def _write(self, chunk: Chunk, data: bytes) -> None:
-        view, offset = memoryview(data), chunk.offset
         try:
-            while view:
-                written = os.pwrite(self.file.fd, view, offset)
-                offset += written
-                view = view[written:]
+            pwrite_all(self.file.fd, data, chunk.offset)
         except OSError as exc:
             raise from_os_error(exc, f"write a chunk of object {self._digest.hex()} at {chunk.offset}") from exc
 

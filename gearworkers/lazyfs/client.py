@@ -13,7 +13,7 @@ from gearworkers.errors import InvalidInput, Unavailable
 from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 10.0
-_REPORT_TIMEOUT_S = 1.0
+REPORT_TIMEOUT_S = 1.0
 """The start of a container waits no longer for a server that hangs."""
 
 
@@ -105,7 +105,7 @@ def report_image(path: Path, layer: str, *, starts: bool) -> ProfileStatus:
         Unavailable: No server runs, or it does not answer within a second.
     """
     body = msgspec.json.encode(ImageEvent(layer, starts))
-    return msgspec.json.decode(_call(path, "POST", "/image", body, _REPORT_TIMEOUT_S), type=ProfileStatus)
+    return msgspec.json.decode(_call(path, "POST", "/image", body, REPORT_TIMEOUT_S), type=ProfileStatus)
 
 
 def read_ranges(path: Path, objects: Sequence[str]) -> ReadRanges:

@@ -16,7 +16,7 @@ _NAME = "FUSE"
 def check_fuse(device: Path = fuse_connection.DEVICE) -> Check:
     """Check whether the lazy file server can run, and be replaced after a crash; mounts nothing."""
     try:
-        features = _common_features(device)
+        features = common_features(device)
     except GearError as exc:
         advice = (
             f"load the fuse module, and pass {device} to the container if this runs in one; only Gear images need it"
@@ -30,7 +30,7 @@ def check_fuse(device: Path = fuse_connection.DEVICE) -> Check:
     return Check(_NAME, True, False, found)
 
 
-def _common_features(device: Path) -> InitFlag:
+def common_features(device: Path) -> InitFlag:
     """Return the features that both the kernel and this program have.
 
     Raises:
