@@ -38,7 +38,7 @@ _ACKNOWLEDGEMENT = struct.Struct("<cQ")
 _TOTALS = struct.Struct("<cQQ")
 _BATCH, _FLUSH = b"B", b"F"
 _ACK, _DONE, _ERROR = b"A", b"D", b"E"
-_ERROR_KINDS: dict[str, type[GearError]] = {kind.__name__: kind for kind in (GearError, *GearError.__subclasses__())}
+_ERROR_KINDS: tuple[type[GearError], ...] = (GearError, *GearError.__subclasses__())
 
 
 class LocalWriter(Protocol):
@@ -236,4 +236,4 @@ def _encode_error(error: GearError) -> bytes:
 
 def _decode_error(encoded: bytes) -> GearError:
     kind, text = msgspec.msgpack.decode(encoded, type=tuple[str, str])
-    return _ERROR_KINDS.get(kind, GearError)(text)
+    return next((known for known in _ERROR_KINDS if known.__name__ == kind), GearError)(text)
