@@ -118,7 +118,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Answers a token whose job is not to be had any more."""
+    """Rejects a claim: another process has the job, or the gateway has withdrawn it."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -1,4 +1,4 @@
-"""The states of a job at the gateway. Every rule about who may do a job, and when, is in this module.
+"""The states of a job at the gateway. All rules about the begin of a job are in this module.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The real Redis and the real workers fail in the middle; a caller of the plugin socket sees an answer all the same."""
+"""A caller of the plugin socket gets a response even if the real Redis or the real workers fail during its call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar
 
 AOF_BYTES = 16 << 20
-"""Of the file system on which Redis has its AOF."""
+"""Size of the file system that holds the AOF of Redis."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def plugin(stack: Stack) -> Plugin:
-    """The plugin with all its processes alive, and healthy."""
+    """Return the plugin with all its processes running and healthy."""
     stack.start()
     plugin = Plugin(stack.plugin_socket)
     wait_until(lambda: is_served_by_worker(plugin), "a worker takes calls")
@@ -77,7 +77,7 @@ def children(stack: Stack) -> list[int]:
 
 
 def count(stack: Stack, by: str) -> float:
-    """How many ApplyDiffs *by* has done."""
+    """Return the number of ApplyDiffs that processes of the kind *by* have done."""
     text = read_metrics(stack.run_dir / "metrics.sock").decode()
     name = f'gear_orders_total{{by="{by}",call="apply_diff"}} '
     return sum(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
@@ -89,37 +89,37 @@ def is_staged(stack: Stack, id: str) -> bool:
 
 @contextmanager
 def begun(plugin: Plugin, stack: Stack, id: str, tar: bytes) -> Iterator[socket.socket]:
-    """A connection that has sent the first half of *tar*, and a worker that has begun with it."""
+    """Yield a connection that has sent the first half of *tar*, once a worker has begun the call."""
     while True:
         plugin.call("Create", ID=id, Parent="")
         with plugin.begin_apply(id, tar[: len(tar) // 2]) as connection:
-            wait_until(lambda: is_staged(stack, id), "somebody has begun")
+            wait_until(lambda: is_staged(stack, id), "a process has begun")
             if "0 by gateway" in plugin.status()["At Work"]:
                 yield connection
                 return
-        plugin.call("Remove", ID=id)  # the machine is so busy that the gateway has not waited for the worker
+        plugin.call("Remove", ID=id)  # the machine is busy, and the gateway's own pool was faster than the worker
 
 
-def answer_on(connection: socket.socket) -> tuple[int, bytes]:
+def response_on(connection: socket.socket) -> tuple[int, bytes]:
     response = http.client.HTTPResponse(connection)
     response.begin()
     with response:
         return response.status, response.read()
 
 
-def test_what_a_worker_stored_comes_back(plugin: Plugin, stack: Stack) -> None:
+def test_diff_returns_the_tar_that_a_worker_stored(plugin: Plugin, stack: Stack) -> None:
     id, tar, before = an_id(), a_tar(), count(stack, "worker")
     assert apply(plugin, id, tar)[0] == 200
     assert plugin.diff(id) == (200, tar)
     assert count(stack, "worker") == before + 1
 
 
-def test_a_worker_killed_in_the_middle_is_an_error_and_the_next_call_works(plugin: Plugin, stack: Stack) -> None:
+def test_the_death_of_a_worker_fails_its_call_and_the_next_call_works(plugin: Plugin, stack: Stack) -> None:
     id, tar = an_id(), a_tar()
     with begun(plugin, stack, id, tar) as connection:
         for pid in children(stack):
             os.kill(pid, signal.SIGKILL)
-        status, error = answer_on(connection)
+        status, error = response_on(connection)
         assert status == 500 and b"died" in error
     status, answer = plugin.apply_diff(id, [tar])
     assert status == 500 and "remove the layer" in str(answer["Err"])
@@ -128,7 +128,7 @@ def test_a_worker_killed_in_the_middle_is_an_error_and_the_next_call_works(plugi
     assert plugin.diff(id) == (200, tar)
 
 
-def test_without_redis_the_gateway_works_and_recovers_when_it_is_back(plugin: Plugin, stack: Stack) -> None:
+def test_without_redis_the_gateway_does_the_calls_and_recovers_when_redis_is_back(plugin: Plugin, stack: Stack) -> None:
     stack.kill("redis")
     id, tar, before = an_id(), a_tar(), count(stack, "gateway")
     assert apply(plugin, id, tar)[0] == 200
@@ -141,12 +141,12 @@ def test_without_redis_the_gateway_works_and_recovers_when_it_is_back(plugin: Pl
 
 @contextmanager
 def full_disk(stack: Stack, redis: Redis) -> Iterator[None]:
-    """Below the AOF."""
+    """Fill the file system below the AOF."""
     filler = stack.root / "redis" / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(1 << 20))
-    with suppress(ResponseError):  # from the next one on
+    with suppress(ResponseError):  # the following writes are refused
         redis.set("what the last page has no room for", bytes(1 << 16))
     try:
         yield
@@ -156,7 +156,7 @@ def full_disk(stack: Stack, redis: Redis) -> Iterator[None]:
 
 @contextmanager
 def configured(stack: Stack, redis: Redis, name: str, value: str) -> Iterator[None]:
-    """By a setting."""
+    """Change a setting of Redis."""
     redis.config_set(name, value)
     try:
         yield
@@ -166,7 +166,7 @@ def configured(stack: Stack, redis: Redis, name: str, value: str) -> Iterator[No
 
 @contextmanager
 def failed_over(stack: Stack, redis: Redis) -> Iterator[None]:
-    """It has become a replica."""
+    """Make Redis a replica."""
     redis.replicaof("127.0.0.1", 1)
     try:
         yield
@@ -176,7 +176,7 @@ def failed_over(stack: Stack, redis: Redis) -> Iterator[None]:
 
 @contextmanager
 def in_a_script(stack: Stack, redis: Redis) -> Iterator[None]:
-    """It runs one that does not end."""
+    """Have Redis run a script that does not end."""
     redis.config_set("busy-reply-threshold", 1)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(stack.redis_socket))
@@ -196,24 +196,27 @@ REFUSALS: dict[str, Callable[[Stack, Redis], AbstractContextManager[None]]] = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSALS)
-def test_while_redis_refuses_tasks_the_gateway_works_and_the_same_workers_come_back(
-    plugin: Plugin, stack: Stack, told: str
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_the_gateway_does_the_calls_while_redis_refuses_tasks_and_the_same_workers_return(
+    plugin: Plugin, stack: Stack, refusal: str
 ) -> None:
     id, tar, before, worker = an_id(), a_tar(), count(stack, "gateway"), stack.daemons["import"]
     pid, tried_twice = worker.pid, worker.log_count(b"Trying again in 4")
-    with Redis(unix_socket_path=str(stack.redis_socket)) as redis, REFUSALS[told](stack, redis):
+    with Redis(unix_socket_path=str(stack.redis_socket)) as redis, REFUSALS[refusal](stack, redis):
         assert apply(plugin, id, tar)[0] == 200
         assert plugin.diff(id) == (200, tar)
         assert count(stack, "gateway") == before + 1
-        assert "import: Redis refuses tasks" in plugin.status()["Degraded"] and told in plugin.status()["Degraded"]
-        if told not in ("maxmemory", "busy"):  # the one lets tasks be taken, the other answers nobody who waits for one
+        assert "import: Redis refuses tasks" in plugin.status()["Degraded"] and refusal in plugin.status()["Degraded"]
+        if refusal not in (
+            "maxmemory",
+            "busy",
+        ):  # with maxmemory tasks are still taken; a busy Redis answers no waiting worker
             wait_until(lambda: worker.log_count(b"Trying again in 4") > tried_twice, "the worker tries twice")
     wait_until(lambda: is_served_by_worker(plugin), "a worker takes calls again")
     assert stack.is_running("import") and worker.pid == pid
 
 
-def test_a_worker_whose_processes_die_just_before_redis_takes_calls_again(plugin: Plugin, stack: Stack) -> None:
+def test_a_worker_whose_processes_die_just_before_redis_recovers(plugin: Plugin, stack: Stack) -> None:
     worker = stack.daemons["import"]
     noticed = worker.log_count(b"Cannot connect")
     for pid in children(stack):
@@ -224,17 +227,19 @@ def test_a_worker_whose_processes_die_just_before_redis_takes_calls_again(plugin
     worker.wait_until(lambda: is_served_by_worker(plugin), "the worker takes calls again")
 
 
-def test_an_import_under_way_survives_the_end_of_redis(plugin: Plugin, stack: Stack) -> None:
+def test_a_running_import_survives_the_death_of_redis(plugin: Plugin, stack: Stack) -> None:
     id, tar = an_id(), a_tar()
     with begun(plugin, stack, id, tar) as connection:
         stack.kill("redis")
         rest = tar[len(tar) // 2 :]
         connection.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(rest), rest))
-        assert answer_on(connection)[0] == 200
+        assert response_on(connection)[0] == 200
     assert plugin.diff(id) == (200, tar)
 
 
-def test_without_workers_the_gateway_works_and_what_it_queued_is_not_done_again(plugin: Plugin, stack: Stack) -> None:
+def test_without_workers_the_gateway_does_the_calls_and_queued_tasks_are_not_repeated(
+    plugin: Plugin, stack: Stack
+) -> None:
     stack.kill("import")
     ids, tar = [an_id(), an_id()], a_tar()
     assert [apply(plugin, id, tar)[0] for id in ids] == [200, 200]
@@ -244,8 +249,8 @@ def test_without_workers_the_gateway_works_and_what_it_queued_is_not_done_again(
     assert [plugin.diff(id) for id in ids] == [(200, tar), (200, tar)]
 
 
-def test_callers_that_stall_stop_nobody_else_and_are_served_when_they_go_on(plugin: Plugin, stack: Stack) -> None:
-    """As many as workers and the gateway have processes without them."""
+def test_stalled_callers_block_no_other_call_and_are_served_when_they_continue(plugin: Plugin, stack: Stack) -> None:
+    """There are as many stalled callers as workers and gateway have processes without them."""
     tar = a_tar()
     stalled = {an_id(): tar[: len(tar) // 2] for _ in range(2 * CORES)} | {an_id(): tar[:1] for _ in range(2 * CORES)}
     with ExitStack() as stack_of_connections:
@@ -253,19 +258,19 @@ def test_callers_that_stall_stop_nobody_else_and_are_served_when_they_go_on(plug
         for id, begin in stalled.items():
             plugin.call("Create", ID=id, Parent="")
             connections[id] = stack_of_connections.enter_context(plugin.begin_apply(id, begin))
-        wait_until(lambda: f"; {2 * CORES} wait for" in plugin.status()["At Work"], "those that have begun are stalled")
+        wait_until(lambda: f"; {2 * CORES} wait for" in plugin.status()["At Work"], "the begun calls are stalled")
         id = an_id()
         assert apply(plugin, id, tar)[0] == 200
         assert plugin.diff(id) == (200, tar)
         for id, begin in stalled.items():
             rest = tar[len(begin) :]
             connections[id].sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(rest), rest))
-            assert answer_on(connections[id])[0] == 200
+            assert response_on(connections[id])[0] == 200
     assert all(plugin.diff(id) == (200, tar) for id in stalled)
 
 
-def test_more_commits_at_once_than_there_are_processes_all_end(plugin: Plugin) -> None:
-    """`docker commit` gives a Diff's answer to an ApplyDiff as it comes: either waits for the other."""
+def test_more_concurrent_commits_than_processes_all_end(plugin: Plugin) -> None:
+    """`docker commit` streams the response of a Diff into an ApplyDiff, so each waits for the other."""
     source, tar = an_id(), tiny_tar({"etc/big": os.urandom(6 << 20)})
     assert apply(plugin, source, tar)[0] == 200
 
@@ -280,7 +285,7 @@ def test_more_commits_at_once_than_there_are_processes_all_end(plugin: Plugin) -
         assert list(callers.map(commit, [an_id() for _ in range(2 * CORES)])) == [200] * 2 * CORES
 
 
-def test_a_gateway_killed_in_the_middle_leaves_no_half_layer(plugin: Plugin, stack: Stack) -> None:
+def test_a_gateway_killed_during_an_import_leaves_no_partial_layer(plugin: Plugin, stack: Stack) -> None:
     id, tar = an_id(), a_tar()
     with begun(plugin, stack, id, tar):
         stack.kill("gateway")
@@ -293,11 +298,11 @@ def test_a_gateway_killed_in_the_middle_leaves_no_half_layer(plugin: Plugin, sta
     assert plugin.diff(id) == (200, tar)
 
 
-def test_the_rest_of_a_tar_that_a_dead_gateway_received_is_no_layer(plugin: Plugin, stack: Stack) -> None:
+def test_the_rest_of_a_tar_after_the_death_of_a_gateway_is_rejected(plugin: Plugin, stack: Stack) -> None:
     rests: dict[str, list[bytes]] = {an_id(): [], an_id(): [bytes(1024)], an_id(): [tiny_tar()]}
     for id in rests:
         plugin.call("Create", ID=id, Parent="")
-    os.killpg(stack.daemons["gateway"].pid, signal.SIGSTOP)  # so no worker hears of what it receives
+    os.killpg(stack.daemons["gateway"].pid, signal.SIGSTOP)  # so no worker learns of the bodies that it receives
     with ExitStack() as connections:
         for id in rests:
             connections.enter_context(plugin.begin_apply(id, a_tar()[:10240]))
@@ -309,7 +314,7 @@ def test_the_rest_of_a_tar_that_a_dead_gateway_received_is_no_layer(plugin: Plug
         plugin.call("Remove", ID=id)
 
 
-def test_objects_of_removed_layers_go_by_themselves(plugin: Plugin, stack: Stack) -> None:
+def test_objects_of_removed_layers_are_collected(plugin: Plugin, stack: Stack) -> None:
     content = os.urandom(300_000)
     id = an_id()
     assert apply(plugin, id, tiny_tar({"only/here": content}))[0] == 200
