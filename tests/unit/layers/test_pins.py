@@ -51,7 +51,7 @@ def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: Node) -> Non
 
 @pytest.mark.parametrize("name", [PIN.name, PIN.image, "ab" * 32, "ab" * 6])
 def test_it_goes_by_its_name_and_its_id(name: str) -> None:
-    assert PIN.is_called(name)
+    assert PIN.matches(name)
 
 
 @pytest.mark.parametrize("name", ["", "ab", "localhost/image", "localhost/image:v2", "cd" * 6])
