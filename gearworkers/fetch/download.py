@@ -468,8 +468,13 @@ class Download:
         self.error = error
         if self._context.downloads.get(self.digest) is self:
             del self._context.downloads[self.digest]
-        futures = [future for future in (self._opened, self._stored) if future is not None]
-        self._opened = self._stored = None
+        futures: list[Future[Download | None] | Future[None]] = []
+        if self._opened is not None:
+            futures.append(self._opened)
+            self._opened = None
+        if self._stored is not None:
+            futures.append(self._stored)
+            self._stored = None
         return futures
 
 
