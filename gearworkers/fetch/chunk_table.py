@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -13,6 +14,9 @@ from gearworkers.fetch.source import Chunk
 
 ChunksDone = Callable[[GearError | None], None]
 """Called once: with None when all chunks of a request are stored, or with the error of the first that failed."""
+
+
+_OFFSET = operator.attrgetter("offset")
 
 
 class ChunkState(IntEnum):
@@ -43,23 +47,22 @@ class _Waiter:
 class ChunkTable:
     """Chunks by number, in order of offset. The caller holds a lock during each method; none blocks."""
 
-    __slots__ = ("_offsets", "_requested_s", "_states", "_waiters", "chunks", "missing")
+    __slots__ = ("_requested_s", "_states", "_waiters", "chunks", "missing")
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self.chunks = chunks
         self.missing = len(chunks)
         """Number of chunks that are not STORED."""
-        self._offsets = [chunk.offset for chunk in chunks]
         self._states = bytearray(len(chunks))
         self._requested_s: dict[int, float] = {}
         self._waiters: dict[int, list[_Waiter]] = {}
 
     def numbers(self, offset: int, size_bytes: int) -> range:
         """Return the numbers of the chunks that hold these bytes."""
-        if size_bytes <= 0 or not self._offsets:
+        if size_bytes <= 0 or not self.chunks:
             return range(0)
-        first = max(bisect.bisect_right(self._offsets, offset) - 1, 0)
-        return range(first, bisect.bisect_left(self._offsets, offset + size_bytes))
+        first = max(bisect.bisect_right(self.chunks, offset, key=_OFFSET) - 1, 0)
+        return range(first, bisect.bisect_left(self.chunks, offset + size_bytes, key=_OFFSET))
 
     def numbers_of(self, ranges: Iterable[tuple[int, int]]) -> list[int]:
         """Return the distinct numbers of the chunks that hold these (offset, size in bytes), in their order."""
@@ -67,9 +70,9 @@ class ChunkTable:
             dict.fromkeys(number for offset, size_bytes in ranges for number in self.numbers(offset, size_bytes))
         )
 
-    def state(self, number: int) -> ChunkState:
-        """Return the state of a chunk."""
-        return ChunkState(self._states[number])
+    def is_in(self, state: ChunkState, number: int) -> bool:
+        """Return whether a chunk is in this state."""
+        return self._states[number] == state
 
     def has_state(self, state: ChunkState) -> bool:
         """Return whether any chunk is in this state."""

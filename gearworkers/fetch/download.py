@@ -91,7 +91,7 @@ class Download:
         self._stored: Future[None] | None = None
         self._target = target
         self._table = ChunkTable(target.chunks if target is not None else ())
-        self._read_ahead = ReadAhead()
+        self._read_ahead: ReadAhead | None = None
 
     # -- for readers
 
@@ -146,6 +146,7 @@ class Download:
             is_waiting = error is None and self._table.wait(numbers, answer)
             if is_waiting:
                 self._request(numbers, Priority.ON_DEMAND, now_s)
+            self._read_ahead = self._read_ahead or ReadAhead()
             ahead_bytes = self._read_ahead.after(offset, size_bytes)
             if ahead_bytes:
                 ahead = self._table.numbers(offset + size_bytes, ahead_bytes)
@@ -229,7 +230,7 @@ class Download:
         Raises:
             ResourceExhausted: It cannot be stored for lack of space.
         """
-        if self._table.state(number) is ChunkState.STORED:
+        if self._table.is_in(ChunkState.STORED, number):
             return True
         assert self._target is not None
         try:
@@ -248,7 +249,7 @@ class Download:
     def miss(self, number: int) -> None:
         """Give a claimed chunk back: the batch request did not bring it."""
         with self._context.lock:
-            if self.state is not DownloadState.FETCHING or self._table.state(number) is not ChunkState.BATCHED:
+            if self.state is not DownloadState.FETCHING or not self._table.is_in(ChunkState.BATCHED, number):
                 return
             is_waited_for = self._table.is_waited_for(number) or self._opened is not None
             if is_waited_for or self._is_required:
@@ -334,7 +335,7 @@ class Download:
         queued = self._table.request(numbers, priority, now_s or time.monotonic())
         self._submit(queued, priority)
         if priority is Priority.ON_DEMAND and self._table.has_state(ChunkState.BATCHED):
-            batched = [number for number in numbers if self._table.state(number) is ChunkState.BATCHED]
+            batched = [number for number in numbers if self._table.is_in(ChunkState.BATCHED, number)]
             if batched:
                 self._context.batch_wait.add(partial(self._take_from_batch, batched))
 
@@ -373,7 +374,7 @@ class Download:
 
     def _chunk_stored(self, number: int) -> None:
         with self._context.lock:
-            if self.state is not DownloadState.FETCHING or self._table.state(number) is ChunkState.STORED:
+            if self.state is not DownloadState.FETCHING or self._table.is_in(ChunkState.STORED, number):
                 return  # a batch request and a fetch of its own both brought it, or nobody wants it any more
             complete = self._table.store(number)
             is_last = not self._table.missing
@@ -387,7 +388,7 @@ class Download:
     def _chunk_failed(self, number: int, error: GearError) -> None:
         """Report to the readers of the chunk; the next reader has it fetched again."""
         with self._context.lock:
-            if self.state is not DownloadState.FETCHING or self._table.state(number) is ChunkState.STORED:
+            if self.state is not DownloadState.FETCHING or self._table.is_in(ChunkState.STORED, number):
                 return
             is_readable = self.is_readable
             if is_readable:
@@ -467,8 +468,13 @@ class Download:
         self.error = error
         if self._context.downloads.get(self.digest) is self:
             del self._context.downloads[self.digest]
-        futures = [future for future in (self._opened, self._stored) if future is not None]
-        self._opened = self._stored = None
+        futures: list[Future[Download | None] | Future[None]] = []
+        if self._opened is not None:
+            futures.append(self._opened)
+            self._opened = None
+        if self._stored is not None:
+            futures.append(self._stored)
+            self._stored = None
         return futures
 
 

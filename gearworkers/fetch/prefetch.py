@@ -132,7 +132,10 @@ class _SmallObject:
 
     def deliver(self, content: BytesOrLayout) -> bool:
         assert self.download is not None
-        return _deliver(self.download, 0, content, self.stats)
+        is_right = _deliver(self.download, 0, content, self.stats)
+        if is_right:
+            self.download = None  # the items of a layer outlive their downloads
+        return is_right
 
     def miss(self) -> None:
         assert self.download is not None

@@ -16,12 +16,16 @@ _NAME = "FUSE"
 def check_fuse(device: Path = fuse_connection.DEVICE) -> Check:
     """Check whether the lazy file server can run, and be replaced after a crash; mounts nothing."""
     try:
-        features = common_features(device)
+        return check_features(common_features(device))
     except GearError as exc:
         advice = (
             f"load the fuse module, and pass {device} to the container if this runs in one; only Gear images need it"
         )
         return Check(_NAME, False, False, str(exc), advice)
+
+
+def check_features(features: InitFlag) -> Check:
+    """Check whether these features are enough for the lazy file server."""
     if InitFlag.HAS_RESEND not in features:
         advice = "boot Linux 6.9 or later: on older kernels, pending reads never end after `gear lazyfs` dies"
         return Check(_NAME, False, False, "the kernel does not send unanswered requests again", advice)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli import doctor
-from gearworkers.lazyfs import fuse_probe
-from gearworkers.lazyfs.fuse_probe import check_fuse
+from gearworkers.lazyfs.fuse_probe import check_features, check_fuse
 from gearworkers.lazyfs.fuse_protocol import InitFlag
 from gearworkers.settings import Settings
 from tests.support.gateways import run_gateway
@@ -32,13 +31,12 @@ def test_fuse_is_tried_and_nothing_stays_mounted(tmp_path_factory: pytest.TempPa
     assert mounted() == before
 
 
-def test_a_host_without_fuse_or_with_an_old_one_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_fuse_or_with_an_old_one_is_told_what_to_do() -> None:
     check = check_fuse(Path("/dev/no-fuse"))
     assert not check.ok
     assert not check.needed
     assert "/dev/no-fuse" in check.found
-    monkeypatch.setattr(fuse_probe, "common_features", lambda _: InitFlag.PASSTHROUGH)
-    assert "6.9" in check_fuse().advice
+    assert "6.9" in check_features(InitFlag.PASSTHROUGH).advice
 
 
 def test_a_lazy_file_server_that_is_down_or_cannot_fetch_is_told(tmp_path: Path) -> None:

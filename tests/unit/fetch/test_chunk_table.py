@@ -49,7 +49,7 @@ def test_a_request_fails_once_however_many_of_its_chunks_fail() -> None:
     failed = [done for number in (3, 0, 1) for done in chunks.fail(number)]
     assert len(failed) == 1
     assert [done for number in (2, 4) for done in chunks.store(number)] == []
-    assert chunks.state(3) is ChunkState.MISSING
+    assert chunks.is_in(ChunkState.MISSING, 3)
     failed[0](NotFound("none"))
     assert [type(error) for error in told] == [NotFound]
 
