@@ -1,10 +1,10 @@
 #!/bin/sh
-# Redis for one GEAR_ROOT, on a socket in GEAR_RUN_DIR. A second one of either is refused before it touches anything:
-# Redis itself would take over socket and AOF of the one that runs. The locks are redis-server's, and end with it.
+# Run Redis for one GEAR_ROOT, on a socket in GEAR_RUN_DIR. A second Redis of the same directory is refused before it
+# touches anything: it would take over the socket and the AOF of the first. redis-server inherits the locks.
 set -eu
 
 hold() {
-    flock --nonblock "$1" || { echo "redis: a Redis of this $2 runs already ($3 is locked)" >&2; exit 1; }
+    flock --nonblock "$1" || { echo "redis: a Redis of this $2 is already running ($3 is locked)" >&2; exit 1; }
 }
 
 mkdir -p -m 700 "$GEAR_RUN_DIR" "$GEAR_ROOT/redis"

@@ -24,7 +24,7 @@ from honcho.printer import Message, Printer
 
 from gearworkers.errors import GearError
 from gearworkers.settings import Settings
-from gearworkers.util.process import alone
+from gearworkers.util.locks import sole_process
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 GRACE_S = 60
@@ -207,10 +207,10 @@ def _run_alone(settings: Settings) -> bool:
     if settings.broker_url:
         del commands["redis"]
     with (
-        alone(settings.gear_root / "up.lock", "a stack of this GEAR_ROOT"),
-        alone(settings.run_dir / "up.lock", "a stack of this GEAR_RUN_DIR"),
+        sole_process(settings.gear_root / "up.lock", "a stack of this GEAR_ROOT"),
+        sole_process(settings.run_dir / "up.lock", "a stack of this GEAR_RUN_DIR"),
     ):
-        with alone(settings.gateway_lock, "a gateway of this GEAR_ROOT"):
+        with sole_process(settings.gateway_lock, "a gateway of this GEAR_ROOT"):
             pass  # it may have been started otherwise
         os.chdir(CHECKOUT)
         os.environ.update(_environment(settings))

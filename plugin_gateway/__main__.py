@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_environ()
         if options.log_level:
-            settings = replace(settings, log_level=options.log_level)
-        configure_logging(settings)
+            settings = replace(settings, log=replace(settings.log, level=options.log_level))
+        configure_logging(settings.log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings))
     except GearError as exc:

@@ -25,6 +25,7 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import from_os_error
 from gearworkers.util import syscalls as kernel
+from gearworkers.util.locks import locked_file, open_lock_file
 from gearworkers.util.writing import write_all
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
@@ -100,7 +101,7 @@ class InPlaceLock:
 
     def _try_lock(self) -> bool:
         if self._fd < 0:
-            self._fd = _open_lock(self._root)
+            self._fd = open_lock_file(self._root / _LOCK_FILE)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -114,11 +115,8 @@ class InPlaceLock:
 def forbid(root: Path) -> None:
     """Forbid storing in place, and wait until no import does it. Call before a layer becomes incomplete."""
     leave_mark(root)
-    fd = _open_lock(root)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    finally:
-        os.close(fd)
+    with locked_file(root / _LOCK_FILE):
+        pass
 
 
 def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> None:
@@ -143,10 +141,6 @@ def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> Non
         return  # the garbage collector has removed it
     except OSError as exc:
         raise from_os_error(exc, f"remove the unfinished object {digest.hex()}") from exc
-
-
-def _open_lock(root: Path) -> int:
-    return os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def leave_mark(root: Path) -> None:

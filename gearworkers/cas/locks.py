@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from gearworkers.util.locks import locked_file
 
 
 class GarbageLock:
@@ -22,21 +23,11 @@ class GarbageLock:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold the lock to publish a layer or a pin."""
-        with _flocked(self._path, fcntl.LOCK_SH):
+        with locked_file(self._path, fcntl.LOCK_SH):
             yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the lock to hide objects or to remove damaged ones."""
-        with _flocked(self._path, fcntl.LOCK_EX):
+        with locked_file(self._path, fcntl.LOCK_EX):
             yield
-
-
-@contextmanager
-def _flocked(path: Path, operation: int) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, operation)
-        yield
-    finally:
-        os.close(fd)

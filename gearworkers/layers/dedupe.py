@@ -32,6 +32,7 @@ from gearworkers.errors import Unavailable, from_os_error
 from gearworkers.layers.diff.upperdir import directories, open_beneath
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
+from gearworkers.util.locks import locked_directory
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE_BYTES = 1 << 20
@@ -78,7 +79,7 @@ def dedupe_layer(
             refs.seal()
         finally:
             refs.close()
-        with opened_directory(build) as build_fd, _locked(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with opened_directory(build) as build_fd, locked_directory(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
             with publishing(root, store):  # otherwise the collector may find the list at neither place
                 os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
             (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
@@ -98,9 +99,9 @@ def dedupe_layer(
 def locked_for_diff(layer: Path, upper: Path) -> Iterator[None]:
     """Keep `dedupe_layer` from changing the layer; first restore directory times that a crash left changed."""
     if (layer / TIMES_FILE).exists():
-        with _locked(layer, fcntl.LOCK_EX):
+        with locked_directory(layer, fcntl.LOCK_EX):
             _restore_times(layer, upper)
-    with _locked(layer, fcntl.LOCK_SH):
+    with locked_directory(layer, fcntl.LOCK_SH):
         yield
 
 
@@ -234,11 +235,3 @@ def _is_index(dir_fd: int, name: bytes) -> bool:
         return METACOPY_XATTR in os.listxattr(fd)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _locked(layer: Path, operation: int) -> Iterator[None]:
-    """Lock the layer's directory; the kernel releases the lock when the holder dies."""
-    with opened_directory(layer) as fd:
-        fcntl.flock(fd, operation)
-        yield

@@ -24,7 +24,7 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import NotFound, from_os_error
 from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import remove_tree
 from gearworkers.util.writing import sync_directory, write_synced
@@ -50,7 +50,7 @@ class Pin(msgspec.Struct, frozen=True):
 class Pins:
     """The pins of one GEAR_ROOT. Several processes of the node may use them at once."""
 
-    def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore) -> None:
+    def __init__(self, settings: NodeSettings, layers: LayerStore, objects: ObjectStore) -> None:
         self._root = settings.gear_root
         self._directory = settings.gear_pins_path
         self._build = settings.gear_build_path

@@ -32,7 +32,7 @@ from gearworkers.layers.private import PrivateStores
 from gearworkers.layers.quotas import Quotas
 from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
 from gearworkers.mounts.overlay import is_mounted, unmount
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.tar.private_marker import MARK
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
@@ -61,7 +61,7 @@ def check_id(id: str) -> str:
 class LayerStore:
     """The layers of one GEAR_ROOT. Several processes of the node may have a store of the same root."""
 
-    def __init__(self, settings: Settings, objects: ObjectStore) -> None:
+    def __init__(self, settings: NodeSettings, objects: ObjectStore) -> None:
         self._root = settings.gear_root
         self._objects = objects
         self._images = settings.gear_images_path

@@ -42,22 +42,22 @@ class ManagerServer:
             InvalidInput: Where to listen, or the store, cannot be understood.
         """
         self._settings = settings
-        self._host, self._port = _address(settings.manager_listen)
-        access = Access(settings)
+        self._host, self._port = _address(settings.manager.listen)
+        access = Access(settings.manager)
         if access.is_open and not is_loopback(self._host):
             raise FailedPrecondition(
-                f"GEAR_MANAGER_LISTEN={settings.manager_listen} can be reached by others, and anybody could write; "
+                f"GEAR_MANAGER_LISTEN={settings.manager.listen} can be reached by others, and anybody could write; "
                 "set GEAR_MANAGER_WRITE_TOKENS_FILE, or listen on 127.0.0.1"
             )
-        self._tls = certificate(settings)
+        self._tls = certificate(settings.manager)
         if self._tls is None and not is_loopback(self._host):
             _log.warning("tokens and objects go over the network in the clear; set GEAR_MANAGER_TLS_CERT_FILE")
-        if not settings.manager_store:
+        if not settings.manager.store:
             _make(settings.gear_root / "manager")
         remote = Remote(blobs_at(settings.effective_manager_store, settings))
-        self._store = Store(remote, settings.manager_most_object_bytes)
+        self._store = Store(remote, settings.manager.most_object_bytes)
         uploads = settings.gear_root / "manager-uploads"
-        patience_s = settings.manager_client_timeout_s
+        patience_s = settings.manager.client_timeout_s
         self.manager = Manager(self._store, access, uploads, patience_s)
         self._runner = web.AppRunner(
             self.manager.application(),
@@ -86,11 +86,11 @@ class ManagerServer:
                 self._host,
                 self._port,
                 ssl=self._tls.context if self._tls is not None else None,
-                ssl_handshake_timeout=None if self._tls is None else self._settings.manager_client_timeout_s,
+                ssl_handshake_timeout=None if self._tls is None else self._settings.manager.client_timeout_s,
                 backlog=_BACKLOG,
             )
         except OSError as exc:
-            raise from_os_error(exc, f"listen on {self._settings.manager_listen}") from exc
+            raise from_os_error(exc, f"listen on {self._settings.manager.listen}") from exc
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 
 from gearworkers.errors import FailedPrecondition
-from gearworkers.settings import Settings
+from gearworkers.settings import ManagerSettings
 from gearworkers.util.fs import stamp
 
 _log = structlog.get_logger(__name__)
@@ -49,11 +49,11 @@ class Certificate:
         return [stamp(path) for path in (self._cert, self._key) if path is not None]
 
 
-def certificate(settings: Settings) -> Certificate | None:
+def certificate(settings: ManagerSettings) -> Certificate | None:
     """The one of the settings; None for plain HTTP.
 
     Raises:
         FailedPrecondition: As `Certificate`.
     """
-    cert = settings.manager_tls_cert_file
-    return None if cert is None else Certificate(cert, settings.manager_tls_key_file)
+    cert = settings.tls_cert_file
+    return None if cert is None else Certificate(cert, settings.tls_key_file)

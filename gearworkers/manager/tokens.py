@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable, from_os_error
 from gearworkers.remote.manager import TOKEN
-from gearworkers.settings import Settings
+from gearworkers.settings import ManagerSettings
 from gearworkers.util.fs import read_small, stamp
 
 
@@ -76,13 +76,13 @@ def _tokens_in(data: bytes, path: Path) -> Iterator[str]:
 class Access:
     """What a request's Authorization header lets it do."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ManagerSettings) -> None:
         """
         Raises:
             FailedPrecondition: A token file is empty or cannot be used.
         """
-        self._write = _checked(settings.manager_write_tokens_file)
-        self._read = _checked(settings.manager_read_tokens_file)
+        self._write = _checked(settings.write_tokens_file)
+        self._read = _checked(settings.read_tokens_file)
 
     @property
     def is_open(self) -> bool:

@@ -30,13 +30,13 @@ def open_remote(settings: Settings) -> Remote:
         FailedPrecondition: GEAR_REMOTE is not set.
         InvalidInput: It is nothing that is known.
     """
-    if not settings.remote:
+    if not settings.remote.url:
         raise FailedPrecondition(
             "no remote is set; set GEAR_REMOTE to a directory, s3://BUCKET/PREFIX or a manager's http(s)://HOST:PORT"
         )
-    blobs = blobs_at(settings.remote, settings)
+    blobs = blobs_at(settings.remote.url, settings)
     if has_near(settings):
-        near = _directory(settings.gear_nfs_path, settings, min(_NEAR_TIMEOUT_S, settings.remote_timeout_s))
+        near = _directory(settings.gear_nfs_path, settings, min(_NEAR_TIMEOUT_S, settings.remote.timeout_s))
         blobs = Cached(near, blobs)
     return Remote(blobs)
 
@@ -52,7 +52,7 @@ def remote_name(url: str) -> str:
 
 def open_near(settings: Settings) -> Remote:
     """The node's nfs/ alone: for a node that has no remote."""
-    return Remote(_directory(settings.gear_nfs_path, settings, settings.remote_timeout_s))
+    return Remote(_directory(settings.gear_nfs_path, settings, settings.remote.timeout_s))
 
 
 def has_near(settings: Settings) -> bool:
@@ -68,12 +68,14 @@ def blobs_at(url: str, settings: Settings) -> BlobStore:
         InvalidInput: It is nothing that is known.
     """
     if os.path.isabs(url):
-        return _directory(Path(url), settings, settings.remote_timeout_s)
+        return _directory(Path(url), settings, settings.remote.timeout_s)
     if url.startswith("s3://"):
-        threads = settings.fetch_threads
-        return Bounded(Retried(in_s3(url, settings)), threads=threads, timeout_s=settings.remote_timeout_s, together=1)
+        threads = settings.remote.fetch_threads
+        return Bounded(
+            Retried(in_s3(url, settings.remote)), threads=threads, timeout_s=settings.remote.timeout_s, together=1
+        )
     if url.startswith(("http://", "https://")):
-        return Retried(ManagerStore(url, settings))
+        return Retried(ManagerStore(url, settings.remote, settings.node))
     raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
 
 

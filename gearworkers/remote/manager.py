@@ -26,7 +26,7 @@ from gearworkers.errors import (
 )
 from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.blobstore import Document
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings
 from gearworkers.util.fs import read_small
 from gearworkers.util.http_errors import asked_to_wait_s, from_http_error
 
@@ -82,10 +82,11 @@ class ManagerStore:
     At most settings.fetch_threads requests at once. The token file is read for each request.
     """
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: RemoteSettings, node: str) -> None:
         self._url = url.rstrip("/")
         self._settings = settings
-        self._timeout_s = settings.remote_timeout_s
+        self._node = node
+        self._timeout_s = settings.timeout_s
         self._pool = urllib3.PoolManager(
             maxsize=settings.fetch_threads, block=True, retries=False, ssl_context=_trust(url, settings)
         )
@@ -148,7 +149,7 @@ class ManagerStore:
         Raises:
             Unavailable: It does not answer.
         """
-        with self._asked("POST", "/v1/join", body=msgspec.json.encode({"node": self._settings.node})):
+        with self._asked("POST", "/v1/join", body=msgspec.json.encode({"node": self._node})):
             pass
 
     def close(self) -> None:
@@ -198,7 +199,7 @@ class ManagerStore:
         timeout_s: float | None = None,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """The answer of a request that went well; its connection is used again if it was read to the end."""
-        sent: dict[str, Any] = {NODE_HEADER: self._settings.node, **self._authorization(), **(headers or {})}
+        sent: dict[str, Any] = {NODE_HEADER: self._node, **self._authorization(), **(headers or {})}
         if body is not None:
             sent["Content-Type"] = kind
         with self._translated(f"{method} {path}"):
@@ -222,7 +223,7 @@ class ManagerStore:
             response.release_conn()
 
     def _authorization(self) -> dict[str, str]:
-        token, origin, file = self._settings.remote_token, "GEAR_REMOTE_TOKEN", self._settings.remote_token_file
+        token, origin, file = self._settings.token, "GEAR_REMOTE_TOKEN", self._settings.token_file
         if file is not None:
             origin = f"GEAR_REMOTE_TOKEN_FILE={file}"
             try:
@@ -255,13 +256,13 @@ class ManagerStore:
             raise Unavailable(f"{self._url}: {tried}: not a manager's answer ({exc})") from exc
 
 
-def _trust(url: str, settings: Settings) -> ssl.SSLContext | None:
+def _trust(url: str, settings: RemoteSettings) -> ssl.SSLContext | None:
     if not url.startswith("https://"):
         return None
     try:
-        return ssl.create_default_context(cafile=settings.remote_ca_file)
+        return ssl.create_default_context(cafile=settings.ca_file)
     except OSError as exc:
-        raise FailedPrecondition(f"GEAR_REMOTE_CA_FILE={settings.remote_ca_file}: {exc}") from exc
+        raise FailedPrecondition(f"GEAR_REMOTE_CA_FILE={settings.ca_file}: {exc}") from exc
 
 
 def _parts(digests: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

@@ -12,7 +12,7 @@ from obstore.store import S3Store
 
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
 from gearworkers.remote.bucket import Bucket
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings
 from gearworkers.util.fs import read_small
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _CONNECT_TIMEOUT_S = 5
 _REQUEST_TIMEOUT_S = 30
 
 
-def in_s3(url: str, settings: Settings) -> Bucket:
+def in_s3(url: str, settings: RemoteSettings) -> Bucket:
     """The store of ``s3://bucket/prefix?endpoint=…&region=…&virtual_host=true``.
 
     A region that is not said is AWS_REGION, else us-east-1. Credentials: the shared file of AWS's own tools, read again

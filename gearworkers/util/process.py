@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-from gearworkers.errors import FailedPrecondition, from_os_error
+from gearworkers.errors import from_os_error
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -26,30 +22,6 @@ def end_with_parent(parent_pid: int, with_signal: signal.Signals = signal.SIGTER
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, with_signal)
     if os.getppid() != parent_pid:
         os._exit(1)
-
-
-@contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Be the only process that is in such a block with the lock file *path*; once only in one process.
-
-    It is no longer in it when it has ended, whatever children it leaves.
-
-    Raises:
-        FailedPrecondition: Another one is.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise from_os_error(exc, f"open {path}") from exc
-    try:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child does not inherit it
-        except (BlockingIOError, PermissionError) as exc:
-            raise FailedPrecondition(f"{what} runs already ({path} is locked)") from exc
-        yield
-    finally:
-        os.close(fd)
 
 
 def tell_ready(notify_socket: str) -> None:

@@ -92,7 +92,7 @@ def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]
         done = msgspec.convert(layers, list[convert.LayerDone])
         planned = msgspec.convert(plan, convert.Plan)
         refuse_path(planned.source)
-        return _plain(convert.finish_conversion(Settings.from_environ(), planned, done))
+        return _plain(convert.finish_conversion(Settings.from_environ().registry, planned, done))
 
 
 def _refuse_other_remote(settings: Settings, asked: str) -> None:
@@ -100,7 +100,7 @@ def _refuse_other_remote(settings: Settings, asked: str) -> None:
     Raises:
         FailedPrecondition: The caller has another remote, and would not find the contents in it.
     """
-    theirs, ours = remote_name(asked), remote_name(settings.remote)
+    theirs, ours = remote_name(asked), remote_name(settings.remote.url)
     if theirs != ours:
         raise FailedPrecondition(
             f"this conversion is for GEAR_REMOTE={theirs}, and the worker on {settings.node} has "

@@ -141,4 +141,4 @@ def _kind(pending: PendingJob) -> str:
 
 def _initialize(settings: Settings, parent_pid: int) -> None:
     end_with_parent(parent_pid)
-    configure_logging(settings)
+    configure_logging(settings.log)

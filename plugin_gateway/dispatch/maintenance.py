@@ -93,7 +93,7 @@ class Maintenance:
 
     def layer_stored(self) -> None:
         """Push soon, if there is a remote: a layer is stored, and its new objects await push."""
-        if self._settings().remote:
+        if self._settings().remote.url:
             self._push.request()
 
     def dedupe(self, id: str) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from gearworkers.errors import Unavailable
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.workers.broker import why_not_taken
 from gearworkers.workers.celery_app import import_queue, make_app, push_queue
 from gearworkers.workers.messages import HeavyJob, WorkerJob
@@ -52,7 +52,7 @@ class TaskQueue:
         settings: With the broker and the node.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: NodeSettings) -> None:
         self._node = settings.node
         self._app = make_app(settings, _TRANSPORT)
         # A thread each: kombu's channels cannot be shared, and no publisher may wait for the workers' answers.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from gearworkers.util.process import alone
+from gearworkers.util.locks import sole_process
 from tests.support.plugin import Plugin
 from tests.support.processes import listens, wait_until
 from tests.support.stack import CHECKOUT, Stack
@@ -68,7 +68,7 @@ def test_a_second_of_the_same_place_is_refused_and_leaves_the_first_alone(
     interpreter = [sys.executable] if command.endswith(".py") else []
     done = subprocess.run([*interpreter, command], env=environ, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert f"of this {shared} runs already" in done.stderr
+    assert f"of this {shared} is already running" in done.stderr
     with Redis(unix_socket_path=str(stack.redis_socket)) as redis:
         assert redis.info("server")["process_id"] == before["redis-server"]
     assert parts(stack) == before
@@ -76,7 +76,7 @@ def test_a_second_of_the_same_place_is_refused_and_leaves_the_first_alone(
 
 
 def test_a_gateway_that_was_started_otherwise_keeps_make_up_from_starting(elsewhere: dict[str, str]) -> None:
-    with alone(Path(elsewhere["GEAR_ROOT"], "gateway.lock"), "the gateway"):
+    with sole_process(Path(elsewhere["GEAR_ROOT"], "gateway.lock"), "the gateway"):
         command = [sys.executable, "packaging/up.py"]
         done = subprocess.run(command, env=elsewhere, cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 1 and "a gateway of this GEAR_ROOT runs already" in done.stderr
+    assert done.returncode == 1 and "a gateway of this GEAR_ROOT is already running" in done.stderr

@@ -12,10 +12,8 @@ numbers of removed layers are reused at some time, and a range that a crash left
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gearworkers.errors import ResourceExhausted
@@ -23,6 +21,7 @@ from gearworkers.layers.index.erofs import ImageWriter
 from gearworkers.layers.index.erofs_format import END_OF_NUMBERS, SLOTS_PER_BLOCK
 from gearworkers.layers.index.erofs_label import read_label
 from gearworkers.util import syscalls
+from gearworkers.util.locks import locked_file
 
 NUMBERS_FILE = "inode-numbers"
 INDEX_FILE = "index.erofs"
@@ -54,7 +53,7 @@ class InodeNumbers:
 
         Crash: leaves a part of the file; the numbers stay unused until all labels are read the next time.
         """
-        with self._locked_gap() as gap_fd:
+        with locked_file(self._root / NUMBERS_FILE) as gap_fd:
             first, end = _read_gap(gap_fd)
             if end - first < image.slots:
                 first, end = self._largest_gap(image.slots)
@@ -62,15 +61,6 @@ class InodeNumbers:
             # Under the lock, so that a process that reads all labels finds one for every range in use.
             with open(path, "xb") as file:
                 image.write(file, first)
-
-    @contextmanager
-    def _locked_gap(self) -> Iterator[int]:
-        fd = os.open(self._root / NUMBERS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
-        finally:
-            os.close(fd)
 
     def _largest_gap(self, slots: int) -> tuple[int, int]:
         start, stop = number_window(self._root)

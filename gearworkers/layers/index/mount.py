@@ -7,7 +7,6 @@ loop device.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import subprocess
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from gearworkers.errors import from_os_error
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.util import syscalls
-from gearworkers.util.fs import opened_directory
+from gearworkers.util.locks import locked_directory
 
 _NO_BLOCK_DEVICE = frozenset((errno.ENOTBLK, errno.EINVAL))
 
@@ -36,8 +35,7 @@ def mount_index(image: Path, target: Path, *, prepare: Callable[[], None] = lamb
     if is_mounted(target):
         return
     try:
-        with opened_directory(target.parent) as directory_fd:
-            fcntl.flock(directory_fd, fcntl.LOCK_EX)
+        with locked_directory(target.parent):
             if not is_mounted(target):
                 prepare()
                 _mount(image, target)

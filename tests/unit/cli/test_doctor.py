@@ -28,7 +28,7 @@ def test_fuse_is_tried_and_nothing_stays_mounted(tmp_path_factory: pytest.TempPa
     before = mounted()
     check = check_fuse()
     assert check.ok, check
-    assert "unanswered requests come again" in check.found
+    assert "unanswered requests are sent again" in check.found
     assert mounted() == before
 
 
@@ -37,7 +37,7 @@ def test_a_host_without_fuse_or_with_an_old_one_is_told_what_to_do(monkeypatch: 
     assert not check.ok
     assert not check.needed
     assert "/dev/no-fuse" in check.found
-    monkeypatch.setattr(fuse_probe, "_agreed", lambda _: InitFlag.PASSTHROUGH)
+    monkeypatch.setattr(fuse_probe, "common_features", lambda _: InitFlag.PASSTHROUGH)
     assert "6.9" in check_fuse().advice
 
 

@@ -468,7 +468,9 @@ def test_the_objects_of_a_push_are_counted(settings: Settings) -> None:
         figures = {"pushed_objects": 3, "refused_objects": 1} if isinstance(claimed.job, Push) else {}
         claimed.finish(JobResult(figures=figures))
 
-    running = run_gateway(replace(settings, remote="/remote"), push, workers=1, timeouts=LONG)
+    running = run_gateway(
+        replace(settings, remote=replace(settings.remote, url="/remote")), push, workers=1, timeouts=LONG
+    )
     text = running.metrics.text
     figures = (b"gear_pushed_objects_total 3.0", b"gear_push_refused_objects 1.0")
     wait_until(lambda: all(figure in text() for figure in figures), "the push at the start")

@@ -22,6 +22,7 @@ from gearworkers.workers.messages import ApplyDiff, Claim, Diff, Progress, Push,
 from plugin_gateway.dispatch.claim_server import Changes
 from plugin_gateway.dispatch.local_pool import PROCESSES_PER_CORE, LocalPool
 from plugin_gateway.dispatch.pending_job import PendingJob
+from tests.support.processes import wait_until
 
 CORES = 2
 
@@ -151,9 +152,8 @@ def listener(settings: Settings) -> Iterator[socket.socket]:
         listener.bind(str(settings.streams_socket))
         listener.listen()
         yield listener
-    for process in multiprocessing.active_children():
-        process.join(60)
-    assert not multiprocessing.active_children()
+    # Not by join(): the executor's thread may reap the process first, and then join() returns too early.
+    wait_until(lambda: not multiprocessing.active_children(), "the pool's processes have ended")
 
 
 async def read_to_the_end(control: socket.socket) -> None:

@@ -92,11 +92,11 @@ def test_a_second_gateway_of_a_root_is_rejected_before_it_repairs_anything(setti
         under_way = settings.gear_build_path / "layer.under-way"
         under_way.mkdir()
         driver = GearDriver(settings, exclusive=True)
-        with pytest.raises(FailedPrecondition, match="a gateway of this GEAR_ROOT runs already"):
+        with pytest.raises(FailedPrecondition, match="a gateway of this GEAR_ROOT is already running"):
             driver.prepare()
         own = GearDriver(replace(settings, gear_root=tmp_path / "own"), exclusive=True)
         own.prepare()
-        with pytest.raises(FailedPrecondition, match="runs already"):
+        with pytest.raises(FailedPrecondition, match="is already running"):
             own.init("", [f"gear.root={settings.gear_root}"], (), ())
         assert own.settings.gear_root == tmp_path / "own"
         assert under_way.exists()

@@ -33,7 +33,7 @@ from gearworkers.remote.directory import Directory
 from gearworkers.remote.factory import has_near, open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.remote.s3 import SharedCredentials, in_s3
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.util.retry import ATTEMPTS
 from tests.support.answers import Answer, answering
 from tests.support.processes import wait_until
@@ -411,7 +411,7 @@ def _recording(keys: list[str]) -> Iterator[str]:
 
 
 def test_the_nodes_nfs_directory_is_a_level_before_the_remote(tmp_path: Path) -> None:
-    settings = replace(Settings(), gear_root=tmp_path / "gear", remote=str(tmp_path / "remote"))
+    settings = replace(Settings(), gear_root=tmp_path / "gear", remote=RemoteSettings(url=str(tmp_path / "remote")))
     (settings.gear_nfs_path / "objects").mkdir(parents=True)
     (tmp_path / "remote").mkdir()
     assert has_near(settings)
@@ -432,7 +432,7 @@ def test_an_empty_nfs_directory_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["relative/path", "ftp://host", "s3://", "s3://bucket?colour=red"])
 def test_a_remote_that_is_nothing_known_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
-        open_remote(replace(Settings(), gear_root=tmp_path, remote=url))
+        open_remote(replace(Settings(), gear_root=tmp_path, remote=RemoteSettings(url=url)))
 
 
 def test_no_remote_is_said_so(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_s3_requests_are_signed_with_replaced_credentials(tmp_path: Path) -> Non
     path.write_text(template.format("AKIAFIRST"))
     keys: list[str] = []
     with _recording(keys) as endpoint:
-        store = in_s3(f"s3://b?endpoint={endpoint}", replace(Settings(), aws_credentials_file=path))
+        store = in_s3(f"s3://b?endpoint={endpoint}", RemoteSettings(aws_credentials_file=path))
 
         def signs_with(key: str) -> bool:
             store.present([bytes(32)])
@@ -482,25 +482,27 @@ def test_the_region_is_the_urls_or_the_environments(
     monkeypatch.setenv("AWS_REGION", environ) if environ else monkeypatch.delenv("AWS_REGION", raising=False)
     with answering(lambda asked: Answer(404)) as server:
         url = f"s3://b?endpoint={server.url}" + (f"&region={said}" if said else "")
-        in_s3(url, replace(Settings(), aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
+        in_s3(url, RemoteSettings(aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
         assert f"/{signed}/s3/aws4_request" in server.asked[0].headers["Authorization"]
 
 
 def test_an_s3_server_that_is_away_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
-    settings = replace(Settings(), aws_credentials_file=tmp_path / "credentials")
+    settings = replace(Settings(), remote=RemoteSettings(aws_credentials_file=tmp_path / "credentials"))
     with pytest.raises(Unavailable):
-        in_s3("s3://b?endpoint=http://127.0.0.1:1", settings).get(bytes(32))
+        in_s3("s3://b?endpoint=http://127.0.0.1:1", settings.remote).get(bytes(32))
 
 
 def test_a_bucket_that_is_not_there_is_told_to_who_writes_and_by_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
-    settings = replace(Settings(), gear_root=tmp_path, aws_credentials_file=tmp_path / "credentials")
+    settings = replace(
+        Settings(), gear_root=tmp_path, remote=RemoteSettings(aws_credentials_file=tmp_path / "credentials")
+    )
     with s3_server(tmp_path) as server:
         url = f"s3://nobucket?endpoint={server.url}"
         with pytest.raises(NotFound, match="s3://nobucket: there is no such bucket"):
-            in_s3(url, settings).put_many([(bytes(32), b"R")])
-        found = remote_check(replace(settings, remote=url))
+            in_s3(url, settings.remote).put_many([(bytes(32), b"R")])
+        found = remote_check(replace(settings, remote=replace(settings.remote, url=url)))
         assert not found.ok and "404 Not Found" in found.found
 
 
