@@ -73,10 +73,10 @@ def test_ranges_that_touch_become_one() -> None:
 
 
 def test_the_first_recording_stays_unless_it_is_added_to(remote: Remote) -> None:
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=False)
-    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=False)
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=True)
-    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=True)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=False)
+    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=False)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=True)
+    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=True)
     data = remote.document(NAME)
     assert data is not None
     assert document.unpack(data) == Profile((OpenedObject(A, 1), OpenedObject(B, 2)))
@@ -84,22 +84,22 @@ def test_the_first_recording_stays_unless_it_is_added_to(remote: Remote) -> None
 
 def test_a_damaged_profile_is_replaced(remote: Remote) -> None:
     remote.put_document(NAME, b"damaged")
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=False)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=False)
     data = remote.document(NAME)
     assert data is not None
     assert document.unpack(data) == Profile((OpenedObject(A, 1),))
 
 
-def test_two_that_record_at_once_both_count(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiles_recorded_at_the_same_time_are_merged(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = remote.replace_document
 
     def late(name: str, data: bytes, version: int) -> None:
         monkeypatch.setattr(remote, "replace_document", replace)
         replace(name, document.pack(Profile((OpenedObject(B, 2),))), version)
-        raise AlreadyExists("somebody was quicker")
+        raise AlreadyExists("another node was faster")
 
     monkeypatch.setattr(remote, "replace_document", late)
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=True)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=True)
     data = remote.document(NAME)
     assert data is not None
     assert {opened.digest for opened in document.unpack(data).objects} == {A, B}
