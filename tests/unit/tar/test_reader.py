@@ -244,7 +244,7 @@ def test_an_old_sparse_map_that_goes_on_and_on_is_refused() -> None:
 
 def test_a_sparse_directory_is_refused() -> None:
     tar = extended((b"GNU.sparse.map", b"0,0"), (b"GNU.sparse.numblocks", b"1")) + member(TarEntry(b"d", DIR)) + END
-    with pytest.raises(InvalidInput, match="no regular file"):
+    with pytest.raises(InvalidInput, match="not a regular file"):
         read_tar(tar)
 
 

@@ -99,5 +99,5 @@ def test_padding_fills_the_block(size_bytes: int) -> None:
     ],
 )
 def test_what_no_tar_can_hold_is_refused(entry: TarEntry) -> None:
-    with pytest.raises(InvalidInput, match="a tar cannot hold"):
+    with pytest.raises(InvalidInput, match="a tar cannot contain"):
         header(entry)
