@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -92,23 +93,20 @@ def test_a_container_is_never_deduplicated(driver: GearDriver) -> None:
     assert not driver.engine.can_dedupe("container")
 
 
-def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
+def test_after_a_crash_before_times_are_restored_the_tar_is_the_same(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built_layer(driver)
     before = tar_of(driver, "step")
-    rename = os.rename
-    names = []
+    utime = os.utime
 
-    def crash_at_the_second(source: Path | bytes, target: Path | bytes, **directories: int) -> None:
-        if directories:
-            names.append(target)
-        if len(names) == 2:
+    def crash_at_a_directory(fd: int, ns: tuple[int, int]) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
             raise KeyboardInterrupt
-        rename(source, target, **directories)
+        utime(fd, ns=ns)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", crash_at_the_second)
+        patch.setattr(os, "utime", crash_at_a_directory)
         with pytest.raises(KeyboardInterrupt):
             driver.engine.dedupe("step")
     shutil.rmtree(driver.settings.gear_build_path)

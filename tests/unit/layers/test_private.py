@@ -180,7 +180,7 @@ def test_fsck_continues_after_an_object_with_the_wrong_digest(driver: GearDriver
     path = own_object(driver, "layer") if mark else public_objects(driver)[0]
     os.setxattr(path, DIGEST_XATTR, bytes(32))
     wrong, missing = driver.engine.faults(read_data=False, repair=False)
-    assert str(path) in wrong and "does not make its name" in wrong
+    assert str(path) in wrong and "does not match its name" in wrong
     assert missing.startswith("layer layer: 1 of its ")
 
 
