@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -150,13 +151,13 @@ class Recordings:
             if self._is_closed:
                 return
             command = (*self._recorder, str(group_fd))
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[group_fd])
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, pass_fds=[group_fd])
             self._processes.add(process)
         try:
             assert process.stdin is not None
             data = recording.encode()
-            process.stdin.write(b"%d\n" % len(data) + data)
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # the process was ended meanwhile; poll reports it
+                process.stdin.write(b"%d\n" % len(data) + data)
             poll = select.poll()
             poll.register(stop_fd, select.POLLIN)
             poll.register(process.stdin, 0)  # reports when the process has ended
