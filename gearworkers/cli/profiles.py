@@ -74,7 +74,7 @@ def record(
         group_fd = watch_opens(merged)
     except OSError as exc:
         raise from_os_error(exc, f"watch {merged}") from exc
-    found = recorded(settings, top_image_layer(layers, id), merged, group_fd, stop_fd, again=True)
+    found = recorded(settings, top_image_layer(layers, id), merged, group_fd, stop_fd, extend=True)
     _out.print(f"{len(found.objects)} objects were opened")
 
 

@@ -1,1 +1,1 @@
-"""Checking a GEAR_ROOT and repairing it from a remote."""
+"""Check a GEAR_ROOT and repair it from the remote."""

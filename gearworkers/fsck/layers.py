@@ -1,4 +1,4 @@
-"""Looking at every layer: its parent, objects, index and stream are there and whole; an interrupted one is told."""
+"""Check every layer: its parent, objects, index and exact stream exist and are undamaged."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from gearworkers.tar.tar_split import TarSplitReader
 
 
 class LayerFault(NamedTuple):
-    """Something wrong with a layer."""
+    """A fault of a layer."""
 
     id: str
-    what: str
+    problem: str
     advice: str
     lacks_objects: bool = False
-    """Whether it would be whole with its objects."""
+    """Whether only objects of the layer are missing or damaged."""
 
 
 def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection[bytes]) -> Iterator[LayerFault]:
-    """What is wrong with each layer.
+    """Yield the faults of all layers.
 
     Args:
         layers: The layers.
-        store: Where their objects lie.
-        bad_digests: Objects known to be damaged.
+        store: Contains their objects.
+        bad_digests: Objects that are known to be damaged.
     """
     for id in layers.ids():
         try:
@@ -49,7 +49,7 @@ def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection
         if layer.kind is LayerKind.IMAGE:
             yield from _image_faults(layers, layer, store, bad_digests)
         elif apply_once.is_unfinished(layers.directory(layer)):
-            yield LayerFault(id, "its ApplyDiff did not finish, or is under way", "dockerd removes it")
+            yield LayerFault(id, "its ApplyDiff did not finish or is still running", "dockerd removes the layer")
 
 
 def _image_faults(
@@ -58,7 +58,7 @@ def _image_faults(
     directory = layers.directory(layer)
     refetch = "remove the image and pull it again"
     own = layers.private_stores.store(layer.id)
-    own_missing = sum(not _is_here(own, digest) for digest, _ in read_refs(directory / PRIVATE_FILE))
+    own_missing = sum(not _is_present(own, digest) for digest, _ in read_refs(directory / PRIVATE_FILE))
     if own_missing:
         yield LayerFault(layer.id, f"{own_missing} of its private objects are missing", refetch)
     missing = damaged = 0
@@ -68,7 +68,7 @@ def _image_faults(
     for digest, _ in records:
         if digest in bad_digests:
             damaged += 1
-        elif layer.complete and not _is_here(store, digest):
+        elif layer.complete and not _is_present(store, digest):
             missing += 1
     if missing or damaged:
         yield LayerFault(
@@ -87,7 +87,7 @@ def _image_faults(
 
 
 def _check_index(index: Path, layer: Layer) -> None:
-    """Compare an index with its digest, which one of an older gearworkers does not hold itself."""
+    """Verify the digest of an index; that of gearworkers 0.1 is in the layer's record."""
     if has_own_inode_numbers(index) or not layer.index_digest:
         verify_index(index)
         return
@@ -96,8 +96,8 @@ def _check_index(index: Path, layer: Layer) -> None:
             raise IntegrityError(f"{index} is damaged")
 
 
-def _is_here(store: ObjectStore, digest: bytes) -> bool:
-    """Whether the object is here; what has another's name in its place is told of by its own check."""
+def _is_present(store: ObjectStore, digest: bytes) -> bool:
+    """Whether the object is present. An object with the wrong digest is reported by `damaged_objects`."""
     try:
         return store.has(digest)
     except IntegrityError:

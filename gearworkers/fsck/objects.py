@@ -1,4 +1,4 @@
-"""Looking at every object: is it what its name says."""
+"""Check every object: its bytes match its name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gearworkers.errors import IntegrityError, from_os_error
 
 
 class DamagedObject(NamedTuple):
-    """A file in the cache that is not what it should be."""
+    """A damaged object in the store."""
 
     path: bytes
     digest: bytes
-    """What it says it is."""
-    why: str
+    """The digest in the file's xattr."""
+    reason: str
 
 
 def damaged_objects(store: ObjectStore, *, read_data: bool) -> Iterator[DamagedObject]:
     """Check the name of every object against its digest and, with *read_data*, its bytes.
 
-    A file without digest is no object: an import is writing it, or a crash has left it to the collector.
+    A file without digest is skipped: an import is writing it, or the garbage collector removes it after a crash.
 
     Raises:
-        GearError: The cache cannot be read.
+        GearError: The store cannot be read.
     """
     for shard in store.shards():
         for name in sorted(store.names(shard)):
@@ -49,7 +49,7 @@ def _checked(path: bytes, name: bytes, read_data: bool) -> DamagedObject | None:
         if not digest:
             return None
         if len(digest) != DIGEST_BYTES or object_name(digest) != name:
-            return DamagedObject(path, digest, f"its digest {digest.hex()} does not make its name")
+            return DamagedObject(path, digest, f"its digest {digest.hex()} does not match its name")
         if read_data:
             verify_file(fd, digest)
     except IntegrityError as exc:

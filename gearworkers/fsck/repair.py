@@ -1,6 +1,6 @@
-"""Checking what is stored and, if asked to, mending it: damaged objects go, layers that lack any have them come again.
+"""Check all of a node's store and optionally repair it: remove damaged objects, and fetch them again for their layers.
 
-Order of a repair: storing in place is forbidden, the layers learn that they are incomplete, then the object goes.
+Order of a repair: forbid storing in place, mark the layers incomplete, remove the object.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gearworkers.remote.push import damaged_in
 from gearworkers.settings import NodeSettings
 from gearworkers.util.fs import opened_directory
 
-Marked = Callable[[str], object]
+OnIncomplete = Callable[[str], object]
 """Called with the id of each layer that was marked incomplete."""
 
 
 class StoreChecker:
-    """Looks at all of one node's store."""
+    """Checks the objects and layers of one node."""
 
     def __init__(self, settings: NodeSettings, layers: LayerStore, objects: ObjectStore, push_queue: PushQueue) -> None:
         self._settings = settings
@@ -35,25 +35,26 @@ class StoreChecker:
         self._objects = objects
         self._push_queue = push_queue
 
-    def faults(self, *, read_data: bool, repair: bool, incomplete: Marked) -> Iterator[str]:
-        """Check every object and layer; a line for each fault.
+    def faults(self, *, read_data: bool, repair: bool, incomplete: OnIncomplete) -> Iterator[str]:
+        """Check every object and layer; yield a line for each fault.
 
         Args:
-            read_data: Also read all bytes and compare their digest.
-            repair: Remove damaged objects, and mark image layers that lack any as incomplete: they are fetched again.
-            incomplete: Told of each layer that was marked.
+            read_data: Whether to read all bytes and compare their digests.
+            repair: Whether to remove damaged objects and to mark image layers that lack objects as incomplete, so that
+                the objects are fetched again.
+            incomplete: Called for each layer that was marked.
         """
         damaged: set[bytes] = set()
         for bad in damaged_objects(self._objects, read_data=read_data):
             damaged.add(bad.digest)
             if repair:
-                self._push_queue.remove(bad.digest)  # a link to the same bytes
-                self._lose(bad.path, incomplete)
-            yield f"object {os.fsdecode(bad.path)}: {bad.why}" + (" (removed)" if repair else "")
+                self._push_queue.remove(bad.digest)  # the entry is a link to the same bytes
+                self._remove_damaged(bad.path, incomplete)
+            yield f"object {os.fsdecode(bad.path)}: {bad.reason}" + (" (removed)" if repair else "")
         for digest, why in damaged_in(self._push_queue) if read_data else ():
             if repair:
                 self._push_queue.remove(digest)
-            yield f"awaiting push: {why}" + (" (removed)" if repair else "")
+            yield f"pending push: {why}" + (" (removed)" if repair else "")
         yield from self._private_faults(read_data=read_data, repair=repair)
         are_whole = not damaged
         for fault in layer_faults(self._layers, self._objects, damaged):
@@ -63,47 +64,47 @@ class StoreChecker:
                 inplace.mark_objects_lost(self._settings.gear_root)
                 self._remove_unfinished(fault.id)
                 if self._mark(fault.id, incomplete):
-                    advice = "marked incomplete: what it lacks is fetched from GEAR_REMOTE"
-            yield f"layer {fault.id}: {fault.what}; {advice}"
+                    advice = "marked incomplete: its missing objects are fetched from GEAR_REMOTE"
+            yield f"layer {fault.id}: {fault.problem}; {advice}"
         if are_whole:
             inplace.clear_objects_lost(self._settings.gear_root)
 
     def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
-        """What is damaged of what private layers have for themselves: it comes from nowhere but with its image."""
+        """Yield a line for each damaged private object. Such an object comes back only with its image."""
         for store in self._layers.private_stores.stores():
             for bad in damaged_objects(store, read_data=read_data):
                 if repair:
                     Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
                 done = " (removed)" if repair else ""
-                yield f"private object {os.fsdecode(bad.path)}: {bad.why}{done}; remove the image and pull it again"
+                yield f"private object {os.fsdecode(bad.path)}: {bad.reason}{done}; remove the image and pull it again"
 
-    def _lose(self, path: bytes, incomplete: Marked) -> None:
-        """Remove a damaged object, after its layers know.
+    def _remove_damaged(self, path: bytes, incomplete: OnIncomplete) -> None:
+        """Mark the layers that refer to a damaged object as incomplete, then remove the object.
 
-        Crash: they are incomplete and lack nothing but what is damaged; the next repair goes on.
+        Crash: leaves incomplete layers that lack only damaged objects; the next repair continues.
         """
         settings = self._settings
         inside = path[len(os.fsencode(settings.gear_public_cache_path)) :]
         name = inside[2:].replace(b"/", b"")
         inplace.mark_objects_lost(settings.gear_root)
-        with GarbageLock(settings.gear_root).exclusive():  # nobody finds its layers complete meanwhile
+        with GarbageLock(settings.gear_root).exclusive():  # so that no process marks the layers complete meanwhile
             for id in layers_referring_to(settings.gear_images_path, name):
                 self._mark(id, incomplete)
             for cache in (settings.gear_arrivals_path, settings.gear_public_cache_path):
                 Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
 
     def _remove_unfinished(self, id: str) -> None:
-        """What a killed import left at the names of the layer's objects; it is about to be looked up by overlays."""
+        """Remove half-written files at the names of the layer's objects, which overlays are about to open."""
         records = read_refs(self._settings.gear_images_path / id / OBJECTS_FILE)
         with self._layers.build_directory(id) as build, opened_directory(build) as build_fd:
             for digest, _ in records:
                 if self._objects.find(digest) is ObjectState.UNFINISHED:
                     inplace.remove_unfinished(self._objects, digest, build_fd)
 
-    def _mark(self, id: str, incomplete: Marked) -> bool:
+    def _mark(self, id: str, incomplete: OnIncomplete) -> bool:
         root = self._settings.gear_root
         inplace.leave_mark(root)
         done = mark_incomplete(self._settings.gear_images_path, id)
-        inplace.leave_mark(root)  # who had read the layer's record before reads it again
+        inplace.leave_mark(root)  # again, for processes that read the record in between
         incomplete(id)
         return done

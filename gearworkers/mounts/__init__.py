@@ -1,1 +1,1 @@
-"""Overlay mounts, the system calls under them, and what this kernel can do."""
+"""Overlay mounts, mountinfo, project quotas, and checks of the kernel."""

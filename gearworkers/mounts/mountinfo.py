@@ -1,6 +1,6 @@
-"""Where the lazy file system is mounted and who looks into it, as mountinfo tells: the file system is not asked.
+"""Find mounts in /proc/self/mountinfo, without accessing the mounted file system.
 
-Its server may be dead, and then a stat would wait for the next one.
+The server of the lazy file system may be dead; stat would then wait for the next server.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _MOUNT_POINT_FIELD = 4
 
 
 def is_mount_point(target: Path) -> bool:
-    """Whether something is mounted at *target* in this process's mount namespace; its parents may be symlinks."""
-    wanted = os.fsencode(_resolved(target))
+    """Whether *target* is a mount point in this process's mount namespace; its parents may be symlinks."""
+    texts = os.fsencode(_resolved(target))
     with open(_MOUNTINFO, "rb") as mounts:
-        return any(_unescaped(line.split(b" ", 5)[_MOUNT_POINT_FIELD]) == wanted for line in mounts)
+        return any(_unescaped(line.split(b" ", 5)[_MOUNT_POINT_FIELD]) == texts for line in mounts)
 
 
 def wait_until_mounted(target: Path, timeout_s: float) -> None:
-    """Return when the lazy file system is there.
+    """Wait until the lazy file system is mounted at *target*.
 
     Raises:
-        FailedPrecondition: Nobody has mounted it in that time.
+        FailedPrecondition: It is not mounted within *timeout_s*.
 
-    Source: proc_pid_mounts(5): a descriptor that polls when the mounts have changed.
+    Source: proc_pid_mounts(5): poll on the descriptor reports changes of the mounts.
     """
     deadline_s = time.monotonic() + timeout_s
     with open(_MOUNTINFO, "rb") as mounts:
@@ -44,21 +44,21 @@ def wait_until_mounted(target: Path, timeout_s: float) -> None:
 
 
 def is_data_layer(path: Path) -> bool:
-    """Whether an overlay of this process's mount namespace has *path* among its data layers.
+    """Whether an overlay in this process's mount namespace has *path* as a data layer.
 
-    Its parents may be symlinks: the kernel tells where it lies or, before Linux 6.13, as what it was given.
+    The parents of *path* may be symlinks. The kernel shows the resolved path or, before Linux 6.13, the given text.
     """
-    wanted = {b"datadir+=" + os.fsencode(one) for one in (_resolved(path), path)}
+    texts = {b"datadir+=" + os.fsencode(one) for one in (_resolved(path), path)}
     with open(_MOUNTINFO, "rb") as mounts:
         options = (option for line in mounts for option in line.rstrip().partition(b" - overlay ")[2].split(b","))
-        return any(_unescaped(option) in wanted for option in options)
+        return any(_unescaped(option) in texts for option in options)
 
 
 def _resolved(path: Path) -> Path:
-    """Without symlinks above it; the last name, where a dead server's file system may be mounted, is not looked at."""
+    """Resolve symlinks in the parents only: a dead server's file system may be mounted at *path*."""
     return path.parent.resolve() / path.name
 
 
 def _unescaped(text: bytes) -> bytes:
-    """As the kernel meant it: spaces, commas and what else would end a field are octal."""
+    """Replace the octal escapes of spaces, commas and other separators."""
     return re.sub(rb"\\([0-7]{3})", lambda found: bytes((int(found[1], 8),)), text)

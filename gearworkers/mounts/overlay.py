@@ -1,7 +1,7 @@
-"""Overlay mounts: index trees over data-only object stores.
+"""Mount overlays: index trees over data-only object stores.
 
-Glossary: a *lower* is a read-only layer's tree; a *data* layer holds objects that only redirects reach; *upper*
-and *work* take what the mount writes; *merged* is what the mount shows.
+Glossary: a *lower* is the read-only tree of a layer. A *data* layer contains objects that only redirects reach. *Upper*
+and *work* receive the writes of a mount. *Merged* is the mount's view.
 
 Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers", "Metadata only copy up",
 "Redirected directories" ("renaming directories"), "Volatile mount", "Inode properties".
@@ -31,7 +31,7 @@ _LAYER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class OverlaySpec:
-    """What to mount; paths are directories that exist."""
+    """The description of an overlay; paths are existing directories."""
 
     lowers: tuple[Path, ...]
     """Read-only trees, the topmost first."""
@@ -39,54 +39,54 @@ class OverlaySpec:
     """Data-only layers, searched in this order for an absolute redirect."""
     upper: Path | None = None
     work: Path | None = None
-    """On upper's file system; with upper or not at all."""
+    """On upper's file system. Upper and work are both set or both None."""
     context: str = ""
-    """SELinux label of everything in the mount, as in the option ``context=``."""
+    """SELinux label of all files in the mount, as in the option ``context=``."""
     volatile: bool = False
-    """Never sync the upper; once unmounted, it takes `clear_volatile` before it is mounted again."""
+    """Never sync the upper. Another mount of the upper needs `clear_volatile` before."""
     xino: bool = False
-    """Compose inode numbers of layer and file, so that all files have the mount's own st_dev; they exceed 2^53."""
+    """Compose inode numbers from layer and file: all files have the mount's st_dev, and numbers exceed 2^53."""
 
 
 def mount(spec: OverlaySpec, target: Path) -> None:
-    """Attach the overlay at the directory *target*; when it fails, nothing is left behind.
+    """Mount the overlay at the directory *target*; an error leaves nothing mounted.
 
     Raises:
-        GearError: What the kernel refused, with its own log text.
+        GearError: The kernel refused; the text contains the kernel's message.
     """
     try:
-        mount_fd = _superblock(spec, attributes=0)
+        mount_fd = _create_mount(spec, attributes=0)
         try:
             syscalls.move_mount(mount_fd, target)
         finally:
             os.close(mount_fd)
     except OSError as exc:
-        raise _refused(exc, f"mounting {_told(spec)} at {target}") from exc
+        raise _refused(exc, f"mount {_description(spec)} at {target}") from exc
 
 
 @contextmanager
 def detached(spec: OverlaySpec) -> Iterator[int]:
-    """A read-only view of what *spec* would show, attached nowhere: a directory descriptor.
+    """Yield a directory descriptor of a read-only mount of *spec* that is attached nowhere.
 
-    An upper is taken as the topmost lower, so a layer that is mounted elsewhere can be looked at.
-    The view is gone when the context ends; no crash leaves anything.
+    The upper becomes the topmost lower, so a layer that is mounted elsewhere can be viewed. The mount ends with the
+    context, also after a crash.
 
     Raises:
         GearError: As `mount`.
     """
     with contextlib.ExitStack() as stack:
         try:
-            mount_fd = _superblock(_read_only(spec), attributes=syscalls.MOUNT_ATTR_RDONLY)
+            mount_fd = _create_mount(_read_only(spec), attributes=syscalls.MOUNT_ATTR_RDONLY)
             stack.callback(os.close, mount_fd)
             root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
             stack.callback(os.close, root_fd)
         except OSError as exc:
-            raise _refused(exc, f"mounting {_told(spec)} unattached") from exc
+            raise _refused(exc, f"mount {_description(spec)} detached") from exc
         yield root_fd
 
 
 def unmount(target: Path) -> None:
-    """Detach what is mounted at *target*; nothing mounted there, or no such path, is fine.
+    """Unmount *target*; do nothing if it is not mounted or does not exist.
 
     Open files keep the file system alive until they are closed, as with overlay2.
     """
@@ -94,31 +94,31 @@ def unmount(target: Path) -> None:
         syscalls.umount2(target)
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.ENOENT):
-            raise from_os_error(exc, f"unmounting {target}") from exc
+            raise from_os_error(exc, f"unmount {target}") from exc
 
 
 def is_mounted(target: Path) -> bool:
-    """Whether another file system than its parent directory's is mounted at *target*; two stat calls."""
+    """Whether *target* has another file system than its parent directory; two stat calls."""
     try:
         return os.lstat(target).st_dev != os.lstat(target.parent).st_dev
     except FileNotFoundError:
         return False
     except OSError as exc:
-        raise from_os_error(exc, f"looking at {target}") from exc
+        raise from_os_error(exc, f"stat {target}") from exc
 
 
 def clear_volatile(work: Path) -> None:
-    """Remove the mark that a volatile mount leaves in *work*, so that its upper may be mounted again.
+    """Remove the mark that a volatile mount leaves in *work*, so that its upper can be mounted again.
 
-    The caller vouches that the upper is whole: no crash or power cut since the volatile mount began, or
-    content that is made anew anyway.
+    The caller guarantees that the upper is undamaged: there was no crash or power cut since the volatile mount began,
+    or the content will be created again.
     """
     try:
         shutil.rmtree(work / "work" / "incompat")
     except FileNotFoundError:
         return
     except OSError as exc:
-        raise from_os_error(exc, f"removing the volatile mark in {work}") from exc
+        raise from_os_error(exc, f"remove the volatile mark in {work}") from exc
 
 
 def _read_only(spec: OverlaySpec) -> OverlaySpec:
@@ -127,10 +127,10 @@ def _read_only(spec: OverlaySpec) -> OverlaySpec:
     return OverlaySpec((spec.upper, *spec.lowers), spec.data, context=spec.context, xino=spec.xino)
 
 
-def _superblock(spec: OverlaySpec, attributes: int) -> int:
-    """An unattached mount of *spec*: an O_PATH descriptor."""
+def _create_mount(spec: OverlaySpec, attributes: int) -> int:
+    """Create a detached mount of *spec*; return an O_PATH descriptor."""
     if not spec.lowers or (spec.upper is None) != (spec.work is None):
-        raise InvalidInput(f"{_told(spec)}: a lower is needed, and upper and work go together")
+        raise InvalidInput(f"{_description(spec)}: at least one lower is needed, and upper and work only together")
     context_fd = syscalls.fsopen("overlay")
     try:
         _set_options(context_fd, spec)
@@ -147,7 +147,7 @@ def _set_options(context_fd: int, spec: OverlaySpec) -> None:
         syscalls.fsconfig_string(context_fd, key, value)
     syscalls.fsconfig_string(
         context_fd, "xino", b"on" if spec.xino else b"off"
-    )  # not left to the kernel's configuration
+    )  # not the default of the kernel's configuration
     if spec.context:
         syscalls.fsconfig_string(context_fd, "context", os.fsencode(spec.context))
     if spec.volatile:
@@ -156,7 +156,7 @@ def _set_options(context_fd: int, spec: OverlaySpec) -> None:
 
 @contextmanager
 def _layers_added(context_fd: int, spec: OverlaySpec) -> Iterator[None]:
-    """The layers are set; the superblock is to be made inside, while the empty lower still exists."""
+    """Set the layers; create the superblock inside the context, while the empty lower exists."""
     with contextlib.ExitStack() as stack:
         for lower in spec.lowers:
             _add_directory(context_fd, "lowerdir+", lower)
@@ -181,25 +181,25 @@ def _add_directory(context_fd: int, key: str, path: Path) -> None:
 
 
 def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None:
-    """By descriptor; before Linux 6.13 these options take only text, so then by the descriptor's name in /proc.
+    """Add a layer by descriptor or, before Linux 6.13, whose options are text only, by the descriptor's name in /proc.
 
-    mountinfo shows that text. So a data layer, for which it is looked through (`lazy.place`), is named by its *path*
-    if that is short enough.
+    mountinfo shows that text. `mountinfo.is_data_layer` looks for data layers, so these are named by their *path* if it
+    is short enough.
     """
     try:
         syscalls.fsconfig_fd(context_fd, key, layer_fd)
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.EBADF):
             raise
-        is_told = key == "datadir+" and 0 < len(path) <= syscalls.MOST_OPTION_BYTES
-        syscalls.fsconfig_string(context_fd, key, path if is_told else b"/proc/self/fd/%d" % layer_fd)
+        by_path = key == "datadir+" and 0 < len(path) <= syscalls.MOST_OPTION_BYTES
+        syscalls.fsconfig_string(context_fd, key, path if by_path else b"/proc/self/fd/%d" % layer_fd)
 
 
 def _add_empty_lower(context_fd: int) -> int:
-    """A lone lower is refused by the kernel without an upper; an empty tmpfs below it changes nothing.
+    """Add an empty tmpfs below a single lower, since the kernel refuses one lower without an upper.
 
     Returns:
-        The tmpfs' mount; it must stay open until the superblock is made.
+        The tmpfs' mount; keep it open until the superblock is created.
     """
     tmpfs_fd = syscalls.fsopen("tmpfs")
     try:
@@ -221,6 +221,6 @@ def _refused(exc: OSError, tried: str) -> GearError:
     return from_os_error(exc, f"{tried}: {step}{path}")
 
 
-def _told(spec: OverlaySpec) -> str:
+def _description(spec: OverlaySpec) -> str:
     top = spec.upper or (spec.lowers[0] if spec.lowers else None)
     return f"an overlay of {len(spec.lowers)} lower and {len(spec.data)} data layers under {top}"

@@ -1,7 +1,7 @@
-"""What this kernel and this file system can do, found by trying it.
+"""Try which features this kernel and this file system have.
 
-Each check is one thing that gearworkers stands on. `gear doctor` prints them, Init refuses to start without those
-that are needed, ``docker info`` names the mode in use.
+Each check tests one feature that gearworkers needs or profits from. `gear doctor` prints the checks, and Init fails if
+a needed feature is missing.
 
 Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers"; statfs(2) for the magic numbers.
 """
@@ -44,29 +44,29 @@ _FIRST_KERNEL = (6, 5)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
     needed: bool
-    """Without it nothing works; otherwise it only costs."""
+    """Whether nothing works without the feature; otherwise the lack only costs performance."""
     found: str
-    """What is there, or what is wrong."""
+    """What the check found, or what is wrong."""
     advice: str = ""
-    """What to do about it; empty if ok."""
+    """What to do; empty if ok."""
 
 
 def probe(root: Path, *further: Callable[[Path], Check]) -> list[Check]:
-    """Look at the kernel and at the file system that holds *root*; nothing is left in it.
+    """Check the kernel and the file system of *root*; leave nothing behind.
 
     Args:
-        root: A directory that exists: GEAR_ROOT.
-        further: Checks beside those made here; each is given an empty directory in *root*.
+        root: An existing directory: GEAR_ROOT.
+        further: More checks; each receives an empty directory in *root*.
 
     Raises:
-        GearError: *root* cannot be written to at all.
+        GearError: *root* is not writable.
 
-    Crash: may leave a directory ``.probe-*`` in *root*, with a few files and a mount; both may be removed at any time.
+    Crash: may leave a directory ``.probe-*`` in *root* with a few files and a mount; both may be removed at any time.
     """
     checks = [_check_kernel(os.uname().release), _check_backing_fs(root)]
     for check in (_check_xattrs, _check_data_only, *further, _check_d_type, _check_inode_room):
@@ -75,7 +75,7 @@ def probe(root: Path, *further: Callable[[Path], Check]) -> list[Check]:
 
 
 def run_check(check: Callable[[Path], Check], root: Path) -> Check:
-    """The check, made in an empty directory of its own in *root*; nothing is left in it, and others may try meanwhile.
+    """Run a check in an empty directory of its own in *root*, and remove the directory. Safe to call concurrently.
 
     Raises, Crash: As `probe`.
     """
@@ -83,27 +83,27 @@ def run_check(check: Callable[[Path], Check], root: Path) -> Check:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=root) as scratch:
             return check(Path(scratch))
     except OSError as exc:
-        raise from_os_error(exc, f"trying what the file system of {root} can do") from exc
+        raise from_os_error(exc, f"check the file system of {root}") from exc
 
 
 def require(checks: list[Check]) -> None:
-    """Raise FailedPrecondition that names all the needed things that are missing, if any are."""
+    """Raise FailedPrecondition, with all problems, if a needed feature is missing."""
     missing = [f"{check.name}: {check.found}; {check.advice}" for check in checks if check.needed and not check.ok]
     if missing:
         raise FailedPrecondition("gearworkers cannot work here: " + " / ".join(missing))
 
 
 def backing_fs_name(root: Path) -> str:
-    """The name Docker gives the file system that holds *root*: ``extfs``, ``xfs``, … or its magic number."""
+    """Return Docker's name of the file system of *root*, such as ``extfs`` or ``xfs``, or its magic number."""
     try:
         magic = syscalls.statfs_type(root)
     except OSError as exc:
-        raise from_os_error(exc, f"looking at the file system of {root}") from exc
+        raise from_os_error(exc, f"statfs {root}") from exc
     return _FS_NAMES.get(magic, hex(magic))
 
 
 def kernel_version(release: str) -> tuple[int, int]:
-    """(major, minor) of a kernel's release text; (0, 0) if it says neither."""
+    """Return (major, minor) from a kernel's release text; (0, 0) if it contains neither."""
     numbers = release.split("-", 1)[0].split(".")
     try:
         return int(numbers[0]), int(numbers[1])
@@ -112,18 +112,16 @@ def kernel_version(release: str) -> tuple[int, int]:
 
 
 def _check_kernel(release: str) -> Check:
-    """Only told: what counts is whether data-only layers work, and some kernels have them from elsewhere."""
+    """Informative only: the check of data-only layers decides, since some kernels have them as a backport."""
     ok = kernel_version(release) >= _FIRST_KERNEL
-    advice = "" if ok else "a kernel from 6.5 on has data-only overlay layers; on Debian 12 linux-image from backports"
+    advice = "" if ok else "boot Linux 6.5 or newer; on Debian 12, install linux-image from backports"
     return Check("kernel", ok, False, release, advice)
 
 
 def _check_backing_fs(root: Path) -> Check:
     name = backing_fs_name(root)
     if name == "overlayfs":
-        return Check(
-            "backing file system", False, True, name, "put GEAR_ROOT on a disk: an overlay cannot lie on an overlay"
-        )
+        return Check("backing file system", False, True, name, "put GEAR_ROOT on a disk: overlays cannot be stacked")
     if name in _NETWORK_FS_NAMES:
         return Check("backing file system", False, True, name, "put GEAR_ROOT on a local disk")
     return Check("backing file system", True, True, name)
@@ -146,7 +144,7 @@ def _check_data_only(scratch: Path) -> Check:
     index, below, data = (scratch / name for name in ("index", "below", "data"))
     content = b"probe"
     target = Path(os.fsdecode(os.fsencode(data) + _REDIRECT))
-    advice = "boot a kernel from 6.5 on with overlay's metacopy and redirect_dir (Debian 13 has one), and run as root"
+    advice = "boot Linux 6.5 or newer with overlay's metacopy and redirect_dir (as in Debian 13), and run as root"
     try:
         for directory in (index, below, target.parent):
             directory.mkdir(parents=True)
@@ -159,9 +157,7 @@ def _check_data_only(scratch: Path) -> Check:
     except OSError as exc:
         return Check("overlay with data-only layers", False, True, exc.strerror or str(exc), advice)
     if seen != content:
-        return Check(
-            "overlay with data-only layers", False, True, "a file of the layer reads as something else", advice
-        )
+        return Check("overlay with data-only layers", False, True, "a file of the layer has wrong content", advice)
     return Check("overlay with data-only layers", True, True, "read through")
 
 
@@ -170,26 +166,30 @@ def _check_d_type(scratch: Path) -> Check:
     with opened_directory(scratch) as fd:
         ok = syscalls.entry_types(fd).get(b"file", _DT_UNKNOWN) != _DT_UNKNOWN
     if ok:
-        return Check("file types in directories (d_type)", True, True, "told")
+        return Check("file types in directories (d_type)", True, True, "reported")
     return Check(
-        "file types in directories (d_type)", False, True, "not told", "make the file system anew: xfs with ftype=1"
+        "file types in directories (d_type)",
+        False,
+        True,
+        "not reported",
+        "create the file system again, xfs with ftype=1",
     )
 
 
 def _check_inode_room(scratch: Path) -> Check:
-    """An index file is an inode with two marks and no data: a block that it takes is the marks', outside the inode."""
+    """Check that the two marks of an index file, which has no data, fit into its inode and take no block."""
     file = scratch / "file"
     try:
         _make_index_file(file, 4096)
     except OSError as exc:
-        return Check("inode size", False, False, exc.strerror or str(exc), "see the xattrs")
+        return Check("inode size", False, False, exc.strerror or str(exc), "see the check of xattrs")
     used_bytes = file.stat().st_blocks * 512
     if used_bytes == 0:
-        return Check("inode size", True, False, "an index file fits into its inode")
+        return Check("inode size", True, False, "the marks of an index file fit into its inode")
     advice = (
-        "make the file system anew with larger inodes (mkfs.ext4 -I 256 or more): it works, but costs space and time"
+        "create the file system again with larger inodes (mkfs.ext4 -I 256 or more); small inodes cost space and time"
     )
-    return Check("inode size", False, False, f"an index file takes {used_bytes} bytes beside its inode", advice)
+    return Check("inode size", False, False, f"an index file takes {used_bytes} bytes outside its inode", advice)
 
 
 def _make_index_file(path: Path, size_bytes: int) -> None:

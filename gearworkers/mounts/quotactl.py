@@ -1,13 +1,13 @@
-"""Project quotas: how much the files of one directory may take together.
+"""Project quotas: limit the disk space of the files in one directory.
 
-Glossary: a *project* is a number that files inherit from the directory that they are made in; the file system counts
-what the files of each take, and keeps them within its limit. xfs does so when it is mounted with ``pquota``, ext4 when
-it was made with ``-O project,quota`` and is mounted with ``prjquota``.
+Glossary: a *project* is a number that files inherit from their directory. The file system counts the space of each
+project's files and enforces the project's limit. xfs does so if it is mounted with ``pquota``; ext4 if it was created
+with ``-O project,quota`` and is mounted with ``prjquota``.
 
-Every function takes a descriptor of a directory, not O_PATH, and raises OSError.
+Every function receives a descriptor of a directory, not O_PATH, and raises OSError.
 
 Sources: quotactl(2); linux/quota.h, `struct if_dqblk`; linux/dqblk_xfs.h, `struct fs_quota_statv`; linux/fs.h,
-`struct fsxattr`. The numbers of ioctls are those of all architectures but MIPS, PowerPC and SPARC.
+`struct fsxattr`. The ioctl numbers are those of all architectures except MIPS, PowerPC and SPARC.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ _INHERITED = 0x200  # FS_XFLAG_PROJINHERIT
 
 
 class Project(NamedTuple):
-    """What a directory belongs to."""
+    """The project of a directory."""
 
     id: int
     """0 for none."""
     is_inherited: bool
-    """Whether what is made in it belongs to the same."""
+    """Whether new files in the directory belong to the project."""
 
 
 def is_enforced(dir_fd: int) -> bool:
-    """Whether the file system keeps projects within their limits."""
-    asked = struct.pack("=b", _STATV_VERSION).ljust(_STATV_BYTES, b"\0")
+    """Whether the file system enforces the limits of projects."""
+    request = struct.pack("=b", _STATV_VERSION).ljust(_STATV_BYTES, b"\0")
     try:
-        told = syscalls.quotactl_fd(dir_fd, _command(_XGETQSTATV), 0, asked)
+        reply = syscalls.quotactl_fd(dir_fd, _command(_XGETQSTATV), 0, request)
     except OSError:
         return False
-    return bool(_STATV_FLAGS.unpack_from(told)[1] & _PROJECT_LIMITS_HOLD)
+    return bool(_STATV_FLAGS.unpack_from(reply)[1] & _PROJECT_LIMITS_HOLD)
 
 
 def is_used(dir_fd: int, id: int) -> bool:
-    """Whether any file of the file system belongs to the project; its limit does not count."""
+    """Whether a file of the file system belongs to the project; a limit alone does not count."""
     try:
         found = _DQBLK.unpack(syscalls.quotactl_fd(dir_fd, _command(_GETQUOTA), id, bytes(_DQBLK.size)))
     except OSError as exc:
-        if exc.errno == errno.ENOENT:  # xfs has never heard of it
+        if exc.errno == errno.ENOENT:  # xfs has no record of the project
             return False
         raise
     return bool(found[_DQBLK_SPACE] or found[_DQBLK_INODES])
 
 
 def limit(dir_fd: int, id: int, size_bytes: int) -> None:
-    """Let the project take *size_bytes* at most, rounded up to 1024; 0 for no limit."""
+    """Limit the project to *size_bytes*, rounded up to 1024; 0 removes the limit."""
     blocks = -(-size_bytes // _BLOCK_BYTES)
     syscalls.quotactl_fd(
         dir_fd, _command(_SETQUOTA), id, _DQBLK.pack(blocks, blocks, 0, 0, 0, 0, 0, 0, _BLOCK_LIMITS_ARE_VALID)
@@ -77,13 +77,13 @@ def limit(dir_fd: int, id: int, size_bytes: int) -> None:
 
 
 def project_of(dir_fd: int) -> Project:
-    """What the directory belongs to."""
+    """Return the project of the directory."""
     flags, _, _, id, _ = _FSXATTR.unpack(fcntl.ioctl(dir_fd, _FSGETXATTR, bytes(_FSXATTR.size)))
     return Project(id, bool(flags & _INHERITED))
 
 
 def assign(dir_fd: int, id: int) -> None:
-    """Have an empty directory, and whatever is made in it, belong to the project."""
+    """Assign an empty directory, and all new files in it, to the project."""
     flags, extent_bytes, extents, _, copied_extent_bytes = _FSXATTR.unpack(
         fcntl.ioctl(dir_fd, _FSGETXATTR, bytes(_FSXATTR.size))
     )

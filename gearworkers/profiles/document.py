@@ -1,7 +1,7 @@
-"""Start-up profiles: what a container opens while it starts, in that order; a document in the remote.
+"""The document of a start-up profile: the objects that a container opens while it starts, in that order.
 
-A profile is advice, and whoever wrote it is not trusted: it is bounded when it is read, and what it names is fetched
-only if the image has it.
+The document is JSON, compressed with zstd, in the remote. A profile is advice from an untrusted author: `unpack` limits
+its size, and an object is fetched only if the image's own lists contain it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _log = structlog.get_logger(__name__)
 
 MAX_OBJECTS = 10_000
 MAX_RANGES = 1_024
-"""Of one object."""
+"""Limit of ranges per object."""
 
 _FORMAT = 1
 _MAX_PACKED_BYTES = 4 << 20
 _MAX_BYTES = 32 << 20
 _LEVEL = 9
-_RACES = 5
-_WORTH_SHARE = 0.1
-_WORTH_BYTES = 1 << 20
+_ATTEMPTS = 5
+_GROWTH_SHARE = 0.1
+_GROWTH_BYTES = 1 << 20
 _REQUEST_COST_BYTES = 64 << 10
 _HEX_CHARS = 2 * DIGEST_BYTES
 
@@ -37,51 +37,51 @@ Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
 
 
 class OpenedObject(msgspec.Struct, frozen=True, array_like=True):
-    """An object that was opened."""
+    """An opened object."""
 
     digest: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{_HEX_CHARS}}}\Z")]
     size_bytes: Number
     ranges: Annotated[tuple[tuple[Number, Number], ...], msgspec.Meta(max_length=MAX_RANGES)] = ()
-    """Of a large object, (offset, size in bytes): what was read of it, as far as that is known."""
+    """(offset, size in bytes) of the reads of a large object, as far as they are known."""
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """What was opened, each once, the first first."""
+    """The opened objects, each once, in the order of the first open."""
 
     objects: Annotated[tuple[OpenedObject, ...], msgspec.Meta(max_length=MAX_OBJECTS)]
     format: Annotated[int, msgspec.Meta(ge=_FORMAT, le=_FORMAT)] = _FORMAT
 
 
 def opened_object(digest: bytes, size_bytes: int, reads: Iterable[tuple[int, int]]) -> OpenedObject:
-    """An object, and as much as a profile holds of what was read of it: (offset, size in bytes), in that order."""
+    """Return an opened object with its reads, (offset, size in bytes) in order, up to the limit of ranges."""
     return OpenedObject(digest.hex(), size_bytes, tuple(joined_ranges(reads)[:MAX_RANGES]))
 
 
 def pack(profile: Profile) -> bytes:
-    """The document: JSON, zstd."""
+    """Return the document of a profile."""
     return zstandard.compress(msgspec.json.encode(profile), level=_LEVEL)
 
 
 def unpack(data: bytes) -> Profile:
-    """What `pack` made.
+    """Return the profile in a document.
 
     Raises:
-        IntegrityError: It is something else, or larger than any profile.
+        IntegrityError: The document is damaged, malformed or too large.
     """
     if len(data) > _MAX_PACKED_BYTES:
-        raise IntegrityError(f"profile: {len(data)} bytes are more than any has")
+        raise IntegrityError(f"a profile of {len(data)} bytes exceeds the limit of {_MAX_PACKED_BYTES}")
     try:
         with zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data) as reader:
             raw = reader.read(_MAX_BYTES + 1)
         if len(raw) > _MAX_BYTES:
-            raise IntegrityError(f"profile: it unpacks to more than {_MAX_BYTES} bytes")
+            raise IntegrityError(f"a profile unpacks to more than {_MAX_BYTES} bytes")
         return msgspec.json.decode(raw, type=Profile)
     except (zstandard.ZstdError, ValueError) as exc:
-        raise IntegrityError(f"profile: damaged ({exc})") from exc
+        raise IntegrityError(f"a profile is damaged: {exc}") from exc
 
 
 def merged_profiles(old: Profile, new: Profile) -> Profile:
-    """Both, what only the new one has behind the old one."""
+    """Return the union of two profiles: the old objects, then the objects that only the new profile has."""
     objects = {one.digest: one for one in old.objects}
     for one in new.objects:
         known = objects.get(one.digest)
@@ -91,7 +91,7 @@ def merged_profiles(old: Profile, new: Profile) -> Profile:
 
 
 def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes, each once and in that order; what touches an earlier range becomes part of it."""
+    """Return ranges of the same bytes in the same order; a range that touches an earlier one is merged into it."""
     result: list[tuple[int, int]] = []
     for offset, size_bytes in ranges:
         end = offset + size_bytes
@@ -106,52 +106,52 @@ def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def is_worth_adding(old: Profile, new: Profile) -> bool:
-    """Whether a start by the old one alone would wait for so much of the new one that it is worth another version."""
+    """Whether the new profile has so many bytes that the old one lacks that a new version is worthwhile."""
     both = merged_profiles(old, new)
-    return _wanted_bytes(both) - _wanted_bytes(old) > _wanted_bytes(old) * _WORTH_SHARE + _WORTH_BYTES
+    return _cost_bytes(both) - _cost_bytes(old) > _cost_bytes(old) * _GROWTH_SHARE + _GROWTH_BYTES
 
 
-def _wanted_bytes(profile: Profile) -> int:
-    """What is prefetched, and something for each object: a request costs as much as some kilobytes."""
+def _cost_bytes(profile: Profile) -> int:
+    """Return the prefetched bytes, plus a constant per object for its request."""
     return sum(
         _REQUEST_COST_BYTES + (sum(size for _, size in one.ranges) if one.ranges else one.size_bytes)
         for one in profile.objects
     )
 
 
-def save_profile(remote: Remote, name: str, profile: Profile, *, again: bool) -> bool:
-    """Put *profile* beside what is there; whether that changed anything.
+def save_profile(remote: Remote, name: str, profile: Profile, *, extend: bool) -> bool:
+    """Save *profile* in the remote; return whether the document changed.
 
     Args:
-        remote: Where profiles are kept.
-        name: The document's.
-        profile: What was recorded.
-        again: Whether to add it to one that is there, rather than to leave that one alone.
+        remote: Stores the document.
+        name: The document's name.
+        profile: The recorded profile.
+        extend: Whether to extend an existing profile. If not, an existing profile stays unchanged.
 
     Raises:
-        AlreadyExists: Others kept replacing it.
-        GearError: What the remote says.
+        AlreadyExists: Other nodes kept replacing the document.
+        GearError: The remote refuses.
     """
-    for _ in range(_RACES):
+    for _ in range(_ATTEMPTS):
         found = remote.versioned(name)
         known = None if found is None else _readable(found.data)
-        if known is not None and not again:
+        if known is not None and not extend:
             return False
-        wanted = profile if known is None else merged_profiles(known, profile)
-        if wanted == known:
+        merged = profile if known is None else merged_profiles(known, profile)
+        if merged == known:
             return False
         try:
-            remote.replace_document(name, pack(wanted), found.version if found is not None else 0)
+            remote.replace_document(name, pack(merged), found.version if found is not None else 0)
             return True
         except AlreadyExists:
             continue
-    raise AlreadyExists(f"document {name}: others kept replacing it")
+    raise AlreadyExists(f"cannot save document {name}: other nodes kept replacing it")
 
 
 def _readable(data: bytes) -> Profile | None:
-    """None for what is damaged, and may be replaced."""
+    """Return the profile in a document; None if it is damaged and may be replaced."""
     try:
         return unpack(data)
     except IntegrityError as exc:
-        _log.warning("a profile is not what it should be", error=str(exc))
+        _log.warning("a profile is damaged", error=str(exc))
         return None

@@ -1,4 +1,4 @@
-"""Which files of a mounted file system are opened, by whomever: fanotify.
+"""Read the opens of files on a mounted file system from fanotify.
 
 Source: fanotify(7), struct fanotify_event_metadata.
 """
@@ -17,19 +17,20 @@ _BUFFER_BYTES = 4096
 
 
 class Overflow(Exception):
-    """More was opened than the kernel remembers: what follows is incomplete."""
+    """The kernel's event queue was full, so later events are missing."""
 
 
 def opened_files(group_fd: int) -> Iterator[tuple[int, bool]]:
-    """Each file that was opened since the last call, in order: a descriptor, closed after its turn; if it was executed.
+    """Yield each file opened since the last call, in order: a descriptor, and whether the file was executed.
 
-    Reading opens each file once more: it may wait for whoever serves it.
+    The descriptor is closed after its turn. The kernel opens each file again for its event, so a read may wait for the
+    server of the file system.
 
     Args:
-        group_fd: As `sys.watch_opens` gives it.
+        group_fd: From `syscalls.watch_opens`.
 
     Raises:
-        Overflow: The kernel lost some.
+        Overflow: Events were lost.
     """
     while True:
         try:
@@ -37,7 +38,7 @@ def opened_files(group_fd: int) -> Iterator[tuple[int, bool]]:
         except BlockingIOError:
             return
         except OSError:
-            continue  # a file that cannot be opened again: that event is gone
+            continue  # the kernel could not open the file; this event is lost
         at = 0
         opened = []
         lost = False

@@ -1,6 +1,6 @@
-"""What containers waited for though their image has a profile: it is added to the profile if it is much.
+"""Extend a profile by the objects that later containers of its image wait for.
 
-The first start of an image may have done little, such as telling its version; so a profile grows with its use.
+The first start of an image may have done little, for example print a version. So a profile grows with the image's use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_STARTS = 8
 
 
 class ProfileGrowth:
-    """Notes what is fetched on demand while containers start; all methods from any thread, and none blocks."""
+    """Collects the objects that are fetched on demand while containers start. Call from any thread; never blocks."""
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class ProfileGrowth:
     ) -> None:
         """
         Args:
-            layers: Of the node.
-            remote: Where profiles are; None to note nothing.
-            reads: Which parts, as (offset, size in bytes), were read of an object, given in hex.
-            known: The document's name and the profile of the image whose topmost layer it is given, if it has one.
-            window_s: How long a start is; 0 to note nothing.
+            layers: The node's layers.
+            remote: Stores profiles; None to collect nothing.
+            reads: Returns the (offset, size in bytes) of the reads of an object, which is given in hex.
+            known: Returns the document's name and the profile of an image, which is given by its topmost layer.
+            window_s: Length of a start in seconds; 0 to collect nothing.
         """
         self._layers = layers
         self._remote = remote
@@ -51,7 +51,7 @@ class ProfileGrowth:
         self._starts: dict[str, dict[bytes, int]] = {}
 
     def begin(self, image: str) -> None:
-        """A container starts of the image whose topmost layer this is."""
+        """Begin to collect for a start of the image with this topmost layer."""
         with self._lock:
             if self._remote is None or not self._window_s or image in self._starts:
                 return
@@ -63,7 +63,7 @@ class ProfileGrowth:
         timer.start()
 
     def missed(self, digest: bytes, size_bytes: int) -> None:
-        """Somebody waits for this object, or reads it while it arrives."""
+        """Note an object that a container waits for or reads while it arrives."""
         with self._lock:
             for objects in self._starts.values():
                 if len(objects) < document.MAX_OBJECTS:
@@ -74,18 +74,18 @@ class ProfileGrowth:
             objects = self._starts.pop(image)
         name, known = self._known(image)
         if known is None:
-            return  # its first start is recorded
+            return  # the first start is recorded
         try:
             lists = image_object_lists(self._layers, image)
             missed = Profile(
                 tuple(
                     document.opened_object(digest, size_bytes, self._reads(digest.hex()))
                     for digest, size_bytes in objects.items()
-                    if any(one.between(digest, digest) for one in lists)
+                    if any(one.has(digest) for one in lists)
                 )
             )
             if document.is_worth_adding(known, missed):
-                document.save_profile(remote, name, missed, again=True)
-                _log.info("a profile was added to", image=image, objects=len(missed.objects))
+                document.save_profile(remote, name, missed, extend=True)
+                _log.info("a profile was extended", image=image, objects=len(missed.objects))
         except GearError as exc:
-            _log.warning("a profile cannot be added to", image=image, error=str(exc))
+            _log.warning("cannot extend a profile", image=image, error=str(exc))

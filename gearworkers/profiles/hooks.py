@@ -1,4 +1,4 @@
-"""What is done about start-up profiles when an image arrives and when a container starts or ends."""
+"""Start-up profile actions when a layer is applied and when a container is mounted or unmounted."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ _log = structlog.get_logger(__name__)
 
 
 class ProfileHooks:
-    """The starts of one node's containers; all methods from any thread, and none fails for want of a profile."""
+    """The profile actions of one node. Call from any thread; a missing profile is never an error."""
 
     def __init__(self, settings: Settings, layers: LayerStore, recordings: Recordings) -> None:
         """
         Args:
-            settings: Names the lazy file server's socket and the length of a start.
-            layers: Of the node.
-            recordings: Those under way.
+            settings: Has the lazy file server's socket and the length of a start.
+            layers: The node's layers.
+            recordings: Receives new recordings.
         """
         self._settings = settings
         self._layers = layers
         self._recordings = recordings
 
     def layer_applied(self, id: str) -> None:
-        """A layer was applied: if it is incomplete, the profile of the image that may end there is prefetched."""
+        """Have the image's profile prefetched if the layer is incomplete; it may be the image's topmost layer."""
         if not self._layers.is_complete(id):
-            self._tell(id, starts=False)
+            self._report(id, starts=False)
 
     def container_mounted(self, layer: Layer, merged: Path) -> None:
-        """A container is mounted and not started yet: it starts by its image's profile, or is recorded for one.
+        """Have the profile of the container's image prefetched, or begin to record one. Call before the start.
 
         Args:
-            layer: The container's.
-            merged: Where it is mounted.
+            layer: The container's layer.
+            merged: Its mount point.
         """
         if self._layers.is_complete(layer.id):
             return
         image = top_image_layer(self._layers, layer.id)
-        known = self._tell(image, starts=True)
-        if known is not ProfileStatus.FOUND and self._settings.profile_window_s and self._settings.remote.url:
+        status = self._report(image, starts=True)
+        if status is not ProfileStatus.FOUND and self._settings.profile_window_s and self._settings.remote.url:
             self._recordings.begin(layer.id, Recording(self._settings, image, merged))
 
     def container_unmounted(self, id: str) -> None:
-        """The container is about to be unmounted, or was; what it opened is recorded."""
+        """End the container's recording and save its result. Call before or after the unmount."""
         self._recordings.end(id)
 
     def close(self) -> None:
         """End all recordings without a result."""
         self._recordings.close()
 
-    def _tell(self, image: str, *, starts: bool) -> ProfileStatus:
-        """Have the profile looked for and prefetched; who starts the container does not wait for that."""
+    def _report(self, image: str, *, starts: bool) -> ProfileStatus:
+        """Report the image to the lazy file server, which looks for its profile in the background."""
         try:
             return report_image(self._settings.lazyfs_socket, image, starts=starts)
         except (GearError, msgspec.MsgspecError) as exc:
-            _log.warning("no profile is looked for", image=image, error=str(exc))
+            _log.warning("cannot ask the lazy file server for a profile", image=image, error=str(exc))
             return ProfileStatus.UNKNOWN

@@ -1,14 +1,14 @@
-"""Records which objects a container opens while it starts, and keeps the profile in the remote.
+"""Record which objects a container opens while it starts, and save the profile in the remote.
 
-In a process of its own, which lives as long as one recording: taking an event from the kernel opens the file once
-more, and that may wait for the lazy file server, so neither the server nor the gateway may do it. The gateway starts
-it with the group on a descriptor and a `Recording` on its standard input, whose end tells that the container ended.
+A process of its own, one per recording: taking an event from the kernel opens the file again, which may wait for the
+lazy file server. So neither that server nor the gateway may take events. The gateway starts this process with the
+fanotify group on a descriptor, and with a `Recording` on standard input. The end of standard input means that the
+container has ended.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import select
 import signal
 import sys
@@ -32,55 +32,55 @@ from gearworkers.util.log import configure_logging
 
 _log = structlog.get_logger(__name__)
 
-_LATE_S = 5.0
-"""So long after the window is taken what waits in the kernel; a container may open more than is taken meanwhile."""
-_LONGEST_PUSH_S = 60
+LATE_S = 5.0
+"""Seconds after the window in which queued events are still taken; a busy container may open files faster than that."""
+_MAX_SAVE_S = 60
 _NICE = 10
 
 
-def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd: int, *, again: bool) -> Profile:
-    """Watch until the window is over or *stop_fd* ends, then keep what was opened.
+def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd: int, *, extend: bool) -> Profile:
+    """Watch until the window is over or *stop_fd* ends, then save the profile.
 
     Args:
-        settings: Of the node.
+        settings: The node's settings.
         image: The topmost image layer.
-        merged: Where the container is mounted.
-        group_fd: As `mounts.sys.watch_opens` gives it.
-        stop_fd: A pipe.
-        again: Whether to add to a profile that is there. If not, this is a start only if something is executed.
+        merged: The container's mount point.
+        group_fd: From `syscalls.watch_opens`.
+        stop_fd: The reading end of a pipe.
+        extend: Whether to extend an existing profile. If not, a start without an executed program does not count.
 
     Raises:
-        GearError: The layers are gone, or what the remote says.
+        GearError: A layer is gone, or the remote refuses.
     """
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
     name = profile_name(layers, image)
-    with ObjectResolver(layers.lowers(image), image_object_lists(layers, image), merged) as known:
-        objects = _watched(known, group_fd, stop_fd, settings.profile_window_s, must_run=not again)
+    with ObjectResolver(layers.lowers(image), image_object_lists(layers, image), merged) as resolver:
+        objects = watch_objects(resolver, group_fd, stop_fd, settings.profile_window_s, must_run=not extend)
     large = [digest.hex() for digest, size_bytes in objects.items() if size_bytes >= settings.large_object_bytes]
     try:
         reads = read_ranges(settings.lazyfs_socket, large) if large else {}
     except Unavailable:
         reads = {}
-    found = Profile(
+    profile = Profile(
         tuple(
             document.opened_object(digest, size_bytes, reads.get(digest.hex(), ()))
             for digest, size_bytes in objects.items()
         )[: document.MAX_OBJECTS]
     )
-    if found.objects:
+    if profile.objects:
         remote = open_remote(settings)
         try:
-            kept = document.save_profile(remote, name, found, again=again)
+            saved = document.save_profile(remote, name, profile, extend=extend)
         finally:
             remote.close()
-        _log.info("a start was recorded", image=image, objects=len(found.objects), kept=kept)
-    return found
+        _log.info("a start was recorded", image=image, objects=len(profile.objects), saved=saved)
+    return profile
 
 
-def _watched(
-    known: ObjectResolver, group_fd: int, stop_fd: int, window_s: float, *, must_run: bool
+def watch_objects(
+    resolver: ObjectResolver, group_fd: int, stop_fd: int, window_s: float, *, must_run: bool
 ) -> dict[bytes, int]:
-    """Digest and size in bytes of what is opened, in order; nothing if *must_run* and nothing is executed."""
+    """Return digest and size in bytes of the opened objects, in order; none if *must_run* and no file is executed."""
     objects: dict[bytes, int] = {}
     has_run = False
     poll = select.poll()
@@ -94,29 +94,31 @@ def _watched(
         try:
             for fd, is_executed in opened_files(group_fd):
                 has_run = has_run or is_executed
-                found = known.resolve(fd)
+                found = resolver.resolve(fd)
                 if found is not None:
                     objects.setdefault(*found)
-                if len(objects) >= document.MAX_OBJECTS or time.monotonic() > end_s + _LATE_S:
+                if len(objects) >= document.MAX_OBJECTS or time.monotonic() > end_s + LATE_S:
                     is_over = True
                     break
         except Overflow:
-            _log.warning("more was opened than the kernel could tell; what comes later is left out")
+            _log.warning("the kernel's event queue was full; later opens are not recorded")
             break
     return objects if has_run or not must_run else {}
 
 
 def main() -> None:
-    """``python -m gearworkers.profiles.recorder GROUP_FD``, a pickled `Recording` on stdin."""
+    """``python -m gearworkers.profiles.recorder GROUP_FD``, with a `Recording` on standard input."""
     os.nice(_NICE)
     group_fd = int(sys.argv[1])
-    order: Recording = pickle.load(sys.stdin.buffer)
-    configure_logging(order.settings.log)
-    signal.alarm(int(order.settings.profile_window_s) + _LONGEST_PUSH_S)
+    size_bytes = int(sys.stdin.buffer.readline())
+    recording = Recording.decode(sys.stdin.buffer.read(size_bytes))
+    settings = recording.settings
+    configure_logging(settings.log)
+    signal.alarm(int(settings.profile_window_s) + _MAX_SAVE_S)
     try:
-        record(order.settings, order.image, order.merged, group_fd, sys.stdin.fileno(), again=False)
+        record(settings, recording.image, recording.merged, group_fd, sys.stdin.fileno(), extend=False)
     except (GearError, OSError) as exc:
-        _log.warning("a start could not be recorded", image=order.image, error=str(exc))
+        _log.warning("cannot record a start", image=recording.image, error=str(exc))
 
 
 if __name__ == "__main__":

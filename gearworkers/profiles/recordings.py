@@ -1,17 +1,20 @@
-"""Who records the starts of containers: a process for each recording (`profiles.recorder`), watched by a thread."""
+"""The running recordings of a node: for each a `profiles.recorder` process, watched by a thread."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import select
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import structlog
 
 from gearworkers.errors import GearError
@@ -21,58 +24,84 @@ from gearworkers.util.syscalls import watch_opens
 
 _log = structlog.get_logger(__name__)
 
-_MAX_AT_ONCE = 4
+MAX_RECORDINGS = 4
+"""The number of recordings at the same time; further starts are not recorded."""
 _HEAD_START_S = 1.0
-"""So long the container has the processors for itself; the kernel keeps what it opens meanwhile."""
-_END_S = 5.0
+"""Seconds in which the container has the processors for itself; the kernel queues its opens meanwhile."""
+_END_TIMEOUT_S = 5.0
+_RECORDER = (sys.executable, "-m", "gearworkers.profiles.recorder")
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What the recorder is told."""
+    """The input of a recorder process."""
 
     settings: Settings
     image: str
     """The topmost image layer."""
     merged: Path
-    """Where the container is mounted."""
+    """The container's mount point."""
+
+    def encode(self) -> bytes:
+        """Encode for the recorder's standard input."""
+        return msgspec.msgpack.encode(self, enc_hook=_encode_path)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Recording:
+        """Decode the result of `encode`."""
+        return msgspec.msgpack.decode(data, type=cls, dec_hook=_decode_path)
 
 
 class Recordings:
-    """The recordings of one process's mounts; all methods from any thread. None outlives the process for long."""
+    """The recordings of one process's mounts. Call from any thread. No recording outlives the process for long."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        watch: Callable[[Path], int] = watch_opens,
+        recorder: Sequence[str] = _RECORDER,
+        end_timeout_s: float = _END_TIMEOUT_S,
+    ) -> None:
+        """
+        Args:
+            watch: Returns a descriptor with the opens of files on the file system mounted at a path.
+            recorder: The command of a recorder; the number of that descriptor is added.
+            end_timeout_s: Seconds after which `close` kills a recorder.
+        """
+        self._watch = watch
+        self._recorder = recorder
+        self._end_timeout_s = end_timeout_s
         self._lock = threading.Lock()
-        self._ends: dict[str, FileIO] = {}  # the writing end of a pipe for each; closed when the container ends
+        self._ends: dict[str, FileIO] = {}  # for each container the writing end of a pipe; closed when it ends
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._under_way = 0  # also those whose container has ended
+        self._running = 0  # includes recordings whose container has ended
         self._is_closed = False
 
     def begin(self, id: str, recording: Recording) -> None:
-        """Watch a container that is mounted and not started yet; it is left out if it cannot be, or too many are."""
+        """Begin to watch a container that is mounted and not started yet. Do nothing at the limit or on an error."""
         with self._lock:
-            if self._is_closed or id in self._ends or self._under_way >= _MAX_AT_ONCE:
+            if self._is_closed or id in self._ends or self._running >= MAX_RECORDINGS:
                 return
             try:
-                group_fd, stop_fd, end_fd = _watched(recording.merged)
+                group_fd, stop_fd, end_fd = self._watched(recording.merged)
             except OSError as exc:
-                _log.warning("a start cannot be recorded", container=id, error=f"{exc}")
+                _log.warning("cannot record a start", container=id, error=f"{exc}")
                 return
             end = self._ends[id] = FileIO(end_fd, "w")
-            self._under_way += 1
+            self._running += 1
         threading.Thread(
             target=self._run, args=(id, recording, group_fd, stop_fd, end), name="recording", daemon=True
         ).start()
 
     def end(self, id: str) -> None:
-        """The container has ended: what it opened is recorded."""
+        """End the recording of a container that has ended; its result is saved."""
         with self._lock:
             end = self._ends.pop(id, None)
         if end is not None:
             end.close()
 
     def close(self) -> None:
-        """End all of them without a result."""
+        """End all recordings without a result."""
         with self._lock:
             self._is_closed = True
             ends, self._ends = list(self._ends.values()), {}
@@ -83,40 +112,55 @@ class Recordings:
             end.close()
         for process in processes:
             try:
-                process.wait(_END_S)
+                process.wait(self._end_timeout_s)
             except subprocess.TimeoutExpired:
                 process.kill()  # it waits for a lazy file server that hangs
 
+    def _watched(self, merged: Path) -> tuple[int, int, int]:
+        """Return a descriptor that watches the mount point, and both ends of a pipe.
+
+        Raises:
+            OSError: There is none; nothing is left open.
+        """
+        group_fd = self._watch(merged)
+        try:
+            stop_fd, end_fd = os.pipe()
+        except OSError:
+            os.close(group_fd)
+            raise
+        return group_fd, stop_fd, end_fd
+
     def _run(self, id: str, recording: Recording, group_fd: int, stop_fd: int, end: FileIO) -> None:
         try:
-            if _is_used(group_fd, stop_fd, recording.settings.profile_window_s) and not _is_known(recording):
+            if _is_used(group_fd, stop_fd, recording.settings.profile_window_s) and not _has_profile(recording):
                 self._record(recording, group_fd, stop_fd)
         except OSError as exc:
-            _log.warning("a start cannot be recorded", container=id, error=f"{exc}")
+            _log.warning("cannot record a start", container=id, error=f"{exc}")
         finally:
             os.close(group_fd)
             os.close(stop_fd)
             with self._lock:
-                self._under_way -= 1
+                self._running -= 1
                 if self._ends.get(id) is end:
                     del self._ends[id]
             end.close()
 
     def _record(self, recording: Recording, group_fd: int, stop_fd: int) -> None:
-        """Start the recorder, and return when it has ended."""
-        command = [sys.executable, "-m", "gearworkers.profiles.recorder", str(group_fd)]
+        """Run the recorder until it has ended."""
         with self._lock:
             if self._is_closed:
                 return
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[group_fd])
+            command = (*self._recorder, str(group_fd))
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, pass_fds=[group_fd])
             self._processes.add(process)
         try:
             assert process.stdin is not None
-            process.stdin.write(pickle.dumps(recording))
-            process.stdin.flush()
+            data = recording.encode()
+            with suppress(BrokenPipeError):  # the process was ended meanwhile; poll reports it
+                process.stdin.write(b"%d\n" % len(data) + data)
             poll = select.poll()
             poll.register(stop_fd, select.POLLIN)
-            poll.register(process.stdin, 0)  # tells when the process has ended
+            poll.register(process.stdin, 0)  # reports when the process has ended
             poll.poll()
             process.stdin.close()
             process.wait()
@@ -125,23 +169,8 @@ class Recordings:
                 self._processes.discard(process)
 
 
-def _watched(merged: Path) -> tuple[int, int, int]:
-    """A group that watches what is mounted there, and both ends of a pipe.
-
-    Raises:
-        OSError: There is none; nothing is left open.
-    """
-    group_fd = watch_opens(merged)
-    try:
-        stop_fd, end_fd = os.pipe()
-    except OSError:
-        os.close(group_fd)
-        raise
-    return group_fd, stop_fd, end_fd
-
-
 def _is_used(group_fd: int, stop_fd: int, window_s: float) -> bool:
-    """Wait until something was opened, and a moment longer unless the container ends; whether anything was."""
+    """Wait until a file is opened, then a moment longer unless the container ends; return whether one was opened."""
     poll = select.poll()
     poll.register(group_fd, select.POLLIN)
     poll.register(stop_fd, select.POLLIN)
@@ -152,9 +181,22 @@ def _is_used(group_fd: int, stop_fd: int, window_s: float) -> bool:
     return is_used
 
 
-def _is_known(recording: Recording) -> bool:
-    """Whether a profile has been found in the meantime."""
+def _has_profile(recording: Recording) -> bool:
+    """Whether the lazy file server has found a profile in the meantime."""
     try:
-        return report_image(recording.settings.lazyfs_socket, recording.image, starts=True) is ProfileStatus.FOUND
+        status = report_image(recording.settings.lazyfs_socket, recording.image, starts=True)
+        return status is ProfileStatus.FOUND
     except GearError:
         return False
+
+
+def _encode_path(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(type(value))
+
+
+def _decode_path(kind: type, value: Any) -> Path:
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(kind)

@@ -1,7 +1,7 @@
-"""What a start-up profile is about: its name, and from an opened file to its object.
+"""Find the name of an image's profile, and the object of an opened file.
 
-Any node that has an image knows its profile's name: it is made of the lists of objects of the image's layers, which
-are the same wherever the same layers were applied.
+Every node that has an image knows the name of its profile. The name is derived from the `objects` files of the image's
+layers, which are the same wherever the same layers were applied.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _RESOLVE = syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
 
 
 def top_image_layer(layers: LayerStore, id: str) -> str:
-    """The topmost image layer of this layer and its parents; empty if there is none.
+    """Return the topmost image layer of the layer chain; empty if there is none.
 
     Raises:
-        NotFound: One of them is missing.
+        NotFound: A layer is missing.
     """
     return next((layer.id for layer in layers.layer_chain(id) if layer.kind is LayerKind.IMAGE), "")
 
 
 def profile_name(layers: LayerStore, id: str) -> str:
-    """The document that holds the profile of the image whose topmost layer this is.
+    """Return the name of the document with the profile of the image that has this topmost layer.
 
     Raises:
         NotFound: The layer or a parent is missing.
@@ -48,7 +48,7 @@ def profile_name(layers: LayerStore, id: str) -> str:
 
 
 def image_object_lists(layers: LayerStore, id: str) -> list[ObjectList]:
-    """What the image's layers refer to, the topmost first."""
+    """Return the object lists of the image's layers, the topmost first."""
     return [found for path in _lists(layers, id) if (found := ObjectList.open(path)) is not None]
 
 
@@ -58,22 +58,22 @@ def _lists(layers: LayerStore, id: str) -> list[Path]:
 
 
 class ObjectResolver:
-    """Tells the object of a file that was opened in an overlay of the image's layers; a context.
+    """Finds the object of a file that was opened in an overlay of an image's layers; a context manager.
 
-    Nothing of the overlay is looked at: the layers' indexes say which object stands at a path. A file that was
-    renamed inside the container is not found.
+    It looks paths up in the layers' indexes and never accesses the overlay. It does not find a file that was renamed
+    inside the container.
     """
 
     def __init__(self, trees: Sequence[Path], lists: Sequence[ObjectList], merged: Path) -> None:
         """
         Args:
             trees: The mounted indexes, the topmost first.
-            lists: As `image_object_lists`.
-            merged: Where the overlay is mounted.
+            lists: From `image_object_lists`.
+            merged: The mount point of the overlay.
         """
         self._trees = trees
         self._lists = lists
-        self._prefix = os.fsencode(merged.parent.resolve() / merged.name) + b"/"  # as the kernel tells it
+        self._prefix = os.fsencode(merged.parent.resolve() / merged.name) + b"/"  # as the kernel reports paths
         self._seen: set[tuple[int, int]] = set()
         self._stack = ExitStack()
         self._tree_fds: list[int] = []
@@ -91,7 +91,7 @@ class ObjectResolver:
         self._stack.close()
 
     def resolve(self, file_fd: int) -> tuple[bytes, int] | None:
-        """Digest and size in bytes; None if it is none of the image's, or the file was seen before."""
+        """Return (digest, size in bytes) of an open file; None if it is not of the image or was resolved before."""
         status = os.fstat(file_fd)
         key = status.st_dev, status.st_ino
         if key in self._seen:
@@ -100,7 +100,7 @@ class ObjectResolver:
         try:
             path = os.readlink(b"/proc/self/fd/%d" % file_fd).removeprefix(self._prefix).lstrip(b"/")
         except OSError:
-            return None  # its name is too long
+            return None  # the path is too long
         for tree_fd in self._tree_fds:
             redirect = _redirect(tree_fd, path)
             if redirect is not None:
@@ -116,7 +116,7 @@ class ObjectResolver:
 
 
 def _redirect(tree_fd: int, path: bytes) -> bytes | None:
-    """Where the index has the content of the file at *path*; None if it has no such file, empty if it is no object."""
+    """Return the redirect of the file at *path* in an index; None if it is not there, empty if it has no object."""
     try:
         fd = syscalls.openat2(tree_fd, path, os.O_PATH | os.O_NOFOLLOW, resolve=_RESOLVE)
     except OSError:
@@ -126,6 +126,6 @@ def _redirect(tree_fd: int, path: bytes) -> bytes | None:
             return b""
         return os.getxattr(b"/proc/self/fd/%d" % fd, REDIRECT_XATTR)
     except OSError:
-        return b""  # an empty file
+        return b""  # the file is empty
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""One entry of a tar, and the few constants every part of the archive package shares."""
+"""An entry of a tar, and the constants that all modules of the package share."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ DIR = ord("5")
 FIFO = ord("6")
 
 CONTENTLESS = frozenset((HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO))
-"""No content follows these in the archive, whatever their size field says (as Go's archive/tar)."""
+"""Types without content in the archive, whatever their size field says (as in Go's archive/tar)."""
 
 _SHOWN_BYTES = 200
 
 
 class TarEntry(msgspec.Struct, gc=False):
-    """What a tar says of one file; made by the reader, taken by the writer.
+    """The description of one file in a tar; the reader creates it, the writer writes it.
 
-    `xattrs` has the names without the SCHILY.xattr prefix. `sparse` lists the (offset, length) of the data of
-    a sparse file, in order; the stored content is these segments one after the other. `gear` is the (digest,
-    size in bytes) of content that lies elsewhere; the stored content may then be empty. `guard` marks a hard link to
-    nothing, at which programs fail that do not know `gear`; the reader checks it and hands none out.
+    `xattrs` has names without the prefix SCHILY.xattr. `sparse` lists the (offset, length) of the data segments of a
+    sparse file, in order; the stored content is the concatenation of these segments. `gear` is the (digest, size in
+    bytes) of a content that is stored elsewhere; the stored content may then be empty. `guard` marks a hard link
+    without a target, on which programs that do not know `gear` fail; the reader checks it and does not return it.
     """
 
     name: bytes
-    """As the archive has it, long names resolved, not normalised; never with a NUL."""
+    """The name in the archive: long names resolved, not normalised, without NUL."""
     type: int = REG
     """REG, HARDLINK, SYMLINK, CHAR, BLOCK, DIR or FIFO."""
     linkname: bytes = b""
     mode: int = 0o644
-    """The 07777 bits."""
+    """The bits 07777."""
     uid: int = 0
     gid: int = 0
     size_bytes: int = 0
-    """Of the file: of a sparse one expanded, of one with `gear` what that says. 0 for all types but REG."""
+    """Size of the file: expanded if sparse, from `gear` if set. 0 for all types except REG."""
     mtime_ns: int = 0
     atime_ns: int | None = None
     devmajor: int = 0
@@ -49,22 +49,21 @@ class TarEntry(msgspec.Struct, gc=False):
     gear: tuple[bytes, int] | None = None
     guard: bool = False
     stored_bytes: int = 0
-    """Of the content in the archive: size_bytes but for sparse files, and 0 where only `gear` names it."""
+    """Size of the content in the archive: size_bytes except for sparse files, and 0 if only `gear` names it."""
     header_offset: int = 0
-    """Of the entry's own header block (behind its extended headers) in the tar."""
+    """Offset in the tar of the entry's header block, which follows its extended headers."""
 
 
 def shown(name: bytes) -> str:
-    """*name* for an error message: quoted, printable, not too long."""
+    """Return *name* for an error message: quoted, printable, shortened."""
     text = repr(name[:_SHOWN_BYTES].decode("utf-8", "backslashreplace"))
     return text if len(name) <= _SHOWN_BYTES else f"{text}… ({len(name)} bytes)"
 
 
 def clean_name(name: bytes) -> tuple[bytes, bytes]:
-    """Parent and last component of *name*, cleaned as a path below the layer's root; ``..`` stops there.
+    """Return parent and last component of *name*, cleaned as a path below the layer's root; ``..`` stops there.
 
-    Returns:
-        Both empty for the root itself.
+    Both are empty for the root.
     """
     if b"//" in name or b"/." in name or name.startswith(b"."):
         kept: list[bytes] = []

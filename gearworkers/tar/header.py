@@ -1,4 +1,4 @@
-"""A header block's 512 bytes to an TarEntry: v7, ustar, star and GNU, as Go's archive/tar reads them.
+"""Parse the 512 bytes of a header block: v7, ustar, star and GNU, as Go's archive/tar reads them.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
 """
@@ -24,7 +24,7 @@ _COMPRESSIONS = {
     b"\x5d\0\0": "lzma",
     b"\x1f\x9d": "compress",
 }
-"""By how their data begin."""
+"""Compression formats by the first bytes of their data."""
 _USTAR_MAGIC = b"ustar\0"
 _GNU_MAGIC, _GNU_VERSION = b"ustar ", b" \0"
 _V7, _USTAR, _GNU = range(3)
@@ -47,14 +47,14 @@ _NS = 1_000_000_000
 
 
 def parse_header(block: bytes, offset: int) -> TarEntry:
-    """Read the header *block* that starts at byte *offset* of the tar.
+    """Parse the header *block* at byte *offset* of the tar.
 
     Returns:
-        The entry with `type` as the header has it, not yet normalised, `size_bytes` as its size field says and
-        `stored_bytes` the bytes that follow the header.
+        The entry. `type` has the header's value, not normalised; `size_bytes` is the size field; `stored_bytes` is the
+        number of bytes that follow the header.
 
     Raises:
-        InvalidInput: The checksum is wrong, a number is not one, or the size is negative.
+        InvalidInput: The checksum is wrong, a number is malformed, or the size is negative.
     """
     kind = parse_type(block, offset)
     try:
@@ -93,7 +93,7 @@ def parse_header(block: bytes, offset: int) -> TarEntry:
 
 
 def parse_type(block: bytes, offset: int) -> int:
-    """The type of the header *block*, which is a header.
+    """Verify the checksum of a header block and return its type.
 
     Raises:
         InvalidInput: The checksum is wrong.
@@ -106,18 +106,20 @@ def parse_type(block: bytes, offset: int) -> int:
 
 
 def reject_compressed(beginning: bytes) -> None:
-    """Say how a stream that is not a tar is compressed; for no other, as a name in a tar may begin alike.
+    """Reject a compressed stream. Call only for a stream that is not a tar: a name in a tar may begin the same way.
 
     Raises:
-        InvalidInput: It is.
+        InvalidInput: The stream is compressed; the text names the format.
     """
     for magic, name in _COMPRESSIONS.items():
         if beginning.startswith(magic):
-            raise InvalidInput(f"this is not a tar but compressed with {name}; a layer is a tar, plain, gzip or zstd")
+            raise InvalidInput(
+                f"this is not a tar but is compressed with {name}; a layer is a tar, plain, gzip or zstd"
+            )
 
 
 def parse_size(block: bytes) -> int:
-    """The size field of a header block; -1 if it is none, which `parse_header` then says."""
+    """Return the size field of a header block; -1 if it is malformed, which `parse_header` reports."""
     try:
         return parse_number(block[_SIZE])
     except ValueError:
@@ -126,13 +128,13 @@ def parse_size(block: bytes) -> int:
 
 @lru_cache(maxsize=1024)
 def _parse_owner(fields: bytes) -> tuple[int, int, int]:
-    """Mode, uid and gid."""
+    """Return mode, uid and gid."""
     return parse_number(fields[:8]) & 0o7777, parse_number(fields[8:16]), parse_number(fields[16:])
 
 
 @lru_cache(maxsize=1024)
 def _parse_format(fields: bytes) -> tuple[int, int, int]:
-    """Which format it is, and the device's major and minor number, which v7 has none of."""
+    """Return the format, and the major and minor device numbers, which are 0 in v7."""
     if fields[:6] == _USTAR_MAGIC:
         format = _USTAR
     elif fields[:8] == _GNU_MAGIC + _GNU_VERSION:
@@ -143,22 +145,22 @@ def _parse_format(fields: bytes) -> tuple[int, int, int]:
 
 
 def is_gnu(block: bytes) -> bool:
-    """Whether the header block is of GNU tar's own format (the only one with old sparse maps)."""
+    """Whether the header block has GNU tar's own format, the only one with old sparse maps."""
     return block[257:265] == _GNU_MAGIC + _GNU_VERSION
 
 
 def c_string(field: bytes) -> bytes:
-    """The bytes before the first NUL, or all of them."""
+    """Return the bytes before the first NUL, or all bytes."""
     end = field.find(0)
     return field if end < 0 else field[:end]
 
 
 @lru_cache(maxsize=8192)
 def parse_number(field: bytes) -> int:
-    """A numeric field, octal or base-256; blank is 0; may be negative in base-256.
+    """Parse a numeric field: octal, or base-256, which may be negative; blank is 0.
 
     Raises:
-        ValueError: It is neither, or does not fit in 64 bits.
+        ValueError: The field is malformed or does not fit in 64 bits.
     """
     if field[0] & 0x80:
         return _parse_base256(field)
@@ -182,15 +184,15 @@ def _parse_base256(field: bytes) -> int:
 
 
 def _checksum_matches(block: bytes) -> bool:
-    # Adler-32's low half is 1 + the sum of the bytes modulo 65521; half a block sums up to less, so this is exact,
-    # and eight times as fast as sum().
+    # The low half of Adler-32 is 1 + the sum of the bytes modulo 65521. The bytes of half a block add up to less, so
+    # this is exact. It is eight times as fast as sum().
     halves = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF)
     return halves == _checksum_halves(block[_CHECKSUM]) or _signed_checksum_matches(block)
 
 
 @lru_cache(maxsize=8192)
 def _checksum_halves(field: bytes) -> int:
-    """What the two halves of _checksum_matches add up to if the checksum *field* is right; -1 if it is no number."""
+    """Return the sum of the halves in `_checksum_matches` for a correct checksum *field*; -1 if it is malformed."""
     try:
         return 2 + _parse_octal_only(field) + sum(field) - 8 * ord(" ")
     except ValueError:
@@ -198,7 +200,7 @@ def _checksum_halves(field: bytes) -> int:
 
 
 def _signed_checksum_matches(block: bytes) -> bool:
-    """Whether the checksum is right with signed bytes, as old Sun tars have it."""
+    """Whether the checksum is correct for signed bytes, as in old Sun tars."""
     try:
         expected = _parse_octal_only(block[_CHECKSUM])
     except ValueError:
@@ -220,10 +222,10 @@ def _star_extras(entry: TarEntry, block: bytes, prefix: bytes) -> bytes:
 
 
 def _gnu_extras(entry: TarEntry, block: bytes, prefix: bytes) -> bytes:
-    """Take GNU's access time; return the name's prefix, which GNU's format has none of.
+    """Set GNU's access time; return the name's prefix, which is empty in GNU's format.
 
-    Go's writer before 1.8 put a prefix where GNU has the times; where these do not parse and look like text,
-    they are one.
+    Go's writer before 1.8 wrote a prefix in place of GNU's times. If the times are malformed and look like text, they
+    are a prefix.
     """
     try:
         if block[_GNU_ATIME][0]:

@@ -1,6 +1,6 @@
-"""PAX extended headers: records to a dict, records onto an entry, and records out.
+"""PAX extended headers: parse records, apply records to an entry, and format records.
 
-Source: POSIX.1-2017, pax, "pax Extended Header"; what Go's archive/tar accepts of it.
+Source: POSIX.1-2017, pax, "pax Extended Header"; accepts the same records as Go's archive/tar.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gearworkers.tar.entry import TarEntry
 Records = dict[bytes, bytes]
 
 MAX_SPECIAL_BYTES = 1 << 20
-"""Of an extended header, a GNU long name or a sparse map; Go and libarchive have the same limit."""
+"""Limit of an extended header, a GNU long name or a sparse map; the same as in Go and libarchive."""
 
 XATTR_PREFIX = b"SCHILY.xattr."
 GEAR_DIGEST = b"GEAR.sha256"
@@ -34,12 +34,12 @@ _MAX_INTEGER_DIGITS = 40
 
 
 def parse_records(data: bytes) -> Records:
-    """The records of one extended header; the last of a key counts.
+    """Return the records of one extended header; the last value of a key applies.
 
-    GNU's sparse format 0.0, which repeats keys, is turned into that of 0.1: one GNU.sparse.map.
+    GNU's sparse format 0.0, which repeats keys, is converted to format 0.1: one GNU.sparse.map.
 
     Raises:
-        ValueError: A record is malformed, or has a NUL where a name is.
+        ValueError: A record is malformed, or a name has a NUL.
     """
     records: Records = {}
     sparse: list[bytes] = []
@@ -73,10 +73,10 @@ def _parse_record(data: bytes, at: int) -> tuple[bytes, bytes, int]:
 
 
 def merge(entry: TarEntry, records: Records) -> None:
-    """Let *records* overrule the header's fields; an empty value overrules nothing, but is an empty xattr.
+    """Override the header's fields by *records*. An empty value overrides no field, but is the value of an xattr.
 
     Raises:
-        ValueError: A number or a time is malformed, or a Gear record is.
+        ValueError: A number, a time or a Gear record is malformed.
     """
     for key, value in records.items():
         if key.startswith(XATTR_PREFIX):
@@ -122,10 +122,10 @@ def _gear(records: Records) -> tuple[bytes, int]:
 
 
 def parse_integer(value: bytes) -> int:
-    """A decimal number of 64 bits.
+    """Parse a decimal number of 64 bits.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is malformed.
     """
     if len(value) > _MAX_INTEGER_DIGITS or not _INTEGER.match(value):
         raise ValueError(f"{value[:_MAX_INTEGER_DIGITS]!r} in a PAX record is not a number")
@@ -136,10 +136,10 @@ def parse_integer(value: bytes) -> int:
 
 
 def parse_time_ns(value: bytes) -> int:
-    """Seconds with an optional fraction, cut to nanoseconds.
+    """Parse seconds with an optional fraction, cut to nanoseconds.
 
     Raises:
-        ValueError: It is not of that form.
+        ValueError: The value is malformed.
     """
     plain = _PLAIN_TIME.match(value)
     if plain:
@@ -160,7 +160,7 @@ def parse_time_ns(value: bytes) -> int:
 
 
 def format_records(records: Records) -> bytes:
-    """*records* as an extended header's content, in the order of their keys."""
+    """Return the content of an extended header with *records*, sorted by key."""
     return b"".join(_format_record(key, records[key]) for key in sorted(records))
 
 

@@ -1,7 +1,8 @@
-"""The mark of a private layer: an entry ``.gear-private`` at the top of its tar, ahead of all contents.
+"""The marker of a private layer: an entry ``.gear-private`` at the top of its tar, before all contents.
 
-A layer with the mark and all layers above it are private. Docker hands a driver layers, not images with their labels,
-so the mark is a file: ``RUN touch /.gear-private``. It comes first so that nothing has been shared when it is read.
+The layer with the marker and all layers above it are private. Docker gives a driver layers, but not images with their
+labels, so the marker is a file: ``RUN touch /.gear-private``. It comes first so that no content was shared before it is
+read.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ MARK = b".gear-private"
 
 
 def is_mark(name: bytes) -> bool:
-    """Whether an entry of this name marks its layer: the mark itself, or what makes a directory of it."""
+    """Whether an entry of this name marks its layer as private: the marker, or a file below it."""
     return MARK in name and b"/".join(clean_name(name)).lstrip(b"/").partition(b"/")[0] == MARK
 
 
 def starts_with_mark(reader: TarReader) -> bool:
-    """Whether the tar has the mark where it belongs; nothing is read behind the first content.
+    """Whether the tar has the marker before all contents; read no further than the first content.
 
     Raises:
         InvalidInput, IntegrityError: The tar is malformed or ends early.
@@ -35,24 +36,24 @@ def starts_with_mark(reader: TarReader) -> bool:
 
 
 def reject_late_mark(entry: TarEntry) -> NoReturn:
-    """The mark stands behind a content, which may have been shared.
+    """Reject a marker that comes after a content, since the content may have been shared.
 
     Raises:
         InvalidInput: Always.
     """
     raise InvalidInput(
-        f"tar entry {shown(entry.name)}: it marks the layer private, but comes after contents of the layer, which may "
-        "have been shared by now; make it in a layer of its own below"
+        f"tar entry {shown(entry.name)}: it marks the layer as private but comes after contents, which may "
+        "have been shared already; create it in a layer of its own below"
     )
 
 
 def reject_hidden_mark() -> NoReturn:
-    """The layer has the mark by a name that did not tell.
+    """Reject a marker that the entries' names did not show, because it was created through a symlink.
 
     Raises:
         InvalidInput: Always.
     """
     raise InvalidInput(
-        f"the layer has {shown(MARK)} at its top, which marks it private, by way of a symlink; its contents may have "
-        "been shared by now"
+        f"the layer has {shown(MARK)} at its top, created through a symlink; it marks the layer as private, but its "
+        "contents may have been shared already"
     )

@@ -1,10 +1,10 @@
-"""A tar stream to entries, in bounded memory, with every byte accounted for.
+"""Read the entries of a tar stream, in bounded memory, with every byte accounted for.
 
-What is accepted and what is refused is what Go's archive/tar does, since it is what Docker reads layers with:
-v7, ustar, PAX, star and GNU headers, sparse files of all of GNU's formats, an end without zero blocks as long as
-no entry is cut; so a stream of no bytes is a tar without entries. Stricter in one thing: an extended header that
-describes nothing at a bare end of the stream is a cut. More lenient in two that Docker refuses: contiguous files ('7')
-and old GNU sparse files ('S') are regular files.
+The reader accepts and rejects the same streams as Go's archive/tar, with which Docker reads layers: v7, ustar, PAX,
+star and GNU headers, sparse files of all of GNU's formats, and an end without zero blocks if no entry is cut. So an
+empty stream is a tar without entries. The reader is stricter in one case: an extended header without an entry at a bare
+end of the stream is an error. It is more lenient in two cases that Docker rejects: contiguous files ('7') and old GNU
+sparse files ('S') are regular files.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ DEFAULT_BUFFER_BYTES = 1 << 20
 
 
 class Readable(Protocol):
-    """Where the tar comes from: a socket's or a file's raw readinto, blocking."""
+    """The source of a tar: the blocking raw readinto of a socket or a file."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Fill some of *buffer*; how many bytes, 0 at the clean end."""
+        """Fill a part of *buffer*; return the number of bytes, 0 at the clean end."""
 
 
 class TarReader:
-    """Entries of one tar, in order, and the stored content of each.
+    """Reads the entries of one tar, in order, and the stored content of each.
 
-    With a *log*, all bytes of the tar go there in order, so that they can be made again. The reader logs what is
-    not content, and content that nobody took, by itself. For content handed out by `payload` or `chunks` the
-    caller does it, before the next call of `next` or `finish` and for exactly the bytes handed out: `log.content`
-    or `log.slice` where they are kept as an object, `log.raw` where not. A caller that does not is a bug and is
-    told so at the next call.
+    With a *log*, all bytes of the tar are logged in order, so that they can be reproduced. The reader logs headers, and
+    content that the caller does not take. The caller logs the content that `payload` and `chunks` return, exactly these
+    bytes, before the next call of `next` or `finish`: by `log.content` or `log.slice` if the bytes are stored as an
+    object, else by `log.raw`. Otherwise the next call raises RuntimeError.
 
-    Errors: InvalidInput for what is malformed, IntegrityError for a stream that ends too early; both name the
-    entry. What *source* and *log* raise passes through.
+    Errors: InvalidInput for malformed input, IntegrityError for a stream that ends early; both name the entry. Errors
+        of
+    *source* and *log* pass through.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class TarReader:
         self._source = source
         self._log = log
         self._view = memoryview(bytearray(max(buffer_bytes, 8 * BLOCK_BYTES)))
-        self._position = 0  # in the buffer: what was parsed or handed out ends here
-        self._filled = 0  # in the buffer: what was read ends here
-        self._unlogged = 0  # in the buffer: from here to the position is raw, and not yet in the log
-        self._base_offset = 0  # of the buffer's first byte in the tar
-        self._left_bytes = 0  # of the current entry's stored content
-        self._padding_bytes = 0  # behind it
-        self._name = b""  # of the current entry, for messages
+        self._position = 0  # in the buffer: end of the bytes that were parsed or returned
+        self._filled = 0  # in the buffer: end of the bytes that were read
+        self._unlogged = 0  # in the buffer: bytes from here to the position are raw and not logged yet
+        self._base_offset = 0  # offset in the tar of the buffer's first byte
+        self._left_bytes = 0  # rest of the current entry's stored content
+        self._padding_bytes = 0  # after the content
+        self._name = b""  # name of the current entry, for messages
         self._ended = False
         self.guarded = False
-        """Whether there was a guard so far; a Gear layer begins with one."""
+        """Whether a guard was read; a Gear layer begins with one."""
 
     @property
     def offset(self) -> int:
-        """How many bytes of the tar have been parsed or handed out."""
+        """The number of bytes of the tar that were parsed or returned."""
         return self._base_offset + self._position
 
     def __iter__(self) -> Iterator[TarEntry]:
@@ -89,20 +89,20 @@ class TarReader:
             yield entry
 
     def next(self) -> TarEntry | None:
-        """The next entry; None at the archive's end. Skips what was not taken of the content before.
+        """Return the next entry; None at the archive's end. Skip the rest of the previous content.
 
         Raises:
-            InvalidInput: The archive or the entry is malformed, or of a type that Docker refuses.
+            InvalidInput: The archive or the entry is malformed, or has a type that Docker rejects.
             IntegrityError: The stream ends inside a header or a content.
         """
         while (entry := self._entry()) is not None and entry.guard:
             if entry.type != HARDLINK:
-                _refuse(entry, "it is marked as a guard, but is no hard link")
+                _reject(entry, "it is marked as a guard but is not a hard link")
             self.guarded = True
         return entry
 
     def _entry(self) -> TarEntry | None:
-        """As `next`, guards included."""
+        """Return the next entry, including guards."""
         if self._ended:
             return None
         self._leave_entry()
@@ -125,7 +125,7 @@ class TarReader:
                 long_link = c_string(special)
             elif kind == _RECORDS:
                 records = _records(special, block, offset)
-            else:  # Go hands a global header out as an entry, which ends the effect of the headers before it.
+            else:  # Go returns a global header as an entry, which ends the effect of earlier headers.
                 _records(special, block, offset)
                 records, long_name, long_link = None, b"", b""
         entry = parse_header(block, offset)
@@ -138,10 +138,10 @@ class TarReader:
         return entry
 
     def payload(self) -> memoryview | None:
-        """All of the current entry's stored content, if none of it was taken and it fits into the buffer.
+        """Return the whole stored content of the current entry. Call before `chunks`.
 
         Returns:
-            A view that is valid until the next call of any method; None if the content is too large: use `chunks`.
+            A view that is valid until the next call of any method; None if the content is larger than the buffer.
 
         Raises:
             IntegrityError: The stream ends inside the content.
@@ -153,10 +153,10 @@ class TarReader:
             return None
         if self._filled - self._position < size_bytes and not self._fill(size_bytes):
             self._cut("its content")
-        return self._hand_out(size_bytes)
+        return self._take(size_bytes)
 
     def chunks(self) -> Iterator[memoryview]:
-        """What is left of the current entry's stored content, piece by piece; each valid until the next is asked.
+        """Yield the rest of the current entry's stored content; each piece is valid until the next one.
 
         Raises:
             IntegrityError: The stream ends inside the content.
@@ -164,10 +164,10 @@ class TarReader:
         while self._left_bytes:
             if self._filled == self._position and not self._fill(1):
                 self._cut("its content")
-            yield self._hand_out(min(self._left_bytes, self._filled - self._position))
+            yield self._take(min(self._left_bytes, self._filled - self._position))
 
     def finish(self) -> None:
-        """Read to the end of the source: what entries are left are checked and skipped, what trails them is logged.
+        """Read to the end of the source: check and skip the remaining entries, and log the bytes after them.
 
         Raises:
             InvalidInput, IntegrityError: As `next`.
@@ -181,7 +181,7 @@ class TarReader:
     # -- the buffer
 
     def _fill(self, wanted_bytes: int) -> bool:
-        """Have *wanted_bytes* behind the position in the buffer; False if the source ends before."""
+        """Read until the buffer has *wanted_bytes* after the position; return False if the source ends before."""
         self._flush_raw()
         view, kept_bytes = self._view, self._filled - self._position
         view[:kept_bytes] = view[self._position : self._filled]
@@ -200,14 +200,14 @@ class TarReader:
             self._log.raw(self._view[self._unlogged : self._position])
         self._unlogged = self._position
 
-    def _hand_out(self, size_bytes: int) -> memoryview:
+    def _take(self, size_bytes: int) -> memoryview:
         start = self._position
         self._position = self._unlogged = start + size_bytes
         self._left_bytes -= size_bytes
         return self._view[start : self._position]
 
     def _skip(self, size_bytes: int) -> int:
-        """Pass over raw bytes; how many are missing because the source ended."""
+        """Skip raw bytes; return the number of bytes missing because the source ended."""
         while size_bytes:
             if self._filled == self._position and not self._fill(1):
                 return size_bytes
@@ -238,12 +238,12 @@ class TarReader:
             self._padding_bytes = 0
 
     def _header_block(self, extended: bool) -> bytes | None:
-        """The next header block; None at the archive's end, which is two zero blocks, one, or none."""
+        """Return the next header block; None at the archive's end, which has two zero blocks, one, or none."""
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
             if self._filled != self._position or extended:
                 if not self.offset:
                     reject_compressed(bytes(self._view[: self._filled]))
-                self._cut("a header behind it")
+                self._cut("a header after it")
             self._end()
             return None
         start = self._position
@@ -258,10 +258,10 @@ class TarReader:
     def _second_zero_block(self) -> None:
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
             if self._filled != self._position:
-                self._cut("the end mark behind it")
+                self._cut("the end mark after it")
             return
         if self._view[self._position : self._position + BLOCK_BYTES] != ZERO_BLOCK:
-            raise InvalidInput(f"tar: a single zero block at byte {self.offset - BLOCK_BYTES}, and more behind it")
+            raise InvalidInput(f"tar: a single zero block at byte {self.offset - BLOCK_BYTES}, and more data after it")
         self._position += BLOCK_BYTES
 
     def _end(self) -> None:
@@ -277,10 +277,10 @@ class TarReader:
             self._flush_raw()
 
     def _special_content(self, block: bytes, offset: int) -> bytes:
-        """The content behind the extended header *block*, which is not logged as content but raw."""
+        """Return the content of the extended header *block*; it is logged as raw bytes."""
         size_bytes = parse_size(block)
         if not 0 <= size_bytes <= pax.MAX_SPECIAL_BYTES:
-            _refuse(parse_header(block, offset), f"its extended header is larger than {pax.MAX_SPECIAL_BYTES} bytes")
+            _reject(parse_header(block, offset), f"its extended header is larger than {pax.MAX_SPECIAL_BYTES} bytes")
         start = self._position
         padded_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
         if self._filled - start >= padded_bytes:
@@ -300,7 +300,7 @@ class TarReader:
     def _complete(
         self, entry: TarEntry, block: bytes, records: pax.Records, long_name: bytes, long_link: bytes
     ) -> None:
-        """Put what the extended headers say into *entry*, normalise its type, find its sparse map."""
+        """Apply the extended headers to *entry*, normalise its type, and find its sparse map."""
         try:
             pax.merge(entry, records)
             entry.name = long_name or entry.name
@@ -313,12 +313,12 @@ class TarReader:
             segments = self._sparse_map(entry, block, records)
             if segments is not None:
                 if kind != REG:
-                    raise ValueError("it is sparse, but no regular file")
+                    raise ValueError("it is sparse but not a regular file")
                 sparse.check(segments, entry.size_bytes, entry.stored_bytes)
             if entry.gear is not None:
                 _check_gear(entry, plain=kind == REG and segments is None)
         except ValueError as exc:
-            _refuse(entry, str(exc), exc)
+            _reject(entry, str(exc), exc)
         entry.type, entry.sparse = kind, segments
         if kind != REG:
             entry.size_bytes = 0
@@ -346,7 +346,7 @@ def _records(content: bytes, block: bytes, offset: int) -> pax.Records:
     try:
         return pax.parse_records(content)
     except ValueError as exc:
-        _refuse(parse_header(block, offset), str(exc), exc)
+        _reject(parse_header(block, offset), str(exc), exc)
 
 
 def _normalised(entry: TarEntry) -> int:
@@ -354,12 +354,12 @@ def _normalised(entry: TarEntry) -> int:
     if kind in _FILES:
         return kind
     if kind not in _REGULAR:
-        _refuse(entry, f"unhandled tar header type {kind} ({chr(kind)!r})")
+        _reject(entry, f"unhandled tar header type {kind} ({chr(kind)!r})")
     return DIR if kind == _V7_REG and entry.name.endswith(b"/") else REG
 
 
 def _check_gear(entry: TarEntry, *, plain: bool) -> None:
-    """A content named by Gear records is that of the file: whole in the archive, or not there at all."""
+    """Check that Gear records name the file's content, which is whole in the archive or absent."""
     assert entry.gear is not None
     size_bytes = entry.gear[1]
     if not plain or entry.stored_bytes not in (0, size_bytes):
@@ -367,5 +367,5 @@ def _check_gear(entry: TarEntry, *, plain: bool) -> None:
     entry.size_bytes = size_bytes
 
 
-def _refuse(entry: TarEntry, why: str, cause: Exception | None = None) -> NoReturn:
+def _reject(entry: TarEntry, why: str, cause: Exception | None = None) -> NoReturn:
     raise InvalidInput(f"tar entry {shown(entry.name)} at byte {entry.header_offset}: {why}") from cause

@@ -1,6 +1,6 @@
-"""GNU's sparse maps, which say where in a file the stored content lies, and expanding the content by them.
+"""Parse GNU's sparse maps, which give the places of the stored content in a file, and expand sparse files.
 
-Source: GNU tar manual, "Storing Sparse Files"; validated as Go's archive/tar does.
+Source: GNU tar manual, "Storing Sparse Files"; validated as in Go's archive/tar.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ZEROS = memoryview(bytes(1 << 20))
 
 
 def read_old_gnu(entry: TarEntry, block: bytes, next_block: Callable[[], bytes]) -> Segments:
-    """The map of a type 'S' header and of the extension blocks behind it; sets the entry's real size.
+    """Return the map of a type 'S' header and of its extension blocks; set the entry's real size.
 
     Raises:
         ValueError: A number is malformed, or the map is longer than MAX_SPECIAL_BYTES.
@@ -45,12 +45,12 @@ def read_old_gnu(entry: TarEntry, block: bytes, next_block: Callable[[], bytes])
 
 
 def read_pax(entry: TarEntry, records: Records, next_block: Callable[[], bytes]) -> Segments | None:
-    """The map of formats 0.0, 0.1 (in the records) or 1.0 (ahead of the content); None if the file is not sparse.
+    """Return the map of formats 0.0 and 0.1 (in the records) or 1.0 (before the content); None if there is none.
 
-    Sets the entry's real name and size.
+    Set the entry's real name and size.
 
     Raises:
-        ValueError: The map or a number in it is malformed, or it is too long.
+        ValueError: The map is malformed or too long.
     """
     version = records.get(b"GNU.sparse.major", b""), records.get(b"GNU.sparse.minor", b"")
     in_content = version == _FORMAT_IN_CONTENT
@@ -78,7 +78,7 @@ def _map_in_records(records: Records) -> Segments:
 
 
 def _map_in_content(next_block: Callable[[], bytes]) -> Segments:
-    """Decimal numbers, one a line: a count, then an offset and a length for each; padded to whole blocks."""
+    """Parse decimal numbers, one per line: a count, then offset and length of each segment; padded to blocks."""
     data = bytearray()
     _read_lines(data, 1, next_block)
     count = parse_integer(bytes(data[: data.index(b"\n")]))
@@ -104,7 +104,7 @@ def _paired(numbers: Iterable[int]) -> Segments:
 
 
 def check(segments: Segments, size_bytes: int, stored_bytes: int) -> None:
-    """Check that the segments lie in order within the file and are what is stored, no more and no less.
+    """Check that the segments are in order, inside the file, and exactly as long as the stored content.
 
     Raises:
         ValueError: They are not.

@@ -1,10 +1,10 @@
-"""`stream.zst`: all of a layer's tar but its file contents, so that its very bytes can be made again.
+"""`stream.zst`: everything of a layer's tar except its file contents, to reproduce the exact bytes.
 
-The file is one zstd frame and a trailer. The frame holds records, each a tag, lengths as little-endian integers, and
-data: RAW (bytes of the tar, as they are), CONTENT (digest and length of a whole object that stands here), SLICE
-(digest, offset and length within an object), END (the tar's length). The trailer says how long the frame and the tar
-are, so that a file that was cut is found before a byte of it is used, and has the frame's checksum: zstd's own is not
-looked at if the mark of the last block is lost.
+The file is one zstd frame and a trailer. The frame contains records; each is a tag, lengths as little-endian integers,
+and data. RAW: bytes of the tar. CONTENT: digest and length of a whole object. SLICE: digest, offset and length within
+an object. END: the length of the tar. The trailer has the lengths of frame and tar, so that a truncated file is
+detected before its bytes are used. It also has the frame's checksum, since zstd does not check its own if the mark of
+the last block is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gearworkers.errors import IntegrityError
 _MAGIC = b"GEARTAR2"
 _TRAILER_MAGIC = b"2RATRAEG"
 _TRAILER = struct.Struct("<QIQ8s")
-"""Bytes of the frame, its CRC-32, bytes of the tar, magic."""
+"""Length of the frame, its CRC-32, length of the tar, magic."""
 _RAW, _CONTENT, _SLICE, _END = 1, 2, 3, 4
 _RAW_RECORD = struct.Struct("<BI")
 _CONTENT_RECORD = struct.Struct("<B32sQ")
@@ -37,7 +37,7 @@ _PIECE_BYTES = 1 << 20
 
 
 class Sink(Protocol):
-    """Where the stream file is written."""
+    """Receives the stream file."""
 
     def write(self, data: bytes, /) -> int:
         """Write all of *data*."""
@@ -45,7 +45,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TarSplitTotals:
-    """What a finished stream holds."""
+    """The lengths of a finished stream."""
 
     tar_bytes: int
     content_bytes: int
@@ -53,10 +53,10 @@ class TarSplitTotals:
 
 
 class TarSplitWriter:
-    """Writes a `stream.zst`; the calls come in the order of the tar's bytes.
+    """Writes a `stream.zst`. Call the methods in the order of the tar's bytes.
 
-    `size_bytes` is the length of the tar so far. What the file raises (OSError) passes through; after that, and
-    until `close` has returned, the file is no stream and is to be thrown away. Cheap: less than a microsecond a call.
+    `size_bytes` is the length of the tar so far. Errors of the file (OSError) pass through. After an error, and until
+    `close` has returned, the file is invalid; discard it. A call takes less than a microsecond.
     """
 
     def __init__(self, file: Sink, *, level: int = _LEVEL) -> None:
@@ -69,7 +69,7 @@ class TarSplitWriter:
         file.write(_MAGIC)
 
     def raw(self, data: bytes | memoryview) -> None:
-        """The next bytes of the tar, as they are; copied before the call returns."""
+        """Add the next bytes of the tar; they are copied before the call returns."""
         size_bytes = len(data)
         if size_bytes > _MAX_RAW_BYTES:
             raise ValueError(f"{size_bytes} bytes at once are too many for a record")
@@ -81,17 +81,17 @@ class TarSplitWriter:
             self._write_batch()
 
     def content(self, digest: bytes, size_bytes: int) -> None:
-        """The next *size_bytes* of the tar are all of the object of that digest."""
+        """Add a whole object, which is the next *size_bytes* of the tar."""
         self._batch += _CONTENT_RECORD.pack(_CONTENT, digest, size_bytes)
         self._add_content(size_bytes)
 
     def slice(self, digest: bytes, offset_bytes: int, length_bytes: int) -> None:
-        """The next *length_bytes* of the tar are the object's from *offset_bytes* on."""
+        """Add a part of an object, which is the next *length_bytes* of the tar."""
         self._batch += _SLICE_RECORD.pack(_SLICE, digest, offset_bytes, length_bytes)
         self._add_content(length_bytes)
 
     def close(self) -> TarSplitTotals:
-        """Write what is left; the stream is whole when this has returned. The file is not closed."""
+        """Write the rest and the trailer; then the stream is complete. The file stays open."""
         self._batch += _END_RECORD.pack(_END, self.size_bytes)
         self._write_batch()
         self._write(self._frame.flush())
@@ -117,13 +117,13 @@ class TarSplitWriter:
 
 
 class RawBytes(msgspec.Struct, frozen=True, gc=False):
-    """Bytes of the tar, as they are."""
+    """Bytes of the tar."""
 
     data: bytes
 
 
 class ObjectBytes(msgspec.Struct, frozen=True, gc=False):
-    """A part of the object `digest` that stands here in the tar: all of it, unless it is sparse there."""
+    """A part of an object that is at this place in the tar: the whole object, except for sparse files."""
 
     digest: bytes
     offset_bytes: int
@@ -131,13 +131,13 @@ class ObjectBytes(msgspec.Struct, frozen=True, gc=False):
 
 
 class TarSplitReader:
-    """Reads a `stream.zst` back, in bounded memory.
+    """Reads a `stream.zst`, in bounded memory.
 
     `tar_bytes` is the length of the tar.
 
     Raises:
-        IntegrityError: The file is no stream, or was cut or altered. What can be seen without reading it all is
-            told by the constructor, the rest while iterating, at the latest at the end.
+        IntegrityError: The file is not a stream, or it was truncated or altered. The constructor checks the trailer;
+            iteration checks the rest, at the latest at the end.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -148,10 +148,10 @@ class TarSplitReader:
         self._frame: zstandard.ZstdDecompressionReader | None = None
 
     def __iter__(self) -> Iterator[RawBytes | ObjectBytes]:
-        """The pieces of the tar in order; from the start each time."""
+        """Yield the pieces of the tar in order, from the start each time."""
         self._file.seek(len(_MAGIC))
         self._data, self._at = b"", 0
-        # zstandard calls nothing but read(), whatever its stub asks for.
+        # zstandard only calls read(), although its stub requires a BinaryIO.
         frame = _Frame(self._file, self._frame_bytes)
         self._frame = zstandard.ZstdDecompressor().stream_reader(cast(BinaryIO, frame), closefd=False)
         try:
@@ -159,7 +159,7 @@ class TarSplitReader:
         except zstandard.ZstdError as exc:
             raise IntegrityError(f"a layer's stream file is damaged: {exc}") from exc
         if frame.whole_crc() != self._frame_crc:
-            raise IntegrityError("a layer's stream file is damaged: its checksum is another")
+            raise IntegrityError("a layer's stream file is damaged: its checksum differs")
 
     def _pieces(self) -> Iterator[RawBytes | ObjectBytes]:
         seen_bytes = 0
@@ -191,7 +191,7 @@ class TarSplitReader:
             raise IntegrityError(f"a layer's stream file is damaged: it has a record of kind {tag}")
         _, tar_bytes = _END_RECORD.unpack(self._take(_END_RECORD.size))
         if self._at < len(self._data) or self._read():
-            raise IntegrityError("a layer's stream file is damaged: it goes on behind its end")
+            raise IntegrityError("a layer's stream file is damaged: it has data after its end")
         if not tar_bytes == seen_bytes == self.tar_bytes:
             raise IntegrityError(f"a layer's stream file makes {seen_bytes} bytes instead of {self.tar_bytes}")
 
@@ -219,7 +219,7 @@ class TarSplitReader:
 
 
 def _trailer(file: BinaryIO) -> tuple[int, int, int]:
-    """The frame's length and checksum, and the tar's length; checks that they fit the file's length."""
+    """Return the frame's length and checksum, and the tar's length; check them against the file's length."""
     file.seek(0)
     magic = file.read(len(_MAGIC))
     file_bytes = file.seek(0, 2)
@@ -229,11 +229,11 @@ def _trailer(file: BinaryIO) -> tuple[int, int, int]:
         frame_bytes, frame_crc, tar_bytes, trailer_magic = _TRAILER.unpack(file.read(_TRAILER.size))
         if trailer_magic == _TRAILER_MAGIC and frame_bytes + fixed_bytes == file_bytes:
             return frame_bytes, frame_crc, tar_bytes
-    raise IntegrityError(f"a layer's stream file ({file_bytes} bytes) is cut, damaged, or none")
+    raise IntegrityError(f"a layer's stream file ({file_bytes} bytes) is truncated, damaged or not a stream")
 
 
 class _Frame:
-    """The part of the file that is zstd's: it would take the trailer for another frame."""
+    """The zstd frame in the file; zstd would read the trailer as another frame."""
 
     def __init__(self, file: BinaryIO, size_bytes: int) -> None:
         self._file = file
@@ -247,7 +247,7 @@ class _Frame:
         return data
 
     def whole_crc(self) -> int:
-        """Of all of it, once what zstd did not want has been read, too."""
+        """Read the rest of the frame, which zstd did not need; return the checksum of the whole frame."""
         while self.read(_PIECE_BYTES):
             pass
         return self._crc

@@ -1,7 +1,7 @@
-"""How a layer's tar says that something below it is gone.
+"""Whiteouts: names in a layer's tar that remove files of the layers below.
 
-`.wh.NAME` removes NAME of the layers below; `.wh..wh..opq` hides all that lies below in its directory; what else
-begins with `.wh..wh.` is AUFS's own bookkeeping.
+`.wh.NAME` removes NAME. `.wh..wh..opq` hides all files of the layers below in its directory. Other names that begin
+with `.wh..wh.` are AUFS's own files.
 
 Source: OCI image-spec v1.1, layer.md, "Whiteouts"; moby pkg/archive for the AUFS names.
 """
@@ -23,19 +23,19 @@ def is_opaque(base: bytes) -> bool:
 
 
 def removed_name(base: bytes) -> bytes | None:
-    """The name that the whiteout *base* removes from its directory; None if *base* is no such whiteout.
+    """Return the name that the whiteout *base* removes from its directory; None if *base* removes no name.
 
     Raises:
-        InvalidInput: It would remove the directory itself, or the one above.
+        InvalidInput: The whiteout would remove its directory or the one above.
     """
     if not base.startswith(PREFIX) or base.startswith(META_PREFIX):
         return None
     name = base[len(PREFIX) :]
     if name in _NO_NAMES:
-        raise InvalidInput(f"the whiteout {base!r} names nothing that can be removed")
+        raise InvalidInput(f"the whiteout {base!r} does not name a file")
     return name
 
 
 def whiteout_name(name: bytes) -> bytes:
-    """The last component of the entry that removes *name*."""
+    """Return the last component of the entry that removes *name*."""
     return PREFIX + name

@@ -1,7 +1,7 @@
-"""Entries to tar headers: ustar where everything fits, a PAX extended header before it where not.
+"""Format entries as tar headers: ustar if all values fit, else a PAX extended header before it.
 
-The same entry always makes the same bytes. Go's archive/tar, GNU tar and bsdtar read them, names that are not
-UTF-8 included.
+The same entry always gives the same bytes. Go's archive/tar, GNU tar and bsdtar read them, including names that are not
+UTF-8.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Extended Header".
 """
@@ -13,7 +13,7 @@ from gearworkers.tar import pax
 from gearworkers.tar.entry import BLOCK_BYTES, REG, TarEntry, shown
 
 END = bytes(2 * BLOCK_BYTES)
-"""What ends a tar."""
+"""The end of a tar."""
 
 _NAME_BYTES = 100
 _PREFIX_BYTES = 155
@@ -27,13 +27,12 @@ _REST_BYTES = 12
 
 
 def header(entry: TarEntry) -> bytes:
-    """All header blocks of *entry*; its stored content and `padding` of it come next.
+    """Return all header blocks of *entry*; the stored content and its `padding` follow them.
 
-    The size is `size_bytes`, or `stored_bytes` for an entry that names its content by `gear`. `sparse` is not
-    written: the content is to be written expanded.
+    The size is `size_bytes`, or `stored_bytes` if `gear` is set. `sparse` is ignored: write the content expanded.
 
     Raises:
-        InvalidInput: A name is empty or has a NUL, or an xattr's name has a NUL or "=", which no PAX record can say.
+        InvalidInput: A name is empty or has a NUL, or the name of an xattr has a NUL or "=", which PAX cannot express.
     """
     records = _records(entry)
     blocks = b""
@@ -56,7 +55,7 @@ def header(entry: TarEntry) -> bytes:
 
 
 def padding(size_bytes: int) -> bytes:
-    """The zeros behind a content of *size_bytes*."""
+    """Return the zeros that follow a content of *size_bytes*."""
     return bytes(-size_bytes % BLOCK_BYTES)
 
 
@@ -67,9 +66,9 @@ def _stored_bytes(entry: TarEntry) -> int:
 
 
 def _records(entry: TarEntry) -> pax.Records:
-    """What does not fit into the ustar header."""
+    """Return records for the values that do not fit into the ustar header."""
     if not entry.name or b"\0" in entry.name or b"\0" in entry.linkname:
-        raise InvalidInput(f"{shown(entry.name)} -> {shown(entry.linkname)}: a tar cannot hold this name")
+        raise InvalidInput(f"{shown(entry.name)} -> {shown(entry.linkname)}: a tar cannot contain this name")
     records: pax.Records = {}
     if _split(entry.name) is None:
         records[b"path"] = entry.name
@@ -96,7 +95,7 @@ def _records(entry: TarEntry) -> pax.Records:
         records[pax.GEAR_GUARD] = b"1"
     for xattr, content in (entry.xattrs or {}).items():
         if b"=" in xattr or b"\0" in xattr:
-            raise InvalidInput(f"{shown(entry.name)}: a tar cannot hold an xattr of the name {shown(xattr)}")
+            raise InvalidInput(f"{shown(entry.name)}: a tar cannot contain an xattr with the name {shown(xattr)}")
         records[pax.XATTR_PREFIX + xattr] = content
     return records
 
@@ -110,7 +109,7 @@ def _is_utf8(name: bytes) -> bool:
 
 
 def _format_time(time_ns: int) -> bytes:
-    """Decimal seconds, the fraction without trailing zeros."""
+    """Return decimal seconds; the fraction has no trailing zeros."""
     seconds, fraction_ns = divmod(abs(time_ns), _NS)
     sign = b"-" if time_ns < 0 else b""
     fraction = b".%09d" % fraction_ns if fraction_ns else b""
@@ -122,7 +121,7 @@ def _bounded_seconds(time_ns: int) -> int:
 
 
 def _split(name: bytes) -> tuple[bytes, bytes] | None:
-    """*name* as ustar's (prefix, name); None if it does not fit or is not ASCII."""
+    """Split *name* into ustar's (prefix, name); None if it does not fit or is not ASCII."""
     if not name.isascii():
         return None
     if len(name) <= _NAME_BYTES:
@@ -134,7 +133,7 @@ def _split(name: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _name_fields(name: bytes, in_records: bool) -> tuple[bytes, bytes]:
-    """The ustar fields; where a PAX record has the name, something like it for readers that know none."""
+    """Return the ustar fields. If a PAX record has the name, return a similar one for readers without PAX."""
     found = None if in_records else _split(name)
     return found or (b"", _ascii(name)[:_NAME_BYTES])
 
@@ -169,7 +168,7 @@ def _block(
 
 
 def _device(number: int) -> bytes:
-    """Octal, or base-256 as GNU has it: PAX has no record for device numbers."""
+    """Return octal digits, or GNU's base-256, since PAX has no record for device numbers."""
     if 0 <= number <= _MAX_OCTAL_7:
         return b"%07o\0" % number
     return b"\x80" + number.to_bytes(7, "big")

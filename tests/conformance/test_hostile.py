@@ -236,7 +236,9 @@ def check_whole(settings: Settings) -> None:
     build = settings.gear_build_path
     wait_until(lambda: not any(build.iterdir()), "staging is empty")
     store = ObjectStore(settings.gear_public_cache_path)
-    faults = [fault for fault in layer_faults(LayerStore(settings, store), store, []) if "not finish" not in fault.what]
+    faults = [
+        fault for fault in layer_faults(LayerStore(settings, store), store, []) if "not finish" not in fault.problem
+    ]
     assert not faults
 
 

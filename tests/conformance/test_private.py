@@ -105,7 +105,7 @@ def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
 def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
     id = an_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents .*may have been shared by now"):
+    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents .*may have been shared already"):
         driver.apply_diff(id, "", tar(directory("d"), file("a", b"not secret any more"), file(name)))
     assert not private_files(driver.settings, id)
     driver.remove(id)

@@ -1,1 +1,1 @@
-"""Layer diffs: from a container's upper directory, or from a committed layer, back to a tar."""
+"""Layer diffs: the changes of a layer as a list or as a tar."""

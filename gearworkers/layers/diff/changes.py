@@ -1,6 +1,6 @@
-"""What differs between two trees, as ``docker diff`` shows it.
+"""List the changes between two trees, as ``docker diff`` shows them.
 
-Source: moby pkg/archive, Changes and ChangesDirs, for the kinds and for what is compared.
+Source: moby pkg/archive, Changes and ChangesDirs, for the kinds and for the compared attributes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gearworkers.util.fs import opened_directory
 
 
 class ChangeKind(IntEnum):
-    """The protocol's numbers."""
+    """The kind of a change, with the numbers of the graphdriver protocol."""
 
     MODIFY = 0
     ADD = 1
@@ -43,16 +43,16 @@ class Change:
 
 
 def upper_changes(upper: Path, merged_fd: int, parent_fd: int | None) -> list[Change]:
-    """What the read-write layer *upper* changes in its parent, sorted by path.
+    """Return the changes of the read-write layer *upper* to its parent, sorted by path.
 
-    A file in the upper is MODIFY where the parent has something, else ADD; metadata-only copies are no exception.
-    A directory is MODIFY if its mode, owner, time or xattrs differ or something in it changed. A whiteout is
-    DELETE, and so is what an opaque or renamed directory hides and does not bring back.
+    A file in the upper, even a metadata-only copy, is MODIFY if the parent has a file of its name, else ADD. A
+    directory is MODIFY if its mode, owner, time or xattrs differ or an entry in it changed. A whiteout is DELETE. A
+    file that an opaque or renamed directory hides and does not replace is also DELETE.
 
     Args:
         upper: The upper directory.
-        merged_fd: Root of the overlay with it.
-        parent_fd: Root of the overlay without it; None if there is nothing below.
+        merged_fd: Root of the overlay with the upper.
+        parent_fd: Root of the overlay without the upper; None if the layer has no parent.
 
     Raises:
         GearError: A directory cannot be read.
@@ -65,15 +65,15 @@ def upper_changes(upper: Path, merged_fd: int, parent_fd: int | None) -> list[Ch
                 if kind is not None:
                     _record(changes, found.path, kind)
     except OSError as exc:
-        raise from_os_error(exc, f"comparing {upper} with its parent") from exc
+        raise from_os_error(exc, f"compare {upper} with its parent") from exc
     return _sorted(changes)
 
 
 def tree_changes(new_fd: int | None, old_fd: int | None) -> list[Change]:
-    """What differs between any two trees, sorted by path; None stands for an empty tree.
+    """Return the differences between any two trees, sorted by path; None is an empty tree.
 
-    Compared are type, mode, owner, device number, xattrs that a tar carries, a symlink's target, and, but for
-    directories, size and time. So a change of content that keeps size and time is not seen, as in Docker.
+    The comparison covers type, mode, owner, device number, the xattrs that a tar contains, the target of a symlink and,
+    except for directories, size and time. As in Docker, a change of content that keeps size and time is not noticed.
 
     Raises:
         GearError: A directory cannot be read.
@@ -84,7 +84,7 @@ def tree_changes(new_fd: int | None, old_fd: int | None) -> list[Change]:
         while pending:
             pending.extend(_compare_directory(new_fd, old_fd, pending.pop(), changes))
     except OSError as exc:
-        raise from_os_error(exc, "comparing two trees") from exc
+        raise from_os_error(exc, "compare two trees") from exc
     return _sorted(changes)
 
 
@@ -97,11 +97,11 @@ def _kind_of(found: UpperEntry) -> ChangeKind | None:
     if old is None:
         return ChangeKind.ADD
     if stat.S_ISDIR(old.st_mode) and stat.S_ISDIR(found.status.st_mode):
-        return ChangeKind.MODIFY if _directory_touched(found, found.status, old) else None
+        return ChangeKind.MODIFY if _is_directory_changed(found, found.status, old) else None
     return ChangeKind.MODIFY
 
 
-def _directory_touched(found: UpperEntry, new: os.stat_result, old: os.stat_result) -> bool:
+def _is_directory_changed(found: UpperEntry, new: os.stat_result, old: os.stat_result) -> bool:
     if new.st_mtime_ns != old.st_mtime_ns:
         return True
     return _differs(found.merged_dir_fd, found.parent_dir_fd, found.name, new, old)
@@ -110,14 +110,14 @@ def _directory_touched(found: UpperEntry, new: os.stat_result, old: os.stat_resu
 def _compare_directory(
     new_root: int | None, old_root: int | None, path: bytes, changes: dict[bytes, ChangeKind]
 ) -> list[bytes]:
-    """Record what differs in one directory; the subdirectories to compare next."""
+    """Record the differences in one directory; return the subdirectories to compare next."""
     new_dir = None if new_root is None else open_beneath(new_root, path)
     old_dir = None if old_root is None else open_beneath(old_root, path)
     try:
         new_names = [] if new_dir is None else sorted_names(new_dir)
         gone = set() if old_dir is None else set(sorted_names(old_dir)).difference(new_names)
         if path and new_dir is None:
-            gone.clear()  # the directory became a file: that one MODIFY says it all
+            gone.clear()  # the directory became a file, which is one MODIFY
         for name in gone:
             _record(changes, join(path, name), ChangeKind.DELETE)
         subdirectories = []
@@ -152,12 +152,12 @@ def _differs(new_dir: int | None, old_dir: int | None, name: bytes, new: os.stat
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Mode with the type, owner, group, device number."""
+    """Return mode with file type, owner, group and device number."""
     return status.st_mode, status.st_uid, status.st_gid, status.st_rdev
 
 
 def _record(changes: dict[bytes, ChangeKind], path: bytes, kind: ChangeKind) -> None:
-    """Note the change, and that every directory above it changed."""
+    """Record a change, and MODIFY for every directory above it."""
     changes[path] = kind
     directory = path.rpartition(b"/")[0]
     while directory and directory not in changes:

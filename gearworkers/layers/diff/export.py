@@ -1,11 +1,11 @@
-"""The tar of what a read-write layer, or any tree, has against another view: what ``docker commit`` stores.
+"""Write the tar of a read-write layer, or of any tree against another: the tar that ``docker commit`` stores.
 
-Every file is read through the merged view, so metadata-only copies and renamed directories have their bytes, and
-what is written is what the container sees. The upper only says which names there are.
+Every file is read through the merged view. So metadata-only copies and renamed directories have their bytes, and the
+tar contains the files as the container sees them. The upper only determines the names.
 
-The same trees always make the same bytes: sorted names, no access times, no clock; only the mark of a private layer
-comes before all else. Names that begin with ``.wh.`` cannot be said in a layer's tar and are left out, as are sockets
-and what lies deeper than a path is long.
+The same trees always give the same bytes: names are sorted, access times are omitted, and nothing depends on the clock.
+Only the marker of a private layer comes before all else. Names that begin with ``.wh.`` cannot be expressed in a
+layer's tar and are omitted. Sockets and paths that are too long are omitted as well.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from gearworkers.tar.writer import END, header, padding
 from gearworkers.util.fs import LONGEST_PATH_BYTES, opened_directory
 
 PIECE_BYTES = 1 << 20
-"""How much of a large file is read at once, and at most gathered before it is written."""
+"""The size of reads from large files, and the largest size of buffered writes."""
 
-GATHERED_BYTES = 64 << 10
-"""What is smaller is gathered into larger writes."""
+BUFFERED_BYTES = 64 << 10
+"""Smaller pieces are buffered and written together."""
 
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_MARKER_MODE = 0o600
+_WHITEOUT_MODE = 0o600
 _TYPES = {
     stat.S_IFDIR: DIR,
     stat.S_IFLNK: SYMLINK,
@@ -49,10 +49,10 @@ _VANISHED_ERRORS = frozenset((errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOT
 
 
 class Writable(Protocol):
-    """Where a tar goes."""
+    """Receives a tar."""
 
     def write(self, data: bytes | bytearray | memoryview, /) -> object:
-        """Take all of *data*, which may be altered after."""
+        """Write all of *data*; the caller may change it afterwards."""
         ...
 
 
@@ -61,59 +61,59 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
 
     Args:
         upper: The upper directory.
-        merged_fd: Root of the overlay with it.
-        parent_fd: Root of the overlay without it; None if there is nothing below.
-        out: Takes the tar; its errors pass through unchanged.
-        ids: From the host's owners to the tar's.
+        merged_fd: Root of the overlay with the upper.
+        parent_fd: Root of the overlay without the upper; None if the layer has no parent.
+        out: Receives the tar; its errors pass through unchanged.
+        ids: Maps the host's owners to the tar's.
 
-    A file that grows or shrinks meanwhile has the length it had when it was opened, cut or filled with zeros; one
-    that vanishes is left out.
+    A file that grows or shrinks meanwhile keeps the length it had when it was opened: it is cut, or padded with zeros.
+    A file that vanishes is omitted.
 
     Raises:
-        NotFound: A file is there but its content is not in the object store.
-        GearError: Something cannot be read, or an owner is in none of the id ranges. The tar is then unfinished.
+        NotFound: The object of a file is not in the object store.
+        GearError: A file cannot be read, or an owner is outside the id ranges. The tar is then unfinished.
     """
     tar = _DiffWriter(out, ids)
     with opened_directory(upper) as upper_fd:
         if lstat_at(upper_fd, MARK) is not None:
-            tar.add_mark(merged_fd)
+            tar.add_private_marker(merged_fd)
     for found in _steps(upper, merged_fd, parent_fd):
         if found.state is EntryState.PRESENT and found.status is not None:
             tar.add(found.path, found.merged_dir_fd, found.name, found.status)
         elif found.state is EntryState.REMOVED:
-            tar.add_marker(_whiteout_path(found.path))
+            tar.add_whiteout(_whiteout_path(found.path))
         elif found.state is EntryState.OPAQUE:
-            tar.add_marker(join(found.path, OPAQUE))
+            tar.add_whiteout(join(found.path, OPAQUE))
     tar.finish()
 
 
 def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: IdMaps) -> None:
-    """Write the tar that makes *old* to *new*, for any two trees; None stands for an empty one.
+    """Write the tar that turns the old tree into the new one, for any two trees; None is an empty tree.
 
-    Changed files are written whole, what is gone becomes a whiteout. What counts as changed is `tree_changes`'.
-    Arguments and errors are otherwise those of `write_diff`.
+    Changed files are written whole, and missing files become whiteouts. `tree_changes` determines the changes. Other
+    arguments and errors are as for `write_diff`.
     """
     tar = _DiffWriter(out, ids)
     changes = tree_changes(new_fd, old_fd)
     if new_fd is not None and any(change.path[1:] == MARK for change in changes):
-        tar.add_mark(new_fd)
+        tar.add_private_marker(new_fd)
     for change in changes:
         path = change.path[1:]
         if change.kind is ChangeKind.DELETE:
-            tar.add_marker(_whiteout_path(path))
+            tar.add_whiteout(_whiteout_path(path))
         elif new_fd is not None:
             _add_below(tar, new_fd, path)
     tar.finish()
 
 
 def _steps(upper: Path, merged_fd: int, parent_fd: int | None) -> Iterator[UpperEntry]:
-    with _Reading(os.fsencode(upper)), opened_directory(upper) as upper_fd:
+    with _ReadErrors(os.fsencode(upper)), opened_directory(upper) as upper_fd:
         yield from walk_upper(upper_fd, merged_fd, parent_fd)
 
 
 def _add_below(tar: _DiffWriter, root_fd: int, path: bytes) -> None:
     directory, _, name = path.rpartition(b"/")
-    with _Reading(path):
+    with _ReadErrors(path):
         dir_fd = open_beneath(root_fd, directory)
     if dir_fd is None:
         return
@@ -130,8 +130,8 @@ def _whiteout_path(path: bytes) -> bytes:
     return join(directory, whiteout_name(name))
 
 
-class _Reading:
-    """A block in which an OSError is about reading *path*; a class, for it is entered several times a file."""
+class _ReadErrors:
+    """Context that translates OSError of reading *path*. A class, for speed: it is entered several times per file."""
 
     __slots__ = ("_path",)
 
@@ -145,24 +145,28 @@ class _Reading:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(exc, OSError):
-            raise from_os_error(exc, f"reading {shown(self._path)} for a layer's tar") from exc
+            raise from_os_error(exc, f"read {shown(self._path)} for a layer's tar") from exc
 
 
 class _DiffWriter:
-    """A tar being written; hard links within it are kept."""
+    """Writes one tar and keeps the hard links in it."""
 
     def __init__(self, out: Writable, ids: IdMaps) -> None:
         self._out = out
         self._ids = ids
-        self._gathered = bytearray()
+        self._buffered = bytearray()
         self._buffer = memoryview(bytearray(PIECE_BYTES))
-        self._is_marked = False
+        self._has_private_marker = False
         self._written: dict[tuple[int, int], bytes] = {}
-        """(device, inode) to the path it has in the tar, of what has several names."""
+        """The path in the tar by (device, inode), for files with several names."""
 
     def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
-        """Write what stands at *name* in the directory; left out if a tar cannot hold it or it is gone by now."""
-        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK) or len(path) > LONGEST_PATH_BYTES:
+        """Write the entry *name* of a directory; omit it if a tar cannot contain it or it has vanished."""
+        if (
+            b"/" + PREFIX in b"/" + path
+            or (self._has_private_marker and path == MARK)
+            or len(path) > LONGEST_PATH_BYTES
+        ):
             return
         kind = _TYPES.get(stat.S_IFMT(status.st_mode))
         if kind is None:
@@ -175,31 +179,31 @@ class _DiffWriter:
         else:
             self._add_contentless(path, dir_fd, name, kind, status)
 
-    def add_mark(self, root_fd: int) -> None:
-        """Write the mark of a private layer, if there is one: it comes before all contents."""
-        with _Reading(MARK):
+    def add_private_marker(self, root_fd: int) -> None:
+        """Write the marker of a private layer, if there is one, before all contents."""
+        with _ReadErrors(MARK):
             status = lstat_at(root_fd, MARK)
         if status is not None:
             self.add(MARK, root_fd, MARK, status)
-            self._is_marked = True
+            self._has_private_marker = True
 
-    def add_marker(self, path: bytes) -> None:
-        """Write a whiteout or an opaque mark: an empty file."""
+    def add_whiteout(self, path: bytes) -> None:
+        """Write a whiteout or an opaque marker: an empty file."""
         if len(path) <= LONGEST_PATH_BYTES + len(PREFIX):
-            self._put(header(TarEntry(path, REG, mode=_MARKER_MODE)))
+            self._put(header(TarEntry(path, REG, mode=_WHITEOUT_MODE)))
 
     def finish(self) -> None:
-        """Write the end mark."""
+        """Write the end of the tar."""
         self._put(END)
         self._flush()
 
     def _add_file(self, path: bytes, dir_fd: int, name: bytes) -> None:
-        with _Reading(path):
+        with _ReadErrors(path):
             fd = _open_file(path, dir_fd, name)
         if fd is None:
             return
         try:
-            with _Reading(path):
+            with _ReadErrors(path):
                 status = os.fstat(fd)
                 xattrs = kept_xattrs_of(fd)
             if stat.S_ISREG(status.st_mode):
@@ -213,9 +217,9 @@ class _DiffWriter:
     def _add_contentless(
         self, path: bytes, dir_fd: int, name: bytes, kind: int, status: os.stat_result, linkname: bytes = b""
     ) -> None:
-        """A hard link has its inode's xattrs too: who applies it sets the owner, which takes a capability away."""
+        """Write an entry without content. A hard link repeats its xattrs: setting the owner removes a capability."""
         try:
-            with _Reading(path):
+            with _ReadErrors(path):
                 if kind == SYMLINK:
                     linkname = os.readlink(name, dir_fd=dir_fd)
                 xattrs = kept_xattrs(dir_fd, name)
@@ -259,11 +263,11 @@ class _DiffWriter:
             self._written[status.st_dev, status.st_ino] = path
 
     def _copy(self, path: bytes, fd: int, size_bytes: int) -> None:
-        """Write exactly *size_bytes* of the open file, zeros where it ends early, and the padding."""
+        """Write exactly *size_bytes* of the open file, with zeros if it ends early, and the padding."""
         left_bytes = size_bytes
         while left_bytes:
             piece = self._buffer[: min(left_bytes, PIECE_BYTES)]
-            with _Reading(path):
+            with _ReadErrors(path):
                 read_bytes = os.readv(fd, (piece,))
             if not read_bytes:
                 piece[:] = bytes(len(piece))
@@ -273,26 +277,26 @@ class _DiffWriter:
         self._put(padding(size_bytes))
 
     def _put(self, data: bytes | memoryview) -> None:
-        """Gather what is small; hand on what is not, without a copy."""
-        if len(self._gathered) + len(data) > PIECE_BYTES:
+        """Buffer small pieces; write large pieces without a copy."""
+        if len(self._buffered) + len(data) > PIECE_BYTES:
             self._flush()
-        if len(data) >= GATHERED_BYTES:
+        if len(data) >= BUFFERED_BYTES:
             self._flush()
             self._out.write(data)
         else:
-            self._gathered += data
+            self._buffered += data
 
     def _flush(self) -> None:
-        if self._gathered:
-            self._out.write(self._gathered)
-            self._gathered = bytearray()
+        if self._buffered:
+            self._out.write(self._buffered)
+            self._buffered = bytearray()
 
 
 def _open_file(path: bytes, dir_fd: int, name: bytes) -> int | None:
-    """The file opened for reading; None if it has vanished or become something else.
+    """Open a file for reading; None if it has vanished or is not a regular file any more.
 
     Raises:
-        NotFound: It is there, but not the object that its index entry refers to.
+        NotFound: The file exists, but the object of its index entry does not.
     """
     try:
         return os.open(name, _OPEN_FILE, dir_fd=dir_fd)
@@ -301,5 +305,7 @@ def _open_file(path: bytes, dir_fd: int, name: bytes) -> int | None:
             raise
         status = lstat_at(dir_fd, name)
         if exc.errno == errno.ENOENT and status is not None and stat.S_ISREG(status.st_mode):
-            raise NotFound(f"{shown(path)}: its content is in no object store; `gear fsck` names the object") from exc
+            raise NotFound(
+                f"{shown(path)}: its object is missing from the object store; `gear fsck` names the object"
+            ) from exc
         return None

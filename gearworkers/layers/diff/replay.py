@@ -1,4 +1,4 @@
-"""Diff of an image layer: the very tar that ApplyDiff was given."""
+"""Diff of an image layer: write the exact tar that ApplyDiff received."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE_BYTES = 1 << 20
 
 
 def replay(directory: Path, store: ObjectStore, sink: Writable) -> None:
-    """Write the tar of the image layer in *directory*, whose contents lie in *store*.
+    """Write the tar of the image layer in *directory*; *store* contains its contents.
 
     Raises:
         NotFound: An object is missing.
@@ -39,7 +39,7 @@ def _write_content(store: ObjectStore, digest: bytes, offset_bytes: int, length_
         while length_bytes:
             data = os.pread(fd, min(length_bytes, _PIECE_BYTES), offset_bytes)
             if not data:
-                raise IntegrityError(f"object {digest.hex()} is cut: {length_bytes} bytes are missing; run `gear fsck`")
+                raise IntegrityError(f"object {digest.hex()} is too short by {length_bytes} bytes; run `gear fsck`")
             sink.write(data)
             offset_bytes += len(data)
             length_bytes -= len(data)

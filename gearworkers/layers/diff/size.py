@@ -1,4 +1,4 @@
-"""A layer's size as Docker's overlay2 counts it: st_size of all but directories, each inode once."""
+"""Compute a layer's size as Docker's overlay2 counts it: st_size of all except directories, each inode once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gearworkers.layers.diff.upperdir import directories
 
 
 def tree_size(root_fd: int) -> int:
-    """Size in bytes of what lies below the directory *root_fd*."""
+    """Return the size in bytes of the files below the directory *root_fd*."""
     try:
         return _total(_below(root_fd))
     except OSError as exc:
@@ -21,7 +21,7 @@ def tree_size(root_fd: int) -> int:
 
 
 def changed_size(root_fd: int, changes: Iterable[Change]) -> int:
-    """Size in bytes of the files that *changes* add or modify in the tree *root_fd*."""
+    """Return the size in bytes of the files that *changes* add or modify in the tree *root_fd*."""
     return _total(_changed(root_fd, changes))
 
 

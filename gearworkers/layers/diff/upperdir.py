@@ -1,11 +1,11 @@
-"""What a read-write layer holds against the view below it: one walk, for the list of changes and for the tar.
+"""Walk a read-write layer against the view below it; used for the list of changes and for the tar.
 
-The names, whiteouts and marks are read in the upper directory; what stands at a name is read in the merged
-view, where the kernel has resolved metadata-only copies and redirects. Three directories are so walked in step:
-*upper*, *merged* (what the container sees) and *parent* (the same without the upper).
+The walk reads names, whiteouts and marks from the upper directory. It reads file types and metadata from the merged
+view, where the kernel has resolved metadata-only copies and redirects. So it visits three directories in step: *upper*,
+*merged* (the container's view) and *parent* (the same view without the upper).
 
-Only descriptors are used and no symlink is followed, so a container that is running meanwhile can at most hide
-its own files. One directory is open at a time, however deep the tree.
+The walk uses descriptors only and follows no symlink, so a running container can at most hide its own files. One
+directory is open at a time, however deep the tree.
 
 Source: Linux Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories", "renaming directories".
 """
@@ -28,20 +28,20 @@ _NOT_A_DIRECTORY_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, er
 
 
 class EntryState(Enum):
-    """What the walk says of a path."""
+    """The state of a path in the layer."""
 
     PRESENT = auto()
-    """The layer has its own entry here: new, changed, or a directory copied up for something in it."""
+    """The layer has an entry here: new, changed, or a directory that was copied up for one of its files."""
     REMOVED = auto()
-    """A whiteout hides what the parent has here."""
+    """A whiteout hides the parent's entry."""
     OPAQUE = auto()
-    """All that the parent has in this directory is hidden; follows the directory's PRESENT."""
+    """The directory hides all entries of the parent's directory; follows PRESENT of the directory."""
     HIDDEN = auto()
-    """The parent has it in a hidden directory, the layer has nothing in its place; implied by OPAQUE."""
+    """The parent has an entry in a hidden directory, and the layer has none; implied by OPAQUE."""
 
 
 class UpperEntry(NamedTuple):
-    """One step of the walk; the descriptors are good until the next step."""
+    """One step of the walk. The descriptors are valid until the next step."""
 
     state: EntryState
     path: bytes
@@ -49,19 +49,19 @@ class UpperEntry(NamedTuple):
     name: bytes
     """The last component of path; empty for OPAQUE."""
     merged_dir_fd: int
-    """The directory that holds name, or for OPAQUE the directory itself, in the merged view."""
+    """The directory that contains name, in the merged view. For OPAQUE: the directory itself."""
     parent_dir_fd: int | None
-    """The same directory in the parent view, if there is one."""
+    """The same directory in the parent view; None if there is none."""
     status: os.stat_result | None
-    """Of PRESENT: lstat in the merged view."""
+    """lstat in the merged view, for PRESENT."""
 
 
 class _PendingDirectory(NamedTuple):
     path: bytes
     whole: bool
-    """Below a redirect: listed in the merged view, for the upper has but a part of it."""
+    """Whether the directory is below a redirect. It is listed in the merged view, since the upper has only a part."""
     hidden: bool
-    """What the parent has here is covered by an opaque directory, this one or one above."""
+    """Whether this opaque directory, or one above, hides the parent's entries."""
     has_parent: bool
 
 
@@ -75,10 +75,10 @@ class _OpenedDirectory(NamedTuple):
 
 
 def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator[UpperEntry]:
-    """Each entry of the upper: a directory's in the order of their bytes, then what its subdirectories hold.
+    """Yield the entries of the upper: those of a directory sorted by name, then those of its subdirectories.
 
-    The root itself is not told of. What vanishes during the walk is left out, and so is what a directory holds whose
-    path is longer than the kernel takes.
+    The root is omitted. Files that vanish during the walk are omitted, and so are the files in a directory whose path
+    is longer than the kernel accepts.
 
     Args:
         upper_fd: The upper directory's root.
@@ -98,7 +98,7 @@ def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator
 
 
 def open_beneath(root_fd: int, path: bytes) -> int | None:
-    """The directory *path* below *root_fd*, reached without any symlink; None when there is none, or no way so long."""
+    """Open the directory *path* below *root_fd* without following symlinks; None if it is missing or too deep."""
     try:
         return syscalls.openat2(
             root_fd, path or b".", _DIRECTORY, 0, syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
@@ -110,9 +110,9 @@ def open_beneath(root_fd: int, path: bytes) -> int | None:
 
 
 def directories(root_fd: int) -> Iterator[tuple[bytes, int]]:
-    """Every directory from the root down: its path, and a descriptor that is good until the next step.
+    """Yield the path of every directory from the root down, and a descriptor that is valid until the next step.
 
-    One is open at a time, however deep the tree. What `open_beneath` does not reach is left out.
+    One directory is open at a time, however deep the tree. Directories that `open_beneath` cannot open are omitted.
     """
     pending = [b""]
     while pending:
@@ -130,7 +130,7 @@ def directories(root_fd: int) -> Iterator[tuple[bytes, int]]:
 
 
 def lstat_at(dir_fd: int | None, name: bytes) -> os.stat_result | None:
-    """lstat of *name* in the directory; None when either is not there."""
+    """Return lstat of *name* in the directory; None if one of them does not exist."""
     if dir_fd is None:
         return None
     try:
@@ -140,19 +140,19 @@ def lstat_at(dir_fd: int | None, name: bytes) -> os.stat_result | None:
 
 
 def sorted_names(dir_fd: int) -> list[bytes]:
-    """The directory's names in the order of their bytes."""
+    """Return the names in the directory, sorted as bytes."""
     return sorted(map(os.fsencode, os.listdir(dir_fd)))
 
 
 def join(directory: bytes, name: bytes) -> bytes:
-    """*name* below *directory*, which may be empty for the root."""
+    """Return the path of *name* below *directory*, which is empty for the root."""
     return directory + b"/" + name if directory else name
 
 
 def _open_views(
     stack: contextlib.ExitStack, directory: _PendingDirectory, upper_fd: int, merged_fd: int, parent_fd: int | None
 ) -> _OpenedDirectory | None:
-    """The directory in each view; None when it has vanished."""
+    """Open the directory in each view; None if it has vanished."""
     merged = _kept_open(stack, merged_fd, directory.path)
     upper = None if directory.whole else _kept_open(stack, upper_fd, directory.path)
     if merged is None or (upper is None and not directory.whole):
@@ -178,7 +178,7 @@ def _kept_open(stack: contextlib.ExitStack, root_fd: int, path: bytes) -> int | 
 def _walk_directory(
     path: bytes, opened: _OpenedDirectory, subdirectories: list[_PendingDirectory]
 ) -> Iterator[UpperEntry]:
-    """The steps for one directory's entries; the directories among them are added to *subdirectories*."""
+    """Yield the entries of one directory; add its subdirectories to *subdirectories*."""
     if opened.newly_hidden and opened.parent_fd is not None:
         yield UpperEntry(EntryState.OPAQUE, path, b"", opened.merged_fd, opened.parent_fd, None)
     for name in _names(opened):
@@ -200,7 +200,7 @@ def _names(opened: _OpenedDirectory) -> list[bytes]:
 
 
 def _state_of(opened: _OpenedDirectory, name: bytes) -> tuple[EntryState | None, os.stat_result | None]:
-    """What to say of *name*, and its lstat if it is present; (None, None) for nothing."""
+    """Return the state of *name*, and its lstat if it is present; (None, None) to omit the name."""
     status = lstat_at(opened.merged_fd, name)
     if status is not None:
         return EntryState.PRESENT, status
@@ -208,7 +208,7 @@ def _state_of(opened: _OpenedDirectory, name: bytes) -> tuple[EntryState | None,
         return None, None
     if opened.hidden:
         return EntryState.HIDDEN, None
-    # Not in the merged view but in the parent's: a whiteout, unless the file has vanished only now.
+    # In the parent view but not in the merged view: a whiteout, unless the file has vanished just now.
     return (EntryState.REMOVED, None) if _is_whiteout(opened.listed_fd, name) else (None, None)
 
 

@@ -1,8 +1,8 @@
-"""Which extended attributes of a file belong into a layer's tar.
+"""Select the extended attributes of a file that a layer's tar contains.
 
-Kept are file capabilities, POSIX ACLs, ``user.*`` and those ``trusted.*`` that are not the overlay's or ours. Labels of
-the host (SELinux, IMA, EVM) are not: they are the next host's own business. Nor is one with a "=" in its name, which
-no PAX record can say.
+A tar contains file capabilities, POSIX ACLs, ``user.*``, and ``trusted.*`` except the attributes of overlays and of
+gearworkers. Labels of the host (SELinux, IMA, EVM) are omitted, since the next host sets its own. Attributes with a "="
+in the name are omitted, since a PAX record cannot express them.
 
 Source: capabilities(7), "File capability extended attribute versioning"; moby pkg/archive,
 ReadSecurityXattrToTarHeader, for the capabilities of a user namespace.
@@ -25,12 +25,12 @@ _REVISION_2_BYTES = 20
 
 
 def kept_xattrs(dir_fd: int, name: bytes) -> dict[bytes, bytes]:
-    """The attributes of *name* in the directory, itself if it is a symlink, in the order of their names."""
+    """Return the attributes of *name* in the directory, sorted by name; symlinks are not followed."""
     return _kept(b"/proc/self/fd/%d/%s" % (dir_fd, name))
 
 
 def kept_xattrs_of(fd: int) -> dict[bytes, bytes]:
-    """The attributes of an open file, in the order of their names."""
+    """Return the attributes of an open file, sorted by name."""
     return _kept(fd)
 
 
@@ -51,7 +51,7 @@ def _is_kept(name: bytes) -> bool:
 
 
 def _portable(capability: bytes) -> bytes:
-    """A revision 3 capability names a user namespace's root of this host; revision 2 says the same without it."""
+    """Return a capability as revision 2; revision 3 also has the root of a user namespace of this host."""
     if len(capability) > _REVISION_2_BYTES and capability[_VERSION_BYTE] == _REVISION_3:
         return capability[:_VERSION_BYTE] + bytes((_REVISION_2,)) + capability[_VERSION_BYTE + 1 : _REVISION_2_BYTES]
     return capability

@@ -27,7 +27,7 @@ MAX_INODES = 4_000_000
 """A layer of this size takes about 2 GB of memory."""
 MAX_EXTRA_BYTES = 512 << 20
 """Limit of extended attributes and symlink targets together; they are in memory up to three times."""
-_MAX_KNOWN = 1 << 16
+MAX_CACHED_DIRECTORIES = 1 << 16
 
 _FORMATS = {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}
 _REDIRECT = b"trusted.overlay.redirect"
@@ -310,7 +310,7 @@ class LayerTree:
 
     def _remember(self, path: bytes, directory: Inode) -> None:
         """Cache the directory of a path. The cache is bounded: a tar may have millions of long paths."""
-        if len(self._known) >= _MAX_KNOWN:
+        if len(self._known) >= MAX_CACHED_DIRECTORIES:
             self._known = {b"": self._root}
         self._known[path] = directory
 

@@ -1,4 +1,4 @@
-"""`gear fsck` sees whatever is wrong with a layer's own files."""
+"""`gear fsck` finds all damage of a layer's files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def faults(driver: GearDriver) -> list[str]:
 
 
 def stored_parts(path: Path) -> Iterator[tuple[int, int]]:
-    """Where the file is no hole."""
+    """Yield (offset, length) of the file's data segments."""
     end, size_bytes = 0, path.stat().st_size
     with open(path, "rb") as file:
         while end < size_bytes:
@@ -37,7 +37,7 @@ def stored_parts(path: Path) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def test_an_empty_layer_is_whole_also_as_the_first_of_a_store(tmp_path: Path) -> None:
+def test_an_empty_layer_is_whole_even_as_the_first_of_a_store(tmp_path: Path) -> None:
     driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
     driver.prepare()
     for number, tar in enumerate([b"", bytes(1024), tar_of({"file": b"content"}), b""]):
@@ -50,7 +50,7 @@ def test_an_empty_layer_is_whole_also_as_the_first_of_a_store(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["index.erofs", "stream.zst", "objects"])
-def test_one_wrong_bit_anywhere_is_told_with_the_layer(driver: GearDriver, name: str) -> None:
+def test_one_wrong_bit_anywhere_is_reported_with_the_layer(driver: GearDriver, name: str) -> None:
     path = driver.settings.gear_images_path / "layer" / name
     stored = [at for start, end in stored_parts(path) for at in range(start, end)]
     assert faults(driver) == []
@@ -66,7 +66,7 @@ def test_one_wrong_bit_anywhere_is_told_with_the_layer(driver: GearDriver, name:
 
 
 @pytest.mark.parametrize("name", ["index.erofs", "stream.zst", "objects"])
-def test_a_file_that_is_missing_is_told_with_the_layer(driver: GearDriver, name: str) -> None:
+def test_a_missing_file_is_reported_with_the_layer(driver: GearDriver, name: str) -> None:
     (driver.settings.gear_images_path / "layer" / name).unlink()
     fault = faults(driver)[0]
     assert fault.startswith("layer layer: ") and name in fault and fault.endswith("remove the image and pull it again")

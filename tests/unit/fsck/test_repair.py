@@ -1,4 +1,4 @@
-"""`gear fsck --repair`: a layer that lost an object has it fetched again, and nothing half of it is seen meanwhile."""
+"""`gear fsck --repair`: lost objects are fetched again, and containers never see half of one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIGEST = hashlib.sha256(FILES["etc/file"]).digest()
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[LazyNode]:
-    """With an ordinary image, whose contents the remote has too."""
+    """A node with an ordinary image whose contents the remote also has."""
     with lazy_node(tmp_path) as one:
         one.apply(tar_of(FILES), "image")
         for content in FILES.values():
@@ -43,8 +43,8 @@ def may_store_in_place(node: LazyNode) -> bool:
         return lock.acquire()
 
 
-def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -> None:
-    """The gateway, which had read the layer's record, learns that another process has changed it."""
+def test_a_damaged_object_is_fetched_again_when_it_is_opened(node: LazyNode) -> None:
+    """The gateway, which has cached the layer's record, notices that another process has changed it."""
     damage(node)
     assert may_store_in_place(node)
     incomplete: list[str] = []
@@ -59,7 +59,7 @@ def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -
     assert may_store_in_place(node)
 
 
-def test_a_missing_object_makes_its_layer_incomplete_too(node: LazyNode) -> None:
+def test_a_missing_object_makes_its_layer_incomplete(node: LazyNode) -> None:
     ObjectStore(node.settings.gear_public_cache_path).remove(DIGEST)
     (told,) = Engine.of(node.settings).faults(read_data=False, repair=False)
     assert "1 of its objects are missing" in told
@@ -69,7 +69,7 @@ def test_a_missing_object_makes_its_layer_incomplete_too(node: LazyNode) -> None
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_what_a_killed_import_left_at_a_lost_objects_name_is_not_read(node: LazyNode) -> None:
+def test_the_half_written_file_of_a_killed_import_is_not_read_for_a_lost_object(node: LazyNode) -> None:
     object = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
     object.unlink()
     object.write_bytes(FILES["etc/file"][:100])

@@ -92,14 +92,14 @@ def copied_up_unchanged(root: Path) -> None:
         (lambda _: None, []),
     ],
 )
-def test_the_upper_tells_what_changed_and_that_its_parents_did(
+def test_a_change_also_modifies_its_parent_directories(
     change: Callable[[Path], None], expected: list[str], overlay: Overlay
 ) -> None:
     change(overlay.merged)
     assert of_upper(overlay) == expected
 
 
-def test_a_layer_with_nothing_below_adds_all_it_has(overlay: Overlay) -> None:
+def test_a_layer_without_a_parent_adds_all_its_files(overlay: Overlay) -> None:
     empty = overlay.root / "empty"
     empty.mkdir()
     empty_fd = os.open(empty, os.O_RDONLY)
@@ -150,7 +150,7 @@ def test_two_trees_differ_by(what: str, tmp_path: Path) -> None:
             os.close(fd)
 
 
-def test_a_directory_s_own_time_and_size_are_no_change_between_two_trees(tmp_path: Path) -> None:
+def test_the_time_and_size_of_a_directory_do_not_count_between_two_trees(tmp_path: Path) -> None:
     (tmp_path / "1/dir").mkdir(parents=True)
     (tmp_path / "2/dir").mkdir(parents=True)
     os.utime(tmp_path / "2/dir", ns=(1, 1))

@@ -1,4 +1,4 @@
-"""A layer that BuildKit made keeps its tar when its contents move to the object store."""
+"""Deduplication of a layer that BuildKit wrote: its tar and its files stay the same."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import fcntl
 import io
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 
 from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.errors import Unavailable
-from gearworkers.layers import dedupe as absorb_module
+from gearworkers.layers import dedupe as dedupe_module
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 
@@ -70,7 +71,7 @@ def test_the_mounted_layer_shows_the_same_bytes(driver: GearDriver) -> None:
         driver.put("above")
 
 
-def test_garbage_collection_keeps_what_an_absorbed_layer_refers_to(driver: GearDriver) -> None:
+def test_garbage_collection_keeps_the_objects_of_a_deduplicated_layer(driver: GearDriver) -> None:
     built_layer(driver)
     driver.engine.dedupe("step")
     assert driver.engine.collect_garbage().removed_objects == 0
@@ -78,7 +79,7 @@ def test_garbage_collection_keeps_what_an_absorbed_layer_refers_to(driver: GearD
     assert driver.engine.collect_garbage().removed_objects == 1
 
 
-def test_a_layer_that_is_mounted_is_left_alone(driver: GearDriver) -> None:
+def test_a_mounted_layer_is_not_deduplicated(driver: GearDriver) -> None:
     built_layer(driver)
     driver.get("step")
     try:
@@ -87,18 +88,25 @@ def test_a_layer_that_is_mounted_is_left_alone(driver: GearDriver) -> None:
         driver.put("step")
 
 
-def test_a_container_is_never_absorbed(driver: GearDriver) -> None:
+def test_a_container_is_never_deduplicated(driver: GearDriver) -> None:
     driver.create_read_write("container", "")
     assert not driver.engine.can_dedupe("container")
 
 
-def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
+def test_after_a_crash_before_times_are_restored_the_tar_is_the_same(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built_layer(driver)
     before = tar_of(driver, "step")
+    utime = os.utime
+
+    def crash_at_a_directory(fd: int, ns: tuple[int, int]) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise KeyboardInterrupt
+        utime(fd, ns=ns)
+
     with monkeypatch.context() as patch:
-        patch.setattr(absorb_module, "_restore_times", _crash)
+        patch.setattr(os, "utime", crash_at_a_directory)
         with pytest.raises(KeyboardInterrupt):
             driver.engine.dedupe("step")
     shutil.rmtree(driver.settings.gear_build_path)
@@ -106,10 +114,8 @@ def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
     assert tar_of(driver, "step") == before
 
 
-def test_the_list_of_objects_changes_its_place_while_no_collector_reads_the_lists(
-    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would find the list neither where it was nor where it is."""
+def test_the_object_list_is_renamed_under_the_garbage_lock(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the collector may find the list at neither place."""
     built_layer(driver)
     held = []
 
@@ -126,16 +132,16 @@ def test_the_list_of_objects_changes_its_place_while_no_collector_reads_the_list
     assert len(held) == 1
 
 
-def test_a_diff_whose_caller_stops_reading_does_not_stop_the_absorption_of_other_layers(driver: GearDriver) -> None:
-    """Absorption gives way and is tried again."""
+def test_deduplication_fails_at_once_while_a_diff_reads_the_layer(driver: GearDriver) -> None:
+    """The task is retried later."""
     built_layer(driver)
     layer = driver.settings.gear_containers_path / "step"
-    with absorb_module.locked_for_diff(layer, layer / "upper"), pytest.raises(Unavailable, match="Diff"):
+    with dedupe_module.locked_for_diff(layer, layer / "upper"), pytest.raises(Unavailable, match="Diff"):
         driver.engine.dedupe("step")
     assert driver.engine.dedupe("step") == 3
 
 
-def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDriver) -> None:
+def test_a_tree_deeper_than_the_interpreters_stack_is_deduplicated(driver: GearDriver) -> None:
     driver.create("step", "")
     deepest = driver.get("step")
     for _ in range(1100):
@@ -147,7 +153,3 @@ def test_a_tree_deeper_than_the_interpreters_stack_is_absorbed(driver: GearDrive
     assert driver.engine.dedupe("step") == 1
     assert tar_of(driver, "step") == before
     driver.remove("step")
-
-
-def _crash(*_: object) -> None:
-    raise KeyboardInterrupt

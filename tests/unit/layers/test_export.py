@@ -343,13 +343,13 @@ def test_a_layer_without_a_parent_is_written_whole(overlay: Overlay, tmp_path: P
         os.close(empty_fd)
 
 
-def test_an_opaque_mark_is_written_only_where_the_parent_has_something_to_hide(overlay: Overlay) -> None:
+def test_an_opaque_marker_is_written_only_if_the_parent_has_entries_to_hide(overlay: Overlay) -> None:
     deleted_and_made_again(overlay.merged)
     (overlay.merged / "brand-new").mkdir()
     assert [name for name in names(the_diff(overlay)) if ".opq" in name] == ["usr/lib/.wh..wh..opq"]
 
 
-def test_sockets_and_names_that_a_layer_cannot_hold_are_left_out(overlay: Overlay) -> None:
+def test_sockets_and_names_that_a_layer_cannot_contain_are_omitted(overlay: Overlay) -> None:
     with socket.socket(socket.AF_UNIX) as unix:
         fd = os.open(overlay.merged, os.O_RDONLY)
         unix.bind(f"/proc/self/fd/{fd}/socket")
@@ -360,7 +360,7 @@ def test_sockets_and_names_that_a_layer_cannot_hold_are_left_out(overlay: Overla
     assert names(the_diff(overlay)) == []
 
 
-def test_marks_of_the_overlay_and_of_the_store_stay_out_of_the_tar(overlay: Overlay) -> None:
+def test_xattrs_of_overlay_and_store_are_not_in_the_tar(overlay: Overlay) -> None:
     renamed_then_modified(overlay.merged)
     changed_owners(overlay.merged)
     assert b"trusted.overlay" not in the_diff(overlay)
@@ -382,13 +382,13 @@ def test_owners_are_those_of_the_container(overlay: Overlay) -> None:
     assert (member.uid, member.gid) == (7, 9)
 
 
-def test_an_owner_in_no_range_is_an_error_that_names_the_file(overlay: Overlay) -> None:
+def test_an_owner_outside_the_ranges_is_an_error_that_names_the_file(overlay: Overlay) -> None:
     (overlay.merged / "mine").touch()
     with pytest.raises(InvalidInput, match="mine"):
         the_diff(overlay, IdMaps((IDMap(0, 100_000, 65536),), (IDMap(0, 100_000, 65536),)))
 
 
-def test_a_changed_file_whose_object_is_missing_is_an_error_and_not_left_out(overlay: Overlay) -> None:
+def test_a_changed_file_without_its_object_is_an_error(overlay: Overlay) -> None:
     (overlay.merged / "etc/hosts").chmod(0o600)
     for directory in overlay.objects.iterdir():
         shutil.rmtree(directory)
@@ -436,7 +436,7 @@ def test_a_file_that_changes_its_length_meanwhile_keeps_the_length_of_its_header
         assert later.read() == b"still right"
 
 
-def test_what_vanishes_meanwhile_is_left_out(overlay: Overlay) -> None:
+def test_a_file_that_vanishes_meanwhile_is_omitted(overlay: Overlay) -> None:
     (overlay.merged / "a").write_bytes(BIG)
     (overlay.merged / "b").write_text("gone soon")
     (overlay.merged / "dir").mkdir()
@@ -451,7 +451,7 @@ def test_what_vanishes_meanwhile_is_left_out(overlay: Overlay) -> None:
     assert names(out.getvalue()) == ["a"]
 
 
-def test_a_directory_swapped_for_a_symlink_leads_nowhere(overlay: Overlay, tmp_path: Path) -> None:
+def test_a_directory_replaced_by_a_symlink_is_not_followed(overlay: Overlay, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "inside").write_text("of the host")

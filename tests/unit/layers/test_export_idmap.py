@@ -1,4 +1,4 @@
-"""Ids between containers and the host."""
+"""Ids in containers and on the host."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TWO_RANGES = (IDMap(0, 100_000, 1000), IDMap(1000, 500_000, 10))
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(0, 100_000), (999, 100_999), (1000, 500_000), (1009, 500_009)])
-def test_an_id_goes_out_and_comes_back(inside: int, outside: int) -> None:
+def test_an_id_is_mapped_and_mapped_back(inside: int, outside: int) -> None:
     assert to_host(inside, TWO_RANGES) == outside
     assert to_container(outside, TWO_RANGES) == inside
 
 
-def test_without_ranges_nothing_changes() -> None:
+def test_without_ranges_ids_are_unchanged() -> None:
     assert IdMaps().to_host(7, 9) == (7, 9)
     assert IdMaps().to_container(7, 9) == (7, 9)
     assert IdMaps().root == (0, 0)
@@ -29,7 +29,7 @@ def test_users_and_groups_have_their_own_ranges() -> None:
 
 
 @pytest.mark.parametrize("outside", [0, 99_999, 101_000, 500_010])
-def test_an_id_outside_all_ranges_is_refused_by_its_number(outside: int) -> None:
+def test_an_id_outside_all_ranges_is_rejected_with_its_number(outside: int) -> None:
     with pytest.raises(InvalidInput, match=str(outside)):
         to_container(outside, TWO_RANGES)
     with pytest.raises(InvalidInput, match="1010"):

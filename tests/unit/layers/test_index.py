@@ -1,4 +1,4 @@
-"""A layer's index: what names mean, and that the kernel reads the image as it was meant."""
+"""A layer's index: the meaning of names, and that the kernel reads the image correctly."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_name_of_a_directory_is_found(count: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 53, 54, 55, 56, 57, 150, 5000])
-def test_every_name_of_the_root_is_found_in_its_first_block_or_behind_it(count: int, tmp_path: Path) -> None:
+def test_every_name_of_the_root_is_found_in_block_0_or_after_it(count: int, tmp_path: Path) -> None:
     check_names(".", count, tmp_path)
 
 
@@ -71,7 +71,7 @@ def check_names(directory: str, count: int, place: Path) -> None:
 
 
 @pytest.mark.parametrize("name_bytes", range(240, 256))
-def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_path: Path) -> None:
+def test_a_single_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_path: Path) -> None:
     names = [b"%02d" % number + b"x" * (name_bytes - 2) for number in range(16)]
     entries = [TarEntry(b"dir/" + name) for name in names] + [TarEntry(b"zz-behind", size_bytes=1)]
     with mounted(index_of(*entries), tmp_path) as tree:
@@ -80,7 +80,7 @@ def test_a_lone_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_pat
             os.lstat(os.fsencode(tree / "dir") + b"/" + name)
 
 
-def test_metadata_is_what_the_tar_says(tmp_path: Path) -> None:
+def test_metadata_are_those_of_the_tar(tmp_path: Path) -> None:
     index = index_of(
         TarEntry(
             b"f", mode=0o6754, uid=70000, gid=4, size_bytes=5 << 30, mtime_ns=-1_500_000_000, xattrs={b"user.a": b"b"}
@@ -177,12 +177,12 @@ def test_owners_are_mapped(tmp_path: Path) -> None:
         ([TarEntry(b"l", type=SYMLINK, linkname=b"")], "link target"),
     ],
 )
-def test_what_docker_refuses_or_reaches_outside_is_refused(entries: list[TarEntry], why: str) -> None:
+def test_entries_that_docker_rejects_or_that_reach_outside_are_rejected(entries: list[TarEntry], why: str) -> None:
     with pytest.raises(InvalidInput, match=why):
         index_of(*entries)
 
 
-def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_mount_files_gets_a_loop_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int) -> None:
         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
 
@@ -199,15 +199,15 @@ def test_a_kernel_that_mounts_no_files_is_given_a_loop_device(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("place", "how"), [("/var/tmp", "mounted from their files"), ("/dev/shm", "mounted by loop devices")]
 )
-def test_the_trial_tells_how_indexes_are_mounted_and_leaves_nothing(place: str, how: str) -> None:
-    """On tmpfs, which `/tmp` is on Debian 13, the kernel does not mount them from their files."""
+def test_the_check_reports_how_indexes_are_mounted_and_leaves_nothing(place: str, how: str) -> None:
+    """The kernel does not mount files on tmpfs, which `/tmp` is on Debian 13."""
     with tempfile.TemporaryDirectory(dir=place) as name:
         check = next(check for check in probe(Path(name), check_index) if check.name == CHECK_NAME)
         assert (check.ok, check.found) == (True, how)
         assert not os.listdir(name)
 
 
-def test_the_trial_tells_what_a_kernel_without_erofs_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_says_what_to_do_on_a_kernel_without_erofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> int:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
@@ -217,7 +217,7 @@ def test_the_trial_tells_what_a_kernel_without_erofs_needs(tmp_path: Path, monke
     assert "CONFIG_EROFS_FS" in check.advice
 
 
-def test_what_attributes_and_targets_take_in_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_attributes_and_targets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "MAX_EXTRA_BYTES", 1000)
     for many in (
         [TarEntry(b"%d" % number, xattrs={b"user.a": bytes(90)}) for number in range(20)],
@@ -231,8 +231,8 @@ def test_what_attributes_and_targets_take_in_memory_is_bounded(monkeypatch: pyte
             index_of(*many)
 
 
-def test_an_index_remembers_few_ways_to_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_MAX_KNOWN", 3)
+def test_the_cache_of_directories_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_CACHED_DIRECTORIES", 3)
     index = index_of(*(TarEntry(b"%d/%d/file" % (number % 7, number % 5)) for number in range(35)))
     assert len(index._known) <= 3
     with mounted(index, tmp_path) as tree:

@@ -1,4 +1,4 @@
-"""Inode numbers: no two layers share one, none is the file system's, and old indexes get numbers of their own."""
+"""Inode numbers: layers share none with each other or the file system, and old indexes get new ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def index_of(files: int) -> LayerTree:
 
 
 def written(root: Path, name: str, files: int = 3) -> range:
-    """The numbers that a new layer takes."""
+    """Write the index of a new layer; return its inode numbers."""
     (root / "images" / name).mkdir()
     path = root / "images" / name / "index.erofs"
     numbers_of(root).write_index(index_of(files).image(bytes(16)), path)
@@ -54,7 +54,7 @@ def written(root: Path, name: str, files: int = 3) -> range:
     return range(label.first, label.first + label.slots)
 
 
-def are_apart(ranges: list[range]) -> bool:
+def are_disjoint(ranges: list[range]) -> bool:
     ordered = sorted(ranges, key=lambda one: one.start)
     return all(before.stop <= after.start for before, after in itertools.pairwise(ordered))
 
@@ -78,9 +78,9 @@ def test_every_file_has_a_number_of_its_layers_range(root: Path) -> None:
         assert all(number in taken for number in found)
 
 
-def test_ranges_of_more_than_a_thousand_layers_lie_apart_in_32_bits(root: Path) -> None:
+def test_ranges_of_more_than_a_thousand_layers_are_disjoint_and_below_2_to_the_32(root: Path) -> None:
     ranges = [written(root, str(number)) for number in range(1100)]
-    assert are_apart(ranges)
+    assert are_disjoint(ranges)
     assert all(one.start >= LEAST and one.stop <= 1 << 32 for one in ranges)
 
 
@@ -88,20 +88,20 @@ def write_some(root: Path, prefix: str) -> list[range]:
     return [written(root, f"{prefix}-{number}") for number in range(40)]
 
 
-def test_processes_that_write_at_once_share_no_number(root: Path) -> None:
+def test_concurrent_processes_share_no_number(root: Path) -> None:
     with ProcessPoolExecutor(4, get_context("spawn")) as pool:
         ranges = [one for done in pool.map(write_some, [root] * 4, "abcd") for one in done]
-    assert len(ranges) == 160 and are_apart(ranges)
+    assert len(ranges) == 160 and are_disjoint(ranges)
 
 
 @pytest.mark.parametrize("lost", [b"", b"garbage", b"5 9\n", b"9 5\n"])
-def test_without_the_record_of_the_gap_the_layers_tell_what_is_taken(root: Path, lost: bytes) -> None:
+def test_without_the_record_of_the_gap_the_labels_show_the_ranges_in_use(root: Path, lost: bytes) -> None:
     ranges = [written(root, str(number)) for number in range(3)]
     (root / NUMBERS_FILE).write_bytes(lost)
-    assert are_apart([*ranges, written(root, "new")])
+    assert are_disjoint([*ranges, written(root, "new")])
 
 
-def test_numbers_of_removed_layers_are_used_again_when_the_gap_is_used_up(root: Path) -> None:
+def test_numbers_of_removed_layers_are_reused_when_the_gap_is_used_up(root: Path) -> None:
     first, second, third = (written(root, name, 5000) for name in ("first", "second", "third"))
     (root / "images/second/index.erofs").unlink()
     room = (third.stop, third.stop + SLOTS_PER_BLOCK)
@@ -113,13 +113,13 @@ def test_numbers_of_removed_layers_are_used_again_when_the_gap_is_used_up(root: 
             written(root, "fifth", 5000)
 
 
-def test_a_layer_on_its_way_keeps_its_numbers(root: Path) -> None:
+def test_a_layer_being_built_keeps_its_numbers(root: Path) -> None:
     (root / "build/x").mkdir(parents=True)
     numbers_of(root).write_index(index_of(9).image(bytes(16)), root / "build/x/index.erofs")
     label = read_label(root / "build/x/index.erofs")
     assert label is not None
     (root / NUMBERS_FILE).unlink()
-    assert are_apart([range(label.first, label.first + label.slots), written(root, "new")])
+    assert are_disjoint([range(label.first, label.first + label.slots), written(root, "new")])
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,7 @@ def test_a_layer_on_its_way_keeps_its_numbers(root: Path) -> None:
         ("btrfs", ("mkfs.btrfs", "-q"), END_OF_NUMBERS // 2),
     ],
 )
-def test_numbers_are_none_that_the_file_system_gives(
-    tmp_path: Path, kind: str, make: tuple[str, ...], least: int
-) -> None:
+def test_the_file_system_uses_none_of_the_numbers(tmp_path: Path, kind: str, make: tuple[str, ...], least: int) -> None:
     disk, place = tmp_path / "disk", tmp_path / "place"
     disk.touch()
     os.truncate(disk, 2 << 40 if kind == "xfs" else 1 << 30)
@@ -158,7 +156,7 @@ def test_numbers_are_none_that_the_file_system_gives(
 
 
 @pytest.mark.slow
-def test_a_layer_of_a_million_files_has_numbers_too(root: Path) -> None:
+def test_a_layer_of_a_million_files_gets_numbers(root: Path) -> None:
     gc.disable()  # as an import does
     try:
         taken = written(root, "million", 1_000_000)

@@ -1,4 +1,4 @@
-"""Pins: what they keep from the garbage collector and from a power cut, by which names they go."""
+"""Pins: which objects they keep, and which names remove them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 from gearworkers.cli.images import Node
 from gearworkers.errors import NotFound
 from gearworkers.fetch.priority_pool import Priority, PriorityPool
-from gearworkers.layers.pins import Pin, Pins
+from gearworkers.layers.pins import Pin
 from gearworkers.lazyfs.pin_fetch import PinFetcher
 from gearworkers.settings import Settings
+from gearworkers.util import syscalls
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import gear_tar, until
 from tests.support.tiny import tar_of, tiny_tar
@@ -39,7 +40,7 @@ def driver(node: Node) -> GearDriver:
     return GearDriver(node.settings)
 
 
-def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: Node) -> None:
+def test_pinned_objects_outlive_their_layer_until_the_pin_is_removed(node: Node) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     driver(node).engine.collect_garbage()
@@ -50,19 +51,19 @@ def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: Node) -> Non
 
 
 @pytest.mark.parametrize("name", [PIN.name, PIN.image, "ab" * 32, "ab" * 6])
-def test_it_goes_by_its_name_and_its_id(name: str) -> None:
+def test_a_pin_matches_its_name_and_its_id(name: str) -> None:
     assert PIN.matches(name)
 
 
 @pytest.mark.parametrize("name", ["", "ab", "localhost/image", "localhost/image:v2", "cd" * 6])
-def test_it_goes_by_no_other(node: Node, name: str) -> None:
+def test_a_pin_matches_no_other_name(node: Node, name: str) -> None:
     node.pins.add(PIN, "one")
     with pytest.raises(NotFound):
         node.pins.remove(name)
     assert node.pins.all() == [PIN]
 
 
-def test_pinned_again_it_is_there_once_with_what_it_has_now(node: Node) -> None:
+def test_pinning_again_replaces_the_pin(node: Node) -> None:
     node.pins.add(PIN, "one")
     driver(node).create("two", "one")
     driver(node).apply_diff("two", "one", io.BytesIO(tar_of({"more": b"more" * 100})))
@@ -72,7 +73,7 @@ def test_pinned_again_it_is_there_once_with_what_it_has_now(node: Node) -> None:
     assert not list(node.settings.gear_build_path.iterdir())
 
 
-def test_a_damaged_record_still_keeps_its_objects(node: Node) -> None:
+def test_a_pin_with_a_damaged_record_keeps_its_objects(node: Node) -> None:
     node.pins.add(PIN, "one")
     next(node.settings.gear_pins_path.glob("*/pin.json")).write_bytes(b"nonsense")
     driver(node).remove("one")
@@ -80,7 +81,7 @@ def test_a_damaged_record_still_keeps_its_objects(node: Node) -> None:
     assert node.pins.all() == [] and node.objects.has(DIGEST)
 
 
-def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node: Node) -> None:
+def test_after_a_power_cut_objects_of_pins_are_verified(node: Node) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     path = Path(node.objects.path(DIGEST).decode("latin-1"))
@@ -91,7 +92,7 @@ def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node:
     assert not node.objects.has(DIGEST)
 
 
-def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -> None:
+def test_missing_objects_are_requested_at_once_and_when_pins_change(node: Node) -> None:
     asked: list[dict[bytes, int]] = []
     pool = PriorityPool(1, for_background=1)
     fetcher = PinFetcher(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
@@ -109,7 +110,7 @@ def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -
     assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
 
 
-def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: Node) -> None:
+def test_missing_objects_are_requested_again_only_if_none_arrive(node: Node) -> None:
     contents = {f"file{number}": b"away%d" % number * 1000 for number in range(3)}
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar(contents)))
@@ -135,12 +136,12 @@ def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: Node) ->
     pool.close()
 
 
-def test_killed_before_its_name_a_pin_is_not_there_and_nothing_is_left_after_a_start(
+def test_a_pin_killed_before_its_rename_does_not_exist_and_leaves_nothing_after_a_start(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = os.fork()
     if not child:
-        monkeypatch.setattr(Pins, "_place", lambda *_: os._exit(9))
+        monkeypatch.setattr(syscalls, "renameat2", lambda *_: os._exit(9))
         node.pins.add(PIN, "one")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert node.pins.all() == [] and list(node.settings.gear_build_path.iterdir())

@@ -1,4 +1,4 @@
-"""What else knows of private layers: push, BuildKit's layers, fsck, usage, lazily fetched files."""
+"""Private layers in push, BuildKit's layers, fsck, usage and lazy fetching."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from gearworkers.cli import images
 from gearworkers.cli.docker_api import LocalImage
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
-from gearworkers.layers import store
 from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.tar.entry import TarEntry
 from gearworkers.tar.private_marker import starts_with_mark
@@ -59,7 +58,7 @@ def own_object(driver: GearDriver, id: str) -> Path:
 
 
 @pytest.mark.parametrize("size", [len(SECRET), 5 << 20])
-def test_nothing_of_it_awaits_push(driver: GearDriver, size: int) -> None:
+def test_no_private_object_is_queued_for_push(driver: GearDriver, size: int) -> None:
     content = (SECRET * (size // len(SECRET) + 1))[:size]
     apply(driver, "base", "", tar_of({"base": b"public"}))
     assert awaiting_push(driver) == 1
@@ -69,8 +68,8 @@ def test_nothing_of_it_awaits_push(driver: GearDriver, size: int) -> None:
     assert own_object(driver, "marked").stat().st_size == size
 
 
-def test_nothing_of_many_contents_nor_of_a_sparse_one_is_shared(driver: GearDriver, tmp_path: Path) -> None:
-    """Many are stored by a process of their own, a sparse one piece by piece."""
+def test_neither_many_contents_nor_a_sparse_one_are_shared(driver: GearDriver, tmp_path: Path) -> None:
+    """A second process stores many contents; a sparse content is stored piece by piece."""
     with open(tmp_path / "sparse", "wb") as sparse:
         sparse.write(SECRET)
         sparse.seek(3 << 20)
@@ -90,7 +89,7 @@ def test_nothing_of_many_contents_nor_of_a_sparse_one_is_shared(driver: GearDriv
     driver.put("marked")
 
 
-def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: GearDriver) -> None:
+def test_a_layer_that_buildkit_writes_on_a_private_one_is_not_deduplicated(driver: GearDriver) -> None:
     apply(driver, "base", "", tar_of({"base": b"public"}))
     before = public_objects(driver)
     driver.create("step", "base")
@@ -111,8 +110,8 @@ def test_a_layer_that_buildkit_makes_of_it_keeps_its_contents_in_itself(driver: 
     assert own_object(driver, "above").read_bytes() == b"secret too"
 
 
-def test_it_is_read_from_its_own_objects_whatever_stands_in_the_public_cache(driver: GearDriver) -> None:
-    """There an import may be writing the same content in place, or a crash has left half of it."""
+def test_a_private_layer_is_read_from_its_own_objects_not_from_the_public_cache(driver: GearDriver) -> None:
+    """An import may be writing the same content in the public cache, or a crash has left half of it."""
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
     own = own_object(driver, "marked")
     half = driver.settings.gear_public_cache_path / own.parent.name / own.name
@@ -127,8 +126,8 @@ def test_it_is_read_from_its_own_objects_whatever_stands_in_the_public_cache(dri
     assert SECRET in out.getvalue()
 
 
-def test_it_has_the_directories_that_it_needs(driver: GearDriver) -> None:
-    """An open in a container looks into each private layer, and where no directory is it is over soonest."""
+def test_a_private_store_has_only_the_shards_that_it_needs(driver: GearDriver) -> None:
+    """An open in a container looks into each private store; a missing shard ends the look-up soonest."""
     apply(driver, "marked", "", tar_of({".gear-private": b""}))
     apply(driver, "above", "marked", tar_of({"secret": SECRET}))
     assert not (driver.settings.gear_private_cache_path / "marked").exists()
@@ -137,8 +136,8 @@ def test_it_has_the_directories_that_it_needs(driver: GearDriver) -> None:
     assert not list(driver.engine.faults(read_data=True, repair=False))
 
 
-def test_inspect_tells_the_layers_that_buildkit_made_too(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lowest has the mark in its tree, and nothing in its record says so."""
+def test_inspect_shows_private_layers_that_buildkit_wrote(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest layer has the marker in its tree but not in its record."""
     apply(driver, "base", "", tar_of({"base": b"public"}))
     driver.create("step", "base")
     (Path(driver.get("step")) / ".gear-private").touch()
@@ -155,13 +154,13 @@ def test_inspect_tells_the_layers_that_buildkit_made_too(driver: GearDriver, mon
     assert "Private" not in dict(images.inspect(driver.settings, "base"))
 
 
-def test_its_objects_are_counted(driver: GearDriver) -> None:
+def test_private_objects_are_counted(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "a": b"one", "b": b"two", "c": b"one"}))
     assert driver.engine.usage.get().objects == 2
     assert driver.engine.usage.get().stored_bytes >= 6
 
 
-def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
+def test_fsck_reports_a_damaged_and_a_missing_private_object(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
     assert not list(driver.engine.faults(read_data=True, repair=False))
     path = own_object(driver, "marked")
@@ -176,23 +175,23 @@ def test_fsck_tells_a_damaged_one_and_a_missing_one(driver: GearDriver) -> None:
 
 
 @pytest.mark.parametrize("mark", [{".gear-private": b""}, {}], ids=["private", "public"])
-def test_fsck_goes_on_where_an_object_says_that_it_is_another(driver: GearDriver, mark: dict[str, bytes]) -> None:
+def test_fsck_continues_after_an_object_with_the_wrong_digest(driver: GearDriver, mark: dict[str, bytes]) -> None:
     apply(driver, "layer", "", tar_of({**mark, "secret": SECRET}))
     path = own_object(driver, "layer") if mark else public_objects(driver)[0]
     os.setxattr(path, DIGEST_XATTR, bytes(32))
     wrong, missing = driver.engine.faults(read_data=False, repair=False)
-    assert str(path) in wrong and "does not make its name" in wrong
+    assert str(path) in wrong and "does not match its name" in wrong
     assert missing.startswith("layer layer: 1 of its ")
 
 
-def test_the_collector_leaves_it_alone(driver: GearDriver) -> None:
+def test_garbage_collection_keeps_private_objects(driver: GearDriver) -> None:
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
     assert driver.engine.collect_garbage().removed_objects == 0
     assert own_object(driver, "marked").read_bytes() == SECRET
 
 
-def test_what_no_layer_has_goes_at_the_next_start(driver: GearDriver) -> None:
-    """A crash between the rename of the contents and that of the layer; or an empty layer of a broken import."""
+def test_private_objects_without_a_layer_are_removed_at_the_next_start(driver: GearDriver) -> None:
+    """A crash between the renames of contents and layer leaves them, or an import that failed."""
     driver.create("new", "")
     (driver.settings.gear_private_cache_path / "new").mkdir()
     (driver.settings.gear_private_cache_path / "gone").mkdir()
@@ -200,7 +199,7 @@ def test_what_no_layer_has_goes_at_the_next_start(driver: GearDriver) -> None:
     assert not list(driver.settings.gear_private_cache_path.iterdir())
 
 
-def test_nothing_is_left_of_an_import_that_was_removed_meanwhile(driver: GearDriver) -> None:
+def test_an_import_whose_layer_is_removed_leaves_nothing(driver: GearDriver) -> None:
     driver.create("marked", "")
 
     class Removing(io.BytesIO):
@@ -214,10 +213,10 @@ def test_nothing_is_left_of_an_import_that_was_removed_meanwhile(driver: GearDri
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
-def test_an_import_that_was_removed_takes_nothing_of_the_next_of_its_id(
+def test_an_import_whose_layer_is_removed_takes_nothing_from_the_next_layer_of_its_id(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is removed while it syncs, which may take long, and the layer is whole again before it goes on."""
+    """The layer is removed during the sync, which may take long, and is imported again before the sync ends."""
     sync = kernel.syncfs
     data = tar_of({".gear-private": b"", "secret": SECRET})
 
@@ -235,10 +234,10 @@ def test_an_import_that_was_removed_takes_nothing_of_the_next_of_its_id(
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
-def test_a_gateway_that_starts_while_a_worker_publishes_leaves_the_layer_whole_or_nothing(
+def test_a_gateway_that_starts_while_a_worker_publishes_leaves_a_whole_layer_or_none(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the renames all is taken away and the worker fails; behind them nothing is."""
+    """Before the layer's rename everything is removed and the worker fails; after it nothing is removed."""
     data = tar_of({".gear-private": b"", "secret": SECRET})
     sync, fsync = kernel.syncfs, os.fsync
 
@@ -247,7 +246,7 @@ def test_a_gateway_that_starts_while_a_worker_publishes_leaves_the_layer_whole_o
         GearDriver(driver.settings).prepare()
         sync(fd)
 
-    def restarted_behind(fd: int) -> None:
+    def restarted_after(fd: int) -> None:
         GearDriver(driver.settings).prepare()
         fsync(fd)
 
@@ -260,7 +259,7 @@ def test_a_gateway_that_starts_while_a_worker_publishes_leaves_the_layer_whole_o
     driver.remove("before")
     driver.create("behind", "")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", restarted_behind)
+        patch.setattr(os, "fsync", restarted_after)
         driver.apply_diff("behind", "", io.BytesIO(data))
     out = io.BytesIO()
     driver.diff("behind", "", out)
@@ -280,16 +279,16 @@ def test_an_import_that_cannot_be_synced_leaves_nothing(driver: GearDriver, monk
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
-def test_a_layer_that_is_in_its_place_keeps_what_it_has(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal's exception may come between the rename and the end of what surrounds it."""
-    place = store.LayerStore._place
+def test_a_published_layer_keeps_its_private_objects(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may raise an exception right after the rename."""
+    rename = kernel.renameat2
 
-    def interrupted(layers: store.LayerStore, build: Path, where: Path) -> None:
-        place(layers, build, where)
+    def interrupted(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: kernel.Rename) -> None:
+        rename(source_fd, source, target_fd, target, flags)
         raise KeyboardInterrupt
 
     driver.create("marked", "")
-    monkeypatch.setattr(store.LayerStore, "_place", interrupted)
+    monkeypatch.setattr(kernel, "renameat2", interrupted)
     with pytest.raises(KeyboardInterrupt):
         driver.apply_diff("marked", "", io.BytesIO(tar_of({".gear-private": b"", "secret": SECRET})))
     assert own_object(driver, "marked").read_bytes() == SECRET
@@ -302,8 +301,8 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
         yield one
 
 
-def test_it_lies_over_an_image_whose_files_are_not_here_yet(node: LazyNode) -> None:
-    """The private contents are found before the lazy file server is asked, and it never hears of them."""
+def test_a_private_layer_above_an_incomplete_image_is_read(node: LazyNode) -> None:
+    """The kernel finds private objects before it asks the lazy file server, which never hears of them."""
     node.shelf.put(b"from afar " * 100)
     node.apply(gear_tar({"far": b"from afar " * 100}), "base")
     apply(node.driver, "marked", "base", tar_of({".gear-private": b"", "secret": SECRET}))
@@ -317,8 +316,8 @@ def test_it_lies_over_an_image_whose_files_are_not_here_yet(node: LazyNode) -> N
         node.driver.put("container")
 
 
-def test_what_a_private_layer_names_only_comes_from_the_remote(node: LazyNode) -> None:
-    """Whoever can name a content has it shared already."""
+def test_objects_that_a_private_layer_only_names_come_from_the_remote(node: LazyNode) -> None:
+    """A content that can be named was shared already."""
     digest = node.shelf.put(b"from afar " * 100)
     named = TarEntry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
     apply(node.driver, "marked", "", tar(file(".gear-private"), named, file("secret", SECRET)))
@@ -342,5 +341,5 @@ def test_what_a_private_layer_names_only_comes_from_the_remote(node: LazyNode) -
         ({}, False),
     ],
 )
-def test_the_mark_is_looked_for_ahead_of_the_first_content(files: dict[str, bytes], found: bool) -> None:
+def test_the_marker_is_searched_before_the_first_content(files: dict[str, bytes], found: bool) -> None:
     assert starts_with_mark(TarReader(io.BytesIO(tar_of(files)))) is found

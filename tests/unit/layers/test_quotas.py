@@ -33,17 +33,17 @@ MIB = 1 << 20
     ("text", "size"),
     [("1M", MIB), ("10g", 10 << 30), ("1.5 KiB", 1536), ("4096", 4096), ("7b", 7), ("2tb", 2 << 40), ("0", 0)],
 )
-def test_a_size_is_read_as_docker_reads_it(text: str, size: int) -> None:
+def test_sizes_are_parsed_as_docker_does(text: str, size: int) -> None:
     assert options.container_size({"size": text}) == options.container_size({"Size": text}) == size
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1e6", "1 0", "1X", "١M", "9" * 400, "9" * 18 + "P"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_a_malformed_size_is_rejected(text: str) -> None:
     with pytest.raises(InvalidInput, match="512M or 10G"):
         options.container_size({"size": text})
 
 
-def test_no_option_is_no_size() -> None:
+def test_without_the_option_there_is_no_size() -> None:
     assert options.container_size(None) is options.container_size({}) is None
 
 
@@ -58,7 +58,7 @@ def project_of(directory: Path) -> quotactl.Project:
 
 @pytest.fixture
 def xfs(tmp_path: Path) -> Iterator[Path]:
-    """It keeps projects, and no limits."""
+    """A file system that counts projects but enforces no limits."""
     try:
         disk = mount_small(tmp_path, "xfs", "noquota")
     except subprocess.CalledProcessError:
@@ -68,7 +68,7 @@ def xfs(tmp_path: Path) -> Iterator[Path]:
     disk.with_suffix(".img").unlink()
 
 
-def test_what_is_made_in_a_directory_belongs_to_its_project(xfs: Path) -> None:
+def test_new_files_belong_to_the_project_of_their_directory(xfs: Path) -> None:
     (xfs / "directory").mkdir()
     assert project_of(xfs / "directory") == (0, False)
     with opened_directory(xfs / "directory") as dir_fd:
@@ -81,7 +81,7 @@ def test_what_is_made_in_a_directory_belongs_to_its_project(xfs: Path) -> None:
         os.rename(xfs / "file", xfs / "renamed/file")
 
 
-def test_without_limits_a_size_is_refused_by_what_is_needed(xfs: Path) -> None:
+def test_on_a_file_system_without_limits_a_size_is_rejected_with_advice(xfs: Path) -> None:
     driver = driver_on(xfs)
     for id in ("container", "container-init"):
         with pytest.raises(Refused, match=r"on xfs without project quotas; use xfs mounted with pquota, or ext4"):
@@ -90,7 +90,7 @@ def test_without_limits_a_size_is_refused_by_what_is_needed(xfs: Path) -> None:
 
 
 class Kernel:
-    """What an imagined kernel keeps of limits; the projects are real."""
+    """A fake of the kernel's limits; the projects are real."""
 
     def __init__(self, disk: Path) -> None:
         self.limits: dict[int, int] = {}
@@ -116,7 +116,7 @@ def kernel(xfs: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def limited(driver: InProcess, id: str, size: str = "1M") -> int:
-    """Make a container with a size; its project."""
+    """Create a container with a size; return its project."""
     driver.create_read_write(id, storage_opt={"size": size})
     return project_of(driver.settings.gear_containers_path / id).id
 
@@ -134,7 +134,7 @@ def test_each_container_has_a_project_until_it_is_removed(xfs: Path, kernel: Ker
     assert three == one and len({two, three, four}) == 3
 
 
-def test_what_dockerd_writes_and_what_has_no_size_belongs_to_no_project(xfs: Path, kernel: Kernel) -> None:
+def test_init_layers_and_containers_without_a_size_belong_to_no_project(xfs: Path, kernel: Kernel) -> None:
     driver = driver_on(xfs)
     assert limited(driver, "container-init") == limited(driver, "unlimited", "0") == 0
     driver.create_read_write("plain")
@@ -144,9 +144,7 @@ def test_what_dockerd_writes_and_what_has_no_size_belongs_to_no_project(xfs: Pat
     assert not kernel.limits
 
 
-def test_a_limit_that_a_crash_left_is_replaced_and_a_container_that_it_left_keeps_its_own(
-    xfs: Path, kernel: Kernel
-) -> None:
+def test_the_limit_that_a_crash_left_is_replaced(xfs: Path, kernel: Kernel) -> None:
     driver = driver_on(xfs)
     one = limited(driver, "one")
     kernel.limits[one + 1] = 5
@@ -154,14 +152,14 @@ def test_a_limit_that_a_crash_left_is_replaced_and_a_container_that_it_left_keep
     assert kernel.limits == {one: MIB, one + 1: MIB}
 
 
-def test_numbers_that_others_use_are_left_alone(xfs: Path, kernel: Kernel) -> None:
+def test_project_numbers_in_use_are_skipped(xfs: Path, kernel: Kernel) -> None:
     (xfs / "theirs").mkdir()
     with opened_directory(xfs / "theirs") as dir_fd:
         quotactl.assign(dir_fd, quotas.FIRST_PROJECT)
     assert limited(driver_on(xfs), "one") == quotas.FIRST_PROJECT + 1
 
 
-def test_a_root_that_is_limited_as_a_whole_is_told_of(xfs: Path, kernel: Kernel) -> None:
+def test_a_root_in_one_project_is_rejected_with_advice(xfs: Path, kernel: Kernel) -> None:
     with opened_directory(xfs) as dir_fd:
         quotactl.assign(dir_fd, 7)
     with pytest.raises(Refused, match=r"project 7; .*chattr -P"):
@@ -170,7 +168,7 @@ def test_a_root_that_is_limited_as_a_whole_is_told_of(xfs: Path, kernel: Kernel)
 
 @pytest.fixture(params=sorted(LIMITING))
 def limiting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """It keeps projects within their limits."""
+    """A file system that enforces the limits of projects."""
     try:
         disk = mount_small(tmp_path, request.param, LIMITING[request.param])
     except subprocess.CalledProcessError:
@@ -181,7 +179,7 @@ def limiting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def fill(directory: Path, size_bytes: int) -> int:
-    """Write that much at most; how much there was room for."""
+    """Write up to *size_bytes*; return the number of bytes written."""
     written = 0
     with (directory / "filler").open("wb", buffering=0) as filler:
         try:
@@ -201,9 +199,9 @@ def test_a_container_cannot_write_more_than_its_size(limiting: Path) -> None:
         assert MIB // 2 < fill(merged, 2 * MIB) <= MIB
         with pytest.raises(OSError) as refused, (merged / "large").open("ab"):
             pass
-        assert refused.value.errno in (errno.ENOSPC, errno.EDQUOT), "the copy of it counts"
+        assert refused.value.errno in (errno.ENOSPC, errno.EDQUOT), "a copy-up counts"
         os.chmod(merged / "large", 0o600)
-        assert MIB // 2 < fill(merged, 2 * MIB) <= MIB, "what is cut off is free again"
+        assert MIB // 2 < fill(merged, 2 * MIB) <= MIB, "truncated space is free again"
         assert os.statvfs(merged).f_blocks * os.statvfs(merged).f_frsize == MIB, "df in the container"
         with mounted(driver, "free") as other:
             assert fill(other, 4 * MIB) == 4 * MIB
@@ -218,7 +216,7 @@ def test_a_container_cannot_write_more_than_its_size(limiting: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["create_read_write", "get", "remove"])
-def test_a_call_that_is_killed_at_any_step_leaves_no_container_beyond_its_size(limiting: Path, call: str) -> None:
+def test_a_call_killed_at_any_step_leaves_the_size_enforced(limiting: Path, call: str) -> None:
     settings = driver_on(limiting).settings
     arguments = ("", "", {"size": "1M"}) if call == "create_read_write" else ()
 
@@ -238,7 +236,7 @@ def test_a_call_that_is_killed_at_any_step_leaves_no_container_beyond_its_size(l
             limited(driver, "limited")
 
 
-def test_file_systems_that_limit_are_told_from_those_that_count_only(limiting: Path) -> None:
+def test_file_systems_that_only_count_are_recognized(limiting: Path) -> None:
     with opened_directory(limiting) as dir_fd:
         assert quotactl.is_enforced(dir_fd)
         assert not quotactl.is_used(dir_fd, 5)
@@ -252,7 +250,7 @@ def test_file_systems_that_limit_are_told_from_those_that_count_only(limiting: P
         limited(driver_on(limiting), "one")
 
 
-def test_a_container_is_not_mounted_where_its_size_no_longer_holds(
+def test_a_container_is_not_mounted_if_its_size_is_not_enforced(
     xfs: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = driver_on(xfs)
@@ -263,7 +261,7 @@ def test_a_container_is_not_mounted_where_its_size_no_longer_holds(
     driver.remove("one")
 
 
-def test_a_layer_of_an_image_has_no_size(tmp_path: Path) -> None:
+def test_an_image_layer_with_a_size_is_rejected(tmp_path: Path) -> None:
     driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
     driver.prepare()
     with pytest.raises(InvalidInput, match="containers only"):

@@ -25,7 +25,7 @@ def not_asked() -> LazyStatus:
 def test_who_looks_for_profiles_ends_also_in_the_middle_of_a_pull(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "_SETTLED_S", 120.0)
+    monkeypatch.setattr(prefetch, "SETTLE_S", 120.0)
     layers = LayerStore(Settings(gear_root=tmp_path), ObjectStore(tmp_path / "public"))
     profiles = ProfilePrefetcher(layers, lambda name: None, lambda parts: None)
     profiles.notify(ImageEvent("layer", starts=False))

@@ -45,7 +45,7 @@ def test_index_trees_show_the_contents_of_the_store(root: Path, layers: int) -> 
     assert shown == {f"file{number}": f"content {number}" for number in range(layers)}
 
 
-def test_layers_are_named_through_proc_where_the_kernel_takes_no_descriptors(
+def test_layers_are_named_through_proc_if_the_kernel_accepts_no_descriptors(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -59,7 +59,7 @@ def test_layers_are_named_through_proc_where_the_kernel_takes_no_descriptors(
 
 
 @pytest.mark.parametrize("takes_descriptors", [True, False])
-def test_it_is_told_whether_an_overlay_has_a_data_layer_whatever_its_path(
+def test_a_data_layer_of_an_overlay_is_found_for_any_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes_descriptors: bool
 ) -> None:
     def refuse(*_: object) -> None:
@@ -97,7 +97,7 @@ def test_a_directory_is_mounted_from_mount_to_unmount(root: Path) -> None:
     assert not is_mounted(root / "merged")
 
 
-def test_unmounting_what_is_not_mounted_or_not_there_is_fine(root: Path) -> None:
+def test_unmounting_does_nothing_if_the_target_is_not_mounted_or_missing(root: Path) -> None:
     unmount(root / "merged")
     unmount(root / "nowhere")
     assert not is_mounted(root / "nowhere")
@@ -111,7 +111,7 @@ def test_unmounting_succeeds_with_a_file_open_and_the_file_stays_readable(root: 
         assert file.read() == "content 0"
 
 
-def test_a_detached_view_is_attached_nowhere_and_read_only(root: Path) -> None:
+def test_a_detached_mount_is_invisible_and_read_only(root: Path) -> None:
     with detached(spec(root, 2)) as fd:
         assert sorted(os.listdir(fd)) == ["file0", "file1"]
         with pytest.raises(OSError, match="Read-only") as caught:
@@ -120,7 +120,7 @@ def test_a_detached_view_is_attached_nowhere_and_read_only(root: Path) -> None:
         assert os.fsencode(root) not in Path("/proc/self/mountinfo").read_bytes()
 
 
-def test_a_detached_view_shows_the_upper_of_a_mounted_layer(root: Path) -> None:
+def test_a_detached_mount_shows_the_upper_of_a_mounted_layer(root: Path) -> None:
     one = spec(root, 2)
     mount(one, root / "merged")
     (root / "merged/file0").unlink()
@@ -132,14 +132,14 @@ def test_a_detached_view_shows_the_upper_of_a_mounted_layer(root: Path) -> None:
 
 
 @pytest.mark.parametrize("with_data", [True, False])
-def test_a_lone_lower_is_shown_with_its_whiteouts_obeyed(root: Path, with_data: bool) -> None:
+def test_a_single_lower_is_mounted_and_its_whiteouts_apply(root: Path, with_data: bool) -> None:
     tree = layer(root, 0)
     os.mknod(tree / "whiteout", 0o20000, 0)
     with detached(OverlaySpec((tree,), (root / "public",) if with_data else ())) as fd:
         assert os.listdir(fd) == ["file0"]
 
 
-def test_a_failed_mount_leaves_nothing_and_says_what_the_kernel_said(root: Path) -> None:
+def test_a_failed_mount_leaves_nothing_and_reports_the_kernels_message(root: Path) -> None:
     one = spec(root, 1)
     refused = OverlaySpec(one.lowers, one.data, one.upper, one.upper)
     with pytest.raises(GearError, match="merged"):
@@ -152,7 +152,7 @@ def test_a_failed_mount_leaves_nothing_and_says_what_the_kernel_said(root: Path)
     assert os.fsencode(root) not in Path("/proc/self/mountinfo").read_bytes()
 
 
-def test_upper_without_work_and_no_lower_at_all_are_refused(root: Path) -> None:
+def test_an_upper_without_work_and_a_mount_without_lowers_are_rejected(root: Path) -> None:
     for wrong in (OverlaySpec(()), OverlaySpec((root / "public",), upper=root / "upper")):
         with pytest.raises(InvalidInput):
             mount(wrong, root / "merged")
@@ -218,7 +218,7 @@ def test_openat2_stays_below_its_directory(root: Path) -> None:
         os.close(fd)
 
 
-def test_renameat2_replaces_nothing_or_exchanges(root: Path) -> None:
+def test_renameat2_keeps_the_target_or_exchanges(root: Path) -> None:
     (root / "a").write_text("a")
     (root / "b").write_text("b")
     fd = os.open(root, os.O_RDONLY)
@@ -232,7 +232,7 @@ def test_renameat2_replaces_nothing_or_exchanges(root: Path) -> None:
     assert ((root / "a").read_text(), (root / "b").read_text()) == ("b", "a")
 
 
-def test_open_tree_gives_a_bind_mount_that_is_attached_nowhere(root: Path) -> None:
+def test_open_tree_returns_a_detached_bind_mount(root: Path) -> None:
     (root / "a").touch()
     fd = syscalls.open_tree(root)
     try:

@@ -1,4 +1,4 @@
-"""What the kernel and the file system can do, found by trying."""
+"""Checks of the kernel and the file system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def test_this_machine_has_what_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
     checks = probe(tmp_path)
     require(checks)
     assert all(check.ok for check in checks if check.needed), checks
@@ -38,7 +38,7 @@ def test_this_machine_has_what_is_needed_and_nothing_is_left_behind(tmp_path: Pa
         ("6.x", (0, 0)),
     ],
 )
-def test_a_kernel_s_version_is_read_from_its_release(release: str, expected: tuple[int, int]) -> None:
+def test_the_kernel_version_is_parsed_from_the_release(release: str, expected: tuple[int, int]) -> None:
     assert kernel_version(release) == expected
 
 
@@ -59,7 +59,7 @@ def small_inodes(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", target], check=True)
 
 
-def test_inodes_without_room_for_the_marks_are_told_of_but_do_not_stop(small_inodes: Path) -> None:
+def test_inodes_too_small_for_the_marks_are_reported_but_accepted(small_inodes: Path) -> None:
     checks = probe(small_inodes)
     check = by_name(checks)["inode size"]
     assert not check.ok
@@ -67,7 +67,7 @@ def test_inodes_without_room_for_the_marks_are_told_of_but_do_not_stop(small_ino
     require(checks)
 
 
-def test_an_overlay_cannot_hold_the_root(tmp_path: Path) -> None:
+def test_a_root_on_an_overlay_is_rejected(tmp_path: Path) -> None:
     for name in ("lower", "upper", "work", "merged"):
         (tmp_path / name).mkdir()
     mount(OverlaySpec((tmp_path / "lower",), (), tmp_path / "upper", tmp_path / "work"), tmp_path / "merged")
@@ -79,7 +79,7 @@ def test_an_overlay_cannot_hold_the_root(tmp_path: Path) -> None:
         unmount(tmp_path / "merged")
 
 
-def test_a_file_system_without_xattrs_is_refused_with_advice(tmp_path: Path) -> None:
+def test_a_file_system_without_xattrs_is_rejected_with_advice(tmp_path: Path) -> None:
     target = tmp_path / "mnt"
     target.mkdir()
     subprocess.run(["mount", "-t", "ramfs", "none", target], check=True)

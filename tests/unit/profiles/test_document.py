@@ -1,4 +1,4 @@
-"""Profiles as documents: what is refused, how two become one, and who wins when two nodes write at once."""
+"""Profile documents: validation, merging, and concurrent writes of two nodes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def packed(document: object) -> bytes:
     return zstandard.compress(msgspec.json.encode(document))
 
 
-def test_a_profile_is_read_as_it_was_written() -> None:
+def test_a_profile_is_read_as_written() -> None:
     one = Profile((OpenedObject(A, 5), OpenedObject(B, 1 << 30, ((4096, 100), (0, 1)))))
     assert document.unpack(document.pack(one)) == one
 
@@ -54,7 +54,7 @@ def test_a_profile_is_read_as_it_was_written() -> None:
         bytes(5 << 20),
     ],
 )
-def test_what_is_no_profile_is_refused(data: bytes) -> None:
+def test_malformed_profiles_are_rejected(data: bytes) -> None:
     with pytest.raises(IntegrityError):
         document.unpack(data)
 
@@ -68,15 +68,15 @@ def test_merged_keeps_the_order_of_the_first_and_joins_ranges() -> None:
     assert document.merged_profiles(old, old) == old
 
 
-def test_ranges_that_touch_become_one() -> None:
+def test_adjacent_ranges_are_joined() -> None:
     assert document.joined_ranges([(10, 5), (0, 10), (100, 1), (12, 1)]) == [(0, 15), (100, 1)]
 
 
-def test_the_first_recording_stays_unless_it_is_added_to(remote: Remote) -> None:
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=False)
-    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=False)
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=True)
-    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), again=True)
+def test_the_first_recording_stays_unless_it_is_extended(remote: Remote) -> None:
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=False)
+    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=False)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=True)
+    assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=True)
     data = remote.document(NAME)
     assert data is not None
     assert document.unpack(data) == Profile((OpenedObject(A, 1), OpenedObject(B, 2)))
@@ -84,22 +84,22 @@ def test_the_first_recording_stays_unless_it_is_added_to(remote: Remote) -> None
 
 def test_a_damaged_profile_is_replaced(remote: Remote) -> None:
     remote.put_document(NAME, b"damaged")
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=False)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=False)
     data = remote.document(NAME)
     assert data is not None
     assert document.unpack(data) == Profile((OpenedObject(A, 1),))
 
 
-def test_two_that_record_at_once_both_count(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiles_recorded_at_the_same_time_are_merged(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = remote.replace_document
 
     def late(name: str, data: bytes, version: int) -> None:
         monkeypatch.setattr(remote, "replace_document", replace)
         replace(name, document.pack(Profile((OpenedObject(B, 2),))), version)
-        raise AlreadyExists("somebody was quicker")
+        raise AlreadyExists("another node was faster")
 
     monkeypatch.setattr(remote, "replace_document", late)
-    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), again=True)
+    assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=True)
     data = remote.document(NAME)
     assert data is not None
     assert {opened.digest for opened in document.unpack(data).objects} == {A, B}

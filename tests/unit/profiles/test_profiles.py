@@ -43,20 +43,20 @@ SMALL = [f"etc/file{number}" for number in (7, 3, 11)]
 
 
 class StartNode(Protocol):
-    """ProfileHooks the node of this name."""
+    """Starts the node of this name."""
 
     def __call__(self, name: str, window_s: float = 30.0) -> LazyNode: ...
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that answers late is waited for: the machine may have other work."""
+    """Wait long for the server, since the machine may be busy."""
     monkeypatch.setattr(client, "REPORT_TIMEOUT_S", PATIENCE_S)
 
 
 @pytest.fixture
 def remote(tmp_path: Path) -> Remote:
-    """A directory that has the contents of FILES."""
+    """A remote in a directory, with the contents of FILES."""
     (tmp_path / "remote").mkdir()
     remote = open_remote(Settings(gear_root=tmp_path, remote=RemoteSettings(url=str(tmp_path / "remote"))))
     for number, content in enumerate(FILES.values()):
@@ -68,7 +68,7 @@ def remote(tmp_path: Path) -> Remote:
 
 @pytest.fixture
 def start_node(tmp_path: Path, remote: Remote) -> Iterator[StartNode]:
-    """Makes nodes by name, each with a `gear lazyfs` of its own."""
+    """Create nodes by name, each with a `gear lazyfs` of its own."""
     with ExitStack() as stack:
         yield lambda name, window_s=30.0: stack.enter_context(_node(tmp_path / name, tmp_path / "remote", window_s))
 
@@ -95,7 +95,7 @@ def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
 
 
 def document(node: LazyNode, image: str = "image") -> str:
-    """The name of the image's profile."""
+    """Return the name of the image's profile."""
     return profile_name(LayerStore(node.settings, ObjectStore(node.settings.gear_public_cache_path)), image)
 
 
@@ -108,19 +108,19 @@ def has(node: LazyNode, name: str) -> bool:
 
 
 def put_program(root: Path) -> None:
-    """A program that is not the image's; `cp` writes it, as a process begun here meanwhile would keep it busy."""
+    """Install a program that is not of the image. `cp` writes it: a process forked meanwhile would keep it busy."""
     subprocess.run(["cp", "/bin/true", root / "true"], check=True)
 
 
 def start(root: Path) -> None:
-    """What the container does first: it runs a program."""
+    """Run a program, as the container does first."""
     put_program(root)
     subprocess.run([root / "true"], check=True)
     read_some(root)
 
 
 def read_some(root: Path) -> None:
-    """What it does then."""
+    """Read files, as the container does next."""
     for name in SMALL:
         assert (root / name).read_bytes() == FILES[name]
     fd = os.open(root / "lib/large", os.O_RDONLY)
@@ -137,16 +137,14 @@ def recorded(remote: Remote, name: str) -> Profile:
 
 
 def first_start(node: LazyNode, remote: Remote) -> Profile:
-    """The image is here and its first container has ended; the profile that came of it."""
+    """Pull the image and run its first container; return the profile."""
     node.apply(gear_tar(FILES), "image")
     start(node.run("first"))
     node.driver.put("first")
     return recorded(remote, document(node))
 
 
-def test_what_a_container_opens_on_one_node_is_here_on_another_before_it_is_opened(
-    start_node: StartNode, remote: Remote
-) -> None:
+def test_objects_opened_on_one_node_are_prefetched_on_another(start_node: StartNode, remote: Remote) -> None:
     found = first_start(start_node("a"), remote)
     assert [opened.digest for opened in found.objects] == [*map(digest, SMALL), digest("lib/large")]
     assert found.objects[0].ranges == ()
@@ -164,7 +162,7 @@ def test_what_a_container_opens_on_one_node_is_here_on_another_before_it_is_open
     assert (status.on_demand, status.profiles_found, status.profiles_absent) == (0, 1, 0)
 
 
-def test_a_container_in_its_own_namespaces_is_recorded_also_what_is_here_already(
+def test_a_container_in_its_own_namespaces_is_recorded_including_local_objects(
     start_node: StartNode, remote: Remote
 ) -> None:
     node = start_node("a")
@@ -200,7 +198,7 @@ def test_a_recorded_container_can_be_removed_at_any_time_and_leaves_nothing(
     assert not node.settings.gear_images_path.joinpath("image").exists()
 
 
-def test_what_a_later_start_waits_for_is_added_to_the_profile(start_node: StartNode, remote: Remote) -> None:
+def test_objects_that_a_later_start_waits_for_extend_the_profile(start_node: StartNode, remote: Remote) -> None:
     first = start_node("a")
     first.apply(gear_tar(FILES), "image")
     root = first.run("c1")
@@ -220,7 +218,7 @@ def test_what_a_later_start_waits_for_is_added_to_the_profile(start_node: StartN
     assert {opened.digest for opened in after.objects} == {*map(digest, FILES)}
 
 
-def test_profiles_are_shown_and_added_to_by_hand(start_node: StartNode, remote: Remote) -> None:
+def test_profiles_are_shown_and_extended_by_commands(start_node: StartNode, remote: Remote) -> None:
     node = start_node("a", window_s=0.0)
     node.apply(gear_tar(FILES), "image")
     root = node.run("c1")
@@ -239,7 +237,7 @@ def test_profiles_are_shown_and_added_to_by_hand(start_node: StartNode, remote: 
 
 
 def watches(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has a fanotify group that watches something."""
+    """Whether the process has a fanotify group with a mark."""
     for path in Path(f"/proc/{process.pid}/fdinfo").iterdir():
         try:
             if "fanotify sdev" in path.read_text():
@@ -259,7 +257,7 @@ def environ(node: LazyNode) -> dict[str, str]:
     return os.environ | {name: str(value) for name, value in paths.items()}
 
 
-def test_files_that_are_read_without_a_program_running_are_no_start(start_node: StartNode, remote: Remote) -> None:
+def test_reads_without_a_running_program_are_not_a_start(start_node: StartNode, remote: Remote) -> None:
     node = start_node("a")
     node.apply(gear_tar(FILES), "image")
     read_some(node.run("copied"))
@@ -270,7 +268,7 @@ def test_files_that_are_read_without_a_program_running_are_no_start(start_node: 
     assert len(recorded(remote, document(node)).objects) == len(SMALL) + 1
 
 
-def test_the_gateways_end_ends_its_recordings(start_node: StartNode, remote: Remote) -> None:
+def test_recordings_end_with_the_gateway(start_node: StartNode, remote: Remote) -> None:
     node = start_node("a")
     node.apply(gear_tar(FILES), "image")
     root = node.run("c1")
@@ -298,9 +296,7 @@ def test_without_a_window_nothing_is_recorded(start_node: StartNode, remote: Rem
         ),
     ],
 )
-def test_a_profile_that_is_damaged_or_of_something_else_disturbs_nobody(
-    start_node: StartNode, remote: Remote, data: bytes
-) -> None:
+def test_a_damaged_or_foreign_profile_does_no_harm(start_node: StartNode, remote: Remote, data: bytes) -> None:
     node = start_node("a")
     node.apply(gear_tar(FILES), "image")
     remote.put_document(document(node), data)
@@ -309,7 +305,7 @@ def test_a_profile_that_is_damaged_or_of_something_else_disturbs_nobody(
     assert node.status().failures == {}
 
 
-def test_a_remote_that_is_away_delays_no_start(tmp_path: Path) -> None:
+def test_an_unreachable_remote_delays_no_start(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
         node.shelf.behave(away=True, delay_s=30.0)
         began_s = time.monotonic()
@@ -324,18 +320,18 @@ def test_a_remote_that_is_away_delays_no_start(tmp_path: Path) -> None:
 
 
 def recordings() -> list[threading.Thread]:
-    """The threads of this process that see to recordings."""
+    """Return the recording threads of this process."""
     return [thread for thread in threading.enumerate() if thread.name == "recording"]
 
 
 def recorders() -> list[int]:
-    """The recorders of this process."""
+    """Return the recorder processes of this process."""
     children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
     return [int(pid) for pid in children if b"gearworkers.profiles.recorder" in command_line(pid)]
 
 
 def command_line(pid: str) -> bytes:
-    """Empty if the process has ended meanwhile."""
+    """Return the file's content; empty if the process has ended meanwhile."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

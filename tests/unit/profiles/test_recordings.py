@@ -1,4 +1,4 @@
-"""Recordings that cannot begin or do not end, which no container and no gateway may be held up by."""
+"""Recordings that cannot begin or do not end; they must not block a container or the gateway."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import errno
 import hashlib
 import itertools
 import os
-import queue
-import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,87 +16,92 @@ from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD
 from gearworkers.digest import REDIRECT_XATTR, object_path
 from gearworkers.layers.object_list import ObjectList
 from gearworkers.profiles import recorder
-from gearworkers.profiles import recordings as recordings_module
-from gearworkers.profiles.recordings import Recording, Recordings
+from gearworkers.profiles.recordings import MAX_RECORDINGS, Recording, Recordings
 from gearworkers.profiles.resolve import ObjectResolver
 from gearworkers.settings import Settings
 from tests.support.lazynode import until
 
 
-def test_a_recording_without_descriptors_left_is_left_out_and_leaves_none_open(
+def test_a_recording_that_fails_to_begin_leaves_no_descriptor_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none_left() -> tuple[int, int]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(recordings_module, "watch_opens", lambda path: os.open(path, os.O_RDONLY))
     monkeypatch.setattr(os, "pipe", none_left)
     before = os.listdir("/proc/self/fd")
-    Recordings().begin("c1", Recording(Settings(), "image", tmp_path))
+    Recordings(watch=always_opens).begin("c1", Recording(settings_in(tmp_path), "image", tmp_path))
     assert os.listdir("/proc/self/fd") == before
 
 
-def under_way() -> int:
-    """How many recordings this process has."""
+def settings_in(directory: Path) -> Settings:
+    """Return settings without a lazy file server, and with a short window."""
+    return Settings(gear_root=directory / "gear", run_dir=directory / "run", profile_window_s=0.1)
+
+
+def always_opens(_: Path) -> int:
+    """Watch a file system on which a file was just opened."""
+    return os.open("/dev/zero", os.O_RDONLY)
+
+
+def running() -> int:
+    """Return the number of recordings of this process."""
     return [thread.name for thread in threading.enumerate()].count("recording")
 
 
-def test_recordings_whose_containers_have_ended_count_until_they_are_kept(
+def test_a_recording_counts_after_its_container_has_ended_until_it_is_saved(tmp_path: Path) -> None:
+    slow_remote = f"touch {tmp_path}/recorder.$$; while [ ! -e {tmp_path}/saved ]; do sleep 0.05; done"
+    until(lambda: not running(), "the recordings of other tests are over")
+    recordings = Recordings(watch=always_opens, recorder=("sh", "-c", slow_remote))
+    recording = Recording(settings_in(tmp_path), "image", tmp_path)
+
+    def begun() -> int:
+        return len(list(tmp_path.glob("recorder.*")))
+
+    for number in range(MAX_RECORDINGS + 1):
+        recordings.begin(f"c{number}", recording)
+    until(lambda: begun() == MAX_RECORDINGS, "the recorders run")
+    for number in range(MAX_RECORDINGS):
+        recordings.end(f"c{number}")
+    recordings.begin("c0", recording)
+    assert running() == MAX_RECORDINGS
+    (tmp_path / "saved").touch()
+    until(lambda: not running(), "the recordings are saved")
+    recordings.begin("c0", recording)
+    until(lambda: begun() == MAX_RECORDINGS + 1, "another recorder runs")
+    recordings.close()
+
+
+def test_closing_kills_a_recorder_that_does_not_end(tmp_path: Path) -> None:
+    ignores_sigterm = f"trap '' TERM; echo $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/pid; exec sleep 100"
+    recordings = Recordings(watch=always_opens, recorder=("sh", "-c", ignores_sigterm), end_timeout_s=0.2)
+    recordings.begin("c1", Recording(settings_in(tmp_path), "image", tmp_path))
+    until((tmp_path / "pid").exists, "the recorder runs")
+    recordings.close()
+    pid = (tmp_path / "pid").read_text().strip()
+    until(lambda: not Path("/proc", pid).exists(), "the recorder is killed")
+
+
+def test_a_recording_is_the_same_after_it_was_sent_to_the_recorder(tmp_path: Path) -> None:
+    settings = replace(settings_in(tmp_path), node="a", large_object_bytes=1 << 20)
+    recording = Recording(settings, "image", tmp_path / "merged")
+    assert Recording.decode(recording.encode()) == recording
+
+
+def test_a_container_that_opens_files_without_end_is_recorded_until_its_window_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: queue.Queue[str] = queue.Queue()
-    kept = threading.Event()
-
-    def slow_remote(recording: Recording, group_fd: int, stop_fd: int) -> None:
-        begun.put(recording.image)
-        assert kept.wait(20)
-
-    until(lambda: not under_way(), "those of other tests are over")
-    recordings = Recordings()
-    monkeypatch.setattr(recordings_module, "watch_opens", lambda path: os.open(path, os.O_RDONLY))
-    monkeypatch.setattr(recordings_module, "_is_used", lambda *_: True)
-    monkeypatch.setattr(recordings_module, "_is_known", lambda _: False)
-    monkeypatch.setattr(recordings, "_record", slow_remote)
-    for number in range(recordings_module._MAX_AT_ONCE + 1):
-        recordings.begin("c1", Recording(Settings(), f"image{number}", tmp_path))
-        recordings.end("c1")
-    assert {begun.get(timeout=20) for _ in range(recordings_module._MAX_AT_ONCE)} == {
-        "image0",
-        "image1",
-        "image2",
-        "image3",
-    }
-    assert under_way() == recordings_module._MAX_AT_ONCE
-    kept.set()
-    until(lambda: not under_way(), "they are kept")
-    recordings.begin("c1", Recording(Settings(), "later", tmp_path))
-    assert begun.get(timeout=20) == "later"
-
-
-def test_a_recorder_that_does_not_end_holds_up_no_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recordings_module, "_END_S", 0.2)
-    recordings = Recordings()
-    with subprocess.Popen(["sh", "-c", "trap '' TERM; echo; exec sleep 100"], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"\n"
-        recordings._processes.add(process)
-        recordings.close()
-        assert process.wait(20) < 0
-
-
-def test_a_container_that_never_stops_opening_files_is_recorded_until_its_window_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recorder, "_LATE_S", 0.1)
+    monkeypatch.setattr(recorder, "LATE_S", 0.1)
     monkeypatch.setattr(recorder, "opened_files", lambda group_fd: itertools.repeat((group_fd, True)))
-    group_fd = os.open("/dev/zero", os.O_RDONLY)  # always ready
+    group_fd = always_opens(tmp_path)
     stop_fd, end_fd = os.pipe()
-    with ObjectResolver([], [], tmp_path) as known:
-        assert recorder._watched(known, group_fd, stop_fd, 0.2, must_run=True) == {}
+    with ObjectResolver([], [], tmp_path) as resolver:
+        assert recorder.watch_objects(resolver, group_fd, stop_fd, 0.2, must_run=True) == {}
     for fd in (group_fd, stop_fd, end_fd):
         os.close(fd)
 
 
-def test_an_opened_file_is_told_also_where_containers_lie_behind_a_symlink(tmp_path: Path) -> None:
+def test_an_opened_file_is_resolved_below_a_symlinked_directory_of_containers(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"content").digest()
     for name in ("index", "merged"):
         (tmp_path / "root" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tars that other programs wrote, in all their formats, and ours as other programs read it."""
+"""Read the tars of other programs, in all their formats; other programs read ours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TARFILE_TYPES = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Path]:
-    """A directory `d` with one file of every kind."""
+    """A directory `d` with one file of each type."""
     top = os.fsencode(tmp_path)
     os.mkdir(top + b"/d")
     for name, content in ((b"d/file", b"content\n" * 999), (b"d/empty", b""), (b"d/\xc3\xbc", b"umlaut")):
@@ -68,7 +68,7 @@ def add_sparse(tree: Path) -> bytes:
 
 
 def check(read: ReadTar, tar: bytes, tree: Path, *, nanoseconds: bool) -> None:
-    """The tar says what lies in *tree*, and can be made again."""
+    """Check that the tar describes *tree* and can be replayed."""
     assert read.rebuilt() == tar
     names = {os.fsencode(path.relative_to(tree)) for path in tree.rglob("*")}
     assert {entry.name.rstrip(b"/") for entry in read.entries} == names
@@ -178,7 +178,7 @@ def docker_layers() -> dict[str, bytes]:
 
 
 def check_against_tarfile(tar: bytes) -> ReadTar:
-    """Python's own reader says the same of *tar*."""
+    """Check that Python's tarfile reads the same from *tar*."""
     read = read_tar(tar)
     assert read.rebuilt() == tar
     with tarfile.open(fileobj=io.BytesIO(tar), errors="surrogateescape", encoding="utf-8") as other:
@@ -195,8 +195,8 @@ def check_against_tarfile(tar: bytes) -> ReadTar:
     return read
 
 
-def test_what_docker_save_wrote_is_read() -> None:
-    """Of an image of 20.10 with an imported layer and one each of the classic builder's and BuildKit's."""
+def test_layers_of_docker_save_are_read() -> None:
+    """An image of Docker 20.10 with an imported layer, one of the classic builder and one of BuildKit."""
     layers = docker_layers()
     assert len(layers) == 3
     reads = [check_against_tarfile(tar) for tar in layers.values()]
@@ -207,7 +207,7 @@ def test_what_docker_save_wrote_is_read() -> None:
     assert {entry.mode for read in reads for entry in read.entries} >= {0o4755}
 
 
-def test_the_tar_of_a_docker_save_is_itself_read() -> None:
+def test_the_outer_tar_of_docker_save_is_read() -> None:
     check_against_tarfile(gzip.decompress((DATA / "docker-save.tar.gz").read_bytes()))
 
 
@@ -234,7 +234,7 @@ def as_tar(files: list[tuple[TarEntry, bytes]]) -> bytes:
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
-def test_our_reader_gives_back_what_our_writer_took() -> None:
+def test_our_reader_reads_the_entries_that_our_writer_wrote() -> None:
     read = read_tar(as_tar(written()))
     for (entry, content), (expected, expected_content) in zip(read.files, written(), strict=True):
         entry.header_offset = 0
@@ -242,12 +242,12 @@ def test_our_reader_gives_back_what_our_writer_took() -> None:
         assert (entry, content) == (expected, expected_content)
 
 
-def test_python_reads_what_we_write() -> None:
+def test_python_reads_our_tars() -> None:
     check_against_tarfile(as_tar(written()))
 
 
 @pytest.mark.parametrize("program", ["tar", "bsdtar"])
-def test_gnu_tar_and_bsdtar_extract_what_we_write(tmp_path: Path, program: str) -> None:
+def test_gnu_tar_and_bsdtar_extract_our_tars(tmp_path: Path, program: str) -> None:
     files = written()
     options = ["--delay-directory-restore"] if program == "tar" else []
     command = [program, *options, "--numeric-owner", "-xpf", "-"]
@@ -263,7 +263,7 @@ def test_gnu_tar_and_bsdtar_extract_what_we_write(tmp_path: Path, program: str) 
     assert os.lstat(tmp_path / "d" / "null").st_rdev == os.makedev(1, 3)
 
 
-def test_gnu_tar_restores_xattrs_that_we_write(tmp_path: Path) -> None:
+def test_gnu_tar_restores_our_xattrs(tmp_path: Path) -> None:
     xattrs = {b"user.binary": bytes(range(256)), b"user.text": b"a=b\nc"}
     tar = as_tar([(TarEntry(b"f", xattrs=xattrs), b"")])
     subprocess.run(["tar", "--xattrs", "--xattrs-include=*", "-xf", "-"], cwd=tmp_path, input=tar, check=True)

@@ -1,4 +1,4 @@
-"""What the reader accepts, and what it refuses and says."""
+"""Which tars the reader accepts, and which it rejects with which reason."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_type_nul_and_contiguous_files_are_regular_files() -> None:
     assert [(entry.name, entry.type) for entry in read_tar(tar).entries] == [(b"old", REG), (b"contiguous", REG)]
 
 
-def test_a_prefix_counts_in_ustar_and_not_in_gnu_headers() -> None:
+def test_a_prefix_applies_in_ustar_but_not_in_gnu_headers() -> None:
     assert only(changed(a_file(), PREFIX, b"dir") + END).name == b"dir/a"
     gnu = changed(changed(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"00000000012\0")
     assert (only(gnu + END).name, only(gnu + END).atime_ns) == (b"a", 10 * 10**9)
 
 
-def test_a_prefix_in_a_gnu_header_as_old_go_wrote_it_counts() -> None:
+def test_the_prefix_that_old_go_wrote_in_gnu_headers_applies() -> None:
     gnu = changed(changed(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"some/dir")
     assert (only(gnu + END).name, only(gnu + END).atime_ns) == (b"some/dir/a", None)
 
@@ -104,24 +104,24 @@ def test_a_link_with_a_size_has_no_content() -> None:
     ]
 
 
-def test_gnu_long_names_win_over_pax_paths_and_end_at_a_nul() -> None:
+def test_gnu_long_names_override_pax_paths_and_end_at_a_nul() -> None:
     tar = special(b"L", b"long/" * 300 + b"\0rest") + special(b"K", b"target\0")
     tar += extended((b"path", b"pax"), (b"linkpath", b"pax")) + member(TarEntry(b"s", SYMLINK, b"t")) + END
     entry = only(tar)
     assert (entry.name, entry.linkname) == (b"long/" * 300, b"target")
 
 
-def test_of_two_extended_headers_the_last_counts_whole() -> None:
+def test_the_last_of_two_extended_headers_replaces_the_first() -> None:
     tar = extended((b"path", b"first"), (b"uid", b"7")) + extended((b"gid", b"8")) + a_file() + END
     assert (only(tar).name, only(tar).uid, only(tar).gid) == (b"a", 0, 8)
 
 
-def test_global_headers_are_passed_over_and_end_what_stood_before_them() -> None:
+def test_global_headers_are_skipped_and_end_the_headers_before_them() -> None:
     tar = extended((b"path", b"lost")) + special(b"g", b"15 comment=abc\n") + a_file() + END
     assert only(tar).name == b"a"
 
 
-def test_pax_records_overrule_the_header() -> None:
+def test_pax_records_override_the_header() -> None:
     tar = extended(
         (b"path", b"\xff name"),
         (b"uid", b"5000000000"),
@@ -134,31 +134,31 @@ def test_pax_records_overrule_the_header() -> None:
     assert (entry.mtime_ns, entry.atime_ns) == (-1_500_000_000, 1_000_000_001)
 
 
-def test_an_empty_pax_value_overrules_nothing_but_is_an_empty_xattr() -> None:
+def test_an_empty_pax_value_overrides_nothing_but_is_an_empty_xattr() -> None:
     entry = only(extended((b"path", b""), (b"SCHILY.xattr.user.e", b"")) + a_file() + END)
     assert (entry.name, entry.xattrs) == (b"a", {b"user.e": b""})
 
 
-def test_xattr_values_may_hold_any_bytes() -> None:
+def test_xattr_values_may_contain_any_bytes() -> None:
     value = bytes(range(256))
     assert only(extended((b"SCHILY.xattr.user.x", value)) + a_file() + END).xattrs == {b"user.x": value}
 
 
-def test_gear_records_name_content_that_is_not_there() -> None:
+def test_gear_records_name_content_that_is_not_in_the_tar() -> None:
     records = extended((b"GEAR.sha256", b"ab" * 32), (b"GEAR.size", b"7"))
     entry = only(records + member(TarEntry(b"a")) + END)
     assert (entry.gear, entry.size_bytes, entry.stored_bytes) == ((b"\xab" * 32, 7), 7, 0)
 
 
 @pytest.mark.parametrize("nothing", [b"", bytes(512), END, bytes(10240)])
-def test_an_archive_of_nothing_has_no_entries(nothing: bytes) -> None:
+def test_an_empty_archive_has_no_entries(nothing: bytes) -> None:
     read = read_tar(nothing)
     assert read.files == []
     assert read.rebuilt() == nothing
 
 
 @pytest.mark.parametrize("name", [b"BZh", b"LZIP", b"]"])
-def test_an_archive_may_begin_with_a_name_as_compressed_data_do(name: bytes) -> None:
+def test_a_name_may_begin_like_compressed_data(name: bytes) -> None:
     assert only(a_file(name) + END).name == name
 
 
@@ -214,7 +214,7 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
         (extended((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + a_file(), "cut off"),
     ],
 )
-def test_what_is_malformed_is_refused_with_the_reason(tar: bytes, why: str) -> None:
+def test_malformed_tars_are_rejected_with_the_reason(tar: bytes, why: str) -> None:
     with pytest.raises(InvalidInput, match=why):
         read_tar(tar + END)
 
@@ -234,7 +234,7 @@ def test_a_sparse_map_in_the_content_is_bounded() -> None:
         read_tar(tar)
 
 
-def test_an_old_sparse_map_that_goes_on_and_on_is_refused() -> None:
+def test_an_old_sparse_map_without_end_is_rejected() -> None:
     block = bytearray(changed(changed(a_file(), MAGIC, b"ustar  \0"), TYPE, b"S")[:512])
     block[482] = 1
     tar = with_checksum(block) + (bytes(504) + b"\1" + bytes(7)) * 3000
@@ -242,19 +242,19 @@ def test_an_old_sparse_map_that_goes_on_and_on_is_refused() -> None:
         read_tar(tar)
 
 
-def test_a_sparse_directory_is_refused() -> None:
+def test_a_sparse_directory_is_rejected() -> None:
     tar = extended((b"GNU.sparse.map", b"0,0"), (b"GNU.sparse.numblocks", b"1")) + member(TarEntry(b"d", DIR)) + END
-    with pytest.raises(InvalidInput, match="no regular file"):
+    with pytest.raises(InvalidInput, match="not a regular file"):
         read_tar(tar)
 
 
-def test_a_cut_names_the_entry_it_is_in() -> None:
+def test_a_truncated_tar_names_the_entry() -> None:
     tar = a_file(b"first") + a_file(b"second", b"x" * 5000)
     with pytest.raises(IntegrityError, match=r"at byte 3000: entry 'second': its content is cut"):
         read_tar(tar[:3000])
 
 
-def test_every_prefix_is_an_error_or_ends_behind_a_whole_entry() -> None:
+def test_every_prefix_of_a_tar_is_an_error_or_ends_after_a_whole_entry() -> None:
     tar = a_file(b"one") + extended((b"path", b"two")) + a_file() + member(TarEntry(b"c", CHAR, devmajor=1)) + END
     whole = {1: 517, 2: 512 * 5 + 5, 3: 512 * 7}  # where an entry's last byte of content is
     for length in range(1, len(tar)):
@@ -267,7 +267,7 @@ def test_every_prefix_is_an_error_or_ends_behind_a_whole_entry() -> None:
         assert length % 512 == 0 or tar[length : length + -length % 512].strip(b"\0") == b""
 
 
-def test_content_larger_than_the_buffer_comes_in_pieces_and_is_refused_as_a_whole() -> None:
+def test_content_larger_than_the_buffer_is_read_in_pieces_only() -> None:
     content = bytes(range(256)) * 100
     reader = TarReader(io.BytesIO(a_file(content=content)), buffer_bytes=4096)
     assert reader.next() is not None
@@ -277,7 +277,7 @@ def test_content_larger_than_the_buffer_comes_in_pieces_and_is_refused_as_a_whol
     assert b"".join(pieces) == content
 
 
-def test_content_that_nobody_takes_is_logged_as_it_is() -> None:
+def test_content_that_is_not_taken_is_logged_as_raw_bytes() -> None:
     tar = a_file(content=b"x" * 9000) + a_file(b"b") + END
     file = io.BytesIO()
     log = TarSplitWriter(file)
@@ -288,7 +288,7 @@ def test_content_that_nobody_takes_is_logged_as_it_is() -> None:
     assert log.size_bytes == len(tar)
 
 
-def test_a_caller_that_forgets_to_log_what_it_took_is_told() -> None:
+def test_a_caller_that_does_not_log_its_content_gets_an_error() -> None:
     reader = TarReader(io.BytesIO(a_file() + END), TarSplitWriter(io.BytesIO()))
     reader.next()
     reader.payload()
@@ -297,14 +297,14 @@ def test_a_caller_that_forgets_to_log_what_it_took_is_told() -> None:
 
 
 @pytest.mark.parametrize("step_bytes", [1, 7, 511, 513])
-def test_a_source_that_trickles_is_read_the_same(step_bytes: int) -> None:
+def test_a_source_with_short_reads_gives_the_same_result(step_bytes: int) -> None:
     tar = a_file() + extended((b"path", b"two")) + a_file(content=b"y" * 5000) + END
     read = read_tar(tar, step_bytes=step_bytes, buffer_bytes=4096)
     assert [(entry.name, content) for entry, content in read.files] == [(b"a", b"hello"), (b"two", b"y" * 5000)]
     assert read.rebuilt() == tar
 
 
-def test_what_the_source_raises_passes_through() -> None:
+def test_errors_of_the_source_pass_through() -> None:
     class Broken:
         def readinto(self, buffer: memoryview, /) -> int:
             raise ConnectionResetError

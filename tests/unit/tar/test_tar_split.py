@@ -1,4 +1,4 @@
-"""The stream file: replayed exactly, or refused."""
+"""The stream file is replayed exactly or rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_pieces_come_back_in_order() -> None:
     assert reader.tar_bytes == (1 << 40) + 7013
 
 
-def test_the_writer_says_what_it_wrote() -> None:
+def test_the_writer_returns_totals() -> None:
     file = io.BytesIO()
     log = TarSplitWriter(file)
     log.raw(b"12345")
@@ -44,7 +44,7 @@ def test_the_writer_says_what_it_wrote() -> None:
     assert log.close() == TarSplitTotals(tar_bytes=105, content_bytes=100, file_bytes=len(file.getvalue()))
 
 
-def test_a_stream_of_nothing_is_a_stream() -> None:
+def test_an_empty_stream_is_valid() -> None:
     file = io.BytesIO()
     TarSplitWriter(file).close()
     assert list(TarSplitReader(file)) == []
@@ -68,14 +68,14 @@ def test_many_and_large_records_survive_the_batches() -> None:
     assert max(len(piece.data) for piece in pieces if isinstance(piece, RawBytes)) <= 1 << 20
 
 
-def test_a_cut_is_found_before_anything_is_used() -> None:
+def test_a_truncated_file_is_detected_before_it_is_used() -> None:
     stream = a_stream()
     for length in range(len(stream)):
         with pytest.raises(IntegrityError):
             TarSplitReader(io.BytesIO(stream[:length]))
 
 
-def test_a_flipped_bit_is_found() -> None:
+def test_a_flipped_bit_is_detected() -> None:
     stream = a_stream()
     pieces = list(TarSplitReader(io.BytesIO(stream)))
     harmless = []

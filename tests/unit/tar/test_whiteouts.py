@@ -1,4 +1,4 @@
-"""Names that remove."""
+"""Names of whiteouts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def test_ordinary_names_remove_nothing_and_their_whiteouts_remove_them(name: byt
     assert whiteouts.removed_name(whiteouts.whiteout_name(name)) == name
 
 
-def test_the_opaque_mark_is_no_whiteout() -> None:
+def test_the_opaque_marker_is_not_a_whiteout() -> None:
     assert whiteouts.is_opaque(b".wh..wh..opq")
     assert whiteouts.removed_name(b".wh..wh..opq") is None
 
 
-def test_what_aufs_kept_for_itself_removes_nothing() -> None:
+def test_aufs_own_files_remove_nothing() -> None:
     assert whiteouts.removed_name(b".wh..wh.plnk") is None
     assert not whiteouts.is_opaque(b".wh..wh.plnk")
 
 
 @pytest.mark.parametrize("base", [b".wh.", b".wh..", b".wh..."])
-def test_a_whiteout_of_the_directory_itself_or_the_one_above_is_refused(base: bytes) -> None:
+def test_a_whiteout_of_its_directory_or_the_one_above_is_rejected(base: bytes) -> None:
     with pytest.raises(InvalidInput):
         whiteouts.removed_name(base)

@@ -1,4 +1,4 @@
-"""What the writer puts into headers, and what it refuses."""
+"""The headers that the writer formats, and the entries that it rejects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tars import read_tar
         TarEntry(b"l", SYMLINK, b"t" * 100),
     ],
 )
-def test_what_fits_into_ustar_is_one_block(entry: TarEntry) -> None:
+def test_an_entry_that_fits_into_ustar_is_one_block(entry: TarEntry) -> None:
     assert len(header(entry)) == 512
 
 
@@ -49,7 +49,7 @@ def test_what_fits_into_ustar_is_one_block(entry: TarEntry) -> None:
         TarEntry(b"a", gear=(bytes(range(32)), 1 << 50), size_bytes=1 << 50),
     ],
 )
-def test_what_does_not_fit_survives_in_pax_records(entry: TarEntry) -> None:
+def test_values_that_do_not_fit_are_pax_records(entry: TarEntry) -> None:
     tar = header(entry)
     assert len(tar) >= 1536
     (read,) = read_tar(tar + END).entries
@@ -70,7 +70,7 @@ def test_device_numbers_beyond_octal_survive() -> None:
     assert (read.devmajor, read.devminor) == (1 << 40, 0o7777777)
 
 
-def test_the_order_of_xattrs_makes_no_difference() -> None:
+def test_the_order_of_xattrs_does_not_matter() -> None:
     one = TarEntry(b"a", xattrs={b"user.a": b"1", b"user.b": b"2"})
     other = TarEntry(b"a", xattrs={b"user.b": b"2", b"user.a": b"1"})
     assert header(one) == header(other)
@@ -98,6 +98,6 @@ def test_padding_fills_the_block(size_bytes: int) -> None:
         TarEntry(b"a", xattrs={b"user.\0": b""}),
     ],
 )
-def test_what_no_tar_can_hold_is_refused(entry: TarEntry) -> None:
-    with pytest.raises(InvalidInput, match="a tar cannot hold"):
+def test_entries_that_a_tar_cannot_contain_are_rejected(entry: TarEntry) -> None:
+    with pytest.raises(InvalidInput, match="a tar cannot contain"):
         header(entry)
