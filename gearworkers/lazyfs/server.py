@@ -40,7 +40,7 @@ from gearworkers.mounts.mountinfo import is_data_layer, is_mount_point
 from gearworkers.profiles.growth import ProfileGrowth
 from gearworkers.profiles.prefetch import ProfilePrefetcher
 from gearworkers.remote.encoding import LARGE_BYTES as CHUNKED_BYTES
-from gearworkers.remote.factory import has_near, open_near, open_remote
+from gearworkers.remote.factory import open_nfs, open_remote, uses_nfs
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
 from gearworkers.util.locks import sole_process
@@ -264,7 +264,7 @@ def sources_of(settings: Settings) -> list[Source]:
     """
     if settings.remote:
         return [open_remote(settings)]
-    return [open_near(settings)] if has_near(settings) else []
+    return [open_nfs(settings)] if uses_nfs(settings) else []
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from gearworkers.manager.openapi import document, page
 from gearworkers.manager.pacing import Body, TooLarge, TooSlow, broken_off, is_gone
 from gearworkers.manager.tokens import Access
 from gearworkers.manager.uploads import receive_whole
-from gearworkers.remote.manager import NODE_HEADER, Problem
+from gearworkers.remote.manager_messages import NODE_HEADER, Problem
 from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 
 _log = structlog.get_logger(__name__)

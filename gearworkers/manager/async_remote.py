@@ -163,7 +163,7 @@ class Store:
 
     def _put_contents(self, blobs: Iterable[Incoming], load: Load) -> None:
         for blob in blobs:
-            if blob.size_bytes > 1 + encoding.MOST_CONTENT_BYTES:
+            if blob.size_bytes > 1 + encoding.MAX_CONTENT_BYTES:
                 raise InvalidInput(f"blob {blob.digest.hex()}: a content of {blob.size_bytes} bytes needs a layout")
         contents = [(blob.digest, load(blob)) for blob in blobs]
         for digest, content in contents:
@@ -176,11 +176,11 @@ class Store:
         self.remote.blobs.put_many([(digest, layout)])
 
     def _check_layout(self, digest: bytes, blob: bytes) -> None:
-        if encoding.layout_bytes(digest, blob) > self.most_object_bytes:
+        if encoding.object_size(digest, blob) > self.most_object_bytes:
             raise InvalidInput(f"object {digest.hex()}: larger than {self.most_object_bytes} bytes")
         hasher = hashlib.sha256()
         try:
-            for _, piece in self.remote.pieces(encoding.chunks_in(digest, blob)):
+            for _, piece in self.remote.fetch_chunks(encoding.iter_layout(digest, blob)):
                 hasher.update(piece)
         except NotFound as exc:
             raise InvalidInput(f"layout of {digest.hex()}: {exc}; chunks go first") from exc

@@ -11,8 +11,8 @@ from gearworkers.manager.async_remote import Store
 from gearworkers.manager.metrics import Metrics
 from gearworkers.manager.pacing import Body
 from gearworkers.manager.uploads import uploading
-from gearworkers.remote.blobstore import MOST_DOCUMENT_BYTES
-from gearworkers.remote.manager import VERSION_HEADER
+from gearworkers.remote.blobstore import MAX_DOCUMENT_BYTES
+from gearworkers.remote.manager_messages import VERSION_HEADER
 
 MOST_VERSION = 10**10 - 1
 
@@ -29,7 +29,7 @@ class DocumentCalls:
     async def get(self, request: web.Request) -> web.Response:
         """The newest version."""
         name = request.match_info["name"]
-        found = await self._store.run(lambda: self._store.remote.versioned(name))
+        found = await self._store.run(lambda: self._store.remote.get_document(name))
         if found is None:
             raise NotFound(f"document {name} is not there")
         headers = {VERSION_HEADER: str(found.version), "Cache-Control": "no-cache"}
@@ -42,7 +42,7 @@ class DocumentCalls:
         if version is not None and not (version.isascii() and version.isdigit() and 0 < int(version) <= MOST_VERSION):
             raise InvalidInput(f"{VERSION_HEADER}: {version!r} is no version")
         with uploading(self._store, self._uploads) as upload:
-            await upload.receive_all(Body(request, self._patience_s, self._metrics), MOST_DOCUMENT_BYTES)
+            await upload.receive_all(Body(request, self._patience_s, self._metrics), MAX_DOCUMENT_BYTES)
             number = int(version) if version is not None else None
             await self._store.put_document(name, number, upload.size_bytes, upload.load_all)
         return web.Response(status=204)

@@ -17,8 +17,8 @@ from gearworkers.manager.metrics import Metrics
 from gearworkers.manager.pacing import Answer, Body
 from gearworkers.manager.uploads import receive_blobs, receive_whole, uploading
 from gearworkers.remote import blob_stream, encoding
-from gearworkers.remote.blobstore import DOCUMENT_NAME, MOST_NAME_CHARS
-from gearworkers.remote.manager import Digests, Hex, Present
+from gearworkers.remote.blobstore import DOCUMENT_NAME, MAX_NAME_CHARS
+from gearworkers.remote.manager_messages import Digests, Hex, Present
 
 MOST_JSON_BYTES = 2 << 20
 _OCTETS = "application/octet-stream"
@@ -36,7 +36,7 @@ class Stored(msgspec.Struct, frozen=True):
 class Prefetch(msgspec.Struct, frozen=True):
     """What is wanted before it is asked for: what a profile names, but the contents that are here."""
 
-    document: Annotated[str, msgspec.Meta(pattern=f"^{DOCUMENT_NAME.pattern}$", max_length=MOST_NAME_CHARS)]
+    document: Annotated[str, msgspec.Meta(pattern=f"^{DOCUMENT_NAME.pattern}$", max_length=MAX_NAME_CHARS)]
     skip: list[Hex] = []
 
 
@@ -79,11 +79,11 @@ class ObjectCalls:
         return out.response
 
     async def _send_chunks(self, request: web.Request, digest: bytes, layout: bytes) -> web.StreamResponse:
-        size_bytes = await self._store.run(lambda: encoding.layout_bytes(digest, layout))
+        size_bytes = await self._store.run(lambda: encoding.object_size(digest, layout))
         first, end = _range(request, size_bytes)
         out = await self._started(request, _ranged(request, digest, first, end, size_bytes))
-        wanted = _chunks_within(encoding.chunks_in(digest, layout), first, end)
-        async for chunk, piece in self._store.steps(self._store.remote.pieces(wanted)):
+        wanted = _chunks_within(encoding.iter_layout(digest, layout), first, end)
+        async for chunk, piece in self._store.steps(self._store.remote.fetch_chunks(wanted)):
             await out.write(memoryview(piece)[max(first - chunk.offset, 0) : end - chunk.offset])
         return out.response
 

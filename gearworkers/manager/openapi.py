@@ -13,8 +13,8 @@ from gearworkers.manager.documents import MOST_VERSION
 from gearworkers.manager.nodes import Joining, Node
 from gearworkers.manager.objects import Prefetch, Stored
 from gearworkers.remote import blob_stream
-from gearworkers.remote.blobstore import DOCUMENT_NAME, MOST_NAME_CHARS
-from gearworkers.remote.manager import MOST_DIGESTS, VERSION_HEADER, Digests, Present, Problem
+from gearworkers.remote.blobstore import DOCUMENT_NAME, MAX_NAME_CHARS
+from gearworkers.remote.manager_messages import MAX_DIGESTS, VERSION_HEADER, Digests, Present, Problem
 
 _Kind = str | type | GenericAlias
 """A media type, or what its JSON holds."""
@@ -38,7 +38,7 @@ _NAME = {
     "in": "path",
     "required": True,
     "description": "Letters, digits, ._:@+- and slashes between parts, such as profiles/library/nginx:1.27.",
-    "schema": {"type": "string", "pattern": f"^{DOCUMENT_NAME.pattern}$", "maxLength": MOST_NAME_CHARS},
+    "schema": {"type": "string", "pattern": f"^{DOCUMENT_NAME.pattern}$", "maxLength": MAX_NAME_CHARS},
 }
 _RANGE = {"name": "Range", "in": "header", "description": "bytes=FIRST-LAST", "schema": {"type": "string"}}
 _VERSION = {
@@ -118,7 +118,7 @@ def _objects() -> _Paths:
         },
         "/v1/query": {
             "post": _call(
-                "query", "Which of these are there?", [], f"At most {MOST_DIGESTS}.", body=Digests, answers=Present
+                "query", "Which of these are there?", [], f"At most {MAX_DIGESTS}.", body=Digests, answers=Present
             )
         },
     }

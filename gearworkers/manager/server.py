@@ -17,7 +17,7 @@ from gearworkers.manager.api import Manager
 from gearworkers.manager.async_remote import Store
 from gearworkers.manager.tls import certificate
 from gearworkers.manager.tokens import Access
-from gearworkers.remote.factory import blobs_at
+from gearworkers.remote.factory import open_blobs
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
 from gearworkers.util.net import is_loopback, parse_host_port
@@ -54,7 +54,7 @@ class ManagerServer:
             _log.warning("tokens and objects go over the network in the clear; set GEAR_MANAGER_TLS_CERT_FILE")
         if not settings.manager_store:
             _make(settings.gear_root / "manager")
-        remote = Remote(blobs_at(settings.effective_manager_store, settings))
+        remote = Remote(open_blobs(settings.effective_manager_store, settings))
         self._store = Store(remote, settings.manager_most_object_bytes)
         uploads = settings.gear_root / "manager-uploads"
         patience_s = settings.manager_client_timeout_s

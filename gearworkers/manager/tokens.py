@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable, from_os_error
-from gearworkers.remote.manager import TOKEN
 from gearworkers.settings import Settings
+from gearworkers.util.bearer_token import BEARER_TOKEN
 from gearworkers.util.fs import read_small, stamp
 
 
@@ -65,7 +65,7 @@ def _tokens_in(data: bytes, path: Path) -> Iterator[str]:
         token = line.strip()
         if not token or token.startswith("#"):
             continue
-        if not TOKEN.fullmatch(token):
+        if not BEARER_TOKEN.fullmatch(token):
             raise FailedPrecondition(
                 f"{path}: line {number} is no token, which is letters, digits and signs in one piece; "
                 "write one, such as `openssl rand -hex 32`"

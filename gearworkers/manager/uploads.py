@@ -155,7 +155,7 @@ async def receive_blobs(body: Body, upload: Upload, most_blob_bytes: int) -> Asy
     while raw := await body.exactly(blob_stream.HEADER.size):
         if len(raw) < blob_stream.HEADER.size:
             raise InvalidInput("the stream ends within a header")
-        digest, size_bytes = blob_stream.header(raw)
+        digest, size_bytes = blob_stream.parse_header(raw)
         if size_bytes > most_blob_bytes:
             raise TooLarge(f"blob {digest.hex()}: at most {most_blob_bytes} bytes are taken")
         batch.append(Incoming(digest, upload.size_bytes, size_bytes))

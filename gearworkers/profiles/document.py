@@ -133,7 +133,7 @@ def save_profile(remote: Remote, name: str, profile: Profile, *, again: bool) ->
         GearError: What the remote says.
     """
     for _ in range(_RACES):
-        found = remote.versioned(name)
+        found = remote.get_document(name)
         known = None if found is None else _readable(found.data)
         if known is not None and not again:
             return False

@@ -25,7 +25,7 @@ def from_http_error(exc: HTTPError | OSError, tried: str, ca_belongs_in: str) ->
     return Unavailable(f"{tried}: {reason}")
 
 
-def asked_to_wait_s(response: BaseHTTPResponse) -> float:
+def retry_after_s(response: BaseHTTPResponse) -> float:
     """How long the server wants not to be asked again, by its Retry-After; 0 if it says nothing of that."""
     try:
         return Retry().get_retry_after(response) or 0.0

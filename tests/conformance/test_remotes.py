@@ -17,11 +17,13 @@ import pytest
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.fetch.source import checked_layout
 from gearworkers.remote import encoding
-from gearworkers.remote.bucket import Bucket, in_memory
-from gearworkers.remote.decorators import Bounded, Cached, Retried
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.bounded import BoundedStore, Limits
+from gearworkers.remote.bucket import BucketStore, memory_store
+from gearworkers.remote.cached import CachedStore
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
+from gearworkers.remote.retry import RetryingStore
 from gearworkers.settings import Settings
 from gearworkers.util import retry
 from tests.support.answers import Answer, Asked, answering
@@ -59,10 +61,15 @@ def opened(kind: str, request: pytest.FixtureRequest, settings: Settings) -> Ite
     where = new_bucket(request.getfixturevalue("s3")) if "S3" in kind else directory
     Path(directory).mkdir(parents=True)
     if kind == "memory":
-        yield Remote(Retried(in_memory()))
+        yield Remote(RetryingStore(memory_store()))
     elif kind == "memory behind memory":
-        near = Bounded(Retried(in_memory()), threads=4, timeout_s=60, together=3)
-        yield Remote(Cached(near, Bounded(Retried(in_memory()), threads=4, timeout_s=60, together=1)))
+        cache, origin = (
+            BoundedStore(
+                RetryingStore(memory_store()), Limits(threads=4, timeout_s=60, get_batch=batch, put_batch=batch)
+            )
+            for batch in (3, 1)
+        )
+        yield Remote(CachedStore(cache, origin))
     elif kind.startswith("manager"):
         with manager_thread(replace(settings, manager_store=where)) as url:
             yield open_remote(replace(settings, remote=url))
@@ -233,7 +240,7 @@ def test_a_document_is_replaced(remote: Remote) -> None:
 
 def test_of_two_who_replace_a_version_one_is_told(remote: Remote) -> None:
     remote.replace_document("layer", b"first", 0)
-    found = remote.versioned("layer")
+    found = remote.get_document("layer")
     assert found is not None
     remote.replace_document("layer", b"second", found.version)
     with pytest.raises(AlreadyExists):
@@ -258,8 +265,8 @@ def test_a_version_that_is_listed_and_not_there_is_told_soon(remote: Remote, mon
         raise NotFound(f"document {name}: version {version} is not there")
 
     with monkeypatch.context() as patched:
-        patched.setattr(retry, "_jittered_s", lambda state: 0.0)
-        for store in (Directory, Bucket):
+        patched.setattr(retry, "backoff_s", lambda state: 0.0)
+        for store in (DirectoryStore, BucketStore):
             patched.setattr(store, "read_version", gone)
         with pytest.raises(Unavailable, match=rf"{re.escape(NAME)}.*version 1 is listed and cannot be read"):
             remote.document(NAME)
@@ -268,7 +275,7 @@ def test_a_version_that_is_listed_and_not_there_is_told_soon(remote: Remote, mon
 
 def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory by a link that leads nowhere, in a bucket as its server lists a key that it does not have."""
-    monkeypatch.setattr(retry, "_jittered_s", lambda state: 0.0)
+    monkeypatch.setattr(retry, "backoff_s", lambda state: 0.0)
     (tmp_path / "remote" / "documents" / "layer").mkdir(parents=True)
     (tmp_path / "remote" / "documents" / "layer" / "@0000000003").symlink_to("nowhere")
     listing = b"""<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>
@@ -293,7 +300,7 @@ def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: 
     "name", ["", "/a", "a/", "a//b", "../a", "a/../b", ".a", "a/@1", "a b", "ä", "a" * 201, "a/" * 257 + "a"]
 )
 def test_a_name_that_no_document_can_have_is_refused(name: str) -> None:
-    remote = Remote(in_memory())
+    remote = Remote(memory_store())
     with pytest.raises(InvalidInput):
         remote.document(name)
     with pytest.raises(InvalidInput):

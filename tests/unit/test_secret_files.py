@@ -17,7 +17,7 @@ from gearworkers.images.credentials import find_credentials
 from gearworkers.images.transport import make_transport
 from gearworkers.manager.tokens import Access
 from gearworkers.remote.manager import ManagerStore
-from gearworkers.remote.s3 import in_s3
+from gearworkers.remote.s3 import open_s3
 from gearworkers.settings import Settings
 from tests.support.remotes import manager_thread
 
@@ -139,7 +139,7 @@ def test_credentials_of_any_letters_are_taken(tmp_path: Path) -> None:
 def test_aws_credentials_that_cannot_be_read_are_told(make: Callable[[Path], None], file: Path) -> None:
     make(file)
     with pytest.raises(FailedPrecondition) as error:
-        in_s3("s3://bucket?endpoint=http://127.0.0.1:1", Settings(aws_credentials_file=file))
+        open_s3("s3://bucket?endpoint=http://127.0.0.1:1", Settings(aws_credentials_file=file))
     said(error, file)
 
 

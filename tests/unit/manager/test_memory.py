@@ -17,7 +17,7 @@ from gearworkers.errors import InvalidInput
 from gearworkers.manager.async_remote import Incoming, Store
 from gearworkers.manager.memory_budget import Room
 from gearworkers.remote import blob_stream, encoding
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
@@ -83,7 +83,7 @@ def received_bytes(server: Service) -> float:
     return figures(server)["gear_manager_received_bytes_total"]
 
 
-class Slow(Directory):
+class Slow(DirectoryStore):
     """A store that takes contents when it is let, and knows how many bytes it was given at once at most."""
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +136,7 @@ def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
 
 
 def test_a_content_too_large_for_one_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    store = Store(Remote(Directory(tmp_path)), 1 << 30)
+    store = Store(Remote(DirectoryStore(tmp_path)), 1 << 30)
     read = []
 
     def load(blob: Incoming) -> bytes:

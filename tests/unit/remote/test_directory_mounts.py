@@ -22,7 +22,7 @@ from gearworkers.lazyfs import fuse_protocol
 from gearworkers.lazyfs.fuse_connection import Connection, Waiter
 from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, Op, Request
 from gearworkers.mounts import overlay
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
@@ -48,7 +48,7 @@ def opened(settings: Settings) -> Iterator[Remote]:
 
 
 def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
-    once = Remote(Directory(Path(settings.remote)))
+    once = Remote(DirectoryStore(Path(settings.remote)))
     for ask in (
         lambda: once.put_many([(DIGEST, CONTENT)]),
         lambda: once.has([DIGEST]),
@@ -56,11 +56,11 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
         lambda: once.put_document("name", b""),
         lambda: once.document("name"),
     ):
-        with pytest.raises(Unavailable, match="not there: mount"):
+        with pytest.raises(Unavailable, match="does not exist: mount"):
             ask()
     found = remote_check(settings)
     assert not found.ok
-    assert "not there: mount" in found.found
+    assert "does not exist: mount" in found.found
     with opened(settings) as remote:
         assert not Path(settings.remote).exists()
         Path(settings.remote).mkdir()
@@ -91,7 +91,7 @@ def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there
         path.mkdir()
         with pytest.raises(Unavailable, match="held objects and is empty"):
             list(before.fetch(DIGEST))
-        another = Remote(Directory(path, settings.gear_remotes_path))
+        another = Remote(DirectoryStore(path, settings.gear_remotes_path))
         with pytest.raises(Unavailable, match="held objects and is empty"):
             another.put_many([(hashlib.sha256(b"new").digest(), b"new")])
         assert list(path.iterdir()) == []
