@@ -96,7 +96,6 @@ class Manager:
             Call("GET", "/v1/objects/{digest}", "pull_one", objects.pull_one, "read"),
             Call("GET", "/v1/blobs/{digest}", "pull_blob", objects.pull_blob, "read"),
             Call("POST", "/v1/pull", "pull", objects.pull, "read"),
-            Call("POST", "/v1/prefetch", "prefetch", objects.prefetch, "read"),
             Call("PUT", "/v1/objects/{digest}", "push_one", objects.push_one, "write"),
             Call("POST", "/v1/push", "push", objects.push, "write"),
             Call("GET", "/v1/documents/{name}", "get_document", documents.get, "read"),

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound
 from gearworkers.manager.memory_budget import Room
-from gearworkers.profiles import document
-from gearworkers.profiles.document import unpack
 from gearworkers.remote import encoding
 from gearworkers.remote.remote import Remote
 
@@ -24,7 +22,6 @@ _WINDOW_BYTES = 4 << 20
 _FIRST_WINDOW = 32
 _LEAST_WINDOW, _MOST_WINDOW = 4, 256
 _STEP_PIECES = 4
-_MOST_NAMED = 100_000
 ROOM_BYTES = 256 << 20
 """For contents that are being stored, and as much for large objects and layouts, which take longer."""
 _COPIES = 2
@@ -84,31 +81,6 @@ class Store:
         while part := await self.run(lambda: list(islice(pieces, _STEP_PIECES))):
             for piece in part:
                 yield piece
-
-    def named_by(self, document: str) -> list[bytes]:
-        """The blobs of a start-up profile in its order: objects, after a large one the chunks of its ranges. Blocks.
-
-        Raises:
-            NotFound: There is no such document.
-            InvalidInput: It is no profile.
-        """
-        data = self.remote.document(document)
-        if data is None:
-            raise NotFound(f"document {document} is not there")
-        try:
-            opened = unpack(data).objects
-        except IntegrityError as exc:
-            raise InvalidInput(f"document {document} is no profile: {exc}") from exc
-        found = (digest for one in opened for digest in self._blobs_of(one))
-        return list(dict.fromkeys(islice(found, _MOST_NAMED)))
-
-    def _blobs_of(self, opened: document.OpenedObject) -> Iterator[bytes]:
-        digest = bytes.fromhex(opened.digest)
-        yield digest
-        for chunk in (self.remote.layout(digest) or ()) if opened.ranges else ():
-            end = chunk.offset + chunk.size_bytes
-            if any(offset < end and chunk.offset < offset + length for offset, length in opened.ranges):
-                yield chunk.digest
 
     async def put_object(self, digest: bytes, fd: int, size_bytes: int) -> bool:
         """Store what the file *fd* holds, which was verified; whether it was new."""

@@ -1,10 +1,9 @@
-"""The calls for objects: query, push, pull, prefetch."""
+"""The calls for objects: query, push and pull."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 from aiohttp import web
@@ -17,8 +16,7 @@ from gearworkers.manager.metrics import Metrics
 from gearworkers.manager.pacing import Answer, Body
 from gearworkers.manager.uploads import receive_blobs, receive_whole, uploading
 from gearworkers.remote import blob_stream, encoding
-from gearworkers.remote.blobstore import DOCUMENT_NAME, MAX_NAME_CHARS
-from gearworkers.remote.manager_messages import Digests, Hex, Present
+from gearworkers.remote.manager_messages import Digests, Present
 
 MOST_JSON_BYTES = 2 << 20
 _OCTETS = "application/octet-stream"
@@ -31,13 +29,6 @@ class Stored(msgspec.Struct, frozen=True):
     """What a push has brought."""
 
     stored: int
-
-
-class Prefetch(msgspec.Struct, frozen=True):
-    """What is wanted before it is asked for: what a profile names, but the contents that are here."""
-
-    document: Annotated[str, msgspec.Meta(pattern=f"^{DOCUMENT_NAME.pattern}$", max_length=MAX_NAME_CHARS)]
-    skip: list[Hex] = []
 
 
 class ObjectCalls:
@@ -100,13 +91,6 @@ class ObjectCalls:
     async def pull(self, request: web.Request) -> web.StreamResponse:
         """Many in one stream."""
         return await self._send_blobs(request, await self._digests(request))
-
-    async def prefetch(self, request: web.Request) -> web.StreamResponse:
-        """What a profile names, in its order, in one stream."""
-        asked = msgspec.json.decode(await self._json(request), type=Prefetch)
-        named = await self._store.run(lambda: self._store.named_by(asked.document))
-        skipped = set(map(bytes.fromhex, asked.skip))
-        return await self._send_blobs(request, [digest for digest in named if digest not in skipped])
 
     async def push_one(self, request: web.Request) -> web.Response:
         """An object, verified while it comes."""

@@ -11,7 +11,7 @@ import msgspec
 
 from gearworkers.manager.documents import MOST_VERSION
 from gearworkers.manager.nodes import Joining, Node
-from gearworkers.manager.objects import Prefetch, Stored
+from gearworkers.manager.objects import Stored
 from gearworkers.remote import blob_stream
 from gearworkers.remote.blobstore import DOCUMENT_NAME, MAX_NAME_CHARS
 from gearworkers.remote.manager_messages import MAX_DIGESTS, VERSION_HEADER, Digests, Present, Problem
@@ -56,9 +56,7 @@ _FRAMES = (
 
 def document(*, tokens: bool = True) -> dict[str, Any]:
     """The OpenAPI document; *tokens* says whether they are asked for."""
-    schemas = msgspec.json.schema_components(
-        [Digests, Present, Problem, Prefetch, Stored, Joining, Node], ref_template=_REFS
-    )[1]
+    schemas = msgspec.json.schema_components([Digests, Present, Problem, Stored, Joining, Node], ref_template=_REFS)[1]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -148,16 +146,6 @@ def _blobs() -> _Paths:
                 f"Each is verified before it is stored; chunks go before their layout. {_WRITE} {_FRAMES}",
                 body=blob_stream.CONTENT_TYPE,
                 answers=Stored,
-            )
-        },
-        "/v1/prefetch": {
-            "post": _call(
-                "prefetch",
-                "The blobs that a start-up profile names, in its order, in one stream.",
-                [],
-                "After a large object's layout come the chunks that the profile says are read.",
-                body=Prefetch,
-                answers=blob_stream.CONTENT_TYPE,
             )
         },
     }

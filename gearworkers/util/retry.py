@@ -1,4 +1,4 @@
-"""The one policy for retries of NFS, remotes and registries: only retryable errors, with bounds in attempts and time."""
+"""The policy for retries of NFS, remotes and registries: only retryable errors, bounded in attempts and time."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 Every function raises OSError with errno, what was tried as its text and, where one is concerned, the path.
 For fsconfig and fsmount the text ends with what the kernel logged into the file system context.
 
-Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2), umount2(2), openat2(2),
+Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), umount2(2), openat2(2),
 renameat2(2), fanotify_init(2), fanotify_mark(2), syncfs(2), statfs(2), getdents64(2), quotactl(2).
-Numbers from 424 on are the same on all architectures.
+System call numbers from 424 on are the same on all architectures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ UMOUNT_NOFOLLOW = 8
 MOUNT_ATTR_RDONLY = 1
 MOST_OPTION_BYTES = 255
 
-_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
@@ -41,7 +40,6 @@ _FAN_OPEN = 0x20
 _FAN_OPEN_EXEC = 0x1000
 _FSMOUNT_CLOEXEC = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
-_OPEN_TREE_CLONE = 1
 _OPENAT2_RACES = 64
 """How often openat2 is tried again when a rename beside it makes it answer EAGAIN."""
 
@@ -56,8 +54,6 @@ class _Fsconfig(IntEnum):
 class Resolve(IntFlag):
     """RESOLVE_* of openat2(2): how a path may be walked."""
 
-    NO_XDEV = 0x01
-    NO_MAGICLINKS = 0x02
     NO_SYMLINKS = 0x04
     BENEATH = 0x08
     IN_ROOT = 0x10
@@ -66,7 +62,6 @@ class Resolve(IntFlag):
 class Rename(IntFlag):
     """Flags of renameat2(2)."""
 
-    PLAIN = 0
     NOREPLACE = 1
     EXCHANGE = 2
 
@@ -108,12 +103,6 @@ def move_mount(mount_fd: int, target: Path) -> None:
     """Attach an unattached mount at *target*."""
     path = os.fsencode(target)
     _syscall("move_mount", _SYS_MOVE_MOUNT, mount_fd, b"", AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH, path=path)
-
-
-def open_tree(path: Path) -> int:
-    """An unattached bind mount of *path*, as an O_PATH descriptor; closing it unmounts."""
-    raw = os.fsencode(path)
-    return _syscall("open_tree", _SYS_OPEN_TREE, AT_FDCWD, raw, _OPEN_TREE_CLONE | os.O_CLOEXEC, path=raw)
 
 
 def umount2(target: Path, flags: int = MNT_DETACH | UMOUNT_NOFOLLOW) -> None:

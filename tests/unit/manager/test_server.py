@@ -27,7 +27,6 @@ import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.manager.server import ManagerServer
-from gearworkers.profiles import document
 from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.manager import ManagerStore
@@ -158,38 +157,7 @@ def test_what_is_no_request_is_refused(server: Service) -> None:
     assert call(server, "DELETE", f"/v1/objects/{sha256(b'x')}")[0] == 405
 
 
-# -- documents, prefetch, nodes
-
-
-def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> None:
-    wanted = [push(server, b"first %d" % number) for number in range(50)]
-    opened = [document.OpenedObject(name, 10) for name in [*wanted, sha256(b"absent")]]
-    assert put_profile(server, "app:1", *opened) == 204
-    body = json.dumps({"document": "profiles/app:1", "skip": wanted[:10]}).encode()
-    status, _, stream = call(server, "POST", "/v1/prefetch", body)
-    assert status == 200
-    assert [digest.hex() for digest, _ in iter_frames(stream)] == wanted[10:]
-    assert call(server, "POST", "/v1/prefetch", b'{"document": "profiles/none"}')[0] == 404
-    assert call(server, "PUT", "/v1/documents/profiles/lie", b"nothing")[0] == 204
-    assert call(server, "POST", "/v1/prefetch", b'{"document": "profiles/lie"}')[0] == 400
-
-
-def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) -> None:
-    name = push(server, LARGE)
-    at, size = 1_000_000, 300_000
-    assert put_profile(server, "large:1", document.OpenedObject(name, len(LARGE), ((at, size),))) == 204
-    (first, layout), *chunks = iter_frames(call(server, "POST", "/v1/prefetch", b'{"document": "profiles/large:1"}')[2])
-    assert first.hex() == name
-    offsets = {chunk.digest: chunk.offset for chunk in encoding.decode_layout(first, layout)}
-    contents = {offsets[digest]: encoding.decode(digest, blob) for digest, blob in chunks}
-    begin = min(contents)
-    together = b"".join(content for _, content in sorted(contents.items()))
-    assert begin <= at < at + size <= begin + len(together) < at + size + (512 << 10)
-    assert together == LARGE[begin : begin + len(together)]
-
-
-def put_profile(server: Service, name: str, *opened: document.OpenedObject) -> int:
-    return call(server, "PUT", f"/v1/documents/profiles/{name}", document.pack(document.Profile(opened)))[0]
+# -- documents, nodes
 
 
 def test_a_document_has_versions(server: Service) -> None:
