@@ -14,7 +14,7 @@ from aiohttp import web
 from gearworkers.errors import GearError, InvalidInput, from_os_error
 from gearworkers.settings import Settings
 from gearworkers.util.net import parse_host_port
-from gearworkers.util.process import tell_ready
+from gearworkers.util.process import notify_ready
 from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 from gearworkers.workers.messages import Answer
 from plugin_gateway.dispatch.claims import Body
@@ -75,7 +75,7 @@ class Gateway:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             await self.start()
-            tell_ready(self._settings.notify_socket)
+            notify_ready(self._settings.notify_socket)
             await stop.wait()
         finally:
             await self.stop()

@@ -44,7 +44,7 @@ from gearworkers.remote.factory import open_nfs, open_remote, uses_nfs
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
 from gearworkers.util.locks import sole_process
-from gearworkers.util.process import tell_ready
+from gearworkers.util.process import notify_ready
 
 _log = structlog.get_logger(__name__)
 
@@ -124,7 +124,7 @@ class LazyServer:
             orders = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, orders))
             _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
-            tell_ready(self._settings.notify_socket)
+            notify_ready(self._settings.notify_socket)
             self._look_after(connection, keeper)
             if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)

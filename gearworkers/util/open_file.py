@@ -1,4 +1,4 @@
-"""An open object, or a part of one."""
+"""Open objects, whole or partial."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ ReadDone = Callable[[bytes | GearError], None]
 
 
 class File:
-    """An open file that closes when nobody refers to it."""
+    """An open file that is closed with its last reference."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
-        """Call *done* with the bytes, fewer only at the end, or with the error."""
+        """Call *done* with the bytes (fewer only at the end) or with the error."""
         try:
             data = os.pread(self.fd, size_bytes, offset)
         except OSError as exc:

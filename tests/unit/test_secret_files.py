@@ -13,9 +13,9 @@ import pytest
 import urllib3
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, Unavailable
+from gearworkers.http_service.tokens import Access
 from gearworkers.images.credentials import find_credentials
 from gearworkers.images.transport import make_transport
-from gearworkers.manager.tokens import Access
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.s3 import open_s3
 from gearworkers.settings import Settings
@@ -73,7 +73,7 @@ def test_a_manager_does_not_start_with_it(make: Callable[[Path], None], file: Pa
     make(file)
     for settings in (Settings(manager_write_tokens_file=file), Settings(manager_read_tokens_file=file)):
         with pytest.raises(FailedPrecondition) as error:
-            Access(settings)
+            Access(write_tokens=settings.manager_write_tokens_file, read_tokens=settings.manager_read_tokens_file)
         said(error, file)
 
 
@@ -82,7 +82,7 @@ def test_a_manager_says_it_in_one_line(file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     environ = {"GEAR_ROOT": str(tmp_path), "GEAR_MANAGER_WRITE_TOKENS_FILE": str(file)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2 and re.fullmatch(rf"gear: {file}: line 1 is no token.*\n", done.stderr), done.stderr
+    assert done.returncode == 2 and re.fullmatch(rf"gear: {file}: line 1 is not a token.*\n", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)
@@ -90,7 +90,7 @@ def test_a_manager_whose_file_becomes_one_lets_nobody_in_until_it_is_right(
     make: Callable[[Path], None], file: Path, tmp_path: Path
 ) -> None:
     file.write_text("# ünïcödé in a comment is none of its business\ntoken\n")
-    access = Access(Settings(manager_write_tokens_file=file))
+    access = Access(write_tokens=file, read_tokens=None)
     assert access.may_write("Bearer token")
     file.unlink()
     make(file)

@@ -27,7 +27,7 @@ from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK
 from gearworkers.tar.private_marker import MARK
 from gearworkers.tar.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.tar.writer import END, header, padding
-from gearworkers.util.fs import LONGEST_PATH_BYTES, opened_directory
+from gearworkers.util.fs import MAX_PATH_BYTES, opened_directory
 
 PIECE_BYTES = 1 << 20
 """How much of a large file is read at once, and at most gathered before it is written."""
@@ -162,7 +162,7 @@ class _DiffWriter:
 
     def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
         """Write what stands at *name* in the directory; left out if a tar cannot hold it or it is gone by now."""
-        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK) or len(path) > LONGEST_PATH_BYTES:
+        if b"/" + PREFIX in b"/" + path or (self._is_marked and path == MARK) or len(path) > MAX_PATH_BYTES:
             return
         kind = _TYPES.get(stat.S_IFMT(status.st_mode))
         if kind is None:
@@ -185,7 +185,7 @@ class _DiffWriter:
 
     def add_marker(self, path: bytes) -> None:
         """Write a whiteout or an opaque mark: an empty file."""
-        if len(path) <= LONGEST_PATH_BYTES + len(PREFIX):
+        if len(path) <= MAX_PATH_BYTES + len(PREFIX):
             self._put(header(TarEntry(path, REG, mode=_MARKER_MODE)))
 
     def finish(self) -> None:

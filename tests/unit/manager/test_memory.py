@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.manager.async_remote import Incoming, Store
-from gearworkers.manager.memory_budget import Room
+from gearworkers.manager.async_remote import AsyncRemote, ReceivedBlob
+from gearworkers.manager.memory_budget import MemoryBudget
 from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
@@ -106,10 +106,10 @@ class Slow(DirectoryStore):
 def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
     """Twenty pushes of a MiB each, two of which have room, into a store that is slow."""
     slow = Slow(tmp_path)
-    store = Store(Remote(slow), 1 << 30, room_bytes=4 * MIB + 100)
+    store = AsyncRemote(Remote(slow), 1 << 30, budget_bytes=4 * MIB + 100)
     loaded = 0
 
-    def load(blob: Incoming) -> bytes:
+    def load(blob: ReceivedBlob) -> bytes:
         nonlocal loaded
         loaded += blob.size_bytes > 1
         return contents[blob.digest][: blob.size_bytes]
@@ -118,7 +118,7 @@ def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
 
     async def push_all() -> list[int]:
         pushes = [
-            asyncio.ensure_future(store.put_blobs([Incoming(digest, 0, len(blob))], load))
+            asyncio.ensure_future(store.put_blobs([ReceivedBlob(digest, 0, len(blob))], load))
             for digest, blob in contents.items()
         ]
         while slow.given_bytes < 2 * MIB:
@@ -136,25 +136,25 @@ def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
 
 
 def test_a_content_too_large_for_one_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    store = Store(Remote(DirectoryStore(tmp_path)), 1 << 30)
+    store = AsyncRemote(Remote(DirectoryStore(tmp_path)), 1 << 30)
     read = []
 
-    def load(blob: Incoming) -> bytes:
+    def load(blob: ReceivedBlob) -> bytes:
         read.append(blob.size_bytes)
         return b"R"
 
     with pytest.raises(InvalidInput, match="needs a layout"):
-        asyncio.run(store.put_blobs([Incoming(bytes(32), 0, 75 * MIB)], load))
+        asyncio.run(store.put_blobs([ReceivedBlob(bytes(32), 0, 75 * MIB)], load))
     assert read == [1]
     store.close()
 
 
 def test_room_goes_by_turns_and_what_needs_more_than_there_is_gets_all() -> None:
     async def take() -> list[str]:
-        room, told, end = Room(10), list[str](), asyncio.Event()
+        budget, told, end = MemoryBudget(10), list[str](), asyncio.Event()
 
         async def taker(name: str, size_bytes: int) -> None:
-            async with room.taken(size_bytes):
+            async with budget.reserved(size_bytes):
                 told.append(name)
                 await end.wait()
             told.append(f"{name} ended")
@@ -169,7 +169,7 @@ def test_room_goes_by_turns_and_what_needs_more_than_there_is_gets_all() -> None
         assert told == ["a", "b"], "one that waits no longer holds up nobody"
         end.set()
         await asyncio.gather(*tasks, return_exceptions=True)
-        async with room.taken(1000):
+        async with budget.reserved(1000):
             pass
         return told
 

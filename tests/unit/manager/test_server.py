@@ -189,7 +189,7 @@ def test_every_call_is_in_the_openapi_document(server: Service, tmp_path: Path) 
     assert isinstance(told, dict)
     documented = {(method.upper(), path) for path, calls in told["paths"].items() for method in calls}
     settings = replace(Settings(), gear_root=tmp_path, manager_listen="127.0.0.1:0")
-    served = {(call.method, call.path) for call in ManagerServer(settings).manager.calls()}
+    served = {(call.method, call.path) for call in ManagerServer(settings).api.routes()}
     assert documented == served
     page = call(server, "GET", "/")[2].decode()
     assert all(path.replace("{", "{") in page for _, path in served)

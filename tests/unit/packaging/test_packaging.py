@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.manager.server import FINISHING_S
+from gearworkers.http_service.limits import SHUTDOWN_S
 from gearworkers.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -73,7 +73,7 @@ def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
 def test_the_managers_unit_gives_it_time_to_finish() -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / "gear-manager.service").read_text()
     (seconds,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("TimeoutStopSec=")]
-    assert int(seconds) > FINISHING_S
+    assert int(seconds) > SHUTDOWN_S
     assert "ExecStart=/opt/gearworkers/.venv/bin/gear manager\n" in unit
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import NotFound
-from gearworkers.util.process import tell_ready
+from gearworkers.util.process import notify_ready
 from tests.support.processes import PATIENCE_S
 
 
@@ -30,17 +30,17 @@ def told_at(address: str | bytes) -> Iterator[socket.socket]:
 def test_systemd_is_told_where_it_waits(tmp_path: Path, is_abstract: bool) -> None:
     path = str(tmp_path / "notify")
     with told_at(b"\0" + path.encode() if is_abstract else path) as line:
-        tell_ready("@" + path if is_abstract else path)
+        notify_ready("@" + path if is_abstract else path)
         assert line.recv(100) == b"READY=1"
 
 
 def test_nobody_is_told_where_nobody_waits() -> None:
-    tell_ready("")
+    notify_ready("")
 
 
 def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"tell systemd at .*/none"):
-        tell_ready(str(tmp_path / "none"))
+    with pytest.raises(NotFound, match=r"notify systemd at .*/none"):
+        notify_ready(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
