@@ -17,7 +17,7 @@ from gearworkers.images.convert import LayerJob, convert_layer
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from tests.support import rootfs
 from tests.support.registry import Registry
 
@@ -74,7 +74,7 @@ def _figure(work: str, ours: list[float], peer: list[float], goal: float | None)
 
 def _settings(directory: Path) -> Settings:
     (directory / "remote").mkdir(parents=True)
-    return Settings(gear_root=directory / "gear", remote=str(directory / "remote"))
+    return Settings(gear_root=directory / "gear", remote=RemoteSettings(url=str(directory / "remote")))
 
 
 def _pushed(disk: Path, registry: Registry, tar: Path) -> LayerJob:
@@ -87,14 +87,14 @@ def _pushed(disk: Path, registry: Registry, tar: Path) -> LayerJob:
     source = f"{registry.host}/source:v1"
     with (disk / digest).open("rb") as file:
         size_bytes = (disk / digest).stat().st_size
-        Repository.of(Settings(), Reference.parse(source)).put_blob(digest, file, size_bytes)
+        Repository.of(RegistrySettings(), Reference.parse(source)).put_blob(digest, file, size_bytes)
         _push_image(source, digest, size_bytes, diff_id)
     return LayerJob(source, f"{registry.host}/gear:v1", digest, size_bytes, diff_id, again=True)
 
 
 def _push_image(source: str, digest: str, size_bytes: int, diff_id: str) -> None:
     """So that the source names an image."""
-    repository = Repository.of(Settings(), Reference.parse(source))
+    repository = Repository.of(RegistrySettings(), Reference.parse(source))
     config = m.encode({"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [diff_id]}})
     with open(os.memfd_create("config"), "w+b") as file:
         file.write(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk, nothing_arrives
 from gearworkers.images.convert import plan_conversion
 from gearworkers.images.convert_local import convert_here
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from tests.support import rootfs
 from tests.support.images import Image, tar_of
 from tests.support.processes import wait_until
@@ -123,9 +123,11 @@ def _provided(side: Side, disk: Path, image: Image) -> str:
     registry = Registry(disk / "registry")
     registry.start()
     try:
-        settings = replace(Settings(), remote=str(remote))
+        settings = replace(Settings(), remote=RemoteSettings(url=str(remote)))
         target = f"{registry.host}/reread:gear"
-        convert_here(settings, plan_conversion(settings, f"docker-archive:{archive}", target), 2, lambda *_: None)
+        convert_here(
+            settings, plan_conversion(settings.registry, f"docker-archive:{archive}", target), 2, lambda *_: None
+        )
         side.dockerd.docker("pull", target)
     finally:
         registry.stop()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from tests.support.appimages import convert, push
 from tests.support.processes import Daemon, wait_until
 from tests.support.registry import Registry
@@ -49,7 +49,10 @@ class Held:
     def add(self, names: Sequence[str], *, originals: bool = True, converted: bool = True) -> None:
         """Push images NAME:VERSION as they are, and as gear/NAME:VERSION converted."""
         self.objects.mkdir(parents=True, exist_ok=True)
-        settings = Settings(remote=str(self.objects), docker_config=self.directory / "docker")
+        settings = Settings(
+            remote=RemoteSettings(url=str(self.objects)),
+            registry=RegistrySettings(docker_config=self.directory / "docker"),
+        )
         server = Registry(self.registry, _REGISTRY_PORT)
         server.start()
         try:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -75,8 +75,90 @@ def _home() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """The settings of a node; immutable.
+class RemoteSettings:
+    """The remote, and how to reach it."""
+
+    url: str = setting(
+        "GEAR_REMOTE", "", "Store that all nodes share: a directory, s3://BUCKET/PREFIX or a manager's URL."
+    )
+    token: str = setting(
+        "GEAR_REMOTE_TOKEN", "", "Bearer token for the manager; GEAR_REMOTE_TOKEN_FILE takes precedence."
+    )
+    token_file: Path | None = setting(
+        "GEAR_REMOTE_TOKEN_FILE", None, "File with the bearer token for the manager; read for each request."
+    )
+    ca_file: Path | None = setting(
+        "GEAR_REMOTE_CA_FILE", None, "CA of the manager's certificate.", default_text="the system's CAs"
+    )
+    timeout_s: Seconds = setting(
+        "GEAR_REMOTE_TIMEOUT_S", 60.0, "Seconds within which the remote must answer a call, all attempts together."
+    )
+    fetch_threads: Count = setting("GEAR_FETCH_THREADS", 32, "Requests to the remote at the same time.")
+    aws_credentials_file: Path = setting(
+        "AWS_SHARED_CREDENTIALS_FILE",
+        lambda: _home() / ".aws" / "credentials",
+        "Credentials for S3.",
+        default_text="~/.aws/credentials",
+    )
+    aws_profile: str = setting("AWS_PROFILE", "default", "Profile in the file of S3 credentials.")
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySettings:
+    """The way to registries."""
+
+    docker_config: Path = setting(
+        "DOCKER_CONFIG",
+        lambda: _home() / ".docker",
+        "Directory of config.json, which holds the credentials for registries.",
+        default_text="~/.docker",
+    )
+    https_proxy: str = setting("HTTPS_PROXY", "", "URL of the proxy for registries.", fallback="https_proxy")
+    no_proxy: str = setting(
+        "NO_PROXY", "", "Hosts and domains to reach without the proxy, separated by commas.", fallback="no_proxy"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerSettings:
+    """The server that `gear manager` runs."""
+
+    listen: str = setting("GEAR_MANAGER_LISTEN", "127.0.0.1:2019", "HOST:PORT on which the manager listens.")
+    store: str = setting(
+        "GEAR_MANAGER_STORE",
+        "",
+        "Store of the manager: an existing directory or s3://BUCKET/PREFIX.",
+        default_text="manager/ in GEAR_ROOT",
+    )
+    read_tokens_file: Path | None = setting(
+        "GEAR_MANAGER_READ_TOKENS_FILE", None, "File of bearer tokens that may only read, one a line."
+    )
+    write_tokens_file: Path | None = setting(
+        "GEAR_MANAGER_WRITE_TOKENS_FILE", None, "File of bearer tokens that may read and write, one a line."
+    )
+    tls_cert_file: Path | None = setting(
+        "GEAR_MANAGER_TLS_CERT_FILE", None, "Certificate chain of the manager, for TLS."
+    )
+    tls_key_file: Path | None = setting("GEAR_MANAGER_TLS_KEY_FILE", None, "Key of the manager's certificate.")
+    most_object_bytes: Bytes = setting(
+        "GEAR_MANAGER_MOST_OBJECT_BYTES", 64 << 30, "Size of the largest object that the manager accepts."
+    )
+    client_timeout_s: Seconds = setting(
+        "GEAR_MANAGER_CLIENT_TIMEOUT_S", 30.0, "Seconds without a byte sent or taken after which a client is dropped."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """What the process logs, and how."""
+
+    level: LogLevel = setting("GEAR_LOG_LEVEL", "info", "debug, info, warning or error.")
+    format: LogFormat = setting("GEAR_LOG_FORMAT", "console", "console for people, json for programs.")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """A node: its directories, sockets, queues and lazy files.
 
     The `gear_*_path` names are the Gear driver's own (GearPublicCachePath, GearImagesPath, …).
     """
@@ -119,73 +201,6 @@ class Settings:
     notify_socket: str = setting(
         "NOTIFY_SOCKET", "", "Socket on which systemd waits until the process is ready; systemd sets it."
     )
-    remote: str = setting(
-        "GEAR_REMOTE", "", "Store that all nodes share: a directory, s3://BUCKET/PREFIX or a manager's URL."
-    )
-    remote_token: str = setting(
-        "GEAR_REMOTE_TOKEN", "", "Bearer token for the manager; GEAR_REMOTE_TOKEN_FILE takes precedence."
-    )
-    remote_token_file: Path | None = setting(
-        "GEAR_REMOTE_TOKEN_FILE", None, "File with the bearer token for the manager; read for each request."
-    )
-    remote_ca_file: Path | None = setting(
-        "GEAR_REMOTE_CA_FILE", None, "CA of the manager's certificate.", default_text="the system's CAs"
-    )
-    remote_timeout_s: Seconds = setting(
-        "GEAR_REMOTE_TIMEOUT_S", 60.0, "Seconds within which the remote must answer a call, all attempts together."
-    )
-    fetch_threads: Count = setting("GEAR_FETCH_THREADS", 32, "Requests to the remote at the same time.")
-    aws_credentials_file: Path = setting(
-        "AWS_SHARED_CREDENTIALS_FILE",
-        lambda: _home() / ".aws" / "credentials",
-        "Credentials for S3.",
-        default_text="~/.aws/credentials",
-    )
-    aws_profile: str = setting("AWS_PROFILE", "default", "Profile in the file of S3 credentials.")
-    docker_config: Path = setting(
-        "DOCKER_CONFIG",
-        lambda: _home() / ".docker",
-        "Directory of config.json, which holds the credentials for registries.",
-        default_text="~/.docker",
-    )
-    https_proxy: str = setting("HTTPS_PROXY", "", "URL of the proxy for registries.", fallback="https_proxy")
-    no_proxy: str = setting(
-        "NO_PROXY", "", "Hosts and domains to reach without the proxy, separated by commas.", fallback="no_proxy"
-    )
-    manager_listen: str = setting("GEAR_MANAGER_LISTEN", "127.0.0.1:2019", "HOST:PORT on which the manager listens.")
-    manager_store: str = setting(
-        "GEAR_MANAGER_STORE",
-        "",
-        "Store of the manager: an existing directory or s3://BUCKET/PREFIX.",
-        default_text="manager/ in GEAR_ROOT",
-    )
-    manager_read_tokens_file: Path | None = setting(
-        "GEAR_MANAGER_READ_TOKENS_FILE", None, "File of bearer tokens that may only read, one a line."
-    )
-    manager_write_tokens_file: Path | None = setting(
-        "GEAR_MANAGER_WRITE_TOKENS_FILE", None, "File of bearer tokens that may read and write, one a line."
-    )
-    manager_tls_cert_file: Path | None = setting(
-        "GEAR_MANAGER_TLS_CERT_FILE", None, "Certificate chain of the manager, for TLS."
-    )
-    manager_tls_key_file: Path | None = setting("GEAR_MANAGER_TLS_KEY_FILE", None, "Key of the manager's certificate.")
-    manager_most_object_bytes: Bytes = setting(
-        "GEAR_MANAGER_MOST_OBJECT_BYTES", 64 << 30, "Size of the largest object that the manager accepts."
-    )
-    manager_client_timeout_s: Seconds = setting(
-        "GEAR_MANAGER_CLIENT_TIMEOUT_S", 30.0, "Seconds without a byte sent or taken after which a client is dropped."
-    )
-    log_level: LogLevel = setting("GEAR_LOG_LEVEL", "info", "debug, info, warning or error.")
-    log_format: LogFormat = setting("GEAR_LOG_FORMAT", "console", "console for people, json for programs.")
-
-    @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read every setting; an empty variable counts as unset.
-
-        Raises:
-            InvalidInput: A path is not absolute, a number is out of range, or a word is unknown.
-        """
-        return _read(cls, environ)
 
     @property
     def gear_public_cache_path(self) -> Path:
@@ -278,11 +293,6 @@ class Settings:
         return self.run_dir / "streams.sock"
 
     @property
-    def effective_manager_store(self) -> str:
-        """manager_store, or a directory in gear_root."""
-        return self.manager_store or str(self.gear_root / "manager")
-
-    @property
     def effective_metrics_listen(self) -> str:
         """metrics_listen, or the socket in run_dir."""
         return self.metrics_listen or str(self.run_dir / "metrics.sock")
@@ -293,13 +303,49 @@ class Settings:
         return self.broker_url or f"redis+socket://{self.run_dir}/redis.sock?virtual_host=0"
 
 
+@dataclass(frozen=True, slots=True)
+class Settings(NodeSettings):
+    """All settings of a process: the node's, and one group each for its other parts.
+
+    Functions take the group that they need; Settings is a NodeSettings, so it can be passed where the node's suffice.
+    """
+
+    remote: RemoteSettings = field(default_factory=RemoteSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    manager: ManagerSettings = field(default_factory=ManagerSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read every setting; an empty variable counts as unset.
+
+        Raises:
+            InvalidInput: A path is not absolute, a number is out of range, or a word is unknown.
+        """
+        return _read(cls, environ)
+
+    @property
+    def effective_manager_store(self) -> str:
+        """manager.store, or a directory in gear_root."""
+        return self.manager.store or str(self.gear_root / "manager")
+
+
 def documented() -> list[DocumentedSetting]:
     """List every setting in the order of its declaration.
 
     ``[DocumentedSetting(name="GEAR_STREAM_IDLE_S", default="900", unit="s", help="Seconds without …"), …]``
     """
-    hints = get_type_hints(Settings, include_extras=True)
-    return [_document(one, hints[one.name]) for one in fields(Settings)]
+    return [_document(one, hint) for one, hint in _settings_in(Settings)]
+
+
+def _settings_in(group: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+    """Yield each setting of *group*, and of the groups inside it, with its type."""
+    hints = get_type_hints(group, include_extras=True)
+    for one in fields(group):
+        if is_dataclass(hints[one.name]):
+            yield from _settings_in(hints[one.name])
+        else:
+            yield one, hints[one.name]
 
 
 def _document(one: Field[Any], hint: Any) -> DocumentedSetting:
@@ -312,10 +358,13 @@ def _document(one: Field[Any], hint: Any) -> DocumentedSetting:
 
 
 def _read(group: type[T], environ: Mapping[str, str]) -> T:
-    """Make a *group* of settings from the variables that are set."""
+    """Make a *group* of settings, and the groups inside it, from the variables that are set."""
     hints = get_type_hints(group, include_extras=True)
     values = {}
     for one in fields(group):  # type: ignore[arg-type]
+        if is_dataclass(hints[one.name]):
+            values[one.name] = _read(hints[one.name], environ)
+            continue
         declared: _Declared = one.metadata["declared"]
         text = environ.get(declared.name) or environ.get(declared.fallback or "")
         if text:

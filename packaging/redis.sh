@@ -1,6 +1,6 @@
 #!/bin/sh
-# Redis for one GEAR_ROOT, on a socket in GEAR_RUN_DIR. A second one of either is refused before it touches anything:
-# Redis itself would take over socket and AOF of the one that runs. The locks are redis-server's, and end with it.
+# Run Redis for one GEAR_ROOT, on a socket in GEAR_RUN_DIR. A second Redis of the same directory is refused before it
+# touches anything: it would take over the socket and the AOF of the first. redis-server inherits the locks.
 set -eu
 
 hold() {

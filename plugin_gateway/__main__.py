@@ -14,23 +14,25 @@ import uvloop
 from gearworkers.errors import GearError
 from gearworkers.settings import LOG_LEVELS, Settings
 from gearworkers.util.log import configure_logging
+from plugin_gateway.dispatch.dispatcher import Dispatcher
 from plugin_gateway.gateway import Gateway
 from plugin_gateway.graphdriver.driver import GearDriver
+from plugin_gateway.metrics import GatewayMetrics
 
-_HELP = """Answers Docker's graphdriver plugin calls on a Unix socket.
-Set by the environment: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE and what reaches it,
+_HELP = """Answer Docker's graphdriver plugin calls on a Unix socket.
+Environment variables: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE and its credentials,
 GEAR_NODE, GEAR_METRICS_LISTEN, GEAR_STREAM_IDLE_S, GEAR_PROFILE_WINDOW_S, GEAR_XINO, GEAR_LOG_LEVEL, GEAR_LOG_FORMAT
-(console or json); the README has all."""
+(console or json). The documentation lists all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM; exit status 1 with one line on stderr if it cannot."""
+    """Run until SIGTERM; return the exit status, 1 with one line on stderr after an error."""
     options = _parser().parse_args(arguments)
     try:
         settings = Settings.from_environ()
         if options.log_level:
-            settings = replace(settings, log_level=options.log_level)
-        configure_logging(settings)
+            settings = replace(settings, log=replace(settings.log, level=options.log_level))
+        configure_logging(settings.log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings))
     except GearError as exc:
@@ -40,14 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    await Gateway(settings, GearDriver(settings, exclusive=True)).serve()
+    metrics = GatewayMetrics()
+    driver = GearDriver(settings, exclusive=True)
+    await Gateway(settings, driver, metrics, Dispatcher(settings, metrics)).serve()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "plugin_gateway", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--log-level", choices=LOG_LEVELS, help="instead of GEAR_LOG_LEVEL")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="Log level, instead of GEAR_LOG_LEVEL.")
     parser.add_argument("--version", action="version", version=f"gearworkers {_version()}")
     return parser
 

@@ -1,4 +1,4 @@
-"""Unix sockets that the gateway listens on."""
+"""The Unix sockets on which the gateway listens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from gearworkers.errors import FailedPrecondition, from_os_error
 
 BACKLOG = 4096
-"""dockerd starts some hundred containers at once after a boot, and takes a full backlog (EAGAIN) for an error."""
+"""After a boot dockerd starts hundreds of containers at once, and it treats a full backlog (EAGAIN) as an error."""
 
 
 def listen(path: Path) -> socket.socket:
-    """A non-blocking listening socket at *path*, for root alone; its directory is made.
+    """Return a non-blocking socket that listens at *path*, for root alone; make its directory.
 
-    A socket that nobody listens on, as a crash leaves it, is replaced.
+    A socket file on which no process listens is the leftover of a crash, and is replaced.
 
     Raises:
-        FailedPrecondition: Somebody listens there.
+        FailedPrecondition: Another process listens there.
         GearError: The kernel refuses.
     """
     try:
@@ -39,7 +39,7 @@ def _is_live(path: Path) -> bool:
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         except BlockingIOError:
-            return True  # who listens there does not accept; a connect that blocks would wait for it
+            return True  # the listener does not accept, so a blocking connect would hang
         return True
 
 

@@ -46,7 +46,7 @@ def convert_image(
         GearError: What kept it from being done. What is done stays done.
     """
     open_remote(settings).close()  # without a remote nothing is begun
-    plan = plan_conversion(settings, source, target, platform, all_platforms=all_platforms, again=again)
+    plan = plan_conversion(settings.registry, source, target, platform, all_platforms=all_platforms, again=again)
     with _watcher(plan) as watcher:
         if local or is_local(source):
             report = convert_here(settings, plan, processes, watcher.told)

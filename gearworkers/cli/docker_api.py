@@ -15,7 +15,7 @@ import msgspec
 
 from gearworkers.errors import FailedPrecondition, InvalidInput, Unavailable
 from gearworkers.images.manifest import RunConfig
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 30.0
@@ -47,7 +47,7 @@ class LocalImage(msgspec.Struct, frozen=True):
     """The driver's id of the topmost layer; empty if it has none."""
 
 
-def local_image(settings: Settings, name: str) -> LocalImage | None:
+def local_image(settings: NodeSettings, name: str) -> LocalImage | None:
     """The image that dockerd knows by *name*, a reference or an id; None if it has none.
 
     Raises:
@@ -62,13 +62,13 @@ def local_image(settings: Settings, name: str) -> LocalImage | None:
     return LocalImage(found.id, is_gear, _top_layer(settings, found, name))
 
 
-def image_layer(settings: Settings, name: str) -> str | None:
+def image_layer(settings: NodeSettings, name: str) -> str | None:
     """The driver's id of the topmost layer of the image, empty if it has none; else as `local_image`."""
     image = local_image(settings, name)
     return None if image is None else image.top_layer
 
 
-def container_layer(settings: Settings, name: str) -> str | None:
+def container_layer(settings: NodeSettings, name: str) -> str | None:
     """The driver's id of the layer of the container that dockerd knows by *name* or id; None if it has none.
 
     Raises:
@@ -78,7 +78,7 @@ def container_layer(settings: Settings, name: str) -> str | None:
     return None if found is None else _top_layer(settings, found, name)
 
 
-def container_names(settings: Settings) -> dict[str, str]:
+def container_names(settings: NodeSettings) -> dict[str, str]:
     """The names of all containers that run on this node's GEAR_ROOT, by the driver's ids of their layers.
 
     Raises:
@@ -97,7 +97,7 @@ def container_names(settings: Settings) -> dict[str, str]:
     return names
 
 
-def _inspected(settings: Settings, kind: str, name: str) -> _Inspected | None:
+def _inspected(settings: NodeSettings, kind: str, name: str) -> _Inspected | None:
     status, body = _get(settings.docker_host, f"/{kind}/{quote(name, safe='/:@')}/json")
     if status == http.HTTPStatus.NOT_FOUND:
         return None
@@ -109,7 +109,7 @@ def _inspected(settings: Settings, kind: str, name: str) -> _Inspected | None:
         raise Unavailable(f"{settings.docker_host} is no dockerd: {exc}") from exc
 
 
-def _top_layer(settings: Settings, found: _Inspected, name: str) -> str:
+def _top_layer(settings: NodeSettings, found: _Inspected, name: str) -> str:
     """``UpperDir`` is a directory of the layer's own."""
     upper = (found.driver.data or {}).get("UpperDir")
     if not upper:

@@ -138,10 +138,10 @@ def _lazy_files(settings: Settings) -> Check:
 def remote_check(settings: Settings) -> Check:
     """Whether the remote answers this node."""
     name = "Remote"
-    if not settings.remote:
+    if not settings.remote.url:
         return Check(name, True, False, "none is set: new objects stay on this node, Gear images cannot be used")
     try:
-        remote = open_remote(replace(settings, remote_timeout_s=_REMOTE_TIMEOUT_S))
+        remote = open_remote(replace(settings, remote=replace(settings.remote, timeout_s=_REMOTE_TIMEOUT_S)))
         try:
             remote.has([bytes(DIGEST_BYTES)])
             remote.document("doctor")  # a listing: it alone tells a bucket that is not there from one that is empty
@@ -149,7 +149,7 @@ def remote_check(settings: Settings) -> Check:
             remote.close()
     except GearError as exc:
         return Check(name, False, False, str(exc), "new objects wait in the spool until then")
-    return Check(name, True, False, f"{settings.remote.partition('?')[0]} answers")
+    return Check(name, True, False, f"{settings.remote.url.partition('?')[0]} answers")
 
 
 def _docker() -> list[Check]:

@@ -104,7 +104,7 @@ def _inspect_local(node: Node, name: str, image: LocalImage) -> Iterable[tuple[s
 
 
 def _inspect_remote(node: Node, name: str) -> Iterable[tuple[str, str]]:
-    source = open_source(node.settings, name)
+    source = open_source(node.settings.registry, name)
     data, media_type = source.root()
     if media_type in m.INDEXES:
         (ours,) = images_for(source, data, m.Platform.here(), name)

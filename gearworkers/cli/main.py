@@ -171,10 +171,10 @@ def unpin(image: Annotated[str, typer.Argument(help="As it was pinned, or its id
 @app.command()
 def lazyfs() -> None:
     """Serve the files of images that have not arrived; runs until SIGTERM."""
-    from gearworkers.lazyfs.server import serve, sources_of  # of use to no other command
+    from gearworkers.lazyfs.server import open_sources, serve  # of use to no other command
 
     settings = command_settings()
-    serve(settings, sources_of(settings))
+    serve(settings, open_sources(settings))
 
 
 @app.command()

@@ -25,7 +25,8 @@ from gearworkers.layers.diff.replay import replay
 from gearworkers.layers.diff.size import changed_size, tree_size
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.probe import IndexMountMode
-from gearworkers.layers.store import MERGED, LayerKind, LayerStore, image_layer, new_layer
+from gearworkers.layers.record import LayerKind, image_layer, new_layer
+from gearworkers.layers.store import MERGED, LayerStore
 from gearworkers.layers.usage import UsageMeter
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.mounts.probe import backing_fs_name
@@ -144,12 +145,13 @@ class Engine:
 
         The engine counts no users: one `unmount` undoes any number of mounts.
         """
-        return self.mounts.mount(id, mount_label, volatile=volatile, may_wait=may_wait)
+        return self.mounts.mount(self.layers.get(id), mount_label, volatile=volatile, may_wait=may_wait)
 
     @layer_call
     def unmount(self, id: str) -> None:
         """Unmount the layer; does nothing if it is not mounted or there is none."""
-        self.mounts.unmount(id)
+        with self.mounts.unmounted(id):
+            pass
 
     @layer_call
     def apply_diff(self, id: str, parent: str, source: Readable) -> int:
@@ -308,4 +310,4 @@ class Engine:
             remote.close()
 
     def _push_queue(self) -> PushQueue | None:
-        return self.push_queue if self.settings.remote else None
+        return self.push_queue if self.settings.remote.url else None

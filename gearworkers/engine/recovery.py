@@ -8,16 +8,16 @@ from gearworkers.cas.collector import GarbageCollector, GarbageReport, publishin
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import from_os_error
-from gearworkers.layers.incomplete import verify_unsynced_objects
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
-from gearworkers.settings import Settings
+from gearworkers.layers.unsynced import verify_unsynced_objects
+from gearworkers.settings import NodeSettings
 
 _BOOT_FILE = "boot_id"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def prepare_root(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
+def prepare_root(settings: NodeSettings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
     """Make missing directories and repair the leftovers of a crash or power cut; no import may run meanwhile.
 
     Raises:
@@ -37,7 +37,7 @@ def prepare_root(settings: Settings, objects: ObjectStore, layers: LayerStore, p
         raise from_os_error(exc, f"prepare {settings.gear_root}") from exc
 
 
-def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
+def collect_garbage(settings: NodeSettings, objects: ObjectStore) -> GarbageReport:
     """Remove unreferenced objects, and pending pushes of objects that were never stored; safe beside imports.
 
     Layers and pins hold references.
@@ -60,7 +60,7 @@ def collect_garbage(settings: Settings, objects: ObjectStore) -> GarbageReport:
         raise from_os_error(exc, f"collect garbage in {settings.gear_root}") from exc
 
 
-def _remove_unsynced(settings: Settings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
+def _remove_unsynced(settings: NodeSettings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
     """After a reboot remove the objects that may lack their bytes since a power cut.
 
     Publishing a layer syncs its objects first. So only two kinds of objects can lack bytes: those that no published

@@ -12,10 +12,11 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, IntegrityError
 from gearworkers.layers import apply_once
 from gearworkers.layers.apply import PRIVATE_FILE, STREAM_FILE
-from gearworkers.layers.index.erofs import check_image
+from gearworkers.layers.index.erofs_label import verify_index
 from gearworkers.layers.index.inode_numbers import INDEX_FILE
-from gearworkers.layers.index.renumber import has_numbers
-from gearworkers.layers.store import Layer, LayerKind, LayerStore
+from gearworkers.layers.index.renumber import has_own_inode_numbers
+from gearworkers.layers.record import Layer, LayerKind
+from gearworkers.layers.store import LayerStore
 from gearworkers.tar.tar_split import TarSplitReader
 
 
@@ -87,8 +88,8 @@ def _image_faults(
 
 def _check_index(index: Path, layer: Layer) -> None:
     """Compare an index with its digest, which one of an older gearworkers does not hold itself."""
-    if has_numbers(index) or not layer.index_digest:
-        check_image(index)
+    if has_own_inode_numbers(index) or not layer.index_digest:
+        verify_index(index)
         return
     with open(index, "rb") as file:
         if hashlib.file_digest(file, "sha256").digest() != layer.index_digest:

@@ -19,7 +19,7 @@ from gearworkers.fsck.objects import damaged_objects
 from gearworkers.layers.incomplete import layers_referring_to, mark_incomplete
 from gearworkers.layers.store import LayerStore
 from gearworkers.remote.push import damaged_entries
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.util.fs import opened_directory
 
 Marked = Callable[[str], object]
@@ -29,7 +29,7 @@ Marked = Callable[[str], object]
 class StoreChecker:
     """Looks at all of one node's store."""
 
-    def __init__(self, settings: Settings, layers: LayerStore, objects: ObjectStore, push_queue: PushQueue) -> None:
+    def __init__(self, settings: NodeSettings, layers: LayerStore, objects: ObjectStore, push_queue: PushQueue) -> None:
         self._settings = settings
         self._layers = layers
         self._objects = objects

@@ -28,7 +28,7 @@ from gearworkers.images.source import Source, open_source, small_blob
 from gearworkers.images.survey import private_layers, refuse_to_replace, survey
 from gearworkers.images.upload import Contents, nameless_file, storing
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, Settings
 from gearworkers.tar.reader import Readable
 
 Progress = Callable[[int], None]
@@ -124,7 +124,7 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 def plan_conversion(
-    settings: Settings,
+    settings: RegistrySettings,
     source: str,
     target: str,
     platform: m.Platform | None = None,
@@ -174,9 +174,9 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
 
     Crash: leaves objects in the remote that no image names yet, and an upload that the registry ends by itself.
     """
-    repository = Repository.of(settings, Reference.parse(job.target))
+    repository = Repository.of(settings.registry, Reference.parse(job.target))
     if job.private:
-        return _copied(settings, open_source(settings, job.source), repository, job, progress)
+        return _copied(settings, open_source(settings.registry, job.source), repository, job, progress)
     name = record_name(job)
     known = None if job.again else _known(remote, name)
     if known is not None and _taken_over(settings, repository, known):
@@ -184,14 +184,14 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
         return msgspec.structs.replace(known.done, new_objects=0, new_bytes=0, reused=True)
     with nameless_file("a layer", settings.gear_converting_path) as file:
         with storing(remote, settings.gear_converting_path) as contents:
-            done = _converted(open_source(settings, job.source), contents, job, file, progress)
+            done = _converted(open_source(settings.registry, job.source), contents, job, file, progress)
         repository.put_blob(done.digest, file, done.size_bytes)
     record = _Record(done, f"{repository.registry.reference.host}/{repository.name}")
     remote.put_document(name, msgspec.json.encode(record))
     return done
 
 
-def finish_conversion(settings: Settings, plan: Plan, layers: Iterable[LayerDone]) -> Report:
+def finish_conversion(settings: RegistrySettings, plan: Plan, layers: Iterable[LayerDone]) -> Report:
     """Push config and manifest of each image, then the index; the tag comes last. Idempotent.
 
     Args:
@@ -238,7 +238,7 @@ def _taken_over(settings: Settings, repository: Repository, known: _Record) -> b
     try:
         if origin.host == repository.registry.reference.host and repository.mount(digest, origin.repository):
             return True
-        blob = Repository.of(settings, origin).blob(digest, known.done.size_bytes)
+        blob = Repository.of(settings.registry, origin).blob(digest, known.done.size_bytes)
         with nameless_file("a layer", settings.gear_converting_path) as file:
             _copy(blob, file)
             repository.put_blob(digest, file, known.done.size_bytes)

@@ -44,7 +44,7 @@ def convert_here(settings: Settings, plan: Plan, processes: int, told: Told) -> 
         except BrokenProcessPool as exc:
             raise GearError("a process that converted a layer was killed; is there too little memory?") from exc
         _pass_on(progress, told)
-    return finish_conversion(settings, plan, done)
+    return finish_conversion(settings.registry, plan, done)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from gearworkers.images.layer_reader import Verified
 from gearworkers.images.manifest import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, digest_of, verified
 from gearworkers.images.reference import Reference
 from gearworkers.images.transport import Transport, make_transport, problem, translated
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings
 from gearworkers.tar.reader import Readable
 from gearworkers.util.retry import ATTEMPTS, retried
 
@@ -46,7 +46,7 @@ class Registry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, settings: Settings, reference: Reference) -> Registry:
+    def of(cls, settings: RegistrySettings, reference: Reference) -> Registry:
         """The registry that *reference* names; connects to nothing yet."""
         transport = make_transport(settings, reference.host)
         return cls(reference, transport, Authority(reference.host, transport, settings.docker_config))
@@ -123,7 +123,7 @@ class Repository:
     name: str
 
     @classmethod
-    def of(cls, settings: Settings, reference: Reference) -> Repository:
+    def of(cls, settings: RegistrySettings, reference: Reference) -> Repository:
         """The repository that *reference* names; connects to nothing yet."""
         return cls(Registry.of(settings, reference), reference.repository)
 

@@ -22,7 +22,7 @@ from gearworkers.images import manifest as m
 from gearworkers.images.layer_reader import MAGIC_BYTES, Verified, compression_of, read_all
 from gearworkers.images.reference import Reference, check_digest
 from gearworkers.images.registry import Repository
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings
 from gearworkers.tar.reader import Readable
 
 OCI = "oci:"
@@ -49,7 +49,7 @@ class Source(Protocol):
         """A blob's bytes, verified as they are read."""
 
 
-def open_source(settings: Settings, text: str) -> Source:
+def open_source(settings: RegistrySettings, text: str) -> Source:
     """The image that *text* names: ``oci:PATH[:TAG]`` (a directory or a tar), ``docker-archive:PATH[:TAG]``, or a
     reference to a registry.
 

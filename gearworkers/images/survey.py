@@ -13,7 +13,7 @@ from gearworkers.images.layer_reader import Beginning
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.source import Source, is_local, small_blob
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings
 from gearworkers.tar.private_marker import starts_with_mark
 from gearworkers.tar.reader import TarReader
 
@@ -84,7 +84,7 @@ def private_layers(source: Source, images: Sequence[Image]) -> set[str]:
     return private
 
 
-def refuse_to_replace(settings: Settings, source: str, target: Reference, found: Survey) -> None:
+def refuse_to_replace(settings: RegistrySettings, source: str, target: Reference, found: Survey) -> None:
     """Have *target* be another tag than that of *source*: only Gear hosts could run the image from then on.
 
     A Gear image may take its own place.
@@ -124,7 +124,7 @@ def _has_mark(source: Source, layer: m.Descriptor) -> bool:
         raise type(exc)(f"layer {layer.digest}: {exc}") from exc
 
 
-def _is_named(settings: Settings, target: Reference, digest: str) -> bool:
+def _is_named(settings: RegistrySettings, target: Reference, digest: str) -> bool:
     """Whether the tag *target* stands for the manifest *digest* now."""
     try:
         return m.digest_of(Repository.of(settings, target).manifest(target.version)[0]) == digest

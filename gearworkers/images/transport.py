@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError, LocationParseError, ProxySchemeUnknown
 from urllib3.util import Retry, Timeout, make_headers, parse_url
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, NotFound, Unavailable
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings
 from gearworkers.util.http_errors import from_http_error, retry_after_s
 from gearworkers.util.net import host_name, is_loopback
 
@@ -72,7 +72,7 @@ class Transport:
             return self.pool.request(method, url, timeout=timeout, retries=_REDIRECTS, **options)
 
 
-def make_transport(settings: Settings, host: str) -> Transport:
+def make_transport(settings: RegistrySettings, host: str) -> Transport:
     """Connections for the registry *host*, with its certificates of CERTIFICATES and the proxy of *settings*.
 
     Raises:

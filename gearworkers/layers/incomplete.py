@@ -1,17 +1,14 @@
-"""What incomplete layers still want: from an object's short name to its full digest and size.
+"""Incomplete layers: layers that refer to objects that are not in the public cache.
 
-A layer is incomplete while an object of its `objects` list is not in the public cache. Layers appear and vanish
-while the lists are in use; each list is a sorted file that is mapped, not read.
+The lazy file server asks `IncompleteLayers` which objects may be requested and which layers have become complete.
+Layers appear and vanish meanwhile. The state "incomplete" is part of a layer's record.
 """
 
 from __future__ import annotations
 
-import binascii
-import bisect
-import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,131 +17,104 @@ import msgspec
 import structlog
 
 from gearworkers.cas.collector import publishing
-from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD
-from gearworkers.cas.store import ObjectStore, verify_file
+from gearworkers.cas.refs import OBJECTS_FILE
+from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import object_name
-from gearworkers.errors import GearError, IntegrityError, NotFound, from_os_error
-from gearworkers.layers.store import RECORD_FILE, Layer, LayerKind
+from gearworkers.errors import GearError, NotFound, from_os_error
+from gearworkers.layers.object_list import ObjectList, least_digest
+from gearworkers.layers.record import RECORD_FILE, LayerKind, read_record
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
-from gearworkers.util.open_file import File
 from gearworkers.util.writing import replace_file
 
 _log = structlog.get_logger(__name__)
-_STEP_OBJECTS = 5000
-_FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
+_OBJECTS_PER_STEP = 5000
 
 
 @dataclass(slots=True)
-class ObjectList:
-    """The objects of one layer, in the order of their digests."""
-
-    records: mmap.mmap
-    entries: range
-    here: int = 0
-    """So many of the first records are known to be in the store."""
-
-    def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
-        """The records whose digest begins with what lies between the two, of one length."""
-        length = len(least)
-        first = bisect.bisect_left(self.entries, least, key=lambda at: self._prefix(at, length))
-        found = []
-        for at in self.entries[first:]:
-            if self._prefix(at, length) > greatest:
-                break
-            found.append(self.record(at))
-        return found
-
-    def named(self, name: bytes) -> tuple[bytes, int] | None:
-        """Digest and size in bytes of the object with this name of 21 characters."""
-        least = _least_digest(name)
-        found = self.between(least[:15], least[:15]) if least is not None else []
-        return next((record for record in found if object_name(record[0]) == name), None)
-
-    def record(self, at: int) -> tuple[bytes, int]:
-        """Digest and size in bytes."""
-        digest, size_bytes = REF_RECORD.unpack_from(self.records, at * REF_RECORD.size)
-        return digest, size_bytes
-
-    def _prefix(self, at: int, length: int) -> bytes:
-        return self.records[at * REF_RECORD.size : at * REF_RECORD.size + length]
+class _IncompleteLayer:
+    objects: ObjectList
+    present: int = 0
+    """The first objects of the list that are known to be in the store."""
 
 
 class IncompleteLayers:
-    """The incomplete layers of one root; all methods from any thread; GearError if they cannot be read."""
+    """The incomplete layers of one GEAR_ROOT. Call from any thread; GearError if the lists cannot be read."""
 
     def __init__(self, images: Path) -> None:
         self._images = images
-        self._lists: dict[str, ObjectList] = {}
+        self._layers: dict[str, _IncompleteLayer] = {}
         self._seen_ns = -1
         self._lock = threading.Lock()
 
-    def has(self, digest: bytes) -> bool:
-        """Whether an incomplete layer has the object; True if that cannot be told."""
+    def ids(self) -> list[str]:
+        """Return the ids of the incomplete layers."""
+        self._refresh()
+        return list(self._layers)
+
+    def refer_to(self, digest: bytes) -> bool:
+        """Whether an incomplete layer refers to the object; True if the lists cannot be read."""
         try:
             return bool(self._find(digest, digest))
         except GearError as exc:
-            _log.error("the lists of incomplete layers cannot be read", error=str(exc))
+            _log.error("cannot read the object lists of incomplete layers", error=str(exc))
             return True
 
-    def known(self, name: bytes) -> tuple[bytes, int] | None:
-        """Digest and size in bytes of the object with this name of 21 characters, if a layer has it (`between`)."""
-        least = _least_digest(name)
-        found = self.between(least[:15], least[:15]) if least is not None else []
+    def find_named(self, name: bytes) -> tuple[bytes, int] | None:
+        """Return (digest, size in bytes) of the object with this name of 21 characters; None if no layer has it."""
+        least = least_digest(name)
+        found = self.objects_between(least[:15], least[:15]) if least is not None else []
         return next((record for record in found if object_name(record[0]) == name), None)
 
-    def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
-        """The distinct objects whose digest begins with what lies between the two, of one length.
+    def objects_between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
+        """Return the distinct objects in a range of digests, as `ObjectList.between`.
 
-        Also of complete layers, which takes longer: one may have become complete with a file of it open.
+        Complete layers are searched if no incomplete layer has such an object. That takes longer; it is needed
+        because a layer may become complete while one of its files is open.
         """
         found = self._find(least, greatest)
         if not found:
-            with _translated():
+            with _os_errors_translated():
                 for path in self._images.iterdir():
-                    complete = object_list(path / OBJECTS_FILE)
-                    found = found or (complete.between(least, greatest) if complete is not None else [])
+                    objects = ObjectList.open(path / OBJECTS_FILE)
+                    found = found or (objects.between(least, greatest) if objects is not None else [])
         return found
 
-    def layers(self) -> list[str]:
-        """The ids of the incomplete layers."""
-        self._refresh()
-        return list(self._lists)
-
     def digests(self) -> set[bytes]:
-        """All that the incomplete layers refer to."""
+        """Return the digests of all objects that the incomplete layers refer to."""
         self._refresh()
-        return {wanted.record(at)[0] for wanted in self._lists.values() for at in wanted.entries}
+        lists = [layer.objects for layer in self._layers.values()]
+        return {objects.record(at)[0] for objects in lists for at in objects.positions}
 
     def missing(self, id: str, store: ObjectStore) -> list[tuple[bytes, int]]:
-        """What the layer lacks, as (digest, size in bytes); nothing if it is not incomplete."""
+        """Return (digest, size in bytes) of the layer's missing objects; none if the layer is not incomplete."""
         self._refresh()
-        wanted = self._lists.get(id)
-        if wanted is None:
+        layer = self._layers.get(id)
+        if layer is None:
             return []
-        return [record for record in map(wanted.record, wanted.entries) if not store.has(record[0])]
+        return [record for record in map(layer.objects.record, layer.objects.positions) if not store.has(record[0])]
 
-    def completed(self, store: ObjectStore) -> list[str]:
-        """The layers that lack nothing any more; looks at some thousand objects a call, each one once."""
+    def newly_complete(self, store: ObjectStore) -> list[str]:
+        """Return the layers that have all objects by now. Each call checks some thousand objects, each object once."""
         self._refresh()
         done = []
-        for id, wanted in list(self._lists.items()):
-            for at in wanted.entries[wanted.here : wanted.here + _STEP_OBJECTS]:
-                if not _is_here(store, wanted.record(at)[0]):
+        for id, layer in list(self._layers.items()):
+            for at in layer.objects.positions[layer.present : layer.present + _OBJECTS_PER_STEP]:
+                if not _is_present(store, layer.objects.record(at)[0]):
                     break
-                wanted.here += 1
-            if wanted.here == len(wanted.entries):
+                layer.present += 1
+            if layer.present == len(layer.objects.positions):
                 done.append(id)
         return done
 
-    def complete(self, id: str, store: ObjectStore) -> bool:
-        """Say durably that the layer is complete, after a last look at all of it; whether it is."""
+    def mark_complete(self, id: str, store: ObjectStore) -> bool:
+        """Check all objects of the layer once more, then mark it complete durably; return whether it is complete."""
         done = mark_complete(self._images, id, store)
         with self._lock:
-            if not done and id in self._lists:
-                self._lists[id].here = 0  # one was lost after it had been seen
+            if not done and id in self._layers:
+                self._layers[id].present = 0  # an object was lost after the check
                 return False
-            self._lists = {known: wanted for known, wanted in self._lists.items() if known != id}
+            self._layers = {known: layer for known, layer in self._layers.items() if known != id}
         return done
 
     def _find(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
@@ -156,122 +126,77 @@ class IncompleteLayers:
 
     def _search(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
         found: dict[bytes, int] = {}
-        for wanted in tuple(self._lists.values()):
-            found.update(wanted.between(least, greatest))
+        for layer in tuple(self._layers.values()):
+            found.update(layer.objects.between(least, greatest))
         return list(found.items())
 
     def _refresh(self, *, even_if_unchanged: bool = False) -> bool:
-        """Look for layers that came or went; whether anything changed.
+        """Look for new and removed layers; return whether there are any.
 
-        The directory's time tells that it was changed; two changes within one tick of the kernel's clock look like
-        one, therefore who finds nothing looks again anyway.
+        The modification time of the directory shows changes. Two changes within one tick of the kernel's clock look
+        like one, so `_find` refreshes once more before it reports that nothing was found.
         """
         try:
-            with _translated():
+            with _os_errors_translated():
                 seen_ns = self._images.stat().st_mtime_ns
         except NotFound:
             return False  # the gateway has not started yet
         if seen_ns == self._seen_ns and not even_if_unchanged:
             return False
-        with self._lock, _translated():
-            before = self._lists
+        with self._lock, _os_errors_translated():
+            before = self._layers
             ids = [id for id in os.listdir(self._images) if _is_incomplete(self._images / id)]
-            lists = {id: before.get(id) or object_list(self._images / id / OBJECTS_FILE) for id in ids}
-            self._lists = {id: wanted for id, wanted in lists.items() if wanted is not None}
+            layers = {id: before.get(id) or self._open(id) for id in ids}
+            self._layers = {id: layer for id, layer in layers.items() if layer is not None}
             self._seen_ns = seen_ns
-            return self._lists.keys() != before.keys()
+            return self._layers.keys() != before.keys()
+
+    def _open(self, id: str) -> _IncompleteLayer | None:
+        objects = ObjectList.open(self._images / id / OBJECTS_FILE)
+        return None if objects is None else _IncompleteLayer(objects)
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _os_errors_translated() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise from_os_error(exc, "read the lists of incomplete layers") from exc
+        raise from_os_error(exc, "read the object lists of incomplete layers") from exc
 
 
-def _least_digest(name: bytes) -> bytes | None:
-    """The first 126 bits of the digests with this name, two zero bits behind them."""
-    try:
-        return binascii.a2b_base64(name.translate(_FROM_URLSAFE) + b"A==") if len(name) == 21 else None
-    except binascii.Error:
-        return None
-
-
-def _is_here(store: ObjectStore, digest: bytes) -> bool:
+def _is_present(store: ObjectStore, digest: bytes) -> bool:
     try:
         return store.has(digest)
     except GearError as exc:
-        _log.error("an object cannot be looked at", error=str(exc))
+        _log.error("cannot look up an object", error=str(exc))
         return False
 
 
 def _is_incomplete(directory: Path) -> bool:
     try:
-        layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+        layer = read_record(directory)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except msgspec.DecodeError as exc:
-        _log.error("a layer's record is damaged", layer=directory.name, error=str(exc))
+        _log.error("the record of a layer is damaged", layer=directory.name, error=str(exc))
         return False
     return layer.kind is LayerKind.IMAGE and not layer.complete
 
 
-def object_list(path: Path) -> ObjectList | None:
-    """The list in the file *path*; None if the layer was removed, or has no objects."""
-    try:
-        with open(path, "rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if not size_bytes:
-                return None
-            return ObjectList(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), range(size_bytes // REF_RECORD.size)
-            )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def verify_unsynced_objects(images: Path, store: ObjectStore, pinned: Iterable[bytes] = ()) -> int:
-    """After a power cut: compare each object that only incomplete layers and pins have with its digest.
-
-    Returns:
-        How many were removed.
-
-    What was fetched was not synced, so such an object may have its name without its bytes. A complete layer's objects
-    were synced before it was complete.
-    """
-    wanted = IncompleteLayers(images)
-    incomplete = wanted.layers()
-    vouching = [object_list(path / OBJECTS_FILE) for path in images.iterdir() if path.name not in incomplete]
-    removed = 0
-    for digest in wanted.digests().union(pinned):
-        if any(known is not None and known.between(digest, digest) for known in vouching):
-            continue
-        try:
-            if store.has(digest):
-                object = File(store.open(digest))
-                verify_file(object.fd, digest)
-        except IntegrityError as exc:
-            _log.warning("an object did not survive the power cut", error=str(exc))
-            store.remove(digest)
-            removed += 1
-    return removed
-
-
 def mark_complete(images: Path, id: str, store: ObjectStore) -> bool:
-    """Say durably that all objects of the layer are here; later mounts leave the lazy file system out.
+    """Mark a layer complete, durably, if all its objects are in the store. Later mounts omit the lazy file system.
 
     Returns:
-        Whether they are, and the layer too.
+        Whether the layer exists and has all its objects.
 
     Raises:
-        GearError: It cannot be written; the layer stays incomplete.
+        GearError: The record cannot be written; the layer stays incomplete.
 
-    Crash: the layer is incomplete before the rename and complete after it; its objects were synced before.
+    Crash: the layer is incomplete before the rename and complete after it. Its objects are synced before the rename.
     """
     with publishing(images.parent, store):
-        records = object_list(images / id / OBJECTS_FILE)
-        if records is None or not all(_is_here(store, records.record(at)[0]) for at in records.entries):
+        objects = ObjectList.open(images / id / OBJECTS_FILE)
+        if objects is None or not all(_is_present(store, objects.record(at)[0]) for at in objects.positions):
             return False
         with opened_directory(images) as images_fd:
             kernel.syncfs(images_fd)
@@ -279,21 +204,21 @@ def mark_complete(images: Path, id: str, store: ObjectStore) -> bool:
 
 
 def mark_incomplete(images: Path, id: str) -> bool:
-    """Say that objects of the layer are about to be gone and must be fetched; whether there is such a layer.
+    """Mark a layer incomplete before some of its objects are removed; return whether the layer exists.
 
-    The caller keeps objects from being stored in place (objects.inplace.mark_objects_lost), before and after.
+    The caller forbids storing in place before the call (`cas.inplace.mark_objects_lost`).
     """
     done = _mark(images, id, complete=False)
-    os.utime(images)  # the lazy file server looks again
+    os.utime(images)  # makes the lazy file server look again
     return done
 
 
 def layers_referring_to(images: Path, name: bytes) -> list[str]:
-    """The image layers that refer to an object of this name of 21 characters."""
+    """Return the ids of the image layers that refer to an object with this name of 21 characters."""
     found = []
     for directory in images.iterdir():
-        records = object_list(directory / OBJECTS_FILE)
-        if records is not None and records.named(name) is not None:
+        objects = ObjectList.open(directory / OBJECTS_FILE)
+        if objects is not None and objects.named(name) is not None:
             found.append(directory.name)
     return found
 
@@ -301,11 +226,10 @@ def layers_referring_to(images: Path, name: bytes) -> list[str]:
 def _mark(images: Path, id: str, *, complete: bool) -> bool:
     directory = images / id
     try:
-        layer = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
-        record = msgspec.json.encode(msgspec.structs.replace(layer, complete=complete))
-        replace_file(directory / RECORD_FILE, record, sync=False)
+        record = msgspec.structs.replace(read_record(directory), complete=complete)
+        replace_file(directory / RECORD_FILE, msgspec.json.encode(record), sync=False)
     except FileNotFoundError:
-        return False  # it was removed meanwhile
+        return False  # the layer was removed meanwhile
     except OSError as exc:
-        raise from_os_error(exc, f"mark layer {id}") from exc
+        raise from_os_error(exc, f"write the record of layer {id}") from exc
     return True

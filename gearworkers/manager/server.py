@@ -19,7 +19,7 @@ from gearworkers.manager.api import ManagerApi
 from gearworkers.manager.async_remote import AsyncRemote
 from gearworkers.remote.factory import open_blobs
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import ManagerSettings, Settings
 from gearworkers.util.net import is_loopback, parse_host_port
 from gearworkers.util.process import notify_ready
 
@@ -38,21 +38,21 @@ class ManagerServer:
             InvalidInput: The address or the store is malformed.
         """
         self._settings = settings
-        self._host, self._port = _address(settings.manager_listen)
-        access = Access(write_tokens=settings.manager_write_tokens_file, read_tokens=settings.manager_read_tokens_file)
+        self._host, self._port = _address(settings.manager.listen)
+        access = Access(write_tokens=settings.manager.write_tokens_file, read_tokens=settings.manager.read_tokens_file)
         if access.is_open and not is_loopback(self._host):
             raise FailedPrecondition(
-                f"GEAR_MANAGER_LISTEN={settings.manager_listen}: other machines can reach this address, and without "
+                f"GEAR_MANAGER_LISTEN={settings.manager.listen}: other machines can reach this address, and without "
                 "tokens everybody could write; set GEAR_MANAGER_WRITE_TOKENS_FILE, or listen on 127.0.0.1"
             )
-        self._certificate = _certificate(settings)
+        self._certificate = _certificate(settings.manager)
         if self._certificate is None and not is_loopback(self._host):
             _log.warning("tokens and objects are sent unencrypted; set GEAR_MANAGER_TLS_CERT_FILE")
-        if not settings.manager_store:
+        if not settings.manager.store:
             _make(settings.gear_root / "manager")
         remote = Remote(open_blobs(settings.effective_manager_store, settings))
-        self._remote = AsyncRemote(remote, settings.manager_most_object_bytes)
-        client_timeout_s = settings.manager_client_timeout_s
+        self._remote = AsyncRemote(remote, settings.manager.most_object_bytes)
+        client_timeout_s = settings.manager.client_timeout_s
         self.api = ManagerApi(self._remote, access, settings.gear_root / "manager-uploads", client_timeout_s)
         self._runner = limited_runner(self.api.application(), client_timeout_s)
         self._connections = ConnectionLimit(MAX_CONNECTIONS, self.api.metrics.connections)
@@ -74,11 +74,11 @@ class ManagerServer:
                 self._host,
                 self._port,
                 ssl=tls.context if tls is not None else None,
-                ssl_handshake_timeout=None if tls is None else self._settings.manager_client_timeout_s,
+                ssl_handshake_timeout=None if tls is None else self._settings.manager.client_timeout_s,
                 backlog=_BACKLOG,
             )
         except OSError as exc:
-            raise from_os_error(exc, f"listen on {self._settings.manager_listen}") from exc
+            raise from_os_error(exc, f"listen on {self._settings.manager.listen}") from exc
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
@@ -130,11 +130,11 @@ def _address(listen: str) -> tuple[str, int]:
     return host, port
 
 
-def _certificate(settings: Settings) -> Certificate | None:
-    cert = settings.manager_tls_cert_file
+def _certificate(settings: ManagerSettings) -> Certificate | None:
+    cert = settings.tls_cert_file
     if cert is None:
         return None
-    return Certificate(cert, settings.manager_tls_key_file, "GEAR_MANAGER_TLS_CERT_FILE")
+    return Certificate(cert, settings.tls_key_file, "GEAR_MANAGER_TLS_CERT_FILE")
 
 
 def _make(directory: Path) -> None:

@@ -16,8 +16,9 @@ from types import TracebackType
 
 from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.digest import OBJECT_PATH, REDIRECT_XATTR
-from gearworkers.layers.incomplete import ObjectList, object_list
-from gearworkers.layers.store import LayerKind, LayerStore
+from gearworkers.layers.object_list import ObjectList
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import LayerStore
 from gearworkers.util import syscalls
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -48,7 +49,7 @@ def profile_name(layers: LayerStore, id: str) -> str:
 
 def image_object_lists(layers: LayerStore, id: str) -> list[ObjectList]:
     """What the image's layers refer to, the topmost first."""
-    return [found for path in _lists(layers, id) if (found := object_list(path)) is not None]
+    return [found for path in _lists(layers, id) if (found := ObjectList.open(path)) is not None]
 
 
 def _lists(layers: LayerStore, id: str) -> list[Path]:

@@ -38,20 +38,20 @@ def open_remote(settings: Settings) -> Remote:
         FailedPrecondition: GEAR_REMOTE is not set.
         InvalidInput: GEAR_REMOTE is of no known kind.
     """
-    if not settings.remote:
+    if not settings.remote.url:
         raise FailedPrecondition(
             "no remote is set; set GEAR_REMOTE to a directory, s3://BUCKET/PREFIX or a manager's http(s)://HOST:PORT"
         )
-    blobs = open_blobs(settings.remote, settings)
+    blobs = open_blobs(settings.remote.url, settings)
     if uses_nfs(settings):
-        timeout_s = min(_CACHE_TIMEOUT_S, settings.remote_timeout_s)
+        timeout_s = min(_CACHE_TIMEOUT_S, settings.remote.timeout_s)
         blobs = CachedStore(_open_directory(settings.gear_nfs_path, settings, timeout_s), blobs)
     return Remote(blobs)
 
 
 def open_nfs(settings: Settings) -> Remote:
     """Return the node's nfs/ as a remote, for a node without GEAR_REMOTE."""
-    return Remote(_open_directory(settings.gear_nfs_path, settings, settings.remote_timeout_s))
+    return Remote(_open_directory(settings.gear_nfs_path, settings, settings.remote.timeout_s))
 
 
 def uses_nfs(settings: Settings) -> bool:
@@ -66,13 +66,17 @@ def open_blobs(url: str, settings: Settings) -> BlobStore:
     Raises:
         InvalidInput: *url* is of no known kind.
     """
-    timeout_s = settings.remote_timeout_s
+    timeout_s = settings.remote.timeout_s
     if os.path.isabs(url):
         return _open_directory(Path(url), settings, timeout_s)
     if url.startswith("s3://"):
-        return _stack(open_s3(url, settings), Limits(settings.fetch_threads, timeout_s, get_batch=1, put_batch=1))
+        return _stack(
+            open_s3(url, settings.remote), Limits(settings.remote.fetch_threads, timeout_s, get_batch=1, put_batch=1)
+        )
     if url.startswith(("http://", "https://")):
-        return _stack(ManagerStore(url, settings), None)  # its HTTP client limits connections and time
+        return _stack(
+            ManagerStore(url, settings.remote, settings.node), None
+        )  # its HTTP client limits connections and time
     raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
 
 

@@ -33,7 +33,7 @@ from gearworkers.remote.manager_messages import (
     Present,
     Problem,
 )
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings
 from gearworkers.util.bearer_token import BEARER_TOKEN
 from gearworkers.util.fs import read_small
 from gearworkers.util.http_errors import from_http_error, retry_after_s
@@ -62,10 +62,11 @@ class ManagerStore:
     request.
     """
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: RemoteSettings, node: str) -> None:
         self._url = url.rstrip("/")
         self._settings = settings
-        self._timeout_s = settings.remote_timeout_s
+        self._node = node
+        self._timeout_s = settings.timeout_s
         self._pool = urllib3.PoolManager(
             maxsize=settings.fetch_threads, block=True, retries=False, ssl_context=_ssl_context(url, settings)
         )
@@ -169,7 +170,7 @@ class ManagerStore:
         timeout_s: float | None = None,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """Yield the response of a successful request; if the caller reads all of it, the connection is used again."""
-        sent: dict[str, Any] = {NODE_HEADER: self._settings.node, **self._authorization(), **(headers or {})}
+        sent: dict[str, Any] = {NODE_HEADER: self._node, **self._authorization(), **(headers or {})}
         if body is not None:
             sent["Content-Type"] = kind
         with self._translated(f"{method} {path}"):
@@ -193,7 +194,7 @@ class ManagerStore:
             response.release_conn()
 
     def _authorization(self) -> dict[str, str]:
-        token, origin, file = self._settings.remote_token, "GEAR_REMOTE_TOKEN", self._settings.remote_token_file
+        token, origin, file = self._settings.token, "GEAR_REMOTE_TOKEN", self._settings.token_file
         if file is not None:
             origin = f"GEAR_REMOTE_TOKEN_FILE={file}"
             try:
@@ -226,13 +227,13 @@ class ManagerStore:
             raise Unavailable(f"{self._url}: {tried}: the response is not a manager's ({exc})") from exc
 
 
-def _ssl_context(url: str, settings: Settings) -> ssl.SSLContext | None:
+def _ssl_context(url: str, settings: RemoteSettings) -> ssl.SSLContext | None:
     if not url.startswith("https://"):
         return None
     try:
-        return ssl.create_default_context(cafile=settings.remote_ca_file)
+        return ssl.create_default_context(cafile=settings.ca_file)
     except OSError as exc:
-        raise FailedPrecondition(f"GEAR_REMOTE_CA_FILE={settings.remote_ca_file}: {exc}") from exc
+        raise FailedPrecondition(f"GEAR_REMOTE_CA_FILE={settings.ca_file}: {exc}") from exc
 
 
 def _batches(digests: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

@@ -10,7 +10,7 @@ import structlog
 
 from gearworkers.cas.store import verify_file
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, from_os_error
-from gearworkers.fetch.source import Chunk, Content
+from gearworkers.fetch.source import BytesOrLayout, Chunk
 from gearworkers.remote import chunk_transfer, encoding
 from gearworkers.remote.blobstore import MAX_DOCUMENT_BYTES, BlobStore, Document, checked_document_name
 
@@ -104,7 +104,7 @@ class Remote:
         if hasher.digest() != digest:
             raise IntegrityError(f"object {digest.hex()}: its chunks have SHA-256 {hasher.hexdigest()}")
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
         """Yield (digest, verified content or layout) of the present ones; damaged ones are logged and left out."""
         for digest, blob in self.blobs.get_many(digests):
             try:

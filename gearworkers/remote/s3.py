@@ -12,7 +12,7 @@ from obstore.store import S3Store
 
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
 from gearworkers.remote.bucket import BucketStore
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings
 from gearworkers.util.fs import read_small
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _CONNECT_TIMEOUT_S = 5
 _REQUEST_TIMEOUT_S = 30
 
 
-def open_s3(url: str, settings: Settings) -> BucketStore:
+def open_s3(url: str, settings: RemoteSettings) -> BucketStore:
     """Return the store at ``s3://bucket/prefix?endpoint=…&region=…&virtual_host=true``.
 
     The default region is AWS_REGION, else us-east-1. Credentials: the profile of the AWS tools' shared file, reread

@@ -7,10 +7,10 @@ import sys
 
 import structlog
 
-from gearworkers.settings import Settings
+from gearworkers.settings import LogSettings, Settings
 
 
-def configure_logging(settings: Settings) -> None:
+def configure_logging(settings: LogSettings) -> None:
     """Send all logs to stderr, as text or as JSON; replaces any earlier configuration."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -28,12 +28,12 @@ def configure_logging(settings: Settings) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(settings.log_format)],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(settings.format)],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(settings.log_level.upper())
+    root.setLevel(settings.level.upper())
 
 
 def command_settings() -> Settings:
@@ -43,7 +43,7 @@ def command_settings() -> Settings:
         InvalidInput: As `Settings.from_environ`.
     """
     settings = Settings.from_environ()
-    configure_logging(settings)
+    configure_logging(settings.log)
     return settings
 
 

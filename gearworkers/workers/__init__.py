@@ -1,1 +1,11 @@
-"""Celery: the tasks, and the protocol by which a gateway hands a call over to a worker."""
+"""The processes that do heavy work: Celery's application and tasks, and the jobs of a node's gateway.
+
+messages    jobs, and the messages between gateway and job
+claim       the job's side of the streams socket
+http_body   the caller's connection that comes with a job
+execute     a job, from its claim to its result
+tasks       Celery tasks
+celery_app  Celery's application and queues
+broker      Redis as the broker
+conversion  conversions of images
+"""

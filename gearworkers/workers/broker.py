@@ -1,9 +1,9 @@
-"""Redis as Celery's broker: one that refuses is one that is away.
+"""Redis as Celery's broker: a refusal counts as a lost connection.
 
-A Redis may answer with an error for as long as something outside is wrong: a full disk below its AOF (MISCONF), a
-failover (READONLY), too few replicas (NOREPLICAS), no memory (OOM), a long script (BUSY), a user without permission
-(NOPERM). kombu takes these for mistakes in the call, and Celery ends the worker. Here they are connection errors: the
-worker connects again, and again later and later, until Redis takes a write.
+Redis may answer with errors while something outside is wrong: a full disk below its AOF (MISCONF), a failover
+(READONLY), too few replicas (NOREPLICAS), no memory (OOM), a long script (BUSY), a user without permission (NOPERM).
+kombu takes these for mistakes in the call, and Celery ends the worker. Here they are connection errors: the worker
+reconnects with growing delays until Redis takes a write.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _REFUSALS = (ResponseError, InvalidResponse)
 
 
 def require_write(client: Any) -> None:
-    """Have Redis refuse now what it would refuse of a task.
+    """Check that Redis takes writes, so that it refuses now and not at the first task.
 
-    The trial is what kombu does for each task that is taken, for a task that does not exist. So it changes nothing,
-    and needs no permission that workers do without.
+    The trial is the command that kombu sends for each taken task, with a task that does not exist. So it changes
+    nothing, and needs no further permission.
 
     Args:
-        client: Of redis-py.
+        client: A client of redis-py.
 
     Raises:
-        RedisError: What Redis answers, or that it does not.
+        RedisError: Redis refuses, or does not answer.
     """
     client.zadd(kombu_redis.Channel.unacked_index_key, {"": 0}, xx=True)
 
@@ -37,7 +37,7 @@ class _Transport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, *_REFUSALS)
 
     def establish_connection(self) -> Any:
-        """Connect to a Redis that takes tasks; a refusal is raised as it came, and the caller tries again."""
+        """Connect to a Redis that takes tasks; raise its refusal, and the caller tries again."""
         connection = super().establish_connection()  # type: ignore[no-untyped-call] # kombu has few types
         try:
             require_write(self._avail_channels[-1].client)
@@ -53,17 +53,17 @@ class _Connection(Connection):
 
 
 class RedisBroker(AMQP):  # type: ignore[misc] # Celery has no types
-    """What an application is given as `amqp` to speak to Redis in this way."""
+    """The `amqp` argument of an application that treats refusals so."""
 
     Connection = _Connection
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether Redis has answered, with an error."""
-    cause = error.__cause__ or error  # kombu wraps what redis-py raises
+    """Return whether Redis has answered with an error."""
+    cause = error.__cause__ or error  # kombu wraps the errors of redis-py
     return isinstance(cause, (*_REFUSALS, AuthenticationError))
 
 
 def why_not_taken(error: Exception) -> str:
-    """What keeps Redis from taking a task, for `docker info`."""
+    """Return why Redis takes no task, for `docker info`."""
     return f"Redis refuses tasks: {error}" if is_refusal(error) else "Redis does not answer"

@@ -1,94 +1,118 @@
-"""The worker's side of the streams socket: claim an order, get the caller's connection, answer (`streams`)."""
+"""The job's side of the streams socket: claim a job, read or write its stream, report its result."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
 from gearworkers.settings import DEFAULT_STREAM_IDLE_S
-from gearworkers.workers.http_body import BodySource, ChunkedSink, Line
-from gearworkers.workers.messages import Answer, Claim, FrameBuffer, Grant, frame
+from gearworkers.workers.http_body import STALLED_S, CallerConnection, RequestBody, ResponseBody
+from gearworkers.workers.messages import (
+    Claim,
+    Claimant,
+    FrameBuffer,
+    Granted,
+    HttpConnection,
+    JobResult,
+    Refused,
+    WorkerJob,
+    frame,
+)
 
 _GRANT_TIMEOUT_S = 10.0
 
 
-class Stream:
-    """A granted claim: the control connection and, for ApplyDiff and Diff, the caller's connection."""
+class ClaimedJob:
+    """A job that this process alone does.
 
-    def __init__(
-        self, control: socket.socket, connection: socket.socket | None, grant: Grant, head: bytes, idle_s: float
-    ) -> None:
+    Args:
+        granted: The job and its stream.
+        control: Connects to the gateway.
+        caller: Connects to the caller, if the stream is an HttpConnection.
+    """
+
+    def __init__(self, granted: Granted, control: socket.socket, caller: CallerConnection | None) -> None:
+        self._granted = granted
         self._control = control
-        self._connection = connection
-        self._grant = grant
-        self._head = head
-        self._idle_s = idle_s
+        self._caller = caller
 
-    def source(self) -> BodySource:
-        """The request's body."""
-        return BodySource(self._line(), self._head, self._grant.body_bytes)
+    @property
+    def job(self) -> WorkerJob:
+        """The job as the gateway has it."""
+        return self._granted.job
 
-    def sink(self) -> ChunkedSink:
-        """The response's body."""
-        return ChunkedSink(self._line())
+    def request_body(self) -> RequestBody:
+        """Return the body of the caller's request."""
+        stream, caller = self._http()
+        return RequestBody(caller, stream)
 
-    def answer(self, answer: Answer) -> None:
-        """Tell the gateway the end; if it is gone there is nobody to tell.
+    def response_body(self) -> ResponseBody:
+        """Return the body of the response to the caller."""
+        return ResponseBody(self._http()[1])
 
-        What is not Unicode in an error, as a file's name, becomes question marks.
+    def finish(self, result: JobResult) -> None:
+        """Report *result* to the gateway. If the gateway is gone, nobody needs the result.
+
+        Question marks replace parts of the error that are not Unicode, such as bytes of a file name.
         """
-        answer = msgspec.structs.replace(answer, error=answer.error.encode("utf-8", "replace").decode())
-        try:
-            self._control.sendall(frame(answer))
-        except OSError:
-            pass
+        result = msgspec.structs.replace(result, error=result.error.encode("utf-8", "replace").decode())
+        with suppress(OSError):
+            self._control.sendall(frame(result))
 
-    def _line(self) -> Line:
-        if self._connection is None:
-            raise GearError("streams socket: no connection came with the grant")
-        return Line(self._connection, self._control, self._idle_s)
+    def _http(self) -> tuple[HttpConnection, CallerConnection]:
+        if self._granted.stream is None or self._caller is None:
+            raise GearError(f"{self.job.call}: the gateway handed over no connection")
+        return self._granted.stream, self._caller
 
 
 @contextmanager
-def claimed(path: Path, token: str, by: str, idle_s: float = DEFAULT_STREAM_IDLE_S) -> Iterator[Stream | None]:
-    """Claim *token* at the streams socket *path*.
+def claim(
+    path: Path,
+    token: str,
+    by: Claimant,
+    *,
+    idle_s: float = DEFAULT_STREAM_IDLE_S,
+    stalled_s: float = STALLED_S,
+) -> Iterator[ClaimedJob | None]:
+    """Claim the job with *token* at the streams socket *path*.
 
     Args:
         path: The socket.
-        token: Of the order.
-        by: As in `Claim`.
-        idle_s: As of `Line`.
+        token: The job's.
+        by: The kind of this process.
+        idle_s: As for `CallerConnection`.
+        stalled_s: As for `CallerConnection`.
 
     Yields:
-        The stream; None if somebody else does the order, or it is wanted no more.
+        The job; None if another process does it, or the gateway has withdrawn it.
 
     Raises:
-        NotFound, Unavailable: No gateway is there.
+        NotFound, Unavailable: No gateway answers.
 
-    Crash: the gateway sees the control connection end and answers its caller with an error.
+    Crash: the gateway sees the end of the control connection, and reports an error to its caller.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         try:
-            grant, head, fds = _negotiate(control, path, Claim(token, by, os.getpid()))
+            reply, fds = _ask(control, path, Claim(token, by, os.getpid()))
         except OSError as exc:
             raise from_os_error(exc, f"connect to the gateway's {path}") from exc
-        if not grant.accepted:
+        if isinstance(reply, Refused):
             yield None
         elif not fds:
-            yield Stream(control, None, grant, head, idle_s)
+            yield ClaimedJob(reply, control, None)
         else:
             with socket.socket(fileno=fds[0]) as connection:
-                yield Stream(control, connection, grant, head, idle_s)
+                yield ClaimedJob(reply, control, CallerConnection(connection, control, idle_s, stalled_s))
 
 
-def _negotiate(control: socket.socket, path: Path, claim: Claim) -> tuple[Grant, bytes, list[int]]:
-    """Show the token; the grant, what was read of the body, and the descriptors that came, which an error closes."""
+def _ask(control: socket.socket, path: Path, claim: Claim) -> tuple[Granted | Refused, list[int]]:
+    """Send *claim*; return the reply and the descriptors that come with it, which an error closes."""
     control.settimeout(_GRANT_TIMEOUT_S)
     try:
         control.connect(str(path))
@@ -97,16 +121,16 @@ def _negotiate(control: socket.socket, path: Path, claim: Claim) -> tuple[Grant,
     control.sendall(frame(claim))
     fds = list[int]()
     try:
-        grant, head = _granted(control, path, fds)
+        reply = _receive(control, path, fds)
     except BaseException:
         for fd in fds:
-            os.close(fd)  # else the caller would not see the gateway's end
+            os.close(fd)  # an open one would hide the gateway's end from the caller
         raise
     control.settimeout(None)
-    return grant, head, fds
+    return reply, fds
 
 
-def _granted(control: socket.socket, path: Path, fds: list[int]) -> tuple[Grant, bytes]:
+def _receive(control: socket.socket, path: Path, fds: list[int]) -> Granted | Refused:
     buffer = FrameBuffer()
     while (message := buffer.next()) is None:
         data, new_fds, _, _ = socket.recv_fds(control, 65536, 1)
@@ -114,13 +138,9 @@ def _granted(control: socket.socket, path: Path, fds: list[int]) -> tuple[Grant,
         if not data:
             raise Unavailable(f"the gateway at {path} broke off")
         buffer.feed(data)
-    grant = msgspec.json.decode(message, type=Grant)
-    if grant.has_connection != bool(fds):
+    if not isinstance(message, Granted | Refused):
+        raise Unavailable(f"the gateway at {path} answered a claim with {type(message).__name__}")
+    needs_fd = isinstance(message, Granted) and message.stream is not None
+    if needs_fd != bool(fds):
         raise Unavailable(f"the gateway at {path} did not hand over its caller's connection")
-    head = bytearray(buffer.rest())
-    while len(head) < grant.head_bytes:
-        data = control.recv(65536)
-        if not data:
-            raise Unavailable(f"the gateway at {path} broke off")
-        head += data
-    return grant, bytes(head)
+    return message

@@ -1,9 +1,9 @@
-"""Doing an order: claim it, call the engine, answer. The same in a Celery worker and in the gateway's own pool."""
+"""Execute a job, in a Celery worker or in the gateway's own pool: claim it, call the engine, report the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import structlog
@@ -12,83 +12,91 @@ from gearworkers.engine.engine import Engine
 from gearworkers.engine.root import with_current_root
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
 from gearworkers.settings import Settings
-from gearworkers.workers.claim import Stream, claimed
-from gearworkers.workers.messages import Answer, Order
+from gearworkers.workers.claim import ClaimedJob, claim
+from gearworkers.workers.messages import (
+    ApplyDiff,
+    Claimant,
+    CollectGarbage,
+    Dedupe,
+    Diff,
+    JobResult,
+    MaintenanceJob,
+    Push,
+    WorkerJob,
+)
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-def perform(settings: Settings, order: Order, by: str) -> Answer | None:
-    """Claim *order* and do it; ends quietly if somebody else does.
-
-    Upkeep (push, collect_garbage, dedupe) is done also when no gateway is there to be told.
+def execute(settings: Settings, job: WorkerJob, by: Claimant) -> JobResult | None:
+    """Claim *job* and do it. A MaintenanceJob is also done without a gateway.
 
     Args:
         settings: This process's.
-        order: What to do; one for another GEAR_ROOT than the gateway's here is refused, and left unclaimed.
-        by: ``worker`` or ``gateway``.
+        job: The job as Redis or the pool hands it over. One for another GEAR_ROOT than that of this node's gateway is
+            refused and left unclaimed.
+        by: The kind of this process.
 
     Returns:
-        The answer that was given, errors included; None if nothing was done.
+        The reported result, errors included; None if this process has done nothing.
 
-    Crash: the gateway sees it and answers its caller.
+    Crash: the gateway notices, and reports an error to its caller.
     """
-    if not _is_ours(settings, order):
+    if not _is_for_this_root(settings, job):
         return None
     try:
-        with claimed(settings.streams_socket, order.token, by, settings.stream_idle_s) as stream:
-            if stream is None:
-                _log.info("order not wanted any more", call=order.call, id=order.id)
+        with claim(settings.streams_socket, job.token, by, idle_s=settings.stream_idle_s) as claimed:
+            if claimed is None:
+                _log.info("job already withdrawn or claimed", call=job.call, id=job.id)
                 return None
-            answer = _attempt(settings, order, stream)
-            stream.answer(answer)
-            return answer
+            result = _attempt(settings, claimed.job, partial(_claimed_result, claimed))
+            claimed.finish(result)
+            return result
     except (NotFound, Unavailable) as exc:
-        _log.warning("no gateway", call=order.call, id=order.id, error=str(exc))
-        return perform_alone(settings, order) if order.call in _UPKEEP else None
+        _log.warning("no gateway", call=job.call, id=job.id, error=str(exc))
+        return execute_alone(settings, job) if isinstance(job, MaintenanceJob) else None
 
 
-def perform_alone(settings: Settings, order: Order) -> Answer | None:
-    """Do an order of upkeep without asking or telling a gateway; None if it is refused, as by `perform`."""
-    return _attempt(settings, order, None) if _is_ours(settings, order) else None
+def execute_alone(settings: Settings, job: MaintenanceJob) -> JobResult | None:
+    """Do *job* without a gateway; None if it is refused, as by `execute`."""
+    if not _is_for_this_root(settings, job):
+        return None
+    return _attempt(settings, job, partial(_maintenance_result, job))
 
 
-def _is_ours(settings: Settings, order: Order) -> bool:
-    """Whether the order names the GEAR_ROOT of this node's gateway: whoever writes to Redis may name any path."""
+def _is_for_this_root(settings: Settings, job: WorkerJob) -> bool:
+    """Return whether the job names the GEAR_ROOT of this node's gateway: a writer to Redis may name any path."""
     try:
         root = with_current_root(settings).gear_root
     except GearError as exc:
-        _log.error("order refused", call=order.call, id=order.id, error=str(exc))
+        _log.error("job refused", call=job.call, id=job.id, error=str(exc))
         return False
-    if Path(order.gear_root) == root:
+    if Path(job.gear_root) == root:
         return True
     _log.error(
-        "order refused: it is for another GEAR_ROOT; a worker needs its gateway's GEAR_ROOT and GEAR_RUN_DIR",
-        call=order.call,
-        id=order.id,
-        asked=order.gear_root,
+        "job refused: it is for another GEAR_ROOT; a worker needs its gateway's GEAR_ROOT and GEAR_RUN_DIR",
+        call=job.call,
+        id=job.id,
+        asked=job.gear_root,
         ours=str(root),
     )
     return False
 
 
-def _attempt(settings: Settings, order: Order, stream: Stream | None) -> Answer:
-    """Call the engine; every error becomes an answer."""
+def _attempt(settings: Settings, job: WorkerJob, run: Callable[[Engine], JobResult]) -> JobResult:
+    """Run *job* on the engine; every error becomes a result."""
     try:
-        engine = _engine(with_current_root(settings))
-        if stream is not None and order.call in _STREAMED:
-            return _STREAMED[order.call](engine, order, stream)
-        return _UPKEEP[order.call](engine, order)
+        return run(_engine(with_current_root(settings)))
     except GearError as exc:
-        _log.warning("order failed", call=order.call, id=order.id, error=str(exc))
-        return Answer(error=str(exc), retryable=exc.retryable)
+        _log.warning("job failed", call=job.call, id=job.id, error=str(exc))
+        return JobResult(error=str(exc), retryable=exc.retryable)
     except OSError as exc:
-        _log.exception("order failed", call=order.call, id=order.id)
-        known = from_os_error(exc, f"{order.call} {order.id}".rstrip())
-        return Answer(error=str(known), retryable=known.retryable)
+        _log.exception("job failed", call=job.call, id=job.id)
+        known = from_os_error(exc, f"{job.call} {job.id}".rstrip())
+        return JobResult(error=str(known), retryable=known.retryable)
     except Exception as exc:
-        _log.exception("order failed: a bug", call=order.call, id=order.id)
-        return Answer(error=f"internal error in {order.call}: {type(exc).__name__}: {exc}; the worker's log has more")
+        _log.exception("job failed: a bug", call=job.call, id=job.id)
+        return JobResult(error=f"internal error in {job.call}: {type(exc).__name__}: {exc}; the worker's log has more")
 
 
 @cache
@@ -97,34 +105,28 @@ def _engine(settings: Settings) -> Engine:
     return Engine.of(settings)
 
 
-def _apply_diff(engine: Engine, order: Order, stream: Stream) -> Answer:
-    return Answer(size_bytes=engine.apply_diff(order.id, order.parent, stream.source()))
+def _claimed_result(claimed: ClaimedJob, engine: Engine) -> JobResult:
+    match claimed.job:
+        case ApplyDiff() as job:
+            return JobResult(size_bytes=engine.apply_diff(job.id, job.parent, claimed.request_body()))
+        case Diff() as job:
+            response = claimed.response_body()
+            engine.diff(job.id, job.parent, response)
+            response.finish()
+            return JobResult()
+        case job:
+            return _maintenance_result(job, engine)
 
 
-def _diff(engine: Engine, order: Order, stream: Stream) -> Answer:
-    sink = stream.sink()
-    engine.diff(order.id, order.parent, sink)
-    sink.finish()
-    return Answer()
-
-
-def _push(engine: Engine, order: Order) -> Answer:
-    report = engine.push_pending()
-    return Answer(figures={"pushed_objects": report.pushed_objects, "refused_objects": len(report.refused)})
-
-
-def _collect_garbage(engine: Engine, order: Order) -> Answer:
-    report = engine.collect_garbage()
-    return Answer(figures={"removed_objects": report.removed_objects, "removed_bytes": report.removed_bytes})
-
-
-def _dedupe(engine: Engine, order: Order) -> Answer:
-    return Answer(figures={"deduplicated_files": engine.dedupe(order.id)})
-
-
-_STREAMED: Mapping[str, Callable[[Engine, Order, Stream], Answer]] = {"apply_diff": _apply_diff, "diff": _diff}
-_UPKEEP: Mapping[str, Callable[[Engine, Order], Answer]] = {
-    "push": _push,
-    "collect_garbage": _collect_garbage,
-    "dedupe": _dedupe,
-}
+def _maintenance_result(job: MaintenanceJob, engine: Engine) -> JobResult:
+    match job:
+        case Push():
+            push = engine.push_pending()
+            return JobResult(figures={"pushed_objects": push.pushed_objects, "refused_objects": len(push.refused)})
+        case CollectGarbage():
+            garbage = engine.collect_garbage()
+            return JobResult(
+                figures={"removed_objects": garbage.removed_objects, "removed_bytes": garbage.removed_bytes}
+            )
+        case Dedupe():
+            return JobResult(figures={"deduplicated_files": engine.dedupe(job.id)})

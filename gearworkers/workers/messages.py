@@ -1,81 +1,137 @@
-"""Where a heavy call meets the process that does it: the node's streams socket, and a caller's connection handed over.
+"""The messages between the gateway and the process that does a job.
 
 Glossary
-    order       what is to be done, as a task carries it: ids and a token, never bytes (`Order`)
-    token       names one offer of one order; whoever shows it first does the order
-    control     the connection to the streams socket: claim, grant, answer; its end is the death of the other side
-    connection  the caller's own HTTP connection: its descriptor comes with the grant, so a body is read, or an
-                answer's bytes are written, by the process that needs them, and by no one between
+    job      one heavy call or maintenance work, and a token (`WorkerJob`). Redis carries it; it holds no layer's bytes.
+    token    identifies the job at the gateway. The first process that shows it gets the job.
+    control  the process's connection to the gateway's streams socket. Its end tells each side that the other has died.
+    stream   the bytes that the job reads or writes (`ByteStream`). The gateway hands it over; it never copies them.
 
-What is said on the control connection, each a frame (4 bytes little-endian length, JSON)::
+The messages on the control connection, each a frame (4 bytes little-endian length, then MessagePack)::
 
-    worker  -> Claim     I take this token
-    gateway -> Grant     yes (with the connection's descriptor, and what was read of the body), or no
-    worker  -> Progress  an answer's first byte follows; the caller keeps me waiting, or no longer
-    worker  -> Answer    the end
+    process -> Claim      asks for the job with this token
+    gateway -> Granted    hands over the job and its stream, the HTTP connection's descriptor with it; or
+               Refused    another process does the job, or the gateway has withdrawn it
+    process -> Progress   the response begins; the caller stalls, or continues
+    process -> JobResult  ends the job
 
-The connection stays non-blocking, since that flag is shared with the gateway. Here are the words; `claiming` is the
-worker's side, `bodies` what goes over the connection.
+`claim` is the side of the process, `plugin_gateway.dispatch.claim_server` that of the gateway. `http_body` reads and
+writes the HTTP connection. `plugin_gateway.dispatch.pending_job` has the states of a job.
 """
 
 from __future__ import annotations
 
+import secrets
 import struct
+from typing import Literal
 
 import msgspec
 
 from gearworkers.errors import InvalidInput
 
 CHUNKED = -1
-"""As a body's length: it comes in chunks."""
+"""The length of a body with chunked transfer coding."""
 
 _LENGTH = struct.Struct("<I")
-_FRAME_LIMIT_BYTES = 1 << 20
+_FRAME_LIMIT_BYTES = 4 << 20
+
+Claimant = Literal["worker", "gateway"]
+"""A Celery worker, or a process of the gateway's own pool."""
 
 
-class Order(msgspec.Struct, frozen=True):
-    """What a worker is asked to do; travels through Redis."""
-
-    call: str
-    """``apply_diff``, ``diff``, ``push``, ``collect_garbage`` or ``dedupe``."""
+class _Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="call"):
     gear_root: str
-    """The gateway's; whoever does it checks that it is his own."""
-    token: str
+    """The gateway's GEAR_ROOT. A process with another one leaves the job alone."""
+    token: str = msgspec.field(default_factory=lambda: secrets.token_hex(16))
     id: str = ""
+    """The layer; empty if the job is for the whole GEAR_ROOT."""
+
+    @property
+    def call(self) -> str:
+        """The name in logs, in metrics and in the name of the Celery task."""
+        return str(self.__struct_config__.tag)
+
+
+class ApplyDiff(_Job, frozen=True, kw_only=True, tag="apply_diff"):
+    """Fill layer *id* from the tar in the stream."""
+
     parent: str = ""
 
 
-class Claim(msgspec.Struct, frozen=True):
-    """A process offers to do the order with this token."""
+class Diff(_Job, frozen=True, kw_only=True, tag="diff"):
+    """Write the difference of layer *id* from *parent* to the stream, as a tar."""
+
+    parent: str = ""
+
+
+class Push(_Job, frozen=True, kw_only=True, tag="push"):
+    """Push the spooled objects to the remote."""
+
+
+class CollectGarbage(_Job, frozen=True, kw_only=True, tag="collect_garbage"):
+    """Remove the objects that no layer refers to."""
+
+
+class Dedupe(_Job, frozen=True, kw_only=True, tag="dedupe"):
+    """Move the contents of the finished read-write layer *id* to the object store."""
+
+
+HeavyJob = ApplyDiff | Diff
+"""Docker waits for its end. It needs its stream, so it runs once and only for a gateway."""
+MaintenanceJob = Push | CollectGarbage | Dedupe
+"""No caller waits for it. It is idempotent, and runs without a gateway too."""
+WorkerJob = HeavyJob | MaintenanceJob
+
+
+class HttpConnection(msgspec.Struct, frozen=True, tag="http"):
+    """The caller's own HTTP connection: the job reads the request's body, or writes the response.
+
+    Its descriptor comes with the message (SCM_RIGHTS). It stays non-blocking, since the gateway shares that flag.
+    """
+
+    body_bytes: int = CHUNKED
+    """Length of the request's body, or CHUNKED."""
+    received: bytes = b""
+    """The beginning of the body, which the gateway has read already."""
+
+
+ByteStream = HttpConnection | None
+"""The stream of a job; None for a MaintenanceJob.
+
+The content store of containerd joins this union with containerd's front door: a struct with the digest, the size and
+the media type of a blob, and the address of containerd's socket. No job can use it before.
+"""
+
+
+class Claim(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the job with this token."""
 
     token: str
-    by: str
-    """``worker`` or ``gateway``: a process of the gateway's own pool."""
+    by: Claimant
     pid: int
 
 
-class Grant(msgspec.Struct, frozen=True):
-    """Whether it may."""
+class Granted(msgspec.Struct, frozen=True, tag=True):
+    """Hands over a job. The process does this job, not the one from Redis, which others may have changed."""
 
-    accepted: bool
-    has_connection: bool = False
-    body_bytes: int = CHUNKED
-    """Length of the request's body, or CHUNKED."""
-    head_bytes: int = 0
-    """How much of the body, as it came, follows this frame."""
+    job: WorkerJob
+    stream: ByteStream = None
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Answers a token whose job is not to be had any more."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """How it stands, told when that changes."""
+    """Tells the gateway how the job stands, whenever that changes."""
 
-    started: bool = False
-    """Diff: the answer's first byte is about to be written or was, so an error can only be told by breaking off."""
+    response_begun: bool = False
+    """The first byte of the response is being written, so only an aborted connection can report an error now."""
     stalled: bool = False
-    """The process waits for the caller to send or to take something, and uses no core."""
+    """The process waits for the caller to send or to receive, and uses no core."""
 
 
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
-    """What became of it."""
+class JobResult(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
+    """The result of a job."""
 
     error: str = ""
     retryable: bool = False
@@ -83,24 +139,32 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     figures: dict[str, int] = {}
 
 
-def frame(message: msgspec.Struct) -> bytes:
-    """The message as it goes over the control connection."""
-    data = msgspec.json.encode(message)
+Message = Claim | Granted | Refused | Progress | JobResult
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def frame(message: Message) -> bytes:
+    """Return the message as the control connection carries it."""
+    data = msgspec.msgpack.encode(message)
     return _LENGTH.pack(len(data)) + data
 
 
 class FrameBuffer:
-    """Makes frames of received bytes."""
+    """Takes received bytes apart into messages."""
 
     def __init__(self) -> None:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Add what was received."""
+        """Add received bytes."""
         self._data += data
 
-    def next(self) -> bytes | None:
-        """The next whole frame's JSON, or None if more bytes are needed; InvalidInput if it is absurdly long."""
+    def next(self) -> Message | None:
+        """Return the next message, or None if more bytes are needed.
+
+        Raises:
+            InvalidInput: The bytes are no message, or it is too long.
+        """
         if len(self._data) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._data)
@@ -109,12 +173,9 @@ class FrameBuffer:
         end = _LENGTH.size + length
         if len(self._data) < end:
             return None
-        message = bytes(self._data[_LENGTH.size : end])
+        try:
+            message = _decoder.decode(memoryview(self._data)[_LENGTH.size : end])
+        except msgspec.DecodeError as exc:
+            raise InvalidInput(f"streams socket: {exc}") from exc
         del self._data[:end]
         return message
-
-    def rest(self) -> bytes:
-        """What follows the last frame."""
-        rest = bytes(self._data)
-        self._data.clear()
-        return rest

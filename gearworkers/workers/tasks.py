@@ -1,10 +1,10 @@
-"""Celery tasks: thin, ids in, `work.perform` called.
+"""Celery tasks: thin wrappers around `execute` and the conversion's functions.
 
-Whoever writes to Redis makes tasks. So a task names no place to read from or write to but references to registries:
-root, remote and credentials are the worker's own, and what a task says of them is only compared.
+Anyone who can write to Redis can create tasks. So a task names no place to read from or write to except references to
+registries. GEAR_ROOT, remote and credentials are the worker's own; the task's values are only compared with them.
 
 apply_diff and diff are acknowledged when they begin and never come again: their stream is gone with them. push,
-collect_garbage, dedupe and the conversions are idempotent, acknowledged when done, and come again after a crash; only
+collect_garbage, dedupe and the conversions are idempotent, acknowledged when done, and come again after a crash. Only
 errors marked retryable are retried.
 """
 
@@ -25,11 +25,12 @@ from gearworkers.images.source import refuse_path
 from gearworkers.remote.factory import open_remote, remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import IMAGE_TASK, LAYER_TASK, PROGRESS, RETRIES, TIME_LIMIT_S, retry_delay_s
-from gearworkers.workers.execute import perform, perform_alone
-from gearworkers.workers.messages import Order
+from gearworkers.workers.execute import execute, execute_alone
+from gearworkers.workers.messages import ApplyDiff, CollectGarbage, Dedupe, Diff, HeavyJob, MaintenanceJob, Push
 
-_TELL_S = 0.2
-_UPKEEP = {
+_PROGRESS_INTERVAL_S = 0.2
+_HEAVY = {"ignore_result": True, "acks_late": False}
+_MAINTENANCE = {
     "bind": True,
     "ignore_result": True,
     "acks_late": True,
@@ -39,68 +40,71 @@ _UPKEEP = {
 }
 
 
-@shared_task(name="gearworkers.apply_diff", ignore_result=True, acks_late=False)
-def apply_diff(gear_root: str, token: str, id: str, parent: str) -> None:
-    """Fill layer *id* from the body of the caller that waits with *token*."""
-    perform(Settings.from_environ(), Order("apply_diff", gear_root, token, id, parent), "worker")
+@shared_task(name="gearworkers.apply_diff", **_HEAVY)
+def apply_diff(job: dict[str, Any]) -> None:
+    """Fill a layer from the stream of its waiting caller."""
+    _execute_once(msgspec.convert(job, ApplyDiff))
 
 
-@shared_task(name="gearworkers.diff", ignore_result=True, acks_late=False)
-def diff(gear_root: str, token: str, id: str, parent: str) -> None:
-    """Write layer *id*'s tar to the caller that waits with *token*."""
-    perform(Settings.from_environ(), Order("diff", gear_root, token, id, parent), "worker")
+@shared_task(name="gearworkers.diff", **_HEAVY)
+def diff(job: dict[str, Any]) -> None:
+    """Write a layer's tar to the stream of its waiting caller."""
+    _execute_once(msgspec.convert(job, Diff))
 
 
-@shared_task(name="gearworkers.push", **_UPKEEP)
-def push(self: Task, gear_root: str, token: str, id: str, parent: str) -> None:
-    """Push what waits in the spool to the remote."""
-    _keep_up(self, Order("push", gear_root, token, id, parent))
+@shared_task(name="gearworkers.push", **_MAINTENANCE)
+def push(self: Task, job: dict[str, Any]) -> None:
+    """Push the spooled objects to the remote."""
+    _maintain(self, msgspec.convert(job, Push))
 
 
-@shared_task(name="gearworkers.collect_garbage", **_UPKEEP)
-def collect_garbage(self: Task, gear_root: str, token: str, id: str, parent: str) -> None:
+@shared_task(name="gearworkers.collect_garbage", **_MAINTENANCE)
+def collect_garbage(self: Task, job: dict[str, Any]) -> None:
     """Remove the objects that no layer refers to."""
-    _keep_up(self, Order("collect_garbage", gear_root, token, id, parent))
+    _maintain(self, msgspec.convert(job, CollectGarbage))
 
 
-@shared_task(name="gearworkers.dedupe", **_UPKEEP)
-def dedupe(self: Task, gear_root: str, token: str, id: str, parent: str) -> None:
-    """Move the contents of the finished read-write layer *id* to the object store."""
-    _keep_up(self, Order("dedupe", gear_root, token, id, parent))
+@shared_task(name="gearworkers.dedupe", **_MAINTENANCE)
+def dedupe(self: Task, job: dict[str, Any]) -> None:
+    """Move the contents of a finished read-write layer to the object store."""
+    _maintain(self, msgspec.convert(job, Dedupe))
 
 
-@shared_task(name=LAYER_TASK, **{**_UPKEEP, "ignore_result": False})
+@shared_task(name=LAYER_TASK, **{**_MAINTENANCE, "ignore_result": False})
 def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any]:
-    """Convert one layer of an image; what it became. Its contents go to the worker's remote, which must be *remote*."""
+    """Convert one layer of an image and return the converted one.
+
+    Its contents go to the worker's remote, which must be *remote*.
+    """
     settings = Settings.from_environ()
     with _retried(self):
         layer = msgspec.convert(job, convert.LayerJob)
         refuse_path(layer.source)
         _refuse_other_remote(settings, remote)
         with closing(open_remote(settings)) as opened:
-            return _plain(convert.convert_layer(settings, opened, layer, _Teller(self)))
+            return _plain(convert.convert_layer(settings, opened, layer, _ProgressReporter(self)))
 
 
-@shared_task(name=IMAGE_TASK, **{**_UPKEEP, "ignore_result": False})
+@shared_task(name=IMAGE_TASK, **{**_MAINTENANCE, "ignore_result": False})
 def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
-    """Push config and manifest of an image whose layers are done; what it came to."""
+    """Push config and manifest of an image whose layers are done; return the report."""
     with _retried(self):
         done = msgspec.convert(layers, list[convert.LayerDone])
         planned = msgspec.convert(plan, convert.Plan)
         refuse_path(planned.source)
-        return _plain(convert.finish_conversion(Settings.from_environ(), planned, done))
+        return _plain(convert.finish_conversion(Settings.from_environ().registry, planned, done))
 
 
 def _refuse_other_remote(settings: Settings, asked: str) -> None:
     """
     Raises:
-        FailedPrecondition: The caller has another remote: it would look for the contents where they are not.
+        FailedPrecondition: The caller has another remote, and would not find the contents in it.
     """
-    theirs, ours = remote_name(asked), remote_name(settings.remote)
+    theirs, ours = remote_name(asked), remote_name(settings.remote.url)
     if theirs != ours:
         raise FailedPrecondition(
             f"this conversion is for GEAR_REMOTE={theirs}, and the worker on {settings.node} has "
-            f"GEAR_REMOTE={ours}; give both the same, or convert here: --local"
+            f"GEAR_REMOTE={ours}; give both the same remote, or convert here with --local"
         )
 
 
@@ -119,25 +123,29 @@ def _plain(made: msgspec.Struct) -> dict[str, Any]:
     return built
 
 
-class _Teller:
-    """Tells the progress of a layer's task, a few times a second at most."""
+class _ProgressReporter:
+    """Publishes the progress of a layer's task, a few times a second at most."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._id = task.request.id  # only the task's own thread has the request, and others read
+        self._id = task.request.id  # only the task's own thread has the request; other threads call this
         self._last_s = 0.0
 
     def __call__(self, read_bytes: int) -> None:
-        if time.monotonic() - self._last_s > _TELL_S:
+        if time.monotonic() - self._last_s > _PROGRESS_INTERVAL_S:
             self._last_s = time.monotonic()
-            with suppress(RedisError):  # nobody is told, and the work goes on
+            with suppress(RedisError):  # progress is lost, and the work goes on
                 self._task.update_state(self._id, PROGRESS, meta={"read_bytes": read_bytes})
 
 
-def _keep_up(task: Task, order: Order) -> None:
-    """Once with the gateway's consent; after a crash or a retry, when its offer is past, without."""
+def _execute_once(job: HeavyJob) -> None:
+    execute(Settings.from_environ(), job, "worker")
+
+
+def _maintain(task: Task, job: MaintenanceJob) -> None:
+    """Execute *job* by the gateway's grant; after a crash or a retry, when no gateway offers it, without one."""
     again = task.request.retries or (task.request.delivery_info or {}).get("redelivered")
     settings = Settings.from_environ()
-    answer = perform_alone(settings, order) if again else perform(settings, order, "worker")
-    if answer is not None and answer.retryable:
-        raise task.retry(exc=Unavailable(answer.error), countdown=retry_delay_s(task.request.retries))
+    result = execute_alone(settings, job) if again else execute(settings, job, "worker")
+    if result is not None and result.retryable:
+        raise task.retry(exc=Unavailable(result.error), countdown=retry_delay_s(task.request.retries))

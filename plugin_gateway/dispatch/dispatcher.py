@@ -1,258 +1,231 @@
-"""An order becomes a task, a stream and an answer: by a worker, or, when none takes it, by the gateway's own pool."""
+"""Run jobs on the node's workers, or in the gateway's own pool if no worker begins them in time."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import structlog
 
 from gearworkers.errors import Unavailable
 from gearworkers.settings import Settings
-from gearworkers.workers.messages import Answer, Order
-from plugin_gateway.dispatch.claims import Body, Desk, Offer
-from plugin_gateway.dispatch.local_pool import OwnPool
+from gearworkers.workers.messages import ByteStream, WorkerJob
+from plugin_gateway.dispatch.claim_server import Changes, ClaimServer
+from plugin_gateway.dispatch.health import NOT_TAKEN, SILENT, WORKERS, Health
+from plugin_gateway.dispatch.local_pool import LocalPool
+from plugin_gateway.dispatch.pending_job import JobState, PendingJob
 from plugin_gateway.dispatch.task_queue import QueueState, TaskQueue
-from plugin_gateway.metrics import Metrics
+from plugin_gateway.metrics import GatewayMetrics
 
 _log = structlog.stdlib.get_logger(__name__)
 
-KINDS = ("import", "push")
-"""Of work, by the worker that does it."""
-NOT_TAKEN = "no worker takes tasks"
-SILENT = "no worker answers"
+_LOCAL_ATTEMPTS = 2
+"""The first may meet a worker that has claimed the job and dies before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long the gateway waits for a worker before it does the work itself."""
+class PickupTimeouts:
+    """Seconds that the gateway waits for a worker to begin a job before its own pool does it."""
 
-    pickup_s: float = 2.0
-    """For an idle worker to take a call that Docker waits for: it needs some 5 ms."""
-    degraded_pickup_s: float = 0.2
-    """The same when the last one was not taken, or a worker waits for its caller."""
+    idle_s: float = 2.0
+    """For an idle worker and a heavy job: it needs some 5 ms."""
+    degraded_s: float = 0.2
+    """The same if the last job was not taken, or a worker waits for its caller."""
     busy_s: float = 10.0
-    """For a busy one to become free."""
-    upkeep_pickup_s: float = 15.0
+    """For a busy worker to become free."""
+    maintenance_s: float = 15.0
     expires_s: float = 60.0
-    """Then a worker that comes too late does not even begin."""
+    """After these a worker does not take the task any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of an order."""
+class Queue(Protocol):
+    """The way to the workers; `TaskQueue`."""
 
-    answer: Answer
-    started: bool
-    """Diff: bytes may have been written, so an error can only be told by breaking off."""
-    by: str
-    """``worker``, ``gateway``, or empty if nobody claimed it."""
+    async def publish(self, job: WorkerJob, *, expires_s: float) -> None:
+        """Offer *job* to the workers."""
+
+    async def state(self) -> QueueState:
+        """Return how the queue and the workers are."""
+
+    def close(self) -> None:
+        """Release the connections."""
 
 
-class Health:
-    """Why the gateway works for the workers, if it does: by kind of work."""
+class Pool(Protocol):
+    """The gateway's own processes; `LocalPool`."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._reasons: dict[str, str] = {}
-        self._metrics = metrics
+    async def run(self, pending: PendingJob) -> None:
+        """Have a process claim and do *pending*."""
 
-    def reason(self, kind: str) -> str:
-        """Empty if all is well."""
-        return self._reasons.get(kind, "")
-
-    def summary(self) -> str:
-        """For `docker info`."""
-        if not self._reasons:
-            return "no"
-        return "yes: " + "; ".join(f"{kind}: {reason}" for kind, reason in sorted(self._reasons.items()))
-
-    def forget(self) -> None:
-        """What was known was about another broker's workers."""
-        self._reasons.clear()
-        self._metrics.degraded.set(False)
-
-    def looked(self, reasons: Mapping[str, str]) -> None:
-        """What Redis and the workers answer, by kind; a task that was not taken is disproved by one that is taken."""
-        for kind, reason in reasons.items():
-            if reason or self.reason(kind) != NOT_TAKEN:
-                self.note(kind, reason)
-
-    def note(self, kind: str, reason: str) -> None:
-        """*reason* empty: all is well. Logged when it changes."""
-        if reason == self.reason(kind) or (reason, self.reason(kind)) == (NOT_TAKEN, SILENT):
-            return
-        if reason:
-            self._reasons[kind] = reason
-            _log.warning("degraded: the gateway works for the workers", kind=kind, reason=reason)
-        else:
-            del self._reasons[kind]
-            _log.info("no longer degraded", kind=kind)
-        self._metrics.degraded.set(bool(self._reasons))
+    def close(self) -> None:
+        """End the processes."""
 
 
 class Dispatcher:
-    """Gets orders done.
+    """Runs the jobs of all front doors.
 
     Args:
         settings: Of the node.
-        metrics: Where it counts.
-        patience: How long it waits for workers.
+        metrics: The gateway's.
+        timeouts: As they are used from now on; may be replaced at any time.
+        open_queue: Connects to the broker that the settings name.
+        open_pool: Makes the gateway's own pool.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, patience: Patience = Patience()) -> None:
-        self._settings = settings
-        self._patience = patience
-        self.desk = Desk(settings.streams_socket, metrics)
-        self.queue = TaskQueue(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: GatewayMetrics,
+        timeouts: PickupTimeouts = PickupTimeouts(),
+        *,
+        open_queue: Callable[[Settings], Queue] = TaskQueue,
+        open_pool: Callable[[Settings, Changes], Pool] = LocalPool,
+    ) -> None:
+        self.timeouts = timeouts
         self.health = Health(metrics)
-        self._pool = OwnPool(settings, self.desk.changes)
-        self._looking: asyncio.Task[str] | None = None
+        self.claims = ClaimServer(settings.streams_socket, metrics)
+        self._settings = settings
+        self._open_queue = open_queue
+        self._queue = open_queue(settings)
+        self._pool = open_pool(settings, self.claims.changes)
+        self._local_runs: set[asyncio.Task[None]] = set()
+        self._checking: asyncio.Task[str] | None = None
 
     def open(self) -> None:
         """Listen on the streams socket; FailedPrecondition if another gateway does."""
-        self.desk.open()
+        self.claims.open()
 
     def close(self) -> None:
-        """Give up whatever is under way."""
-        self.desk.close()
-        self.queue.close()
+        """Abandon all running jobs."""
+        self.claims.close()
+        self._queue.close()
         self._pool.close()
 
     def use_broker(self, settings: Settings) -> None:
         """Publish to the broker that *settings* name from now on."""
         if settings.effective_broker_url != self._settings.effective_broker_url:
             self._settings = settings
-            self.queue.close()
-            self.queue = TaskQueue(settings)
-            self.health.forget()
+            self._queue.close()
+            self._queue = self._open_queue(settings)
+            self.health.reset()
 
-    async def do(self, order: Order, body: Body | None) -> Outcome:
-        """Get *order* done and return its answer; errors are answers. With a *body*, Docker waits for it."""
-        with self.desk.offer(order, body) as offer:
-            own = await self._assign(offer)
-            try:
-                answer = await self._answer(offer, own)
-            finally:
-                if own is not None and not own.done():
-                    own.add_done_callback(_retrieved)
-            by = offer.claimed.result().by if offer.claimed.done() else ""
-            return Outcome(answer, offer.started, by)
+    async def run(self, job: WorkerJob, stream: ByteStream = None, fd: int | None = None) -> PendingJob:
+        """Get *job* done and return it with its result; failures are results.
 
-    async def look(self) -> str:
-        """Have `health` be what Redis and the workers answer now; returns how the queue is, for `docker info`."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().create_task(self._look())
-        return await asyncio.shield(self._looking)
+        Args:
+            job: The work.
+            stream: The bytes that it reads or writes.
+            fd: The stream's descriptor; this closes it.
+        """
+        with self.claims.offer(job, stream, fd) as pending:
+            if not await self._begun_by_worker(pending):
+                local_run = asyncio.get_running_loop().create_task(self._run_locally(pending))
+                self._local_runs.add(local_run)
+                local_run.add_done_callback(self._local_runs.discard)
+            await pending.wait_done()
+        return pending
 
-    async def _look(self) -> str:
-        queue = self.queue
+    async def status(self) -> list[tuple[str, str]]:
+        """Return the lines for `docker info`; asks Redis and the workers."""
+        queue, claims = await self.check(), self.claims
+        running = ", ".join(
+            f"{claims.running(by, heavy=True) + claims.running(by, heavy=False)} by {by}"
+            for by in ("worker", "gateway")
+        )
+        stalled = claims.stalled("worker") + claims.stalled("gateway")
+        if stalled:
+            running += f"; {stalled} wait for their callers"
+        return [("Queue", queue), ("At Work", running), ("Degraded", self.health.summary())]
+
+    async def check(self) -> str:
+        """Bring `health` up to date; return the lengths of the queues in words. Calls at the same time share one."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.get_running_loop().create_task(self._check())
+        return await asyncio.shield(self._checking)
+
+    async def _check(self) -> str:
+        queue = self._queue
         try:
             state = await queue.state()
         except Unavailable as exc:
-            told, reasons = str(exc), dict.fromkeys(KINDS, str(exc))
+            lengths, reasons = str(exc), dict.fromkeys(WORKERS, str(exc))
         else:
-            told = f"{state.waiting_imports} imports, {state.waiting_upkeep} upkeep waiting"
-            reasons = {kind: self._silence(kind, state) for kind in KINDS}
-        if queue is self.queue:  # else it tells of a broker that was replaced
-            self.health.looked(reasons)
-        return told
+            lengths = f"{state.waiting_imports} imports, {state.waiting_maintenance} maintenance jobs waiting"
+            reasons = {worker: self._silence(worker, state) for worker in WORKERS}
+        if queue is self._queue:  # otherwise the state is that of a broker replaced meanwhile
+            self.health.update(reasons)
+        return lengths
 
-    def _silence(self, kind: str, state: QueueState) -> str:
-        """Why *kind* is not done by workers, empty if one answers; one that is at work may be slow to."""
-        is_at_work = self.desk.serving("worker", heavy=kind == "import") > 0
-        return SILENT if kind in state.silent and not is_at_work else ""
+    def _silence(self, worker: str, state: QueueState) -> str:
+        """Return SILENT if no worker of this kind answers; empty if one does, or works: then it may answer late."""
+        is_busy = self.claims.running("worker", heavy=worker == "import") > 0
+        return SILENT if worker in state.silent and not is_busy else ""
 
-    async def _assign(self, offer: Offer) -> asyncio.Task[None] | None:
-        """See that somebody takes it; the task if it is the gateway's own pool."""
-        kind = "import" if offer.heavy else "push"
-        queue = self.queue
+    async def _begun_by_worker(self, pending: PendingJob) -> bool:
+        """Publish the job and wait for a worker; return whether one has begun it."""
+        worker = "import" if pending.is_heavy else "push"
+        queue, reason = self._queue, ""
         try:
-            await queue.publish(offer.order, heavy=offer.heavy, expires_s=self._patience.expires_s)
-            reason = "" if await self._picked_up(offer, kind) or self._is_busy(offer) else NOT_TAKEN
+            await queue.publish(pending.job, expires_s=self.timeouts.expires_s)
+            if not await self._wait_for_begin(pending, worker) and not self._is_busy(pending):
+                reason = NOT_TAKEN
         except Unavailable as exc:
             reason = str(exc)
-        if not offer.claimed.done():
-            _log.info("no worker is free", call=offer.order.call, id=offer.order.id, reason=reason or "all are busy")
-        if offer.claimed.done():
-            reason = ""
-        if queue is self.queue and (reason or offer.claimed.done()):
-            self.health.note(kind, reason)
-        if offer.claimed.done():
-            return None
-        return asyncio.get_running_loop().create_task(self._pool.perform(offer))
+        begun = pending.has_begun  # even if Redis did not confirm the task
+        if not begun:
+            _log.info("no worker is free", call=pending.job.call, id=pending.job.id, reason=reason or "all are busy")
+        if queue is self._queue and (begun or reason):
+            self.health.note(worker, "" if begun else reason)
+        return begun
 
-    async def _picked_up(self, offer: Offer, kind: str) -> bool:
-        """Wait for a claim as long as one may be hoped for."""
-        begun_s = time.monotonic()
-        while not offer.claimed.done():
-            left_s = self._deadline_s(offer, kind, begun_s) - time.monotonic()
+    async def _wait_for_begin(self, pending: PendingJob, worker: str) -> bool:
+        published_s = time.monotonic()
+        while not pending.has_begun:
+            left_s = self._deadline_s(pending, worker, published_s) - time.monotonic()
             if left_s <= 0:
                 return False
-            change = asyncio.ensure_future(self.desk.changes.next())
-            waited_for: set[asyncio.Future[Any]] = {offer.claimed, change}
             try:
-                await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                change.cancel()
+                async with asyncio.timeout(left_s):
+                    await self.claims.changes.next()
+            except TimeoutError:
+                continue
         return True
 
-    def _deadline_s(self, offer: Offer, kind: str, begun_s: float) -> float:
-        patience = self._patience
-        if not offer.heavy:
-            return begun_s + patience.upkeep_pickup_s
-        if self.desk.stalled("worker"):  # for as long as its caller likes: the pool takes its place
-            return begun_s + patience.degraded_pickup_s
-        if self._is_busy(offer):
-            return begun_s + patience.busy_s
-        pickup_s = patience.degraded_pickup_s if self.health.reason(kind) else patience.pickup_s
-        return max(begun_s, self.desk.last_sign_s) + pickup_s
+    def _deadline_s(self, pending: PendingJob, worker: str, published_s: float) -> float:
+        timeouts = self.timeouts
+        if not pending.is_heavy:
+            return published_s + timeouts.maintenance_s
+        if self.claims.stalled("worker"):  # until its caller goes on: the pool takes the worker's place
+            return published_s + timeouts.degraded_s
+        if self._is_busy(pending):
+            return published_s + timeouts.busy_s
+        idle_s = timeouts.degraded_s if self.health.reason(worker) else timeouts.idle_s
+        return max(published_s, self.claims.worker_seen_s) + idle_s
 
-    def _is_busy(self, offer: Offer) -> bool:
-        """Whether there are workers, and they are at work."""
-        return self.desk.serving("worker", heavy=offer.heavy) > 0
+    def _is_busy(self, pending: PendingJob) -> bool:
+        """Return whether workers for the job exist and do others."""
+        return self.claims.running("worker", heavy=pending.is_heavy) > 0
 
-    async def _answer(self, offer: Offer, own: asyncio.Task[None] | None) -> Answer:
-        if own is not None:
-            waited_for: set[asyncio.Future[Any]] = {own, offer.done}
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-            if not offer.claimed.done():
-                return Answer(error=_not_begun(offer, own), retryable=True)
-        answer = await offer.done
-        if answer is not None:
-            return answer
-        claim = offer.claimed.result()
-        return Answer(
-            error=f"{_named(offer.order)}: the {claim.by}'s process {claim.pid} that did it died; "
-            "nothing of it is visible; try again",
-            retryable=True,
+    async def _run_locally(self, pending: PendingJob) -> None:
+        """Have the pool do the job, unless a worker begins it first."""
+        why = ""
+        for _ in range(_LOCAL_ATTEMPTS):
+            try:
+                await self._pool.run(pending)
+                why = "it could not reach the streams socket"
+            except BrokenProcessPool:
+                why = "it died at its start"
+            except Exception as exc:
+                why = str(exc)
+            while pending.state is JobState.CLAIMED:
+                await self.claims.changes.next()
+            if not pending.awaits_begin:
+                return
+        pending.give_up(
+            f"no worker took it, and the gateway's own process did not begin: {why}; "
+            "the gateway's log may say more; try again"
         )
-
-
-def make_order(call: str, settings: Settings, id: str = "", parent: str = "") -> Order:
-    """An order with a token of its own, for the GEAR_ROOT of *settings*."""
-    return Order(call, str(settings.gear_root), secrets.token_hex(16), id, parent)
-
-
-def _not_begun(offer: Offer, own: asyncio.Task[None]) -> str:
-    why = own.exception() or "it could not reach the streams socket"
-    if isinstance(why, BrokenProcessPool):
-        why = "it died at its start"
-    return (
-        f"{_named(offer.order)}: no worker took it, and the gateway's own process did not begin: {why}; "
-        "the gateway's log may say more; try again"
-    )
-
-
-def _named(order: Order) -> str:
-    return f"{order.call} {order.id}".rstrip()
-
-
-def _retrieved(task: asyncio.Task[None]) -> None:
-    """Have the task's error, which its offer has told already, not be reported as lost."""
-    if not task.cancelled():
-        task.exception()

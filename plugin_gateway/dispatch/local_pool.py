@@ -1,4 +1,4 @@
-"""The gateway's own processes, for when no worker takes an order. They start when first needed and end when idle."""
+"""The gateway's own processes, for jobs that no worker begins. They start when needed and end when idle."""
 
 from __future__ import annotations
 
@@ -6,104 +6,139 @@ import asyncio
 import multiprocessing
 import os
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 
 import structlog
 
 from gearworkers.settings import Settings
 from gearworkers.util.log import configure_logging
 from gearworkers.util.process import end_with_parent
-from gearworkers.workers.execute import perform
-from gearworkers.workers.messages import Order
-from plugin_gateway.dispatch.claims import Changes, Offer
+from gearworkers.workers.execute import execute
+from gearworkers.workers.messages import WorkerJob
+from plugin_gateway.dispatch.claim_server import Changes
+from plugin_gateway.dispatch.pending_job import PendingJob
 
 _log = structlog.stdlib.get_logger(__name__)
 
+PROCESSES_PER_CORE = 8
+"""For each kind of job, including the processes that wait for their callers."""
 _IDLE_S = 60.0
-_MOST_PER_CORE = 8
 
 
-class OwnPool:
-    """Each order claims its token at the streams socket, as a worker does.
+def start_process(settings: Settings) -> Executor:
+    """Return an executor with one process, which starts with the first job.
 
-    Of each kind of order one process a core is at work. One that waits for its caller makes room for another, up to
-    eight a core. Kinds do not share that: `docker commit` reads a Diff only as fast as its ApplyDiff takes it, so a
-    full house of Diffs must not keep ApplyDiffs out.
+    Each process has an executor of its own, since the death of one process breaks its whole executor.
+    """
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _initialize, (settings, os.getpid()))
+
+
+def execute_locally(settings: Settings, job: WorkerJob) -> None:
+    """Claim and do *job*, in a process of the pool."""
+    execute(settings, job, "gateway")
+
+
+class LocalPool:
+    """Runs jobs in processes, each of which claims its job at the streams socket as a worker does.
+
+    For each kind of job one process a core works. A process that waits for its caller makes room for another, up to
+    PROCESSES_PER_CORE. Kinds have separate limits: `docker commit` reads a Diff only as fast as its ApplyDiff takes
+    it, so waiting Diffs must not keep ApplyDiffs out.
 
     Args:
         settings: Of the node.
-        changes: The desk's; told when a process is free.
+        changes: Of the jobs; notified when a process is free.
+        cores: The number of processes of one kind that may work at the same time.
+        start: Starts a process.
+        work: The function that a process calls with each job.
     """
 
-    def __init__(self, settings: Settings, changes: Changes) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        changes: Changes,
+        *,
+        cores: int | None = None,
+        start: Callable[[Settings], Executor] = start_process,
+        work: Callable[[Settings, WorkerJob], None] = execute_locally,
+    ) -> None:
         self._settings = settings
         self._changes = changes
-        self._cores = os.cpu_count() or 1
+        self._cores = cores or os.cpu_count() or 1
+        self._start = start
+        self._work = work
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._at_work: set[Offer] = set()
-        self._processes: set[ProcessPoolExecutor] = set()  # of one process each: the death of one is its own
-        self._idle: dict[ProcessPoolExecutor, asyncio.TimerHandle] = {}
+        self._running: set[PendingJob] = set()
+        self._processes: set[Executor] = set()
+        self._idle: dict[Executor, asyncio.TimerHandle] = {}
 
-    async def perform(self, offer: Offer) -> None:
-        """Have *offer* claimed and done, in its turn; returns when it is, or when nobody has to do it any more.
+    @property
+    def processes(self) -> int:
+        """The number of processes."""
+        return len(self._processes)
+
+    async def run(self, pending: PendingJob) -> None:
+        """Have *pending* claimed and done when a process is free; return early if nobody has to do it any more.
 
         Raises:
             BrokenProcessPool: The process died.
         """
-        async with self._turns[offer.kind]:
-            while not (self._has_room(offer.kind) or offer.claimed.done() or offer.withdrawn):
+        kind = _kind(pending)
+        async with self._turns[kind]:
+            while pending.awaits_begin and not self._has_capacity(kind):
                 await self._changes.next()
-            if offer.claimed.done() or offer.withdrawn:
+            if not pending.awaits_begin:
                 return
-            self._at_work.add(offer)
+            self._running.add(pending)
         try:
-            await self._run(offer.order)
+            await self._run(pending.job)
         finally:
-            self._at_work.discard(offer)
-            self._changes.tell()
+            self._running.discard(pending)
+            self._changes.notify()
 
     def close(self) -> None:
-        """End the processes; what is under way in them ends too."""
+        """End the processes and their jobs."""
         for timer in self._idle.values():
             timer.cancel()
         for process in self._processes:
             process.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():  # all that the gateway has are the pool's
+        for child in multiprocessing.active_children():  # the gateway has no others
             child.terminate()
 
-    def _has_room(self, kind: str) -> bool:
-        stalled = [offer.stalled for offer in self._at_work if offer.kind == kind]
-        return stalled.count(False) < self._cores and len(stalled) < self._cores * _MOST_PER_CORE
+    def _has_capacity(self, kind: str) -> bool:
+        stalled = [pending.progress.stalled for pending in self._running if _kind(pending) == kind]
+        return stalled.count(False) < self._cores and len(stalled) < self._cores * PROCESSES_PER_CORE
 
-    async def _run(self, order: Order) -> None:
-        process = self._free()
+    async def _run(self, job: WorkerJob) -> None:
+        process = self._take_process()
         try:
-            await asyncio.wrap_future(process.submit(_perform, self._settings, order))
+            await asyncio.wrap_future(process.submit(self._work, self._settings, job))
         except Exception as exc:
-            _log.error("a process of the gateway's pool failed", call=order.call, id=order.id, error=repr(exc))
+            _log.error("a process of the gateway's pool failed", call=job.call, id=job.id, error=repr(exc))
             self._end(process)
             raise
         self._idle[process] = asyncio.get_running_loop().call_later(_IDLE_S, self._end, process)
 
-    def _free(self) -> ProcessPoolExecutor:
+    def _take_process(self) -> Executor:
         if self._idle:
             process, timer = self._idle.popitem()
             timer.cancel()
             return process
-        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (self._settings, os.getpid()))
+        process = self._start(self._settings)
         self._processes.add(process)
         return process
 
-    def _end(self, process: ProcessPoolExecutor) -> None:
+    def _end(self, process: Executor) -> None:
         self._idle.pop(process, None)
         self._processes.discard(process)
         process.shutdown(wait=False)
 
 
-def _begin(settings: Settings, parent_pid: int) -> None:
+def _kind(pending: PendingJob) -> str:
+    return pending.job.call if pending.is_heavy else "maintenance"
+
+
+def _initialize(settings: Settings, parent_pid: int) -> None:
     end_with_parent(parent_pid)
-    configure_logging(settings)
-
-
-def _perform(settings: Settings, order: Order) -> None:
-    perform(settings, order, "gateway")
+    configure_logging(settings.log)

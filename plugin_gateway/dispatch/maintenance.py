@@ -1,4 +1,4 @@
-"""Work that nobody waits for: garbage collection after removals, push and absorption after imports and commits."""
+"""Maintenance that no caller waits for: garbage collection after removals, push and deduplication after imports."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from functools import partial
 import structlog
 
 from gearworkers.settings import Settings
-from plugin_gateway.dispatch.dispatcher import Dispatcher, make_order
-from plugin_gateway.metrics import Metrics
+from gearworkers.workers.messages import CollectGarbage, Dedupe, MaintenanceJob, Push
+from plugin_gateway.dispatch.dispatcher import Dispatcher
+from plugin_gateway.metrics import GatewayMetrics
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_AGAIN_S = 60.0
+_RETRY_S = 60.0
 
 
 class Debounce:
-    """Calls *action* once *quiet_s* after the last of many requests, and *at_most_s* after the first at the latest."""
+    """Calls *action* once for many requests.
+
+    Args:
+        quiet_s: The call comes these seconds after the last request,
+        at_most_s: and at the latest these seconds after the first.
+        action: The function to call.
+    """
 
     def __init__(self, quiet_s: float, at_most_s: float, action: Callable[[], None]) -> None:
         self._quiet_s = quiet_s
@@ -28,7 +35,7 @@ class Debounce:
         self._latest_s = 0.0
 
     def request(self) -> None:
-        """Ask for one call of the action."""
+        """Request one call of the action."""
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         if self._timer is None:
@@ -38,7 +45,7 @@ class Debounce:
         self._timer = loop.call_at(min(now_s + self._quiet_s, self._latest_s), self._fire)
 
     def cancel(self) -> None:
-        """Forget what was requested."""
+        """Forget the requests."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -48,22 +55,22 @@ class Debounce:
         self._action()
 
 
-class Upkeep:
-    """Orders upkeep when calls of Docker have made it due.
+class Maintenance:
+    """Runs maintenance jobs when the calls of a front door have made them due.
 
     Args:
-        dispatcher: Gets orders done.
-        settings: Gives the settings as they are after Init.
-        metrics: Where it counts.
+        dispatcher: Runs the jobs.
+        settings: Returns the settings as they are after Init.
+        metrics: Counts the results.
         gc_quiet_s: Seconds without a removal before garbage is collected.
-        gc_at_most_s: Seconds after the first removal in which it is at the latest.
+        gc_at_most_s: Seconds from the first removal to the collection at most.
     """
 
     def __init__(
         self,
         dispatcher: Dispatcher,
         settings: Callable[[], Settings],
-        metrics: Metrics,
+        metrics: GatewayMetrics,
         *,
         gc_quiet_s: float = 5.0,
         gc_at_most_s: float = 20.0,
@@ -71,53 +78,57 @@ class Upkeep:
         self._dispatcher = dispatcher
         self._settings = settings
         self._metrics = metrics
-        self._collect = Debounce(gc_quiet_s, gc_at_most_s, partial(self._start, "collect_garbage"))
-        self._push = Debounce(1.0, 5.0, partial(self._start, "push"))
+        self._collect = Debounce(gc_quiet_s, gc_at_most_s, partial(self._start, CollectGarbage))
+        self._push = Debounce(1.0, 5.0, partial(self._start, Push))
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
-        """At the gateway's start: see to what a crash may have left."""
-        self._start("collect_garbage")
-        self.stored()
+        """Collect and push the leftovers of a crash; at the gateway's start."""
+        self._start(CollectGarbage)
+        self.layer_stored()
 
-    def removed(self) -> None:
-        """A layer is gone: its objects may be nobody's."""
+    def layer_removed(self) -> None:
+        """Collect garbage soon: a layer is gone, and its objects may be unreferenced."""
         self._collect.request()
 
-    def stored(self) -> None:
-        """A layer is stored: its new objects await push, if there is a remote."""
-        if self._settings().remote:
+    def layer_stored(self) -> None:
+        """Push soon, if there is a remote: a layer is stored, and its new objects await push."""
+        if self._settings().remote.url:
             self._push.request()
 
     def dedupe(self, id: str) -> None:
-        """A finished read-write layer keeps contents to itself."""
-        self._start("dedupe", id)
+        """Deduplicate the finished read-write layer *id*, whose contents are no objects yet."""
+        self._start(Dedupe, id)
 
     async def close(self) -> None:
-        """Stop; what workers are doing they finish."""
+        """Stop; workers finish the jobs that they have begun."""
         self._collect.cancel()
         self._push.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, call: str, id: str = "") -> None:
-        task = asyncio.get_running_loop().create_task(self._run(call, id))
+    def _start(self, kind: type[MaintenanceJob], id: str = "") -> None:
+        task = asyncio.get_running_loop().create_task(self._run(kind, id))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, call: str, id: str) -> None:
-        outcome = await self._dispatcher.do(make_order(call, self._settings(), id), None)
-        answer = outcome.answer
-        if not answer.error:
-            _log.info("upkeep done", call=call, id=id, by=outcome.by, **answer.figures)
-            if call == "dedupe":
-                self.stored()
-            if call == "push":
-                self._metrics.pushed.inc(answer.figures.get("pushed_objects", 0))
-                self._metrics.refused.set(answer.figures.get("refused_objects", 0))
+    async def _run(self, kind: type[MaintenanceJob], id: str) -> None:
+        job = kind(gear_root=str(self._settings().gear_root), id=id)
+        done = await self._dispatcher.run(job)
+        result = done.result
+        if not result.error:
+            _log.info("maintenance done", call=job.call, id=id, by=done.by, **result.figures)
+            self._after(job, result.figures)
             return
-        _log.warning("upkeep failed", call=call, id=id, by=outcome.by, error=answer.error)
-        if answer.retryable and outcome.by != "worker":  # a worker's Celery tries again by itself
-            await asyncio.sleep(_AGAIN_S)
-            self._start(call, id)
+        _log.warning("maintenance failed", call=job.call, id=id, by=done.by, error=result.error)
+        if result.retryable and done.by != "worker":  # Celery retries a worker's job
+            await asyncio.sleep(_RETRY_S)
+            self._start(kind, id)
+
+    def _after(self, job: MaintenanceJob, figures: dict[str, int]) -> None:
+        if isinstance(job, Dedupe):
+            self.layer_stored()
+        if isinstance(job, Push):
+            self._metrics.pushed.inc(figures.get("pushed_objects", 0))
+            self._metrics.refused.set(figures.get("refused_objects", 0))

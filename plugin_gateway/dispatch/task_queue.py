@@ -1,4 +1,4 @@
-"""Orders into Redis, by Celery, from the event loop; and whether Redis and workers are there."""
+"""Publish jobs to Redis through Celery, and ask Redis and the workers how they are; for the event loop."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 
 from gearworkers.errors import Unavailable
-from gearworkers.settings import Settings
+from gearworkers.settings import NodeSettings
 from gearworkers.workers.broker import why_not_taken
 from gearworkers.workers.celery_app import import_queue, make_app, push_queue
-from gearworkers.workers.messages import Order
+from gearworkers.workers.messages import HeavyJob, WorkerJob
 
 _log = structlog.stdlib.get_logger(__name__)
 
 _TRANSPORT = {
     "socket_timeout": 1.0,
     "socket_connect_timeout": 0.5,
-    "max_retries": 1,  # of kombu's own connecting, which else goes on for minutes
+    "max_retries": 1,  # kombu itself tries to connect for minutes
     "interval_start": 0,
     "interval_step": 0,
     "interval_max": 0,
 }
-_PATIENCE_S = 2.0
-_WORKER_ANSWER_S = 1.5  # they answer in 20 ms, unless the machine is busy
-_STATE_PATIENCE_S = _PATIENCE_S + _WORKER_ANSWER_S
+_PUBLISH_TIMEOUT_S = 2.0
+_PING_TIMEOUT_S = 1.5  # workers answer in 20 ms, unless the machine is busy
+_STATE_TIMEOUT_S = _PUBLISH_TIMEOUT_S + _PING_TIMEOUT_S
 _ATTEMPTS = 2  # the first may meet a connection that a restart of Redis has cut
 
 Result = TypeVar("Result")
@@ -36,84 +37,85 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What Redis and the workers say; lengths are of what no worker has taken yet."""
+    """The state of the queues and their workers; the lengths count tasks that no worker has taken yet."""
 
     waiting_imports: int
-    waiting_upkeep: int
+    waiting_maintenance: int
     silent: frozenset[str] = frozenset()
-    """Which workers do not answer: of ``import`` and ``push``."""
+    """The kinds of workers that do not answer, of ``import`` and ``push``."""
 
 
 class TaskQueue:
-    """Publishes orders, and asks how it goes; never waits for longer than a few seconds.
+    """The node's queues in Redis; no call waits for longer than a few seconds.
 
     Args:
-        settings: Name the broker and the node.
+        settings: With the broker and the node.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: NodeSettings) -> None:
         self._node = settings.node
         self._app = make_app(settings, _TRANSPORT)
-        # A thread each, as kombu's channels are not to be shared: no publisher waits while workers are asked.
+        # A thread each: kombu's channels cannot be shared, and no publisher may wait for the workers' answers.
         self._publishing = ThreadPoolExecutor(1, "queue")
         self._asking = ThreadPoolExecutor(1, "queue-state")
 
-    async def publish(self, order: Order, *, heavy: bool, expires_s: float) -> None:
-        """Put *order* into this node's import queue if *heavy*, else into its push queue.
+    async def publish(self, job: WorkerJob, *, expires_s: float) -> None:
+        """Put a heavy job into the node's import queue, another into its push queue.
 
         Args:
-            order: What to do.
-            heavy: Whether Docker waits for it.
-            expires_s: After so many seconds no worker begins it.
+            job: The work.
+            expires_s: After these seconds no worker begins the job.
 
         Raises:
-            Unavailable: Redis has not taken it; nobody will do it.
+            Unavailable: Redis has not confirmed the task.
         """
-        arguments = {"gear_root": order.gear_root, "token": order.token, "id": order.id, "parent": order.parent}
-        queue = import_queue(self._node) if heavy else push_queue(self._node)
+        arguments = {"job": msgspec.to_builtins(job)}
+        queue = import_queue(self._node) if isinstance(job, HeavyJob) else push_queue(self._node)
 
         def send() -> None:
             self._app.send_task(
-                f"gearworkers.{order.call}", kwargs=arguments, queue=queue, expires=expires_s, retry=False
+                f"gearworkers.{job.call}", kwargs=arguments, queue=queue, expires=expires_s, retry=False
             )
 
-        await _asked(self._publishing, send, _PATIENCE_S)
+        await _run(self._publishing, send, _PUBLISH_TIMEOUT_S)
 
     async def state(self) -> QueueState:
-        """How long the queues are, and whether their workers answer.
+        """Return the lengths of the queues, and the workers that do not answer.
 
         Raises:
             Unavailable: Redis does not answer, or refuses tasks.
         """
-        return await _asked(self._asking, self._look, _STATE_PATIENCE_S)
+        return await _run(self._asking, self._ask, _STATE_TIMEOUT_S)
 
-    def _look(self) -> QueueState:
+    def _ask(self) -> QueueState:
         queues = {"import": import_queue(self._node), "push": push_queue(self._node)}
         with self._app.connection_for_write() as connection:
             client: Any = connection.default_channel.client
-            imports, upkeep = (client.llen(queue) for queue in queues.values())
-            # Workers are named by their queue, and those that are named are not waited for once they have answered.
-            workers = self._app.control.inspect([*queues.values()], timeout=_WORKER_ANSWER_S, connection=connection)
+            imports, maintenance = (client.llen(queue) for queue in queues.values())
+            # Workers have the names of their queues. Naming them ends the wait with the last answer.
+            workers = self._app.control.inspect([*queues.values()], timeout=_PING_TIMEOUT_S, connection=connection)
             answers = workers.ping() or {}
-        return QueueState(imports, upkeep, frozenset(kind for kind, queue in queues.items() if queue not in answers))
+        return QueueState(
+            imports, maintenance, frozenset(kind for kind, queue in queues.items() if queue not in answers)
+        )
 
     def close(self) -> None:
-        """Let the connections go; who is still waiting gets an answer."""
+        """Release the connections; pending calls still end, with a result or an error."""
         for thread in (self._publishing, self._asking):
-            thread.shutdown(wait=False)  # cancelled futures would cancel those that wait
+            thread.shutdown(wait=False)  # cancelling futures would cancel the waiting callers
         self._app.close()
 
 
-async def _asked(thread: ThreadPoolExecutor, call: Callable[[], Result], patience_s: float) -> Result:
+async def _run(thread: ThreadPoolExecutor, call: Callable[[], Result], timeout_s: float) -> Result:
     try:
-        future = asyncio.get_running_loop().run_in_executor(thread, _attempted, call)
-        return await asyncio.wait_for(future, patience_s)
-    except Exception as exc:  # kombu and redis-py let many kinds through; each means: not taken
+        future = asyncio.get_running_loop().run_in_executor(thread, _attempt, call)
+        return await asyncio.wait_for(future, timeout_s)
+    except Exception as exc:  # kombu and redis-py raise many kinds; each means that Redis has not taken the task
         _log.info("Redis takes no task", error=f"{type(exc).__name__}: {exc}")
         raise Unavailable(why_not_taken(exc)) from exc
 
 
-def _attempted(call: Callable[[], Result]) -> Result:
+def _attempt(call: Callable[[], Result]) -> Result:
     for _ in range(_ATTEMPTS - 1):
         try:
             return call()

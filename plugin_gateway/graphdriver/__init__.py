@@ -1,5 +1,6 @@
 """Docker's graphdriver plugin protocol: the front door for a dockerd with `--storage-driver gear`.
 
+server        the HTTP server on the plugin's socket
 connection    a connection of dockerd, shared by the HTTP server and the workers
 messages      requests and responses
 calls         the calls that the gateway answers itself, and the interface of a driver

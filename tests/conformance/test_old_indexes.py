@@ -11,9 +11,10 @@ import pytest
 
 from gearworkers.cli.doctor import inode_numbers_check
 from gearworkers.engine.engine import Engine
-from gearworkers.layers.index.erofs import SLOTS_PER_BLOCK, ImageWriter
+from gearworkers.layers.index.erofs import ImageWriter
+from gearworkers.layers.index.erofs_format import SLOTS_PER_BLOCK
 from gearworkers.layers.index.inode_numbers import InodeNumbers
-from gearworkers.layers.index.renumber import has_numbers
+from gearworkers.layers.index.renumber import has_own_inode_numbers
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
@@ -70,7 +71,7 @@ def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
 def old_program() -> Iterator[None]:
     """Inside this context, code writes old indexes and leaves them unchanged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InodeNumbers, "write", write_old)
+        patch.setattr(InodeNumbers, "write_index", write_old)
         patch.setattr("gearworkers.layers.store.renumber", lambda *_: None)
         yield
 
@@ -98,7 +99,7 @@ def numbers(*paths: Path) -> set[int]:
 
 
 def have_numbers(settings: Settings, layers: list[str]) -> list[bool]:
-    return [has_numbers(settings.gear_images_path / id / "index.erofs") for id in layers]
+    return [has_own_inode_numbers(settings.gear_images_path / id / "index.erofs") for id in layers]
 
 
 def test_old_layers_show_the_same_tree_with_other_numbers(settings: Settings, layers: list[str]) -> None:

@@ -24,7 +24,7 @@ from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.remote.retry import RetryingStore
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.util import retry
 from tests.support.answers import Answer, Asked, answering
 from tests.support.remotes import Service, credentials_file, manager_thread, new_bucket, s3_server
@@ -49,7 +49,9 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=KINDS)
 def remote(request: pytest.FixtureRequest, tmp_path: Path, credentials: Path) -> Iterator[Remote]:
     """An empty remote."""
-    settings = replace(Settings(), gear_root=tmp_path / "gear", node="test", aws_credentials_file=credentials)
+    settings = replace(
+        Settings(), gear_root=tmp_path / "gear", node="test", remote=RemoteSettings(aws_credentials_file=credentials)
+    )
     with opened(request.param, request, settings) as remote:
         yield remote
         remote.close()
@@ -71,10 +73,10 @@ def opened(kind: str, request: pytest.FixtureRequest, settings: Settings) -> Ite
         )
         yield Remote(CachedStore(cache, origin))
     elif kind.startswith("manager"):
-        with manager_thread(replace(settings, manager_store=where)) as url:
-            yield open_remote(replace(settings, remote=url))
+        with manager_thread(replace(settings, manager=replace(settings.manager, store=where))) as url:
+            yield open_remote(replace(settings, remote=replace(settings.remote, url=url)))
     else:
-        yield open_remote(replace(settings, remote=where))
+        yield open_remote(replace(settings, remote=replace(settings.remote, url=where)))
 
 
 @pytest.fixture
@@ -289,7 +291,9 @@ def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: 
     credentials = credentials_file(tmp_path)
     with answering(answer) as server:
         for where in (str(tmp_path / "remote"), f"s3://b?endpoint={server.url}"):
-            settings = Settings(gear_root=tmp_path / "gear", remote=where, aws_credentials_file=credentials)
+            settings = Settings(
+                gear_root=tmp_path / "gear", remote=RemoteSettings(url=where, aws_credentials_file=credentials)
+            )
             remote = open_remote(settings)
             with pytest.raises(Unavailable, match=r"remove documents/layer/@0000000003"):
                 remote.document("layer")

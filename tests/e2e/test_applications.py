@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from tests.support import appimages, remotes
 from tests.support.applications import APPLICATIONS, NGINX, Application
 from tests.support.dockerd import Dockerd
@@ -93,7 +93,14 @@ def peers(disk: Path) -> Iterator[Peers]:
         ours = running.enter_context(node(directory, "apps", manager.url))
         running.callback(overlay2.stop)
         overlay2.start()
-        yield Peers(ours, overlay2, Settings(remote=manager.url, docker_config=directory / "docker-config"))
+        yield Peers(
+            ours,
+            overlay2,
+            Settings(
+                remote=RemoteSettings(url=manager.url),
+                registry=RegistrySettings(docker_config=directory / "docker-config"),
+            ),
+        )
 
 
 @pytest.fixture
@@ -142,7 +149,9 @@ def test_an_application_answers_from_s3(peers: Peers, registry: Registry, disk: 
     with remotes.s3_server(directory) as server:
         bucket = remotes.new_bucket(server)
         settings = Settings(
-            remote=bucket, aws_credentials_file=credentials, docker_config=directory, gear_root=directory / "gear"
+            remote=RemoteSettings(url=bucket, aws_credentials_file=credentials),
+            registry=RegistrySettings(docker_config=directory),
+            gear_root=directory / "gear",
         )
         appimages.convert(settings, f"nginx:{VERSION}", name)
         environ = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}

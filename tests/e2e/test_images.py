@@ -13,7 +13,7 @@ import pytest
 from gearworkers.images import manifest as m
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings
 from tests.support import rootfs
 from tests.support.disk import tree_bytes
 from tests.support.dockerd import Dockerd
@@ -127,7 +127,7 @@ def test_layers_of_nothing_are_empty_and_come_back_as_they_were(
     dockerd.docker("save", "-o", str(loaded), name)
     assert saved_layers(loaded) == [m.digest_of(tar) for tar in image.tars]
     dockerd.docker("rmi", name)
-    image.push(Repository.of(Settings(), Reference.parse(name)), "1")
+    image.push(Repository.of(RegistrySettings(), Reference.parse(name)), "1")
     dockerd.docker("pull", name)
     assert dockerd.run(name, "cat", "/after") == "it"
     dockerd.docker("rmi", name)

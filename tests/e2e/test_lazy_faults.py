@@ -13,7 +13,7 @@ import pytest
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from tests.support.lazyhost import FILES, LARGE, LazyHost
 from tests.support.processes import wait_until
 
@@ -79,7 +79,7 @@ def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_i
 @pytest.fixture
 def spoilt(host: LazyHost) -> Iterator[dict[Path, bytes]]:
     """Damaged blobs of the remote during the test, with their right contents."""
-    remote = open_remote(Settings(gear_root=host.stack.root, remote=str(host.store)))
+    remote = open_remote(Settings(gear_root=host.stack.root, remote=RemoteSettings(url=str(host.store))))
     layout = remote.layout(digest_of("app/large1"))
     assert layout is not None
     remote.close()

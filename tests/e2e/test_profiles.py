@@ -17,7 +17,7 @@ from gearworkers.images.gear_layer import INLINE_BYTES
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from tests.support.lazyhost import LazyHost
 from tests.support.processes import wait_until
 
@@ -118,7 +118,7 @@ def _profiles(host: LazyHost) -> list[Profile]:
 
 def _contents(host: LazyHost, found: Profile) -> int:
     """How many contents are prefetched by this profile: small objects, and the chunks that were read of large ones."""
-    remote = open_remote(Settings(gear_root=host.stack.root, remote=str(host.store)))
+    remote = open_remote(Settings(gear_root=host.stack.root, remote=RemoteSettings(url=str(host.store))))
     contents = 0
     for opened in found.objects:
         layout = remote.layout(bytes.fromhex(opened.digest)) if opened.size_bytes > INLINE_BYTES else []

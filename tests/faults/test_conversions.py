@@ -22,7 +22,7 @@ from gearworkers.images.convert import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from gearworkers.workers.celery_app import CONVERT_QUEUE, LAYER_TASK, make_app
 from tests.support import registries
 from tests.support.answers import Answer, answering
@@ -60,7 +60,7 @@ def stack(running: Stack) -> Stack:
 
 
 def at(peer: Registry, name: str) -> Repository:
-    return Repository.of(Settings(), Reference.parse(f"{peer.host}/{name}"))
+    return Repository.of(RegistrySettings(), Reference.parse(f"{peer.host}/{name}"))
 
 
 def begin(stack: Stack, *arguments: str) -> subprocess.Popen[str]:
@@ -106,7 +106,7 @@ def test_workers_convert_every_layer_and_find_them_done_the_second_time(stack: S
     code, out, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:small")
     assert code == 0 and "4, 0 of them converted before" in out, err
     assert len([line for line in err.splitlines() if line.startswith("layer ")]) == 4
-    remote = open_remote(Settings(gear_root=stack.root, remote=stack.settings["GEAR_REMOTE"]))
+    remote = open_remote(Settings(gear_root=stack.root, remote=RemoteSettings(url=stack.settings["GEAR_REMOTE"])))
     assert [contents_of(tar, remote) for tar in pull(at(peer, "gear"), "small").tars] == [
         contents_of(tar) for tar in tars
     ]
@@ -138,7 +138,7 @@ def test_a_forged_task_learns_no_token_and_reads_no_path(stack: Stack, peer: Reg
             (f"{peer.host}/forged:v1", listener.url, "this conversion is for GEAR_REMOTE="),
             (f"oci:{tmp_path}/layout", stack.settings["GEAR_REMOTE"], "registries only"),
         ):
-            plan = plan_conversion(Settings(), source, f"{listener.host}/stolen:v1", None)
+            plan = plan_conversion(RegistrySettings(), source, f"{listener.host}/stolen:v1", None)
             job = msgspec.to_builtins(plan.jobs()[0])
             with pytest.raises(GearError, match=refusal):
                 app.send_task(LAYER_TASK, (job, remote), queue=CONVERT_QUEUE).get(timeout=60)
@@ -216,7 +216,7 @@ def test_a_caller_who_waits_sends_what_a_lost_worker_had_to_the_next(stack: Stac
 def test_without_a_worker_it_says_how_to_get_one(stack: Stack, peer: Registry) -> None:
     stack.stop("convert")
     code, _, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:none")
-    assert code == 2 and "no worker takes from the queue convert" in err and "--local" in err
+    assert code == 2 and "no worker takes tasks from the queue convert" in err and "--local" in err
     client = redis.Redis(unix_socket_path=str(stack.redis_socket))
     assert client.llen(CONVERT_QUEUE) == 0
     client.close()

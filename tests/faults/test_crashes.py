@@ -9,7 +9,7 @@ import pytest
 
 from gearworkers.cas.collector import HIDDEN
 from gearworkers.engine.engine import Engine
-from gearworkers.layers.store import RECORD_FILE
+from gearworkers.layers.record import RECORD_FILE
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused

@@ -166,7 +166,7 @@ def check_one_mount(driver: InProcess, id: str, merged: Path) -> None:
 def node(tmp_path: Path) -> Iterator[LazyNode]:
     """A node that records the starts of containers."""
     with lazy_node(tmp_path) as node:
-        node.settings = replace(node.settings, remote=str(tmp_path / "remote"))
+        node.settings = replace(node.settings, remote=replace(node.settings.remote, url=str(tmp_path / "remote")))
         node.pull({"base": b"of the base"}, "base")
         yield node
 

@@ -23,7 +23,7 @@ from gearworkers.remote import encoding
 from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.push import PushReport, push_pending
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, an_id
 from tests.conformance.layers import applied, file, mounted, tar
@@ -36,13 +36,19 @@ DATA = tar(*(file(f"f{number}", content) for number, content in enumerate(CONTEN
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     settings = settings_in(tmp_path)
-    Path(settings.remote).mkdir()
+    Path(settings.remote.url).mkdir()
     InProcess(settings)
     return settings
 
 
 def settings_in(root: Path) -> Settings:
-    return replace(Settings(), gear_root=root / "gear", run_dir=root / "run", node="test", remote=str(root / "remote"))
+    return replace(
+        Settings(),
+        gear_root=root / "gear",
+        run_dir=root / "run",
+        node="test",
+        remote=RemoteSettings(url=str(root / "remote")),
+    )
 
 
 def pushed(settings: Settings) -> set[str]:
@@ -51,7 +57,7 @@ def pushed(settings: Settings) -> set[str]:
 
 
 def blob_path(settings: Settings, name: str) -> Path:
-    return Path(settings.remote) / "objects" / name[:2] / name
+    return Path(settings.remote.url) / "objects" / name[:2] / name
 
 
 def content(settings: Settings, name: str) -> bytes:
@@ -72,8 +78,8 @@ def _push(settings: Settings) -> None:
 
 
 def empty(settings: Settings) -> None:
-    shutil.rmtree(settings.remote)
-    (Path(settings.remote) / "objects").mkdir(parents=True)
+    shutil.rmtree(settings.remote.url)
+    (Path(settings.remote.url) / "objects").mkdir(parents=True)
 
 
 def waiting(settings: Settings) -> int:
@@ -259,7 +265,7 @@ def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> 
 
 
 def test_a_remote_that_goes_away_and_comes_back_gets_everything(settings: Settings) -> None:
-    remote, away = Path(settings.remote), Path(settings.remote + "-away")
+    remote, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
     driver = InProcess(settings)
     driver.create("layer")
     remote.rename(away)
@@ -284,7 +290,7 @@ def test_a_damaged_object_is_not_pushed_and_keeps_no_other_from_it(settings: Set
     assert set(report.refused) == damaged
     assert pushed(settings) == {hashlib.sha256(CONTENTS[1]).hexdigest()}
     assert {path.name for path in settings.gear_push_path.iterdir()} == {digest.hex() for digest in damaged}
-    assert list((Path(settings.remote) / "staging").iterdir()) == [], "no temporary file either"
+    assert list((Path(settings.remote.url) / "staging").iterdir()) == [], "no temporary file either"
 
 
 class Refusing(DirectoryStore):
@@ -303,7 +309,7 @@ def test_an_object_that_the_remote_refuses_keeps_none_behind_it_from_being_pushe
     applied(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
     push_queue = PushQueue(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
     first = next(push_queue.pending())
-    store = Refusing(Path(settings.remote))
+    store = Refusing(Path(settings.remote.url))
     store.refused = frozenset([first])
     assert push_pending(push_queue, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
     assert list(push_queue.pending()) == [first]
@@ -328,7 +334,7 @@ def test_the_command_tells_what_could_not_be_pushed(settings: Settings) -> None:
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
     digest = spoil(settings, CONTENTS[0])
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "push"]
-    environ = {**os.environ, "GEAR_ROOT": str(settings.gear_root), "GEAR_REMOTE": settings.remote}
+    environ = {**os.environ, "GEAR_ROOT": str(settings.gear_root), "GEAR_REMOTE": settings.remote.url}
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 1
     assert digest.hex() in done.stdout

@@ -80,7 +80,7 @@ def push(settings: Settings, name: str, target: str) -> None:
         FileNotFoundError: It was not made yet.
     """
     reference = Reference.parse(target)
-    repository = Repository.of(settings, reference)
+    repository = Repository.of(settings.registry, reference)
     descriptor = _descriptor(name)
     data = _blob(descriptor["digest"]).read_bytes()
     manifest = json.loads(data)
@@ -97,7 +97,7 @@ def convert(settings: Settings, name: str, target: str) -> Report:
         FileNotFoundError: It was not made yet.
     """
     _descriptor(name)
-    plan = plan_conversion(settings, f"oci:{layout()}:{name}", target, m.Platform.here())
+    plan = plan_conversion(settings.registry, f"oci:{layout()}:{name}", target, m.Platform.here())
     return convert_here(settings, plan, os.cpu_count() or 1, lambda _digest, _count: None)
 
 

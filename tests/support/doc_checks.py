@@ -80,6 +80,18 @@ def undocumented_settings(text: str, known: Collection[str]) -> list[str]:
     return [f"{name}: not in a table" for name in sorted(set(known) - set(re.findall(r"`([A-Z_]+)`", first_cells)))]
 
 
+def wrong_defaults(text: str, defaults: Mapping[str, str]) -> list[str]:
+    """Find settings whose table row does not begin its second column with the default; words may follow it."""
+    problems = []
+    for line in text.splitlines():
+        cells = [cell.strip().replace("`", "") for cell in line.split("|")]
+        if len(cells) > 2 and cells[1] in defaults:
+            default, shown = defaults[cells[1]], cells[2]
+            if not re.match(rf"{re.escape(default)}($|\W)", shown):
+                problems.append(f"{cells[1]}: the default is {default}, not {shown}")
+    return problems
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """Yield the words of each shell command in code spans, ``sh`` blocks and the prompts of ``console`` blocks."""
     for span in _SPAN.findall(prose(text)):

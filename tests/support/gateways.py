@@ -1,4 +1,4 @@
-"""A gateway in a thread, with a driver in memory and workers that are threads; the sockets are real."""
+"""A gateway in a thread, with a driver in memory and threads as workers; the sockets are real."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import uvloop
 
@@ -16,31 +15,37 @@ from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.layers.diff.changes import Change, ChangeKind
 from gearworkers.layers.idmap import IDMap
 from gearworkers.settings import Settings
-from gearworkers.workers.claim import Stream, claimed
-from gearworkers.workers.messages import Order
-from plugin_gateway.dispatch.claims import Offer
-from plugin_gateway.dispatch.dispatcher import Patience
+from gearworkers.workers.claim import ClaimedJob, claim
+from gearworkers.workers.http_body import STALLED_S
+from gearworkers.workers.messages import Claimant, WorkerJob
+from plugin_gateway.dispatch.dispatcher import Dispatcher, PickupTimeouts, Pool
+from plugin_gateway.dispatch.pending_job import PendingJob
 from plugin_gateway.dispatch.task_queue import QueueState
 from plugin_gateway.gateway import Gateway
+from plugin_gateway.graphdriver.calls import Driver
+from plugin_gateway.metrics import GatewayMetrics
 
-Work = Callable[[Order, Stream], None]
+Work = Callable[[ClaimedJob], None]
 
 
 @dataclass
 class MemoryDriver:
-    """Layers are names; what was called with what stands in `inits`."""
+    """A driver whose layers are names."""
 
     settings: Settings
     layers: dict[str, str] = field(default_factory=dict)
     inits: list[tuple[Sequence[str], Sequence[IDMap]]] = field(default_factory=list)
+    """The options and user id maps of each Init."""
     mounted: set[str] = field(default_factory=set)
     dedupable: set[str] = field(default_factory=set)
     is_prepared: bool = False
     is_released: bool = False
     broken: Exception | None = None
-    """What every call of exists and status raises."""
+    """The error that every call of exists and status raises."""
     lazy_server: threading.Event = field(default_factory=threading.Event)
-    """Whether layers whose name begins with "gear" can be mounted."""
+    """Set once layers whose name begins with "gear" can be mounted."""
+    refused_gets: list[str] = field(default_factory=list)
+    """The ids of Gets that would have to wait and may not."""
 
     def prepare(self) -> None:
         self.settings.gear_root.mkdir(exist_ok=True)
@@ -69,6 +74,7 @@ class MemoryDriver:
         if id not in self.layers:
             raise NotFound(f"layer {id}: there is none")
         if id.startswith("gear") and not may_wait:
+            self.refused_gets.append(id)
             raise LazyServerNeeded
         if id.startswith("gear"):
             assert self.lazy_server.wait(60)
@@ -108,31 +114,38 @@ class MemoryDriver:
 
 
 class ThreadQueue:
-    """Instead of Redis and Celery: *workers* threads take orders and claim them at the gateway's socket."""
+    """Replaces Redis and Celery: *workers* threads take jobs and claim them at the gateway's socket."""
 
-    def __init__(self, settings: Settings, workers: int, work: Work) -> None:
+    def __init__(self, settings: Settings, workers: int, work: Work, stalled_s: float = STALLED_S) -> None:
         self._settings = settings
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._work = work
+        self._stalled_s = stalled_s
         self.accepts = True
-        """Whether orders can be published."""
+        """Whether jobs can be published."""
         self.silent: frozenset[str] = frozenset()
-        """Of the kinds of worker, those that do not answer."""
-        self.orders: list[Order] = []
+        """The kinds of workers that do not answer."""
+        self.jobs: list[WorkerJob] = []
 
-    async def publish(self, order: Order, *, heavy: bool, expires_s: float) -> None:
+    async def publish(self, job: WorkerJob, *, expires_s: float) -> None:
         if not self.accepts:
             raise Unavailable("Redis does not answer")
-        self.orders.append(order)
+        self.jobs.append(job)
         if self._threads is not None:
-            self._threads.submit(self.take, order)
+            self._threads.submit(self.take, job)
 
-    def take(self, order: Order, by: str = "worker") -> bool:
-        """Claim *order* and work; whether it was granted."""
-        with claimed(self._settings.streams_socket, order.token, by, self._settings.stream_idle_s) as stream:
-            if stream is not None:
-                self._work(order, stream)
-            return stream is not None
+    def take(self, job: WorkerJob, by: Claimant = "worker") -> bool:
+        """Claim *job* and do it; return whether it was granted."""
+        with claim(
+            self._settings.streams_socket,
+            job.token,
+            by,
+            idle_s=self._settings.stream_idle_s,
+            stalled_s=self._stalled_s,
+        ) as claimed:
+            if claimed is not None:
+                self._work(claimed)
+            return claimed is not None
 
     async def state(self) -> QueueState:
         if not self.accepts:
@@ -145,16 +158,16 @@ class ThreadQueue:
 
 
 class ThreadPool:
-    """Instead of the gateway's own processes: a thread that claims as they do."""
+    """Replaces the gateway's own processes by threads."""
 
     def __init__(self, queue: ThreadQueue) -> None:
         self._queue = queue
 
-    async def perform(self, offer: Offer) -> None:
-        await asyncio.to_thread(self._queue.take, offer.order, "gateway")
+    async def run(self, pending: PendingJob) -> None:
+        await asyncio.to_thread(self._queue.take, pending.job, "gateway")
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End nothing."""
 
 
 @dataclass
@@ -162,40 +175,61 @@ class Running:
     """A gateway that runs until stop."""
 
     gateway: Gateway
+    dispatcher: Dispatcher
+    metrics: GatewayMetrics
     driver: MemoryDriver
     queue: ThreadQueue
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
+    is_stopped: bool = False
 
     def stop(self) -> None:
+        """Stop the gateway, unless that is done."""
+        if self.is_stopped:
+            return
+        self.is_stopped = True
         asyncio.run_coroutine_threadsafe(self.gateway.stop(), self.loop).result(30)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
 
 
-def run_gateway(settings: Settings, work: Work, *, workers: int = 1, patience: Patience | None = None) -> Running:
-    """Start a gateway whose heavy calls and upkeep are done by *work*."""
+def run_gateway(
+    settings: Settings,
+    work: Work,
+    *,
+    workers: int = 1,
+    timeouts: PickupTimeouts | None = None,
+    driver: Driver | None = None,
+    pool: Pool | None = None,
+    stalled_s: float = STALLED_S,
+    light_grace_s: float = 10.0,
+) -> Running:
+    """Start a gateway whose jobs *work* does, in threads; *driver* replaces the driver in memory."""
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    driver = MemoryDriver(settings)
-    queue = ThreadQueue(settings, workers, work)
+    memory_driver = MemoryDriver(settings)
+    queue = ThreadQueue(settings, workers, work, stalled_s)
+    metrics = GatewayMetrics()
 
-    async def start() -> Gateway:
-        gateway = Gateway(settings, driver, patience)
-        dispatcher: Any = gateway._dispatcher
-        dispatcher.queue.close()
-        dispatcher.queue = queue
-        dispatcher._pool = ThreadPool(queue)
+    async def start() -> tuple[Gateway, Dispatcher]:
+        dispatcher = Dispatcher(
+            settings,
+            metrics,
+            timeouts or PickupTimeouts(),
+            open_queue=lambda _: queue,
+            open_pool=lambda *_: pool or ThreadPool(queue),
+        )
+        gateway = Gateway(settings, driver or memory_driver, metrics, dispatcher, light_grace_s=light_grace_s)
         await gateway.start()
-        return gateway
+        return gateway, dispatcher
 
     try:
-        gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+        gateway, dispatcher = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
     except BaseException:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
         raise
-    return Running(gateway, driver, queue, loop, thread)
+    return Running(gateway, dispatcher, metrics, memory_driver, queue, loop, thread)

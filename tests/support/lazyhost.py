@@ -21,7 +21,7 @@ from gearworkers.images.convert import plan_conversion
 from gearworkers.images.convert_local import convert_here
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from tests.support import rootfs
 from tests.support.dockerd import Dockerd
 from tests.support.images import Image, pull, tar_of
@@ -162,9 +162,9 @@ def _converted(registry: Registry, remote: str, work: Path) -> tuple[str, list[b
     source = Image((rootfs.debian().read_bytes(), tar_of(FILES.items())), compression="", history=HISTORY)
     archive = work / "image.tar"
     archive.write_bytes(source.saved("app:1"))
-    settings = replace(Settings(), gear_root=work / "gear", remote=remote)
+    settings = replace(Settings(), gear_root=work / "gear", remote=RemoteSettings(url=remote))
     target = f"{registry.host}/app:gear"
-    plan = plan_conversion(settings, f"docker-archive:{archive}", target)
+    plan = plan_conversion(settings.registry, f"docker-archive:{archive}", target)
     convert_here(settings, plan, 2, lambda *_: None)
     archive.unlink()
-    return target, pull(Repository.of(settings, Reference.parse(target)), "gear").tars
+    return target, pull(Repository.of(settings.registry, Reference.parse(target)), "gear").tars

@@ -84,7 +84,7 @@ def ask(server: Service, path: str) -> object:
 def manager_thread(settings: Settings) -> Iterator[str]:
     """The manager's server in a thread of this process, for speed; its URL."""
     loop = asyncio.new_event_loop()
-    server = ManagerServer(replace(settings, manager_listen="127.0.0.1:0"))
+    server = ManagerServer(replace(settings, manager=replace(settings.manager, listen="127.0.0.1:0")))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:

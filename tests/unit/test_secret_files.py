@@ -18,7 +18,7 @@ from gearworkers.images.credentials import find_credentials
 from gearworkers.images.transport import make_transport
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.s3 import open_s3
-from gearworkers.settings import Settings
+from gearworkers.settings import ManagerSettings, RegistrySettings, RemoteSettings, Settings
 from tests.support.remotes import manager_thread
 
 SECRET = "hunter2"
@@ -61,7 +61,7 @@ def said(error: pytest.ExceptionInfo[GearError], file: Path) -> None:
 @pytest.mark.parametrize("make", [*BAD.values(), *ABSENT.values(), *LINES.values()], ids=[*BAD, *ABSENT, *LINES])
 def test_a_client_with_no_token_to_show_says_so_and_asks_nobody(make: Callable[[Path], None], file: Path) -> None:
     make(file)
-    store = ManagerStore("http://127.0.0.1:1", Settings(remote_token_file=file))
+    store = ManagerStore("http://127.0.0.1:1", RemoteSettings(token_file=file), "test")
     for call in (lambda: store.present([bytes(32)]), lambda: store.get_document("layer")):
         with pytest.raises(FailedPrecondition) as error:
             call()
@@ -71,9 +71,9 @@ def test_a_client_with_no_token_to_show_says_so_and_asks_nobody(make: Callable[[
 @pytest.mark.parametrize("make", [*BAD.values(), *ABSENT.values()], ids=[*BAD, *ABSENT])
 def test_a_manager_does_not_start_with_it(make: Callable[[Path], None], file: Path) -> None:
     make(file)
-    for settings in (Settings(manager_write_tokens_file=file), Settings(manager_read_tokens_file=file)):
+    for write_tokens, read_tokens in ((file, None), (None, file)):
         with pytest.raises(FailedPrecondition) as error:
-            Access(write_tokens=settings.manager_write_tokens_file, read_tokens=settings.manager_read_tokens_file)
+            Access(write_tokens=write_tokens, read_tokens=read_tokens)
         said(error, file)
 
 
@@ -139,18 +139,18 @@ def test_credentials_of_any_letters_are_taken(tmp_path: Path) -> None:
 def test_aws_credentials_that_cannot_be_read_are_told(make: Callable[[Path], None], file: Path) -> None:
     make(file)
     with pytest.raises(FailedPrecondition) as error:
-        open_s3("s3://bucket?endpoint=http://127.0.0.1:1", Settings(aws_credentials_file=file))
+        open_s3("s3://bucket?endpoint=http://127.0.0.1:1", RemoteSettings(aws_credentials_file=file))
     said(error, file)
 
 
 def test_a_proxys_password_that_no_header_takes_is_not_shown() -> None:
     with pytest.raises(InvalidInput, match="HTTPS_PROXY") as error:
-        make_transport(Settings(https_proxy="http://user:hunter2€@127.0.0.1:1"), "registry.example.org")
+        make_transport(RegistrySettings(https_proxy="http://user:hunter2€@127.0.0.1:1"), "registry.example.org")
     assert SECRET not in str(error.value)
 
 
 def test_a_question_that_is_not_utf8_is_answered_in_words(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    with manager_thread(Settings(gear_root=tmp_path, manager_store=str(tmp_path / "store"))) as url:
+    with manager_thread(Settings(gear_root=tmp_path, manager=ManagerSettings(store=str(tmp_path / "store")))) as url:
         answer = urllib3.request("POST", f"{url}/v1/query", body=b'{"digests": ["\xff"]}', retries=False)
     assert answer.status == 400 and "utf-8" in answer.json()["error"]

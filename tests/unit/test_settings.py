@@ -18,7 +18,7 @@ def test_who_has_no_home_has_settings_all_the_same(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("DOCKER_CONFIG", raising=False)
-    assert Settings.from_environ().docker_config == Path("/.docker")
+    assert Settings.from_environ().registry.docker_config == Path("/.docker")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""A layer's index, an EROFS image in a file, mounted where overlays find it.
+"""Mount a layer's index, an EROFS image in a file, where overlays find it.
 
-Source: Linux Documentation/filesystems/erofs.rst; file-backed mounts are there from 6.12 on, before a loop device
-stands between.
+Source: Linux Documentation/filesystems/erofs.rst. Linux 6.12 and newer mount the file directly; older kernels need a
+loop device.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _NO_BLOCK_DEVICE = frozenset((errno.ENOTBLK, errno.EINVAL))
 
 
 def mount_index(image: Path, target: Path, *, prepare: Callable[[], None] = lambda: None) -> None:
-    """Mount *image* at the directory *target*, unless it is; many processes may try at once.
+    """Mount *image* at the directory *target* unless it is mounted. Many processes may call at once.
 
     Args:
         image: The file.
-        target: In a directory that this function locks.
-        prepare: Called under the lock, before *image* is mounted.
+        target: The mount point; its parent directory is locked meanwhile.
+        prepare: Called under the lock before *image* is mounted.
 
     Raises:
         NotFound: The image or the directory is missing.
-        GearError: What the kernel refused.
+        GearError: The kernel refused the mount.
     """
     if is_mounted(target):
         return
@@ -40,7 +40,7 @@ def mount_index(image: Path, target: Path, *, prepare: Callable[[], None] = lamb
                 prepare()
                 _mount(image, target)
     except OSError as exc:
-        raise from_os_error(exc, f"mounting {image}: {exc.strerror}") from exc
+        raise from_os_error(exc, f"mount {image}: {exc.strerror}") from exc
 
 
 def _mount(image: Path, target: Path) -> None:
@@ -65,8 +65,8 @@ def _mount(image: Path, target: Path) -> None:
 
 
 def _mount_by_loop(image: Path, target: Path, cause: OSError) -> None:
-    """For kernels that mount block devices only; mount(8) sets up the loop device and lets go of it at the unmount."""
+    """Mount on a kernel that mounts block devices only. mount(8) sets up a loop device that the unmount releases."""
     command = ["mount", "-t", "erofs", "-o", "ro,loop", str(image), str(target)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise OSError(cause.errno, f"{cause.strerror}; by a loop device: {told.stderr.strip()}")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(cause.errno, f"{cause.strerror}; by a loop device: {result.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""Whether this kernel mounts what layers are made of: an EROFS index, from its file or by a loop device."""
+"""Check whether this kernel mounts EROFS indexes, from the file or through a loop device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 from gearworkers.digest import object_path
 from gearworkers.errors import GearError
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.index.erofs import SLOTS_PER_BLOCK
+from gearworkers.layers.index.erofs_format import SLOTS_PER_BLOCK
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import OverlaySpec, detached, unmount
@@ -26,20 +26,20 @@ def check_index(scratch: Path) -> Check:
     """Read a file through an index and a data-only layer, as a container does.
 
     Args:
-        scratch: An empty directory below GEAR_ROOT; files are left in it.
+        scratch: An empty directory below GEAR_ROOT; the check leaves files in it.
     """
-    advice = "boot a kernel with CONFIG_EROFS_FS, 6.12 or newer; before it loop devices are needed, too"
+    advice = "boot a kernel with CONFIG_EROFS_FS, 6.12 or newer; older kernels also need loop devices"
     try:
-        mode, seen = _read_through(scratch)
+        mode, content = _read_through_index(scratch)
     except (GearError, OSError) as exc:
         return Check(CHECK_NAME, False, True, str(exc), advice)
-    if seen != _CONTENT:
-        return Check(CHECK_NAME, False, True, "a file of the index reads as something else", advice)
+    if content != _CONTENT:
+        return Check(CHECK_NAME, False, True, "a file of the index has wrong content", advice)
     return Check(CHECK_NAME, True, True, mode)
 
 
 class IndexMountMode:
-    """How indexes are mounted below one root; run_check when it is asked for, until it works. From any thread."""
+    """How this kernel mounts indexes below one root. Checked on demand until the check succeeds; from any thread."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -47,7 +47,7 @@ class IndexMountMode:
         self._known = ""
 
     def get(self) -> str:
-        """In words, or why they cannot be mounted."""
+        """Return the mode in words, or the reason why indexes cannot be mounted."""
         with self._lock:
             if self._known:
                 return self._known
@@ -60,17 +60,17 @@ class IndexMountMode:
             return check.found
 
 
-def _opened(name: str, dir_fd: int) -> BinaryIO:
+def _open_at(name: str, dir_fd: int) -> BinaryIO:
     return open(os.open(name, os.O_RDONLY, dir_fd=dir_fd), "rb")
 
 
-def _read_through(scratch: Path) -> tuple[str, bytes]:
+def _read_through_index(scratch: Path) -> tuple[str, bytes]:
     digest = bytes(32)
-    index = LayerTree(IdMaps(), time_ns=0)
-    index.add(TarEntry(b"file", size_bytes=len(_CONTENT)), digest)
+    layer_tree = LayerTree(IdMaps(), time_ns=0)
+    layer_tree.add(TarEntry(b"file", size_bytes=len(_CONTENT)), digest)
     image, tree, data = (scratch / name for name in ("index.erofs", "tree", "data"))
     with open(image, "xb") as file:
-        index.image(bytes(16)).write(file, SLOTS_PER_BLOCK)
+        layer_tree.image(bytes(16)).write(file, SLOTS_PER_BLOCK)
     target = data / os.fsdecode(object_path(digest)[1:])
     for directory in (tree, target.parent):
         directory.mkdir(parents=True)
@@ -78,7 +78,7 @@ def _read_through(scratch: Path) -> tuple[str, bytes]:
     mount_index(image, tree)
     try:
         by_loop = os.major(tree.stat().st_dev) == _LOOP_MAJOR
-        with detached(OverlaySpec((tree,), (data,))) as root_fd, _opened("file", root_fd) as file:
+        with detached(OverlaySpec((tree,), (data,))) as root_fd, _open_at("file", root_fd) as file:
             return "mounted by loop devices" if by_loop else "mounted from their files", file.read()
     finally:
         unmount(tree)

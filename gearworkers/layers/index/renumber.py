@@ -1,4 +1,4 @@
-"""An index whose inodes count from 1, as gearworkers 0.1 wrote it, is written again with numbers of its own."""
+"""Rewrite indexes of gearworkers 0.1, whose inodes count from 1, with inode numbers of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import xattr
 
 from gearworkers.errors import from_os_error
 from gearworkers.layers.diff.upperdir import directories, join
-from gearworkers.layers.index import erofs
+from gearworkers.layers.index import erofs_format
+from gearworkers.layers.index.erofs import ImageWriter
+from gearworkers.layers.index.erofs_label import read_label
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.tree import Inode
@@ -22,27 +24,27 @@ from gearworkers.util.fs import opened_directory
 _TREE = "tree"
 
 
-def has_numbers(index: Path) -> bool:
-    """Whether the index has inode numbers of its own; also if there is no such file.
+def has_own_inode_numbers(index: Path) -> bool:
+    """Whether the index has inode numbers of its own; True if there is no such file.
 
     Raises:
-        GearError: It cannot be read.
+        GearError: The file cannot be read.
     """
     try:
-        return erofs.read_label(index) is not None
+        return read_label(index) is not None
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError as exc:
         raise from_os_error(exc, f"read {index}") from exc
 
 
-def renumber(index: Path, numbers: InodeNumbers, build: Path) -> None:
-    """Replace the file *index*: the same tree with numbers that no other layer has. Mounts of the old file keep it.
+def renumber(index: Path, inode_numbers: InodeNumbers, build: Path) -> None:
+    """Replace the file *index* by the same tree with numbers that no other layer has. Mounts keep the old file.
 
     Args:
-        index: Nobody else replaces it at the same time.
-        numbers: Where the new numbers come from.
-        build: An empty directory on its file system.
+        index: The old index; nobody else replaces it at the same time.
+        inode_numbers: Provides the new numbers.
+        build: An empty directory on the same file system.
 
     Raises:
         GearError: The old index cannot be read, or the new one cannot be written; the old one stays.
@@ -57,17 +59,17 @@ def renumber(index: Path, numbers: InodeNumbers, build: Path) -> None:
                 root = _tree(root_fd)
         finally:
             unmount(build / _TREE)
-        image = erofs.ImageWriter(root, uuid=secrets.token_bytes(16), time_ns=time.time_ns())
-        numbers.write(image, build / INDEX_FILE)
+        image = ImageWriter(root, uuid=secrets.token_bytes(16), time_ns=time.time_ns())
+        inode_numbers.write_index(image, build / INDEX_FILE)
         with open(build / INDEX_FILE, "rb") as file:
             os.fsync(file.fileno())
         (build / INDEX_FILE).rename(index)
     except OSError as exc:
-        raise from_os_error(exc, f"give the inodes of {index} numbers of their own") from exc
+        raise from_os_error(exc, f"give {index} inode numbers of its own") from exc
 
 
 def _tree(root_fd: int) -> Inode:
-    """The mounted tree, every attribute included."""
+    """Return the mounted tree with all attributes."""
     root = _inode(os.fstat(root_fd), b"/proc/self/fd/%d" % root_fd, nofollow=False)
     known = {b"": root}
     linked: dict[int, Inode] = {}
@@ -97,8 +99,8 @@ def _inode(status: os.stat_result, path: bytes, *, nofollow: bool) -> Inode:
     elif stat.S_ISLNK(status.st_mode):
         inode.target = os.readlink(path)
     elif not stat.S_ISFIFO(status.st_mode):
-        inode.rdev = erofs.encode_device(os.major(status.st_rdev), os.minor(status.st_rdev))
+        inode.rdev = erofs_format.encode_device(os.major(status.st_rdev), os.minor(status.st_rdev))
     attributes = dict(xattr.get_all(path, nofollow=nofollow))
-    has_metacopy = attributes.pop(erofs.METACOPY, None) is not None
-    inode.xattrs = erofs.encode_xattrs(attributes, metacopy=has_metacopy)
+    has_metacopy = attributes.pop(erofs_format.METACOPY, None) is not None
+    inode.xattrs = erofs_format.encode_xattrs(attributes, metacopy=has_metacopy)
     return inode

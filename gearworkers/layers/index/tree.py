@@ -1,12 +1,12 @@
-"""A layer's tree from the entries of a tar, in memory, and its image: the layer's index.
+"""Build the tree of a layer from tar entries, in memory, and make its index.
 
-What a name means is what Docker's overlay2 makes of it: cleaned lexically, ``..`` stops at the layer's root, a
-parent that is a symlink is followed inside the layer, missing parents are made (0755), the last entry of a name
-wins, ``.wh.x`` becomes a 0:0 device and ``.wh..wh..opq`` marks its directory opaque. Nothing is looked up in a file
-system, so no name leads out of the layer.
+Names have the meaning that Docker's overlay2 gives them: they are cleaned lexically, ``..`` stops at the layer's root,
+a parent that is a symlink is followed inside the layer, missing parents are created (0755), the last entry of a name
+wins, ``.wh.x`` becomes a 0:0 device, and ``.wh..wh..opq`` marks its directory opaque. Names are never looked up in a
+file system, so no name leads out of the layer.
 
-A regular file of the index has its size, owner, mode, time and attributes; its bytes are an object's, named by the
-overlay marks metacopy and redirect.
+A regular file of the index has its size, owner, mode, time and attributes. The overlay marks metacopy and redirect name
+the object that contains its bytes.
 """
 
 from __future__ import annotations
@@ -16,41 +16,36 @@ import stat
 from gearworkers.digest import RESERVED, object_path
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.index import erofs
+from gearworkers.layers.index import erofs_format
+from gearworkers.layers.index.erofs import ImageWriter
+from gearworkers.layers.index.tree_xattrs import check_xattrs, stored_xattrs
 from gearworkers.tar import whiteouts
 from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry, clean_name, shown
 from gearworkers.util.fs import MAX_PATH_BYTES
 
 MAX_INODES = 4_000_000
-"""About 2 GB of memory while the layer is made."""
+"""A layer of this size takes about 2 GB of memory."""
 MAX_EXTRA_BYTES = 512 << 20
-"""Of extended attributes and symlinks' targets; they are in memory up to three times."""
+"""Limit of extended attributes and symlink targets together; they are in memory up to three times."""
 _MAX_KNOWN = 1 << 16
 
 _FORMATS = {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}
-_FORBIDDEN_XATTRS = (b"trusted.overlay.", b"trusted.gear.")
-_LEFT_OUT: dict[int, tuple[bytes, ...]] = {
-    stat.S_IFDIR: (),
-    stat.S_IFREG: (b"system.posix_acl_default",),
-    stat.S_IFLNK: (b"user.", b"system.posix_acl_"),
-}
-"""What the kernel takes at no file of this type: it would list it and not give it, so no container could change one."""
-_LEFT_OUT_OF_OTHERS = (b"user.", b"system.posix_acl_default")
-_CAPABILITY = b"security.capability"
 _REDIRECT = b"trusted.overlay.redirect"
 _OPAQUE = b"trusted.overlay.opaque"
 _LONGEST_NAME_BYTES = 255
 _MAX_SYMLINKS = 40
-_NO_ID = (1 << 32) - 1  # what chown(2) takes for "leave it"
+_NO_ID = (1 << 32) - 1  # chown(2) keeps the owner for this id
 _DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
 
 
-_REDIRECTED = erofs.encode_xattrs({_REDIRECT: object_path(bytes(32))}, metacopy=True)[: -len(object_path(bytes(32)))]
-"""The attributes of a file that has no others than the overlay's marks, up to the object's path."""
+_REDIRECTED = erofs_format.encode_xattrs({_REDIRECT: object_path(bytes(32))}, metacopy=True)[
+    : -len(object_path(bytes(32)))
+]
+"""Encoded attributes of a file that has only the overlay's marks, up to the path of the object."""
 
 
 class Inode:
-    """An inode of the index; `erofs.ErofsInode`."""
+    """An inode of the index; implements `erofs.ErofsInode`."""
 
     __slots__ = (
         "attributes",
@@ -85,7 +80,7 @@ class Inode:
 
 
 class LayerTree:
-    """Takes the entries of one tar; `image` is what they make. After an error it is to be thrown away."""
+    """The tree that the entries of one tar make. After an error the tree is invalid; discard it."""
 
     def __init__(self, ids: IdMaps, *, time_ns: int) -> None:
         self._ids = ids
@@ -97,15 +92,15 @@ class LayerTree:
         self._owners: dict[tuple[int, int], tuple[int, int]] = {}
 
     def add(self, entry: TarEntry, digest: bytes | None) -> None:
-        """Put *entry* into the tree.
+        """Add *entry* to the tree.
 
         Args:
-            entry: As the reader gave it.
-            digest: SHA-256 of a regular file's content; None for an empty one and for all other types.
+            entry: An entry from the reader.
+            digest: SHA-256 of a regular file's content; None for an empty file and for all other types.
 
         Raises:
-            InvalidInput: Docker would refuse it too, or it would reach into the object store.
-            ResourceExhausted: The layer has more than MAX_INODES files.
+            InvalidInput: Docker would reject the entry too, or the entry would reach into the object store.
+            ResourceExhausted: The layer has more than MAX_INODES files or MAX_EXTRA_BYTES of other data.
         """
         try:
             self._add(entry, digest)
@@ -113,13 +108,13 @@ class LayerTree:
             raise InvalidInput(f"tar entry {shown(entry.name)}: {exc}") from exc
 
     def has_at_top(self, name: bytes) -> bool:
-        """Whether something of this name stands at the layer's top; a whiteout is nothing."""
+        """Whether the top directory has an entry of this name; a whiteout does not count."""
         assert self._root.children is not None
         found = self._root.children.get(name)
         return found is not None and (found.mode, found.rdev) != (stat.S_IFCHR, 0)
 
     def size_bytes(self) -> int:
-        """The layer's size as Docker's overlay2 counts it: st_size of all but directories, each inode once."""
+        """Return the size as Docker's overlay2 counts it: st_size of all except directories, each inode once."""
         total = 0
         seen: set[int] = set()
         stack = [self._root]
@@ -132,8 +127,8 @@ class LayerTree:
                     total += child.size_bytes + len(child.target)
         return total
 
-    def image(self, uuid: bytes) -> erofs.ImageWriter:
-        """The EROFS image, to be written; for once, at the end."""
+    def image(self, uuid: bytes) -> ImageWriter:
+        """Return a writer of the EROFS image. Call once, after the last entry."""
         stack = [self._root]
         while stack:
             inode = stack.pop()
@@ -145,7 +140,7 @@ class LayerTree:
                     if child.children is not None:
                         inode.nlink += 1
                     stack.append(child)
-        return erofs.ImageWriter(self._root, uuid=uuid, time_ns=self._time_ns)
+        return ImageWriter(self._root, uuid=uuid, time_ns=self._time_ns)
 
     # -- entries
 
@@ -154,14 +149,14 @@ class LayerTree:
         if not name:
             return
         if entry.xattrs:
-            _check_xattrs(entry.xattrs)
+            check_xattrs(entry.xattrs)
         name_bytes = len(name) - len(whiteouts.PREFIX) if name.startswith(whiteouts.PREFIX) else len(name)
         if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= MAX_PATH_BYTES:
             raise InvalidInput("its name is too long for a file system")
         parent = self._known.get(parent_path)
         if parent is None:
             parent = self._directory(parent_path, entry.mtime_ns)
-        if name.startswith((whiteouts.PREFIX, RESERVED)) and not self._is_plain(entry, parent, name):
+        if name.startswith((whiteouts.PREFIX, RESERVED)) and not self._is_ordinary(entry, parent, name):
             return
         kind = entry.type
         if kind == REG:
@@ -217,7 +212,7 @@ class LayerTree:
     def _host_owner(self, uid: int, gid: int) -> tuple[int, int]:
         uid, gid = self._ids.to_host(uid, gid)
         if not (0 <= uid < _NO_ID and 0 <= gid < _NO_ID):
-            raise InvalidInput(f"its owner, uid {uid} and gid {gid}, is none that Linux has")
+            raise InvalidInput(f"its owner, uid {uid} and gid {gid}, is outside the range of Linux")
         return uid, gid
 
     def _place(self, parent: Inode, name: bytes, inode: Inode) -> None:
@@ -227,7 +222,7 @@ class LayerTree:
         parent.children[name] = inode
 
     def _remove(self, parent: Inode, name: bytes) -> None:
-        """Remove what an earlier entry made of this name."""
+        """Remove the file that an earlier entry of this name created."""
         assert parent.children is not None
         gone = parent.children.pop(name, None)
         if gone is None:
@@ -256,7 +251,7 @@ class LayerTree:
 
     def _add_link(self, entry: TarEntry, parent: Inode, name: bytes) -> None:
         target_parent, target_name = clean_name(entry.linkname)
-        # What stands at the name goes first, as with Docker: a link to itself finds nothing.
+        # Remove an earlier file of this name first, as Docker does: a link to itself finds nothing.
         self._remove(parent, name)
         directory = self._find(target_parent)
         target = None if directory is None or directory.children is None else directory.children.get(target_name)
@@ -275,18 +270,18 @@ class LayerTree:
         assert parent.children is not None
         parent.children[name] = target
 
-    def _is_plain(self, entry: TarEntry, parent: Inode, name: bytes) -> bool:
-        """Whether a name with a special beginning is a file all the same; a whiteout is dealt with here."""
+    def _is_ordinary(self, entry: TarEntry, parent: Inode, name: bytes) -> bool:
+        """Whether a name with a special prefix is an ordinary file; whiteouts are handled here."""
         assert parent.children is not None
         if name.startswith(RESERVED):
-            self._refuse_reserved(parent, name)
+            self._reject_reserved(parent, name)
             return True
         if whiteouts.is_opaque(name):
             parent.attributes = {**(parent.attributes or {}), _OPAQUE: b"y"}
             return False
         hidden = whiteouts.removed_name(name)
         if hidden is not None:
-            self._refuse_reserved(parent, hidden)
+            self._reject_reserved(parent, hidden)
             if hidden in parent.children:
                 raise InvalidInput("it is a whiteout of a name that the same layer holds")
             whiteout = self._inode(entry, stat.S_IFCHR, 0)
@@ -294,9 +289,9 @@ class LayerTree:
             parent.children[hidden] = whiteout
         return False
 
-    def _refuse_reserved(self, parent: Inode, name: bytes) -> None:
+    def _reject_reserved(self, parent: Inode, name: bytes) -> None:
         if parent is self._root and name.startswith(RESERVED):
-            raise InvalidInput("a top-level name must not begin with the byte 0x01: the object store is reached by it")
+            raise InvalidInput("a top-level name must not begin with the byte 0x01: it leads to the object store")
 
     # -- directories
 
@@ -306,7 +301,7 @@ class LayerTree:
         return directory
 
     def _directory(self, path: bytes, mtime_ns: int) -> Inode:
-        """The directory that *path* leads to; what is missing of it is made."""
+        """Return the directory that *path* leads to; create missing directories."""
         found = self._walk(path, mtime_ns)
         if found is None or found.children is None:
             raise InvalidInput(f"its parent {shown(path)} is not a directory of this layer")
@@ -314,7 +309,7 @@ class LayerTree:
         return found
 
     def _remember(self, path: bytes, directory: Inode) -> None:
-        """A path of thousands of bytes may lead to each of millions of directories."""
+        """Cache the directory of a path. The cache is bounded: a tar may have millions of long paths."""
         if len(self._known) >= _MAX_KNOWN:
             self._known = {b"": self._root}
         self._known[path] = directory
@@ -323,10 +318,10 @@ class LayerTree:
         return self._known.get(path) or self._walk(path, None)
 
     def _walk(self, path: bytes, mtime_ns: int | None) -> Inode | None:
-        """Follow *path*, symlinks in the layer included; make missing directories if *mtime_ns* says of when."""
+        """Follow *path* and its symlinks; create missing directories with the time *mtime_ns* unless that is None."""
         trail = [self._root]
         left = path.split(b"/")[::-1]
-        symlinks = linked = 0  # linked: how many of the components left are of a symlink's target
+        symlinks = linked = 0  # linked: the number of remaining components that come from a symlink's target
         while left:
             name = left.pop()
             is_linked = linked > 0
@@ -344,7 +339,7 @@ class LayerTree:
             if child is None:
                 if mtime_ns is None or is_linked:
                     return None
-                child = self._implied(here, name, mtime_ns)
+                child = self._create_implied(here, name, mtime_ns)
             if child.target:
                 symlinks += 1
                 if symlinks > _MAX_SYMLINKS:
@@ -358,9 +353,9 @@ class LayerTree:
                 trail.append(child)
         return trail[-1]
 
-    def _implied(self, parent: Inode, name: bytes, mtime_ns: int) -> Inode:
+    def _create_implied(self, parent: Inode, name: bytes, mtime_ns: int) -> Inode:
         assert parent.children is not None
-        self._refuse_reserved(parent, name)
+        self._reject_reserved(parent, name)
         if len(name) > _LONGEST_NAME_BYTES:
             raise InvalidInput("its name is too long for a file system")
         self._count_inode(name)
@@ -371,37 +366,15 @@ class LayerTree:
 def _device(entry: TarEntry) -> int:
     major, minor = entry.devmajor, entry.devminor
     if not (0 <= major < _DEVICE_LIMITS[0] and 0 <= minor < _DEVICE_LIMITS[1]):
-        raise InvalidInput(f"its device number {major}:{minor} is none that Linux has")
-    return erofs.encode_device(major, minor)
-
-
-def _storable(attributes: dict[bytes, bytes], left_out: tuple[bytes, ...] = ()) -> dict[bytes, bytes]:
-    """Without those that no file system here knows, and whose names begin so, as Docker leaves them out."""
-    return {
-        name: value for name, value in attributes.items() if erofs.is_storable(name) and not name.startswith(left_out)
-    }
+        raise InvalidInput(f"its device number {major}:{minor} is outside the range of Linux")
+    return erofs_format.encode_device(major, minor)
 
 
 def _encode(inode: Inode) -> None:
-    """Set the attributes as they are written."""
-    left_out = _LEFT_OUT.get(stat.S_IFMT(inode.mode), _LEFT_OUT_OF_OTHERS)
-    attributes = _storable(inode.attributes, left_out) if inode.attributes else {}
+    """Encode the attributes of an inode for the image."""
+    attributes = stored_xattrs(inode.mode, inode.attributes) if inode.attributes else {}
     if inode.digest is not None:
         marks = {_REDIRECT: object_path(inode.digest)}
-        inode.xattrs = erofs.encode_xattrs({**attributes, **marks}, metacopy=True)
+        inode.xattrs = erofs_format.encode_xattrs({**attributes, **marks}, metacopy=True)
     elif attributes:
-        inode.xattrs = erofs.encode_xattrs(attributes)
-
-
-def _is_capability(value: bytes) -> bool:
-    """Whether the kernel would set it: revision 2, or 3 with the root of a user namespace."""
-    return (len(value), value[1:4]) in ((20, b"\0\0\2"), (24, b"\0\0\3")) and value[0] <= 1
-
-
-def _check_xattrs(xattrs: dict[bytes, bytes]) -> None:
-    for name in xattrs:
-        if name.startswith(_FORBIDDEN_XATTRS):
-            raise InvalidInput(f"its extended attribute {shown(name)} would redirect reads to other layers' files")
-    if _CAPABILITY in xattrs and not _is_capability(xattrs[_CAPABILITY]):
-        raise InvalidInput(f"its {shown(_CAPABILITY)} is malformed")
-    erofs.encode_xattrs(_storable(xattrs))  # here, where an error still has the entry's name
+        inode.xattrs = erofs_format.encode_xattrs(attributes)

@@ -15,7 +15,7 @@ import pytest
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import ManagerSettings, RegistrySettings, RemoteSettings, Settings
 from tests.support import registries
 from tests.support.images import Image, contents_of, pull, push_index, tar_of
 from tests.support.registry import Registry
@@ -52,7 +52,7 @@ def remote(tmp_path: Path) -> str:
 
 
 def at(peer: Registry, name: str) -> Repository:
-    return Repository.of(Settings(), Reference.parse(f"{peer.host}/{name}"))
+    return Repository.of(RegistrySettings(), Reference.parse(f"{peer.host}/{name}"))
 
 
 def convert(remote: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,10 +76,12 @@ def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, 
 
 def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source: str, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    with manager_thread(Settings(gear_root=tmp_path / "gear", manager_store=str(tmp_path / "store"))) as url:
+    with manager_thread(
+        Settings(gear_root=tmp_path / "gear", manager=ManagerSettings(store=str(tmp_path / "store")))
+    ) as url:
         done = convert(url, source, f"{peer.host}/managed:v1", "--local", "--processes", "1")
         assert done.returncode == 0, done.stderr
-        remote = open_remote(Settings(remote=url))
+        remote = open_remote(Settings(remote=RemoteSettings(url=url)))
         found = [contents_of(tar, remote) for tar in pull(at(peer, "managed"), "v1").tars]
         remote.close()
     assert found == [contents_of(tar) for tar in TARS]
@@ -145,8 +147,8 @@ def test_credentials_are_those_of_docker_login(tmp_path: Path, remote: str) -> N
     with registries.registry(tmp_path / "closed", auth=registries.basic_auth(tmp_path / "closed")) as closed:
         config = {"auths": {closed.host: {"auth": known}}}
         (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
-        settings = Settings(docker_config=tmp_path / "docker")
-        Image(TARS).push(Repository.of(settings, Reference.parse(f"{closed.host}/source")), "v1")
+        settings = Settings(registry=RegistrySettings(docker_config=tmp_path / "docker"))
+        Image(TARS).push(Repository.of(settings.registry, Reference.parse(f"{closed.host}/source")), "v1")
         command = [*GEAR, "convert", f"{closed.host}/source:v1", f"{closed.host}/gear:v1", "--local"]
         environ = os.environ | {"GEAR_REMOTE": remote, "DOCKER_CONFIG": str(tmp_path / "docker")}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)

@@ -28,7 +28,7 @@ def test_fuse_is_tried_and_nothing_stays_mounted(tmp_path_factory: pytest.TempPa
     before = mounted()
     check = check_fuse()
     assert check.ok, check
-    assert "unanswered requests come again" in check.found
+    assert "unanswered requests are sent again" in check.found
     assert mounted() == before
 
 
@@ -37,7 +37,7 @@ def test_a_host_without_fuse_or_with_an_old_one_is_told_what_to_do(monkeypatch: 
     assert not check.ok
     assert not check.needed
     assert "/dev/no-fuse" in check.found
-    monkeypatch.setattr(fuse_probe, "_agreed", lambda _: InitFlag.PASSTHROUGH)
+    monkeypatch.setattr(fuse_probe, "common_features", lambda _: InitFlag.PASSTHROUGH)
     assert "6.9" in check_fuse().advice
 
 
@@ -78,7 +78,7 @@ def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, mo
 
     monkeypatch.setattr(doctor, "_TIMEOUT_S", 0.1)
     settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", plugin_socket=tmp_path / "gear.sock")
-    running = run_gateway(settings, lambda order, stream: None)
+    running = run_gateway(settings, lambda claimed: None)
     running.driver.status = count  # type: ignore[method-assign]
     try:
         told = doctor.gateway_status(settings)

@@ -11,7 +11,7 @@ import pytest
 
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import InvalidInput, NotFound
-from gearworkers.layers.store import LayerKind
+from gearworkers.layers.record import LayerKind
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
 from tests.support.tiny import tar_of

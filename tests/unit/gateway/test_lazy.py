@@ -1,4 +1,4 @@
-"""A gateway whose lazy file server is down: containers of Gear images wait for it, and nobody waits for them."""
+"""While the lazy file server is down, containers of Gear images wait for it, and no other call waits for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gearworkers.engine import mounts
+from gearworkers.engine.mounts import LazyServerNeeded
 from tests.support.gateways import Running, run_gateway
 from tests.support.lazynode import LazyNode
 from tests.support.plugin import Plugin
@@ -25,7 +26,7 @@ FILES = {"etc/file": b"content " * 100}
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyNode]:
-    """With a Gear image and an ordinary one; its server is not started."""
+    """Return a node with a Gear image and an ordinary one; its lazy file server is not started."""
     monkeypatch.setattr(mounts, "LAZY_TIMEOUT_S", PATIENCE_S)
     node = LazyNode(tmp_path)
     node.pull(FILES)
@@ -34,19 +35,40 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyNode]:
     node.close()
 
 
+class RecordingDriver:
+    """The driver of *node*; `refused_gets` has the ids of Gets that would have to wait and may not."""
+
+    def __init__(self, node: LazyNode) -> None:
+        self._driver: Any = node.driver
+        self.refused_gets: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._driver, name)
+
+    def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> Any:
+        try:
+            return self._driver.get(id, mount_label, may_wait=may_wait)
+        except LazyServerNeeded:
+            self.refused_gets.add(id)
+            raise
+
+
 @pytest.fixture
-def running(node: LazyNode) -> Iterator[Running]:
+def driver(node: LazyNode) -> RecordingDriver:
+    return RecordingDriver(node)
+
+
+@pytest.fixture
+def running(node: LazyNode, driver: Any) -> Iterator[Running]:
     settings = replace(node.settings, plugin_socket=node.settings.run_dir / "plugin.sock")
-    running = run_gateway(settings, lambda order, stream: None, workers=0)
-    gateway: Any = running.gateway
-    gateway._driver = node.driver
+    running = run_gateway(settings, lambda claimed: None, workers=0, driver=driver)
     yield running
     running.stop()
 
 
 @pytest.mark.parametrize("how", ["has not started", "was killed"])
 def test_while_64_containers_wait_for_the_lazy_file_server_others_are_served(
-    node: LazyNode, running: Running, how: str
+    node: LazyNode, driver: RecordingDriver, running: Running, how: str
 ) -> None:
     plugin = Plugin(running.driver.settings.plugin_socket)
     if how == "was killed":
@@ -55,8 +77,7 @@ def test_while_64_containers_wait_for_the_lazy_file_server_others_are_served(
     for id in STARTING:
         plugin.call("CreateReadWrite", ID=id, Parent="image")
     waiting = [plugin.begin("Get", id) for id in STARTING]
-    locks: Any = running.gateway._threads._layer_locks
-    wait_until(lambda: len(locks) == len(STARTING), "all have their turn")
+    wait_until(lambda: driver.refused_gets == set(STARTING), "each Get has its layer's lock")
     removing = [plugin.begin("Remove", id) for id in STARTING]
     assert plugin.call("Exists", ID="ordinary") == {"Exists": True}
     plugin.call("CreateReadWrite", ID="other", Parent="ordinary")

@@ -1,4 +1,4 @@
-"""The gateway's own processes: how many there are, whom they keep waiting, and that they end with the gateway."""
+"""The gateway's own processes: their number, the jobs that they keep waiting, and their end."""
 
 from __future__ import annotations
 
@@ -18,124 +18,122 @@ from typing import Any
 import pytest
 
 from gearworkers.settings import Settings
-from gearworkers.workers.messages import Claim, Order
-from plugin_gateway.dispatch import local_pool as module
-from plugin_gateway.dispatch.claims import Body, Changes, Offer
-from plugin_gateway.dispatch.dispatcher import make_order
-from plugin_gateway.dispatch.local_pool import OwnPool
+from gearworkers.workers.messages import ApplyDiff, Claim, Diff, Progress, Push, WorkerJob
+from plugin_gateway.dispatch.claim_server import Changes
+from plugin_gateway.dispatch.local_pool import PROCESSES_PER_CORE, LocalPool
+from plugin_gateway.dispatch.pending_job import PendingJob
+from tests.support.processes import wait_until
 
 CORES = 2
 
 
-def an_offer(call: str, settings: Settings | None = None) -> Offer:
-    return Offer(make_order(call, settings or Settings()), None if call == "push" else Body(-1))
+def pending_job(kind: type[WorkerJob], changes: Changes, settings: Settings | None = None) -> PendingJob:
+    job = kind(gear_root=str((settings or Settings()).gear_root))
+    return PendingJob(job, None, None, changes.notify)
 
 
 @dataclass
 class Threads:
-    """Instead of processes: each order is at work until it is finished."""
+    """A pool of threads instead of processes; each job runs until it is finished."""
 
-    pool: OwnPool
-    changes: Changes
-    begun: list[Order] = field(default_factory=list)
+    changes: Changes = field(default_factory=Changes)
+    begun: list[WorkerJob] = field(default_factory=list)
     ends: dict[str, threading.Event] = field(default_factory=dict)
 
-    def work(self, settings: Settings, order: Order) -> None:
-        self.begun.append(order)
-        assert self.ends.setdefault(order.token, threading.Event()).wait(60)
+    def __post_init__(self) -> None:
+        self.pool = LocalPool(
+            Settings(), self.changes, cores=CORES, start=lambda _: ThreadPoolExecutor(1), work=self.work
+        )
 
-    def perform(self, call: str) -> tuple[Offer, asyncio.Task[None]]:
-        offer = an_offer(call)
-        return offer, asyncio.ensure_future(self.pool.perform(offer))
+    def work(self, settings: Settings, job: WorkerJob) -> None:
+        self.begun.append(job)
+        assert self.ends.setdefault(job.token, threading.Event()).wait(60)
 
-    def stall(self, offer: Offer) -> None:
-        offer.stalled = True
-        self.changes.tell()
+    def run(self, kind: type[WorkerJob]) -> tuple[PendingJob, asyncio.Task[None]]:
+        pending = pending_job(kind, self.changes)
+        return pending, asyncio.ensure_future(self.pool.run(pending))
 
-    def finish(self, *offers: Offer) -> None:
-        for offer in offers:
-            self.ends.setdefault(offer.order.token, threading.Event()).set()
+    def stall(self, pending: PendingJob) -> None:
+        pending.progress = Progress(stalled=True)
+        self.changes.notify()
 
-    async def begins(self, *offers: Offer) -> None:
+    def finish(self, *jobs: PendingJob) -> None:
+        for pending in jobs:
+            self.ends.setdefault(pending.job.token, threading.Event()).set()
+
+    async def wait_begun(self, *jobs: PendingJob) -> None:
         async with asyncio.timeout(60):
-            while not {offer.order.token for offer in offers} <= {order.token for order in self.begun}:
+            while not all(self.has_begun(pending) for pending in jobs):
                 await asyncio.sleep(0.001)
 
-    def has_begun(self, offer: Offer) -> bool:
-        return offer.order in self.begun
+    def has_begun(self, pending: PendingJob) -> bool:
+        return pending.job in self.begun
 
 
-def with_threads(monkeypatch: pytest.MonkeyPatch, test: Callable[[Threads], Coroutine[Any, Any, None]]) -> None:
+def with_threads(test: Callable[[Threads], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        changes = Changes()
-        threads = Threads(OwnPool(Settings(), changes), changes)
-        monkeypatch.setattr(module, "_perform", threads.work)
+        threads = Threads()
         await test(threads)
         threads.pool.close()
 
-    monkeypatch.setattr(os, "cpu_count", lambda: CORES)
-    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
     asyncio.run(run())
 
 
-def test_as_many_are_at_work_as_there_are_cores_and_the_next_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_job_a_core_runs_and_the_next_follows() -> None:
     async def test(threads: Threads) -> None:
-        offers, tasks = zip(*(threads.perform("apply_diff") for _ in range(CORES + 2)), strict=True)
-        await threads.begins(*offers[:CORES])
-        threads.finish(offers[0])
-        await threads.begins(offers[CORES])
-        assert not threads.has_begun(offers[-1])
-        threads.finish(*offers)
+        jobs, tasks = zip(*(threads.run(ApplyDiff) for _ in range(CORES + 2)), strict=True)
+        await threads.wait_begun(*jobs[:CORES])
+        threads.finish(jobs[0])
+        await threads.wait_begun(jobs[CORES])
+        assert not threads.has_begun(jobs[-1])
+        threads.finish(*jobs)
         await asyncio.gather(*tasks)
-        assert len(threads.pool._processes) == CORES
+        assert threads.pool.processes == CORES
 
-    with_threads(monkeypatch, test)
+    with_threads(test)
 
 
-def test_one_that_waits_for_its_caller_makes_room_for_another_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_job_makes_room_for_another_up_to_a_bound() -> None:
     async def test(threads: Threads) -> None:
-        most = CORES * module._MOST_PER_CORE
-        offers, tasks = zip(*(threads.perform("apply_diff") for _ in range(most + 1)), strict=True)
-        for offer in offers[:most]:
-            await threads.begins(offer)
-            threads.stall(offer)
-        assert not threads.has_begun(offers[most])
-        threads.finish(offers[3])
-        await threads.begins(offers[most])
-        threads.finish(*offers)
+        most = CORES * PROCESSES_PER_CORE
+        jobs, tasks = zip(*(threads.run(ApplyDiff) for _ in range(most + 1)), strict=True)
+        for pending in jobs[:most]:
+            await threads.wait_begun(pending)
+            threads.stall(pending)
+        assert not threads.has_begun(jobs[most])
+        threads.finish(jobs[3])
+        await threads.wait_begun(jobs[most])
+        threads.finish(*jobs)
         await asyncio.gather(*tasks)
 
-    with_threads(monkeypatch, test)
+    with_threads(test)
 
 
-def test_diffs_and_upkeep_keep_no_apply_diff_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffs_and_maintenance_keep_no_apply_diff_waiting() -> None:
     async def test(threads: Threads) -> None:
-        others, tasks = zip(*(threads.perform(call) for call in ("diff", "push") * (CORES + 1)), strict=True)
-        offer, task = threads.perform("apply_diff")
-        await threads.begins(offer)
-        threads.finish(offer, *others)
+        kinds: list[type[WorkerJob]] = [Diff, Push] * (CORES + 1)
+        others, tasks = zip(*(threads.run(kind) for kind in kinds), strict=True)
+        pending, task = threads.run(ApplyDiff)
+        await threads.wait_begun(pending)
+        threads.finish(pending, *others)
         await asyncio.gather(task, *tasks)
 
-    with_threads(monkeypatch, test)
+    with_threads(test)
 
 
-@pytest.mark.parametrize("how", ["claimed", "withdrawn"])
-def test_one_that_nobody_has_to_do_any_more_is_left_alone(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+@pytest.mark.parametrize("how", ["begun by a worker", "withdrawn"])
+def test_a_waiting_job_that_needs_no_process_any_more_gets_none(how: str) -> None:
     async def test(threads: Threads) -> None:
-        offers, tasks = zip(*(threads.perform("diff") for _ in range(CORES)), strict=True)
-        late, waiting = threads.perform("diff")
-        await threads.begins(*offers)
-        if how == "claimed":
-            late.claimed.set_result(Claim("", "worker", 1))
-        else:
-            late.withdrawn = True
-        threads.changes.tell()
+        jobs, tasks = zip(*(threads.run(Diff) for _ in range(CORES)), strict=True)
+        late, waiting = threads.run(Diff)
+        await threads.wait_begun(*jobs)
+        assert late.withdraw() if how == "withdrawn" else late.claim() and late.begin(Claim("", "worker", 1))
         await waiting
         assert not threads.has_begun(late)
-        threads.finish(*offers)
+        threads.finish(*jobs)
         await asyncio.gather(*tasks)
 
-    with_threads(monkeypatch, test)
+    with_threads(test)
 
 
 # -- with processes
@@ -148,15 +146,14 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def listener(settings: Settings) -> Iterator[socket.socket]:
-    """The streams socket, which grants nothing: whoever claims waits."""
+    """Listen at the streams socket and grant nothing: each claim waits."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.setblocking(False)
         listener.bind(str(settings.streams_socket))
         listener.listen()
         yield listener
-    for process in multiprocessing.active_children():
-        process.join(60)
-    assert not multiprocessing.active_children()
+    # Not by join(): the executor's thread may reap the process first, and then join() returns too early.
+    wait_until(lambda: not multiprocessing.active_children(), "the pool's processes have ended")
 
 
 async def read_to_the_end(control: socket.socket) -> None:
@@ -165,10 +162,11 @@ async def read_to_the_end(control: socket.socket) -> None:
             pass
 
 
-def test_what_is_under_way_ends_when_the_pool_is_closed(settings: Settings, listener: socket.socket) -> None:
+def test_running_jobs_end_when_the_pool_closes(settings: Settings, listener: socket.socket) -> None:
     async def close_while_busy() -> None:
-        pool = OwnPool(settings, Changes())
-        working = asyncio.ensure_future(pool.perform(an_offer("push", settings)))
+        changes = Changes()
+        pool = LocalPool(settings, changes)
+        working = asyncio.ensure_future(pool.run(pending_job(Push, changes, settings)))
         control, _ = await asyncio.get_running_loop().sock_accept(listener)
         with control:
             pool.close()
@@ -179,10 +177,11 @@ def test_what_is_under_way_ends_when_the_pool_is_closed(settings: Settings, list
     asyncio.run(close_while_busy())
 
 
-def test_a_process_that_dies_takes_no_other_with_it(settings: Settings, listener: socket.socket) -> None:
+def test_the_death_of_a_process_ends_no_other(settings: Settings, listener: socket.socket) -> None:
     async def kill_one() -> None:
-        loop, pool = asyncio.get_running_loop(), OwnPool(settings, Changes())
-        working = {asyncio.ensure_future(pool.perform(an_offer(call, settings))) for call in ("diff", "apply_diff")}
+        loop, changes = asyncio.get_running_loop(), Changes()
+        pool = LocalPool(settings, changes)
+        working = {asyncio.ensure_future(pool.run(pending_job(kind, changes, settings))) for kind in (Diff, ApplyDiff)}
         (first, _), (second, _) = [await loop.sock_accept(listener) for _ in range(2)]
         with first, second:
             credentials = first.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -190,7 +189,7 @@ def test_a_process_that_dies_takes_no_other_with_it(settings: Settings, listener
             await read_to_the_end(first)
             (ended,), (other,) = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
             assert isinstance(ended.exception(), BrokenProcessPool)
-            assert await loop.sock_recv(second, 4096)  # its claim, and no end behind it
+            assert await loop.sock_recv(second, 4096)  # its claim, and no end after it
             with pytest.raises(BlockingIOError):
                 second.recv(1)
             pool.close()

@@ -1,4 +1,4 @@
-"""The gateway's way to Redis: whatever becomes of it, who publishes is told."""
+"""Publishing to Redis ends with a confirmation or an error, whatever happens."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import socket
 from pathlib import Path
 
 from gearworkers.settings import Settings
-from plugin_gateway.dispatch.dispatcher import make_order
+from gearworkers.workers.messages import Push
 from plugin_gateway.dispatch.task_queue import TaskQueue
 
 
-def test_who_publishes_while_the_broker_is_replaced_is_told_that_it_was_not_published(tmp_path: Path) -> None:
+def test_jobs_published_while_the_broker_is_replaced_are_reported_as_unpublished(tmp_path: Path) -> None:
     settings = Settings(broker_url=f"redis+socket://{tmp_path}/redis.sock?virtual_host=0")
-    order = make_order("push", settings)
+    job = Push(gear_root=str(settings.gear_root))
 
     async def publish_and_close() -> list[object]:
         queue = TaskQueue(settings)
-        waiting = [asyncio.ensure_future(queue.publish(order, heavy=False, expires_s=1.0)) for _ in range(3)]
-        await asyncio.sleep(0)  # all have asked, and one is being answered
+        waiting = [asyncio.ensure_future(queue.publish(job, expires_s=1.0)) for _ in range(3)]
+        await asyncio.sleep(0)  # all are waiting, and one is being sent
         queue.close()
         return await asyncio.gather(*waiting, return_exceptions=True)
 

@@ -26,7 +26,7 @@ from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.upload import SMALL_BYTES
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from gearworkers.tar import writer
 from gearworkers.tar.entry import TarEntry
 from tests.support import registries
@@ -83,11 +83,15 @@ def peer(tmp_path: Path) -> Iterator[Registry]:
 def settings(tmp_path: Path) -> Settings:
     for name in ("remote", "other-remote", "empty"):
         (tmp_path / name).mkdir()
-    return Settings(remote=str(tmp_path / "remote"), docker_config=tmp_path / "docker", gear_root=tmp_path / "gear")
+    return Settings(
+        remote=RemoteSettings(url=str(tmp_path / "remote")),
+        registry=RegistrySettings(docker_config=tmp_path / "docker"),
+        gear_root=tmp_path / "gear",
+    )
 
 
 def repository(settings: Settings, name: str) -> Repository:
-    return Repository.of(settings, Reference.parse(name))
+    return Repository.of(settings.registry, Reference.parse(name))
 
 
 def converted(
@@ -101,10 +105,10 @@ def converted(
 ) -> Report:
     """Convert in this process, one layer after the other."""
     wanted = None if all_platforms else platform
-    plan = convert.plan_conversion(settings, source, target, wanted, all_platforms=all_platforms, again=again)
+    plan = convert.plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
     remote = open_remote(settings)
     done = [convert.convert_layer(settings, remote, job, lambda _: None) for job in plan.jobs()]
-    return convert.finish_conversion(settings, plan, done)
+    return convert.finish_conversion(settings.registry, plan, done)
 
 
 def pushed(settings: Settings, peer: Registry, image: Image, name: str = "source") -> str:
@@ -206,7 +210,7 @@ class TestSameDigests:
     def test_two_conversions_give_the_same(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
         source = pushed(settings, peer, Image([BASE, TOP]))
         first = converted(settings, source, f"{peer.host}/one:v1")
-        elsewhere = replace(settings, remote=str(tmp_path / "other-remote"))
+        elsewhere = replace(settings, remote=replace(settings.remote, url=str(tmp_path / "other-remote")))
         second = converted(elsewhere, source, f"{peer.host}/two:v1")
         assert first.digest == second.digest
         assert second.reused_layers == 0
@@ -230,7 +234,9 @@ class TestLayersDoneBefore:
 
     def test_its_source_is_not_even_read(self, settings: Settings, peer: Registry) -> None:
         image = Image([BASE])
-        job = convert.plan_conversion(settings, pushed(settings, peer, image), f"{peer.host}/gear", AMD64).jobs()[0]
+        job = convert.plan_conversion(
+            settings.registry, pushed(settings, peer, image), f"{peer.host}/gear", AMD64
+        ).jobs()[0]
         convert.convert_layer(settings, open_remote(settings), job, lambda _: None)
         gone = msgspec.structs.replace(job, source=f"{peer.host}/not-there")
         assert convert.convert_layer(settings, open_remote(settings), gone, lambda _: None).reused
@@ -270,7 +276,9 @@ class TestLayersDoneBefore:
             assert pull(repository(settings, f"{other.host}/gear"), "v1")
 
     def test_a_damaged_record_is_as_good_as_none(self, settings: Settings, peer: Registry) -> None:
-        plan = convert.plan_conversion(settings, pushed(settings, peer, Image([BASE])), f"{peer.host}/gear", AMD64)
+        plan = convert.plan_conversion(
+            settings.registry, pushed(settings, peer, Image([BASE])), f"{peer.host}/gear", AMD64
+        )
         open_remote(settings).put_document(convert.record_name(plan.jobs()[0]), b"nonsense")
         done = convert.convert_layer(settings, open_remote(settings), plan.jobs()[0], lambda _: None)
         assert not done.reused
@@ -285,7 +293,7 @@ class TestLayersDoneBefore:
         digest = hashlib.sha256(content).digest()
         remote = open_remote(settings)
         damaged = [digest, *(chunk.digest for chunk in (remote.layout(digest) or [])[:1])]
-        files = [next((Path(settings.remote) / "objects").glob(f"*/{one.hex()}")) for one in damaged]
+        files = [next((Path(settings.remote.url) / "objects").glob(f"*/{one.hex()}")) for one in damaged]
         files[-1].chmod(0o600)
         files[-1].write_bytes(b"Rdamaged")
         with pytest.raises(IntegrityError, match=damaged[-1].hex()):
@@ -433,7 +441,7 @@ class TestRefusals:
         self, settings: Settings, peer: Registry, tmp_path: Path
     ) -> None:
         base = converted_image(settings, peer, Image([BASE]))
-        empty = replace(settings, remote=str(tmp_path / "empty"))
+        empty = replace(settings, remote=replace(settings.remote, url=str(tmp_path / "empty")))
         with pytest.raises(FailedPrecondition, match="gear push"):
             converted(empty, pushed(settings, peer, Image(base.tars), "again"), f"{peer.host}/gear:v2")
 
@@ -443,7 +451,7 @@ class TestRefusals:
 
     def test_a_tar_that_is_not_what_the_config_says(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
-        job = convert.plan_conversion(settings, source, f"{peer.host}/gear", AMD64).jobs()[0]
+        job = convert.plan_conversion(settings.registry, source, f"{peer.host}/gear", AMD64).jobs()[0]
         wrong = msgspec.structs.replace(job, diff_id=m.digest_of(b""))
         with pytest.raises(IntegrityError, match="config"):
             convert.convert_layer(settings, open_remote(settings), wrong, lambda _: None)
@@ -467,7 +475,7 @@ class TestRefusals:
 
     def test_no_remote(self, settings: Settings) -> None:
         with pytest.raises(FailedPrecondition, match="GEAR_REMOTE"):
-            open_remote(replace(settings, remote=""))
+            open_remote(replace(settings, remote=replace(settings.remote, url="")))
 
 
 @pytest.mark.parametrize(
@@ -535,7 +543,7 @@ def test_extended_attributes_times_and_odd_names_stay(settings: Settings, peer: 
 
 def test_processes_of_this_host_convert_it_all_and_tell_how_far_they_are(settings: Settings, peer: Registry) -> None:
     image = Image([BASE, TOP, tar_of([("third", LARGE[::-1])])])
-    plan = convert.plan_conversion(settings, pushed(settings, peer, image), f"{peer.host}/gear:v1", AMD64)
+    plan = convert.plan_conversion(settings.registry, pushed(settings, peer, image), f"{peer.host}/gear:v1", AMD64)
     read: dict[str, int] = {}
 
     report = convert_here(settings, plan, 2, read.__setitem__)
@@ -587,7 +595,7 @@ class TestPrivateLayers:
 def test_a_process_of_this_host_that_fails_says_why(settings: Settings, peer: Registry) -> None:
     broken = tar_of([("a", MIDDLE)])[:1024] + b"no tar" * 1000
     plan = convert.plan_conversion(
-        settings, pushed(settings, peer, Image([broken, BASE])), f"{peer.host}/gear:v1", AMD64
+        settings.registry, pushed(settings, peer, Image([broken, BASE])), f"{peer.host}/gear:v1", AMD64
     )
     with pytest.raises(InvalidInput, match="checksum"):
         convert_here(settings, plan, 1, lambda *_: None)

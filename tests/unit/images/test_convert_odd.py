@@ -20,7 +20,7 @@ from gearworkers.images.image_index import _MOST_INDEXES
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from tests.support import registries
 from tests.support.images import COMPRESS, Image, Pulled, contents_of, descriptor, pull, push_index, tar_of
 from tests.support.registry import Registry
@@ -42,7 +42,11 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     (tmp_path / "remote").mkdir()
-    return Settings(remote=str(tmp_path / "remote"), docker_config=tmp_path / "docker", gear_root=tmp_path / "gear")
+    return Settings(
+        remote=RemoteSettings(url=str(tmp_path / "remote")),
+        registry=RegistrySettings(docker_config=tmp_path / "docker"),
+        gear_root=tmp_path / "gear",
+    )
 
 
 class Layout:
@@ -121,13 +125,13 @@ class Converter:
         self.repository = self.at(self.name)
 
     def at(self, name: str) -> Repository:
-        return Repository.of(self.settings, Reference.parse(name))
+        return Repository.of(self.settings.registry, Reference.parse(name))
 
     def __call__(
         self, source: str, platform: m.Platform | None = AMD64, *, target: str = "", all_platforms: bool = False
     ) -> None:
         plan = convert.plan_conversion(
-            self.settings,
+            self.settings.registry,
             source,
             target or f"{self.name}:gear",
             None if all_platforms else platform,
@@ -135,7 +139,7 @@ class Converter:
         )
         remote = open_remote(self.settings)
         done = [convert.convert_layer(self.settings, remote, job, lambda _: None) for job in plan.jobs()]
-        convert.finish_conversion(self.settings, plan, done)
+        convert.finish_conversion(self.settings.registry, plan, done)
         remote.close()
 
     def image(self, version: str = "gear") -> Pulled:

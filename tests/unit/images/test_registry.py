@@ -20,7 +20,7 @@ from gearworkers.images.layer_reader import read_all
 from gearworkers.images.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, digest_of, encode
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.settings import Settings
+from gearworkers.settings import RegistrySettings, Settings
 from tests.support import registries
 from tests.support.answers import Answer, Asked, answering
 from tests.support.link import linked
@@ -38,7 +38,7 @@ def peer(tmp_path: Path) -> Iterator[Registry]:
 
 
 def repository(host: str, docker_config: Path, name: str = "some/image") -> Repository:
-    return Repository.of(Settings(docker_config=docker_config), Reference.parse(f"{host}/{name}"))
+    return Repository.of(RegistrySettings(docker_config=docker_config), Reference.parse(f"{host}/{name}"))
 
 
 def put(target: Repository, data: bytes) -> str:
@@ -310,8 +310,10 @@ def test_a_registry_that_names_no_url_is_told_so(status: int, tmp_path: Path) ->
 class TestProxy:
     def test_it_is_told_who_asks(self, tmp_path: Path) -> None:
         with answering(lambda asked: Answer(407)) as server:
-            settings = Settings(docker_config=tmp_path, https_proxy=f"http://gear:of%3Aworkers@{server.host}")
-            target = Repository.of(settings, Reference.parse("registry.example.org/some/image"))
+            settings = Settings(
+                registry=RegistrySettings(docker_config=tmp_path, https_proxy=f"http://gear:of%3Aworkers@{server.host}")
+            )
+            target = Repository.of(settings.registry, Reference.parse("registry.example.org/some/image"))
             with pytest.raises(Unavailable):
                 target.registry.transport.send("GET", "https://registry.example.org/v2/")
         (asked,) = server.asked
@@ -320,13 +322,13 @@ class TestProxy:
         assert asked.headers.get("Proxy-Authorization") == f"Basic {expected}"
 
     def test_it_may_stand_without_a_scheme(self) -> None:
-        made = transport.make_transport(Settings(https_proxy="proxy.example.org:3128"), "registry.example.org")
+        made = transport.make_transport(RegistrySettings(https_proxy="proxy.example.org:3128"), "registry.example.org")
         assert str(made.pool.proxy) == "http://proxy.example.org:3128"
 
     @pytest.mark.parametrize("proxy", ["socks5://u:secret@example.org", "http://u:secret@[", "http://u:secret@h:x"])
     def test_one_that_is_not_known_is_told_without_its_password(self, proxy: str) -> None:
         with pytest.raises(InvalidInput, match="HTTPS_PROXY") as told:
-            transport.make_transport(Settings(https_proxy=proxy), "registry.example.org")
+            transport.make_transport(RegistrySettings(https_proxy=proxy), "registry.example.org")
         assert "secret" not in str(told.value)
 
 

@@ -16,8 +16,9 @@ import pytest
 
 from gearworkers.errors import ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
-from gearworkers.layers.index.erofs import END_OF_NUMBERS, SLOTS_PER_BLOCK, read_label
-from gearworkers.layers.index.inode_numbers import NUMBERS_FILE, InodeNumbers, window
+from gearworkers.layers.index.erofs_format import END_OF_NUMBERS, SLOTS_PER_BLOCK
+from gearworkers.layers.index.erofs_label import read_label
+from gearworkers.layers.index.inode_numbers import NUMBERS_FILE, InodeNumbers, number_window
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import unmount
@@ -47,7 +48,7 @@ def written(root: Path, name: str, files: int = 3) -> range:
     """The numbers that a new layer takes."""
     (root / "images" / name).mkdir()
     path = root / "images" / name / "index.erofs"
-    numbers_of(root).write(index_of(files).image(bytes(16)), path)
+    numbers_of(root).write_index(index_of(files).image(bytes(16)), path)
     label = read_label(path)
     assert label is not None
     return range(label.first, label.first + label.slots)
@@ -106,15 +107,15 @@ def test_numbers_of_removed_layers_are_used_again_when_the_gap_is_used_up(root: 
     room = (third.stop, third.stop + SLOTS_PER_BLOCK)
     (root / NUMBERS_FILE).write_text(f"{room[0]} {room[1]}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gearworkers.layers.index.inode_numbers.window", lambda _: (first.start, room[1]))
+        patch.setattr("gearworkers.layers.index.inode_numbers.number_window", lambda _: (first.start, room[1]))
         assert written(root, "fourth", 4000).start == second.start
-        with pytest.raises(ResourceExhausted, match=r"inode numbers are needed .* remove images"):
+        with pytest.raises(ResourceExhausted, match=r"needs .* inode numbers in a row.* remove images"):
             written(root, "fifth", 5000)
 
 
 def test_a_layer_on_its_way_keeps_its_numbers(root: Path) -> None:
     (root / "build/x").mkdir(parents=True)
-    numbers_of(root).write(index_of(9).image(bytes(16)), root / "build/x/index.erofs")
+    numbers_of(root).write_index(index_of(9).image(bytes(16)), root / "build/x/index.erofs")
     label = read_label(root / "build/x/index.erofs")
     assert label is not None
     (root / NUMBERS_FILE).unlink()
@@ -139,7 +140,7 @@ def test_numbers_are_none_that_the_file_system_gives(
     place.mkdir()
     subprocess.run(["mount", "-o", "loop", str(disk), str(place)], check=True)
     try:
-        start, end = window(place)
+        start, end = number_window(place)
         assert start == least
         highest = 0
         for number in range(600):

@@ -16,7 +16,7 @@ from gearworkers.cli.docker_api import LocalImage
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.layers import store
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.tar.entry import TarEntry
 from gearworkers.tar.private_marker import starts_with_mark
 from gearworkers.tar.reader import TarReader
@@ -33,7 +33,9 @@ SECRET = b"a secret " * 100
 def driver(tmp_path: Path) -> GearDriver:
     remote = tmp_path / "remote"
     remote.mkdir()
-    driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", remote=str(remote)))
+    driver = GearDriver(
+        Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", remote=RemoteSettings(url=str(remote)))
+    )
     driver.init("", [], [], [])
     return driver
 

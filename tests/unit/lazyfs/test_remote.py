@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.layers.incomplete import verify_unsynced_objects
+from gearworkers.layers.unsynced import verify_unsynced_objects
 from gearworkers.lazyfs.client import read_status
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.remote.factory import open_remote
@@ -33,7 +33,7 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
     """Its server is `gear lazyfs`, its remote a directory that holds the contents of an image."""
     (tmp_path / "remote").mkdir()
     one = LazyNode(tmp_path)
-    one.settings = replace(one.settings, remote=str(tmp_path / "remote"))
+    one.settings = replace(one.settings, remote=replace(one.settings.remote, url=str(tmp_path / "remote")))
     remote = open_remote(one.settings)
     for number, content in enumerate(FILES.values()):
         (tmp_path / f"content{number}").write_bytes(content)
@@ -56,7 +56,7 @@ def environ(node: LazyNode) -> dict[str, str]:
     return os.environ | {
         "GEAR_ROOT": str(node.settings.gear_root),
         "GEAR_RUN_DIR": str(node.settings.run_dir),
-        "GEAR_REMOTE": node.settings.remote,
+        "GEAR_REMOTE": node.settings.remote.url,
     }
 
 

@@ -18,7 +18,8 @@ import pytest
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import object_path
 from gearworkers.layers.pins import Pin, Pins
-from gearworkers.layers.store import RECORD_FILE, Layer, LayerStore
+from gearworkers.layers.record import RECORD_FILE, Layer
+from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import order_prefetch
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node, until
 

@@ -20,7 +20,7 @@ from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings
 from tests.support.remotes import Service, figures, manager_server
 
 MIB = 1 << 20
@@ -52,7 +52,7 @@ def test_clients_that_push_much_and_slowly_cost_no_memory_and_hold_up_nobody(
     begin: Callable[[Service], socket.socket], tmp_path: Path
 ) -> None:
     with manager_server(tmp_path) as server, ExitStack() as clients:
-        store = ManagerStore(server.url, Settings())
+        store = ManagerStore(server.url, RemoteSettings(), "test")
         put(store, b"warm" * 1000)
         before_bytes = peak_bytes(server)
         received = received_bytes(server)

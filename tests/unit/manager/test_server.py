@@ -31,7 +31,7 @@ from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import ManagerSettings, RemoteSettings, Settings
 from tests.support.answers import Answer, answering
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.remotes import Service, ask, figures, manager_server
@@ -188,7 +188,7 @@ def test_every_call_is_in_the_openapi_document(server: Service, tmp_path: Path) 
     told = ask(server, "/openapi.json")
     assert isinstance(told, dict)
     documented = {(method.upper(), path) for path, calls in told["paths"].items() for method in calls}
-    settings = replace(Settings(), gear_root=tmp_path, manager_listen="127.0.0.1:0")
+    settings = replace(Settings(), gear_root=tmp_path, manager=ManagerSettings(listen="127.0.0.1:0"))
     served = {(call.method, call.path) for call in ManagerServer(settings).api.routes()}
     assert documented == served
     page = call(server, "GET", "/")[2].decode()
@@ -320,7 +320,9 @@ def test_tokens_decide_who_reads_and_writes(guarded: Service) -> None:
 def test_tokens_are_replaced_without_a_restart(guarded: Service, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("writer\n")
-    settings = replace(Settings(), gear_root=tmp_path / "gear", remote=guarded.url, remote_token_file=token)
+    settings = replace(
+        Settings(), gear_root=tmp_path / "gear", remote=RemoteSettings(url=guarded.url, token_file=token)
+    )
     remote = open_remote(settings)
     remote.put_many([(hashlib.sha256(b"1").digest(), b"1")])
     (tmp_path / "write").write_text("another\n")
@@ -330,7 +332,7 @@ def test_tokens_are_replaced_without_a_restart(guarded: Service, tmp_path: Path)
     remote.put_many([(hashlib.sha256(b"2").digest(), b"2")])
     (tmp_path / "write").unlink()
     with pytest.raises(GearError):
-        Remote(ManagerStore(guarded.url, settings)).has([bytes(32)])
+        Remote(ManagerStore(guarded.url, settings.remote, "test")).has([bytes(32)])
     remote.close()
 
 
@@ -364,17 +366,19 @@ def test_more_clients_than_files_that_a_shell_allows_are_no_matter(tmp_path: Pat
 
 
 def test_it_does_not_listen_to_others_without_a_token(tmp_path: Path) -> None:
-    settings = replace(Settings(), gear_root=tmp_path, manager_listen="0.0.0.0:0")
+    settings = replace(Settings(), gear_root=tmp_path, manager=ManagerSettings(listen="0.0.0.0:0"))
     with pytest.raises(FailedPrecondition, match="TOKENS"):
         ManagerServer(settings)
     (tmp_path / "empty").write_text("# none yet\n")
     with pytest.raises(FailedPrecondition, match="no token"):
-        ManagerServer(replace(settings, manager_write_tokens_file=tmp_path / "empty"))
+        ManagerServer(replace(settings, manager=replace(settings.manager, write_tokens_file=tmp_path / "empty")))
     (tmp_path / "one").write_text("token\n")
     with pytest.raises(GearError, match="none"):
-        ManagerServer(replace(settings, manager_write_tokens_file=tmp_path / "none"))
+        ManagerServer(replace(settings, manager=replace(settings.manager, write_tokens_file=tmp_path / "none")))
     for listen in ("0.0.0.0:0", "[::]:0"):
-        ManagerServer(replace(settings, manager_write_tokens_file=tmp_path / "one", manager_listen=listen))
+        ManagerServer(
+            replace(settings, manager=replace(settings.manager, write_tokens_file=tmp_path / "one", listen=listen))
+        )
 
 
 def make_certificate(cert: Path, key: Path) -> None:
@@ -394,19 +398,19 @@ def test_it_speaks_tls_to_who_trusts_it_and_its_certificate_is_renewed(tmp_path:
     environ = {"GEAR_MANAGER_TLS_CERT_FILE": str(cert), "GEAR_MANAGER_TLS_KEY_FILE": str(key)}
     with manager_server(tmp_path / "manager", environ) as server:
         url = server.url.replace("http://127.0.0.1", "https://localhost")
-        settings = replace(Settings(), gear_root=tmp_path / "gear", remote=url)
+        settings = replace(Settings(), gear_root=tmp_path / "gear", remote=RemoteSettings(url=url))
         trusted = Path(shutil.copy(cert, tmp_path / "trusted.pem"))
-        trusting = open_remote(replace(settings, remote_ca_file=trusted))
+        trusting = open_remote(replace(settings, remote=replace(settings.remote, ca_file=trusted)))
         trusting.put_many([(hashlib.sha256(b"x").digest(), b"x")])
         assert trusting.has([hashlib.sha256(b"x").digest()])
         with pytest.raises(FailedPrecondition, match="GEAR_REMOTE_CA_FILE"):
             open_remote(settings).has([bytes(32)])
         cert.write_text("half of a new one")
-        open_remote(replace(settings, remote_ca_file=trusted)).has([bytes(32)])
+        open_remote(replace(settings, remote=replace(settings.remote, ca_file=trusted))).has([bytes(32)])
         make_certificate(cert, key)
         with pytest.raises(FailedPrecondition, match="GEAR_REMOTE_CA_FILE"):
-            open_remote(replace(settings, remote_ca_file=trusted)).has([bytes(32)])
-        open_remote(replace(settings, remote_ca_file=cert)).has([bytes(32)])
+            open_remote(replace(settings, remote=replace(settings.remote, ca_file=trusted))).has([bytes(32)])
+        open_remote(replace(settings, remote=replace(settings.remote, ca_file=cert))).has([bytes(32)])
         trusting.close()
 
 
@@ -431,9 +435,9 @@ def test_it_ends_after_what_it_serves(tmp_path: Path) -> None:
 
 
 def test_a_manager_that_is_away_is_unavailable(tmp_path: Path) -> None:
-    settings = replace(Settings(), remote_timeout_s=2)
+    settings = replace(Settings(), remote=RemoteSettings(timeout_s=2))
     with pytest.raises(Unavailable):
-        ManagerStore("http://127.0.0.1:1", settings).present([bytes(32)])
+        ManagerStore("http://127.0.0.1:1", settings.remote, "test").present([bytes(32)])
 
 
 @pytest.mark.parametrize(
@@ -444,7 +448,7 @@ def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=_drip, args=(listener, b"HTTP/1.1 200 OK\r\n" + beginning))
         thread.start()
-        store = ManagerStore(f"http://127.0.0.1:{listener.getsockname()[1]}", replace(Settings(), remote_timeout_s=2.0))
+        store = ManagerStore(f"http://127.0.0.1:{listener.getsockname()[1]}", RemoteSettings(timeout_s=2.0), "test")
         with pytest.raises(Unavailable, match="bytes missing after"):
             if b"chunked" in beginning:
                 list(store.get_many([bytes(32)]))
@@ -457,7 +461,7 @@ def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
 @pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
 def test_a_redirect_confirms_no_push(status: int) -> None:
     with answering(lambda asked: Answer(status, {"Location": "/login"})) as server:
-        store = ManagerStore(server.url, Settings())
+        store = ManagerStore(server.url, RemoteSettings(), "test")
         with pytest.raises(FailedPrecondition, match="is not a manager"):
             store.put_many([(hashlib.sha256(b"x").digest(), encoding.encode(b"x"))])
         assert len(server.asked) == 1
@@ -468,7 +472,7 @@ def test_what_is_no_token_is_told_without_it(held: bytes, tmp_path: Path) -> Non
     file = tmp_path / "token"
     file.write_bytes(held)
     with pytest.raises(FailedPrecondition, match="a single token of printable") as told:
-        ManagerStore("http://127.0.0.1:1", Settings(remote_token_file=file)).present([bytes(32)])
+        ManagerStore("http://127.0.0.1:1", RemoteSettings(token_file=file), "test").present([bytes(32)])
     assert "secret" not in str(told.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from gearworkers.cli.main import app
-from gearworkers.settings import Settings
+from gearworkers.settings import Settings, documented
 from tests.support import doc_checks
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -29,24 +29,10 @@ COMPOSE_ONLY = {"GEAR_MANAGER_ROOT"}
 README_LINES = 150
 
 
-class Recording(dict[str, str]):
-    """An empty environment that records the names looked up in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
-        self.names.add(key)
-        return default
-
-
 @cache
-def settings() -> set[str]:
-    """All variables that settings are read from, except systemd's own and lower-case spellings."""
-    environ = Recording()
-    Settings.from_environ(environ)
-    return {name for name in environ.names if name.isupper()} - {"NOTIFY_SOCKET"}
+def settings() -> dict[str, str]:
+    """The default of every setting; without systemd's own variable."""
+    return {setting.name: setting.default for setting in documented() if setting.name != "NOTIFY_SOCKET"}
 
 
 @cache
@@ -96,11 +82,15 @@ def test_paths_and_modules_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("path", [*PAGES, *CONFIGURATION], ids=lambda path: str(path.relative_to(CHECKOUT)))
 def test_settings_exist(path: Path) -> None:
-    assert doc_checks.unknown_settings(path.read_text(), settings() | COMPOSE_ONLY) == []
+    assert doc_checks.unknown_settings(path.read_text(), settings().keys() | COMPOSE_ONLY) == []
 
 
 def test_the_reference_has_every_setting() -> None:
     assert doc_checks.undocumented_settings(REFERENCE.read_text(), settings()) == []
+
+
+def test_the_reference_has_the_default_of_every_setting() -> None:
+    assert doc_checks.wrong_defaults(REFERENCE.read_text(), settings()) == []
 
 
 def test_the_reference_has_every_command_and_option() -> None:
@@ -169,6 +159,12 @@ def test_an_unknown_setting_is_found() -> None:
 @pytest.mark.parametrize("text", ["", "`GEAR_ROOT` in prose", "| other | `GEAR_ROOT` |"])
 def test_an_undocumented_setting_is_found(text: str) -> None:
     assert doc_checks.undocumented_settings(text, {"GEAR_ROOT"}) == ["GEAR_ROOT: not in a table"]
+
+
+def test_a_wrong_default_is_found() -> None:
+    text = "| `GEAR_A` | 1 (one) |\n| `GEAR_B` | `x` in `GEAR_A` |\n| `GEAR_C` | 10 |"
+    problems = doc_checks.wrong_defaults(text, {"GEAR_A": "1", "GEAR_B": "x in GEAR_A", "GEAR_C": "1"})
+    assert problems == ["GEAR_C: the default is 1, not 10"]
 
 
 @pytest.mark.parametrize(

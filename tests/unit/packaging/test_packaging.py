@@ -1,4 +1,4 @@
-"""The files that start gearworkers elsewhere are what their readers accept and name the same processes."""
+"""Their readers accept the files that start gearworkers, and all of these start the same processes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,15 @@ from pathlib import Path
 import pytest
 
 from gearworkers.http_service.limits import SHUTDOWN_S
-from gearworkers.settings import Settings
+from gearworkers.settings import documented
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
-class Noted(dict[str, str]):
-    """An empty environment that knows what it was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
-        self.names.add(key)
-        return default
-
-
 @pytest.fixture
 def variables() -> set[str]:
-    """All that the settings are read from but what systemd sets; what has two spellings in capitals."""
-    environ = Noted()
-    Settings.from_environ(environ)
-    return {name for name in environ.names if name.isupper()} - {"NOTIFY_SOCKET"}
+    """The names of all settings, without systemd's own variable."""
+    return {setting.name for setting in documented()} - {"NOTIFY_SOCKET"}
 
 
 def procfile() -> dict[str, str]:
@@ -43,34 +29,36 @@ def procfile() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines)
 
 
-def test_docker_compose_accepts_its_file_and_it_has_the_procfiles_processes() -> None:
+def test_docker_compose_accepts_its_file_which_has_the_processes_of_the_procfile() -> None:
     compose = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
     command = [*compose, "-f", str(CHECKOUT / "docker-compose.yml"), "--profile", "manager"]
     done = subprocess.run([*command, "config", "--services"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == {*procfile(), "manager"}, "a manager is no part of a node, and has a profile"
+    assert set(done.stdout.split()) == {*procfile(), "manager"}, (
+        "the manager is not part of a node and has a profile of its own"
+    )
 
 
-def test_docker_compose_passes_every_setting_on(variables: set[str]) -> None:
+def test_docker_compose_passes_on_every_setting(variables: set[str]) -> None:
     passed = set(re.findall(r"^ +([A-Z_]+): ", (CHECKOUT / "docker-compose.yml").read_text(), re.MULTILINE))
     of_docker = {"DOCKER_HOST", "DOCKER_CONFIG"}  # docker-compose itself reads them
     assert variables - passed == of_docker
 
 
-def test_docker_compose_gives_what_is_under_way_the_time_that_make_up_does() -> None:
+def test_docker_compose_gives_calls_in_progress_the_same_time_as_make_up() -> None:
     (grace,) = re.findall(r"^GRACE_S = (\d+)$", (CHECKOUT / "packaging" / "up.py").read_text(), re.MULTILINE)
     assert f"\n  stop_grace_period: {grace}s" in (CHECKOUT / "docker-compose.yml").read_text()
 
 
 @pytest.mark.parametrize("name", ["gateway", "import", "push", "lazyfs", "convert"])
-def test_systemd_starts_what_the_procfile_starts(name: str) -> None:
+def test_systemd_starts_the_commands_of_the_procfile(name: str) -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / f"gear-{name}.service").read_text()
     started = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
     words = procfile()[name].removeprefix("exec ").removeprefix("nice ").split()
     assert started.split()[1:] == [word.replace("$GEAR_NODE", "${GEAR_NODE}") for word in words[1:]]
 
 
-def test_the_managers_unit_gives_it_time_to_finish() -> None:
+def test_the_unit_gives_the_manager_time_to_finish() -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / "gear-manager.service").read_text()
     (seconds,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("TimeoutStopSec=")]
     assert int(seconds) > SHUTDOWN_S
@@ -87,14 +75,14 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", ["relative", "/proc/none"])
-def test_make_up_says_in_a_line_what_cannot_be(root: str) -> None:
+def test_make_up_reports_an_unusable_root_in_one_line(root: str) -> None:
     command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
     done = subprocess.run(command, env={**os.environ, "GEAR_ROOT": root}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("make up: ") and root in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_redis_keeps_what_it_was_given() -> None:
+def test_redis_keeps_its_tasks() -> None:
     lines = (CHECKOUT / "packaging" / "redis.conf").read_text().splitlines()
     assert "appendonly yes" in lines
     assert "maxmemory-policy noeviction" in lines

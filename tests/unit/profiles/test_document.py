@@ -13,7 +13,7 @@ from gearworkers.profiles import document
 from gearworkers.profiles.document import MAX_OBJECTS, MAX_RANGES, OpenedObject, Profile
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 
 A, B, C = (letter * 64 for letter in "abc")
 NAME = "profiles/" + "0" * 64
@@ -22,7 +22,7 @@ NAME = "profiles/" + "0" * 64
 @pytest.fixture
 def remote(tmp_path: Path) -> Remote:
     (tmp_path / "remote").mkdir()
-    return open_remote(Settings(gear_root=tmp_path, remote=str(tmp_path / "remote")))
+    return open_remote(Settings(gear_root=tmp_path, remote=RemoteSettings(url=str(tmp_path / "remote"))))
 
 
 def packed(document: object) -> bytes:

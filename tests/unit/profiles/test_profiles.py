@@ -29,7 +29,7 @@ from gearworkers.profiles.document import OpenedObject, Profile
 from gearworkers.profiles.resolve import profile_name
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
 from tests.support.processes import PATIENCE_S
@@ -51,14 +51,14 @@ class StartNode(Protocol):
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that answers late is waited for: the machine may have other work."""
-    monkeypatch.setattr(client, "_TELL_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(client, "REPORT_TIMEOUT_S", PATIENCE_S)
 
 
 @pytest.fixture
 def remote(tmp_path: Path) -> Remote:
     """A directory that has the contents of FILES."""
     (tmp_path / "remote").mkdir()
-    remote = open_remote(Settings(gear_root=tmp_path, remote=str(tmp_path / "remote")))
+    remote = open_remote(Settings(gear_root=tmp_path, remote=RemoteSettings(url=str(tmp_path / "remote"))))
     for number, content in enumerate(FILES.values()):
         (tmp_path / f"content{number}").write_bytes(content)
         with open(tmp_path / f"content{number}", "rb") as file:
@@ -77,7 +77,9 @@ def start_node(tmp_path: Path, remote: Remote) -> Iterator[StartNode]:
 def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
     root.mkdir()
     node = LazyNode(root)
-    node.settings = replace(node.settings, remote=str(remote), profile_window_s=window_s)
+    node.settings = replace(
+        node.settings, remote=replace(node.settings.remote, url=str(remote)), profile_window_s=window_s
+    )
     node.driver = GearDriver(node.settings)
     with subprocess.Popen([GEAR, "lazyfs"], env=environ(node) | {"GEAR_PROFILE_WINDOW_S": f"{window_s}"}) as server:
         try:
@@ -253,7 +255,7 @@ def gear(node: LazyNode, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def environ(node: LazyNode) -> dict[str, str]:
     settings = node.settings
-    paths = {"GEAR_ROOT": settings.gear_root, "GEAR_RUN_DIR": settings.run_dir, "GEAR_REMOTE": settings.remote}
+    paths = {"GEAR_ROOT": settings.gear_root, "GEAR_RUN_DIR": settings.run_dir, "GEAR_REMOTE": settings.remote.url}
     return os.environ | {name: str(value) for name, value in paths.items()}
 
 

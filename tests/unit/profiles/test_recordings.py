@@ -15,7 +15,7 @@ import pytest
 
 from gearworkers.cas.refs import OBJECTS_FILE, REF_RECORD
 from gearworkers.digest import REDIRECT_XATTR, object_path
-from gearworkers.layers.incomplete import object_list
+from gearworkers.layers.object_list import ObjectList
 from gearworkers.profiles import recorder
 from gearworkers.profiles import recordings as recordings_module
 from gearworkers.profiles.recordings import Recording, Recordings
@@ -104,7 +104,7 @@ def test_an_opened_file_is_told_also_where_containers_lie_behind_a_symlink(tmp_p
         (tmp_path / "root" / name / "file").touch()
     os.setxattr(tmp_path / "root/index/file", REDIRECT_XATTR, object_path(digest))
     (tmp_path / OBJECTS_FILE).write_bytes(REF_RECORD.pack(digest, 7))
-    objects = object_list(tmp_path / OBJECTS_FILE)
+    objects = ObjectList.open(tmp_path / OBJECTS_FILE)
     assert objects is not None
     (tmp_path / "link").symlink_to("root")
     with (

@@ -19,13 +19,13 @@ from gearworkers.cli.doctor import remote_check
 from gearworkers.errors import NotFound, Unavailable
 from gearworkers.lazyfs import fuse_connection as fuse
 from gearworkers.lazyfs import fuse_protocol
-from gearworkers.lazyfs.fuse_connection import Connection, Waiter
-from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, Op, Request
+from gearworkers.lazyfs.fuse_connection import FuseConnection, FuseReply
+from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, FuseRequest, Op
 from gearworkers.mounts import overlay
 from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 
 CONTENT = b"content"
 DIGEST = hashlib.sha256(CONTENT).digest()
@@ -33,7 +33,9 @@ DIGEST = hashlib.sha256(CONTENT).digest()
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return replace(Settings(), gear_root=tmp_path / "gear", remote=str(tmp_path / "remote"), remote_timeout_s=30.0)
+    return replace(
+        Settings(), gear_root=tmp_path / "gear", remote=RemoteSettings(url=str(tmp_path / "remote"), timeout_s=30.0)
+    )
 
 
 # -- nothing is mounted
@@ -48,7 +50,7 @@ def opened(settings: Settings) -> Iterator[Remote]:
 
 
 def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
-    once = Remote(DirectoryStore(Path(settings.remote)))
+    once = Remote(DirectoryStore(Path(settings.remote.url)))
     for ask in (
         lambda: once.put_many([(DIGEST, CONTENT)]),
         lambda: once.has([DIGEST]),
@@ -62,15 +64,15 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
     assert not found.ok
     assert "does not exist: mount" in found.found
     with opened(settings) as remote:
-        assert not Path(settings.remote).exists()
-        Path(settings.remote).mkdir()
+        assert not Path(settings.remote.url).exists()
+        Path(settings.remote.url).mkdir()
         remote.put_many([(DIGEST, CONTENT)])
         assert list(remote.fetch(DIGEST)) == [CONTENT]
     assert remote_check(settings).ok
 
 
 def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Settings) -> None:
-    directory = Path(settings.remote)
+    directory = Path(settings.remote.url)
     directory.mkdir()
     with opened(settings) as remote:
         for name in ("objects", "documents", "staging"):
@@ -83,7 +85,7 @@ def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Setting
 
 
 def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there(settings: Settings) -> None:
-    path, away = Path(settings.remote), Path(settings.remote + "-away")
+    path, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
     path.mkdir()
     with opened(settings) as before:
         before.put_many([(DIGEST, CONTENT)])
@@ -115,25 +117,25 @@ class Broken:
         self.left = times
         self.asked = 0
 
-    def __call__(self, request: Request, waiter: Waiter) -> None:
+    def __call__(self, request: FuseRequest, reply: FuseReply) -> None:
         if request.op in (Op.FORGET, Op.BATCH_FORGET):
             return
         if request.op == Op.GETATTR and request.node == ROOT_NODE:
-            waiter.give(fuse_protocol.attributes_body(fuse_protocol.directory(ROOT_NODE)))
+            reply.send(fuse_protocol.attributes_body(fuse_protocol.directory(ROOT_NODE)))
         elif request.op == Op.LOOKUP:
             self.asked += 1
             self.left -= 1
-            waiter.fail(self.error if self.left >= 0 else errno.ENOENT)
+            reply.fail(self.error if self.left >= 0 else errno.ENOENT)
         else:
-            waiter.fail(errno.ENOSYS)
+            reply.fail(errno.ENOSYS)
 
 
 @contextmanager
-def mounted(target: Path, handle: Callable[[Request, Waiter], None] | None) -> Iterator[None]:
+def mounted(target: Path, handle: Callable[[FuseRequest, FuseReply], None] | None) -> Iterator[None]:
     """A FUSE file system that *handle* serves; that never answers at all, without one."""
     target.mkdir(parents=True)
     fd = fuse.mount(target)
-    thread = threading.Thread(target=Connection(fd, handle).serve) if handle is not None else None
+    thread = threading.Thread(target=FuseConnection(fd, handle).serve) if handle is not None else None
     if thread is not None:
         thread.start()
     try:
@@ -148,7 +150,7 @@ def mounted(target: Path, handle: Callable[[Request, Waiter], None] | None) -> I
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
 def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int) -> None:
     broken = Broken(error, times=2)
-    with mounted(Path(settings.remote), broken), opened(settings) as remote:
+    with mounted(Path(settings.remote.url), broken), opened(settings) as remote:
         assert remote.has([DIGEST]) == []
     assert broken.asked > 2
 
@@ -156,14 +158,14 @@ def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int)
 @pytest.mark.slow
 def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     broken = Broken(errno.EIO, times=1 << 30)
-    with mounted(Path(settings.remote), broken), opened(settings) as remote, pytest.raises(Unavailable):
+    with mounted(Path(settings.remote.url), broken), opened(settings) as remote, pytest.raises(Unavailable):
         remote.has([DIGEST])
     assert broken.asked > 2
 
 
 def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -> None:
-    settings = replace(settings, remote_timeout_s=0.5)
-    with mounted(Path(settings.remote), None), opened(settings) as remote:
+    settings = replace(settings, remote=replace(settings.remote, timeout_s=0.5))
+    with mounted(Path(settings.remote.url), None), opened(settings) as remote:
         began_s = time.monotonic()
         with pytest.raises(Unavailable, match=r"did not answer within 0\.5 s"):
             list(remote.fetch(DIGEST))
@@ -171,10 +173,10 @@ def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -
 
 
 def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings) -> None:
-    Path(settings.remote).mkdir()
+    Path(settings.remote.url).mkdir()
     with opened(settings) as remote:
         remote.put_many([(DIGEST, CONTENT)])
-    settings = replace(settings, remote_timeout_s=2.0)
+    settings = replace(settings, remote=replace(settings.remote, timeout_s=2.0))
     with mounted(settings.gear_nfs_path, None), opened(settings) as remote:
         assert list(remote.fetch(DIGEST)) == [CONTENT]
 
@@ -183,4 +185,4 @@ def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings
             assert [list(remote.fetch(DIGEST)) for _ in range(20)] == [[CONTENT]] * 20
             return time.monotonic() - began_s
 
-        assert any(took_s() < settings.remote_timeout_s for _ in range(5)), "once, if the machine has other work"
+        assert any(took_s() < settings.remote.timeout_s for _ in range(5)), "once, if the machine has other work"

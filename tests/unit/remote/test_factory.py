@@ -13,11 +13,11 @@ from gearworkers.errors import (
     InvalidInput,
 )
 from gearworkers.remote.factory import open_remote, uses_nfs
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 
 
 def test_the_nfs_directory_of_a_node_caches_the_remote(tmp_path: Path) -> None:
-    settings = replace(Settings(), gear_root=tmp_path / "gear", remote=str(tmp_path / "remote"))
+    settings = replace(Settings(), gear_root=tmp_path / "gear", remote=RemoteSettings(url=str(tmp_path / "remote")))
     (settings.gear_nfs_path / "objects").mkdir(parents=True)
     (tmp_path / "remote").mkdir()
     assert uses_nfs(settings)
@@ -38,7 +38,7 @@ def test_an_empty_nfs_directory_is_not_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["relative/path", "ftp://host", "s3://", "s3://bucket?colour=red"])
 def test_a_remote_of_an_unknown_kind_is_rejected(url: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
-        open_remote(replace(Settings(), gear_root=tmp_path, remote=url))
+        open_remote(replace(Settings(), gear_root=tmp_path, remote=RemoteSettings(url=url)))
 
 
 def test_a_missing_remote_setting_is_named(tmp_path: Path) -> None:

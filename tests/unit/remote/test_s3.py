@@ -18,7 +18,7 @@ from gearworkers.errors import (
     Unavailable,
 )
 from gearworkers.remote.s3 import SharedCredentials, open_s3
-from gearworkers.settings import Settings
+from gearworkers.settings import RemoteSettings, Settings
 from tests.support.answers import Answer, answering
 from tests.support.processes import wait_until
 from tests.support.remotes import s3_server
@@ -63,7 +63,7 @@ def test_requests_are_signed_with_changed_credentials(tmp_path: Path) -> None:
     path.write_text(template.format("AKIAFIRST"))
     keys: list[str] = []
     with _recording(keys) as endpoint:
-        store = open_s3(f"s3://b?endpoint={endpoint}", replace(Settings(), aws_credentials_file=path))
+        store = open_s3(f"s3://b?endpoint={endpoint}", RemoteSettings(aws_credentials_file=path))
 
         def signs_with(key: str) -> bool:
             store.present([bytes(32)])
@@ -86,23 +86,23 @@ def test_the_region_of_the_url_precedes_the_environments(
     monkeypatch.setenv("AWS_REGION", environ) if environ else monkeypatch.delenv("AWS_REGION", raising=False)
     with answering(lambda asked: Answer(404)) as server:
         url = f"s3://b?endpoint={server.url}" + (f"&region={said}" if said else "")
-        open_s3(url, replace(Settings(), aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
+        open_s3(url, RemoteSettings(aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
         assert f"/{signed}/s3/aws4_request" in server.asked[0].headers["Authorization"]
 
 
 def test_an_unreachable_server_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
-    settings = replace(Settings(), aws_credentials_file=tmp_path / "credentials")
+    settings = RemoteSettings(aws_credentials_file=tmp_path / "credentials")
     with pytest.raises(Unavailable):
         open_s3("s3://b?endpoint=http://127.0.0.1:1", settings).get(bytes(32))
 
 
 def test_a_missing_bucket_is_reported_to_writers_and_by_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
-    settings = replace(Settings(), gear_root=tmp_path, aws_credentials_file=tmp_path / "credentials")
+    remote = RemoteSettings(aws_credentials_file=tmp_path / "credentials")
     with s3_server(tmp_path) as server:
         url = f"s3://nobucket?endpoint={server.url}"
         with pytest.raises(NotFound, match="s3://nobucket: there is no such bucket"):
-            open_s3(url, settings).put_many([(bytes(32), b"R")])
-        found = remote_check(replace(settings, remote=url))
+            open_s3(url, remote).put_many([(bytes(32), b"R")])
+        found = remote_check(Settings(gear_root=tmp_path, remote=replace(remote, url=url)))
         assert not found.ok and "404 Not Found" in found.found

@@ -1,0 +1,98 @@
+"""A layer's record, the file `layer.json`: identity, kind, sizes and state of one layer."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from gearworkers.layers.apply import Applied
+
+RECORD_FILE = "layer.json"
+
+
+class LayerKind(StrEnum):
+    """Whether a layer is new, an image layer or a container layer."""
+
+    NEW = "new"
+    IMAGE = "image"
+    CONTAINER = "container"
+
+
+class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The content of `layer.json`."""
+
+    id: str
+    parent: str
+    kind: LayerKind
+    mount_label: str = ""
+    created_s: float = 0.0
+    dedupable: bool = msgspec.field(default=False, name="absorbable")
+    """Whether the layer was created as a new layer. Once it was written and its Diff was taken, nothing writes it."""
+    size_limit_bytes: int = 0
+    """Size limit of a container; 0 for no limit."""
+    project: int = 0
+    """Number of the quota project that holds a container with a size limit; see `layers.quotas`."""
+    size_bytes: int = 0
+    objects: int = 0
+    object_bytes: int = 0
+    new_objects: int = 0
+    new_bytes: int = 0
+    complete: bool = True
+    """Whether all objects of the layer are in the object store."""
+    private: bool = False
+    """Whether the contents of the layer's tar are in private/<id>: this layer or one below it has the marker."""
+    private_objects: int = 0
+    private_bytes: int = 0
+    index_digest: bytes = b""
+    """SHA-256 of an index without a label. An index with a label contains its digest."""
+
+
+def new_layer(id: str, parent: str, kind: LayerKind, mount_label: str, size_limit_bytes: int = 0) -> Layer:
+    """Return the record of a layer that is created now."""
+    return Layer(
+        id=id,
+        parent=parent,
+        kind=kind,
+        mount_label=mount_label,
+        created_s=time.time(),
+        dedupable=kind is LayerKind.NEW,
+        size_limit_bytes=size_limit_bytes,
+    )
+
+
+def image_layer(layer: Layer, applied: Applied) -> Layer:
+    """Return the record of *layer* after a tar has filled it."""
+    return Layer(
+        id=layer.id,
+        parent=layer.parent,
+        kind=LayerKind.IMAGE,
+        mount_label=layer.mount_label,
+        created_s=layer.created_s,
+        size_bytes=applied.size_bytes,
+        objects=applied.objects,
+        object_bytes=applied.object_bytes,
+        new_objects=applied.new_objects,
+        new_bytes=applied.new_bytes,
+        complete=applied.complete,
+        private=applied.private,
+        private_objects=applied.private_objects,
+        private_bytes=applied.private_bytes,
+    )
+
+
+def read_record(directory: Path) -> Layer:
+    """Read `layer.json` in a layer's directory.
+
+    Raises:
+        OSError: The file cannot be read.
+        msgspec.DecodeError: The file is damaged.
+    """
+    return msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
+
+
+def write_record(directory: Path, layer: Layer) -> None:
+    """Write `layer.json` into the new directory of a layer."""
+    (directory / RECORD_FILE).write_bytes(msgspec.json.encode(layer))
