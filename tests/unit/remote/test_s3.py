@@ -26,7 +26,7 @@ from tests.support.remotes import s3_server
 
 @contextmanager
 def _recording(keys: list[str]) -> Iterator[str]:
-    """An S3 that has nothing, and notes whose signature each request has."""
+    """Run an empty S3 server that records the access key of each request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
