@@ -27,9 +27,9 @@ def test_what_is_not_there_is_said_so_or_passes(driver: Driver) -> None:
     driver.remove(id)
     driver.put(id)
     for call in (driver.get, driver.get_metadata, driver.changes, driver.diff_size, driver.diff):
-        with pytest.raises(Refused, match=f"layer {id}: there is none"):
+        with pytest.raises(Refused, match=f"layer {id} does not exist"):
             call(id)
-    with pytest.raises(Refused, match=f"layer {id}: there is none"):
+    with pytest.raises(Refused, match=f"layer {id} does not exist"):
         driver.apply_diff(id, "", tar())
 
 

@@ -101,7 +101,7 @@ def test_a_layer_cannot_be_made_twice_or_on_nothing(driver: Driver) -> None:
     driver.create(id)
     with pytest.raises(Refused, match="exists already"):
         driver.create(id)
-    with pytest.raises(Refused, match="there is none"):
+    with pytest.raises(Refused, match="does not exist"):
         driver.create_read_write(an_id(), parent=an_id())
 
 

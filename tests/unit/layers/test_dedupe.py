@@ -98,7 +98,7 @@ def test_after_a_crash_between_the_names_the_tar_is_still_the_same(
     built_layer(driver)
     before = tar_of(driver, "step")
     with monkeypatch.context() as patch:
-        patch.setattr(absorb_module, "_set_times_back", _crash)
+        patch.setattr(absorb_module, "_restore_times", _crash)
         with pytest.raises(KeyboardInterrupt):
             driver.engine.dedupe("step")
     shutil.rmtree(driver.settings.gear_build_path)
