@@ -12,7 +12,7 @@ import structlog
 
 from gearworkers.errors import from_os_error
 from gearworkers.settings import Settings
-from gearworkers.util.process import tell_ready
+from gearworkers.util.process import notify_ready
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 from plugin_gateway.dispatch.maintenance import Maintenance
 from plugin_gateway.graphdriver.calls import Driver
@@ -67,7 +67,7 @@ class Gateway:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             await self.start()
-            tell_ready(self._settings.notify_socket)
+            notify_ready(self._settings.notify_socket)
             await stop.wait()
         finally:
             await self.stop()

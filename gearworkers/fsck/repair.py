@@ -18,7 +18,7 @@ from gearworkers.fsck.layers import layer_faults
 from gearworkers.fsck.objects import damaged_objects
 from gearworkers.layers.incomplete import layers_referring_to, mark_incomplete
 from gearworkers.layers.store import LayerStore
-from gearworkers.remote.push import damaged_in
+from gearworkers.remote.push import damaged_entries
 from gearworkers.settings import NodeSettings
 from gearworkers.util.fs import opened_directory
 
@@ -51,7 +51,7 @@ class StoreChecker:
                 self._push_queue.remove(bad.digest)  # the entry is a link to the same bytes
                 self._remove_damaged(bad.path, incomplete)
             yield f"object {os.fsdecode(bad.path)}: {bad.reason}" + (" (removed)" if repair else "")
-        for digest, why in damaged_in(self._push_queue) if read_data else ():
+        for digest, why in damaged_entries(self._push_queue) if read_data else ():
             if repair:
                 self._push_queue.remove(digest)
             yield f"pending push: {why}" + (" (removed)" if repair else "")

@@ -22,7 +22,7 @@ from urllib3.util import Retry, Timeout, make_headers, parse_url
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, NotFound, Unavailable
 from gearworkers.settings import RegistrySettings
-from gearworkers.util.http_errors import asked_to_wait_s, from_http_error
+from gearworkers.util.http_errors import from_http_error, retry_after_s
 from gearworkers.util.net import host_name, is_loopback
 
 CERTIFICATES = Path("/etc/docker/certs.d")
@@ -106,7 +106,7 @@ def problem(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
     status = response.status
     kind = _PROBLEMS.get(status) or (Unavailable if status >= 500 else InvalidInput)
     advice = "; `docker login` may help" if status in (401, 403) else ""
-    return kind(f"{tried}: HTTP {status}{_said(response)}{advice}").after(asked_to_wait_s(response))
+    return kind(f"{tried}: HTTP {status}{_said(response)}{advice}").after(retry_after_s(response))
 
 
 def _said(response: urllib3.BaseHTTPResponse) -> str:

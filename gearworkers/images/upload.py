@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from gearworkers.errors import FailedPrecondition, from_os_error
 from gearworkers.remote import encoding
-from gearworkers.remote.buffered import Gathered
+from gearworkers.remote.buffered import BufferedStore
 from gearworkers.remote.remote import Remote
 
 SMALL_BYTES = encoding.LARGE_BYTES
@@ -48,7 +48,7 @@ class Contents:
     def __init__(self, remote: Remote, directory: Path) -> None:
         self.directory = directory
         """For large ones on their way."""
-        self._gathered = Gathered(remote.blobs, most_bytes=_PUT_BYTES)
+        self._gathered = BufferedStore(remote.blobs, buffer_bytes=_PUT_BYTES)
         self._remote = Remote(self._gathered)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
         self._room = threading.BoundedSemaphore(_CALLS_AHEAD)

@@ -227,7 +227,7 @@ def _mark(images: Path, id: str, *, complete: bool) -> bool:
     directory = images / id
     try:
         record = msgspec.structs.replace(read_record(directory), complete=complete)
-        replace_file(directory / RECORD_FILE, msgspec.json.encode(record), sync=False)
+        replace_file(directory / RECORD_FILE, msgspec.json.encode(record), sync=True)  # an empty record loses the layer
     except FileNotFoundError:
         return False  # the layer was removed meanwhile
     except OSError as exc:

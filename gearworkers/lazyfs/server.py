@@ -40,11 +40,11 @@ from gearworkers.mounts.mountinfo import is_data_layer, is_mount_point
 from gearworkers.profiles.growth import ProfileGrowth
 from gearworkers.profiles.prefetch import ProfilePrefetcher
 from gearworkers.remote.encoding import LARGE_BYTES as CHUNKED_BYTES
-from gearworkers.remote.factory import has_near, open_near, open_remote
+from gearworkers.remote.factory import open_nfs, open_remote, uses_nfs
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import Settings
 from gearworkers.util.locks import sole_process
-from gearworkers.util.process import tell_ready
+from gearworkers.util.process import notify_ready
 
 _log = structlog.get_logger(__name__)
 
@@ -126,7 +126,7 @@ class LazyServer:
             handlers = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, handlers))
             _log.info("serving the lazy file system", at=str(self._settings.lazy_mount_path))
-            tell_ready(self._settings.notify_socket)
+            notify_ready(self._settings.notify_socket)
             self._maintain(connection, keeper)
             if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)
@@ -271,7 +271,7 @@ def open_sources(settings: Settings) -> list[ObjectSource]:
     """
     if settings.remote.url:
         return [open_remote(settings)]
-    return [open_near(settings)] if has_near(settings) else []
+    return [open_nfs(settings)] if uses_nfs(settings) else []
 
 
 @contextmanager

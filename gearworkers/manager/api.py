@@ -1,4 +1,4 @@
-"""The manager's calls put together: routes, who may, what errors look like, what is counted."""
+"""The manager's API: routes, access, the form of errors, metrics."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from gearworkers.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from gearworkers.manager.async_remote import Store
-from gearworkers.manager.documents import DocumentCalls
-from gearworkers.manager.metrics import Metrics
-from gearworkers.manager.nodes import MOST_NODE_CHARS, Joining, Nodes
-from gearworkers.manager.objects import MOST_JSON_BYTES, ObjectCalls, answer
+from gearworkers.http_service.pacing import TooLarge, TooSlow, abort_started, is_disconnect
+from gearworkers.http_service.tokens import Access
+from gearworkers.manager.async_remote import AsyncRemote
+from gearworkers.manager.documents import DocumentHandlers
+from gearworkers.manager.metrics import ManagerMetrics
+from gearworkers.manager.nodes import MAX_NAME_CHARS, JoinRequest, NodeRegistry
+from gearworkers.manager.objects import MAX_JSON_BYTES, ObjectHandlers, json_response
 from gearworkers.manager.openapi import document, page
-from gearworkers.manager.pacing import Body, TooLarge, TooSlow, broken_off, is_gone
-from gearworkers.manager.tokens import Access
-from gearworkers.manager.uploads import receive_whole
-from gearworkers.remote.manager import NODE_HEADER, Problem
+from gearworkers.manager.uploads import Uploads
+from gearworkers.remote.manager_messages import NODE_HEADER, Problem
 from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 
 _log = structlog.get_logger(__name__)
 
-MOST_UNDER_WAY = 256
-"""Requests at once; what comes beyond is asked to come again."""
+MAX_REQUESTS = 256
+"""Requests at once; further ones get 503 and Retry-After."""
 
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (NotFound, 404),
@@ -55,72 +55,69 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Route:
     """One call of the API."""
 
     method: str
     path: str
     name: str
     handler: Handler
-    right: str
-    """``read``, ``write``, or nothing: open to all."""
+    access: str
+    """``read``, ``write``, or empty: everybody may call it, and MAX_REQUESTS does not apply."""
 
 
-class Manager:
-    """The API over one store; `application` is what a server serves."""
+class ManagerApi:
+    """The API over one remote; `application` returns it for a server."""
 
-    def __init__(self, store: Store, access: Access, uploads: Path, patience_s: float) -> None:
+    def __init__(self, remote: AsyncRemote, access: Access, uploads: Path, client_timeout_s: float) -> None:
         """
         Args:
-            store: What is kept.
-            access: Who may.
-            uploads: A directory for what is on its way in.
-            patience_s: For a client that sends or takes nothing.
+            remote: Stores everything.
+            access: Decides which requests may read and write.
+            uploads: A directory for bodies on their way in.
+            client_timeout_s: Longest time in which a client sends or receives nothing.
         """
-        self.metrics = Metrics()
+        self.metrics = ManagerMetrics()
         self._access = access
-        self._nodes = Nodes()
-        self._store = store
-        self._uploads = uploads
-        self._patience_s = patience_s
-        self._under_way = 0
-        self._objects = ObjectCalls(store, uploads, patience_s, self.metrics)
-        self._documents = DocumentCalls(store, uploads, patience_s, self.metrics)
+        self._nodes = NodeRegistry()
+        self._uploads = Uploads(remote, uploads, client_timeout_s, self.metrics.received.inc)
+        self._objects = ObjectHandlers(self._uploads, client_timeout_s, self.metrics)
+        self._documents = DocumentHandlers(self._uploads)
+        self._in_progress = 0
 
-    def calls(self) -> list[Call]:
-        """All of them."""
+    def routes(self) -> list[Route]:
+        """Return all calls of the API."""
         objects, documents = self._objects, self._documents
         return [
-            Call("HEAD", "/v1/objects/{digest}", "query_one", objects.query_one, "read"),
-            Call("POST", "/v1/query", "query", objects.query, "read"),
-            Call("GET", "/v1/objects/{digest}", "pull_one", objects.pull_one, "read"),
-            Call("GET", "/v1/blobs/{digest}", "pull_blob", objects.pull_blob, "read"),
-            Call("POST", "/v1/pull", "pull", objects.pull, "read"),
-            Call("POST", "/v1/prefetch", "prefetch", objects.prefetch, "read"),
-            Call("PUT", "/v1/objects/{digest}", "push_one", objects.push_one, "write"),
-            Call("POST", "/v1/push", "push", objects.push, "write"),
-            Call("GET", "/v1/documents/{name}", "get_document", documents.get, "read"),
-            Call("PUT", "/v1/documents/{name}", "put_document", documents.put, "write"),
-            Call("POST", "/v1/join", "join", self._join, "read"),
-            Call("GET", "/v1/nodes", "nodes", self._list_nodes, "read"),
-            Call("GET", "/metrics", "metrics", self._show_metrics, "read"),
-            Call("GET", "/healthz", "health", self._health, ""),
-            Call("GET", "/openapi.json", "openapi", self._openapi, ""),
-            Call("GET", "/", "documentation", self._page, ""),
+            Route("HEAD", "/v1/objects/{digest}", "query_one", objects.query_one, "read"),
+            Route("POST", "/v1/query", "query", objects.query, "read"),
+            Route("GET", "/v1/objects/{digest}", "pull_one", objects.pull_one, "read"),
+            Route("GET", "/v1/blobs/{digest}", "pull_blob", objects.pull_blob, "read"),
+            Route("POST", "/v1/pull", "pull", objects.pull, "read"),
+            Route("PUT", "/v1/objects/{digest}", "push_one", objects.push_one, "write"),
+            Route("POST", "/v1/push", "push", objects.push, "write"),
+            Route("GET", "/v1/documents/{name}", "get_document", documents.get, "read"),
+            Route("PUT", "/v1/documents/{name}", "put_document", documents.put, "write"),
+            Route("POST", "/v1/join", "join", self._join, "read"),
+            Route("GET", "/v1/nodes", "nodes", self._list_nodes, "read"),
+            Route("GET", "/metrics", "metrics", self._show_metrics, "read"),
+            Route("GET", "/healthz", "health", self._health, ""),
+            Route("GET", "/openapi.json", "openapi", self._openapi, ""),
+            Route("GET", "/", "documentation", self._page, ""),
         ]
 
     def application(self) -> web.Application:
-        """For aiohttp to serve."""
-        app = web.Application(middlewares=[self._guard])
-        for call in self.calls():
-            app.router.add_route(call.method, call.path.replace("{name}", "{name:.+}"), self._answering(call))
+        """Return the application for aiohttp."""
+        app = web.Application(middlewares=[self._json_errors])
+        for route in self.routes():
+            app.router.add_route(route.method, route.path.replace("{name}", "{name:.+}"), self._counted(route))
         return app
 
     # -- around every call
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """For what no call is there for, too."""
+    async def _json_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Give aiohttp's own errors, such as those of unknown paths, the form of the API's errors."""
         try:
             return await handler(request)
         except web.HTTPException as exc:
@@ -128,85 +125,82 @@ class Manager:
                 raise
             return _problem(exc.status, exc.text or exc.reason, dict(exc.headers))
 
-    def _answering(self, call: Call) -> Handler:
+    def _counted(self, route: Route) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            began_s = time.monotonic()
-            self._under_way += 1
-            self.metrics.under_way.inc()
+            started_s = time.monotonic()
+            self._in_progress += 1
+            self.metrics.in_progress.inc()
             status = 500
             try:
-                response = await self._answer(call, request)
+                response = await self._answer(route, request)
                 status = response.status
                 return response
             except web.HTTPException as exc:
                 status = exc.status
                 raise
             finally:
-                self._under_way -= 1
-                self.metrics.under_way.dec()
-                self.metrics.requests.labels(call.name, str(status)).inc()
-                self.metrics.seconds.labels(call.name).observe(time.monotonic() - began_s)
+                self._in_progress -= 1
+                self.metrics.in_progress.dec()
+                self.metrics.requests.labels(route.name, str(status)).inc()
+                self.metrics.seconds.labels(route.name).observe(time.monotonic() - started_s)
 
         return handle
 
-    async def _answer(self, call: Call, request: web.Request) -> web.StreamResponse:
+    async def _answer(self, route: Route, request: web.Request) -> web.StreamResponse:
         try:
-            if (refusal := self._refused(call, request)) is not None:
-                return refusal
+            if (rejection := self._rejection(route, request)) is not None:
+                return rejection
             self._note_node(request)
-            return await call.handler(request)
+            return await route.handler(request)
         except (GearError, msgspec.MsgspecError, UnicodeDecodeError, TooLarge, TooSlow) as exc:
-            return self._told(call, request, exc)
+            return self._failure(route, request, exc)
         except Exception as exc:
-            if is_gone(exc):
-                return _problem(499, "the client left")
+            if is_disconnect(exc):
+                return _problem(499, "the client disconnected")
             raise
 
-    def _refused(self, call: Call, request: web.Request) -> web.Response | None:
-        if call.right and self._under_way > MOST_UNDER_WAY:
-            return _problem(503, "too much is under way; come again", {"Retry-After": "1"})
+    def _rejection(self, route: Route, request: web.Request) -> web.Response | None:
+        """Return the answer to a request that may not run; None if it may."""
+        if route.access and self._in_progress > MAX_REQUESTS:
+            return _problem(503, "too many requests are in progress; retry", {"Retry-After": "1"})
         authorization = request.headers.get("Authorization", "")
-        may = {"read": self._access.may_read, "write": self._access.may_write}.get(call.right)
+        may = {"read": self._access.may_read, "write": self._access.may_write}.get(route.access)
         if may is None or may(authorization):
             return None
         if self._access.may_read(authorization) and authorization:
-            return _problem(403, "this token may not write")
-        return _problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+            return _problem(403, "this token does not allow writing")
+        return _problem(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
 
-    def _told(self, call: Call, request: web.Request, exc: Exception) -> web.StreamResponse:
-        """An error as an answer; after the first byte of a body, a broken connection."""
+    def _failure(self, route: Route, request: web.Request, exc: Exception) -> web.StreamResponse:
+        """Answer with the error; once the response has started, abort the connection instead."""
         status = next((status for kind, status in _STATUSES if isinstance(exc, kind)), 500)
-        if isinstance(exc, IntegrityError) and call.right == "write":
+        if isinstance(exc, IntegrityError) and route.access == "write":
             status = 422
             self.metrics.refused.inc()
         if isinstance(exc, TooSlow):
             self.metrics.dropped.inc()
         if status >= 500:
-            _log.error("a call failed", call=call.name, error=str(exc))
-        return broken_off(request) or _problem(status, str(exc) or "too slow")
+            _log.error("a call failed", call=route.name, error=str(exc))
+        return abort_started(request) or _problem(status, str(exc) or "the client is too slow")
 
     def _note_node(self, request: web.Request) -> None:
         name = request.headers.get(NODE_HEADER, "")
-        if name and len(name) <= MOST_NODE_CHARS and name.isprintable():
+        if name and len(name) <= MAX_NAME_CHARS and name.isprintable():
             self._nodes.seen(name, request.remote or "")
 
-    # -- calls of no other room
+    # -- calls for nodes, and for the service itself
 
     async def _join(self, request: web.Request) -> web.Response:
-        body = Body(request, self._patience_s, self.metrics)
-        asked = await receive_whole(body, self._store, self._uploads, MOST_JSON_BYTES)
-        joining = msgspec.json.decode(asked, type=Joining)
-        return answer(self._nodes.seen(joining.node, request.remote or ""))
+        body = await self._uploads.receive(request, MAX_JSON_BYTES)
+        joining = msgspec.json.decode(body, type=JoinRequest)
+        return json_response(self._nodes.seen(joining.node, request.remote or ""))
 
     async def _list_nodes(self, request: web.Request) -> web.Response:
-        return answer(self._nodes.alive())
+        return json_response(self._nodes.alive())
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         self.metrics.nodes.set(len(self._nodes.alive()))
-        return web.Response(
-            body=generate_latest(self.metrics.registry),
-            headers={"Content-Type": METRICS_CONTENT_TYPE},
-        )
+        return web.Response(body=generate_latest(self.metrics.registry), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -1,4 +1,4 @@
-"""The manager's way to what it keeps: a remote that blocks, asked from threads so that no client waits for another."""
+"""The remote of the manager, for coroutines: calls that block run in threads, so no client waits for another."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from itertools import islice
 from typing import TypeVar
 
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound
-from gearworkers.manager.memory_budget import Room
-from gearworkers.profiles import document
-from gearworkers.profiles.document import unpack
+from gearworkers.manager.memory_budget import MemoryBudget
 from gearworkers.remote import encoding
 from gearworkers.remote.remote import Remote
 
@@ -22,99 +20,73 @@ T = TypeVar("T")
 _THREADS = 32
 _WINDOW_BYTES = 4 << 20
 _FIRST_WINDOW = 32
-_LEAST_WINDOW, _MOST_WINDOW = 4, 256
-_STEP_PIECES = 4
-_MOST_NAMED = 100_000
-ROOM_BYTES = 256 << 20
-"""For contents that are being stored, and as much for large objects and layouts, which take longer."""
+_MIN_WINDOW, _MAX_WINDOW = 4, 256
+_STEP_ITEMS = 4
+BUDGET_BYTES = 256 << 20
+"""Memory for contents that are being stored, and as much again for large objects and layouts, which take longer."""
 _COPIES = 2
-"""How often bytes that are stored lie in memory: as they came, and as the store sends them."""
+"""Copies in memory of bytes that are being stored: as received, and as the store sends them."""
 _CHUNKS_BYTES = 32 << 20
-"""What the chunks of one large object take that are on their way to the store or from it."""
-_LAYOUT_SHARE = 400
-"""Of a large object, one byte in so many is its list of chunks, in memory."""
+"""Memory for the chunks of one large object that are on their way to or from the store."""
+_LAYOUT_DIVISOR = 400
+"""The list of a large object's chunks takes one byte of memory for this many bytes of the object."""
 
 
 @dataclass(frozen=True, slots=True)
-class Incoming:
-    """A blob that has come, and where it lies in its upload."""
+class ReceivedBlob:
+    """A received blob, and its place in the upload."""
 
     digest: bytes
     offset: int
     size_bytes: int
 
 
-Load = Callable[[Incoming], bytes]
-"""Brings a blob that has come into memory; blocks."""
+LoadBlob = Callable[[ReceivedBlob], bytes]
+"""Reads a received blob into memory; blocks."""
 
 
-class Store:
+class AsyncRemote:
     """A `Remote` for coroutines."""
 
-    def __init__(self, remote: Remote, most_object_bytes: int, room_bytes: int = ROOM_BYTES) -> None:
+    def __init__(self, remote: Remote, max_object_bytes: int, budget_bytes: int = BUDGET_BYTES) -> None:
         """
         Args:
-            remote: What is kept, and where.
-            most_object_bytes: An object's size at most.
-            room_bytes: Of memory for what is being stored at once: for small things, and again for large ones.
+            remote: Stores everything.
+            max_object_bytes: Size of the largest object.
+            budget_bytes: Memory for storing small contents, and as much again for large objects.
         """
         self.remote = remote
-        self.most_object_bytes = most_object_bytes
-        self._room = Room(room_bytes)
-        self._large_room = Room(room_bytes)
+        self.max_object_bytes = max_object_bytes
+        self._budget = MemoryBudget(budget_bytes)
+        self._large_budget = MemoryBudget(budget_bytes)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What *call* gives; it may block."""
+        """Return the result of *call*, which may block."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    async def blobs(self, digests: Sequence[bytes]) -> AsyncIterator[list[tuple[bytes, bytes]]]:
-        """(digest, blob) of those that are there, in the order asked for; a few MiB of them at a time."""
+    async def get_blobs(self, digests: Sequence[bytes]) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """Yield (digest, blob) of the present ones in the order of *digests*, a few MiB at a time."""
         at, window = 0, _FIRST_WINDOW
         while at < len(digests):
-            part = digests[at : at + window]
-            found = await self.run(lambda part=part: dict(self.remote.blobs.get_many(part)))  # type: ignore[misc]
-            yield [(digest, found[digest]) for digest in part if digest in found]
-            at += len(part)
+            batch = digests[at : at + window]
+            found = await self.run(lambda batch=batch: dict(self.remote.blobs.get_many(batch)))  # type: ignore[misc]
+            yield [(digest, found[digest]) for digest in batch if digest in found]
+            at += len(batch)
             mean_bytes = sum(map(len, found.values())) // max(len(found), 1)
-            window = min(max(_WINDOW_BYTES // max(mean_bytes, 1), _LEAST_WINDOW), _MOST_WINDOW)
+            window = min(max(_WINDOW_BYTES // max(mean_bytes, 1), _MIN_WINDOW), _MAX_WINDOW)
 
-    async def steps(self, pieces: Iterator[T]) -> AsyncIterator[T]:
-        """The items of an iterator that blocks, a few asked for at a time."""
-        while part := await self.run(lambda: list(islice(pieces, _STEP_PIECES))):
-            for piece in part:
-                yield piece
-
-    def named_by(self, document: str) -> list[bytes]:
-        """The blobs of a start-up profile in its order: objects, after a large one the chunks of its ranges. Blocks.
-
-        Raises:
-            NotFound: There is no such document.
-            InvalidInput: It is no profile.
-        """
-        data = self.remote.document(document)
-        if data is None:
-            raise NotFound(f"document {document} is not there")
-        try:
-            opened = unpack(data).objects
-        except IntegrityError as exc:
-            raise InvalidInput(f"document {document} is no profile: {exc}") from exc
-        found = (digest for one in opened for digest in self._blobs_of(one))
-        return list(dict.fromkeys(islice(found, _MOST_NAMED)))
-
-    def _blobs_of(self, opened: document.OpenedObject) -> Iterator[bytes]:
-        digest = bytes.fromhex(opened.digest)
-        yield digest
-        for chunk in (self.remote.layout(digest) or ()) if opened.ranges else ():
-            end = chunk.offset + chunk.size_bytes
-            if any(offset < end and chunk.offset < offset + length for offset, length in opened.ranges):
-                yield chunk.digest
+    async def iterate(self, items: Iterator[T]) -> AsyncIterator[T]:
+        """Yield the items of an iterator that blocks; a thread takes a few at a time."""
+        while batch := await self.run(lambda: list(islice(items, _STEP_ITEMS))):
+            for item in batch:
+                yield item
 
     async def put_object(self, digest: bytes, fd: int, size_bytes: int) -> bool:
-        """Store what the file *fd* holds, which was verified; whether it was new."""
+        """Store the verified content of the file *fd*; return whether it was new."""
         large = size_bytes >= encoding.LARGE_BYTES
-        need_bytes = _CHUNKS_BYTES + size_bytes // _LAYOUT_SHARE if large else _COPIES * size_bytes
-        async with (self._large_room if large else self._room).taken(need_bytes):
+        needed_bytes = _CHUNKS_BYTES + size_bytes // _LAYOUT_DIVISOR if large else _COPIES * size_bytes
+        async with (self._large_budget if large else self._budget).reserved(needed_bytes):
             return await self.run(lambda: self._put_object(digest, fd))
 
     def _put_object(self, digest: bytes, fd: int) -> bool:
@@ -124,10 +96,10 @@ class Store:
         return is_new
 
     async def put_document(self, name: str, version: int | None, size_bytes: int, load: Callable[[], bytes]) -> None:
-        """Have the document hold what *load* gives, as this version; as whichever is next if that is None.
+        """Store the content that *load* returns as this version of the document; None: as the next version.
 
         Raises:
-            AlreadyExists: There is this version already.
+            AlreadyExists: The document has this version.
         """
 
         def put() -> None:
@@ -136,34 +108,34 @@ class Store:
             else:
                 self.remote.replace_document(name, load(), version - 1)
 
-        async with self._room.taken(_COPIES * size_bytes):
+        async with self._budget.reserved(_COPIES * size_bytes):
             await self.run(put)
 
-    async def put_blobs(self, blobs: Sequence[Incoming], load: Load) -> int:
-        """Verify and store blobs that a client has made; how many were new.
+    async def put_blobs(self, blobs: Sequence[ReceivedBlob], load: LoadBlob) -> int:
+        """Verify and store blobs that a client has encoded; return the number of new ones.
 
         Raises:
-            IntegrityError: One is not what its digest says; those before it may be stored, it is not.
-            InvalidInput: A layout names chunks that are not there.
+            IntegrityError: A blob does not match its digest. It is not stored, but blobs before it may be.
+            InvalidInput: A layout names chunks that are absent.
         """
-        contents, layouts = await self.run(lambda: self._lacking(blobs, load))
-        async with self._room.taken(_COPIES * sum(blob.size_bytes for blob in contents)):
+        contents, layouts = await self.run(lambda: self._absent(blobs, load))
+        async with self._budget.reserved(_COPIES * sum(blob.size_bytes for blob in contents)):
             await self.run(lambda: self._put_contents(contents, load))
         for blob in layouts:
-            async with self._large_room.taken(_CHUNKS_BYTES + _COPIES * blob.size_bytes):
+            async with self._large_budget.reserved(_CHUNKS_BYTES + _COPIES * blob.size_bytes):
                 await self.run(lambda blob=blob: self._put_layout(blob.digest, load(blob)))  # type: ignore[misc]
         return len(contents) + len(layouts)
 
-    def _lacking(self, blobs: Sequence[Incoming], load: Load) -> tuple[list[Incoming], list[Incoming]]:
-        """Contents and layouts that are not here yet."""
+    def _absent(self, blobs: Sequence[ReceivedBlob], load: LoadBlob) -> tuple[list[ReceivedBlob], list[ReceivedBlob]]:
+        """Return the contents and the layouts that are absent."""
         present = self.remote.blobs.present([blob.digest for blob in blobs])
         new = {blob.digest: blob for blob in blobs if blob.digest not in present}.values()
         layouts = [blob for blob in new if encoding.is_layout(load(replace(blob, size_bytes=1)))]
         return [blob for blob in new if blob not in layouts], layouts
 
-    def _put_contents(self, blobs: Iterable[Incoming], load: Load) -> None:
+    def _put_contents(self, blobs: Iterable[ReceivedBlob], load: LoadBlob) -> None:
         for blob in blobs:
-            if blob.size_bytes > 1 + encoding.MOST_CONTENT_BYTES:
+            if blob.size_bytes > 1 + encoding.MAX_CONTENT_BYTES:
                 raise InvalidInput(f"blob {blob.digest.hex()}: a content of {blob.size_bytes} bytes needs a layout")
         contents = [(blob.digest, load(blob)) for blob in blobs]
         for digest, content in contents:
@@ -172,22 +144,22 @@ class Store:
             self.remote.blobs.put_many(contents)
 
     def _put_layout(self, digest: bytes, layout: bytes) -> None:
-        self._check_layout(digest, layout)
+        self._verify_layout(digest, layout)
         self.remote.blobs.put_many([(digest, layout)])
 
-    def _check_layout(self, digest: bytes, blob: bytes) -> None:
-        if encoding.layout_bytes(digest, blob) > self.most_object_bytes:
-            raise InvalidInput(f"object {digest.hex()}: larger than {self.most_object_bytes} bytes")
+    def _verify_layout(self, digest: bytes, layout: bytes) -> None:
+        if encoding.object_size(digest, layout) > self.max_object_bytes:
+            raise InvalidInput(f"object {digest.hex()}: larger than {self.max_object_bytes} bytes")
         hasher = hashlib.sha256()
         try:
-            for _, piece in self.remote.pieces(encoding.chunks_in(digest, blob)):
-                hasher.update(piece)
+            for _, data in self.remote.fetch_chunks(encoding.iter_layout(digest, layout)):
+                hasher.update(data)
         except NotFound as exc:
-            raise InvalidInput(f"layout of {digest.hex()}: {exc}; chunks go first") from exc
+            raise InvalidInput(f"layout of {digest.hex()}: {exc}; push its chunks first") from exc
         if hasher.digest() != digest:
-            raise IntegrityError(f"layout of {digest.hex()}: its chunks make up {hasher.hexdigest()}")
+            raise IntegrityError(f"layout of {digest.hex()}: its chunks have SHA-256 {hasher.hexdigest()}")
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """End the threads and close the remote."""
         self._threads.shutdown(wait=False)
         self.remote.close()

@@ -1,4 +1,4 @@
-"""How much memory all requests together take for what they store."""
+"""A limit on the memory that all requests together use for storing."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Room:
-    """So many bytes for all; whoever finds it full waits its turn. For the coroutines of one loop.
+class MemoryBudget:
+    """A number of bytes that coroutines of one event loop share; when it is used up, they wait in turn.
 
-    Take it once a body has come, for a client may take hours over that; and take it once only, lest two wait for
-    each other.
+    Reserve memory only after the whole body has arrived, since a client may take hours to send it. Hold one
+    reservation at a time: two coroutines that each hold one and want a second would wait for each other.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._free_bytes = size_bytes
-        self._turn = asyncio.Lock()  # first come, first served: much room is not kept from who needs it by many little
+        self._turn = asyncio.Lock()  # first come, first served, so that small reservations do not starve a large one
         self._freed = asyncio.Event()
 
     @asynccontextmanager
-    async def taken(self, size_bytes: int) -> AsyncIterator[None]:
-        """Have so many bytes until the block ends; for more than there are, all."""
+    async def reserved(self, size_bytes: int) -> AsyncIterator[None]:
+        """Hold a reservation within the block; more than the whole budget counts as the whole budget."""
         size_bytes = min(size_bytes, self._size_bytes)
         async with self._turn:
             while self._free_bytes < size_bytes:

@@ -1,4 +1,4 @@
-"""Which nodes use the manager."""
+"""The nodes that use the manager."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Annotated
 
 import msgspec
 
-LIVES_S = 600.0
-"""So long after it was last heard of a node is forgotten."""
+EXPIRY_S = 600.0
+"""Time after the last request of a node until it is forgotten."""
 
-MOST_NODE_CHARS = 255
-_MOST_NODES = 10_000
-
-
-class Joining(msgspec.Struct, frozen=True):
-    """What a node says of itself."""
-
-    node: Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_NODE_CHARS)]
+MAX_NAME_CHARS = 255
+_MAX_NODES = 10_000
 
 
-class Node(msgspec.Struct, frozen=True):
-    """One node."""
+class JoinRequest(msgspec.Struct, frozen=True):
+    """The body of a join."""
+
+    node: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+class NodeRecord(msgspec.Struct, frozen=True):
+    """A node that uses the manager."""
 
     node: str
     address: str
@@ -32,29 +32,29 @@ class Node(msgspec.Struct, frozen=True):
     """Since the epoch."""
 
 
-class Nodes:
-    """In memory: whoever lives is heard of again."""
+class NodeRegistry:
+    """Keeps the nodes in memory: after a restart their next requests fill it again."""
 
     def __init__(self) -> None:
-        self._nodes: OrderedDict[str, Node] = OrderedDict()
+        self._nodes: OrderedDict[str, NodeRecord] = OrderedDict()
 
-    def seen(self, name: str, address: str) -> Node:
-        """Note that a node is there."""
+    def seen(self, name: str, address: str) -> NodeRecord:
+        """Record a request of a node."""
         now_s = time.time()
         known = self._nodes.pop(name, None)
-        node = Node(name, address, known.joined_s if known else now_s, now_s)
+        node = NodeRecord(name, address, known.joined_s if known else now_s, now_s)
         self._nodes[name] = node
-        self._forget(now_s)
+        self._forget_expired(now_s)
         return node
 
-    def alive(self) -> list[Node]:
-        """Those heard of lately, by name."""
-        self._forget(time.time())
+    def alive(self) -> list[NodeRecord]:
+        """Return the nodes that are not expired, by name."""
+        self._forget_expired(time.time())
         return sorted(self._nodes.values(), key=lambda node: node.node)
 
-    def _forget(self, now_s: float) -> None:
+    def _forget_expired(self, now_s: float) -> None:
         while self._nodes:
             oldest = next(iter(self._nodes.values()))
-            if oldest.seen_s > now_s - LIVES_S and len(self._nodes) <= _MOST_NODES:
+            if oldest.seen_s > now_s - EXPIRY_S and len(self._nodes) <= _MAX_NODES:
                 return
             del self._nodes[oldest.node]

@@ -1,4 +1,4 @@
-"""The API's own description: OpenAPI 3.1, and a page of it for people."""
+"""The description of the API: OpenAPI 3.1 for programs, and a page for people."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import msgspec
 
-from gearworkers.manager.documents import MOST_VERSION
-from gearworkers.manager.nodes import Joining, Node
-from gearworkers.manager.objects import Prefetch, Stored
+from gearworkers.manager.documents import MAX_VERSION
+from gearworkers.manager.nodes import JoinRequest, NodeRecord
+from gearworkers.manager.objects import PushResult
 from gearworkers.remote import blob_stream
-from gearworkers.remote.blobstore import DOCUMENT_NAME, MOST_NAME_CHARS
-from gearworkers.remote.manager import MOST_DIGESTS, VERSION_HEADER, Digests, Present, Problem
+from gearworkers.remote.blobstore import DOCUMENT_NAME, MAX_NAME_CHARS
+from gearworkers.remote.manager_messages import MAX_DIGESTS, VERSION_HEADER, Digests, Present, Problem
 
 _Kind = str | type | GenericAlias
-"""A media type, or what its JSON holds."""
+"""A media type, or the type of a JSON body."""
 
 _Paths = dict[str, dict[str, Any]]
 """The operations of each path, by method."""
@@ -38,26 +38,26 @@ _NAME = {
     "in": "path",
     "required": True,
     "description": "Letters, digits, ._:@+- and slashes between parts, such as profiles/library/nginx:1.27.",
-    "schema": {"type": "string", "pattern": f"^{DOCUMENT_NAME.pattern}$", "maxLength": MOST_NAME_CHARS},
+    "schema": {"type": "string", "pattern": f"^{DOCUMENT_NAME.pattern}$", "maxLength": MAX_NAME_CHARS},
 }
 _RANGE = {"name": "Range", "in": "header", "description": "bytes=FIRST-LAST", "schema": {"type": "string"}}
 _VERSION = {
     "name": VERSION_HEADER,
     "in": "header",
-    "description": "The version that this is to become; refused with 409 if it is there already.",
-    "schema": {"type": "integer", "minimum": 1, "maximum": MOST_VERSION},
+    "description": "Version of the new content; if the document has it already, the answer is 409.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_VERSION},
 }
 _FRAMES = (
-    "A sequence of frames to the end of the body: SHA-256 (32 bytes), size (u32, little-endian), blob. A blob begins "
-    "with R (a content as it is), Z (a content as a zstd frame) or L (the layout of a large object: SHA-256 of the "
-    "object's SHA-256 and all that follows, then records of a chunk's size (u32, little-endian) and SHA-256)."
+    "Frames to the end of the body: SHA-256 (32 bytes), size (u32, little-endian), blob. A blob begins with R (an "
+    "uncompressed content), Z (a content as a zstd frame) or L (the layout of a large object: SHA-256 of the object's "
+    "SHA-256 and the rest of the blob, then records of a chunk's size (u32, little-endian) and SHA-256)."
 )
 
 
 def document(*, tokens: bool = True) -> dict[str, Any]:
-    """The OpenAPI document; *tokens* says whether they are asked for."""
+    """Return the OpenAPI document; *tokens*: whether the server requires tokens."""
     schemas = msgspec.json.schema_components(
-        [Digests, Present, Problem, Prefetch, Stored, Joining, Node], ref_template=_REFS
+        [Digests, Present, Problem, PushResult, JoinRequest, NodeRecord], ref_template=_REFS
     )[1]
     return {
         "openapi": "3.1.0",
@@ -73,7 +73,7 @@ def document(*, tokens: bool = True) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The same to read."""
+    """Return the description as HTML."""
     described = document()
     rows = "".join(
         f"<tr><td><b>{method.upper()}</b></td><td><code>{escape(path)}</code></td>"
@@ -86,54 +86,59 @@ def page() -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{info['title']}</title>"
         "<style>body{font:16px/1.5 sans-serif;margin:2em auto;max-width:64em;padding:0 1em}"
         "td{padding:.4em .8em;border-top:1px solid #ccc;vertical-align:top}code{white-space:nowrap}</style>"
-        f"<h1>{info['title']}</h1><p>{info['description']} All of it, for programs: "
+        f"<h1>{info['title']}</h1><p>{info['description']} For programs: "
         f'<a href="openapi.json">openapi.json</a>.</p><table>{rows}</table></html>'
     )
 
 
 def _paths() -> _Paths:
-    return {**_objects(), **_blobs(), **_documents(), **_nodes(), **_about_itself()}
+    return {**_objects(), **_blobs(), **_documents(), **_nodes(), **_service()}
 
 
 def _objects() -> _Paths:
     return {
         "/v1/objects/{digest}": {
-            "head": _call("query_one", "Is this object there, and how large is it?", [_DIGEST]),
+            "head": _call("query_one", "Return the size of an object; 404 if it is absent.", [_DIGEST]),
             "get": _call(
                 "pull_one",
-                "An object, whole or a range of it.",
+                "Return an object, or a range of it.",
                 [_DIGEST, _RANGE],
                 answers=_OCTETS,
-                others={206: "The range.", 304: "It is what If-None-Match names: an object never changes."},
+                others={206: "The range.", 304: "If-None-Match names the object; objects never change."},
             ),
             "put": _call(
                 "push_one",
                 "Store an object.",
                 [_DIGEST],
-                f"Verified while it comes; visible only when whole. {_WRITE}",
+                f"It is verified on its way in and visible only when whole. {_WRITE}",
                 body=_OCTETS,
-                answers=Stored,
-                others={201: "It is new."},
+                answers=PushResult,
+                others={201: "The object is new."},
             ),
         },
         "/v1/query": {
             "post": _call(
-                "query", "Which of these are there?", [], f"At most {MOST_DIGESTS}.", body=Digests, answers=Present
+                "query",
+                "Return the digests that are present.",
+                [],
+                f"At most {MAX_DIGESTS}.",
+                body=Digests,
+                answers=Present,
             )
         },
     }
 
 
 def _blobs() -> _Paths:
-    """Those as stored, for who verifies and unpacks."""
+    """The calls for stored blobs, whose clients verify and decode them."""
     return {
         "/v1/blobs/{digest}": {
-            "get": _call("pull_blob", "What is stored of an object or chunk, as stored.", [_DIGEST], answers=_OCTETS)
+            "get": _call("pull_blob", "Return the blob of an object or chunk, as stored.", [_DIGEST], answers=_OCTETS)
         },
         "/v1/pull": {
             "post": _call(
                 "pull",
-                "Many blobs in one stream, in the order asked for; those that are not there are left out.",
+                "Return many blobs in one stream, in the order of the request; absent ones are left out.",
                 [],
                 _FRAMES,
                 body=Digests,
@@ -143,21 +148,11 @@ def _blobs() -> _Paths:
         "/v1/push": {
             "post": _call(
                 "push",
-                "Store many blobs sent in one stream.",
+                "Store many blobs from one stream.",
                 [],
-                f"Each is verified before it is stored; chunks go before their layout. {_WRITE} {_FRAMES}",
+                f"Each is verified before it is stored; chunks must precede their layout. {_WRITE} {_FRAMES}",
                 body=blob_stream.CONTENT_TYPE,
-                answers=Stored,
-            )
-        },
-        "/v1/prefetch": {
-            "post": _call(
-                "prefetch",
-                "The blobs that a start-up profile names, in its order, in one stream.",
-                [],
-                "After a large object's layout come the chunks that the profile says are read.",
-                body=Prefetch,
-                answers=blob_stream.CONTENT_TYPE,
+                answers=PushResult,
             )
         },
     }
@@ -167,7 +162,11 @@ def _documents() -> _Paths:
     return {
         "/v1/documents/{name}": {
             "get": _call(
-                "get_document", "A document; its version is in the header.", [_NAME], VERSION_HEADER, answers=_OCTETS
+                "get_document",
+                "Return a document; its version is in a header.",
+                [_NAME],
+                VERSION_HEADER,
+                answers=_OCTETS,
             ),
             "put": _call("put_document", "Replace a document.", [_NAME, _VERSION], _WRITE, body=_OCTETS, done=204),
         },
@@ -179,23 +178,23 @@ def _nodes() -> _Paths:
         "/v1/join": {
             "post": _call(
                 "join",
-                "This node is there.",
+                "Register a node.",
                 [],
-                "Every request with a Gear-Node header says so too.",
-                body=Joining,
-                answers=Node,
+                "Every request with a Gear-Node header registers its node as well.",
+                body=JoinRequest,
+                answers=NodeRecord,
             )
         },
-        "/v1/nodes": {"get": _call("nodes", "The nodes heard of in the last ten minutes.", [], answers=list[Node])},
+        "/v1/nodes": {"get": _call("nodes", "Return the nodes of the last ten minutes.", [], answers=list[NodeRecord])},
     }
 
 
-def _about_itself() -> _Paths:
+def _service() -> _Paths:
     return {
-        "/metrics": {"get": _call("metrics", "Counters for Prometheus.", [], answers="text/plain")},
-        "/healthz": {"get": _open(_call("health", "The server answers.", [], answers="text/plain"))},
-        "/openapi.json": {"get": _open(_call("openapi", "This document.", [], answers="application/json"))},
-        "/": {"get": _open(_call("documentation", "This document, to read.", [], answers="text/html"))},
+        "/metrics": {"get": _call("metrics", "Return the Prometheus metrics.", [], answers="text/plain")},
+        "/healthz": {"get": _open(_call("health", "Return 200 while the server answers.", [], answers="text/plain"))},
+        "/openapi.json": {"get": _open(_call("openapi", "Return this document.", [], answers="application/json"))},
+        "/": {"get": _open(_call("documentation", "Return this document as HTML.", [], answers="text/html"))},
     }
 
 
@@ -210,7 +209,7 @@ def _call(
     done: int = 200,
     others: Mapping[int, str] = {},
 ) -> dict[str, Any]:
-    """One operation; *others* are statuses of success beside *done*, of the same content but for 304."""
+    """Return an operation; *others* are further statuses of success, with the same content as *done* except for 304."""
     call: dict[str, Any] = {"operationId": name, "summary": summary, "parameters": parameters}
     if description:
         call["description"] = description
@@ -218,8 +217,8 @@ def _call(
         call["requestBody"] = {"required": True, "content": _content(body)}
     content = {} if answers is None else {"content": _content(answers)}
     call["responses"] = {str(done): {"description": "Done.", **content}}
-    for status, what in others.items():
-        call["responses"][str(status)] = {"description": what, **({} if status == 304 else content)}
+    for status, meaning in others.items():
+        call["responses"][str(status)] = {"description": meaning, **({} if status == 304 else content)}
     return call
 
 
@@ -235,5 +234,5 @@ def _open(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_problems(call: dict[str, Any]) -> dict[str, Any]:
-    problem = {"description": "What was wrong.", "content": _content(Problem)}
+    problem = {"description": "The error.", "content": _content(Problem)}
     return {**call, "responses": {**call["responses"], "4XX": problem, "5XX": problem}}

@@ -1,4 +1,4 @@
-"""What comes in, until it is whole: in files without names, so that a slow client costs disk and no memory."""
+"""Bodies on their way in, in unnamed files until they are complete: a slow client costs disk space, not memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aiohttp import web
+
 from gearworkers.errors import IntegrityError, InvalidInput, from_os_error
-from gearworkers.manager.async_remote import Incoming, Store
-from gearworkers.manager.pacing import PIECE_BYTES, Body, TooLarge
+from gearworkers.http_service.pacing import PIECE_BYTES, CountBytes, PacedRequestBody, TooLarge
+from gearworkers.manager.async_remote import AsyncRemote, ReceivedBlob
 from gearworkers.remote import blob_stream
 from gearworkers.util.writing import pwrite_all
 
@@ -20,148 +22,164 @@ _BATCH_BYTES = 4 << 20
 _BATCH_BLOBS = 256
 
 
-class Upload:
-    """A body on its way in; made by `uploading`. A crash leaves nothing."""
+class Uploads:
+    """Receives bodies of requests."""
 
-    def __init__(self, store: Store, directory: Path) -> None:
-        self._store = store
+    def __init__(self, remote: AsyncRemote, directory: Path, client_timeout_s: float, count: CountBytes) -> None:
+        """
+        Args:
+            remote: Its threads write the files, and its limit on objects applies.
+            directory: Holds the files; created if it is missing.
+            client_timeout_s: Longest time without a byte from the client.
+            count: Adds received bytes to a metric.
+        """
+        self.remote = remote
+        self._directory = directory
+        self._client_timeout_s = client_timeout_s
+        self._count = count
+
+    def body(self, request: web.Request) -> PacedRequestBody:
+        """Return the body of a request."""
+        return PacedRequestBody(request, self._client_timeout_s, self._count)
+
+    @contextmanager
+    def open(self) -> Iterator[Upload]:
+        """Yield an Upload; its file is gone after the block."""
+        upload = Upload(self.remote, self._directory)
+        try:
+            yield upload
+        finally:
+            upload.close()
+
+    async def receive(self, request: web.Request, max_bytes: int) -> bytes:
+        """Return the whole body of a request, for small ones.
+
+        Raises:
+            TooLarge: It exceeds *max_bytes*.
+        """
+        with self.open() as upload:
+            await upload.receive_all(self.body(request), max_bytes)
+            return await self.remote.run(upload.load_all)
+
+
+class Upload:
+    """A body on its way in: its start lies in an unnamed file, its end in memory. A crash leaves nothing."""
+
+    def __init__(self, remote: AsyncRemote, directory: Path) -> None:
+        self._remote = remote
         self._directory = directory
         self._hasher: hashlib._Hash | None = None
         self._fd: int | None = None
         self._tail = bytearray()
-        self._filed_bytes = 0
+        self._file_bytes = 0
 
     @property
     def size_bytes(self) -> int:
-        """How much has come."""
-        return self._filed_bytes + len(self._tail)
+        """Number of bytes received."""
+        return self._file_bytes + len(self._tail)
 
-    async def receive(self, body: Body, most_bytes: int) -> int:
-        """Take so many more bytes of *body*; how many came, which are fewer only at its end.
+    async def receive(self, body: PacedRequestBody, max_bytes: int) -> int:
+        """Receive up to *max_bytes* more bytes and return their number; it is smaller only at the end of *body*.
 
         Raises:
             TooSlow: As `Pace`.
             ResourceExhausted: The disk is full.
         """
-        came_bytes = 0
-        while came_bytes < most_bytes and (data := await body.read(min(most_bytes - came_bytes, PIECE_BYTES))):
-            came_bytes += len(data)
+        received_bytes = 0
+        while received_bytes < max_bytes and (data := await body.read(min(max_bytes - received_bytes, PIECE_BYTES))):
+            received_bytes += len(data)
             self._tail += data
             if len(self._tail) >= PIECE_BYTES:
                 piece, self._tail = self._tail, bytearray()
-                await self._store.run(lambda piece=piece: self._file(piece))  # type: ignore[misc]
-        return came_bytes
+                await self._remote.run(lambda piece=piece: self._write(piece))  # type: ignore[misc]
+        return received_bytes
 
-    async def receive_all(self, body: Body, most_bytes: int) -> None:
-        """Take all of *body*.
+    async def receive_all(self, body: PacedRequestBody, max_bytes: int) -> None:
+        """Receive all of *body*.
 
         Raises:
-            TooLarge: It has more than *most_bytes*.
+            TooLarge: It exceeds *max_bytes*.
         """
-        if await self.receive(body, most_bytes + 1) > most_bytes:
-            raise TooLarge(f"a body of at most {most_bytes} bytes is taken here")
+        if await self.receive(body, max_bytes + 1) > max_bytes:
+            raise TooLarge(f"the body exceeds the maximum of {max_bytes} bytes")
 
-    async def receive_object(self, body: Body, digest: bytes) -> int:
-        """Take all of *body*, verified; a descriptor of it, which is closed with the upload.
+    async def receive_object(self, body: PacedRequestBody, digest: bytes) -> int:
+        """Receive and verify all of *body*; return the descriptor of the file, which `close` closes.
 
         Raises:
             IntegrityError: Its SHA-256 is not *digest*.
-            TooLarge: It has more bytes than an object may have.
+            TooLarge: It exceeds the maximum size of an object.
         """
         self._hasher = hashlib.sha256()
         while await self.receive(body, PIECE_BYTES):
-            if self.size_bytes > self._store.most_object_bytes:
-                raise TooLarge(f"objects of at most {self._store.most_object_bytes} bytes are taken")
-        await self._store.run(lambda: self._file(self._tail))
+            if self.size_bytes > self._remote.max_object_bytes:
+                raise TooLarge(f"the object exceeds the maximum of {self._remote.max_object_bytes} bytes")
+        await self._remote.run(lambda: self._write(self._tail))
         self._tail = bytearray()
         if self._hasher.digest() != digest:
-            came = f"{self.size_bytes} bytes with SHA-256 {self._hasher.hexdigest()}"
-            raise IntegrityError(f"object {digest.hex()}: {came} came")
+            received = f"{self.size_bytes} bytes with SHA-256 {self._hasher.hexdigest()}"
+            raise IntegrityError(f"object {digest.hex()}: received {received}")
         assert self._fd is not None
         return self._fd
 
-    def load(self, blob: Incoming) -> bytes:
-        """A blob of what has come. Blocks."""
+    def load(self, blob: ReceivedBlob) -> bytes:
+        """Return a received blob. Blocks."""
         return self._read(blob.offset, blob.offset + blob.size_bytes)
 
     def load_all(self) -> bytes:
-        """All that has come. Blocks."""
+        """Return all received bytes. Blocks."""
         return self._read(0, self.size_bytes)
 
     def _read(self, start: int, end: int) -> bytes:
-        filed_bytes = self._filed_bytes
-        filed = b""
-        if start < filed_bytes:
+        file_bytes = self._file_bytes
+        from_file = b""
+        if start < file_bytes:
             assert self._fd is not None
-            filed = _read(self._fd, start, min(end, filed_bytes))
-        return filed + self._tail[max(start - filed_bytes, 0) : max(end - filed_bytes, 0)]
+            from_file = _read(self._fd, start, min(end, file_bytes))
+        return from_file + self._tail[max(start - file_bytes, 0) : max(end - file_bytes, 0)]
 
     def clear(self) -> None:
-        """What has come is needed no more."""
+        """Forget the received bytes; the file is used again."""
         self._tail = bytearray()
-        self._filed_bytes = 0
+        self._file_bytes = 0
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file, which removes it."""
         if self._fd is not None:
             os.close(self._fd)
 
-    def _file(self, data: bytearray) -> None:
+    def _write(self, data: bytearray) -> None:
         try:
             if self._fd is None:
-                self._fd = _unnamed(self._directory)
+                self._fd = _open_unnamed(self._directory)
             if self._hasher is not None:
                 self._hasher.update(data)
-            pwrite_all(self._fd, data, self._filed_bytes)
-            self._filed_bytes += len(data)
+            pwrite_all(self._fd, data, self._file_bytes)
+            self._file_bytes += len(data)
         except OSError as exc:
-            raise from_os_error(exc, "keep an upload") from exc
+            raise from_os_error(exc, "write an upload") from exc
 
 
-@contextmanager
-def uploading(store: Store, directory: Path) -> Iterator[Upload]:
-    """An Upload that ends with the block.
-
-    Args:
-        store: Whose threads write.
-        directory: Where its file is; made if it is not there.
-    """
-    upload = Upload(store, directory)
-    try:
-        yield upload
-    finally:
-        upload.close()
-
-
-async def receive_whole(body: Body, store: Store, directory: Path, most_bytes: int) -> bytes:
-    """All of a small body.
+async def receive_blobs(
+    body: PacedRequestBody, upload: Upload, max_blob_bytes: int
+) -> AsyncIterator[list[ReceivedBlob]]:
+    """Yield the blobs of a body in batches of a few MiB, or of one large blob; the next step overwrites the batch.
 
     Raises:
-        TooLarge: It has more than *most_bytes*.
+        InvalidInput: The body is not a stream of blobs, or ends early.
+        TooLarge: A blob exceeds *max_blob_bytes*.
     """
-    with uploading(store, directory) as upload:
-        await upload.receive_all(body, most_bytes)
-        return await store.run(upload.load_all)
-
-
-async def receive_blobs(body: Body, upload: Upload, most_blob_bytes: int) -> AsyncIterator[list[Incoming]]:
-    """The blobs of a body, a few MiB of them or one large one at a time; the next step forgets them.
-
-    Raises:
-        InvalidInput: It is no stream of blobs, or ends early.
-        TooLarge: A blob is larger than any can be.
-    """
-    batch: list[Incoming] = []
-    while raw := await body.exactly(blob_stream.HEADER.size):
+    batch: list[ReceivedBlob] = []
+    while raw := await body.read_exactly(blob_stream.HEADER.size):
         if len(raw) < blob_stream.HEADER.size:
             raise InvalidInput("the stream ends within a header")
-        digest, size_bytes = blob_stream.header(raw)
-        if size_bytes > most_blob_bytes:
-            raise TooLarge(f"blob {digest.hex()}: at most {most_blob_bytes} bytes are taken")
-        batch.append(Incoming(digest, upload.size_bytes, size_bytes))
-        came_bytes = await upload.receive(body, size_bytes)
-        if came_bytes < size_bytes:
-            raise InvalidInput(f"blob {digest.hex()}: the stream ends after {came_bytes} of {size_bytes} bytes")
+        digest, size_bytes = blob_stream.parse_header(raw)
+        if size_bytes > max_blob_bytes:
+            raise TooLarge(f"blob {digest.hex()}: it exceeds the maximum of {max_blob_bytes} bytes")
+        batch.append(ReceivedBlob(digest, upload.size_bytes, size_bytes))
+        received_bytes = await upload.receive(body, size_bytes)
+        if received_bytes < size_bytes:
+            raise InvalidInput(f"blob {digest.hex()}: the stream ends after {received_bytes} of {size_bytes} bytes")
         if upload.size_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_BLOBS:
             yield batch
             batch = []
@@ -178,12 +196,12 @@ def _read(fd: int, offset: int, end: int) -> bytes:
     return b"".join(parts)
 
 
-def _unnamed(directory: Path) -> int:
+def _open_unnamed(directory: Path) -> int:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         if exc.errno != errno.EOPNOTSUPP:
-            raise from_os_error(exc, f"make a file in {directory}") from exc
-    with tempfile.TemporaryFile(dir=directory) as file:  # NFS has no O_TMPFILE
+            raise from_os_error(exc, f"create a file in {directory}") from exc
+    with tempfile.TemporaryFile(dir=directory) as file:  # NFS lacks O_TMPFILE
         return os.dup(file.fileno())

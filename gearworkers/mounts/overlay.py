@@ -191,7 +191,7 @@ def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.EBADF):
             raise
-        by_path = key == "datadir+" and 0 < len(path) <= syscalls.MOST_OPTION_BYTES
+        by_path = key == "datadir+" and 0 < len(path) <= syscalls.MAX_OPTION_BYTES
         syscalls.fsconfig_string(context_fd, key, path if by_path else b"/proc/self/fd/%d" % layer_fd)
 
 

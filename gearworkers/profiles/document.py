@@ -133,7 +133,7 @@ def save_profile(remote: Remote, name: str, profile: Profile, *, extend: bool) -
         GearError: The remote refuses.
     """
     for _ in range(_ATTEMPTS):
-        found = remote.versioned(name)
+        found = remote.get_document(name)
         known = None if found is None else _readable(found.data)
         if known is not None and not extend:
             return False

@@ -1,7 +1,7 @@
-"""Remotes: where objects are kept for all nodes. The terms stand in `blobstore`; `factory` opens the configured one.
+"""Remotes, which keep objects for all nodes. `blobstore` defines the terms; `factory` opens the configured remote.
 
-From the bottom up: `blobstore` (the interface), `encoding` (how blobs are written), `chunking` (where large objects
-are cut), `directory`, `bucket`, `s3` and `manager` (the stores), `decorators` (retry, limits, a nearer store),
-`buffered` (many small puts become a few), `remote` (verified contents over blobs), `factory` (which of them the
-settings ask for), `push` (moves the push queue to the remote).
+From the bottom up: `blobstore` (the interface), `encoding` (the format of blobs), `chunking` (cutting large objects);
+`directory`, `bucket`, `s3` and `manager` (the kinds of stores); `retry`, `bounded`, `cached` and `buffered`
+(decorators around a store); `remote` (verified contents over blobs), `factory` (the stack that the settings name),
+`push` (moves the push queue to the remote).
 """

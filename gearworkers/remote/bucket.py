@@ -1,6 +1,6 @@
-"""Blobs in S3 or in memory: what obstore reaches.
+"""Blobs in S3 or in memory, through obstore.
 
-Keys: `blob_name` for blobs, `versions.version_name` for documents.
+Keys: `blob_name` for blobs, `documents.version_name` for documents.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from gearworkers.errors import (
     from_os_error,
 )
 from gearworkers.remote.blobstore import Document, blob_name
-from gearworkers.remote.documents import directory_name, newest, put_version, version_name, versions_among
+from gearworkers.remote.documents import directory_name, newest_version, put_version, version_name, versions_among
 
 
-class Bucket:
-    """A `BlobStore` over one of obstore's stores; tries once, waits as long as it takes: for decorators to better."""
+class BucketStore:
+    """A `BlobStore` over a store of obstore; it neither retries nor limits the time of a call."""
 
     _used_by = 0
 
-    def __init__(self, name: str, store: ObjectStore) -> None:
+    def __init__(self, location: str, store: ObjectStore) -> None:
         """
         Args:
-            name: What errors call it.
-            store: Of obstore's.
+            location: Its name in errors.
+            store: A store of obstore.
         """
-        self.where = name
+        self.location = location
         self._unchecked_store = store
 
     # -- blobs
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
-        """One HEAD each."""
+        """Send a HEAD for each."""
         found = set()
         for digest in digests:
             try:
-                with self._asked(f"look for {digest.hex()} in"):
+                with self._translated(f"look for {digest.hex()} in"):
                     obstore.head(self._store(), blob_name(digest))
             except NotFound:
                 continue
@@ -55,12 +55,12 @@ class Bucket:
         return found
 
     def get(self, digest: bytes) -> bytes:
-        """One GET."""
-        with self._asked(f"get {digest.hex()} from"):
+        """Send a GET."""
+        with self._translated(f"get {digest.hex()} from"):
             return obstore.get(self._store(), blob_name(digest)).bytes().to_bytes()
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """One after the other."""
+        """Get one after the other."""
         for digest in digests:
             try:
                 yield digest, self.get(digest)
@@ -68,93 +68,100 @@ class Bucket:
                 continue
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """One after the other."""
-        with self._asked(f"put {len(blobs)} blobs into", missing="there is no such bucket"):
+        """Put one after the other."""
+        with self._translated(f"put {len(blobs)} blobs into", not_found="there is no such bucket"):
             for digest, blob in blobs:
                 obstore.put(self._store(), blob_name(digest), blob)
 
     # -- documents
 
     def get_document(self, name: str) -> Document | None:
-        """List, then get the newest."""
-        return newest(self, name)
+        """List the versions, then get the newest."""
+        return newest_version(self, name)
 
     def put_document(self, name: str, document: Document) -> None:
-        """List, create, delete what is too old."""
+        """List the versions, create the new one, delete old ones."""
         put_version(self, name, document)
 
     def versions(self, name: str) -> list[int]:
-        """One listing."""
-        with self._asked(f"list document {name} of"):
+        """Send a list request."""
+        with self._translated(f"list document {name} of"):
             found = obstore.list_with_delimiter(self._store(), directory_name(name))["objects"]
         return versions_among(item["path"].rpartition("/")[2] for item in found)
 
     def read_version(self, name: str, version: int) -> bytes:
-        """One GET."""
-        with self._asked(f"get document {name} from"):
+        """Send a GET."""
+        with self._translated(f"get document {name} from"):
             return obstore.get(self._store(), version_name(name, version)).bytes().to_bytes()
 
     def create_version(self, name: str, document: Document) -> None:
-        """One conditional PUT."""
-        with self._asked(f"put document {name} into"):
+        """Send a conditional PUT."""
+        with self._translated(f"put document {name} into"):
             obstore.put(self._store(), version_name(name, document.version), document.data, mode="create")
 
     def remove_version(self, name: str, version: int) -> None:
-        """One DELETE."""
+        """Send a DELETE."""
         try:
             obstore.delete(self._store(), version_name(name, version))
         except (foreign.BaseError, OSError):
-            pass  # it is gone, or it is garbage
+            pass  # it is gone, or the next put removes it
 
     def close(self) -> None:
-        """Nothing is held: obstore's connections end with the object."""
+        """Do nothing: obstore's connections end with the object."""
 
     # -- the store
 
-    def _asked(self, tried: str, missing: str = "it is not there") -> AbstractContextManager[None]:
-        """Around what is asked of obstore."""
-        return translated(f"{tried} {self.where}", missing)
+    def _translated(self, action: str, not_found: str = "not found") -> AbstractContextManager[None]:
+        return translated(f"{action} {self.location}", not_found)
 
     def _store(self) -> ObjectStore:
-        """
+        """Return obstore's store.
+
         Raises:
-            FailedPrecondition: This process was forked from one that had used obstore, whose threads it lacks: it
-                would wait for ever.
+            FailedPrecondition: An ancestor of this process used obstore before the fork. The threads of obstore do not
+                exist here, so a call would wait for ever.
         """
-        if Bucket._used_by not in (0, os.getpid()):
-            raise FailedPrecondition(f"{self.where}: process {Bucket._used_by} used it before this one was forked")
-        Bucket._used_by = os.getpid()
+        if BucketStore._used_by not in (0, os.getpid()):
+            raise FailedPrecondition(
+                f"{self.location}: process {BucketStore._used_by} used obstore before this one was forked"
+            )
+        BucketStore._used_by = os.getpid()
         return self._unchecked_store
 
 
-def in_memory() -> Bucket:
-    """A store that ends with the process."""
-    return Bucket("memory", MemoryStore())
+def memory_store() -> BucketStore:
+    """Return a store that ends with the process."""
+    return BucketStore("memory", MemoryStore())
 
 
 @contextmanager
-def translated(tried: str, missing: str = "it is not there") -> Iterator[None]:
-    """Tell obstore's errors in ours; *missing* is what it means that something is not found."""
+def translated(tried: str, not_found: str = "not found") -> Iterator[None]:
+    """Raise obstore's errors as ours.
+
+    Args:
+        tried: The attempted call, the first half of the message.
+        not_found: The meaning of "not found" for this call.
+    """
     try:
         yield
     except FileNotFoundError as exc:
-        raise NotFound(f"{tried}: {missing}") from exc
+        raise NotFound(f"{tried}: {not_found}") from exc
     except OSError as exc:
         raise from_os_error(exc, tried) from exc
     except foreign.BaseError as exc:
-        raise _in_our_words(exc, tried) from exc
+        raise _from_obstore_error(exc, tried) from exc
 
 
-def _in_our_words(exc: foreign.BaseError, tried: str) -> GearError:
-    """What the store said, without its debug print."""
-    said, _, _ = str(exc).partition("\n")
-    text = f"{tried}: {said}"
+def _from_obstore_error(exc: foreign.BaseError, tried: str) -> GearError:
+    """Keep the message of the store, without its debug output."""
+    message, _, _ = str(exc).partition("\n")
+    text = f"{tried}: {message}"
     if isinstance(exc, foreign.AlreadyExistsError | foreign.PreconditionError):
         return AlreadyExists(text)
     if isinstance(exc, foreign.NotFoundError):
         return NotFound(text)
     if isinstance(exc, foreign.PermissionDeniedError | foreign.UnauthenticatedError):
-        return FailedPrecondition(f"{text}; see to the credentials")
+        return FailedPrecondition(f"{text}; check the credentials")
     if isinstance(exc, foreign.InvalidPathError | foreign.NotSupportedError | foreign.UnknownConfigurationKeyError):
         return InvalidInput(text)
     return Unavailable(text)

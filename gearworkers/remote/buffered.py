@@ -1,4 +1,4 @@
-"""Many small puts become a few large ones: for who needs to know only at the end that all is durable."""
+"""A store that turns many small puts into a few large ones."""
 
 from __future__ import annotations
 
@@ -10,76 +10,77 @@ from gearworkers.remote import encoding
 from gearworkers.remote.blobstore import BlobStore, Document
 
 
-class Gathered:
-    """A `BlobStore` whose puts are visible and durable only after `flush`; what waits is bounded in bytes.
+class BufferedStore:
+    """A `BlobStore` whose puts are visible and durable only after `flush`, for callers that need that only at the end.
 
-    Layouts are put when all contents before them are there, so none is ever seen without its chunks.
+    The buffer is limited in bytes. Layouts are put after all contents that were put before them, so a visible layout
+    never lacks its chunks.
     """
 
-    def __init__(self, blobs: BlobStore, *, most_bytes: int) -> None:
+    def __init__(self, blobs: BlobStore, *, buffer_bytes: int) -> None:
         """
         Args:
-            blobs: Where they go.
-            most_bytes: When more wait, whoever puts flushes; others who put wait for it.
+            blobs: Stores the flushed blobs.
+            buffer_bytes: A put that exceeds this size flushes the buffer; other puts wait for it.
         """
         self._blobs = blobs
-        self._most_bytes = most_bytes
-        self._waiting: dict[bytes, bytes] = {}
-        self._waiting_bytes = 0
+        self._max_bytes = buffer_bytes
+        self._buffer: dict[bytes, bytes] = {}
+        self._buffered_bytes = 0
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._broken: GearError | None = None
+        self._failure: GearError | None = None
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
-        """Those that wait, too."""
+        """Return the digests whose blobs are buffered or stored."""
         with self._lock:
-            waiting = {digest for digest in digests if digest in self._waiting}
-        others = [digest for digest in digests if digest not in waiting]
-        return waiting | self._blobs.present(others) if others else waiting
+            buffered = {digest for digest in digests if digest in self._buffer}
+        others = [digest for digest in digests if digest not in buffered]
+        return buffered | self._blobs.present(others) if others else buffered
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Have them wait."""
+        """Add them to the buffer; flush it if it is full."""
         with self._lock:
             for digest, blob in blobs:
-                if digest not in self._waiting:
-                    self._waiting[digest] = blob
-                    self._waiting_bytes += len(blob)
-            is_full = self._waiting_bytes > self._most_bytes
+                if digest not in self._buffer:
+                    self._buffer[digest] = blob
+                    self._buffered_bytes += len(blob)
+            is_full = self._buffered_bytes > self._max_bytes
         if is_full:
             self.flush()
 
     def flush(self) -> None:
-        """Put all that waits; after an error nothing is put any more."""
+        """Put all buffered blobs into the store; after an error no later flush puts anything."""
         with self._flushing:
-            if self._broken is not None:
-                raise self._broken
+            if self._failure is not None:
+                raise self._failure
             with self._lock:
-                waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
-            layouts = [(digest, blob) for digest, blob in waiting.items() if encoding.is_layout(blob)]
-            contents = [(digest, blob) for digest, blob in waiting.items() if not encoding.is_layout(blob)]
+                buffer, self._buffer, self._buffered_bytes = self._buffer, {}, 0
+            layouts = [(digest, blob) for digest, blob in buffer.items() if encoding.is_layout(blob)]
+            contents = [(digest, blob) for digest, blob in buffer.items() if not encoding.is_layout(blob)]
             try:
                 for part in (contents, layouts):
                     if part:
                         self._blobs.put_many(part)
             except GearError as exc:
-                self._broken = exc
+                self._failure = exc
                 raise
 
     def get(self, digest: bytes) -> bytes:
-        """As the store's."""
+        """Ask the store."""
         return self._blobs.get(digest)
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """As the store's."""
+        """Ask the store."""
         return self._blobs.get_many(digests)
 
     def get_document(self, name: str) -> Document | None:
-        """As the store's."""
+        """Ask the store."""
         return self._blobs.get_document(name)
 
     def put_document(self, name: str, document: Document) -> None:
-        """As the store's, at once."""
+        """Put it into the store at once."""
         self._blobs.put_document(name, document)
 
     def close(self) -> None:
-        """The store is somebody else's."""
+        """Leave the store open: it belongs to the caller."""

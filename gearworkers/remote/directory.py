@@ -1,13 +1,15 @@
-"""Blobs in a directory, local or on NFS, by plain system calls: a conversion makes thousands of files in a second.
+"""Blobs in a directory, local or on NFS, through plain system calls: a conversion creates thousands of files a second.
 
-Paths: `blob_name` for blobs, `versions.version_name` for documents, as the keys of a bucket; ``staging/…``.
+Paths: `blob_name` for blobs, `documents.version_name` for documents, as the keys of a bucket; ``staging/…`` for
+temporary files.
 
-Order of writes: temporary files, sync, names, sync of the names; so neither a crash nor a power cut shows a blob in
-part.
+Order of writes: temporary files, sync, names, sync of the names. So neither a crash nor a power cut shows a partial
+blob.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import time
@@ -15,52 +17,53 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gearworkers.errors import NotFound, from_os_error
+from gearworkers.errors import NotFound, Unavailable, from_os_error
 from gearworkers.remote.blobstore import Document, blob_name
-from gearworkers.remote.directory_root import Root
-from gearworkers.remote.documents import directory_name, newest, put_version, version_name, versions_among
+from gearworkers.remote.documents import directory_name, newest_version, put_version, version_name, versions_among
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.writing import write_all
 
 _STAGING = "staging"
-_LEFT_BEHIND_S = 24 * 3600
-_SYNC_EACH = 8
-"""So many files are synced one by one; of more, the whole file system at once."""
-_Name = Callable[[str, str], None]
+_DATA_DIRECTORIES = ("objects", "documents")
+_STALE_S = 24 * 3600
+_MAX_FSYNCS = 8
+"""Up to this many files are synced one by one; for more, the whole file system is."""
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
+_Rename = Callable[[str, str], None]
 
-class Directory:
-    """A `BlobStore` in a directory; tries once, waits as long as the file system does: for decorators to better."""
 
-    def __init__(self, path: Path, notes: Path | None = None) -> None:
+class DirectoryStore:
+    """A `BlobStore` in a directory; it neither retries nor limits the time of a call."""
+
+    def __init__(self, path: Path, markers: Path | None = None) -> None:
         """
         Args:
-            path: Where it lies; it must be there (`Root`).
-            notes: As `Root` takes it.
+            path: The directory. It must exist: the administrator creates it for a new remote.
+            markers: As `MountCheck` takes it.
         """
-        self._root = Root(path, notes)
-        self.where = str(path)
+        self._mount = MountCheck(path, markers)
+        self.location = str(path)
         self._made: set[str] = set()
-        self._tidied = False
+        self._is_tidied = False
 
     # -- blobs
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
-        """One stat each."""
-        with self._asked("look for blobs in"):
+        """Stat each."""
+        with self._translated("look for blobs in"):
             found = {digest for digest in digests if _exists(self._path(digest))}
             if len(found) < len(digests):
-                self._root.check()
+                self._mount.check()
         return found
 
     def get(self, digest: bytes) -> bytes:
-        """One read."""
-        with self._asked(f"get {digest.hex()} from"):
+        """Read the file."""
+        with self._translated(f"get {digest.hex()} from"):
             return _read(self._path(digest))
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """One after the other."""
+        """Read one after the other."""
         for digest in digests:
             try:
                 yield digest, self.get(digest)
@@ -68,87 +71,87 @@ class Directory:
                 continue
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Written, synced together, named, the names synced."""
+        """Write all, sync them together, rename them, sync the names."""
         if not blobs:
             return
-        with self._asked(f"put {len(blobs)} blobs into"):
-            self._place([(self._path(digest), blob) for digest, blob in blobs], os.rename)
+        with self._translated(f"put {len(blobs)} blobs into"):
+            self._publish([(self._path(digest), blob) for digest, blob in blobs], os.rename)
 
     # -- documents
 
     def get_document(self, name: str) -> Document | None:
-        """List, then read the newest."""
-        return newest(self, name)
+        """List the versions, then read the newest."""
+        return newest_version(self, name)
 
     def put_document(self, name: str, document: Document) -> None:
-        """List, create, remove what is too old."""
+        """List the versions, create the new one, remove old ones."""
         put_version(self, name, document)
 
     def versions(self, name: str) -> list[int]:
-        """One listing."""
-        with self._asked(f"list document {name} of"):
+        """List the document's directory."""
+        with self._translated(f"list document {name} of"):
             try:
-                return versions_among(os.listdir(f"{self.where}/{directory_name(name)}"))
+                return versions_among(os.listdir(f"{self.location}/{directory_name(name)}"))
             except (FileNotFoundError, NotADirectoryError):
-                self._root.check()
+                self._mount.check()
                 return []
 
     def read_version(self, name: str, version: int) -> bytes:
-        """One read."""
-        with self._asked(f"get document {name} from"):
+        """Read the file."""
+        with self._translated(f"get document {name} from"):
             return _read(self._version_path(name, version))
 
     def create_version(self, name: str, document: Document) -> None:
-        """As a blob, but by link: never over another's."""
-        with self._asked(f"put document {name} into"):
-            self._place([(self._version_path(name, document.version), document.data)], _link)
+        """Write it as a blob, but link it: a link never replaces another writer's version."""
+        with self._translated(f"put document {name} into"):
+            self._publish([(self._version_path(name, document.version), document.data)], _rename_new)
 
     def remove_version(self, name: str, version: int) -> None:
-        """One unlink."""
+        """Unlink the file."""
         _remove(self._version_path(name, version))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the store holds no resources."""
 
     # -- steps
 
     @contextmanager
-    def _asked(self, tried: str) -> Iterator[None]:
-        """What is not to be found may be away with its whole file system."""
+    def _translated(self, action: str) -> Iterator[None]:
+        """Raise OSErrors as ours; a missing file may mean that its file system is not mounted."""
         try:
             yield
         except FileNotFoundError as exc:
-            self._root.check()
-            raise NotFound(f"{tried} {self.where}: it is not there") from exc
+            self._mount.check()
+            raise NotFound(f"{action} {self.location}: not found") from exc
         except NotADirectoryError as exc:
-            self._root.check()
-            raise from_os_error(exc, f"{tried} {self.where}") from exc
+            self._mount.check()
+            raise from_os_error(exc, f"{action} {self.location}") from exc
         except OSError as exc:
-            raise from_os_error(exc, f"{tried} {self.where}") from exc
+            raise from_os_error(exc, f"{action} {self.location}") from exc
 
-    def _place(self, items: Sequence[tuple[str, bytes]], name: _Name) -> None:
-        """Give bytes their names, by rename or, if the name must be new, by link."""
+    def _publish(self, files: Sequence[tuple[str, bytes]], rename: _Rename) -> None:
+        """Create the files (path, content): `os.rename` replaces existing ones, `_rename_new` fails on them."""
         try:
-            self._place_below_made(items, name)
-        except FileNotFoundError:  # somebody removed a directory that was made
+            self._publish_once(files, rename)
+        except FileNotFoundError:  # a directory was removed after this process had made it
             self._made.clear()
-            self._place_below_made(items, name)
+            self._publish_once(files, rename)
 
-    def _place_below_made(self, items: Sequence[tuple[str, bytes]], name: _Name) -> None:
-        self._root.check()
+    def _publish_once(self, files: Sequence[tuple[str, bytes]], rename: _Rename) -> None:
+        self._mount.check()
         self._tidy()
-        self._make(f"{self.where}/{_STAGING}")
+        self._make(f"{self.location}/{_STAGING}")
         batch = secrets.token_hex(12)
-        staged = [f"{self.where}/{_STAGING}/{batch}-{number}" for number in range(len(items))]
+        staged = [f"{self.location}/{_STAGING}/{batch}-{number}" for number in range(len(files))]
         try:
-            for temporary, (_, data) in zip(staged, items, strict=True):
+            for temporary, (_, data) in zip(staged, files, strict=True):
                 _write(temporary, data)
             self._sync(staged)
-            for temporary, (path, _) in zip(staged, items, strict=True):
+            for temporary, (path, _) in zip(staged, files, strict=True):
                 self._make(os.path.dirname(path))
-                name(temporary, path)
-            self._sync(list({os.path.dirname(path) for path, _ in items}))
-            self._root.note()
+                rename(temporary, path)
+            self._sync(list({os.path.dirname(path) for path, _ in files}))
+            self._mount.mark()
         except BaseException:
             for temporary in staged:
                 _remove(temporary)
@@ -160,35 +163,89 @@ class Directory:
             self._made.add(directory)
 
     def _sync(self, paths: Sequence[str]) -> None:
-        """Have files, or directories with the names in them and above, survive a power cut."""
-        if len(paths) > _SYNC_EACH:
-            _with_open(self.where, kernel.syncfs)
+        """Make files, or directories with the names in them and above, survive a power cut."""
+        if len(paths) > _MAX_FSYNCS:
+            _with_open(self.location, kernel.syncfs)
             return
         for path in paths:
             _with_open(path, os.fsync)
-            while os.path.isdir(path) and path != self.where:
+            while os.path.isdir(path) and path != self.location:
                 path = os.path.dirname(path)
                 _with_open(path, os.fsync)
 
     def _tidy(self) -> None:
-        """Once, remove what crashed writers have left in staging."""
-        if self._tidied:
+        """Remove the files that crashed writers have left in staging; once per process."""
+        if self._is_tidied:
             return
-        self._tidied = True
-        before_s = time.time() - _LEFT_BEHIND_S
+        self._is_tidied = True
+        before_s = time.time() - _STALE_S
         try:
-            with os.scandir(f"{self.where}/{_STAGING}") as entries:
-                left = [entry.path for entry in entries if entry.stat(follow_symlinks=False).st_mtime < before_s]
+            with os.scandir(f"{self.location}/{_STAGING}") as entries:
+                stale = [entry.path for entry in entries if entry.stat(follow_symlinks=False).st_mtime < before_s]
         except FileNotFoundError:
             return
-        for path in left:
+        for path in stale:
             _remove(path)
 
     def _path(self, digest: bytes) -> str:
-        return f"{self.where}/{blob_name(digest)}"
+        return f"{self.location}/{blob_name(digest)}"
 
     def _version_path(self, name: str, version: int) -> str:
-        return f"{self.where}/{version_name(name, version)}"
+        return f"{self.location}/{version_name(name, version)}"
+
+
+class MountCheck:
+    """Detects that the file system of a remote's directory is not mounted.
+
+    Files written to the bare mount point would lie on the local disk, hidden from all other nodes, and reads would find
+    nothing. So the directory is never created, and a directory that has held blobs and is empty counts as not mounted.
+    """
+
+    def __init__(self, path: Path, markers: Path | None = None) -> None:
+        """
+        Args:
+            path: The directory.
+            markers: A local directory for the marker file of remotes that have held blobs. None: remember that in
+                memory only.
+        """
+        self._path = path
+        self._marker = None if markers is None else markers / hashlib.sha256(os.fsencode(path)).hexdigest()
+        self._is_marked = False
+
+    def check(self) -> None:
+        """Check that the directory is mounted.
+
+        Raises:
+            Unavailable: Its file system is not mounted, or the directory of a new remote does not exist.
+        """
+        try:
+            if any((self._path / name).is_dir() for name in _DATA_DIRECTORIES):
+                self.mark()
+                return
+            is_there = self._path.is_dir()
+        except OSError as exc:
+            raise from_os_error(exc, f"look at {self._path}") from exc
+        if not is_there:
+            raise Unavailable(
+                f"{self._path} does not exist: mount its file system, or create the directory for a new remote"
+            )
+        if self._is_marked or (self._marker is not None and self._marker.exists()):
+            raise Unavailable(
+                f"{self._path} held objects and is empty: mount its file system; to start a new remote here, "
+                f"create {self._path / _DATA_DIRECTORIES[0]}"
+            )
+
+    def mark(self) -> None:
+        """Note that the directory holds blobs; if the marker cannot be written, only this process remembers it."""
+        if self._is_marked:
+            return
+        self._is_marked = True
+        if self._marker is not None:
+            try:
+                self._marker.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._marker.touch()
+            except OSError:
+                pass
 
 
 def _exists(path: str) -> bool:
@@ -212,8 +269,8 @@ def _write(path: str, data: bytes) -> None:
         os.close(fd)
 
 
-def _link(temporary: str, path: str) -> None:
-    """As rename, but never over another's."""
+def _rename_new(temporary: str, path: str) -> None:
+    """Rename, but fail with FileExistsError instead of replacing a file."""
     os.link(temporary, path)
     os.unlink(temporary)
 
@@ -222,7 +279,7 @@ def _remove(path: str) -> None:
     try:
         os.unlink(path)
     except OSError:
-        pass  # it is gone, or it is garbage
+        pass  # it is gone, or a later run removes it
 
 
 def _with_open(path: str, call: Callable[[int], None]) -> None:

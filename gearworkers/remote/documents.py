@@ -1,7 +1,7 @@
-"""Documents in a directory or bucket: each version has a name of its own, and the newest is what the document holds.
+"""Documents in a directory or bucket: each version has a name of its own, and the newest one counts.
 
-Order of writes: the new version, created whole; then what is older than the one before goes, since somebody may be
-about to read that.
+Order of writes: the new version is created whole; then all versions older than its predecessor are removed. The
+predecessor stays, since a reader may have listed it and not read it yet.
 """
 
 from __future__ import annotations
@@ -13,82 +13,83 @@ from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.remote.blobstore import Document
 
 _MARK = "@"
-_LOOKS = 3
-"""At a document that others keep replacing, before whoever asks is told to come again."""
+_READ_ATTEMPTS = 3
+"""Attempts at a document that others keep replacing."""
 
 
-class Versions(Protocol):
+class VersionStore(Protocol):
     """A place that keeps the versions of documents side by side."""
 
-    where: str
-    """What errors call it."""
+    location: str
+    """The place's name in errors."""
 
     def versions(self, name: str) -> list[int]:
-        """Those that are there of a document, in any order."""
+        """Return the versions that a document has, in any order."""
 
     def read_version(self, name: str, version: int) -> bytes:
-        """
+        """Return the content of a version.
+
         Raises:
-            NotFound: It is not there, or not any more.
+            NotFound: It does not exist (any more).
         """
 
     def create_version(self, name: str, document: Document) -> None:
-        """Durable when it returns.
+        """Store a new version, durably.
 
         Raises:
-            AlreadyExists: It is there; that one stays.
+            AlreadyExists: It exists and stays as it is.
         """
 
     def remove_version(self, name: str, version: int) -> None:
-        """One that is gone, or cannot be removed, is garbage and no error."""
+        """Remove a version; one that is gone, or cannot be removed, is no error."""
 
 
 def version_name(name: str, version: int) -> str:
-    """Where a version lies below the place's root."""
+    """Return the path of a version below the place's root."""
     return f"{directory_name(name)}/{_MARK}{version:010d}"
 
 
 def directory_name(name: str) -> str:
-    """Where all versions of a document lie, and the documents whose names begin with this one's."""
+    """Return the directory of a document's versions, and of the documents whose names begin with its name."""
     return f"documents/{name}"
 
 
 def versions_among(names: Iterable[str]) -> list[int]:
-    """The versions among what lies in a document's directory; a document's name begins with no mark."""
+    """Return the versions among the names in a document's directory; names of documents never begin with the mark."""
     return [int(name[1:]) for name in names if name[:1] == _MARK and name[1:].isdigit()]
 
 
-def newest(place: Versions, name: str) -> Document | None:
-    """What a document holds; None if there is none.
+def newest_version(place: VersionStore, name: str) -> Document | None:
+    """Return the newest version of a document; None if it has none.
 
     Raises:
-        Unavailable: Its newest version is listed, and not there when it is read, each time.
+        Unavailable: The newest version is listed, but cannot be read, at each attempt.
     """
-    for _ in range(_LOOKS):
+    for _ in range(_READ_ATTEMPTS):
         version = max(place.versions(name), default=0)
         if not version:
             return None
         try:
             return Document(place.read_version(name, version), version)
         except NotFound:
-            continue  # replaced twice since it was listed, or the listing is wrong
+            continue  # two versions came since the listing, or the listing is wrong
     raise Unavailable(
-        f"document {name} of {place.where}: version {version} is listed and cannot be read; "
-        f"if it stays so, remove {version_name(name, version)}"
+        f"document {name} of {place.location}: version {version} is listed and cannot be read; "
+        f"if this persists, remove {version_name(name, version)}"
     )
 
 
-def put_version(place: Versions, name: str, document: Document) -> None:
-    """Have a document hold this.
+def put_version(place: VersionStore, name: str, document: Document) -> None:
+    """Store a new version of a document.
 
     Raises:
-        AlreadyExists: There is this version already, or a later one.
+        AlreadyExists: It has this version or a later one.
 
     Crash: may leave older versions, which the next put removes.
     """
     versions = place.versions(name)
     if any(version >= document.version for version in versions):
-        raise AlreadyExists(f"document {name} of {place.where} has version {max(versions)} already")
+        raise AlreadyExists(f"document {name} of {place.location} already has version {max(versions)}")
     place.create_version(name, document)
     for version in versions:
         if version < document.version - 1:

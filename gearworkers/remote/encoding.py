@@ -1,12 +1,12 @@
-"""Blobs: how contents and layouts are written.
+"""The format of blobs, which hold contents and layouts.
 
-A blob begins with one byte that says what follows:
-    R  a content as it is
-    Z  a content as one zstd frame that tells its size
-    L  a layout: SHA-256 of the object's digest and all that follows, then records of a chunk's size (u32,
+The first byte of a blob is its kind:
+    R  a content, uncompressed
+    Z  a content as one zstd frame that states its size
+    L  a layout: SHA-256 of the object's digest and the rest of the blob, then records of a chunk's size (u32,
        little-endian) and its SHA-256, in the order of the object
-A content is LARGE_BYTES long at most: what is longer has a layout. So a blob of any object is read whole into
-memory; a layout takes 0.05 % of its object.
+Objects of LARGE_BYTES and more have a layout. So the blob of any object fits in memory; a layout takes 0.05 % of its
+object.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from gearworkers.errors import IntegrityError
 from gearworkers.fetch.source import Chunk
 
 LARGE_BYTES = 1 << 20
-"""From this size on an object is kept in chunks."""
+"""Objects of this size and above are stored in chunks."""
 
-MOST_CONTENT_BYTES = 4 << 20
-"""What a reader lets a blob unpack to."""
+MAX_CONTENT_BYTES = 4 << 20
+"""Largest content that a reader unpacks from a blob."""
 
-MOST_BLOB_BYTES = 128 << 20
-"""What a reader takes for a blob: the layout of an object of some 250 GB."""
+MAX_BLOB_BYTES = 128 << 20
+"""Largest blob that a reader accepts: the layout of an object of about 250 GB."""
 
 _RAW, _ZSTD, _LAYOUT = b"R", b"Z", b"L"
 _RECORD = struct.Struct(f"<I{DIGEST_BYTES}s")
 RECORD_BYTES = _RECORD.size
-"""What a chunk takes in a layout."""
+"""Size of a chunk's record in a layout."""
 _LEVEL = 3
 
 
 class _PerThread(threading.local):
-    """zstd's contexts serve one thread at a time, and take longer to make than a small content to compress."""
+    """zstd's contexts, each for one thread at a time; creating one takes longer than compressing a small content."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
@@ -50,7 +50,7 @@ _zstd = _PerThread()
 
 
 def encode(content: bytes | memoryview) -> bytes:
-    """The blob of a content, whichever is smaller."""
+    """Return the blob of a content, compressed if that makes it smaller."""
     packed = _zstd.compressor.compress(content)
     if len(packed) < len(content):
         return _ZSTD + packed
@@ -58,28 +58,28 @@ def encode(content: bytes | memoryview) -> bytes:
 
 
 def encode_layout(digest: bytes, chunks: Iterable[tuple[int, bytes]]) -> bytes:
-    """The blob of a large object, given (size in bytes, digest) of its chunks in order."""
+    """Return the blob of a large object, given the (size in bytes, digest) of its chunks in order."""
     records = b"".join(_RECORD.pack(size_bytes, chunk_digest) for size_bytes, chunk_digest in chunks)
     return _LAYOUT + _layout_sum(digest, records) + records
 
 
 def _layout_sum(digest: bytes, records: bytes | memoryview) -> bytes:
-    """So that a damaged layout is known before its chunks are fetched."""
+    """Return the checksum that shows damage before any chunk is fetched."""
     hasher = hashlib.sha256(digest)
     hasher.update(records)
     return hasher.digest()
 
 
 def is_layout(blob: bytes) -> bool:
-    """Whether it is a large object's."""
+    """Return whether it is the blob of a large object."""
     return blob[:1] == _LAYOUT
 
 
 def decode(digest: bytes, blob: bytes) -> bytes:
-    """The content of a blob, verified.
+    """Return the verified content of a blob.
 
     Raises:
-        IntegrityError: It is not what *digest* says, or no content at all.
+        IntegrityError: The blob is damaged, holds another content, or is a layout.
     """
     content = _unpacked(digest, blob)
     if hashlib.sha256(content).digest() != digest:
@@ -88,47 +88,47 @@ def decode(digest: bytes, blob: bytes) -> bytes:
 
 
 def decode_layout(digest: bytes, blob: bytes) -> list[Chunk]:
-    """The chunks of a large object; that they make it up is known when all of them are there.
+    """Return the chunks of a large object; their contents verify the object's digest.
 
     Raises:
-        IntegrityError: The blob is no layout, or damaged.
+        IntegrityError: The blob is damaged or not a layout.
     """
-    return list(chunks_in(digest, blob))
+    return list(iter_layout(digest, blob))
 
 
-def chunks_in(digest: bytes, blob: bytes) -> Iterator[Chunk]:
-    """As `decode_layout`, one after the other: for those who take any object, and hold no list of a million chunks."""
+def iter_layout(digest: bytes, blob: bytes) -> Iterator[Chunk]:
+    """Yield the chunks of `decode_layout` one by one, for callers that must not hold a list of a million chunks."""
     records = memoryview(blob)[1 + DIGEST_BYTES :]
     is_whole = is_layout(blob) and len(records) > 0 and len(records) % _RECORD.size == 0
     if not is_whole or blob[1 : 1 + DIGEST_BYTES] != _layout_sum(digest, records):
         raise IntegrityError(f"layout of {digest.hex()}: damaged, {len(blob)} bytes")
     at = 0
     for size_bytes, chunk_digest in _RECORD.iter_unpack(records):
-        if not 0 < size_bytes <= MOST_CONTENT_BYTES:
+        if not 0 < size_bytes <= MAX_CONTENT_BYTES:
             raise IntegrityError(f"layout of {digest.hex()}: a chunk of {size_bytes} bytes")
         yield Chunk(at, size_bytes, chunk_digest)
         at += size_bytes
 
 
-def check(digest: bytes, blob: bytes) -> None:
-    """See that a blob is what its digest says, as far as it can be seen from the blob alone.
+def verify(digest: bytes, blob: bytes) -> None:
+    """Verify a blob as far as the blob alone allows: a content by its digest, a layout by its checksum.
 
     Raises:
-        IntegrityError: It is not.
+        IntegrityError: The blob is wrong.
     """
     if is_layout(blob):
-        layout_bytes(digest, blob)
+        object_size(digest, blob)
     else:
         decode(digest, blob)
 
 
-def layout_bytes(digest: bytes, blob: bytes) -> int:
-    """The size of a large object, given its blob.
+def object_size(digest: bytes, blob: bytes) -> int:
+    """Return the size in bytes of a large object, given its layout.
 
     Raises:
-        IntegrityError: The blob is no layout.
+        IntegrityError: The blob is damaged or not a layout.
     """
-    return sum(chunk.size_bytes for chunk in chunks_in(digest, blob))
+    return sum(chunk.size_bytes for chunk in iter_layout(digest, blob))
 
 
 def _unpacked(digest: bytes, blob: bytes) -> bytes:
@@ -136,10 +136,10 @@ def _unpacked(digest: bytes, blob: bytes) -> bytes:
     if kind == _RAW:
         return bytes(payload)
     if kind != _ZSTD:
-        raise IntegrityError(f"content {digest.hex()}: a blob of an unknown kind, {blob[:1]!r}")
+        raise IntegrityError(f"content {digest.hex()}: the blob has an unknown kind, {blob[:1]!r}")
     try:
         size_bytes = zstandard.frame_content_size(payload)
-        if not 0 <= size_bytes <= MOST_CONTENT_BYTES:
+        if not 0 <= size_bytes <= MAX_CONTENT_BYTES:
             raise IntegrityError(f"content {digest.hex()}: unpacks to {size_bytes} bytes")
         return _zstd.decompressor.decompress(payload)
     except zstandard.ZstdError as exc:

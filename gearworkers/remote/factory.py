@@ -1,4 +1,10 @@
-"""Which remote the settings ask for; the one place where stores and their decorators are stacked."""
+"""Opens the remote that the settings name; the only place that stacks stores and their decorators.
+
+Every store is stacked the same way: the store of its kind, retries, limits where the store has none of its own, and a
+cache if the node has one::
+
+    CachedStore(BoundedStore(RetryingStore(DirectoryStore(nfs/))), BoundedStore(RetryingStore(…)))
+"""
 
 from __future__ import annotations
 
@@ -8,41 +14,74 @@ from pathlib import Path
 from gearworkers.errors import FailedPrecondition, InvalidInput
 from gearworkers.mounts.mountinfo import is_mount_point
 from gearworkers.remote.blobstore import BlobStore
-from gearworkers.remote.decorators import Bounded, Cached, Retried
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.bounded import BoundedStore, Limits
+from gearworkers.remote.cached import CachedStore
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
-from gearworkers.remote.s3 import in_s3
+from gearworkers.remote.retry import RetryingStore
+from gearworkers.remote.s3 import open_s3
 from gearworkers.settings import Settings
 
 _DIRECTORY_THREADS = 8
-_DIRECTORY_TOGETHER = 64
-_DIRECTORY_PUT_TOGETHER = 8192
-"""They are synced together, which costs more than to write them."""
-_NEAR_TIMEOUT_S = 5.0
-"""What the near store may take: the remote behind it is there too."""
+_DIRECTORY_GET_BATCH = 64
+_DIRECTORY_PUT_BATCH = 8192
+"""One sync serves all blobs of a put, and a sync costs more than their writes."""
+_CACHE_TIMEOUT_S = 5.0
+"""Short, because the remote behind the cache has the blob as well."""
 
 
 def open_remote(settings: Settings) -> Remote:
-    """The remote of GEAR_REMOTE, behind the node's nfs/ if there is one; nothing is asked of it yet.
+    """Return the remote of GEAR_REMOTE, behind the node's nfs/ if it is in use; no request is sent yet.
 
     Raises:
         FailedPrecondition: GEAR_REMOTE is not set.
-        InvalidInput: It is nothing that is known.
+        InvalidInput: GEAR_REMOTE is of no known kind.
     """
     if not settings.remote.url:
         raise FailedPrecondition(
             "no remote is set; set GEAR_REMOTE to a directory, s3://BUCKET/PREFIX or a manager's http(s)://HOST:PORT"
         )
-    blobs = blobs_at(settings.remote.url, settings)
-    if has_near(settings):
-        near = _directory(settings.gear_nfs_path, settings, min(_NEAR_TIMEOUT_S, settings.remote.timeout_s))
-        blobs = Cached(near, blobs)
+    blobs = open_blobs(settings.remote.url, settings)
+    if uses_nfs(settings):
+        timeout_s = min(_CACHE_TIMEOUT_S, settings.remote.timeout_s)
+        blobs = CachedStore(_open_directory(settings.gear_nfs_path, settings, timeout_s), blobs)
     return Remote(blobs)
 
 
+def open_nfs(settings: Settings) -> Remote:
+    """Return the node's nfs/ as a remote, for a node without GEAR_REMOTE."""
+    return Remote(_open_directory(settings.gear_nfs_path, settings, settings.remote.timeout_s))
+
+
+def uses_nfs(settings: Settings) -> bool:
+    """Return whether nfs/ is in use: a mount point, a symbolic link, or a directory with objects."""
+    nfs = settings.gear_nfs_path
+    return is_mount_point(nfs) or nfs.is_symlink() or (nfs / "objects").is_dir()
+
+
+def open_blobs(url: str, settings: Settings) -> BlobStore:
+    """Return the store at a directory's path or a URL, with retries and limits.
+
+    Raises:
+        InvalidInput: *url* is of no known kind.
+    """
+    timeout_s = settings.remote.timeout_s
+    if os.path.isabs(url):
+        return _open_directory(Path(url), settings, timeout_s)
+    if url.startswith("s3://"):
+        return _stack(
+            open_s3(url, settings.remote), Limits(settings.remote.fetch_threads, timeout_s, get_batch=1, put_batch=1)
+        )
+    if url.startswith(("http://", "https://")):
+        return _stack(
+            ManagerStore(url, settings.remote, settings.node), None
+        )  # its HTTP client limits connections and time
+    raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
+
+
 def remote_name(url: str) -> str:
-    """What a GEAR_REMOTE is called in messages: without a user and password in it."""
+    """Return a GEAR_REMOTE as messages show it: without user and password."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url.rstrip("/") or url
@@ -50,40 +89,11 @@ def remote_name(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
 
 
-def open_near(settings: Settings) -> Remote:
-    """The node's nfs/ alone: for a node that has no remote."""
-    return Remote(_directory(settings.gear_nfs_path, settings, settings.remote.timeout_s))
+def _open_directory(path: Path, settings: Settings, timeout_s: float) -> BlobStore:
+    limits = Limits(_DIRECTORY_THREADS, timeout_s, _DIRECTORY_GET_BATCH, _DIRECTORY_PUT_BATCH)
+    return _stack(DirectoryStore(path, settings.gear_remotes_path), limits)
 
 
-def has_near(settings: Settings) -> bool:
-    """Whether nfs/ is more than an empty directory: mounted, a link, or filled by somebody."""
-    near = settings.gear_nfs_path
-    return is_mount_point(near) or near.is_symlink() or (near / "objects").is_dir()
-
-
-def blobs_at(url: str, settings: Settings) -> BlobStore:
-    """The store at a directory's path or a URL, with retry and limits.
-
-    Raises:
-        InvalidInput: It is nothing that is known.
-    """
-    if os.path.isabs(url):
-        return _directory(Path(url), settings, settings.remote.timeout_s)
-    if url.startswith("s3://"):
-        threads = settings.remote.fetch_threads
-        return Bounded(
-            Retried(in_s3(url, settings.remote)), threads=threads, timeout_s=settings.remote.timeout_s, together=1
-        )
-    if url.startswith(("http://", "https://")):
-        return Retried(ManagerStore(url, settings.remote, settings.node))
-    raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
-
-
-def _directory(path: Path, settings: Settings, timeout_s: float) -> BlobStore:
-    return Bounded(
-        Retried(Directory(path, settings.gear_remotes_path)),
-        threads=_DIRECTORY_THREADS,
-        timeout_s=timeout_s,
-        together=_DIRECTORY_TOGETHER,
-        put_together=_DIRECTORY_PUT_TOGETHER,
-    )
+def _stack(store: BlobStore, limits: Limits | None) -> BlobStore:
+    retrying = RetryingStore(store)
+    return retrying if limits is None else BoundedStore(retrying, limits)

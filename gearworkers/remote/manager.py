@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import urllib3
@@ -26,20 +25,22 @@ from gearworkers.errors import (
 )
 from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.blobstore import Document
+from gearworkers.remote.manager_messages import (
+    MAX_DIGESTS,
+    NODE_HEADER,
+    VERSION_HEADER,
+    Digests,
+    Present,
+    Problem,
+)
 from gearworkers.settings import RemoteSettings
+from gearworkers.util.bearer_token import BEARER_TOKEN
 from gearworkers.util.fs import read_small
-from gearworkers.util.http_errors import asked_to_wait_s, from_http_error
-
-NODE_HEADER = "Gear-Node"
-VERSION_HEADER = "Gear-Version"
-MOST_DIGESTS = 10_000
-"""What one query or pull may name."""
+from gearworkers.util.http_errors import from_http_error, retry_after_s
 
 _CONNECT_S = 5.0
 _VERIFY_BYTES_PER_S = 50e6
-_LEAST_BYTES_PER_S = 4096
-TOKEN = re.compile("[!-~]+")
-"""What a bearer token may be."""
+_MIN_BYTES_PER_S = 4096
 
 _KINDS: dict[int, type[GearError]] = {
     400: InvalidInput,
@@ -54,32 +55,11 @@ _KINDS: dict[int, type[GearError]] = {
 }
 
 
-Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-"""A digest in lower-case hex."""
-
-
-class Digests(msgspec.Struct, frozen=True):
-    """What a query or a pull names."""
-
-    digests: Annotated[list[Hex], msgspec.Meta(max_length=MOST_DIGESTS)]
-
-
-class Present(msgspec.Struct, frozen=True):
-    """What a query finds."""
-
-    present: list[Hex]
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """The body of an error."""
-
-    error: str
-
-
 class ManagerStore:
-    """A `BlobStore` that is a manager; tries once: for decorators to better.
+    """A `BlobStore` that is a manager; it does not retry.
 
-    At most settings.fetch_threads requests at once. The token file is read for each request.
+    It sends at most settings.fetch_threads requests at once, each with timeouts. It reads the token file for each
+    request.
     """
 
     def __init__(self, url: str, settings: RemoteSettings, node: str) -> None:
@@ -88,53 +68,53 @@ class ManagerStore:
         self._node = node
         self._timeout_s = settings.timeout_s
         self._pool = urllib3.PoolManager(
-            maxsize=settings.fetch_threads, block=True, retries=False, ssl_context=_trust(url, settings)
+            maxsize=settings.fetch_threads, block=True, retries=False, ssl_context=_ssl_context(url, settings)
         )
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
-        """One request for MOST_DIGESTS."""
+        """Send one request for each MAX_DIGESTS."""
         found: set[bytes] = set()
-        for part in _parts(digests):
-            body = msgspec.json.encode(Digests([digest.hex() for digest in part]))
-            with self._asked("POST", "/v1/query", body=body) as response, self._translated("query"):
+        for batch in _batches(digests):
+            body = msgspec.json.encode(Digests([digest.hex() for digest in batch]))
+            with self._response("POST", "/v1/query", body=body) as response, self._translated("query"):
                 answer = msgspec.json.decode(response.read(), type=Present)
             found.update(bytes.fromhex(digest) for digest in answer.present)
         return found
 
     def get(self, digest: bytes) -> bytes:
-        """One request."""
-        with self._asked("GET", f"/v1/blobs/{digest.hex()}") as response, self._translated(f"get {digest.hex()}"):
+        """Send one request."""
+        with self._response("GET", f"/v1/blobs/{digest.hex()}") as response, self._translated(f"get {digest.hex()}"):
             size_bytes = int(response.headers["Content-Length"])
             blob = self._read(response, size_bytes)
             if len(blob) < size_bytes:
-                raise Unavailable(f"{self._url}: get {digest.hex()}: {len(blob)} of {size_bytes} bytes came")
+                raise Unavailable(f"{self._url}: get {digest.hex()}: received {len(blob)} of {size_bytes} bytes")
             return blob
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """One request for MOST_DIGESTS, in the order asked for."""
-        for part in _parts(digests):
-            body = msgspec.json.encode(Digests([digest.hex() for digest in part]))
-            with self._asked("POST", "/v1/pull", body=body) as response:
-                yield from self._frames(response)
+        """Send one request for each MAX_DIGESTS; the blobs come in the order of *digests*."""
+        for batch in _batches(digests):
+            body = msgspec.json.encode(Digests([digest.hex() for digest in batch]))
+            with self._response("POST", "/v1/pull", body=body) as response:
+                yield from self._blobs(response)
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """One request."""
+        """Send one request."""
         body = b"".join(blob_stream.frame(digest, blob) for digest, blob in blobs)
-        timeout_s = self._timeout_s + sum(_size_bytes(digest, blob) for digest, blob in blobs) / _VERIFY_BYTES_PER_S
-        with self._asked("POST", "/v1/push", body=body, kind=blob_stream.CONTENT_TYPE, timeout_s=timeout_s):
+        timeout_s = self._timeout_s + sum(_verified_bytes(digest, blob) for digest, blob in blobs) / _VERIFY_BYTES_PER_S
+        with self._response("POST", "/v1/push", body=body, kind=blob_stream.CONTENT_TYPE, timeout_s=timeout_s):
             pass
 
     def get_document(self, name: str) -> Document | None:
-        """One request."""
+        """Send one request."""
         try:
-            with self._asked("GET", f"/v1/documents/{name}") as response, self._translated(f"get document {name}"):
+            with self._response("GET", f"/v1/documents/{name}") as response, self._translated(f"get document {name}"):
                 return Document(bytes(response.read()), int(response.headers[VERSION_HEADER]))
         except NotFound:
             return None
 
     def put_document(self, name: str, document: Document) -> None:
-        """One request."""
-        with self._asked(
+        """Send one request."""
+        with self._response(
             "PUT",
             f"/v1/documents/{name}",
             body=document.data,
@@ -143,23 +123,14 @@ class ManagerStore:
         ):
             pass
 
-    def join(self) -> None:
-        """Tell the manager of this node; to be told again within a few minutes.
-
-        Raises:
-            Unavailable: It does not answer.
-        """
-        with self._asked("POST", "/v1/join", body=msgspec.json.encode({"node": self._node})):
-            pass
-
     def close(self) -> None:
         """Close the connections."""
         self._pool.clear()
 
     # -- HTTP
 
-    def _frames(self, response: urllib3.BaseHTTPResponse) -> Iterator[tuple[bytes, bytes]]:
-        stream = blob_stream.read_frames(lambda size_bytes: self._read(response, size_bytes))
+    def _blobs(self, response: urllib3.BaseHTTPResponse) -> Iterator[tuple[bytes, bytes]]:
+        stream = blob_stream.read_blobs(lambda size_bytes: self._read(response, size_bytes))
         while True:
             with self._translated("pull"):
                 try:
@@ -171,24 +142,24 @@ class ManagerStore:
             yield found
 
     def _read(self, response: urllib3.BaseHTTPResponse, size_bytes: int) -> bytes:
-        """So many bytes; fewer only at the end.
+        """Return that many bytes; fewer only at the end.
 
         Raises:
-            Unavailable: They come, but so slowly that a reader would wait for ever.
+            Unavailable: They arrive more slowly than _MIN_BYTES_PER_S.
         """
-        began_s = time.monotonic()
+        started_s = time.monotonic()
         parts: list[bytes] = []
         left_bytes = size_bytes
         while left_bytes and (data := response.read1(left_bytes)):
             parts.append(data)
             left_bytes -= len(data)
-            allowed_s = self._timeout_s + (size_bytes - left_bytes) / _LEAST_BYTES_PER_S
-            if left_bytes and time.monotonic() - began_s > allowed_s:
+            allowed_s = self._timeout_s + (size_bytes - left_bytes) / _MIN_BYTES_PER_S
+            if left_bytes and time.monotonic() - started_s > allowed_s:
                 raise Unavailable(f"{self._url}: {left_bytes} of {size_bytes} bytes missing after {allowed_s:.0f} s")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @contextmanager
-    def _asked(
+    def _response(
         self,
         method: str,
         path: str,
@@ -198,7 +169,7 @@ class ManagerStore:
         headers: dict[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
-        """The answer of a request that went well; its connection is used again if it was read to the end."""
+        """Yield the response of a successful request; if the caller reads all of it, the connection is used again."""
         sent: dict[str, Any] = {NODE_HEADER: self._node, **self._authorization(), **(headers or {})}
         if body is not None:
             sent["Content-Type"] = kind
@@ -213,7 +184,7 @@ class ManagerStore:
                 decode_content=False,
             )
         try:
-            if not 200 <= response.status < 300:  # a redirect has taken nothing
+            if not 200 <= response.status < 300:  # a redirect is an error: it has not executed the request
                 raise self._problem(response, f"{method} {path}")
             yield response
         except BaseException:
@@ -228,23 +199,23 @@ class ManagerStore:
             origin = f"GEAR_REMOTE_TOKEN_FILE={file}"
             try:
                 token = read_small(file).decode("latin-1").strip()
-            except NotFound as exc:  # what was asked for may be there
+            except NotFound as exc:  # NotFound would say that the remote lacks the object
                 raise FailedPrecondition(f"{origin}: {exc}") from exc
         if not token and file is None:
             return {}
-        if not TOKEN.fullmatch(token):  # the header's own error would show it
-            raise FailedPrecondition(f"{origin}: one token is needed, a line of letters, digits and signs")
+        if not BEARER_TOKEN.fullmatch(token):  # the error of an invalid header would contain the token
+            raise FailedPrecondition(f"{origin}: a single token of printable ASCII characters without spaces is needed")
         return {"Authorization": f"Bearer {token}"}
 
     def _problem(self, response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
         kind = _KINDS.get(response.status) or (Unavailable if response.status >= 500 else InvalidInput)
         if response.status < 400:
-            kind, tried = FailedPrecondition, f"{tried}: no manager answers, but something that is in its place"
+            kind, tried = FailedPrecondition, f"{tried}: the server is not a manager; check GEAR_REMOTE"
         try:
-            said = msgspec.json.decode(response.read(64 << 10), type=Problem).error
+            message = msgspec.json.decode(response.read(64 << 10), type=Problem).error
         except (HTTPError, OSError, ValueError):
-            said = response.reason or ""
-        return kind(f"{self._url}: {tried}: {response.status} {said}").after(asked_to_wait_s(response))
+            message = response.reason or ""
+        return kind(f"{self._url}: {tried}: {response.status} {message}").after(retry_after_s(response))
 
     @contextmanager
     def _translated(self, tried: str) -> Iterator[None]:
@@ -253,10 +224,10 @@ class ManagerStore:
         except (HTTPError, OSError) as exc:
             raise from_http_error(exc, f"{self._url}: {tried}", "GEAR_REMOTE_CA_FILE") from exc
         except (KeyError, ValueError) as exc:
-            raise Unavailable(f"{self._url}: {tried}: not a manager's answer ({exc})") from exc
+            raise Unavailable(f"{self._url}: {tried}: the response is not a manager's ({exc})") from exc
 
 
-def _trust(url: str, settings: RemoteSettings) -> ssl.SSLContext | None:
+def _ssl_context(url: str, settings: RemoteSettings) -> ssl.SSLContext | None:
     if not url.startswith("https://"):
         return None
     try:
@@ -265,10 +236,10 @@ def _trust(url: str, settings: RemoteSettings) -> ssl.SSLContext | None:
         raise FailedPrecondition(f"GEAR_REMOTE_CA_FILE={settings.ca_file}: {exc}") from exc
 
 
-def _parts(digests: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    return (digests[start : start + MOST_DIGESTS] for start in range(0, len(digests), MOST_DIGESTS))
+def _batches(digests: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    return (digests[start : start + MAX_DIGESTS] for start in range(0, len(digests), MAX_DIGESTS))
 
 
-def _size_bytes(digest: bytes, blob: bytes) -> int:
-    """What the manager reads to verify it."""
-    return encoding.layout_bytes(digest, blob) if encoding.is_layout(blob) else len(blob)
+def _verified_bytes(digest: bytes, blob: bytes) -> int:
+    """Return the bytes that the manager reads to verify a blob."""
+    return encoding.object_size(digest, blob) if encoding.is_layout(blob) else len(blob)

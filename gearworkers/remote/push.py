@@ -1,4 +1,4 @@
-"""The spool goes to the remote."""
+"""Moves the objects of the push queue to the remote."""
 
 from __future__ import annotations
 
@@ -18,62 +18,62 @@ from gearworkers.remote.remote import Remote
 
 _log = structlog.get_logger(__name__)
 
-_BATCH = 256
-_ITS_OWN_FAULT = (IntegrityError, InvalidInput, OSError)
-"""What keeps one object from being pushed and no other: it is damaged, unreadable, or none that the remote takes."""
+_BATCH_OBJECTS = 256
+_OBJECT_ERRORS = (IntegrityError, InvalidInput, OSError)
+"""Errors of a single object: it is damaged or unreadable, or the remote rejects it. Others can still be pushed."""
 
 
 @dataclass(slots=True)
 class PushReport:
-    """What became of what waited."""
+    """The result of a push."""
 
     pushed_objects: int = 0
-    """Confirmed by the remote, and no longer waiting."""
+    """Objects that the remote has confirmed; they have left the queue."""
     refused: dict[bytes, str] = field(default_factory=dict)
-    """Digests of those that cannot be pushed, and why; they stay in the spool."""
+    """The reason for each digest that cannot be pushed; these objects stay in the queue."""
 
 
-def push_pending(spool: PushQueue, remote: Remote) -> PushReport:
-    """Push all that waits in the spool.
+def push_pending(queue: PushQueue, remote: Remote) -> PushReport:
+    """Push all pending objects.
 
-    A spool entry goes only when the remote has confirmed the object, so a crash pushes it once more, never less.
-    One that cannot be pushed keeps no other from it.
+    An object leaves the queue only after the remote has confirmed it, so after a crash it may be pushed twice, but is
+    never lost. An object that cannot be pushed does not delay the others.
 
     Raises:
-        Unavailable: The remote does not answer; what is left stays in the spool.
+        Unavailable: The remote does not answer; the remaining objects stay in the queue.
     """
     report = PushReport()
-    waiting = spool.pending()
-    while batch := list(islice(waiting, _BATCH)):
-        for digest in _push(spool, remote, batch, report):
-            spool.remove(digest)
+    pending = queue.pending()
+    while batch := list(islice(pending, _BATCH_OBJECTS)):
+        for digest in _push(queue, remote, batch, report):
+            queue.remove(digest)
             report.pushed_objects += 1
-    for digest, why in report.refused.items():
-        _log.error("an object cannot be pushed", object=digest.hex(), error=why)
+    for digest, reason in report.refused.items():
+        _log.error("an object cannot be pushed", object=digest.hex(), error=reason)
     return report
 
 
-def _push(spool: PushQueue, remote: Remote, batch: Sequence[bytes], report: PushReport) -> Iterator[bytes]:
-    """Push *batch*, the small ones together; those that the remote has confirmed."""
+def _push(queue: PushQueue, remote: Remote, batch: Sequence[bytes], report: PushReport) -> Iterator[bytes]:
+    """Push *batch*, its small objects together; yield each digest that the remote has confirmed."""
     small: list[bytes] = []
     singly: list[bytes] = []
     try:
-        remote.put_many(_small_contents(spool, batch, small, singly, report))
-    except _ITS_OWN_FAULT:  # one of them is at fault, and those behind it were not even read
+        remote.put_many(_small_contents(queue, batch, small, singly, report))
+    except _OBJECT_ERRORS:  # one small object failed, and those behind it were not read
         small, singly = [], [digest for digest in batch if digest not in report.refused]
     yield from small
     for digest in singly:
-        if _push_one(spool, remote, digest, report):
+        if _push_one(queue, remote, digest, report):
             yield digest
 
 
 def _small_contents(
-    spool: PushQueue, batch: Sequence[bytes], small: list[bytes], large: list[bytes], report: PushReport
+    queue: PushQueue, batch: Sequence[bytes], small: list[bytes], large: list[bytes], report: PushReport
 ) -> Iterator[tuple[bytes, bytes]]:
-    """(digest, content) of the small ones, noted in *small*; the others are noted in *large*."""
+    """Yield (digest, content) of the small objects; add each digest to *small* or *large*."""
     for digest in batch:
         try:
-            with open(spool.open(digest), "rb") as file:
+            with open(queue.open(digest), "rb") as file:
                 if os.fstat(file.fileno()).st_size >= encoding.LARGE_BYTES:
                     large.append(digest)
                     continue
@@ -90,9 +90,9 @@ def _small_contents(
         yield digest, content
 
 
-def _push_one(spool: PushQueue, remote: Remote, digest: bytes, report: PushReport) -> bool:
+def _push_one(queue: PushQueue, remote: Remote, digest: bytes, report: PushReport) -> bool:
     try:
-        fd = spool.open(digest)
+        fd = queue.open(digest)
     except FileNotFoundError:
         return False
     except OSError as exc:
@@ -100,7 +100,7 @@ def _push_one(spool: PushQueue, remote: Remote, digest: bytes, report: PushRepor
         return False
     try:
         remote.put(digest, fd)
-    except _ITS_OWN_FAULT as exc:
+    except _OBJECT_ERRORS as exc:
         report.refused[digest] = str(exc)
         return False
     finally:
@@ -108,11 +108,11 @@ def _push_one(spool: PushQueue, remote: Remote, digest: bytes, report: PushRepor
     return True
 
 
-def damaged_in(spool: PushQueue) -> Iterator[tuple[bytes, str]]:
-    """Those that wait but are not what they are named by, and why; reads them all."""
-    for digest in spool.pending():
+def damaged_entries(queue: PushQueue) -> Iterator[tuple[bytes, str]]:
+    """Read all pending objects; yield (digest, reason) of each whose bytes do not match its digest."""
+    for digest in queue.pending():
         try:
-            fd = spool.open(digest)
+            fd = queue.open(digest)
             try:
                 verify_file(fd, digest)
             finally:

@@ -1,40 +1,29 @@
-"""A remote: contents and documents over a store of blobs; every content is verified, going in and coming out."""
+"""A remote: contents and documents over a store of blobs; every content is verified on its way in and out."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import structlog
 
 from gearworkers.cas.store import verify_file
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, from_os_error
 from gearworkers.fetch.source import BytesOrLayout, Chunk
-from gearworkers.remote import encoding
-from gearworkers.remote.blobstore import MOST_DOCUMENT_BYTES, BlobStore, Document, checked_name
-from gearworkers.remote.chunking import chunks_of
+from gearworkers.remote import chunk_transfer, encoding
+from gearworkers.remote.blobstore import MAX_DOCUMENT_BYTES, BlobStore, Document, checked_document_name
 
 _log = structlog.get_logger(__name__)
 
-_PUT_CHUNKS = 64
-_WINDOW_BYTES = 1 << 20
-_WINDOWS_AT_ONCE = 3
-_BATCH_ITEMS = 256
-_BATCH_BYTES = 4 << 20
-_RACES = 20
-
-_T = TypeVar("_T")
+_PUT_BATCH_BYTES = 4 << 20
+_REPLACE_ATTEMPTS = 20
 
 
 class Remote:
-    """Where objects are kept for all nodes; implements `sources.Source`. All methods from any thread.
+    """Keeps objects and documents for all nodes; implements `fetch.source.Source`. All methods from any thread.
 
-    Idempotent; an object is visible only when whole, and durable when the call that put it has returned.
+    Puts are idempotent. An object is visible only when whole, and durable when the call that put it has returned.
     """
 
     def __init__(self, blobs: BlobStore) -> None:
@@ -43,18 +32,18 @@ class Remote:
     # -- putting
 
     def has(self, digests: Sequence[bytes]) -> list[bytes]:
-        """Those of *digests* that are there, in their order."""
+        """Return the *digests* that are present, in their order."""
         present = self.blobs.present(digests)
         return [digest for digest in digests if digest in present]
 
     def put(self, digest: bytes, source_fd: int) -> None:
-        """Store the bytes of *source_fd*, from its beginning to its end; its offset stays.
+        """Store all bytes of *source_fd*; its offset does not move.
 
         Raises:
             IntegrityError: Its SHA-256 is not *digest*; nothing is visible.
             Unavailable: The store does not answer, after bounded retries.
 
-        Crash: may leave chunks that no layout names yet; the next put uses them.
+        Crash: may leave chunks that no layout names; the next put uses them.
         """
         if self.blobs.present([digest]):
             return
@@ -62,67 +51,46 @@ class Remote:
         if os.fstat(source_fd).st_size < encoding.LARGE_BYTES:
             self.blobs.put_many([(digest, encoding.encode(_read_all(source_fd)))])
             return
-        layout = list(self._put_chunks(source_fd))
+        layout = list(chunk_transfer.put_chunks(self.blobs, source_fd))
         self.blobs.put_many([(digest, encoding.encode_layout(digest, layout))])
 
     def put_many(self, contents: Iterable[tuple[bytes, bytes]]) -> int:
-        """Store each (digest, content) that is not there; how many were new. For small ones: below LARGE_BYTES.
+        """Store each (digest, content) that is absent, and return their number; for contents up to LARGE_BYTES.
 
         Raises:
-            IntegrityError: A content is not what its digest says.
-            InvalidInput: One is too large.
+            IntegrityError: The SHA-256 of a content is not its digest.
+            InvalidInput: A content is too large.
         """
         new = 0
-        for batch in _batches(contents, lambda content: len(content[1]), _BATCH_BYTES):
+        for batch in chunk_transfer.batches(contents, lambda item: len(item[1]), _PUT_BATCH_BYTES):
             blobs = [
-                (digest, _checked_encoded(digest, content))
-                for digest, content in _missing(batch, self.blobs.present([digest for digest, _ in batch]))
+                (digest, _verified_blob(digest, content))
+                for digest, content in chunk_transfer.absent(self.blobs, batch)
             ]
             if blobs:
                 self.blobs.put_many(blobs)
             new += len(blobs)
         return new
 
-    def _put_chunks(self, source_fd: int) -> Iterator[tuple[int, bytes]]:
-        """Store the chunks that are missing; (size in bytes, digest) of all, in order.
-
-        A few windows are on their way at once: one is cut and hashed while others are packed, sent and synced.
-        """
-        pieces = ((hashlib.sha256(piece).digest(), bytes(piece)) for piece in chunks_of(source_fd))
-        under_way: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(_WINDOWS_AT_ONCE, thread_name_prefix="put") as threads:
-            while window := list(islice(pieces, _PUT_CHUNKS)):
-                if len(under_way) == _WINDOWS_AT_ONCE:
-                    under_way.popleft().result()
-                under_way.append(threads.submit(self._put_window, window))
-                yield from ((len(piece), digest) for digest, piece in window)
-            for future in under_way:
-                future.result()
-
-    def _put_window(self, window: Sequence[tuple[bytes, bytes]]) -> None:
-        missing = _missing(window, self.blobs.present([digest for digest, _ in window]))
-        if missing:
-            self.blobs.put_many([(digest, encoding.encode(piece)) for digest, piece in missing])
-
     # -- fetching
 
     def size_bytes(self, digest: bytes) -> int:
-        """The object's size.
+        """Return the object's size.
 
         Raises:
-            NotFound: It is not there.
+            NotFound: The remote lacks the object.
         """
         blob = self.blobs.get(digest)
         if encoding.is_layout(blob):
-            return encoding.layout_bytes(digest, blob)
+            return encoding.object_size(digest, blob)
         return len(encoding.decode(digest, blob))
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
-        """The object's bytes in pieces, each verified; that they make it up is known at the end.
+        """Yield the object's bytes in pieces. Each piece is verified; the end verifies the whole.
 
         Raises:
-            NotFound: It is not there.
-            IntegrityError: What is there is another content.
+            NotFound: The remote lacks the object.
+            IntegrityError: The remote holds another content under the digest.
             Unavailable: The store does not answer, after bounded retries.
         """
         blob = self.blobs.get(digest)
@@ -130,14 +98,14 @@ class Remote:
             yield encoding.decode(digest, blob)
             return
         hasher = hashlib.sha256()
-        for _, piece in self.pieces(encoding.chunks_in(digest, blob)):
-            hasher.update(piece)
-            yield piece
+        for _, data in self.fetch_chunks(encoding.iter_layout(digest, blob)):
+            hasher.update(data)
+            yield data
         if hasher.digest() != digest:
-            raise IntegrityError(f"object {digest.hex()}: its chunks make up {hasher.hexdigest()}")
+            raise IntegrityError(f"object {digest.hex()}: its chunks have SHA-256 {hasher.hexdigest()}")
 
     def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
-        """(digest, content or layout) of those that are there, verified; what is damaged is left out and logged."""
+        """Yield (digest, verified content or layout) of the present ones; damaged ones are logged and left out."""
         for digest, blob in self.blobs.get_many(digests):
             try:
                 yield (
@@ -145,10 +113,10 @@ class Remote:
                     encoding.decode_layout(digest, blob) if encoding.is_layout(blob) else encoding.decode(digest, blob),
                 )
             except IntegrityError as exc:
-                _log.error("a remote gave wrong bytes", error=str(exc))
+                _log.error("a remote returned wrong bytes", error=str(exc))
 
     def layout(self, digest: bytes) -> list[Chunk] | None:
-        """The chunks of an object in order of offset; None if it is kept whole or not at all."""
+        """Return the chunks of an object in order of offset; None if it is stored whole or absent."""
         try:
             blob = self.blobs.get(digest)
         except NotFound:
@@ -156,71 +124,48 @@ class Remote:
         return encoding.decode_layout(digest, blob) if encoding.is_layout(blob) else None
 
     def chunk(self, digest: bytes) -> bytes:
-        """One chunk by its own digest, verified.
+        """Return one verified chunk, by its own digest.
 
         Raises:
             NotFound, IntegrityError, Unavailable: As `fetch`.
         """
         return encoding.decode(digest, self.blobs.get(digest))
 
-    def pieces(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, bytes]]:
-        """Chunks with their bytes, verified, in order; a few windows of them are in memory or on their way at a time.
+    def fetch_chunks(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, bytes]]:
+        """Yield each chunk with its verified bytes, in order; a few windows of chunks are in memory at a time.
 
         Raises:
             NotFound, IntegrityError, Unavailable: As `fetch`.
         """
-        windows = _batches(chunks, lambda chunk: chunk.size_bytes, _WINDOW_BYTES)
-        coming: deque[Future[list[tuple[Chunk, bytes]]]] = deque()
-        threads = ThreadPoolExecutor(_WINDOWS_AT_ONCE, thread_name_prefix="get")
-        try:
-            while True:
-                while len(coming) < _WINDOWS_AT_ONCE and (window := next(windows, None)):
-                    coming.append(threads.submit(self._window, window))
-                if not coming:
-                    return
-                yield from coming.popleft().result()
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)  # whoever ends early waits for nothing
-
-    def _window(self, window: Sequence[Chunk]) -> list[tuple[Chunk, bytes]]:
-        blobs = dict(self.blobs.get_many(list({chunk.digest for chunk in window})))
-        pieces = []
-        for chunk in window:
-            if chunk.digest not in blobs:
-                raise NotFound(f"chunk {chunk.digest.hex()} is not there")
-            piece = encoding.decode(chunk.digest, blobs[chunk.digest])
-            if len(piece) != chunk.size_bytes:
-                raise IntegrityError(f"chunk {chunk.digest.hex()}: its layout says {chunk.size_bytes} bytes")
-            pieces.append((chunk, piece))
-        return pieces
+        return chunk_transfer.fetch_chunks(self.blobs, chunks)
 
     def close(self) -> None:
-        """Let go of connections and threads; nothing is asked after that."""
+        """Release connections and threads; no call may follow."""
         self.blobs.close()
 
     # -- documents
 
     def document(self, name: str) -> bytes | None:
-        """What the document holds now; None if there is none.
+        """Return the document's current content; None if there is no such document.
 
         Raises:
-            InvalidInput: No document can have this name.
+            InvalidInput: The name is invalid.
         """
-        found = self.versioned(name)
+        found = self.get_document(name)
         return None if found is None else found.data
 
-    def versioned(self, name: str) -> Document | None:
-        """As `document`, with its version."""
-        return self.blobs.get_document(checked_name(name))
+    def get_document(self, name: str) -> Document | None:
+        """Return the document's current content and version; else as `document`."""
+        return self.blobs.get_document(checked_document_name(name))
 
     def put_document(self, name: str, data: bytes) -> None:
-        """Have the document hold *data*, whatever it held; atomic, durable, the last one wins.
+        """Replace the document's content, whatever its version; atomic and durable, the last writer wins.
 
         Raises:
-            InvalidInput: No document can have this name or size.
+            InvalidInput: The name or the size is invalid.
         """
-        for _ in range(_RACES):
-            found = self.versioned(name)
+        for _ in range(_REPLACE_ATTEMPTS):
+            found = self.get_document(name)
             try:
                 self.replace_document(name, data, found.version if found else 0)
                 return
@@ -229,50 +174,32 @@ class Remote:
         raise AlreadyExists(f"document {name}: others kept replacing it")
 
     def replace_document(self, name: str, data: bytes, version: int) -> None:
-        """Have the document hold *data* if its version is still *version*; 0 if there was none.
+        """Replace the document's content if *version* is its current version; 0 for a new document.
 
         Raises:
-            AlreadyExists: Somebody has replaced it meanwhile.
+            AlreadyExists: Another writer has replaced it meanwhile.
             InvalidInput: As `put_document`.
         """
-        if len(data) > MOST_DOCUMENT_BYTES:
-            raise InvalidInput(f"document {name}: {len(data)} bytes; {MOST_DOCUMENT_BYTES} are allowed")
-        self.blobs.put_document(checked_name(name), Document(data, version + 1))
+        if len(data) > MAX_DOCUMENT_BYTES:
+            raise InvalidInput(f"document {name}: {len(data)} bytes exceed the maximum of {MAX_DOCUMENT_BYTES}")
+        self.blobs.put_document(checked_document_name(name), Document(data, version + 1))
 
 
-def _missing(contents: Sequence[tuple[bytes, bytes]], present: set[bytes]) -> list[tuple[bytes, bytes]]:
-    return list({digest: content for digest, content in contents if digest not in present}.items())
-
-
-def _checked_encoded(digest: bytes, content: bytes) -> bytes:
+def _verified_blob(digest: bytes, content: bytes) -> bytes:
     if len(content) > encoding.LARGE_BYTES:
-        raise InvalidInput(f"object {digest.hex()}: {len(content)} bytes are too many to be put among many")
+        raise InvalidInput(f"object {digest.hex()}: {len(content)} bytes are too many for put_many")
     if hashlib.sha256(content).digest() != digest:
         raise IntegrityError(f"object {digest.hex()}: its bytes have SHA-256 {hashlib.sha256(content).hexdigest()}")
     return encoding.encode(content)
 
 
-def _batches(items: Iterable[_T], size_bytes: Callable[[_T], int], most_bytes: int) -> Iterator[list[_T]]:
-    """*items* in their order, a few at a time: until they have so many bytes, or are _BATCH_ITEMS."""
-    batch: list[_T] = []
-    batch_bytes = 0
-    for item in items:
-        batch.append(item)
-        batch_bytes += size_bytes(item)
-        if len(batch) >= _BATCH_ITEMS or batch_bytes >= most_bytes:
-            yield batch
-            batch, batch_bytes = [], 0
-    if batch:
-        yield batch
-
-
 def _read_all(fd: int) -> bytes:
     parts = []
-    at = 0
+    offset = 0
     try:
-        while part := os.pread(fd, encoding.LARGE_BYTES, at):
+        while part := os.pread(fd, encoding.LARGE_BYTES, offset):
             parts.append(part)
-            at += len(part)
+            offset += len(part)
     except OSError as exc:
         raise from_os_error(exc, "read an object") from exc
     return b"".join(parts)

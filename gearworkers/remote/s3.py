@@ -1,4 +1,4 @@
-"""Blobs in S3 or what speaks like it."""
+"""Blobs in S3 or a compatible store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 from obstore.store import S3Store
 
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
-from gearworkers.remote.bucket import Bucket
+from gearworkers.remote.bucket import BucketStore
 from gearworkers.settings import RemoteSettings
 from gearworkers.util.fs import read_small
 
@@ -24,12 +24,12 @@ _CONNECT_TIMEOUT_S = 5
 _REQUEST_TIMEOUT_S = 30
 
 
-def in_s3(url: str, settings: RemoteSettings) -> Bucket:
-    """The store of ``s3://bucket/prefix?endpoint=…&region=…&virtual_host=true``.
+def open_s3(url: str, settings: RemoteSettings) -> BucketStore:
+    """Return the store at ``s3://bucket/prefix?endpoint=…&region=…&virtual_host=true``.
 
-    A region that is not said is AWS_REGION, else us-east-1. Credentials: the shared file of AWS's own tools, read again
-    and again, if it has the profile; otherwise what obstore finds (AWS_ACCESS_KEY_ID and so on, container and instance
-    roles, web identity).
+    The default region is AWS_REGION, else us-east-1. Credentials: the profile of the AWS tools' shared file, reread
+    while the store is used, if the file has it; otherwise those that obstore finds (AWS_ACCESS_KEY_ID and so on,
+    container and instance roles, web identity).
 
     Raises:
         InvalidInput: The URL has no bucket or an unknown option.
@@ -57,32 +57,32 @@ def in_s3(url: str, settings: RemoteSettings) -> Bucket:
         prefix=parts.path.strip("/") or None,
         config=config,
         client_options=client,
-        retry_config={"max_retries": 0},  # `Retried` is the one who tries again
-        credential_provider=profile if profile.is_there() else None,
+        retry_config={"max_retries": 0},  # `RetryingStore` retries
+        credential_provider=profile if profile.exists() else None,
     )
-    return Bucket(url.partition("?")[0], store)
+    return BucketStore(url.partition("?")[0], store)
 
 
 class SharedCredentials:
-    """A profile of AWS's shared credentials file; it may be replaced at any time, and is used soon after."""
+    """A profile of the AWS tools' shared credentials file; a changed file takes effect within ten seconds."""
 
     def __init__(self, path: Path, profile: str) -> None:
         self._path = path
         self._profile = profile
 
-    def is_there(self) -> bool:
-        """Whether the file has the profile."""
+    def exists(self) -> bool:
+        """Return whether the file has the profile."""
         return self._section() is not None
 
     def __call__(self) -> S3Credential:
-        """What obstore signs with until it asks again.
+        """Return the credentials that obstore uses until it asks again.
 
         Raises:
             FailedPrecondition: The profile is gone or lacks a key.
         """
         section = self._section()
         if section is None:
-            raise FailedPrecondition(f"{self._path} has no profile {self._profile} any more")
+            raise FailedPrecondition(f"{self._path} has lost its profile {self._profile}")
         try:
             return {
                 "access_key_id": section["aws_access_key_id"],
@@ -99,8 +99,8 @@ class SharedCredentials:
             parser.read_string(read_small(self._path).decode(), str(self._path))
         except NotFound:
             return None
-        except UnicodeDecodeError as exc:  # its text, and configparser's, show what is there
-            raise FailedPrecondition(f"{self._path}: it is not UTF-8, byte {exc.start}") from None
+        except UnicodeDecodeError as exc:  # the texts of both errors contain parts of the file
+            raise FailedPrecondition(f"{self._path}: not UTF-8 at byte {exc.start}") from None
         except configparser.Error as exc:
-            raise FailedPrecondition(f"{self._path}: it is no file of profiles ({type(exc).__name__})") from None
+            raise FailedPrecondition(f"{self._path}: not a file of profiles ({type(exc).__name__})") from None
         return parser[self._profile] if parser.has_section(self._profile) else None

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of layers or images: files, processes, addresses, system calls."""
+"""Helpers that do not depend on layers or images: files, locks, processes, addresses, system calls."""

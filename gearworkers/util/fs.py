@@ -1,4 +1,4 @@
-"""Directories by descriptor, taking a tree away, whether a file is another one by now, and room for more."""
+"""Directories by descriptor, removal of trees, reading of small files, versions of files, free space."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 from gearworkers.errors import FailedPrecondition, from_os_error
 
-LONGEST_PATH_BYTES = 4095
-"""What Linux takes of a path; a layer cannot hold what lies deeper."""
+MAX_PATH_BYTES = 4095
+"""Longest path that Linux accepts (PATH_MAX without the final NUL); a layer cannot hold deeper files."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FEW_LEVELS = 32
+_MAX_RECURSION = 32
 
 
 @contextmanager
 def opened_directory(path: Path, flags: int = 0) -> Iterator[int]:
-    """A descriptor of the directory while the context lasts.
+    """Yield a descriptor of a directory.
 
     Args:
-        path: Of the directory.
-        flags: Such as O_NOFOLLOW, where others choose what stands at the path.
+        path: The directory.
+        flags: Such as O_NOFOLLOW, where an untrusted writer may have put a symbolic link at *path*.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
     try:
@@ -36,9 +36,10 @@ def opened_directory(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all that it holds, however deep; what cannot be removed stays, and no error is raised.
+    """Remove a directory with its content, at any depth; entries that cannot be removed stay, without an error.
 
-    What lies deep is first moved to the top, so that neither stack nor descriptors run out, nor a path gets too long.
+    Deep directories are moved to the top first, so that the stack, the descriptors and the length of paths are bounded.
+
     Crash: leaves the rest, which the next call removes.
     """
     with suppress(OSError):
@@ -46,78 +47,78 @@ def remove_tree(path: Path) -> None:
             names = (b"removed-%s-%d" % (secrets.token_hex(8).encode(), n) for n in itertools.count())
             moved = [b"."]
             while moved:
-                _remove_directory(moved.pop(), top_fd, _Moving(top_fd, names, moved), _FEW_LEVELS)
+                _remove_directory(moved.pop(), top_fd, _DeepDirectories(top_fd, names, moved), _MAX_RECURSION)
         path.rmdir()
 
 
-class _Moving(NamedTuple):
-    """Where directories that lie deep go."""
+class _DeepDirectories(NamedTuple):
+    """Deep directories, moved to the top of the tree."""
 
     top_fd: int
     names: Iterator[bytes]
     moved: list[bytes]
 
-    def take(self, name: bytes | str, dir_fd: int) -> None:
+    def move(self, name: bytes | str, dir_fd: int) -> None:
         moved = next(self.names)
         os.rename(name, moved, src_dir_fd=dir_fd, dst_dir_fd=self.top_fd)
         self.moved.append(moved)
 
 
-def _remove_directory(name: bytes | str, dir_fd: int, moving: _Moving, levels: int) -> None:
+def _remove_directory(name: bytes | str, dir_fd: int, deep: _DeepDirectories, levels: int) -> None:
     with suppress(OSError):
         fd = os.open(name, _DIRECTORY, dir_fd=dir_fd)
         try:
-            with os.scandir(fd) as found:
-                entries = list(found)
+            with os.scandir(fd) as iterator:
+                entries = list(iterator)
             for entry in entries:
                 with suppress(OSError):
                     if not entry.is_dir(follow_symlinks=False):
                         os.unlink(entry.name, dir_fd=fd)
                     elif levels:
-                        _remove_directory(entry.name, fd, moving, levels - 1)
+                        _remove_directory(entry.name, fd, deep, levels - 1)
                     else:
-                        moving.take(entry.name, fd)
+                        deep.move(entry.name, fd)
         finally:
             os.close(fd)
         os.rmdir(name, dir_fd=dir_fd)
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """Another one when the file was written or replaced since."""
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns, found.st_size
+def file_version(path: Path) -> tuple[int, int, int]:
+    """Return a value that changes when the file is written or replaced."""
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def read_small(path: Path, most_bytes: int = 1 << 20) -> bytes:
-    """All of a file that somebody else writes and that is small: a token, a configuration.
+def read_small(path: Path, max_bytes: int = 1 << 20) -> bytes:
+    """Return the content of a small file that the administrator writes, such as a token or a configuration.
 
     Raises:
-        NotFound: It is not there.
-        FailedPrecondition: It is no regular file, or has more than *most_bytes*.
-        GearError: As the kernel says.
+        NotFound: It does not exist.
+        FailedPrecondition: It is not a regular file, or exceeds *max_bytes*.
+        GearError: The kernel refuses.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FailedPrecondition(f"read {path}: it is no regular file")
-            data = file.read(most_bytes + 1)
+                raise FailedPrecondition(f"read {path}: not a regular file")
+            data = file.read(max_bytes + 1)
     except IsADirectoryError as exc:
         raise FailedPrecondition(f"read {path}: it is a directory") from exc
     except OSError as exc:
         raise from_os_error(exc, f"read {path}") from exc
-    if len(data) > most_bytes:
-        raise FailedPrecondition(f"read {path}: it has more than {most_bytes} bytes")
+    if len(data) > max_bytes:
+        raise FailedPrecondition(f"read {path}: it exceeds {max_bytes} bytes")
     return data
 
 
 def free_bytes(fd: int) -> int:
-    """How much space is free where *fd* lies.
+    """Return the free space in bytes of the file system that holds *fd*.
 
     Raises:
-        GearError: The file system cannot tell.
+        GearError: The file system does not report it.
     """
     try:
         status = os.fstatvfs(fd)
     except OSError as exc:
-        raise from_os_error(exc, "ask how much space is free") from exc
+        raise from_os_error(exc, "read the free space of the file system") from exc
     return status.f_bavail * status.f_frsize

@@ -1,4 +1,4 @@
-"""Logs of every process of a node: structlog's and the standard library's, in one format on stderr."""
+"""Logging of all processes: structlog and the standard library, in one format on stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gearworkers.settings import LogSettings, Settings
 
 
 def configure_logging(settings: LogSettings) -> None:
-    """Send all logs to stderr, as lines for people or as JSON; replaces what was configured before."""
+    """Send all logs to stderr, as text or as JSON; replaces any earlier configuration."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -37,7 +37,7 @@ def configure_logging(settings: LogSettings) -> None:
 
 
 def command_settings() -> Settings:
-    """The settings of a `gear` command, whose logs go to stderr from now on.
+    """Return the settings of a `gear` command, and configure its logging.
 
     Raises:
         InvalidInput: As `Settings.from_environ`.

@@ -1,4 +1,4 @@
-"""An open object, or a part of one."""
+"""Open objects, whole or partial."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gearworkers.errors import from_os_error
 
 
 class File:
-    """An open file that closes when the last reference to it goes."""
+    """An open file that is closed with its last reference."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

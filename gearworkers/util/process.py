@@ -1,4 +1,4 @@
-"""What a process of ours tells the kernel, systemd and others like it about itself."""
+"""A process's life: end with the parent, notify systemd."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(parent_pid: int, with_signal: signal.Signals = signal.SIGTERM) -> None:
-    """Have this process get a signal when the thread that started it ends, so that none outlives a killed parent.
+    """Send this process a signal when the thread that started it ends, so that it does not outlive a killed parent.
 
     Args:
-        parent_pid: Who it should be; if it is gone already, this process ends at once.
-        with_signal: Which.
+        parent_pid: The expected parent; if it has ended already, this process exits at once.
+        with_signal: The signal.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, with_signal)
     if os.getppid() != parent_pid:
         os._exit(1)
 
 
-def tell_ready(notify_socket: str) -> None:
-    """Tell systemd that this process answers.
+def notify_ready(notify_socket: str) -> None:
+    """Notify systemd that this process is ready.
 
     Args:
-        notify_socket: Where it waits for that; empty if nobody does.
+        notify_socket: The value of NOTIFY_SOCKET; empty: do nothing.
 
     Raises:
-        GearError: It cannot be told.
+        GearError: The socket cannot be written to.
 
     Source: sd_notify(3), "READY=1", and "Notes" for the socket's name.
     """
     if not notify_socket:
         return
     address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         try:
-            line.sendto(b"READY=1", address)
+            client.sendto(b"READY=1", address)
         except OSError as exc:
-            raise from_os_error(exc, f"tell systemd at {notify_socket} that all is ready") from exc
+            raise from_os_error(exc, f"notify systemd at {notify_socket}") from exc

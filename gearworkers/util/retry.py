@@ -1,4 +1,4 @@
-"""The one retry policy: NFS and remotes; only errors that say they are retryable."""
+"""The policy for retries of NFS, remotes and registries: only retryable errors, bounded in attempts and time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from tenacity import (
 from gearworkers.errors import GearError
 
 ATTEMPTS = 5
-LONGEST_S = 30.0
-_jittered_s = wait_random_exponential(multiplier=0.2, max=5.0)
+MAX_TIME_S = 30.0
+
+backoff_s = wait_random_exponential(multiplier=0.2, max=5.0)
+"""Wait before the next attempt: exponential, with jitter. Tests replace it to avoid waiting."""
 
 
 def _is_retryable(exc: BaseException) -> bool:
@@ -23,16 +25,16 @@ def _is_retryable(exc: BaseException) -> bool:
 
 
 def _wait_s(state: RetryCallState) -> float:
-    """What the other side has asked for goes before."""
+    """Return the backoff, plus the wait that the server has requested."""
     exc = state.outcome.exception() if state.outcome else None
-    return _jittered_s(state) + (exc.after_s if isinstance(exc, GearError) else 0.0)
+    return backoff_s(state) + (exc.after_s if isinstance(exc, GearError) else 0.0)
 
 
 retried = retry(
     retry=retry_if_exception(_is_retryable),
     wait=_wait_s,
-    stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(LONGEST_S),
+    stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(MAX_TIME_S),
     reraise=True,
 )
-"""Exponential, jittered, bounded in attempts and time. Celery re-queues the same class of error (app.RETRIES): the
-worst product is ATTEMPTS × (1 + RETRIES) = 55 attempts for one call, within some 36 minutes."""
+"""Decorator that retries a function. Celery retries tasks after the same errors (`workers.celery_app.RETRIES`), so one
+call makes at most ATTEMPTS × (1 + RETRIES) = 55 attempts, within about 36 minutes."""

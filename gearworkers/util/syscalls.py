@@ -1,11 +1,11 @@
 """System calls that Python's os module lacks, through ctypes.
 
-Every function raises OSError with errno, what was tried as its text and, where one is concerned, the path.
-For fsconfig and fsmount the text ends with what the kernel logged into the file system context.
+Every function raises OSError with the errno, the attempted call as its text and, for calls with a path, the path.
+For fsconfig and fsmount the text ends with the kernel's messages in the file system context.
 
-Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2), umount2(2), openat2(2),
+Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), umount2(2), openat2(2),
 renameat2(2), fanotify_init(2), fanotify_mark(2), syncfs(2), statfs(2), getdents64(2), quotactl(2).
-Numbers from 424 on are the same on all architectures.
+System call numbers from 424 on are the same on all architectures.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ AT_FDCWD = -100
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 MOUNT_ATTR_RDONLY = 1
-MOST_OPTION_BYTES = 255
+MAX_OPTION_BYTES = 255
 
-_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
@@ -41,9 +40,8 @@ _FAN_OPEN = 0x20
 _FAN_OPEN_EXEC = 0x1000
 _FSMOUNT_CLOEXEC = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
-_OPEN_TREE_CLONE = 1
 _OPENAT2_RACES = 64
-"""How often openat2 is tried again when a rename beside it makes it answer EAGAIN."""
+"""Attempts of openat2 when concurrent renames make it fail with EAGAIN."""
 
 
 class _Fsconfig(IntEnum):
@@ -54,10 +52,8 @@ class _Fsconfig(IntEnum):
 
 
 class Resolve(IntFlag):
-    """RESOLVE_* of openat2(2): how a path may be walked."""
+    """RESOLVE_* of openat2(2): how the kernel may resolve a path."""
 
-    NO_XDEV = 0x01
-    NO_MAGICLINKS = 0x02
     NO_SYMLINKS = 0x04
     BENEATH = 0x08
     IN_ROOT = 0x10
@@ -66,13 +62,12 @@ class Resolve(IntFlag):
 class Rename(IntFlag):
     """Flags of renameat2(2)."""
 
-    PLAIN = 0
     NOREPLACE = 1
     EXCHANGE = 2
 
 
 def fsopen(fs_name: str) -> int:
-    """A new file system context of that type; the caller closes it."""
+    """Return a new file system context of a type; the caller closes it."""
     return _syscall(f"fsopen {fs_name}", _SYS_FSOPEN, os.fsencode(fs_name), _FSOPEN_CLOEXEC)
 
 
@@ -82,7 +77,7 @@ def fsconfig_flag(context_fd: int, key: str) -> None:
 
 
 def fsconfig_string(context_fd: int, key: str, value: bytes) -> None:
-    """Set an option to a text of at most MOST_OPTION_BYTES."""
+    """Set an option to a text of at most MAX_OPTION_BYTES."""
     _fsconfig(context_fd, f"{key}={os.fsdecode(value)}", _Fsconfig.SET_STRING, key, value, 0)
 
 
@@ -92,42 +87,36 @@ def fsconfig_fd(context_fd: int, key: str, value_fd: int) -> None:
 
 
 def fsconfig_create(context_fd: int) -> None:
-    """Make the superblock of what was configured."""
+    """Create the superblock of the configured file system."""
     _fsconfig(context_fd, "create", _Fsconfig.CMD_CREATE, None, None, 0)
 
 
 def fsmount(context_fd: int, attributes: int = 0) -> int:
-    """An unattached mount of the context's superblock, as an O_PATH descriptor; closing it unmounts."""
+    """Return a detached mount of the context's superblock, as an O_PATH descriptor; closing it unmounts."""
     try:
         return _syscall("fsmount", _SYS_FSMOUNT, context_fd, _FSMOUNT_CLOEXEC, attributes)
     except OSError as exc:
-        raise _with_log(exc, context_fd) from None
+        raise _with_messages(exc, context_fd) from None
 
 
 def move_mount(mount_fd: int, target: Path) -> None:
-    """Attach an unattached mount at *target*."""
+    """Attach a detached mount at *target*."""
     path = os.fsencode(target)
     _syscall("move_mount", _SYS_MOVE_MOUNT, mount_fd, b"", AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH, path=path)
 
 
-def open_tree(path: Path) -> int:
-    """An unattached bind mount of *path*, as an O_PATH descriptor; closing it unmounts."""
-    raw = os.fsencode(path)
-    return _syscall("open_tree", _SYS_OPEN_TREE, AT_FDCWD, raw, _OPEN_TREE_CLONE | os.O_CLOEXEC, path=raw)
-
-
 def umount2(target: Path, flags: int = MNT_DETACH | UMOUNT_NOFOLLOW) -> None:
-    """Take away what is mounted at *target*; EINVAL when nothing is."""
+    """Unmount *target*; EINVAL if nothing is mounted there."""
     path = os.fsencode(target)
     if _libc().umount2(path, flags) < 0:
         raise _last_error("umount", path)
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: Resolve = Resolve.IN_ROOT) -> int:
-    """Open *path* walked from *dir_fd* under the rules of *resolve*; O_CLOEXEC is always set.
+    """Open *path*, resolved from *dir_fd* under the rules of *resolve*; O_CLOEXEC is always set.
 
     Raises:
-        OSError: Also EXDEV or ELOOP for a walk that the rules forbid.
+        OSError: As open(2); EXDEV or ELOOP if the rules forbid the path.
     """
     how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
     for _ in range(_OPENAT2_RACES):
@@ -135,13 +124,13 @@ def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: Resolv
             return _syscall("openat2", _SYS_OPENAT2, dir_fd, path, how, len(how), path=path)
         except BlockingIOError:
             continue
-    raise OSError(errno.EAGAIN, "openat2: renames beside it kept interfering", os.fsdecode(path))
+    raise OSError(errno.EAGAIN, "openat2: concurrent renames kept interfering", os.fsdecode(path))
 
 
 def watch_opens(path: Path) -> int:
-    """A fanotify group that notes who opens or executes a regular file of the file system that is mounted at *path*.
+    """Return a fanotify group that reports opens and executions of files of the file system at *path*.
 
-    It sees the opens through every mount of it, in any namespace, and keeps none of them busy.
+    It reports opens through every mount of the file system, in any namespace, and does not keep a mount busy.
     """
     flags = _FAN_CLOEXEC | _FAN_NONBLOCK
     group_fd = int(_libc().fanotify_init(flags, os.O_RDONLY | os.O_LARGEFILE | os.O_CLOEXEC | os.O_NOATIME))
@@ -157,19 +146,19 @@ def watch_opens(path: Path) -> int:
 
 
 def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: Rename) -> None:
-    """Rename with NOREPLACE (EEXIST when *new* is there) or EXCHANGE (both must be there)."""
+    """Rename with NOREPLACE (EEXIST if *new* exists) or EXCHANGE (both must exist)."""
     if _libc().renameat2(old_dir_fd, old, new_dir_fd, new, int(flags)) < 0:
         raise _last_error(f"renameat2 {os.fsdecode(old)} to", new)
 
 
 def syncfs(fd: int) -> None:
-    """Write all of the file system that holds *fd* to its device."""
+    """Write the file system that holds *fd* to its device."""
     if _libc().syncfs(fd) < 0:
         raise _last_error("syncfs", None)
 
 
 def statfs_type(path: Path) -> int:
-    """The magic number of the file system that holds *path*: f_type of statfs(2)."""
+    """Return the magic number of the file system that holds *path*: f_type of statfs(2)."""
     raw = os.fsencode(path)
     buffer = ctypes.create_string_buffer(256)
     if _libc().statfs(raw, buffer) < 0:
@@ -178,13 +167,13 @@ def statfs_type(path: Path) -> int:
 
 
 def quotactl_fd(fd: int, command: int, id: int, data: bytes) -> bytes:
-    """Ask about a quota of the file system that holds *fd*, or set one; *data* as the kernel has left it.
+    """Read or set a quota of the file system that holds *fd*; return *data* as the kernel has left it.
 
     Args:
-        fd: Any file of it, not O_PATH.
-        command: With the quota's type, as QCMD makes it.
-        id: Whose quota.
-        data: The command's structure; filled in by those that ask.
+        fd: Any file of the file system, without O_PATH.
+        command: The command and the quota's type, combined as QCMD does.
+        id: The user, group or project.
+        data: The command's structure, which reading commands fill in.
     """
     buffer = ctypes.create_string_buffer(data, len(data))
     numbers = (ctypes.c_long(number) for number in (_SYS_QUOTACTL_FD, fd, command, id))
@@ -194,9 +183,9 @@ def quotactl_fd(fd: int, command: int, id: int, data: bytes) -> bytes:
 
 
 def entry_types(dir_fd: int) -> dict[bytes, int]:
-    """Name to d_type (DT_UNKNOWN is 0) of a small directory's entries, as getdents64(2) gives them.
+    """Return the d_type of each entry of a small directory by name, as getdents64(2) reports it (DT_UNKNOWN is 0).
 
-    Shape: at most the entries of one 32 KiB answer; enough for probing, not for walking.
+    It reads a single buffer of 32 KiB, which is enough for a probe and not for large directories.
     """
     buffer = ctypes.create_string_buffer(32768)
     length = _libc().getdents64(dir_fd, buffer, len(buffer))
@@ -212,16 +201,16 @@ def entry_types(dir_fd: int) -> dict[bytes, int]:
     return types
 
 
-def _fsconfig(context_fd: int, what: str, command: int, key: str | None, value: bytes | None, aux: int) -> None:
+def _fsconfig(context_fd: int, action: str, command: int, key: str | None, value: bytes | None, aux: int) -> None:
     raw_key = None if key is None else os.fsencode(key)
     try:
-        _syscall(f"fsconfig {what}", _SYS_FSCONFIG, context_fd, command, raw_key, value, aux)
+        _syscall(f"fsconfig {action}", _SYS_FSCONFIG, context_fd, command, raw_key, value, aux)
     except OSError as exc:
-        raise _with_log(exc, context_fd) from None
+        raise _with_messages(exc, context_fd) from None
 
 
-def _with_log(exc: OSError, context_fd: int) -> OSError:
-    """*exc* with the messages waiting in the context appended to its text, without their ``e `` or ``w ``."""
+def _with_messages(exc: OSError, context_fd: int) -> OSError:
+    """Return *exc* with the context's pending messages in its text, without their prefixes ``e `` and ``w ``."""
     messages = []
     while True:
         try:
@@ -233,19 +222,19 @@ def _with_log(exc: OSError, context_fd: int) -> OSError:
     return OSError(exc.errno, f"{exc.strerror} ({'; '.join(messages)})")
 
 
-def _syscall(what: str, number: int, *args: int | bytes | None, path: bytes | None = None) -> int:
+def _syscall(action: str, number: int, *args: int | bytes | None, path: bytes | None = None) -> int:
     converted = [ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args]
     result: int = _libc().syscall(ctypes.c_long(number), *converted)
     if result < 0:
-        raise _last_error(what, path)
+        raise _last_error(action, path)
     return result
 
 
-def _last_error(what: str, path: bytes | None) -> OSError:
+def _last_error(action: str, path: bytes | None) -> OSError:
     number = ctypes.get_errno()
     if path is None:
-        return OSError(number, what)
-    return OSError(number, what, os.fsdecode(path))
+        return OSError(number, action)
+    return OSError(number, action, os.fsdecode(path))
 
 
 @functools.cache

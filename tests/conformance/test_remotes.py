@@ -1,4 +1,4 @@
-"""What every remote does: in a directory, in memory, in S3, and a manager over each of the real ones."""
+"""The behaviour of every remote: in a directory, in memory, in S3, and a manager over a directory or S3."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import pytest
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.fetch.source import checked_layout
 from gearworkers.remote import encoding
-from gearworkers.remote.bucket import Bucket, in_memory
-from gearworkers.remote.decorators import Bounded, Cached, Retried
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.bounded import BoundedStore, Limits
+from gearworkers.remote.bucket import BucketStore, memory_store
+from gearworkers.remote.cached import CachedStore
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
+from gearworkers.remote.retry import RetryingStore
 from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.util import retry
 from tests.support.answers import Answer, Asked, answering
@@ -29,8 +31,8 @@ from tests.support.remotes import Service, credentials_file, manager_thread, new
 
 KINDS = ["directory", "memory", "memory behind memory", "S3", "manager over directory", "manager over S3"]
 LARGE = 3 << 20
-MOST_READS = retry.ATTEMPTS**2 * 3
-"""Of a manager's client, and of the manager; and three looks each."""
+MAX_READS = retry.ATTEMPTS**2 * 3
+"""Attempts of the manager's client times those of the manager, with three reads each."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=KINDS)
 def remote(request: pytest.FixtureRequest, tmp_path: Path, credentials: Path) -> Iterator[Remote]:
-    """An empty remote."""
+    """Return an empty remote."""
     settings = replace(
         Settings(), gear_root=tmp_path / "gear", node="test", remote=RemoteSettings(aws_credentials_file=credentials)
     )
@@ -61,10 +63,15 @@ def opened(kind: str, request: pytest.FixtureRequest, settings: Settings) -> Ite
     where = new_bucket(request.getfixturevalue("s3")) if "S3" in kind else directory
     Path(directory).mkdir(parents=True)
     if kind == "memory":
-        yield Remote(Retried(in_memory()))
+        yield Remote(RetryingStore(memory_store()))
     elif kind == "memory behind memory":
-        near = Bounded(Retried(in_memory()), threads=4, timeout_s=60, together=3)
-        yield Remote(Cached(near, Bounded(Retried(in_memory()), threads=4, timeout_s=60, together=1)))
+        cache, origin = (
+            BoundedStore(
+                RetryingStore(memory_store()), Limits(threads=4, timeout_s=60, get_batch=batch, put_batch=batch)
+            )
+            for batch in (3, 1)
+        )
+        yield Remote(CachedStore(cache, origin))
     elif kind.startswith("manager"):
         with manager_thread(replace(settings, manager=replace(settings.manager, store=where))) as url:
             yield open_remote(replace(settings, remote=replace(settings.remote, url=url)))
@@ -74,7 +81,7 @@ def opened(kind: str, request: pytest.FixtureRequest, settings: Settings) -> Ite
 
 @pytest.fixture
 def put(remote: Remote, tmp_path: Path) -> Callable[[bytes], bytes]:
-    """Put a content; its digest."""
+    """Return a function that puts a content and returns its digest."""
 
     def put(content: bytes) -> bytes:
         return put_as(remote, tmp_path, content, sha256(content))
@@ -114,18 +121,18 @@ CONTENTS = [
 ]
 
 
-def test_what_was_put_is_fetched(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+def test_put_contents_are_fetched(remote: Remote, put: Callable[[bytes], bytes]) -> None:
     for content in CONTENTS:
         assert b"".join(remote.fetch(put(content))) == content
 
 
-def test_putting_twice_is_putting_once(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+def test_puts_are_idempotent(remote: Remote, put: Callable[[bytes], bytes]) -> None:
     for content in (b"twice", noise(LARGE)):
         assert put(content) == put(content)
         assert b"".join(remote.fetch(sha256(content))) == content
 
 
-def test_wrong_bytes_are_refused_and_leave_nothing(remote: Remote, tmp_path: Path) -> None:
+def test_wrong_bytes_are_rejected_and_leave_nothing(remote: Remote, tmp_path: Path) -> None:
     for content in (b"wrong", noise(LARGE)):
         digest = sha256(content + b"!")
         with pytest.raises(IntegrityError):
@@ -137,8 +144,7 @@ def test_wrong_bytes_are_refused_and_leave_nothing(remote: Remote, tmp_path: Pat
             list(remote.fetch(digest))
 
 
-def test_a_store_verifies_or_a_reader_does(remote: Remote) -> None:
-    """A blob that lies gets no further than to whoever reads it."""
+def test_a_wrong_blob_is_rejected_by_the_store_or_the_reader(remote: Remote) -> None:
     digest = sha256(b"the truth")
     try:
         remote.blobs.put_many([(digest, encoding.encode(b"a lie"))])
@@ -152,7 +158,9 @@ def test_a_store_verifies_or_a_reader_does(remote: Remote) -> None:
     assert list(remote.fetch_many([digest])) == []
 
 
-def test_it_is_told_what_is_there_in_the_order_asked(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+def test_present_digests_are_returned_in_the_order_of_the_request(
+    remote: Remote, put: Callable[[bytes], bytes]
+) -> None:
     here = [put(b"%d" % number) for number in range(70)]
     absent = [sha256(b"absent %d" % number) for number in range(70)]
     mixed = [digest for pair in zip(absent, reversed(here), strict=True) for digest in pair]
@@ -169,7 +177,7 @@ def test_many_are_put_and_fetched_together(remote: Remote) -> None:
     assert list(remote.fetch_many([])) == []
 
 
-def test_among_many_a_large_one_is_its_layout(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+def test_fetch_many_returns_the_layout_of_a_large_object(remote: Remote, put: Callable[[bytes], bytes]) -> None:
     small, large = put(b"small"), put(noise(LARGE))
     layout = remote.layout(large)
     assert dict(remote.fetch_many([large, small])) == {small: b"small", large: layout}
@@ -191,7 +199,7 @@ def test_a_small_or_absent_object_has_no_layout(remote: Remote, put: Callable[[b
     assert remote.layout(sha256(b"absent")) is None
 
 
-def test_the_size_is_known(remote: Remote, put: Callable[[bytes], bytes]) -> None:
+def test_the_size_of_an_object_is_returned(remote: Remote, put: Callable[[bytes], bytes]) -> None:
     for content in (b"", b"12345", noise(LARGE)):
         assert remote.size_bytes(put(content)) == len(content)
 
@@ -204,7 +212,7 @@ def test_versions_of_a_file_share_their_chunks(remote: Remote, put: Callable[[by
     assert len(second - first) <= 3
 
 
-def test_what_is_absent_is_not_found(remote: Remote) -> None:
+def test_absent_objects_are_not_found(remote: Remote) -> None:
     with pytest.raises(NotFound):
         list(remote.fetch(sha256(b"absent")))
     with pytest.raises(NotFound):
@@ -213,7 +221,7 @@ def test_what_is_absent_is_not_found(remote: Remote) -> None:
         remote.size_bytes(sha256(b"absent"))
 
 
-def test_many_threads_may_put_the_same(remote: Remote) -> None:
+def test_many_threads_put_the_same_contents(remote: Remote) -> None:
     contents = [(sha256(content), content) for content in (noise(2000, number) for number in range(20))]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: remote.put_many(contents), range(8)))
@@ -233,9 +241,9 @@ def test_a_document_is_replaced(remote: Remote) -> None:
     assert remote.document(NAME + "0") is None
 
 
-def test_of_two_who_replace_a_version_one_is_told(remote: Remote) -> None:
+def test_only_one_of_two_writers_replaces_a_version(remote: Remote) -> None:
     remote.replace_document("layer", b"first", 0)
-    found = remote.versioned("layer")
+    found = remote.get_document("layer")
     assert found is not None
     remote.replace_document("layer", b"second", found.version)
     with pytest.raises(AlreadyExists):
@@ -243,34 +251,34 @@ def test_of_two_who_replace_a_version_one_is_told(remote: Remote) -> None:
     assert remote.document("layer") == b"second"
 
 
-def test_a_document_that_many_replace_holds_what_one_of_them_put(remote: Remote) -> None:
+def test_a_document_that_many_replace_has_the_content_of_one_of_them(remote: Remote) -> None:
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda number: remote.put_document("raced", b"%d" % number), range(6)))
     assert remote.document("raced") in {b"%d" % number for number in range(6)}
 
 
-def test_a_version_that_is_listed_and_not_there_is_told_soon(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_that_is_listed_but_missing_is_reported_soon(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     remote.put_document(NAME, b"one")
     reads = 0
 
     def gone(self: object, name: str, version: int) -> bytes:
         nonlocal reads
         reads += 1
-        assert reads <= MOST_READS, "it goes on for ever"
+        assert reads <= MAX_READS, "it does not end"
         raise NotFound(f"document {name}: version {version} is not there")
 
     with monkeypatch.context() as patched:
-        patched.setattr(retry, "_jittered_s", lambda state: 0.0)
-        for store in (Directory, Bucket):
+        patched.setattr(retry, "backoff_s", lambda state: 0.0)
+        for store in (DirectoryStore, BucketStore):
             patched.setattr(store, "read_version", gone)
         with pytest.raises(Unavailable, match=rf"{re.escape(NAME)}.*version 1 is listed and cannot be read"):
             remote.document(NAME)
-    assert remote.document(NAME) == b"one", "when it is there again"
+    assert remote.document(NAME) == b"one", "once the version is back"
 
 
-def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a directory by a link that leads nowhere, in a bucket as its server lists a key that it does not have."""
-    monkeypatch.setattr(retry, "_jittered_s", lambda state: 0.0)
+def test_a_wrong_listing_of_a_document_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dangling link in a directory, and a bucket whose server lists a missing key."""
+    monkeypatch.setattr(retry, "backoff_s", lambda state: 0.0)
     (tmp_path / "remote" / "documents" / "layer").mkdir(parents=True)
     (tmp_path / "remote" / "documents" / "layer" / "@0000000003").symlink_to("nowhere")
     listing = b"""<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>
@@ -278,7 +286,7 @@ def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: 
 <Size>1</Size></Contents></ListBucketResult>"""
 
     def answer(asked: Asked) -> Answer:
-        assert len(server.asked) < MOST_READS, "it goes on for ever"
+        assert len(server.asked) < MAX_READS, "it does not end"
         return Answer(200, body=listing) if "list-type" in asked.path else Answer(404)
 
     credentials = credentials_file(tmp_path)
@@ -296,8 +304,8 @@ def test_a_document_whose_listing_is_wrong_is_told(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "name", ["", "/a", "a/", "a//b", "../a", "a/../b", ".a", "a/@1", "a b", "ä", "a" * 201, "a/" * 257 + "a"]
 )
-def test_a_name_that_no_document_can_have_is_refused(name: str) -> None:
-    remote = Remote(in_memory())
+def test_invalid_names_of_documents_are_rejected(name: str) -> None:
+    remote = Remote(memory_store())
     with pytest.raises(InvalidInput):
         remote.document(name)
     with pytest.raises(InvalidInput):

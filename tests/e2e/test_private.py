@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.remote import Remote
 from tests.support.dockerd import Dockerd
 from tests.support.lazyhost import LazyHost
@@ -24,7 +24,7 @@ class Traces:
     def __init__(self, root: Path, remote: Path) -> None:
         self._store = ObjectStore(root / "public")
         self._private = root / "private"
-        self._remote = Remote(Directory(remote))
+        self._remote = Remote(DirectoryStore(remote))
 
     def is_public(self, content: str) -> bool:
         return self._store.has(_digest(content))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.remote import Remote
 from tests.support.dockerd import Dockerd
 from tests.support.processes import wait_until
@@ -144,7 +144,7 @@ def test_a_client_that_gives_up_in_the_middle_leaves_nothing(dockerd: Dockerd, s
 
 
 def test_a_commits_new_objects_reach_the_remote_in_the_background(dockerd: Dockerd, stack: Stack) -> None:
-    remote = Remote(Directory(stack.directory.parent / "remote"))
+    remote = Remote(DirectoryStore(stack.directory.parent / "remote"))
     dockerd.run("tiny", "sh", "-c", "seq 100000 > /pushed", options=("--name", "topush"))
     dockerd.docker("commit", "topush", "topush")
     content = "".join(f"{n}\n" for n in range(1, 100_001)).encode()

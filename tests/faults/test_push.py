@@ -20,7 +20,7 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError, IntegrityError
 from gearworkers.remote import encoding
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.push import PushReport, push_pending
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
@@ -293,7 +293,7 @@ def test_a_damaged_object_is_not_pushed_and_keeps_no_other_from_it(settings: Set
     assert list((Path(settings.remote.url) / "staging").iterdir()) == [], "no temporary file either"
 
 
-class Refusing(Directory):
+class Refusing(DirectoryStore):
     """A remote that takes some blobs for wrong."""
 
     refused: frozenset[bytes] = frozenset()

@@ -13,11 +13,11 @@ import pytest
 import urllib3
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, Unavailable
+from gearworkers.http_service.tokens import Access
 from gearworkers.images.credentials import find_credentials
 from gearworkers.images.transport import make_transport
-from gearworkers.manager.tokens import Access
 from gearworkers.remote.manager import ManagerStore
-from gearworkers.remote.s3 import in_s3
+from gearworkers.remote.s3 import open_s3
 from gearworkers.settings import ManagerSettings, RegistrySettings, RemoteSettings, Settings
 from tests.support.remotes import manager_thread
 
@@ -71,12 +71,9 @@ def test_a_client_with_no_token_to_show_says_so_and_asks_nobody(make: Callable[[
 @pytest.mark.parametrize("make", [*BAD.values(), *ABSENT.values()], ids=[*BAD, *ABSENT])
 def test_a_manager_does_not_start_with_it(make: Callable[[Path], None], file: Path) -> None:
     make(file)
-    for settings in (
-        Settings(manager=ManagerSettings(write_tokens_file=file)),
-        Settings(manager=ManagerSettings(read_tokens_file=file)),
-    ):
+    for write_tokens, read_tokens in ((file, None), (None, file)):
         with pytest.raises(FailedPrecondition) as error:
-            Access(settings.manager)
+            Access(write_tokens=write_tokens, read_tokens=read_tokens)
         said(error, file)
 
 
@@ -85,7 +82,7 @@ def test_a_manager_says_it_in_one_line(file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     environ = {"GEAR_ROOT": str(tmp_path), "GEAR_MANAGER_WRITE_TOKENS_FILE": str(file)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2 and re.fullmatch(rf"gear: {file}: line 1 is no token.*\n", done.stderr), done.stderr
+    assert done.returncode == 2 and re.fullmatch(rf"gear: {file}: line 1 is not a token.*\n", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)
@@ -93,7 +90,7 @@ def test_a_manager_whose_file_becomes_one_lets_nobody_in_until_it_is_right(
     make: Callable[[Path], None], file: Path, tmp_path: Path
 ) -> None:
     file.write_text("# ünïcödé in a comment is none of its business\ntoken\n")
-    access = Access(ManagerSettings(write_tokens_file=file))
+    access = Access(write_tokens=file, read_tokens=None)
     assert access.may_write("Bearer token")
     file.unlink()
     make(file)
@@ -142,7 +139,7 @@ def test_credentials_of_any_letters_are_taken(tmp_path: Path) -> None:
 def test_aws_credentials_that_cannot_be_read_are_told(make: Callable[[Path], None], file: Path) -> None:
     make(file)
     with pytest.raises(FailedPrecondition) as error:
-        in_s3("s3://bucket?endpoint=http://127.0.0.1:1", RemoteSettings(aws_credentials_file=file))
+        open_s3("s3://bucket?endpoint=http://127.0.0.1:1", RemoteSettings(aws_credentials_file=file))
     said(error, file)
 
 

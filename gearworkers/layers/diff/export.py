@@ -27,7 +27,7 @@ from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK
 from gearworkers.tar.private_marker import MARK
 from gearworkers.tar.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.tar.writer import END, header, padding
-from gearworkers.util.fs import LONGEST_PATH_BYTES, opened_directory
+from gearworkers.util.fs import MAX_PATH_BYTES, opened_directory
 
 PIECE_BYTES = 1 << 20
 """The size of reads from large files, and the largest size of buffered writes."""
@@ -162,11 +162,7 @@ class _DiffWriter:
 
     def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
         """Write the entry *name* of a directory; omit it if a tar cannot contain it or it has vanished."""
-        if (
-            b"/" + PREFIX in b"/" + path
-            or (self._has_private_marker and path == MARK)
-            or len(path) > LONGEST_PATH_BYTES
-        ):
+        if b"/" + PREFIX in b"/" + path or (self._has_private_marker and path == MARK) or len(path) > MAX_PATH_BYTES:
             return
         kind = _TYPES.get(stat.S_IFMT(status.st_mode))
         if kind is None:
@@ -189,7 +185,7 @@ class _DiffWriter:
 
     def add_whiteout(self, path: bytes) -> None:
         """Write a whiteout or an opaque marker: an empty file."""
-        if len(path) <= LONGEST_PATH_BYTES + len(PREFIX):
+        if len(path) <= MAX_PATH_BYTES + len(PREFIX):
             self._put(header(TarEntry(path, REG, mode=_WHITEOUT_MODE)))
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from gearworkers.layers.index.erofs import ImageWriter
 from gearworkers.layers.index.tree_xattrs import check_xattrs, stored_xattrs
 from gearworkers.tar import whiteouts
 from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry, clean_name, shown
-from gearworkers.util.fs import LONGEST_PATH_BYTES
+from gearworkers.util.fs import MAX_PATH_BYTES
 
 MAX_INODES = 4_000_000
 """A layer of this size takes about 2 GB of memory."""
@@ -151,7 +151,7 @@ class LayerTree:
         if entry.xattrs:
             check_xattrs(entry.xattrs)
         name_bytes = len(name) - len(whiteouts.PREFIX) if name.startswith(whiteouts.PREFIX) else len(name)
-        if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= LONGEST_PATH_BYTES:
+        if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= MAX_PATH_BYTES:
             raise InvalidInput("its name is too long for a file system")
         parent = self._known.get(parent_path)
         if parent is None:
@@ -171,7 +171,7 @@ class LayerTree:
             self._add_link(entry, parent, name)
             return
         elif kind == SYMLINK:
-            if not 0 < len(entry.linkname) <= LONGEST_PATH_BYTES:
+            if not 0 < len(entry.linkname) <= MAX_PATH_BYTES:
                 raise InvalidInput("its link target is empty or too long")
             inode = self._inode(entry, stat.S_IFLNK, 0o777)
             inode.target = entry.linkname

@@ -1,4 +1,4 @@
-"""What a manager holds in memory, however many push at once and however slowly."""
+"""The memory of a manager while many clients push slowly."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.manager.async_remote import Incoming, Store
-from gearworkers.manager.memory_budget import Room
+from gearworkers.manager.async_remote import AsyncRemote, ReceivedBlob
+from gearworkers.manager.memory_budget import MemoryBudget
 from gearworkers.remote import blob_stream, encoding
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings
@@ -26,11 +26,11 @@ from tests.support.remotes import Service, figures, manager_server
 MIB = 1 << 20
 CLIENTS = 24
 SENT_BYTES = 12 * MIB
-MOST_GROWTH_BYTES = 64 * MIB
+MAX_GROWTH_BYTES = 64 * MIB
 
 
 def begun(server: Service, head: str, before: bytes = b"") -> socket.socket:
-    """A client that has sent nearly all of a large body, and then stands still."""
+    """Return a client that has sent nearly all of a large body, and then stalls."""
     parts = urlsplit(server.url)
     client = socket.create_connection((parts.hostname or "", parts.port or 0))
     head = f"{head} HTTP/1.1\r\nHost: m\r\nContent-Length: {len(before) + SENT_BYTES + 1}\r\n\r\n"
@@ -48,7 +48,7 @@ def document_begun(server: Service) -> socket.socket:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begin", [layout_begun, document_begun])
-def test_clients_that_push_much_and_slowly_cost_no_memory_and_hold_up_nobody(
+def test_slow_clients_with_large_bodies_cost_no_memory_and_delay_nobody(
     begin: Callable[[Service], socket.socket], tmp_path: Path
 ) -> None:
     with manager_server(tmp_path) as server, ExitStack() as clients:
@@ -63,7 +63,7 @@ def test_clients_that_push_much_and_slowly_cost_no_memory_and_hold_up_nobody(
         put(store, b"quick" * 1000)
         grown_bytes = peak_bytes(server) - before_bytes
         store.close()
-    assert grown_bytes < MOST_GROWTH_BYTES
+    assert grown_bytes < MAX_GROWTH_BYTES
 
 
 def put(store: ManagerStore, content: bytes) -> None:
@@ -73,7 +73,7 @@ def put(store: ManagerStore, content: bytes) -> None:
 
 
 def peak_bytes(server: Service) -> int:
-    """The most that was resident so far."""
+    """Return the peak of the resident memory."""
     status = Path(f"/proc/{server.daemon.pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) << 10
@@ -83,33 +83,33 @@ def received_bytes(server: Service) -> float:
     return figures(server)["gear_manager_received_bytes_total"]
 
 
-class Slow(Directory):
-    """A store that takes contents when it is let, and knows how many bytes it was given at once at most."""
+class BlockingStore(DirectoryStore):
+    """A store whose puts wait for `released`; it records the largest number of bytes in its puts at one time."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.lets = threading.Event()
-        self.given_bytes = self.most_bytes = 0
+        self.released = threading.Event()
+        self.pending_bytes = self.peak_bytes = 0
         self._lock = threading.Lock()
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         size_bytes = sum(len(blob) for _, blob in blobs)
         with self._lock:
-            self.given_bytes += size_bytes
-            self.most_bytes = max(self.most_bytes, self.given_bytes)
-        self.lets.wait()
+            self.pending_bytes += size_bytes
+            self.peak_bytes = max(self.peak_bytes, self.pending_bytes)
+        self.released.wait()
         super().put_many(blobs)
         with self._lock:
-            self.given_bytes -= size_bytes
+            self.pending_bytes -= size_bytes
 
 
-def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
-    """Twenty pushes of a MiB each, two of which have room, into a store that is slow."""
-    slow = Slow(tmp_path)
-    store = Store(Remote(slow), 1 << 30, room_bytes=4 * MIB + 100)
+def test_contents_that_are_stored_at_once_fit_into_the_budget(tmp_path: Path) -> None:
+    """Of twenty pushes of 1 MiB into a slow store, two fit at once."""
+    slow = BlockingStore(tmp_path)
+    store = AsyncRemote(Remote(slow), 1 << 30, budget_bytes=4 * MIB + 100)
     loaded = 0
 
-    def load(blob: Incoming) -> bytes:
+    def load(blob: ReceivedBlob) -> bytes:
         nonlocal loaded
         loaded += blob.size_bytes > 1
         return contents[blob.digest][: blob.size_bytes]
@@ -118,43 +118,43 @@ def test_what_is_stored_at_once_fits_into_the_room(tmp_path: Path) -> None:
 
     async def push_all() -> list[int]:
         pushes = [
-            asyncio.ensure_future(store.put_blobs([Incoming(digest, 0, len(blob))], load))
+            asyncio.ensure_future(store.put_blobs([ReceivedBlob(digest, 0, len(blob))], load))
             for digest, blob in contents.items()
         ]
-        while slow.given_bytes < 2 * MIB:
+        while slow.pending_bytes < 2 * MIB:
             await asyncio.sleep(0)
         for _ in range(100):
-            await store.run(lambda: None)  # whoever has room is at work by now
+            await store.run(lambda: None)  # every push that fits has started by now
         assert loaded == 2
-        slow.lets.set()
+        slow.released.set()
         return await asyncio.gather(*pushes)
 
     assert asyncio.run(push_all()) == [1] * 20
-    assert slow.most_bytes <= 2 * (MIB + 1)
+    assert slow.peak_bytes <= 2 * (MIB + 1)
     assert slow.present(list(contents)) == set(contents)
     store.close()
 
 
-def test_a_content_too_large_for_one_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    store = Store(Remote(Directory(tmp_path)), 1 << 30)
+def test_a_too_large_content_is_rejected_before_it_is_read(tmp_path: Path) -> None:
+    store = AsyncRemote(Remote(DirectoryStore(tmp_path)), 1 << 30)
     read = []
 
-    def load(blob: Incoming) -> bytes:
+    def load(blob: ReceivedBlob) -> bytes:
         read.append(blob.size_bytes)
         return b"R"
 
     with pytest.raises(InvalidInput, match="needs a layout"):
-        asyncio.run(store.put_blobs([Incoming(bytes(32), 0, 75 * MIB)], load))
+        asyncio.run(store.put_blobs([ReceivedBlob(bytes(32), 0, 75 * MIB)], load))
     assert read == [1]
     store.close()
 
 
-def test_room_goes_by_turns_and_what_needs_more_than_there_is_gets_all() -> None:
+def test_reservations_are_granted_in_turn_and_a_too_large_one_gets_the_whole_budget() -> None:
     async def take() -> list[str]:
-        room, told, end = Room(10), list[str](), asyncio.Event()
+        budget, told, end = MemoryBudget(10), list[str](), asyncio.Event()
 
         async def taker(name: str, size_bytes: int) -> None:
-            async with room.taken(size_bytes):
+            async with budget.reserved(size_bytes):
                 told.append(name)
                 await end.wait()
             told.append(f"{name} ended")
@@ -162,14 +162,14 @@ def test_room_goes_by_turns_and_what_needs_more_than_there_is_gets_all() -> None
         tasks = [asyncio.ensure_future(taker(name, size)) for name, size in (("a", 6), ("all", 1000), ("b", 1))]
         for _ in range(10):
             await asyncio.sleep(0)
-        assert told == ["a"], "b would have room, and does not go before the one that waits"
+        assert told == ["a"], "b would fit, but does not overtake the waiting one"
         tasks[1].cancel()
         for _ in range(10):
             await asyncio.sleep(0)
-        assert told == ["a", "b"], "one that waits no longer holds up nobody"
+        assert told == ["a", "b"], "a cancelled reservation delays nobody"
         end.set()
         await asyncio.gather(*tasks, return_exceptions=True)
-        async with room.taken(1000):
+        async with budget.reserved(1000):
             pass
         return told
 

@@ -1,4 +1,4 @@
-"""`gear manager`, a real process over real sockets: its calls, who may, its limits, its end."""
+"""`gear manager`, a real process over real sockets: calls, access, limits, shutdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.manager.server import ManagerServer
-from gearworkers.profiles import document
 from gearworkers.remote import blob_stream, encoding
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.manager import ManagerStore
@@ -55,7 +54,7 @@ def sha256(content: bytes) -> str:
 def call(
     server: Service, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
 ) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers in lower case, body."""
+    """Return the status, the headers with lower-case names, and the body."""
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
     try:
         connection.request(method, path, body, dict(headers or {}))
@@ -104,7 +103,7 @@ def test_any_range_of_an_object_is_pulled(server: Service) -> None:
         assert call(server, "GET", path, headers={"Range": "bytes=9-3"})[0] == 416
 
 
-def test_a_wrong_upload_is_a_4xx_and_leaves_nothing(server: Service) -> None:
+def test_a_wrong_upload_is_rejected_and_leaves_nothing(server: Service) -> None:
     before = stored_files(server)
     for content in (b"wrong", LARGE[::-1]):
         path = f"/v1/objects/{sha256(content + b'!')}"
@@ -117,23 +116,25 @@ def test_a_wrong_upload_is_a_4xx_and_leaves_nothing(server: Service) -> None:
     assert stored_files(server) == before
 
 
-def test_a_layout_is_taken_only_if_its_chunks_make_up_the_object(server: Service) -> None:
+def test_a_layout_is_accepted_only_if_its_chunks_make_up_the_object(server: Service) -> None:
     chunks = [b"a" * 1000, b"b" * 1000]
     layout = [(len(chunk), hashlib.sha256(chunk).digest()) for chunk in chunks]
     whole, other = hashlib.sha256(b"".join(chunks)).digest(), hashlib.sha256(b"other").digest()
     blob, lie = encoding.encode_layout(whole, layout), encoding.encode_layout(other, layout)
-    assert call(server, "POST", "/v1/push", blob_stream.frame(whole, blob))[0] == 400, "its chunks are not there"
+    assert call(server, "POST", "/v1/push", blob_stream.frame(whole, blob))[0] == 400, "its chunks are absent"
     sent = b"".join(
         blob_stream.frame(digest, encoding.encode(c)) for (_, digest), c in zip(layout, chunks, strict=True)
     )
-    assert call(server, "POST", "/v1/push", sent + blob_stream.frame(other, blob))[0] == 422, "it is another's"
+    assert call(server, "POST", "/v1/push", sent + blob_stream.frame(other, blob))[0] == 422, (
+        "it belongs to another object"
+    )
     assert call(server, "POST", "/v1/push", blob_stream.frame(other, lie))[0] == 422
     assert call(server, "HEAD", f"/v1/objects/{other.hex()}")[0] == 404
     assert call(server, "POST", "/v1/push", blob_stream.frame(whole, blob))[0] == 200
     assert call(server, "GET", f"/v1/objects/{whole.hex()}")[2] == b"".join(chunks)
 
 
-def test_half_an_upload_leaves_nothing(server: Service) -> None:
+def test_an_interrupted_upload_leaves_nothing(server: Service) -> None:
     before = stored_files(server)
     for path in (f"/v1/objects/{sha256(b'x' * 1000)}", "/v1/push"):
         with socket.create_connection(address(server)) as client:
@@ -145,51 +146,20 @@ def test_half_an_upload_leaves_nothing(server: Service) -> None:
     assert stored_files(server) == before
 
 
-def test_what_is_no_digest_is_refused(server: Service) -> None:
+def test_malformed_digests_are_rejected(server: Service) -> None:
     for text in ("abc", "g" * 64, sha256(b"x").upper(), sha256(b"x") + "00"):
         assert call(server, "GET", f"/v1/objects/{text}")[0] == 400
         assert call(server, "POST", "/v1/query", json.dumps({"digests": [text]}).encode())[0] == 400
 
 
-def test_what_is_no_request_is_refused(server: Service) -> None:
+def test_malformed_requests_are_rejected(server: Service) -> None:
     for body in (b"", b"{", b"[]", b'{"digests": 1}', b'{"digests": [null]}'):
         assert call(server, "POST", "/v1/query", body)[0] == 400
     assert call(server, "GET", "/nothing")[0] == 404
     assert call(server, "DELETE", f"/v1/objects/{sha256(b'x')}")[0] == 405
 
 
-# -- documents, prefetch, nodes
-
-
-def test_a_profile_is_prefetched_in_its_order_in_one_stream(server: Service) -> None:
-    wanted = [push(server, b"first %d" % number) for number in range(50)]
-    opened = [document.OpenedObject(name, 10) for name in [*wanted, sha256(b"absent")]]
-    assert put_profile(server, "app:1", *opened) == 204
-    body = json.dumps({"document": "profiles/app:1", "skip": wanted[:10]}).encode()
-    status, _, stream = call(server, "POST", "/v1/prefetch", body)
-    assert status == 200
-    assert [digest.hex() for digest, _ in iter_frames(stream)] == wanted[10:]
-    assert call(server, "POST", "/v1/prefetch", b'{"document": "profiles/none"}')[0] == 404
-    assert call(server, "PUT", "/v1/documents/profiles/lie", b"nothing")[0] == 204
-    assert call(server, "POST", "/v1/prefetch", b'{"document": "profiles/lie"}')[0] == 400
-
-
-def test_of_a_large_object_what_its_profile_says_is_prefetched(server: Service) -> None:
-    name = push(server, LARGE)
-    at, size = 1_000_000, 300_000
-    assert put_profile(server, "large:1", document.OpenedObject(name, len(LARGE), ((at, size),))) == 204
-    (first, layout), *chunks = iter_frames(call(server, "POST", "/v1/prefetch", b'{"document": "profiles/large:1"}')[2])
-    assert first.hex() == name
-    offsets = {chunk.digest: chunk.offset for chunk in encoding.decode_layout(first, layout)}
-    contents = {offsets[digest]: encoding.decode(digest, blob) for digest, blob in chunks}
-    begin = min(contents)
-    together = b"".join(content for _, content in sorted(contents.items()))
-    assert begin <= at < at + size <= begin + len(together) < at + size + (512 << 10)
-    assert together == LARGE[begin : begin + len(together)]
-
-
-def put_profile(server: Service, name: str, *opened: document.OpenedObject) -> int:
-    return call(server, "PUT", f"/v1/documents/profiles/{name}", document.pack(document.Profile(opened)))[0]
+# -- documents, nodes
 
 
 def test_a_document_has_versions(server: Service) -> None:
@@ -207,31 +177,30 @@ def test_a_document_has_versions(server: Service) -> None:
 def test_nodes_join_and_are_listed(server: Service) -> None:
     assert call(server, "POST", "/v1/join", b'{"node": "alpha"}')[0] == 200
     call(server, "POST", "/v1/query", b'{"digests": []}', {"Gear-Node": "beta"})
-    ManagerStore(server.url, RemoteSettings(), "gamma").join()
     nodes = ask(server, "/v1/nodes")
     assert isinstance(nodes, list)
-    assert {"alpha", "beta", "gamma"} <= {node["node"] for node in nodes}
+    assert {"alpha", "beta"} <= {node["node"] for node in nodes}
     assert call(server, "POST", "/v1/join", b'{"node": ""}')[0] == 400
 
 
-# -- what it tells of itself
+# -- its description and metrics
 
 
 def test_every_call_is_in_the_openapi_document(server: Service, tmp_path: Path) -> None:
-    told = ask(server, "/openapi.json")
-    assert isinstance(told, dict)
-    documented = {(method.upper(), path) for path, calls in told["paths"].items() for method in calls}
+    described = ask(server, "/openapi.json")
+    assert isinstance(described, dict)
+    documented = {(method.upper(), path) for path, calls in described["paths"].items() for method in calls}
     settings = replace(Settings(), gear_root=tmp_path, manager=ManagerSettings(listen="127.0.0.1:0"))
-    served = {(call.method, call.path) for call in ManagerServer(settings).manager.calls()}
+    served = {(call.method, call.path) for call in ManagerServer(settings).api.routes()}
     assert documented == served
     page = call(server, "GET", "/")[2].decode()
     assert all(path.replace("{", "{") in page for _, path in served)
 
 
-def test_the_openapi_document_is_valid_and_says_what_is_answered(server: Service) -> None:
-    told = ask(server, "/openapi.json")
-    assert isinstance(told, dict)
-    openapi_spec_validator.validate(told, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
+def test_the_openapi_document_is_valid_and_describes_the_answers(server: Service) -> None:
+    described = ask(server, "/openapi.json")
+    assert isinstance(described, dict)
+    openapi_spec_validator.validate(described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
     push(server, b"documented")
     call(server, "POST", "/v1/join", b'{"node": "documented"}')
     for method, path, body in (
@@ -240,15 +209,15 @@ def test_the_openapi_document_is_valid_and_says_what_is_answered(server: Service
         ("post", "/v1/query", {"digests": [sha256(b"documented")]}),
         ("post", "/v1/query", {"digests": ["none"]}),
     ):
-        operation = told["paths"][path][method]
+        operation = described["paths"][path][method]
         sent = None if body is None else json.dumps(body).encode()
         status, headers, answer = call(server, method.upper(), path, sent)
-        described = operation["responses"].get(str(status)) or operation["responses"][f"{status // 100}XX"]
-        schema = described["content"][headers["content-type"].partition(";")[0]]["schema"]
-        jsonschema.validate(json.loads(answer), {**schema, "components": told["components"]})
+        response = operation["responses"].get(str(status)) or operation["responses"][f"{status // 100}XX"]
+        schema = response["content"][headers["content-type"].partition(";")[0]]["schema"]
+        jsonschema.validate(json.loads(answer), {**schema, "components": described["components"]})
         if body is not None and status == 200:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
-            jsonschema.validate(body, {**schema, "components": told["components"]})
+            jsonschema.validate(body, {**schema, "components": described["components"]})
 
 
 def test_requests_are_counted(server: Service) -> None:
@@ -262,7 +231,7 @@ def test_requests_are_counted(server: Service) -> None:
 # -- limits
 
 
-def test_what_is_too_large_is_refused(server: Service) -> None:
+def test_too_large_requests_are_rejected(server: Service) -> None:
     content = bytes(9 << 20)
     assert call_or_break(server, "PUT", f"/v1/objects/{sha256(content)}", content) == 413
     assert call(server, "HEAD", f"/v1/objects/{sha256(content)}")[0] == 404
@@ -273,7 +242,7 @@ def test_what_is_too_large_is_refused(server: Service) -> None:
 
 
 @pytest.mark.slow
-def test_a_client_that_stands_still_is_dropped(tmp_path: Path) -> None:
+def test_a_stalled_client_is_dropped(tmp_path: Path) -> None:
     beginnings = [
         b"",
         b"GET /healthz HTTP/1.1\r\nX: ",
@@ -287,7 +256,7 @@ def test_a_client_that_stands_still_is_dropped(tmp_path: Path) -> None:
                     pass
 
 
-def test_a_client_that_takes_nothing_costs_no_other(server: Service) -> None:
+def test_a_client_that_reads_nothing_does_not_delay_others(server: Service) -> None:
     digest = push(server, LARGE)
     request = f"GET /v1/objects/{digest} HTTP/1.1\r\nHost: m\r\n\r\n".encode()
     slow = [socket.create_connection(address(server)) for _ in range(50)]
@@ -301,7 +270,7 @@ def test_a_client_that_takes_nothing_costs_no_other(server: Service) -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_size_of_an_object(tmp_path: Path) -> None:
     with manager_server(tmp_path) as server:
         push(server, LARGE)
         before = _resident_bytes(server)
@@ -323,7 +292,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:
         assert _resident_bytes(server) - before < 100 << 20
 
 
-# -- who may
+# -- access
 
 
 @pytest.fixture
@@ -338,7 +307,7 @@ def guarded(tmp_path: Path) -> Iterator[Service]:
         yield server
 
 
-def test_tokens_decide_who_reads_and_writes(guarded: Service) -> None:
+def test_tokens_grant_reading_and_writing(guarded: Service) -> None:
     path = f"/v1/objects/{sha256(b'secret')}"
     expected = {None: (401, 401), "nobody": (401, 401), "": (401, 401), "reader": (403, 404), "writer": (201, 200)}
     for token, statuses in expected.items():
@@ -350,7 +319,7 @@ def test_tokens_decide_who_reads_and_writes(guarded: Service) -> None:
     assert call(guarded, "GET", "/openapi.json")[0] == 200
 
 
-def test_tokens_are_replaced_without_a_restart(guarded: Service, tmp_path: Path) -> None:
+def test_changed_tokens_apply_without_a_restart(guarded: Service, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("writer\n")
     settings = replace(
@@ -369,7 +338,7 @@ def test_tokens_are_replaced_without_a_restart(guarded: Service, tmp_path: Path)
     remote.close()
 
 
-def test_bytes_that_are_no_text_are_no_token_and_no_node(guarded: Service) -> None:
+def test_bytes_that_are_not_text_are_rejected_as_token_and_ignored_as_node(guarded: Service) -> None:
     with socket.create_connection(address(guarded)) as client:
         client.sendall(b"GET /v1/nodes HTTP/1.1\r\nHost: m\r\nConnection: close\r\nAuthorization: Bearer \xff\r\n\r\n")
         assert client.makefile("rb").readline().split()[1] == b"401"
@@ -379,12 +348,12 @@ def test_bytes_that_are_no_text_are_no_token_and_no_node(guarded: Service) -> No
         assert client.makefile("rb").readline().split()[1] == b"200"
 
 
-def test_without_its_tokens_file_nothing_is_said_to_be_missing(guarded: Service, tmp_path: Path) -> None:
+def test_without_its_token_file_it_does_not_report_objects_as_absent(guarded: Service, tmp_path: Path) -> None:
     (tmp_path / "write").unlink()
     assert call(guarded, "GET", f"/v1/objects/{sha256(b'')}", headers={"Authorization": "Bearer some"})[0] == 503
 
 
-def test_more_clients_than_files_that_a_shell_allows_are_no_matter(tmp_path: Path) -> None:
+def test_it_serves_more_clients_than_the_soft_limit_on_files(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = max(map(int, os.listdir("/proc/self/fd"))) + 64  # this process has the limit too, while the server starts
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
@@ -398,7 +367,7 @@ def test_more_clients_than_files_that_a_shell_allows_are_no_matter(tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_it_does_not_listen_to_others_without_a_token(tmp_path: Path) -> None:
+def test_without_tokens_it_listens_on_loopback_only(tmp_path: Path) -> None:
     settings = replace(Settings(), gear_root=tmp_path, manager=ManagerSettings(listen="0.0.0.0:0"))
     with pytest.raises(FailedPrecondition, match="TOKENS"):
         ManagerServer(settings)
@@ -425,7 +394,7 @@ def make_certificate(cert: Path, key: Path) -> None:
     )
 
 
-def test_it_speaks_tls_to_who_trusts_it_and_its_certificate_is_renewed(tmp_path: Path) -> None:
+def test_it_serves_tls_and_reloads_a_renewed_certificate(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make_certificate(cert, key)
     environ = {"GEAR_MANAGER_TLS_CERT_FILE": str(cert), "GEAR_MANAGER_TLS_KEY_FILE": str(key)}
@@ -451,7 +420,7 @@ def test_it_speaks_tls_to_who_trusts_it_and_its_certificate_is_renewed(tmp_path:
 
 
 @pytest.mark.slow
-def test_it_ends_after_what_it_serves(tmp_path: Path) -> None:
+def test_it_finishes_its_requests_before_it_stops(tmp_path: Path) -> None:
     with manager_server(tmp_path) as server:
         content = LARGE * 8
         digest = push(server, content)
@@ -467,7 +436,7 @@ def test_it_ends_after_what_it_serves(tmp_path: Path) -> None:
         assert received.endswith(content)
 
 
-def test_a_manager_that_is_away_is_unavailable(tmp_path: Path) -> None:
+def test_an_unreachable_manager_is_unavailable(tmp_path: Path) -> None:
     settings = replace(Settings(), remote=RemoteSettings(timeout_s=2))
     with pytest.raises(Unavailable):
         ManagerStore("http://127.0.0.1:1", settings.remote, "test").present([bytes(32)])
@@ -477,7 +446,7 @@ def test_a_manager_that_is_away_is_unavailable(tmp_path: Path) -> None:
     "beginning",
     [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n186a0\r\n" + bytes(32) + b"\xa0\x86\1\0"],
 )
-def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
+def test_a_manager_that_sends_too_slowly_is_unavailable(beginning: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=_drip, args=(listener, b"HTTP/1.1 200 OK\r\n" + beginning))
         thread.start()
@@ -492,25 +461,25 @@ def test_a_manager_that_drips_is_unavailable(beginning: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
-def test_a_redirect_confirms_no_push(status: int) -> None:
+def test_a_redirect_does_not_confirm_a_push(status: int) -> None:
     with answering(lambda asked: Answer(status, {"Location": "/login"})) as server:
         store = ManagerStore(server.url, RemoteSettings(), "test")
-        with pytest.raises(FailedPrecondition, match="no manager answers"):
+        with pytest.raises(FailedPrecondition, match="is not a manager"):
             store.put_many([(hashlib.sha256(b"x").digest(), encoding.encode(b"x"))])
         assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("held", [b"secret\nsecret two\n", b"secret\xff", "se\u20accret".encode()])
-def test_what_is_no_token_is_told_without_it(held: bytes, tmp_path: Path) -> None:
+def test_the_error_of_a_malformed_token_does_not_contain_it(held: bytes, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_bytes(held)
-    with pytest.raises(FailedPrecondition, match="one token is needed") as told:
+    with pytest.raises(FailedPrecondition, match="a single token of printable") as told:
         ManagerStore("http://127.0.0.1:1", RemoteSettings(token_file=file), "test").present([bytes(32)])
     assert "secret" not in str(told.value)
 
 
 def _drip(listener: socket.socket, beginning: bytes) -> None:
-    """Begin an answer, then send a byte now and then until the client leaves."""
+    """Start a response, then send single bytes until the client disconnects."""
     client, _ = listener.accept()
     with client:
         client.recv(65536)
@@ -524,7 +493,7 @@ def _drip(listener: socket.socket, beginning: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_reports_a_wrong_address_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     for listen in ("0.0.0.0:2019", "nonsense", "127.0.0.1:99999"):
         environ = {"GEAR_ROOT": str(tmp_path), "GEAR_MANAGER_LISTEN": listen}
@@ -533,7 +502,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         assert listen in done.stderr
 
 
-# -- help
+# -- helpers
 
 
 def address(server: Service) -> tuple[str, int]:
@@ -542,7 +511,7 @@ def address(server: Service) -> tuple[str, int]:
 
 
 def call_or_break(server: Service, method: str, path: str, body: bytes) -> int:
-    """The status; a server that answers before it has read all may break the connection."""
+    """Return the status; a server that answers before it has read the whole body may break the connection."""
     try:
         return call(server, method, path, body)[0]
     except ConnectionError:
@@ -557,7 +526,7 @@ def iter_frames(stream: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += size_bytes
         return stream[at - size_bytes : at]
 
-    return blob_stream.read_frames(read)
+    return blob_stream.read_blobs(read)
 
 
 def _resident_bytes(server: Service) -> int:

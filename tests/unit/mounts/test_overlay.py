@@ -232,15 +232,6 @@ def test_renameat2_keeps_the_target_or_exchanges(root: Path) -> None:
     assert ((root / "a").read_text(), (root / "b").read_text()) == ("b", "a")
 
 
-def test_open_tree_returns_a_detached_bind_mount(root: Path) -> None:
-    (root / "a").touch()
-    fd = syscalls.open_tree(root)
-    try:
-        assert os.stat("a", dir_fd=fd).st_ino == (root / "a").stat().st_ino
-    finally:
-        os.close(fd)
-
-
 def test_entry_types_are_those_of_the_directory(root: Path) -> None:
     (root / "file").touch()
     fd = os.open(root, os.O_RDONLY)

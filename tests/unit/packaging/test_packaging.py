@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.manager.server import FINISHING_S
+from gearworkers.http_service.limits import SHUTDOWN_S
 from gearworkers.settings import documented
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -61,7 +61,7 @@ def test_systemd_starts_the_commands_of_the_procfile(name: str) -> None:
 def test_the_unit_gives_the_manager_time_to_finish() -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / "gear-manager.service").read_text()
     (seconds,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("TimeoutStopSec=")]
-    assert int(seconds) > FINISHING_S
+    assert int(seconds) > SHUTDOWN_S
     assert "ExecStart=/opt/gearworkers/.venv/bin/gear manager\n" in unit
 
 

@@ -1,4 +1,4 @@
-"""Gathered puts: seen at once by who gathers, by others only when flushed, and layouts never before their chunks."""
+"""Buffered puts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 
 from gearworkers.errors import Unavailable
 from gearworkers.remote import encoding
-from gearworkers.remote.bucket import Bucket, in_memory
-from gearworkers.remote.buffered import Gathered
+from gearworkers.remote.bucket import BucketStore, memory_store
+from gearworkers.remote.buffered import BufferedStore
 
 CHUNK = hashlib.sha256(b"chunk").digest()
 OBJECT = hashlib.sha256(b"object").digest()
 LAYOUT = encoding.encode_layout(OBJECT, [(5, CHUNK)])
 
 
-class Watched:
-    """Remembers each call, and fails as often as it is told."""
+class RecordingStore:
+    """Records each put, and fails the next `failures` of them."""
 
     def __init__(self) -> None:
-        self.blobs: Bucket = in_memory()
+        self.blobs: BucketStore = memory_store()
         self.calls: list[list[bytes]] = []
         self.failures = 0
 
@@ -36,45 +36,45 @@ class Watched:
         self.blobs.put_many(blobs)
 
 
-def gathered(watched: Watched, most_bytes: int = 1 << 20) -> Gathered:
-    return Gathered(watched, most_bytes=most_bytes)  # type: ignore[arg-type]  # what is not asked for is left out
+def buffered(recording: RecordingStore, buffer_bytes: int = 1 << 20) -> BufferedStore:
+    return BufferedStore(recording, buffer_bytes=buffer_bytes)  # type: ignore[arg-type]  # it lacks the methods that these tests do not call
 
 
-def test_what_waits_is_there_for_who_gathers_and_for_others_when_it_is_flushed() -> None:
-    watched = Watched()
-    store = gathered(watched)
+def test_a_put_is_visible_through_the_buffer_at_once_and_in_the_store_after_a_flush() -> None:
+    recording = RecordingStore()
+    store = buffered(recording)
     store.put_many([(CHUNK, encoding.encode(b"chunk"))])
-    assert store.present([CHUNK, OBJECT]) == {CHUNK} and watched.calls == []
+    assert store.present([CHUNK, OBJECT]) == {CHUNK} and recording.calls == []
     store.flush()
-    assert watched.blobs.present([CHUNK]) == {CHUNK} == store.present([CHUNK])
+    assert recording.blobs.present([CHUNK]) == {CHUNK} == store.present([CHUNK])
 
 
-def test_layouts_come_after_the_contents_that_were_put_later() -> None:
-    watched = Watched()
-    store = gathered(watched)
+def test_layouts_are_stored_after_contents_that_were_put_later() -> None:
+    recording = RecordingStore()
+    store = buffered(recording)
     store.put_many([(OBJECT, LAYOUT)])
     store.put_many([(CHUNK, encoding.encode(b"chunk"))])
     store.flush()
-    assert watched.calls == [[CHUNK], [OBJECT]]
+    assert recording.calls == [[CHUNK], [OBJECT]]
 
 
-def test_what_waits_is_bounded() -> None:
-    watched = Watched()
-    store = gathered(watched, most_bytes=len(LAYOUT))
+def test_a_full_buffer_is_flushed() -> None:
+    recording = RecordingStore()
+    store = buffered(recording, buffer_bytes=len(LAYOUT))
     store.put_many([(OBJECT, LAYOUT)])
-    assert watched.calls == []
+    assert recording.calls == []
     store.put_many([(CHUNK, encoding.encode(b"chunk"))])
-    assert watched.calls == [[CHUNK], [OBJECT]]
+    assert recording.calls == [[CHUNK], [OBJECT]]
 
 
-def test_after_an_error_no_layout_is_put_whose_chunks_may_be_missing() -> None:
-    watched = Watched()
-    store = gathered(watched)
+def test_after_an_error_no_layout_is_stored_whose_chunks_may_be_missing() -> None:
+    recording = RecordingStore()
+    store = buffered(recording)
     store.put_many([(CHUNK, encoding.encode(b"chunk"))])
-    watched.failures = 1
+    recording.failures = 1
     with pytest.raises(Unavailable):
         store.flush()
     store.put_many([(OBJECT, LAYOUT)])
     with pytest.raises(Unavailable):
         store.flush()
-    assert watched.calls == []
+    assert recording.calls == []

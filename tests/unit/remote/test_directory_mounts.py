@@ -1,4 +1,4 @@
-"""A remote in a directory that is a mount: not mounted, hung, or answering as a broken NFS does."""
+"""A remote in a mounted directory: not mounted, hung, or failing like a broken NFS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gearworkers.lazyfs import fuse_protocol
 from gearworkers.lazyfs.fuse_connection import FuseConnection, FuseReply
 from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, FuseRequest, Op
 from gearworkers.mounts import overlay
-from gearworkers.remote.directory import Directory
+from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
@@ -43,14 +43,14 @@ def settings(tmp_path: Path) -> Settings:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[Remote]:
-    """As another process would."""
+    """Open the remote, as another process would."""
     remote = open_remote(settings)
     yield remote
     remote.close()
 
 
-def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
-    once = Remote(Directory(Path(settings.remote.url)))
+def test_a_missing_directory_is_not_created(settings: Settings) -> None:
+    once = Remote(DirectoryStore(Path(settings.remote.url)))
     for ask in (
         lambda: once.put_many([(DIGEST, CONTENT)]),
         lambda: once.has([DIGEST]),
@@ -58,11 +58,11 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
         lambda: once.put_document("name", b""),
         lambda: once.document("name"),
     ):
-        with pytest.raises(Unavailable, match="not there: mount"):
+        with pytest.raises(Unavailable, match="does not exist: mount"):
             ask()
     found = remote_check(settings)
     assert not found.ok
-    assert "not there: mount" in found.found
+    assert "does not exist: mount" in found.found
     with opened(settings) as remote:
         assert not Path(settings.remote.url).exists()
         Path(settings.remote.url).mkdir()
@@ -71,7 +71,7 @@ def test_a_directory_that_is_not_there_is_not_made(settings: Settings) -> None:
     assert remote_check(settings).ok
 
 
-def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Settings) -> None:
+def test_a_removed_subdirectory_is_created_again(settings: Settings) -> None:
     directory = Path(settings.remote.url)
     directory.mkdir()
     with opened(settings) as remote:
@@ -84,7 +84,7 @@ def test_a_directory_in_it_that_somebody_removed_is_made_again(settings: Setting
             assert remote.document("a/name") == b"2"
 
 
-def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there(settings: Settings) -> None:
+def test_an_empty_mount_point_is_not_taken_for_its_remote(settings: Settings) -> None:
     path, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
     path.mkdir()
     with opened(settings) as before:
@@ -93,7 +93,7 @@ def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there
         path.mkdir()
         with pytest.raises(Unavailable, match="held objects and is empty"):
             list(before.fetch(DIGEST))
-        another = Remote(Directory(path, settings.gear_remotes_path))
+        another = Remote(DirectoryStore(path, settings.gear_remotes_path))
         with pytest.raises(Unavailable, match="held objects and is empty"):
             another.put_many([(hashlib.sha256(b"new").digest(), b"new")])
         assert list(path.iterdir()) == []
@@ -101,7 +101,7 @@ def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there
         away.rename(path)
         assert list(before.fetch(DIGEST)) == [CONTENT]
         shutil.rmtree(path)
-        (path / "objects").mkdir(parents=True)  # as the error says
+        (path / "objects").mkdir(parents=True)  # the advice of the error
         with pytest.raises(NotFound):
             list(before.fetch(DIGEST))
 
@@ -110,7 +110,7 @@ def test_an_empty_mount_point_is_not_taken_for_the_remote_that_was_mounted_there
 
 
 class Broken:
-    """A mounted file system whose lookups fail a number of times; then it is empty."""
+    """A mounted file system whose first lookups fail; after them it is empty."""
 
     def __init__(self, error: int, times: int) -> None:
         self.error = error
@@ -132,7 +132,7 @@ class Broken:
 
 @contextmanager
 def mounted(target: Path, handle: Callable[[FuseRequest, FuseReply], None] | None) -> Iterator[None]:
-    """A FUSE file system that *handle* serves; that never answers at all, without one."""
+    """Mount a FUSE file system that *handle* serves; without *handle* it never answers."""
     target.mkdir(parents=True)
     fd = fuse.mount(target)
     thread = threading.Thread(target=FuseConnection(fd, handle).serve) if handle is not None else None
@@ -144,11 +144,11 @@ def mounted(target: Path, handle: Callable[[FuseRequest, FuseReply], None] | Non
         overlay.unmount(target)
         if thread is not None:
             thread.join()
-        os.close(fd)  # whoever waits for an answer is let go
+        os.close(fd)  # the kernel fails all pending calls
 
 
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
-def test_what_a_broken_mount_says_is_tried_again(settings: Settings, error: int) -> None:
+def test_errors_of_a_broken_mount_are_retried(settings: Settings, error: int) -> None:
     broken = Broken(error, times=2)
     with mounted(Path(settings.remote.url), broken), opened(settings) as remote:
         assert remote.has([DIGEST]) == []
@@ -163,7 +163,7 @@ def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     assert broken.asked > 2
 
 
-def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -> None:
+def test_a_hung_mount_is_unavailable_within_the_timeout(settings: Settings) -> None:
     settings = replace(settings, remote=replace(settings.remote, timeout_s=0.5))
     with mounted(Path(settings.remote.url), None), opened(settings) as remote:
         began_s = time.monotonic()
@@ -172,7 +172,7 @@ def test_a_mount_that_hangs_is_unavailable_in_bounded_time(settings: Settings) -
         assert time.monotonic() - began_s < 60
 
 
-def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings) -> None:
+def test_a_hung_cache_delays_only_the_first_reader(settings: Settings) -> None:
     Path(settings.remote.url).mkdir()
     with opened(settings) as remote:
         remote.put_many([(DIGEST, CONTENT)])
@@ -185,4 +185,4 @@ def test_a_near_mount_that_hangs_delays_the_first_reader_only(settings: Settings
             assert [list(remote.fetch(DIGEST)) for _ in range(20)] == [[CONTENT]] * 20
             return time.monotonic() - began_s
 
-        assert any(took_s() < settings.remote.timeout_s for _ in range(5)), "once, if the machine has other work"
+        assert any(took_s() < settings.remote.timeout_s for _ in range(5)), "at least once, on a busy machine"

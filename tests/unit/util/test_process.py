@@ -1,4 +1,4 @@
-"""What processes tell of themselves."""
+"""Notification of systemd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import NotFound
-from gearworkers.util.process import tell_ready
+from gearworkers.util.process import notify_ready
 from tests.support.processes import PATIENCE_S
 
 
@@ -27,20 +27,20 @@ def told_at(address: str | bytes) -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("is_abstract", [False, True])
-def test_systemd_is_told_where_it_waits(tmp_path: Path, is_abstract: bool) -> None:
+def test_systemd_is_notified_at_its_socket(tmp_path: Path, is_abstract: bool) -> None:
     path = str(tmp_path / "notify")
     with told_at(b"\0" + path.encode() if is_abstract else path) as line:
-        tell_ready("@" + path if is_abstract else path)
+        notify_ready("@" + path if is_abstract else path)
         assert line.recv(100) == b"READY=1"
 
 
-def test_nobody_is_told_where_nobody_waits() -> None:
-    tell_ready("")
+def test_without_a_socket_nothing_is_notified() -> None:
+    notify_ready("")
 
 
-def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"tell systemd at .*/none"):
-        tell_ready(str(tmp_path / "none"))
+def test_a_failed_notification_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"notify systemd at .*/none"):
+        notify_ready(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,9 @@ def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
     ],
     ids=["gateway", "lazyfs", "manager"],
 )
-def test_a_part_is_ready_when_it_answers(tmp_path: Path, command: tuple[str, ...], answers_at: str) -> None:
+def test_a_process_notifies_readiness_when_it_answers(
+    tmp_path: Path, command: tuple[str, ...], answers_at: str
+) -> None:
     environ = os.environ | {
         "GEAR_ROOT": str(tmp_path / "gear"),
         "GEAR_RUN_DIR": str(tmp_path / "run"),
