@@ -23,7 +23,9 @@ from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
-from gearworkers.images.convert import Plan, Report, Told
+from gearworkers.images.convert import LayerProgress
+from gearworkers.images.gear_manifest import ConversionReport
+from gearworkers.images.plan import ConversionPlan
 from gearworkers.remote.factory import remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import (
@@ -66,7 +68,7 @@ class _Lost(Exception):
     """Nobody has the tasks any more."""
 
 
-def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted) -> Report:
+def convert_on_workers(settings: Settings, plan: ConversionPlan, told: LayerProgress, noted: Noted) -> ConversionReport:
     """Do all of *plan* on workers and wait for it; what they have begun goes on if this process ends.
 
     Args:
@@ -93,7 +95,9 @@ def convert_on_workers(settings: Settings, plan: Plan, told: Told, noted: Noted)
 
 
 class _Conversion:
-    def __init__(self, app: Celery, settings: Settings, plan: Plan, told: Told, noted: Noted) -> None:
+    def __init__(
+        self, app: Celery, settings: Settings, plan: ConversionPlan, told: LayerProgress, noted: Noted
+    ) -> None:
         self._app = app
         self._remote = remote_name(settings.remote.url)
         self._plan = plan
@@ -102,7 +106,7 @@ class _Conversion:
         self._noted = noted
         self._told_errors: set[str] = set()
 
-    def run(self) -> Report:
+    def run(self) -> ConversionReport:
         """Send the tasks and wait; again if workers and tasks were lost."""
         for turn in range(_TURNS):
             self._require_worker(_WORKER_RESTART_S if turn else _WORKER_BUSY_S)
@@ -141,7 +145,7 @@ class _Conversion:
         whole = chord(layers, image, app=self._app).apply_async()
         return _Sent({job.digest: result for job, result in zip(jobs, whole.parent.results, strict=True)}, whole)
 
-    def _wait(self, sent: _Sent) -> Report:
+    def _wait(self, sent: _Sent) -> ConversionReport:
         look_at = time.monotonic() + _LOOK_FOR_LOST_S
         while not sent.whole.ready():
             self._follow_all(sent)
@@ -152,7 +156,7 @@ class _Conversion:
         if sent.whole.failed():
             raise _error(next((result for result in sent.layers.values() if result.failed()), sent.whole))
         self._follow_all(sent)
-        return msgspec.convert(sent.whole.result, Report)
+        return msgspec.convert(sent.whole.result, ConversionReport)
 
     def _follow_all(self, sent: _Sent) -> None:
         for digest, result in sent.layers.items():

@@ -14,9 +14,11 @@ import msgspec
 import pytest
 
 from gearworkers.errors import InvalidInput, NotFound
-from gearworkers.images import convert
 from gearworkers.images import manifest as m
+from gearworkers.images.convert import convert_layer
+from gearworkers.images.gear_manifest import finish_conversion
 from gearworkers.images.image_index import _MOST_INDEXES
+from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote
@@ -130,7 +132,7 @@ class Converter:
     def __call__(
         self, source: str, platform: m.Platform | None = AMD64, *, target: str = "", all_platforms: bool = False
     ) -> None:
-        plan = convert.plan_conversion(
+        plan = plan_conversion(
             self.settings.registry,
             source,
             target or f"{self.name}:gear",
@@ -138,8 +140,8 @@ class Converter:
             all_platforms=all_platforms,
         )
         remote = open_remote(self.settings)
-        done = [convert.convert_layer(self.settings, remote, job, lambda _: None) for job in plan.jobs()]
-        convert.finish_conversion(self.settings.registry, plan, done)
+        done = [convert_layer(self.settings, remote, job, lambda _: None) for job in plan.jobs()]
+        finish_conversion(self.settings.registry, plan, done)
         remote.close()
 
     def image(self, version: str = "gear") -> Pulled:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cli.images import Node
+from gearworkers.cli.image_objects import NodeStore
 from gearworkers.errors import NotFound
 from gearworkers.fetch.priority_pool import Urgency, WorkPool
 from gearworkers.layers.pins import Pin, Pins
@@ -26,20 +26,20 @@ PIN = Pin("localhost/image:v1", f"sha256:{'ab' * 32}")
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Node:
+def node(tmp_path: Path) -> NodeStore:
     settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run")
     driver = GearDriver(settings)
     driver.prepare()
     driver.create("one", "")
     driver.apply_diff("one", "", io.BytesIO(tiny_tar({"file": CONTENT})))
-    return Node(settings)
+    return NodeStore(settings)
 
 
-def driver(node: Node) -> GearDriver:
+def driver(node: NodeStore) -> GearDriver:
     return GearDriver(node.settings)
 
 
-def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: Node) -> None:
+def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     driver(node).engine.collect_garbage()
@@ -55,14 +55,14 @@ def test_it_goes_by_its_name_and_its_id(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "ab", "localhost/image", "localhost/image:v2", "cd" * 6])
-def test_it_goes_by_no_other(node: Node, name: str) -> None:
+def test_it_goes_by_no_other(node: NodeStore, name: str) -> None:
     node.pins.add(PIN, "one")
     with pytest.raises(NotFound):
         node.pins.remove(name)
     assert node.pins.all() == [PIN]
 
 
-def test_pinned_again_it_is_there_once_with_what_it_has_now(node: Node) -> None:
+def test_pinned_again_it_is_there_once_with_what_it_has_now(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).create("two", "one")
     driver(node).apply_diff("two", "one", io.BytesIO(tar_of({"more": b"more" * 100})))
@@ -72,7 +72,7 @@ def test_pinned_again_it_is_there_once_with_what_it_has_now(node: Node) -> None:
     assert not list(node.settings.gear_build_path.iterdir())
 
 
-def test_a_damaged_record_still_keeps_its_objects(node: Node) -> None:
+def test_a_damaged_record_still_keeps_its_objects(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     next(node.settings.gear_pins_path.glob("*/pin.json")).write_bytes(b"nonsense")
     driver(node).remove("one")
@@ -80,7 +80,7 @@ def test_a_damaged_record_still_keeps_its_objects(node: Node) -> None:
     assert node.pins.all() == [] and node.objects.has(DIGEST)
 
 
-def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node: Node) -> None:
+def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     path = Path(node.objects.path(DIGEST).decode("latin-1"))
@@ -91,7 +91,7 @@ def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node:
     assert not node.objects.has(DIGEST)
 
 
-def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -> None:
+def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: NodeStore) -> None:
     asked: list[dict[bytes, int]] = []
     pool = WorkPool(1, for_background=1)
     keeper = PinKeeper(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
@@ -109,7 +109,7 @@ def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: Node) -
     assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
 
 
-def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: Node) -> None:
+def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: NodeStore) -> None:
     contents = {f"file{number}": b"away%d" % number * 1000 for number in range(3)}
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar(contents)))
@@ -136,7 +136,7 @@ def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: Node) ->
 
 
 def test_killed_before_its_name_a_pin_is_not_there_and_nothing_is_left_after_a_start(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+    node: NodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = os.fork()
     if not child:
