@@ -18,7 +18,7 @@ from bench.frame import Figure, fresh_disk, seconds
 from gearworkers.cas.store import ObjectStore
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.prefetch import Prefetcher
-from gearworkers.fetch.priority_pool import WorkPool
+from gearworkers.fetch.priority_pool import PriorityPool
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
@@ -104,7 +104,7 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
     settings = replace(Settings(), gear_root=_fresh(node), remote=RemoteSettings(url=url))
     store = ObjectStore(settings.gear_public_cache_path)
     store.prepare()
-    pool = WorkPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
+    pool = PriorityPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
     remote = open_remote(settings)
     large_bytes = settings.large_object_bytes
     fetcher = Fetcher(store, settings.gear_fetching_path, [remote], pool, large_bytes=large_bytes)
@@ -112,10 +112,10 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
     os.sync()
     began_s = time.perf_counter()
     prefetcher = Prefetcher(fetcher, [remote], pool, large_bytes=large_bytes)
-    prefetcher.wholly((digest, len(content)) for digest, content in contents.items())
-    wait_until(lambda: fetcher.outcomes.objects == len(contents), "all objects are here")
+    prefetcher.fetch_all((digest, len(content)) for digest, content in contents.items())
+    wait_until(lambda: fetcher.stats.objects == len(contents), "all objects are here")
     taken_s = time.perf_counter() - began_s
-    assert not fetcher.outcomes.failures and not fetcher.outcomes.corrupt
+    assert not fetcher.stats.failures and not fetcher.stats.corrupt
     pool.close()
     fetcher.close()
     remote.close()

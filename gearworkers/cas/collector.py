@@ -1,12 +1,11 @@
-"""Garbage collection: objects that no layer refers to go away; one that an import under way has found stays.
+"""Garbage collection: remove objects that no layer and no pin refers to.
 
-How a race with an import is decided: the import writes its claim, then looks for the object; the collector hides
-the object, then reads the claims. So either the import does not find it and stores it anew, or the collector sees
-the claim and puts it back. What is claimed before that is not hidden at all: it may be a file that an import is
-writing in place (inplace.py), whose claim is older than the file. A layer cannot become visible while objects are
-hidden (locks.GarbageLock).
+Race with an import: the import writes a ref, then looks for the object. The collector hides the object, then reads the
+refs. So either the import does not find the object and stores it again, or the collector finds the ref and puts the
+object back. Objects with a ref at the start are not hidden at all, since an import may be writing such a file in place
+(`inplace`); its ref is older than the file. No layer becomes visible while objects are hidden (`locks.GarbageLock`).
 
-Crash: hidden objects lie in hidden/ and are put back before anything else is published or collected.
+Crash: leaves hidden objects in hidden/. They are put back before anything is published or collected.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _BATCH = 2000
 
 @dataclass(frozen=True, slots=True)
 class GarbageReport:
-    """What a collection found."""
+    """The result of a collection."""
 
     removed_objects: int
     removed_bytes: int
@@ -43,7 +42,7 @@ class GarbageReport:
 
 
 class GarbageCollector:
-    """Collects one root; two at once do each other no harm, but do the work twice."""
+    """Collects the garbage of one root. Two collectors at once do no harm, but do the work twice."""
 
     def __init__(self, root: Path, store: ObjectStore, *, published: Sequence[Path], building: Path) -> None:
         self._store = store
@@ -53,32 +52,35 @@ class GarbageCollector:
         self._building = building
 
     def collect(self) -> GarbageReport:
-        """Remove what nothing refers to.
+        """Remove unreferenced objects.
 
         Raises:
-            GearError: A directory or a list could not be read; nothing is removed by a list that is in doubt.
+            GearError: A directory or an `objects` file cannot be read; objects in doubt stay.
         """
         with self._lock.exclusive():
             self._hidden.restore()
         removed = removed_bytes = kept = kept_bytes = 0
-        for order, shard in enumerate(self._store.shards()):
+        for shard_number, shard in enumerate(self._store.shards()):
             lists = self._lists(*self._published)
-            marked = _marked(lists, order)
+            referred = _names_in_shard(lists, shard_number)
             garbage: list[bytes] = []
             for name, size_bytes in _sizes(shard):
-                if name in marked:
+                if name in referred:
                     kept, kept_bytes = kept + 1, kept_bytes + size_bytes
                 else:
                     garbage.append(name)
             for at in range(0, len(garbage), _BATCH):
-                gone, gone_bytes = self._remove(order, shard, garbage[at : at + _BATCH], lists)
+                gone, gone_bytes = self._remove(shard_number, shard, garbage[at : at + _BATCH], lists)
                 removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
         return GarbageReport(removed, removed_bytes, kept, kept_bytes)
 
     def remove_stale_announcements(self, push_queue: PushQueue) -> int:
-        """Let go of what was announced for push and neither is stored nor being imported; how many.
+        """Remove announcements from the push queue whose object is neither stored nor being imported.
 
-        Nothing is hidden or published meanwhile.
+        No object is hidden and no layer is published meanwhile.
+
+        Returns:
+            The number of announcements removed.
         """
         with self._lock.exclusive():
             self._hidden.restore()
@@ -86,23 +88,23 @@ class GarbageCollector:
                 lambda: {digest for path in self._lists(self._building) for digest, _ in read_refs(path)}
             )
 
-    def _remove(self, order: int, shard: bytes, names: list[bytes], read: set[Path]) -> tuple[int, int]:
-        """Hide, look at the claims once more, then remove; how many objects and bytes went."""
+    def _remove(self, shard_number: int, shard: bytes, names: list[bytes], read: set[Path]) -> tuple[int, int]:
+        """Hide objects, read the refs again, then remove; return the number of objects and bytes removed."""
         removed = removed_bytes = 0
         left = set(names)
         while left:
             with self._lock.exclusive():
-                left -= self._claimed(read)
+                left -= self._names_in_new_lists(read)
                 hidden = self._hide(shard, left)
-                for name in hidden & self._claimed(read):
-                    self._hidden.put_back(ALPHABET[order : order + 1] + name)
+                for name in hidden & self._names_in_new_lists(read):
+                    self._hidden.put_back(ALPHABET[shard_number : shard_number + 1] + name)
                 gone, gone_bytes = self._hidden.clear()
             removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
             left -= hidden
         return removed, removed_bytes
 
     def _hide(self, shard: bytes, names: set[bytes]) -> set[bytes]:
-        """Those that could be hidden: a full disk has no room for all their names in another directory at once."""
+        """Hide objects; return the hidden ones. A full disk may not have space for all their names in hidden/."""
         hidden: set[bytes] = set()
         for name in names:
             try:
@@ -114,10 +116,10 @@ class GarbageCollector:
             hidden.add(name)
         return hidden
 
-    def _claimed(self, read: set[Path]) -> set[bytes]:
-        """Names, without the shard's character, that imports under way and layers not in *read* refer to."""
-        late = self._lists(self._building) | (self._lists(*self._published) - read)
-        return {object_name(digest)[1:] for path in late for digest, _ in read_refs(path)}
+    def _names_in_new_lists(self, read: set[Path]) -> set[bytes]:
+        """Return the names, without the shard's character, in lists of running imports and in lists not in *read*."""
+        new = self._lists(self._building) | (self._lists(*self._published) - read)
+        return {object_name(digest)[1:] for path in new for digest, _ in read_refs(path)}
 
     def _lists(self, *parents: Path) -> set[Path]:
         return {
@@ -127,14 +129,14 @@ class GarbageCollector:
 
 @contextmanager
 def publishing(root: Path, store: ObjectStore) -> Iterator[None]:
-    """Within it a layer may become visible: no object is hidden, by a collector at work or one that died."""
+    """Context in which a layer may become visible: no object is hidden, not even by a collector that died."""
     with GarbageLock(root).shared():
         HiddenObjects(root / HIDDEN, store).restore()
         yield
 
 
 class HiddenObjects:
-    """Objects out of sight for the moment between hiding them and the last look at the claims."""
+    """The directory hidden/: objects between hiding and the second reading of the refs."""
 
     def __init__(self, directory: Path, store: ObjectStore) -> None:
         self._directory = directory
@@ -142,7 +144,7 @@ class HiddenObjects:
         self._store = store
 
     def hide(self, shard: bytes, name: bytes) -> None:
-        """Take the object out of sight; it may be gone already."""
+        """Hide an object; do nothing if it is gone."""
         try:
             os.rename(shard + b"/" + name, self._prefix + shard[-1:] + name)
         except FileNotFoundError:
@@ -151,9 +153,9 @@ class HiddenObjects:
             raise from_os_error(exc, f"hide object {os.fsdecode(name)}") from exc
 
     def put_back(self, name: bytes) -> None:
-        """Make it visible again; if an import has stored it anew meanwhile, that one stays, if it is whole.
+        """Make an object visible again, unless an import has stored it again meanwhile.
 
-        Of two who do it at the same time one finds it done.
+        Two processes may do this at once; the second finds it done.
         """
         target = os.fsencode(self._store.cache) + b"/" + RESERVED + name[:1] + b"/" + name[1:]
         with suppress(FileNotFoundError):
@@ -161,13 +163,13 @@ class HiddenObjects:
                 kernel.renameat2(-1, self._prefix + name, -1, target, kernel.Rename.NOREPLACE)
             except FileExistsError:
                 if _has_digest(self._prefix + name) and not _has_digest(target):
-                    # The import that writes there may die, others have found this.
+                    # Other imports have found the hidden object, and the import that writes the new file may die.
                     os.rename(self._prefix + name, target)
                 else:
                     os.unlink(self._prefix + name)
 
     def clear(self) -> tuple[int, int]:
-        """Remove what is hidden; how many objects and bytes."""
+        """Remove all hidden objects; return the number of objects and bytes."""
         count = size_bytes = 0
         for name, object_bytes in _sizes(self._prefix):
             os.unlink(self._prefix + name)
@@ -175,14 +177,14 @@ class HiddenObjects:
         return count, size_bytes
 
     def restore(self) -> None:
-        """Put back all that a crash left hidden; the caller holds the garbage lock."""
+        """Put back all objects that a crash left hidden. The caller holds the garbage lock."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for name in os.listdir(self._prefix):
             self.put_back(name)
 
 
 def _has_digest(path: bytes) -> bool:
-    """Whether it is a whole object."""
+    """Whether the file is a whole object."""
     try:
         os.getxattr(path, DIGEST_XATTR)
     except OSError as exc:
@@ -192,8 +194,8 @@ def _has_digest(path: bytes) -> bool:
     return True
 
 
-def _marked(lists: Iterable[Path], order: int) -> set[bytes]:
-    """Names (without the shard's character) that the sorted *lists* refer to in the shard of this order."""
+def _names_in_shard(lists: Iterable[Path], shard_number: int) -> set[bytes]:
+    """Return the names, without the shard's character, that the sorted *lists* contain for one shard."""
     names: set[bytes] = set()
     for path in lists:
         try:
@@ -201,19 +203,19 @@ def _marked(lists: Iterable[Path], order: int) -> set[bytes]:
                 if not os.fstat(file.fileno()).st_size:
                     continue
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as records:
-                    names.update(_shard_names(records, order))
+                    names.update(_shard_names(records, shard_number))
         except FileNotFoundError:
             continue  # the layer was removed meanwhile
     return names
 
 
-def _shard_names(records: mmap.mmap, order: int) -> Iterator[bytes]:
-    """A shard is the records whose digest begins with these six bits, and the records are sorted."""
+def _shard_names(records: mmap.mmap, shard_number: int) -> Iterator[bytes]:
+    """Yield the names of one shard: its digests begin with the same six bits, so their records are adjacent."""
     positions = range(len(records) // REF_RECORD.size)
-    first = bisect.bisect_left(positions, order << 2, key=lambda at: records[at * REF_RECORD.size])
+    first = bisect.bisect_left(positions, shard_number << 2, key=lambda at: records[at * REF_RECORD.size])
     for at in positions[first:]:
         start = at * REF_RECORD.size
-        if records[start] >> 2 != order:
+        if records[start] >> 2 != shard_number:
             return
         yield object_name(records[start : start + DIGEST_BYTES])[1:]
 

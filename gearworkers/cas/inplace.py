@@ -1,16 +1,16 @@
-"""Storing a content straight under its object's name: half the cost of a temporary file and a rename.
+"""Store contents in place: write them under the object's name, without a temporary file and a rename.
 
-The digest's xattr is set last, and a file without it is no object, so whoever looks an object up by it is safe. The
-kernel, which follows an overlay's redirect, does not look: therefore this is only for a host without incomplete
-layers, and without layers that have lost an object. On such a host no container can open an object before the layer
-that brings it is published.
+This halves the cost of an object. The xattr with the digest is set last, and a file without it is not an object, so
+look-ups by digest are safe. But the kernel, which follows an overlay's redirect, does not check the xattr. Therefore
+contents are stored in place only on a host without incomplete layers and without layers that have lost an object. On
+such a host no container can open an object before the layer that brings it is published.
 
-Glossary: a *burst* is a run of writes with no wait for the tar between them; an import holds the lock, shared, for a
-burst at a time. `forbid` leaves its mark first and then waits for the bursts under way. An import that has seen the
-mark never takes the lock again, so imports delay `forbid` by one burst, however many there are and however long they
-take.
+The file `incomplete-layers` in GEAR_ROOT, the *mark*, forbids storing in place. An import holds a lock, shared, during
+each run of writes between two waits for its tar. `forbid` creates the mark, then waits for that lock. An import that
+has seen the mark never takes the lock again. So imports delay `forbid` by one run of writes, however many there are and
+however long they take.
 
-Measured for 20,000 objects of 8 kB on ext4: 37 µs each, by way of a rename 49 µs and a look-up of 12 µs before.
+Measured for 20,000 objects of 8 kB on ext4: 37 µs each; with a rename 49 µs, and 12 µs for a look-up before.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _LOCK_FILE = "inplace.lock"
 
 
 def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd: int) -> bool:
-    """Store *data*, whose SHA-256 the caller has computed; whether it is new.
+    """Store *data* under its SHA-256, which the caller has computed; return whether the object is new.
 
     Raises:
-        IntegrityError: Another content stands at its name.
-        ResourceExhausted: No space or inodes.
+        IntegrityError: The object's name holds another content.
+        ResourceExhausted: No space or inodes are left.
 
-    Crash: leaves a file without digest, which is replaced by the next who stores it, or collected.
+    Crash: leaves a file without digest. The next import of the object replaces it, or garbage collection removes it.
     """
     try:
         fd = os.open(store.path(digest), _CREATE, 0o400)
     except FileExistsError:
         if store.has(digest):
             return False
-        # Left by a crash, or another import is at it: both ways it is replaced as a whole.
+        # A crash left the file, or another import is writing it. Replace it as a whole in both cases.
         with store.create(staging_fd) as pending:
             pending.write(data)
             return pending.publish(digest)
@@ -66,71 +66,68 @@ def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd
 
 
 class InPlaceLock:
-    """One import's permission to store in place, asked for anew in each burst; for one thread.
+    """The lock that an import holds while it stores in place; for one thread.
 
-    After a fork parent and child need one each: whoever forks calls `close` before.
+    Call `close` before a fork: parent and child must not share the lock's file.
 
-    Crash: the kernel ends the burst with its process.
+    Crash: the kernel releases the lock.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._mark = os.fsencode(root / _FORBIDDEN_FILE)
         self._fd = -1
-        self._is_under_way = False
+        self._is_held = False
         self._is_forbidden = False
 
-    def begin(self) -> bool:
-        """Whether contents may be stored in place until `end`; free of cost while a burst is under way."""
-        if not self._is_under_way and not self._is_forbidden:
-            self._is_under_way = self._locked()
-            self._is_forbidden = not self._is_under_way
-        return self._is_under_way
+    def acquire(self) -> bool:
+        """Return whether contents may be stored in place until `release`; cheap while the lock is held."""
+        if not self._is_held and not self._is_forbidden:
+            self._is_held = self._try_lock()
+            self._is_forbidden = not self._is_held
+        return self._is_held
 
-    def end(self) -> None:
-        """Nothing is being written; call it before any wait for the tar."""
-        if self._is_under_way:
+    def release(self) -> None:
+        """Release the lock; call before any wait for the tar."""
+        if self._is_held:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
-            self._is_under_way = False
+            self._is_held = False
 
     def close(self) -> None:
-        """End the burst and let go of the lock file; `begin` opens it again."""
+        """Release the lock and close its file; `acquire` opens it again."""
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd, self._is_under_way = -1, False
+            self._fd, self._is_held = -1, False
 
-    def _locked(self) -> bool:
+    def _try_lock(self) -> bool:
         if self._fd < 0:
             self._fd = open_lock_file(self._root / _LOCK_FILE)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not os.access(self._mark, os.F_OK):  # a tenth of what Path.exists takes
+        if not os.access(self._mark, os.F_OK):  # ten times as fast as Path.exists
             return True
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         return False
 
 
 def forbid(root: Path) -> None:
-    """No more from now on, and none under way: before a layer is published, or marked, incomplete.
-
-    Waits for the bursts that are under way.
-    """
+    """Forbid storing in place, and wait until no import does it. Call before a layer becomes incomplete."""
     leave_mark(root)
     with locked_file(root / _LOCK_FILE):
         pass
 
 
 def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> None:
-    """Remove the file that a killed import left at the object's name: an overlay would take it for the object.
+    """Remove the file that a killed import left at the object's name, since an overlay would take it for the object.
 
     Args:
-        store: Where it lies.
-        digest: Of an object that was looked up as `Found.UNFINISHED` after `forbid`.
+        store: The store that contains the file.
+        digest: An object that was found as `ObjectState.UNFINISHED` after `forbid`.
         staging_fd: A directory on the store's file system, private to the caller; a crash leaves the file there.
 
-    If the object has arrived meanwhile it stays, out of sight for a moment.
+    If the object has arrived meanwhile, it is invisible for a moment and then stays.
     """
     path, name = store.path(digest), b"unfinished"
     try:
@@ -141,21 +138,21 @@ def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> Non
                 return
         os.unlink(name, dir_fd=staging_fd)
     except FileNotFoundError:
-        return  # the collector has removed it
+        return  # the garbage collector has removed it
     except OSError as exc:
         raise from_os_error(exc, f"remove the unfinished object {digest.hex()}") from exc
 
 
 def leave_mark(root: Path) -> None:
-    """Forbid it, and have everybody read the layers' records again."""
+    """Create or touch the mark: storing in place is forbidden, and all processes read the layers' records again."""
     forbidden = root / _FORBIDDEN_FILE
     forbidden.touch(mode=0o600)
     now_ns = time.time_ns()
-    os.utime(forbidden, ns=(now_ns, now_ns))  # finer than the kernel's own clock
+    os.utime(forbidden, ns=(now_ns, now_ns))  # finer than the kernel's clock for files
 
 
 def mark_time_ns(root: Path) -> int:
-    """When the last layer became incomplete; 0 if all are complete."""
+    """Return the time of the mark, when the last layer became incomplete; 0 without a mark."""
     try:
         return (root / _FORBIDDEN_FILE).stat().st_mtime_ns
     except FileNotFoundError:
@@ -163,17 +160,17 @@ def mark_time_ns(root: Path) -> int:
 
 
 def allow(root: Path) -> None:
-    """Allowed again: the host has no incomplete layer, and nobody publishes one; not after `lose`."""
+    """Remove the mark, unless objects are lost. Call when no layer is or becomes incomplete."""
     if not (root / _LOST_FILE).exists():
         (root / _FORBIDDEN_FILE).unlink(missing_ok=True)
 
 
 def mark_objects_lost(root: Path) -> None:
-    """Forbid it until `found`: a layer is about to lose an object that the kernel may be told to open."""
+    """Forbid storing in place until `clear_objects_lost`. Call before a layer loses an object."""
     (root / _LOST_FILE).touch(mode=0o600)
     forbid(root)
 
 
 def clear_objects_lost(root: Path) -> None:
-    """No layer lacks anything; the next `allow` counts again."""
+    """Note that no layer lacks an object, so that the next `allow` removes the mark."""
     (root / _LOST_FILE).unlink(missing_ok=True)

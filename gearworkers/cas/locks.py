@@ -1,4 +1,4 @@
-"""The one lock between imports and the garbage collector."""
+"""The lock between imports and the garbage collector."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gearworkers.util.locks import locked_file
 
 
 class GarbageLock:
-    """Publishing a layer holds it shared, a batch of the collector exclusively; both for milliseconds.
+    """A file lock: shared while a layer is published, exclusive while the collector hides objects.
 
-    It keeps a layer from becoming visible while one of its objects is hidden for a last look at the claims.
-    The kernel lets go of it when the holder dies.
+    Both take milliseconds. The lock keeps a layer from becoming visible while one of its objects is hidden. The kernel
+    releases it when the holder dies.
     """
 
     def __init__(self, root: Path) -> None:
@@ -22,12 +22,12 @@ class GarbageLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Held by whoever publishes."""
+        """Hold the lock to publish a layer or a pin."""
         with locked_file(self._path, fcntl.LOCK_SH):
             yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Held by the collector while objects are hidden."""
+        """Hold the lock to hide objects or to remove damaged ones."""
         with locked_file(self._path, fcntl.LOCK_EX):
             yield

@@ -1,8 +1,11 @@
-"""The push queue: an object awaiting push is a hard link here until the remote has confirmed it.
+"""The push queue: the objects that the remote does not have yet.
 
-Before an object is stored an empty file stands in for the link, since a crash behind the store would leave an object
-that every later import finds and none takes for new. An object is never empty, so the two are told apart. One whose
-object was never stored, as the import died, goes when garbage is collected (`remove_unstored`).
+An entry is a hard link to the object, named by the digest in hex. It stays until the remote has confirmed the object.
+
+An import *announces* an object before it stores it: it creates an empty file as the entry. Otherwise a crash after the
+store would leave an object that every later import finds, so none would queue it. Objects are never empty, so
+announcements and links can be distinguished. If the import dies before it stores the object, garbage collection removes
+the announcement (`remove_unstored`).
 """
 
 from __future__ import annotations
@@ -21,25 +24,25 @@ from gearworkers.errors import IntegrityError, NotFound, from_os_error
 _TEMPORARY = b".new"
 _ASIDE = b".aside"
 _NAME = re.compile(rb"[0-9a-f]{64}")
-"""What else lies there is somebody else's, and no business of ours."""
+"""Other files in the directory are ignored."""
 
 
 class PushQueue:
-    """Links named by the full digest in hex; what is in it survives crashes and garbage collection."""
+    """The queue in one directory. Entries survive crashes and garbage collection."""
 
     def __init__(self, directory: Path, store: ObjectStore) -> None:
         self._directory = os.fsencode(directory)
         self._store = store
 
     def announce(self, digest: bytes) -> None:
-        """The object is about to be stored: once it is, it awaits push, whether or not a crash comes before `add`."""
+        """Announce an object that is about to be stored. Once stored, it is pending even if a crash prevents `add`."""
         try:
             os.close(os.open(self._path(digest), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o400))
         except OSError as exc:
-            raise from_os_error(exc, f"note object {digest.hex()} for push") from exc
+            raise from_os_error(exc, f"queue object {digest.hex()} for push") from exc
 
     def add(self, digest: bytes) -> None:
-        """Note an object that is in the store; noting it twice is fine."""
+        """Queue an object that is in the store; idempotent."""
         path, source = self._path(digest), self._store.path(digest)
         try:
             try:
@@ -48,25 +51,25 @@ class PushQueue:
                 if _is_announcement(path):
                     self._replace(path, source)
         except OSError as exc:
-            raise from_os_error(exc, f"note object {digest.hex()} for push") from exc
+            raise from_os_error(exc, f"queue object {digest.hex()} for push") from exc
 
     def _replace(self, path: bytes, source: bytes) -> None:
         temporary = b"%s.%d-%d%s" % (path, os.getpid(), threading.get_ident(), _TEMPORARY)
         os.link(source, temporary)
         os.rename(temporary, path)
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # somebody else was first: a rename from one link to another of a file does nothing
+            os.unlink(temporary)  # another process was first: rename does nothing if both names are links to one file
 
     def pending(self) -> Iterator[bytes]:
-        """Digests of what awaits push, in no order; what was only announced may turn out not to be there."""
+        """Yield the digests of pending objects, in no order. An object that was only announced may be missing."""
         for name in self._names():
             yield bytes.fromhex(name.decode("ascii"))
 
     def open(self, digest: bytes) -> int:
-        """A read-only descriptor of a noted object.
+        """Return a read-only descriptor of a pending object.
 
         Raises:
-            FileNotFoundError: Somebody else has pushed it meanwhile, or it was announced and is not stored.
+            FileNotFoundError: Another process has pushed the object meanwhile, or it was announced but not stored.
         """
         fd = os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC)
         if os.fstat(fd).st_size:
@@ -78,32 +81,33 @@ class PushQueue:
             raise FileNotFoundError(str(exc)) from exc
 
     def remove(self, digest: bytes) -> None:
-        """The remote has confirmed it."""
+        """Remove an entry: the remote has confirmed the object, or the object is damaged. Idempotent."""
         try:
             os.unlink(self._path(digest))
         except FileNotFoundError:
             pass
 
-    def remove_unstored(self, claimed: Callable[[], Container[bytes]]) -> int:
-        """Let go of announcements whose object is not in the store and that no import has claimed; how many.
+    def remove_unstored(self, read_build_refs: Callable[[], Container[bytes]]) -> int:
+        """Remove announcements of objects that are not stored and that no import refers to; return their number.
 
-        With them goes what an import that was killed has left of an `add`.
+        Temporary files that a killed `add` left are removed as well.
 
-        An import may announce, store and add meanwhile. Its claim is older than its announcement, and an entry is put
-        aside before the claims are read: so either the import announces it anew, or its claim is seen.
+        Imports may announce, store and add objects meanwhile. An import writes its ref before its announcement, and
+        this method renames the entry before it reads the refs. So either the import announces the object again, or
+        this method finds the ref.
 
         Args:
-            claimed: Gives the digests that imports under way have claimed by now.
+            read_build_refs: Returns the digests that running imports refer to at the time of the call.
 
-        Crash: entries lie aside; the next call puts them back.
+        Crash: leaves renamed entries; the next call renames them back.
         """
         for digest in self._aside():
             self._put_back(digest)
         for digest in [digest for digest in self.pending() if self._is_unstored(digest)]:
-            with suppress(FileNotFoundError):  # pushed meanwhile
+            with suppress(FileNotFoundError):  # it was pushed meanwhile
                 os.rename(self._path(digest), self._path(digest) + _ASIDE)
         aside, unfinished = self._aside(), self._names(_TEMPORARY)
-        kept = claimed() if aside or unfinished else ()
+        kept = read_build_refs() if aside or unfinished else ()
         forgotten = 0
         for name in unfinished:
             if bytes.fromhex(name[: 2 * DIGEST_BYTES].decode("ascii")) not in kept:
@@ -124,13 +128,13 @@ class PushQueue:
         return [bytes.fromhex(name.removesuffix(_ASIDE).decode("ascii")) for name in self._names(_ASIDE)]
 
     def _names(self, suffix: bytes = b"") -> list[bytes]:
-        """What lies here of objects, and ends in this; of nothing but digests without a suffix."""
+        """Return the names of entries with this suffix; by default the names without one."""
         with os.scandir(self._directory) as entries:
             names = [entry.name for entry in entries if entry.name.endswith(suffix)]
         return [name for name in names if (_NAME.match if suffix else _NAME.fullmatch)(name)]
 
     def _put_back(self, digest: bytes) -> None:
-        """Where it was; what an import has put there meanwhile stays if it is the object."""
+        """Rename an entry back; keep an entry that an import has created meanwhile if it is a link to the object."""
         path = self._path(digest)
         try:
             os.link(path + _ASIDE, path)
@@ -141,7 +145,7 @@ class PushQueue:
         os.unlink(path + _ASIDE)
 
     def prune(self) -> int:
-        """Let go of what is no longer in the store; how many. For after a reboot, when the store was checked."""
+        """Remove entries of objects that are not in the store; return their number. Call after a reboot."""
         gone = [digest for digest in self.pending() if not self._store.has(digest)]
         for digest in gone:
             self.remove(digest)
@@ -154,7 +158,7 @@ class PushQueue:
 
 
 def _is_announcement(path: bytes) -> bool:
-    """Whether it only stands in for an object; no if it is gone, for then the object was pushed by now."""
+    """Whether the entry is an announcement; False if it is gone, since then the object was pushed."""
     try:
         return not os.stat(path).st_size
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""The list of objects that a layer refers to: its file `objects`.
+"""Refs: the file `objects`, which lists the objects that a layer or a pin refers to.
 
-In a published layer it is sorted and free of doubles: records of a 32-byte digest and the size in bytes as a
-little-endian u64. While a layer is being made the same file lies in its build directory, unsorted, and is a
-*claim*: a digest stands in it before the object is looked for, so whoever collects garbage and reads the claims
-after hiding an object knows of every import that has found it.
+In a published layer the file is sorted and has no duplicates. Each record is a 32-byte digest and the size in bytes as
+a little-endian u64. While a layer is being built the same file is in its build directory, unsorted. An import writes a
+ref before it looks for the object. The garbage collector reads the refs again after it has hidden an object, so it
+knows every import that has found the object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OBJECTS_FILE = "objects"
 
 
 class RefWriter:
-    """Appends to a build directory's `objects` through shared memory: visible at once, cheap."""
+    """Appends refs to the `objects` file of a build directory through shared memory: cheap, and visible at once."""
 
     def __init__(self, build: Path, name: str = OBJECTS_FILE) -> None:
         self._path = build / name
@@ -38,7 +38,7 @@ class RefWriter:
             raise
 
     def add(self, digest: bytes, size_bytes: int) -> None:
-        """Claim an object, before asking whether it is there."""
+        """Write a ref; call before looking for the object."""
         if self._end + REF_RECORD.size > len(self._map):
             grown_bytes = len(self._map) * 2
             self._map.close()
@@ -47,28 +47,28 @@ class RefWriter:
         self._end += REF_RECORD.size
 
     def __len__(self) -> int:
-        """How many were claimed, doubles included."""
+        """Return the number of refs written, duplicates included."""
         return self._end // REF_RECORD.size
 
     def seal(self) -> tuple[int, int]:
-        """Replace the claims by the sorted list; how many objects it names, and the sum of their sizes in bytes."""
+        """Replace the file by the sorted list; return the number of objects and the sum of their sizes in bytes."""
         records = sorted_refs(self._map[: self._end])
-        replace_file(self._path, b"".join(records), sync=False)  # whoever publishes the layer syncs the file system
+        replace_file(self._path, b"".join(records), sync=False)  # publishing the layer syncs the file system
         return len(records), sum(size for _, size in map(REF_RECORD.unpack, records))
 
     def close(self) -> None:
-        """Let go of the file; what was claimed stays claimed as long as the file is there."""
+        """Close the file; the refs stay valid until the file is removed."""
         self._map.close()
         os.close(self._fd)
 
     def _grown(self, size_bytes: int) -> mmap.mmap:
-        # Not a hole: a disk that fills up later would kill the process at a write into shared memory.
+        # Allocate the blocks: on a full disk, a write into a hole of shared memory would kill the process.
         os.posix_fallocate(self._fd, 0, size_bytes)
         return mmap.mmap(self._fd, size_bytes)
 
 
 def sorted_refs(raw: bytes) -> list[bytes]:
-    """The distinct records of an `objects` file or of claims, sorted by digest."""
+    """Return the distinct records of an `objects` file, sorted by digest."""
     size = REF_RECORD.size
     records = {raw[at : at + size] for at in range(0, len(raw) - size + 1, size)}
     records.discard(_NO_RECORD)
@@ -76,7 +76,7 @@ def sorted_refs(raw: bytes) -> list[bytes]:
 
 
 def read_refs(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(digest, size in bytes) of every record of an `objects` file, sealed or not; none if there is no file."""
+    """Yield (digest, size in bytes) of every record in an `objects` file, sorted or not; none if there is no file."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

@@ -1,7 +1,8 @@
-"""The public cache: distinct contents, each stored once per host.
+"""A store of objects: distinct contents, each stored once per host.
 
-Glossary: an *object* is a file (mode 0400) whose bytes have the SHA-256 it is named by; a *cache* is a
-directory of objects; *staging* is a directory on the same file system where bytes lie before they have a name.
+Glossary: an *object* is a file (mode 0400) whose name is derived from the SHA-256 of its bytes. A *cache* is a
+directory of objects, divided into 64 *shards*. *Staging* is a directory on the same file
+system for files that have no object's name yet.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ _READ_BYTES = 1 << 20
 
 
 class ObjectState(Enum):
-    """What stands at an object's name."""
+    """What exists under an object's name."""
 
     WHOLE = auto()
     UNFINISHED = auto()
-    """A file without digest: an import is writing it, or was killed while it did (`inplace`)."""
+    """A file without digest: an import is writing it, or was killed meanwhile (`inplace`)."""
     ABSENT = auto()
 
 
-_WHOLE = ObjectState.WHOLE  # a look-up in the class takes 0.2 µs, twice for each content of an import
+_WHOLE = ObjectState.WHOLE  # a look-up in the class takes 0.2 µs, twice per content of an import
 
 
 class ObjectStore:
-    """One cache directory; safe to use from many processes at once.
+    """One cache directory. Many processes may use it at once, and every method is idempotent.
 
-    Every method is idempotent. An object is visible only when whole: bytes and xattr first, then the name.
+    An object is visible only when it is whole: its xattr is set after its bytes are written.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -47,13 +48,13 @@ class ObjectStore:
         self._prefix = os.fsencode(cache)
 
     def prepare(self) -> None:
-        """Make the cache's directories; call once per host before anything else."""
+        """Create the cache's directories. Call once per host before all other methods."""
         self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         for shard in self.shards():
             Path(os.fsdecode(shard)).mkdir(mode=0o700, exist_ok=True)
 
     def drop_empty_shards(self) -> None:
-        """Remove the directories that hold nothing, and the cache if it has no other; no object can come any more."""
+        """Remove empty shards, and the cache if all are empty. No process may store objects any more."""
         for path in (*self.shards(), self._prefix):
             try:
                 os.rmdir(path)
@@ -62,26 +63,26 @@ class ObjectStore:
                     raise from_os_error(exc, f"remove {os.fsdecode(path)}") from exc
 
     def shards(self) -> Iterator[bytes]:
-        """The cache's 64 directories, as absolute paths."""
+        """Yield the absolute paths of the cache's 64 shards."""
         return (self._prefix + b"/" + RESERVED + bytes((char,)) for char in ALPHABET)
 
     def path(self, digest: bytes) -> bytes:
-        """Where the object of this 32-byte digest lies or would lie."""
+        """Return the path of the object with this 32-byte digest, whether it exists or not."""
         return self._prefix + object_path(digest)
 
     def has(self, digest: bytes) -> bool:
-        """Whether the object is here, whole.
+        """Whether the whole object is in the store.
 
         Raises:
-            IntegrityError: Another content stands at its name.
+            IntegrityError: The object's name holds another content.
         """
         return self.find(digest) is _WHOLE
 
     def find(self, digest: bytes) -> ObjectState:
-        """What stands at the object's name.
+        """Return the state of an object.
 
         Raises:
-            IntegrityError: Another content does.
+            IntegrityError: The object's name holds another content.
         """
         path = self.path(digest)
         try:
@@ -97,11 +98,11 @@ class ObjectStore:
         return _WHOLE
 
     def open(self, digest: bytes) -> int:
-        """A read-only descriptor of the object.
+        """Return a read-only descriptor of the object.
 
         Raises:
-            NotFound: It is not here.
-            IntegrityError: Another content stands at its name.
+            NotFound: The object is not in the store.
+            IntegrityError: The object's name holds another content.
         """
         try:
             fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
@@ -111,14 +112,14 @@ class ObjectStore:
             raise from_os_error(exc, f"open object {digest.hex()}") from exc
         try:
             if os.getxattr(fd, DIGEST_XATTR) != digest:
-                raise IntegrityError(f"object {digest.hex()}: another content stands at its name; run `gear fsck`")
+                raise IntegrityError(f"object {digest.hex()}: its name holds another content; run `gear fsck`")
         except BaseException:
             os.close(fd)
             raise
         return fd
 
     def put(self, digest: bytes, data: memoryview, staging_fd: int) -> bool:
-        """Store *data*, whose SHA-256 the caller has computed, unless it is here; whether it is new.
+        """Store *data* under its SHA-256, which the caller has computed; return whether the object is new.
 
         Args:
             digest: SHA-256 of data.
@@ -126,30 +127,30 @@ class ObjectStore:
             staging_fd: A directory on the cache's file system; a crash may leave a file in it.
 
         Raises:
-            ResourceExhausted: No space or inodes; nothing is visible.
+            ResourceExhausted: No space or inodes are left; nothing is visible.
         """
         with self.create(staging_fd) as pending:
             pending.write(data)
             return pending.publish(digest)
 
     def create(self, staging_fd: int) -> PendingObject:
-        """A new object whose digest is not known yet; use as a context manager."""
+        """Return a new object whose digest is not known yet; use as a context manager."""
         return PendingObject(self, staging_fd)
 
     def adopt(self, fd: int, staging_fd: int, name: bytes, digest: bytes) -> bool:
-        """Make a finished file an object, its bytes verified by the caller; the one place where a file enters a cache.
+        """Make a finished file an object. The caller has verified its bytes.
 
         Args:
-            fd: The file, open.
-            staging_fd: The directory it lies in, on the cache's file system.
-            name: Its name there, gone if it is new.
-            digest: SHA-256 of its bytes.
+            fd: The open file.
+            staging_fd: The directory that contains the file, on the cache's file system.
+            name: The file's name there. It is gone afterwards if the object is new.
+            digest: SHA-256 of the file's bytes.
 
         Returns:
-            Whether the object is new; if another was first, the file stays where it is.
+            Whether the object is new. If another import was first, the file stays where it is.
 
         Raises:
-            IntegrityError: Another content stands at its name.
+            IntegrityError: The object's name holds another content.
         """
         path = self.path(digest)
         try:
@@ -159,20 +160,20 @@ class ObjectStore:
             except FileExistsError:
                 if self.has(digest):
                     return False
-                os.rename(name, path, src_dir_fd=staging_fd)  # over what a broken-off `inplace` write left
+                os.rename(name, path, src_dir_fd=staging_fd)  # replaces the rest of an interrupted `inplace` write
         except OSError as exc:
             raise from_os_error(exc, f"store object {digest.hex()}") from exc
         return True
 
     def remove(self, digest: bytes) -> None:
-        """Remove the object's name; not being there is fine."""
+        """Remove the object; idempotent."""
         try:
             os.unlink(self.path(digest))
         except FileNotFoundError:
             pass
 
     def names(self, shard: bytes) -> Iterable[bytes]:
-        """Names of the files in one of `shards()`, in no order; none if it is not there."""
+        """Return the names of the files in a shard, in no order; none if the shard does not exist."""
         try:
             return os.listdir(shard)
         except FileNotFoundError:
@@ -180,7 +181,7 @@ class ObjectStore:
 
 
 class PendingObject:
-    """Bytes on their way into a store: write, then publish; gone when the block ends without it."""
+    """An object being written: write, then publish. Leaving the context without `publish` removes it."""
 
     _serial = itertools.count(1)
 
@@ -220,13 +221,13 @@ class PendingObject:
         self._size_bytes += size_bytes
 
     def publish(self, digest: bytes) -> bool:
-        """Give the bytes their name.
+        """Give the bytes the object's name.
 
         Returns:
             Whether the object is new; False if another import was first.
 
         Raises:
-            IntegrityError: Another content stands at its name.
+            IntegrityError: The object's name holds another content.
         """
         try:
             if os.lseek(self._fd, 0, os.SEEK_CUR) != os.fstat(self._fd).st_size:
@@ -242,10 +243,10 @@ def _is_zero(data: memoryview) -> bool:
 
 
 def verify_file(fd: int, digest: bytes) -> None:
-    """Read the whole of *fd* and compare.
+    """Read the file *fd* and compare its SHA-256 with *digest*.
 
     Raises:
-        IntegrityError: Its SHA-256 is not *digest*.
+        IntegrityError: They differ.
     """
     hasher = hashlib.sha256()
     offset = 0

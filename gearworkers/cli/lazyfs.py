@@ -7,7 +7,7 @@ from gearworkers.util.log import command_settings
 
 def command() -> None:
     """Run the lazy file server, which fetches files of Gear images when containers open them. Runs until SIGTERM."""
-    from gearworkers.lazyfs.server import serve, sources_of  # only this command needs it
+    from gearworkers.lazyfs.server import open_sources, serve  # only this command needs it
 
     settings = command_settings()
-    serve(settings, sources_of(settings))
+    serve(settings, open_sources(settings))

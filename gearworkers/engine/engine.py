@@ -145,12 +145,13 @@ class Engine:
 
         The engine counts no users: one `unmount` undoes any number of mounts.
         """
-        return self.mounts.mount(id, mount_label, volatile=volatile, may_wait=may_wait)
+        return self.mounts.mount(self.layers.get(id), mount_label, volatile=volatile, may_wait=may_wait)
 
     @layer_call
     def unmount(self, id: str) -> None:
         """Unmount the layer; does nothing if it is not mounted or there is none."""
-        self.mounts.unmount(id)
+        with self.mounts.unmounted(id):
+            pass
 
     @layer_call
     def apply_diff(self, id: str, parent: str, source: Readable) -> int:

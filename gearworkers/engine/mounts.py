@@ -64,11 +64,11 @@ class LayerMounts:
         """Return the directory where the layer is mounted; a new layer has another one after its first mount."""
         return self._layers.directory(layer) / MERGED
 
-    def mount(self, id: str, mount_label: str = "", *, volatile: bool = False, may_wait: bool = True) -> Path:
+    def mount(self, layer: Layer, mount_label: str = "", *, volatile: bool = False, may_wait: bool = True) -> Path:
         """Mount the layer unless it is mounted. A new layer becomes a read-write layer.
 
         Args:
-            id: Of the layer.
+            layer: As `LayerStore.get` returned it.
             mount_label: SELinux label; empty for the layer's own.
             volatile: The upper directory need not survive a power cut.
             may_wait: Whether the caller has time for the lazy file server.
@@ -81,30 +81,26 @@ class LayerMounts:
             FailedPrecondition: The layer, or one below it, is unfinished; or the kernel refuses.
             LazyServerNeeded: The layer is incomplete and *may_wait* is False; nothing is mounted.
         """
-        check_id(id)
-        with self._locks.held(id):
-            layer = self._layers.get(id)
+        with self._locks.held(layer.id):
             if layer.kind is LayerKind.NEW:
-                layer = self._layers.promote(layer, IdMaps.load(self._settings.gear_root))
+                layer = self._promoted(layer.id)
             target = self.mount_point(layer)
             if not overlay.is_mounted(target):
                 self._mount(layer, target, mount_label, volatile, may_wait)
             return target
 
-    def unmount(self, id: str) -> None:
-        """Unmount the layer; does nothing if it is not mounted or there is none."""
-        with self.unmounted(id):
-            pass
+    def unmount(self, layer: Layer) -> None:
+        """Unmount the layer; does nothing if it is not mounted."""
+        with self._locks.held(layer.id):
+            self._unmount(layer.id, self.mount_point(layer))
 
     @contextmanager
     def unmounted(self, id: str) -> Iterator[None]:
-        """Unmount the layer; no other thread mounts it while the context lasts."""
+        """Unmount a layer in any state, readable or not; no other thread mounts it while the context lasts."""
         check_id(id)
         with self._locks.held(id):
-            self._profile_hooks.container_unmounted(id)
-            for parent in (self._settings.gear_containers_path, self._settings.gear_images_path):
-                _unmount_all(parent / id / MERGED)
-            (self._old_numbers / id).unlink(missing_ok=True)
+            parents = (self._settings.gear_containers_path, self._settings.gear_images_path)
+            self._unmount(id, *(parent / id / MERGED for parent in parents))
             yield
 
     @contextmanager
@@ -122,13 +118,26 @@ class LayerMounts:
                     yield fd
                     return
         if layer.kind is LayerKind.NEW:
-            self._layers.lower(layer)  # refuses one whose ApplyDiff did not finish
+            self._layers.lower(layer)  # rejects an unfinished layer
             with self.view(layer.parent) as parent_view:
                 yield parent_view
         else:
             spec = overlay.OverlaySpec(self._layers.lowers(id), self._data(id, self._layers.is_complete(id)))
             with overlay.detached(spec) as fd:
                 yield fd
+
+    def _promoted(self, id: str) -> Layer:
+        """Make a layer whose record said that it is new a read-write layer, unless another thread has done so."""
+        layer = self._layers.get(id)
+        if layer.kind is not LayerKind.NEW:
+            return layer
+        return self._layers.promote(layer, IdMaps.load(self._settings.gear_root))
+
+    def _unmount(self, id: str, *targets: Path) -> None:
+        self._profile_hooks.container_unmounted(id)
+        for target in targets:
+            _unmount_all(target)
+        (self._old_numbers / id).unlink(missing_ok=True)
 
     def _mount(self, layer: Layer, target: Path, mount_label: str, volatile: bool, may_wait: bool) -> None:
         is_complete = self._layers.is_complete(layer.id)

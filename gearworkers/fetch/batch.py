@@ -1,142 +1,133 @@
-"""Many contents in few requests: in order, the way never empty, and nobody who wants one of them now waits long.
+"""Batch requests: many small objects and chunks in few requests, in order, with the network never idle.
 
-A request is for some megabytes; the next one is sent before the answer ends. Who opens an object that no request
-under way is to bring has it fetched at once, and later requests leave it out. If one is, he waits for it a moment
-(`Patience`), since it is mostly among the next to come; then it is fetched for him, and may come twice.
+A request asks for a few MiB. The next one is sent before the answer ends. A reader who opens an object that no running
+request brings has it fetched at once, and later requests leave it out. If a running request is about to bring it, the
+reader waits a moment first (`Download`), since it often comes next; after that it is fetched alone, and may come twice.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from gearworkers.errors import GearError, ResourceExhausted
-from gearworkers.fetch.priority_pool import Urgency, WorkPool
-from gearworkers.fetch.source import Content, Source
+from gearworkers.fetch.priority_pool import Priority, PriorityPool
+from gearworkers.fetch.source import BytesOrLayout, ObjectSource
 
 _log = structlog.get_logger(__name__)
 
-PATIENCE_S = 0.1
-_REQUEST_BYTES = 4 << 20
-_REQUEST_ITEMS = 2000
-_OVERLAP_BYTES = 1 << 20
-"""Uncompressed; more than a way of 100 Mbit/s holds in 20 ms, also when half of it."""
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Sizes of batch requests, in bytes before compression."""
+
+    request_bytes: int = 4 << 20
+    request_items: int = 2000
+    overlap_bytes: int = 1 << 20
+    """The next request is sent when so many bytes of the current one are left. 1 MiB is more than a link of 100 Mbit/s
+    carries in 20 ms, even after compression to a half."""
 
 
-class Item(Protocol):
-    """One of many."""
+DEFAULT_LIMITS = BatchLimits()
+
+
+class BatchItem(Protocol):
+    """One object or chunk of many."""
 
     @property
     def digest(self) -> bytes:
-        """What is asked for."""
+        """SHA-256 of the object or chunk."""
 
     @property
     def size_bytes(self) -> int:
-        """About what it takes."""
+        """Its approximate size."""
 
     def claim(self) -> bool:
-        """Whether it is still wanted: called right before it is asked for; if so, `deliver` or `miss` follows."""
+        """Return whether to request it, right before the request; if so, `deliver` or `miss` follows."""
 
-    def deliver(self, content: Content) -> bool:
-        """Take it; False if it is not what it should be, and then `miss` may follow.
+    def deliver(self, content: BytesOrLayout) -> bool:
+        """Take the answer; False if it is wrong, and then another `deliver` or `miss` follows.
 
         Raises:
-            ResourceExhausted: There is no room; all are missed that have not come.
+            ResourceExhausted: There is no space; the batch ends.
         """
 
     def miss(self) -> None:
-        """No source has given it."""
+        """Note that no source has given it."""
 
 
-class Patience:
-    """Calls things a fixed time later; one thread, which begins with the first."""
-
-    def __init__(self, wait_s: float = PATIENCE_S) -> None:
-        self._wait_s = wait_s
-        self._calls: queue.SimpleQueue[tuple[float, Callable[[], None]]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def then(self, call: Callable[[], None]) -> None:
-        """Have *call*, which must not block, called after the wait."""
-        self._calls.put((time.monotonic() + self._wait_s, call))
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="patience", daemon=True)
-                self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            due_s, call = self._calls.get()
-            time.sleep(max(due_s - time.monotonic(), 0.0))
-            try:
-                call()
-            except Exception:
-                _log.exception("a fetch could not be hurried")
+def fetch_in_batches(
+    items: Iterable[BatchItem],
+    sources: Sequence[ObjectSource],
+    pool: PriorityPool,
+    priority: Priority,
+    limits: BatchLimits,
+) -> None:
+    """Request *items* in order, in threads of *pool*; returns at once."""
+    pool.submit(_Batches(iter(items), sources, pool, priority, limits).request, priority)
 
 
-def bring(items: Iterable[Item], sources: Sequence[Source], pool: WorkPool, urgency: Urgency) -> None:
-    """Have *items* brought by threads of *pool*, in order."""
-    pool.submit(_Stream(iter(items), sources, pool, urgency).request, urgency)
+class _Batches:
+    """The requests of one `fetch_in_batches`; each starts the next one, once."""
 
-
-class _Stream:
-    """Items of one call of `bring`; each request has the next one follow, once."""
-
-    def __init__(self, items: Iterator[Item], sources: Sequence[Source], pool: WorkPool, urgency: Urgency) -> None:
+    def __init__(
+        self,
+        items: Iterator[BatchItem],
+        sources: Sequence[ObjectSource],
+        pool: PriorityPool,
+        priority: Priority,
+        limits: BatchLimits,
+    ) -> None:
         self._items = items
         self._sources = sources
         self._pool = pool
-        self._urgency = urgency
+        self._priority = priority
+        self._limits = limits
         self._lock = threading.Lock()
         self._is_full = False
 
     def request(self) -> None:
-        """Bring the next some megabytes, and have another request follow."""
-        batch: dict[bytes, list[Item]] = {}
+        """Make one request, and start the next one unless the items or the disk space are used up."""
+        batch: dict[bytes, list[BatchItem]] = {}
         try:
             with self._lock:
                 self._claim(batch)
-            is_last = bool(batch) and not self._is_full and self._brought(batch)
+            starts_next = bool(batch) and not self._is_full and not self._ask_sources(batch)
         finally:
-            self._miss(batch)
-        if is_last and not self._is_full:
-            self._pool.submit(self.request, self._urgency)
+            for items in batch.values():
+                for item in items:
+                    item.miss()
+        if starts_next and not self._is_full:
+            self._pool.submit(self.request, self._priority)
 
-    def _miss(self, batch: dict[bytes, list[Item]]) -> None:
-        for items in batch.values():
-            for item in items:
-                item.miss()
-
-    def _brought(self, batch: dict[bytes, list[Item]]) -> bool:
-        """Take out of *batch* what any source gives; whether no other request has followed yet."""
-        is_last = True
-        left_bytes = sum(item.size_bytes for items in batch.values() for item in items)
-        for source in self._sources:
-            for size_bytes in self._answered(source, batch):
-                left_bytes -= size_bytes
-                if left_bytes <= _OVERLAP_BYTES and is_last:
-                    is_last = False
-                    self._pool.submit(self.request, self._urgency)
-        return is_last
-
-    def _claim(self, batch: dict[bytes, list[Item]]) -> None:
-        """Add the next that are still wanted to *batch*, by digest; contents that are wanted twice come once."""
+    def _claim(self, batch: dict[bytes, list[BatchItem]]) -> None:
+        """Fill *batch*, by digest, with the next items; the same content is requested once."""
         batch_bytes = 0
         for item in self._items:
             if item.claim():
                 batch.setdefault(item.digest, []).append(item)
                 batch_bytes += item.size_bytes
-                if batch_bytes >= _REQUEST_BYTES or len(batch) >= _REQUEST_ITEMS:
+                if batch_bytes >= self._limits.request_bytes or len(batch) >= self._limits.request_items:
                     break
 
-    def _answered(self, source: Source, batch: dict[bytes, list[Item]]) -> Iterator[int]:
-        """Take out of *batch* what *source* gives; how many bytes, each time."""
+    def _ask_sources(self, batch: dict[bytes, list[BatchItem]]) -> bool:
+        """Take the items that any source gives out of *batch*; return whether the next request was started."""
+        is_next_started = False
+        left_bytes = sum(item.size_bytes for items in batch.values() for item in items)
+        for source in self._sources:
+            for size_bytes in self._answers(source, batch):
+                left_bytes -= size_bytes
+                if left_bytes <= self._limits.overlap_bytes and not is_next_started:
+                    is_next_started = True
+                    self._pool.submit(self.request, self._priority)
+        return is_next_started
+
+    def _answers(self, source: ObjectSource, batch: dict[bytes, list[BatchItem]]) -> Iterator[int]:
+        """Take the items that *source* gives out of *batch*; yield the bytes of each answer."""
         try:
             for digest, content in source.fetch_many(list(batch)) if batch and not self._is_full else ():
                 items = batch.get(digest, [])
@@ -146,4 +137,4 @@ class _Stream:
                 yield sum(item.size_bytes for item in items)
         except GearError as exc:
             self._is_full = self._is_full or isinstance(exc, ResourceExhausted)
-            _log.warning("a prefetch broke off", error=str(exc))
+            _log.warning("a batch request failed", error=str(exc))

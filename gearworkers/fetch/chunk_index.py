@@ -1,7 +1,7 @@
-"""Where chunks lie on this host: a new version of a large file shares many with the one before.
+"""An index of the chunks of this host's large objects: a new version of a large file shares many with the old one.
 
-A hint and no more. What is found by it is compared with the chunk's digest, and what it does not know is fetched. So
-nothing is synced, and a damaged index is replaced by an empty one.
+The index is a hint. A chunk found by it is compared with its digest, and a chunk that is not found is fetched. So the
+index is never synced, and an empty one replaces a damaged one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-_HEAD_BYTES = 8
-_MOST_TRIED = 3
+_KEY_BYTES = 8
+_MAX_CANDIDATES = 3
 _SCHEMA = """
     PRAGMA journal_mode=WAL;
     PRAGMA synchronous=OFF;
@@ -36,16 +36,16 @@ _SCHEMA = """
 
 
 class ChunkIndex:
-    """Of one process; all methods from any thread, and none fails: what goes wrong is logged.
+    """The index of one process; any thread may call all methods. None of them fails: errors are logged.
 
-    It takes some 25 bytes a chunk on disk, 40 MB for 100 GB of large objects.
+    It takes about 25 bytes per chunk on disk, 40 MB for 100 GB of large objects.
     """
 
     def __init__(self, path: Path, open_object: Callable[[bytes], File | None]) -> None:
         """
         Args:
-            path: Its file, made by `prepare`.
-            open_object: Gives the file of an object that is here or on its way, given its digest, or None.
+            path: The database file; `prepare` makes it.
+            open_object: Opens a whole or partial object, given its digest; None if there is none.
         """
         self._path = path
         self._open_object = open_object
@@ -53,102 +53,102 @@ class ChunkIndex:
         self._db: sqlite3.Connection | None = None
 
     def prepare(self) -> None:
-        """Open it, or begin a new one."""
+        """Open the index, or make a new one."""
         with self._lock:
             self._connect()
 
     def close(self) -> None:
-        """Find nothing any more."""
+        """Close the index; from now on it finds nothing."""
         with self._lock:
             if self._db is not None:
                 self._db.close()
                 self._db = None
 
-    def note(self, digest: bytes, layout: Sequence[Chunk]) -> None:
-        """An object of this layout is on its way: what has arrived of it can be found from now on."""
+    def add(self, digest: bytes, layout: Sequence[Chunk]) -> None:
+        """Add an object with this layout; its chunks can be found as soon as its file holds them."""
 
         def insert(db: sqlite3.Connection) -> None:
             if db.execute("INSERT OR IGNORE INTO objects (digest) VALUES (?)", (digest,)).rowcount:
                 (number,) = db.execute("SELECT id FROM objects WHERE digest = ?", (digest,)).fetchone()
-                rows = ((_head(chunk), number, chunk.offset) for chunk in layout)
+                rows = ((_key(chunk), number, chunk.offset) for chunk in layout)
                 db.executemany("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", rows)
 
-        self._do(insert)
+        self._run(insert)
 
-    def find(self, chunk: Chunk, of: bytes) -> bytes | None:
-        """The chunk's bytes, verified, from another object than *of*; None if they are not here."""
+    def find(self, chunk: Chunk, owner: bytes) -> bytes | None:
+        """Return the chunk's verified bytes from an object other than *owner*; None if this host lacks them."""
 
         def look_up(db: sqlite3.Connection) -> list[tuple[bytes, int]]:
             return db.execute(
                 "SELECT digest, offset FROM chunks JOIN objects ON object = id"
                 " WHERE head = ? AND digest != ? ORDER BY object DESC LIMIT ?",
-                (_head(chunk), of, _MOST_TRIED),
+                (_key(chunk), owner, _MAX_CANDIDATES),
             ).fetchall()
 
-        for digest, offset in self._do(look_up) or ():
+        for digest, offset in self._run(look_up) or ():
             try:
                 file = self._open_object(digest)
                 data = os.pread(file.fd, chunk.size_bytes, offset) if file is not None else b""
             except (GearError, OSError) as exc:
-                _log.warning("a chunk that is here could not be read", object=digest.hex(), error=str(exc))
+                _log.warning("cannot read a chunk of another object", object=digest.hex(), error=str(exc))
                 continue
             if len(data) == chunk.size_bytes and hashlib.sha256(data).digest() == chunk.digest:
                 return data
         return None
 
-    def forget_gone(self, is_here: Callable[[bytes], bool]) -> None:
-        """Drop the objects that, given their digest, are neither here nor on their way."""
+    def remove_missing(self, is_here: Callable[[bytes], bool]) -> None:
+        """Remove the objects for which *is_here*, given their digest, returns False."""
 
-        def noted(db: sqlite3.Connection) -> list[tuple[int, bytes]]:
+        def all_objects(db: sqlite3.Connection) -> list[tuple[int, bytes]]:
             return db.execute("SELECT id, digest FROM objects").fetchall()
 
-        gone = [(number,) for number, digest in self._do(noted) or () if not is_here(digest)]
+        missing = [(number,) for number, digest in self._run(all_objects) or () if not is_here(digest)]
 
         def delete(db: sqlite3.Connection) -> None:
-            db.executemany("DELETE FROM objects WHERE id = ?", gone)
+            db.executemany("DELETE FROM objects WHERE id = ?", missing)
             db.execute("DELETE FROM chunks WHERE object NOT IN (SELECT id FROM objects)")
 
-        if gone:
-            self._do(delete)
+        if missing:
+            self._run(delete)
 
     # -- the database
 
-    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Its result, of one transaction; None if there is no index or it fails."""
+    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """Run *work* in a transaction and return its result; None if there is no index or *work* fails."""
         with self._lock:
             if self._db is None:
                 return None
             try:
                 with self._db:
                     return work(self._db)
-            except sqlite3.OperationalError as exc:  # no room, or what else may pass
-                _log.warning("the index of chunks cannot be used", error=str(exc))
+            except sqlite3.OperationalError as exc:  # temporary, such as a full disk
+                _log.warning("cannot use the chunk index", error=str(exc))
             except sqlite3.DatabaseError as exc:
-                _log.warning("the index of chunks is damaged; a new one begins", error=str(exc))
-                self._begin_anew()
+                _log.warning("the chunk index is damaged and is replaced by an empty one", error=str(exc))
+                self._replace()
         return None
 
     def _connect(self) -> None:
         try:
-            self._db = _opened(self._path)
+            self._db = _open(self._path)
         except sqlite3.OperationalError as exc:
-            _log.warning("there is no index of chunks", error=str(exc))
+            _log.warning("cannot open the chunk index", error=str(exc))
         except sqlite3.DatabaseError:
-            self._begin_anew()
+            self._replace()
 
-    def _begin_anew(self) -> None:
+    def _replace(self) -> None:
         if self._db is not None:
             self._db.close()
             self._db = None
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self._path}{suffix}").unlink(missing_ok=True)
         try:
-            self._db = _opened(self._path)
+            self._db = _open(self._path)
         except sqlite3.Error as exc:
-            _log.warning("there is no index of chunks", error=str(exc))
+            _log.warning("cannot make a new chunk index", error=str(exc))
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, check_same_thread=False)
     try:
         db.executescript(_SCHEMA)
@@ -158,6 +158,6 @@ def _opened(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _head(chunk: Chunk) -> int:
-    """What a chunk is looked up by: the begin of its digest."""
-    return int.from_bytes(chunk.digest[:_HEAD_BYTES], "little", signed=True)
+def _key(chunk: Chunk) -> int:
+    """Return the first bytes of the chunk's digest as the key of the index."""
+    return int.from_bytes(chunk.digest[:_KEY_BYTES], "little", signed=True)

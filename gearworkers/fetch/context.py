@@ -1,33 +1,46 @@
-"""What all objects of one store that come share, whether they come whole or in chunks."""
+"""The parts that all downloads of one store share."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.fetch.batch import Patience
-from gearworkers.fetch.failover import Asking
-from gearworkers.fetch.partial_files import Staging
-from gearworkers.fetch.priority_pool import WorkPool
-from gearworkers.fetch.stats import Outcomes
+from gearworkers.fetch.chunk_index import ChunkIndex
+from gearworkers.fetch.delayed_calls import DelayedCalls
+from gearworkers.fetch.failover import Failover
+from gearworkers.fetch.partial_files import PartialFiles
+from gearworkers.fetch.priority_pool import PriorityPool
+from gearworkers.fetch.stats import FetchStats
+
+if TYPE_CHECKING:
+    from gearworkers.fetch.download import Download
 
 
 @dataclass(frozen=True, slots=True)
 class FetchContext:
-    """Made once by a `fetch.Fetcher`; each part may be used from any thread."""
+    """Made once by a `fetcher.Fetcher`; any thread may use it."""
 
     store: ObjectStore
-    """Where objects go."""
-    staging: Staging
-    """Where they lie until they are whole and verified."""
-    asking: Asking
-    """Who asks the sources."""
-    outcomes: Outcomes
-    """Told what came of it."""
-    pool: WorkPool
-    """Where the work is done."""
-    patience: Patience
-    """How long who waits for a stream waits before what he wants is fetched for him."""
+    """Receives finished objects."""
+    partial_files: PartialFiles
+    """Holds objects until they are whole and verified."""
+    chunk_index: ChunkIndex
+    """Finds chunks in other objects of this host."""
+    failover: Failover
+    """Asks the sources."""
+    stats: FetchStats
+    pool: PriorityPool
+    """Runs all work that blocks."""
+    batch_wait: DelayedCalls
+    """Delays the own request of a reader whose object or chunk a batch request is about to bring."""
     is_wanted: Callable[[bytes], bool]
-    """Whether an image or a pin still has an object, given its digest; what comes too late is not kept."""
+    """Whether an image or a pin still refers to an object, given its digest; other objects are not stored."""
+    downloads: dict[bytes, Download] = field(default_factory=dict)
+    """All downloads that have not ended, by digest; under `lock`."""
+    wrong_layouts: set[bytes] = field(default_factory=set)
+    """Digests of objects whose layout made up another object: these are fetched whole."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Guards `downloads` and the state of each download. No thread holds it while it fetches, reads or writes."""

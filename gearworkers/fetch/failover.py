@@ -1,4 +1,4 @@
-"""Sources are asked in order: what lacks something, does not answer or gives wrong bytes is followed by the next."""
+"""Asks sources in order: if one lacks an object, is unreachable or gives wrong bytes, the next one is asked."""
 
 from __future__ import annotations
 
@@ -8,93 +8,103 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from gearworkers.errors import GearError, IntegrityError, NotFound
-from gearworkers.fetch.source import Chunk, Source, checked_layout
-from gearworkers.fetch.stats import Outcomes
+from gearworkers.fetch.source import Chunk, ObjectSource, checked_layout
+from gearworkers.fetch.stats import FetchStats
 
 T = TypeVar("T")
 
 
-class Asking:
-    """Asks the sources of one store; all methods from any thread, and all block."""
+class Failover:
+    """The sources of one store; any thread may call all methods, and all block."""
 
-    def __init__(self, sources: Sequence[Source], outcomes: Outcomes) -> None:
+    def __init__(self, sources: Sequence[ObjectSource], stats: FetchStats) -> None:
         """
         Args:
             sources: The nearest first.
-            outcomes: Told what was wrong, and how much came.
+            stats: Counts received bytes and wrong answers.
         """
         self._sources = sources
-        self._outcomes = outcomes
-        self._away: tuple[float, GearError] | None = None
+        self._stats = stats
+        self._unreachable: tuple[float, GearError] | None = None
 
-    def first(self, ask: Callable[[Source], T], digest: bytes, asked_s: float) -> T:
-        """What the first source gives that has it right.
+    def ask(self, ask_source: Callable[[ObjectSource], T], digest: bytes, requested_s: float) -> T:
+        """Return the first right answer.
 
         Args:
-            ask: Gets it from a source, and verifies it: IntegrityError if it is wrong.
-            digest: What is asked for.
-            asked_s: The monotonic time since when it is wanted.
+            ask_source: Asks one source and verifies its answer; raises IntegrityError if it is wrong.
+            digest: The object or chunk, for the error text.
+            requested_s: Monotonic time of the request. A request made before a source became unreachable fails at
+                once.
 
         Raises:
-            NotFound: None has it.
-            GearError: What the last one said that did not give it, though it may have it.
+            NotFound: No source has it.
+            GearError: The last error of a source that may have it.
         """
-        self._give_up_if_away(asked_s)
+        self._fail_if_unreachable_since(requested_s)
         errors: list[GearError] = []
         for source in self._sources:
             try:
-                found = ask(source)
+                answer = ask_source(source)
             except IntegrityError as exc:
-                self._outcomes.note_corrupt(exc)
+                self._stats.note_corrupt(exc)
                 errors.append(exc)
             except NotFound:
                 continue
             except GearError as exc:
                 errors.append(exc)
             else:
-                self._away = None
-                return found
+                self._unreachable = None
+                return answer
         if not errors:
             raise NotFound(f"{digest.hex()}: none of the {len(self._sources)} sources has it")
         if errors[-1].retryable:
-            self._away = (time.monotonic(), errors[-1])
+            self._unreachable = (time.monotonic(), errors[-1])
         raise errors[-1]
 
-    def chunk(self, chunk: Chunk, asked_s: float) -> bytes:
-        """The chunk's bytes, verified; arguments and errors as of `first`."""
+    def chunk(self, chunk: Chunk, requested_s: float) -> bytes:
+        """Return the verified bytes of a chunk; arguments and errors are those of `ask`."""
 
-        def verified(source: Source) -> bytes:
+        def verified(source: ObjectSource) -> bytes:
             data = source.chunk(chunk.digest)
-            self._outcomes.received_bytes += len(data)
-            if len(data) != chunk.size_bytes or hashlib.sha256(data).digest() != chunk.digest:
-                raise IntegrityError(f"chunk {chunk.digest.hex()}: {len(data)} bytes of another content came")
+            self._stats.received_bytes += len(data)
+            verify_chunk(chunk, data)
             return data
 
-        return self.first(verified, chunk.digest, asked_s)
+        return self.ask(verified, chunk.digest, requested_s)
 
-    def layout(self, digest: bytes, size_bytes: int, asked_s: float) -> Sequence[Chunk] | None:
-        """From the first source that has one that can be right; None if no source keeps the object in chunks.
+    def layout(self, digest: bytes, size_bytes: int, requested_s: float) -> Sequence[Chunk] | None:
+        """Return the first layout of the right size; None if no source keeps the object in chunks.
 
         Raises:
-            GearError: None gave one, and the last one did not answer.
+            GearError: No source gave a layout, and the last one did not answer.
         """
 
-        def checked(source: Source) -> Sequence[Chunk]:
+        def checked(source: ObjectSource) -> Sequence[Chunk]:
             layout = source.layout(digest)
             if layout is None:
                 raise NotFound(f"object {digest.hex()}: not kept in chunks")
             return checked_layout(layout, size_bytes)
 
         try:
-            return self.first(checked, digest, asked_s)
+            return self.ask(checked, digest, requested_s)
         except (NotFound, IntegrityError):
             return None
 
-    def _give_up_if_away(self, asked_s: float) -> None:
-        """Fail at once if a source was found unavailable after this was asked for: one wait is enough for all.
+    def _fail_if_unreachable_since(self, requested_s: float) -> None:
+        """Raise the error of the unreachable source if it became unreachable after *requested_s*.
 
-        Without it a queue of readers would wait one after the other for a remote that is away.
+        Otherwise a queue of readers would wait for it one after the other.
         """
-        away = self._away
-        if away is not None and away[0] > asked_s:
-            raise away[1]
+        unreachable = self._unreachable
+        if unreachable is not None and unreachable[0] > requested_s:
+            raise unreachable[1]
+
+
+def verify_chunk(chunk: Chunk, data: bytes) -> None:
+    """Compare *data* with the size and digest of *chunk*.
+
+    Raises:
+        IntegrityError: They differ.
+    """
+    if len(data) != chunk.size_bytes or hashlib.sha256(data).digest() != chunk.digest:
+        raise IntegrityError(f"chunk {chunk.digest.hex()}: received {len(data)} bytes that do not match its digest")

@@ -1,7 +1,7 @@
-"""Where objects lie until they are whole.
+"""The directory of objects that are incomplete.
 
-A small one has a file of any name while it is written. A large one has a sparse file, named by its digest in hex, and
-beside it its layout; a crash leaves both, for the next process to go on with.
+A small object has a file of any name while it is written. A large one has a sparse file, named by its digest in hex,
+and a file of that name with the suffix `.layout`. A crash leaves both; the next process resumes them.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _CHUNK_INDEX = "chunks.sqlite"
 _READ_WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
-class Staging:
-    """A directory of one process's own, on the store's file system; all methods from any thread."""
+class PartialFiles:
+    """A directory that one process owns, on the store's file system; any thread may call all methods."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.chunk_index = path / _CHUNK_INDEX
-        """Where chunks lie (`objects.chunkindex`)."""
+        """The file of the chunk index."""
         self.fd = -1
-        """The directory, open once it is prepared."""
+        """The descriptor of the directory, after `prepare`."""
 
     def prepare(self) -> None:
-        """Make it; remove what a crash left there, but for large objects on their way.
+        """Make the directory; remove leftovers of a crash, except large objects that can be resumed.
 
         Raises:
-            GearError: It cannot be used.
+            GearError: The directory cannot be used.
         """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,25 +49,23 @@ class Staging:
         except OSError as exc:
             raise from_os_error(exc, f"prepare {self._path}") from exc
 
-    # -- large objects
-
     def name(self, digest: bytes) -> bytes:
-        """Of the object's file."""
+        """Return the name of a large object's file in this directory."""
         return digest.hex().encode()
 
     def layout(self, digest: bytes, size_bytes: int) -> Sequence[Chunk] | None:
-        """What `keep` was given; None if there is none or a power cut has spoilt it."""
+        """Return the layout that `create` stored; None if there is none or a power cut damaged it."""
         try:
             raw = self._layout_path(digest).read_bytes()
             return checked_layout([Chunk(*fields) for fields in _RECORD.iter_unpack(raw)], size_bytes)
         except (FileNotFoundError, struct.error, IntegrityError):
             return None
 
-    def keep(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> File:
-        """The object's file, which may have bytes already; its layout is kept beside it.
+    def create(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> File:
+        """Store *layout* and open the object's sparse file, which an earlier process may have filled in part.
 
         Raises:
-            GearError: There is no room, or what else is wrong.
+            GearError: The files cannot be written.
         """
         try:
             records = b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
@@ -75,11 +73,11 @@ class Staging:
             file = File(os.open(self._file_path(digest), _READ_WRITE, 0o400))
             os.ftruncate(file.fd, size_bytes)
         except OSError as exc:
-            raise from_os_error(exc, f"keep object {digest.hex()}") from exc
+            raise from_os_error(exc, f"create a partial file of object {digest.hex()}") from exc
         return file
 
     def open(self, digest: bytes) -> File | None:
-        """The object's file as far as it has arrived, to be read; None if it is not on its way.
+        """Open the object's sparse file for reading; None if there is none.
 
         Raises:
             GearError: It cannot be opened.
@@ -89,14 +87,14 @@ class Staging:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            raise from_os_error(exc, f"open object {digest.hex()} on its way") from exc
+            raise from_os_error(exc, f"open the partial file of object {digest.hex()}") from exc
 
-    def kept(self) -> list[bytes]:
-        """The digests of the objects whose layout is here."""
+    def digests(self) -> list[bytes]:
+        """Return the digests of all objects that have a layout here."""
         return [bytes.fromhex(path.stem) for path in self._path.glob("*" + _LAYOUT_SUFFIX)]
 
     def remove(self, digest: bytes) -> None:
-        """Whatever is here of the object; nothing being here is fine."""
+        """Remove the object's files; idempotent."""
         self._file_path(digest).unlink(missing_ok=True)
         self._layout_path(digest).unlink(missing_ok=True)
 

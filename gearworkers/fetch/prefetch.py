@@ -1,4 +1,4 @@
-"""Objects are brought before anybody asks for them: what profiles name, and behind that whole layers."""
+"""Fetches objects before a container opens them: those of a start-up profile, and all of a layer or pin."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from dataclasses import dataclass
 import structlog
 
 from gearworkers.errors import GearError
-from gearworkers.fetch.batch import Item, bring
-from gearworkers.fetch.download import Job
+from gearworkers.fetch.batch import DEFAULT_LIMITS, BatchItem, BatchLimits, fetch_in_batches
+from gearworkers.fetch.download import Download
 from gearworkers.fetch.fetcher import Fetcher
-from gearworkers.fetch.partial_object import LargeObject
-from gearworkers.fetch.priority_pool import Urgency, WorkPool
-from gearworkers.fetch.source import Content, Source
+from gearworkers.fetch.priority_pool import Priority, PriorityPool
+from gearworkers.fetch.source import BytesOrLayout, ObjectSource
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What is known to be wanted of an object soon."""
+class PrefetchObject:
+    """An object that a container will open soon."""
 
     digest: bytes
     size_bytes: int
-    """Of the whole."""
+    """Of the whole object."""
     ranges: tuple[tuple[int, int], ...] = ()
-    """Of an object that is served in parts, (offset, size in bytes): what will be read. Others are wanted whole."""
+    """(offset, size in bytes) that will be read; used for objects that are served while they arrive."""
 
 
 @dataclass(slots=True)
-class PrefetchCounts:
-    """Since the process began."""
+class PrefetchStats:
+    """Counters since the process began."""
 
     contents: int = 0
     """Small objects, and chunks of large ones."""
@@ -39,124 +38,136 @@ class PrefetchCounts:
 
 
 class Prefetcher:
-    """Brings many by few requests through one fetcher; all methods return at once."""
+    """Fetches many objects by few requests, through one fetcher; all methods return at once."""
 
     def __init__(
-        self, fetcher: Fetcher, sources: Sequence[Source], pool: WorkPool, *, large_bytes: int, served_bytes: int = 0
+        self,
+        fetcher: Fetcher,
+        sources: Sequence[ObjectSource],
+        pool: PriorityPool,
+        *,
+        large_bytes: int,
+        served_bytes: int = 0,
+        limits: BatchLimits = DEFAULT_LIMITS,
     ) -> None:
         """
         Args:
-            fetcher: Who has the objects.
-            sources: As the fetcher's.
-            pool: Likewise.
-            large_bytes: Likewise.
-            served_bytes: From this size on an object is served in parts.
+            fetcher: Holds the downloads.
+            sources: Those of the fetcher.
+            pool: Runs the requests.
+            large_bytes: That of the fetcher.
+            served_bytes: An object of at least this size is served while it arrives; smaller ones are fetched whole.
+            limits: Sizes of the requests.
         """
         self._fetcher = fetcher
         self._sources = sources
         self._pool = pool
         self._large_bytes = large_bytes
         self._served_bytes = served_bytes
-        self.counts = PrefetchCounts()
+        self._limits = limits
+        self.stats = PrefetchStats()
 
-    def wholly(self, wanted: Iterable[tuple[bytes, int]]) -> None:
-        """Have objects, given as (digest, size in bytes), here some time: behind all that is on demand."""
-        small: list[Item] = []
-        for digest, size_bytes in wanted:
+    def fetch_all(self, objects: Iterable[tuple[bytes, int]]) -> None:
+        """Fetch objects, given as (digest, size in bytes), in the background. Each is retried alone."""
+        small: list[BatchItem] = []
+        for digest, size_bytes in objects:
             if size_bytes >= self._large_bytes:
-                self._fetcher.fetch(digest, size_bytes, Urgency.BACKGROUND, lambda _: None)
+                self._fetcher.fetch(digest, size_bytes, Priority.BACKGROUND)
             else:
-                small.append(_Small(self._fetcher, self.counts, digest, size_bytes, must_come=True))
-        bring(small, self._sources, self._pool, Urgency.BACKGROUND)
+                small.append(_SmallObject(self._fetcher, self.stats, digest, size_bytes, is_required=True))
+        self._fetch_in_batches(small, Priority.BACKGROUND)
 
-    def soon(self, parts: Sequence[Part]) -> None:
-        """Have *parts* here soon, in this order; what no source has is left to who opens it.
+    def fetch_soon(self, objects: Sequence[PrefetchObject]) -> None:
+        """Fetch *objects* in this order, before background work. Missing ones are left to their first reader.
 
-        The layouts of large objects come first, in one request, then the contents in a few long ones.
+        One request brings the layouts of large objects, then a few long ones bring the contents.
         """
-        self._pool.submit(lambda: self._soon(parts), Urgency.READ_AHEAD)
+        self._pool.submit(lambda: self._fetch_soon(objects), Priority.READ_AHEAD)
 
-    def _soon(self, parts: Sequence[Part]) -> None:
-        missing = [part for part in parts if not self._fetcher.whole.is_here(part.digest)]
-        self._bring_layouts({part.digest: part.size_bytes for part in missing if part.size_bytes >= self._large_bytes})
-        bring(self._items(missing), self._sources, self._pool, Urgency.READ_AHEAD)
+    def _fetch_soon(self, objects: Sequence[PrefetchObject]) -> None:
+        missing = [object for object in objects if not self._fetcher.is_here(object.digest)]
+        self._fetch_layouts(
+            {object.digest: object.size_bytes for object in missing if object.size_bytes >= self._large_bytes}
+        )
+        self._fetch_in_batches(self._items(missing), Priority.READ_AHEAD)
 
-    def _items(self, parts: Sequence[Part]) -> Iterator[Item]:
-        for part in parts:
-            large = self._fetcher.chunked.get(part.digest)
-            if large is not None:
-                ranges = part.ranges if part.size_bytes >= self._served_bytes else ((0, part.size_bytes),)
-                yield from (_Piece(large, self._fetcher, self.counts, order) for order in large.orders(ranges))
-            elif part.size_bytes < self._large_bytes:
-                yield _Small(self._fetcher, self.counts, part.digest, part.size_bytes, must_come=False)
+    def _fetch_in_batches(self, items: Iterable[BatchItem], priority: Priority) -> None:
+        fetch_in_batches(items, self._sources, self._pool, priority, self._limits)
 
-    def _bring_layouts(self, sizes: dict[bytes, int]) -> None:
-        """Have these large objects, by digest, ready to be read; nobody has asked for them yet."""
+    def _items(self, objects: Sequence[PrefetchObject]) -> Iterator[BatchItem]:
+        for object in objects:
+            download = self._fetcher.get(object.digest)
+            if download is not None:
+                ranges = object.ranges if object.size_bytes >= self._served_bytes else ((0, object.size_bytes),)
+                yield from (_LargeObjectChunk(download, self.stats, number) for number in download.numbers_of(ranges))
+            elif object.size_bytes < self._large_bytes:
+                yield _SmallObject(self._fetcher, self.stats, object.digest, object.size_bytes, is_required=False)
+
+    def _fetch_layouts(self, sizes: dict[bytes, int]) -> None:
+        """Make large objects, given as digest to size in bytes, readable before anybody opens them."""
         for source in self._sources:
-            wanted = [digest for digest in sizes if self._fetcher.chunked.get(digest) is None]
+            unopened = [digest for digest in sizes if self._fetcher.get(digest) is None]
             try:
-                for digest, content in source.fetch_many(wanted) if wanted else ():
+                for digest, content in source.fetch_many(unopened) if unopened else ():
                     if digest in sizes and not isinstance(content, bytes):
-                        self._fetcher.chunked.adopt_layout(digest, sizes[digest], content)
+                        self._fetcher.adopt_layout(digest, sizes[digest], content)
             except GearError as exc:
-                _log.warning("layouts could not be prefetched", error=str(exc))
+                _log.warning("cannot prefetch layouts", error=str(exc))
 
 
 @dataclass(slots=True)
-class _Small:
-    """A whole object as one of many; implements `ahead.Item`."""
+class _SmallObject:
+    """A small object as a `BatchItem`: chunk 0 of its download."""
 
     fetcher: Fetcher
-    counts: PrefetchCounts
+    stats: PrefetchStats
     digest: bytes
     size_bytes: int
-    must_come: bool
-    job: Job | None = None
+    is_required: bool
+    download: Download | None = None
 
     def claim(self) -> bool:
-        self.job = self.fetcher.whole.claim(self.digest, self.size_bytes, must_come=self.must_come)
-        return self.job is not None
+        self.download = self.fetcher.claim(self.digest, self.size_bytes, is_required=self.is_required)
+        return self.download is not None
 
-    def deliver(self, content: Content) -> bool:
-        assert self.job is not None
-        if not isinstance(content, bytes) or not self.fetcher.whole.stored(self.job, content):
-            return False
-        self.counts.contents += 1
-        self.counts.size_bytes += len(content)
-        return True
+    def deliver(self, content: BytesOrLayout) -> bool:
+        assert self.download is not None
+        return _deliver(self.download, 0, content, self.stats)
 
     def miss(self) -> None:
-        assert self.job is not None
-        self.fetcher.whole.unclaim(self.job)
+        assert self.download is not None
+        self.download.miss(0)
 
 
 @dataclass(slots=True)
-class _Piece:
-    """A chunk of a large object as one of many; implements `ahead.Item`."""
+class _LargeObjectChunk:
+    """A chunk of a large object as a `BatchItem`."""
 
-    large: LargeObject
-    fetcher: Fetcher
-    counts: PrefetchCounts
-    order: int
+    download: Download
+    stats: PrefetchStats
+    number: int
 
     @property
     def digest(self) -> bytes:
-        return self.large.chunk(self.order).digest
+        return self.download.chunk(self.number).digest
 
     @property
     def size_bytes(self) -> int:
-        return self.large.chunk(self.order).size_bytes
+        return self.download.chunk(self.number).size_bytes
 
     def claim(self) -> bool:
-        return self.large.claim(self.order)
+        return self.download.claim(self.number)
 
-    def deliver(self, content: Content) -> bool:
-        if not isinstance(content, bytes) or not self.large.deliver(self.order, content):
-            return False
-        self.fetcher.outcomes.received_bytes += len(content)
-        self.counts.contents += 1
-        self.counts.size_bytes += len(content)
-        return True
+    def deliver(self, content: BytesOrLayout) -> bool:
+        return _deliver(self.download, self.number, content, self.stats)
 
     def miss(self) -> None:
-        self.large.miss(self.order)
+        self.download.miss(self.number)
+
+
+def _deliver(download: Download, number: int, content: BytesOrLayout, stats: PrefetchStats) -> bool:
+    if not isinstance(content, bytes) or not download.deliver(number, content):
+        return False
+    stats.contents += 1
+    stats.size_bytes += len(content)
+    return True

@@ -1,7 +1,7 @@
-"""Where objects come from when they are not here: the interface that fetching is written against.
+"""The interface of a remote, as fetching sees it.
 
-Glossary: a *source* is one place that may have objects; the *layout* of a large object is the list of the chunks
-that make it up; a *chunk* is a piece of it with a digest of its own, so that it can be verified alone.
+Glossary: a *source* is one place that may have objects. Large objects are kept in *chunks*: pieces with a digest of
+their own, so that each can be verified alone. The *layout* of a large object is the list of its chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gearworkers.errors import IntegrityError
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a large object."""
+    """A piece of an object."""
 
     offset: int
     size_bytes: int
@@ -23,61 +23,61 @@ class Chunk:
     """SHA-256 of the piece, 32 bytes."""
 
 
-Content = bytes | Sequence[Chunk]
-"""What is kept under a digest: all of it, or its layout."""
+BytesOrLayout = bytes | Sequence[Chunk]
+"""The answer of a source for one digest: all bytes of an object or chunk, or the layout of a large object."""
 
 
 def checked_layout(layout: Sequence[Chunk], size_bytes: int) -> Sequence[Chunk]:
-    """*layout*, if its chunks follow each other and make up *size_bytes*.
+    """Return *layout* after checking that its chunks follow each other and add up to *size_bytes*.
 
     Raises:
         IntegrityError: They do not.
     """
-    at = 0
+    end = 0
     for chunk in layout:
-        if chunk.offset != at or chunk.size_bytes <= 0:
-            raise IntegrityError(f"layout: a chunk of {chunk.size_bytes} bytes at {chunk.offset}, expected at {at}")
-        at += chunk.size_bytes
-    if at != size_bytes:
-        raise IntegrityError(f"layout: chunks of {at} bytes for an object of {size_bytes}")
+        if chunk.offset != end or chunk.size_bytes <= 0:
+            raise IntegrityError(f"layout: a chunk of {chunk.size_bytes} bytes at {chunk.offset}, expected at {end}")
+        end += chunk.size_bytes
+    if end != size_bytes:
+        raise IntegrityError(f"layout: chunks of {end} bytes for an object of {size_bytes}")
     return layout
 
 
-class Source(Protocol):
-    """One place that may have objects; its methods are called from many threads at once.
+class ObjectSource(Protocol):
+    """One place that may have objects; many threads call its methods at once.
 
-    A source retries by itself what is worth it, within bounds. What it gives need not be verified: who fetches does.
+    A source retries by itself, within bounds. The fetcher verifies everything that a source gives.
     """
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
-        """The object's bytes in pieces.
+        """Yield the bytes of an object, piece by piece.
 
         Raises:
-            NotFound: It is not there.
+            NotFound: The source does not have it.
             Unavailable: The source does not answer, after bounded retries.
         """
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
-        """(digest, what is there) of objects and chunks, in one request where the source can.
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
+        """Yield (digest, bytes or layout) of small objects, large objects and chunks, in one request if possible.
 
-        Of those that are kept whole the content, of a large object its layout; what is not there is left out. For
-        small ones, in any order, but that of *digests* is the one to prefer.
+        Large objects give their layout, all others their bytes. Missing ones are left out. Any order is allowed;
+        the order of *digests* is preferred.
         """
 
     def layout(self, digest: bytes) -> Sequence[Chunk] | None:
-        """The chunks of an object in order of offset; None if it is kept whole or not at all."""
+        """Return the chunks of an object in order of offset; None if the source does not keep it in chunks."""
 
     def chunk(self, digest: bytes) -> bytes:
-        """One chunk by its own digest.
+        """Return one chunk by its own digest.
 
         Raises:
             NotFound, Unavailable: As `fetch`.
         """
 
     def document(self, name: str) -> bytes | None:
-        """A small named thing that is kept beside the objects; None if there is none.
+        """Return a small named document that is kept beside the objects; None if there is none.
 
         Raises:
-            InvalidInput: Nothing can have this name.
+            InvalidInput: The name is not valid.
             Unavailable: As `fetch`.
         """

@@ -1,4 +1,4 @@
-"""What came of fetches: counted since the process began, and failures kept until they work."""
+"""Counters of all fetches since the process began, and the objects whose last fetch failed."""
 
 from __future__ import annotations
 
@@ -11,37 +11,42 @@ from gearworkers.errors import GearError
 
 _log = structlog.get_logger(__name__)
 
-_MOST_FAILURES = 1000
+_MAX_FAILURES = 1000
 
 
 @dataclass(slots=True)
-class Outcomes:
-    """Of all fetches of one process; all methods from any thread."""
+class FetchStats:
+    """Counters of one process; any thread may call all methods."""
 
     objects: int = 0
+    """Objects that fetching added to the store."""
     received_bytes: int = 0
     reused_bytes: int = 0
-    """Of chunks that another large object of this host had."""
+    """Bytes of chunks copied from other large objects of this host."""
     failed: int = 0
     corrupt: int = 0
-    """Objects, chunks and layouts that were not what they should be, from any source."""
+    """Objects, chunks and layouts that did not match their digest or size, from any source."""
     failures: dict[bytes, str] = field(default_factory=dict)
-    """Why an object could not be had the last time somebody wanted it, by digest; for `gear status`."""
+    """Digest to error text, for each object whose last fetch failed; for `gear status`."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, digest: bytes, error: GearError | None) -> None:
-        """The object was wanted, and came or did not."""
+    def note_success(self, digest: bytes) -> None:
+        """Forget an earlier failure of the object."""
+        if self.failures:
+            with self._lock:
+                self.failures.pop(digest, None)
+
+    def note_failure(self, digest: bytes, error: GearError) -> None:
+        """Count and log a failed fetch of the object."""
         with self._lock:
             self.failures.pop(digest, None)
-            if error is None:
-                return
             self.failed += 1
-            if len(self.failures) >= _MOST_FAILURES:
+            if len(self.failures) >= _MAX_FAILURES:
                 del self.failures[next(iter(self.failures))]
             self.failures[digest] = str(error)
-        _log.error("an object could not be fetched", object=digest.hex(), error=str(error))
+        _log.error("cannot fetch an object", object=digest.hex(), error=str(error))
 
     def note_corrupt(self, error: GearError) -> None:
-        """A source gave something else than what was asked for."""
+        """Count and log a wrong answer of a source."""
         self.corrupt += 1
         _log.error("a source gave wrong bytes", error=str(error))

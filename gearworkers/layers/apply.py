@@ -1,4 +1,4 @@
-"""ApplyDiff: a tar stream becomes a layer's index, its objects, its `objects` list and its exact stream."""
+"""ApplyDiff: turn a tar stream into a layer's index, objects, refs and exact stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gearworkers.cas.inplace import InPlaceLock, forbid, remove_unfinished
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectState, ObjectStore
-from gearworkers.cas.writer import MAX_CONTENT_BYTES, ContentWriter
+from gearworkers.cas.writer import ContentWriter
+from gearworkers.cas.writer_process import MAX_CONTENT_BYTES
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
@@ -29,27 +30,27 @@ from gearworkers.util.fs import free_bytes, opened_directory
 
 STREAM_FILE = "stream.zst"
 PRIVATE = "private"
-"""In the build directory: a private layer's own objects."""
+"""The directory of a private layer's objects in the build directory."""
 PRIVATE_FILE = "private-objects"
-"""Their list, as `objects`."""
+"""The list of a private layer's objects, in the format of `objects`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What one tar brought."""
+    """The result of applying one tar."""
 
     size_bytes: int
-    """As overlay2 counts: st_size of all but directories, each inode once."""
+    """The layer's size as overlay2 counts it: st_size of all except directories, each inode once."""
     objects: int
-    """Distinct contents the layer refers to."""
+    """The number of distinct objects that the layer refers to."""
     object_bytes: int
     new_objects: int
-    """Of them, how many this import stored."""
+    """The number of objects that this import stored."""
     new_bytes: int
     complete: bool
-    """Whether all contents are here; False for a Gear layer whose objects are still to come."""
+    """Whether all objects are in the store; False for a Gear layer with objects that are not fetched yet."""
     private: bool
-    """Whether the contents of the tar are its own and lie in the build directory's `private`."""
+    """Whether the contents of the tar are in the build directory's `private`."""
     private_objects: int
     private_bytes: int
 
@@ -67,24 +68,24 @@ def apply_tar(
 ) -> Applied:
     """Fill the empty directory *build* with `index.erofs`, `stream.zst` and `objects`.
 
-    The contents of a private layer go to `private/` in it, with their list `private-objects`; `objects` then names
-    only what the tar names without holding it.
+    The contents of a private layer go to `private/` in *build*, and their list is `private-objects`. In that case
+    `objects` lists only objects that the tar names without containing them.
 
     Args:
         source: The tar; read to its clean end.
-        build: On the store's file system, private to this call.
-        store: Where contents go.
-        ids: From the tar's owners to the host's.
-        push_queue: Where new objects are noted for push; None for nowhere.
-        root: GEAR_ROOT, which knows whether contents may be stored in place.
-        inode_numbers: Where the index takes its inode numbers from.
-        private: Whether the layer is private; it also is if the tar has the mark (tar.private_marker).
+        build: A directory on the store's file system, private to this call.
+        store: Receives the contents.
+        ids: Maps the tar's owners to the host's.
+        push_queue: Receives new objects; None if there is no remote.
+        root: GEAR_ROOT; its mark decides whether contents may be stored in place.
+        inode_numbers: Provides the inode numbers of the index.
+        private: Whether the layer is private. A layer is also private if the tar has the marker (tar.private_marker).
 
     Raises:
         InvalidInput, IntegrityError: The tar is malformed, hostile or ends early; the message names the entry.
-        ResourceExhausted: No space or inodes left, or too many files.
+        ResourceExhausted: No space or inodes are left, or the tar has too many files.
 
-    Crash: leaves *build*, and objects that no layer refers to, which the garbage collector removes.
+    Crash: leaves *build*, and unreferenced objects that the garbage collector removes.
     """
     with ExitStack() as stack:
         staging_fd = stack.enter_context(opened_directory(build))
@@ -92,7 +93,7 @@ def apply_tar(
         log = TarSplitWriter(stream_file)
         index = LayerTree(ids, time_ns=time.time_ns())
         writer = stack.enter_context(ContentWriter(store, staging_fd, push_queue, InPlaceLock(root)))
-        reader = TarReader(_Pausing(source, writer), log, buffer_bytes=MAX_CONTENT_BYTES)
+        reader = TarReader(_PausingSource(source, writer), log, buffer_bytes=MAX_CONTENT_BYTES)
         contents = stack.enter_context(closing(_ContentImporter(reader, log, store, writer, build, staging_fd, root)))
         if private:
             contents.keep_private()
@@ -105,7 +106,7 @@ def apply_tar(
 
 @contextmanager
 def _no_garbage_collector() -> Iterator[None]:
-    """Python's would walk an index of a million inodes again and again, and there are no cycles to find in it."""
+    """Disable Python's garbage collector: it would walk a tree of a million inodes repeatedly and find no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -115,8 +116,8 @@ def _no_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
-class _Pausing:
-    """The tar's source; the writer is told before each wait for it."""
+class _PausingSource:
+    """Pauses the writer before each read of the tar, since the read may wait."""
 
     def __init__(self, source: Readable, writer: ContentWriter) -> None:
         self._source = source
@@ -128,7 +129,7 @@ class _Pausing:
 
 
 class _ContentImporter:
-    """Takes the contents out of a tar: hashed, claimed, stored, logged."""
+    """Imports the contents of a tar: hash, write a ref, store, log."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class _ContentImporter:
         self._reader = reader
         self._log = log
         self._store = self._own_store = store
-        self._claims = self._own_claims = RefWriter(build)
+        self._refs = self._own_refs = RefWriter(build)
         self._writer = writer
         self._build = build
         self._staging_fd = staging_fd
@@ -152,26 +153,26 @@ class _ContentImporter:
 
     @property
     def _is_private(self) -> bool:
-        """Whether what the tar holds is kept apart."""
-        return self._own_claims is not self._claims
+        """Whether the contents of the tar are private objects."""
+        return self._own_refs is not self._refs
 
     def keep_private(self) -> None:
-        """All that the tar holds is the layer's own."""
+        """Store the contents of the tar as private objects. Call before the first content."""
         self._own_store = ObjectStore(self._build / PRIVATE)
         self._own_store.prepare()
-        self._own_claims = RefWriter(self._build, PRIVATE_FILE)
-        self._writer.keep_private(self._own_store)
+        self._own_refs = RefWriter(self._build, PRIVATE_FILE)
+        self._writer.use_private_store(self._own_store)
 
     def close(self) -> None:
-        """Let go of the lists."""
-        self._claims.close()
+        """Close the lists of refs."""
+        self._refs.close()
         if self._is_private:
-            self._own_claims.close()
+            self._own_refs.close()
 
     def finish(self, size_bytes: int) -> Applied:
-        """Wait until all is stored and listed; what the tar, a layer of *size_bytes*, has brought."""
-        objects, object_bytes = self._claims.seal()
-        private_objects, private_bytes = self._own_claims.seal() if self._is_private else (0, 0)
+        """Wait until all contents are stored and listed; return the result for a layer of *size_bytes*."""
+        objects, object_bytes = self._refs.seal()
+        private_objects, private_bytes = self._own_refs.seal() if self._is_private else (0, 0)
         self._writer.flush()
         if self._is_private:
             self._own_store.drop_empty_shards()
@@ -188,49 +189,49 @@ class _ContentImporter:
         )
 
     def fill(self, index: LayerTree) -> None:
-        """Read all of the tar into *index*."""
+        """Read the whole tar into *index*."""
         reader, add = self._reader, index.add
         entry = reader.next()
         if reader.guarded:
-            self._writer.push_nothing()
+            self._writer.disable_push()
         while entry is not None:
             if MARK in entry.name and not self._is_private and is_mark(entry.name):
-                self._turn_private(entry)
+                self._make_private(entry)
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
         if not self._is_private and index.has_at_top(MARK):
             reject_hidden_mark()
 
-    def _turn_private(self, mark: TarEntry) -> None:
-        if self._claims:
+    def _make_private(self, mark: TarEntry) -> None:
+        if self._refs:
             reject_late_mark(mark)
         self.keep_private()
 
     def _digest(self, entry: TarEntry) -> bytes | None:
         if entry.gear is not None:
-            return self._named(entry)
+            return self._referred(entry)
         if not entry.size_bytes:
             return None
         payload = self._reader.payload() if entry.sparse is None else None
         if payload is None:
             return self._streamed(entry)
         digest = hashlib.sha256(payload).digest()
-        self._own_claims.add(digest, len(payload))
+        self._own_refs.add(digest, len(payload))
         self._writer.put(digest, payload)
         self._log.content(digest, len(payload))
         return digest
 
-    def _named(self, entry: TarEntry) -> bytes | None:
-        """A Gear layer's file: its content lies elsewhere."""
+    def _referred(self, entry: TarEntry) -> bytes | None:
+        """Add a ref to the object that a Gear layer's entry names; return its digest."""
         assert entry.gear is not None
         digest, size_bytes = entry.gear
         if entry.stored_bytes:
-            raise InvalidInput(f"tar entry {shown(entry.name)}: it names a content and holds one")
+            raise InvalidInput(f"tar entry {shown(entry.name)}: it names a content and contains one")
         if not size_bytes:
             return None
         entry.size_bytes = size_bytes
-        self._claims.add(digest, size_bytes)
+        self._refs.add(digest, size_bytes)
         found = self._store.find(digest)
         if found is not ObjectState.WHOLE and self._complete:
             self._complete = False
@@ -242,9 +243,9 @@ class _ContentImporter:
         return digest
 
     def _streamed(self, entry: TarEntry) -> bytes:
-        """A content that is large or sparse goes piece by piece to a file that has no name yet."""
-        self._writer.pause()  # hashing a long hole takes its time
-        self._refuse_without_space(entry)
+        """Store a large or sparse content piece by piece; return its digest."""
+        self._writer.pause()  # hashing a long hole takes long
+        self._require_space(entry)
         hasher = hashlib.sha256()
         segments = entry.sparse if entry.sparse is not None else ((0, entry.size_bytes),)
         with self._own_store.create(self._staging_fd) as pending:
@@ -257,19 +258,19 @@ class _ContentImporter:
                     hasher.update(piece)
                     pending.write(piece)
             digest = hasher.digest()
-            self._own_claims.add(digest, entry.size_bytes)
+            self._own_refs.add(digest, entry.size_bytes)
             if not self._own_store.has(digest):
                 self._writer.announce(digest)
                 if pending.publish(digest):
-                    self._writer.stored(digest, entry.size_bytes)
+                    self._writer.note_stored(digest, entry.size_bytes)
         for offset, length in segments:
             self._log.slice(digest, offset, length)
         return digest
 
-    def _refuse_without_space(self, entry: TarEntry) -> None:
-        room_bytes = free_bytes(self._staging_fd)
-        if entry.size_bytes > room_bytes:
+    def _require_space(self, entry: TarEntry) -> None:
+        available_bytes = free_bytes(self._staging_fd)
+        if entry.size_bytes > available_bytes:
             raise ResourceExhausted(
-                f"tar entry {shown(entry.name)}: {entry.size_bytes} bytes, "
-                f"and {room_bytes} are free in {self._store.cache}"
+                f"tar entry {shown(entry.name)}: it has {entry.size_bytes} bytes, "
+                f"but {available_bytes} are free in {self._store.cache}"
             )

@@ -1,10 +1,10 @@
-"""A layer takes one tar, and only while the gateway that answered its Create runs.
+"""A layer accepts one tar, and only while the gateway that answered its Create runs.
 
-dockerd answers a broken connection with another request, whose body is what is left of the tar: nothing, which is an
-empty layer, or a rest that may read as a tar of its own. Nobody would notice: dockerd's digest covers what it sent.
+After a broken connection dockerd sends the rest of the tar as a new request. The rest may be empty, which is an empty
+layer, or may be readable as a tar of its own. Nobody would notice, since dockerd's digest covers the bytes it sent.
 
-So Create leaves a file in the layer's directory, an ApplyDiff begins by renaming it, and the starts of gateway and
-dockerd remove it, since the gateway before may have received a part of the tar.
+So Create leaves a file in the layer's directory, ApplyDiff begins by renaming it, and the starts of gateway and dockerd
+remove it, because the previous gateway may have received a part of the tar.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from pathlib import Path
 from gearworkers.errors import FailedPrecondition
 
 FRESH_FILE = "fresh"
-"""None of the tar has come."""
+"""Exists until an ApplyDiff begins."""
 APPLYING_FILE = "applying"
-"""What that file becomes when an ApplyDiff begins; it goes with the unfinished layer."""
+"""FRESH_FILE after an ApplyDiff has begun; removed with the unfinished layer."""
 
 
 def allow(directory: Path) -> None:
-    """Let the new layer in *directory* take a tar."""
+    """Allow one ApplyDiff into the new layer in *directory*."""
     (directory / FRESH_FILE).touch(mode=0o600)
 
 
 def is_allowed(directory: Path) -> bool:
-    """Whether the layer may take a tar."""
+    """Whether an ApplyDiff into the layer is allowed."""
     return (directory / FRESH_FILE).exists()
 
 
 def forbid(directory: Path) -> None:
-    """Let the layer take none any more; it may be written through a mount. Needs no space."""
+    """Forbid ApplyDiff into the layer; it may still be written through a mount. Needs no disk space."""
     (directory / FRESH_FILE).unlink(missing_ok=True)
 
 
 def begin(directory: Path) -> None:
-    """Let the caller alone fill the layer in *directory*.
+    """Begin the only ApplyDiff into the layer in *directory*.
 
     Raises:
         FailedPrecondition: An ApplyDiff has begun, or the gateway or dockerd was restarted since Create.
@@ -45,15 +45,16 @@ def begin(directory: Path) -> None:
         os.rename(directory / FRESH_FILE, directory / APPLYING_FILE)
     except FileNotFoundError as exc:
         raise FailedPrecondition(
-            f"layer {directory.name}: a part of its tar may be gone: an ApplyDiff into it is under way or was broken "
-            "off, or the gateway was restarted; remove the layer and start again"
+            f"layer {directory.name}: a part of its tar may be lost: an ApplyDiff is running or was interrupted, "
+            "or the gateway was restarted; remove the layer and start again"
         ) from exc
 
 
-def refuse_unfinished(directory: Path) -> None:
-    """
+def require_finished(directory: Path) -> None:
+    """Check that no ApplyDiff into the layer is unfinished.
+
     Raises:
-        FailedPrecondition: An ApplyDiff into the layer has begun and not finished.
+        FailedPrecondition: An ApplyDiff has begun and not finished.
     """
     if is_unfinished(directory):
         raise FailedPrecondition(f"layer {directory.name}: its ApplyDiff has not finished; remove it and pull again")

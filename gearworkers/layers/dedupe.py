@@ -1,13 +1,13 @@
-"""A read-write layer that has become an image layer in all but form gives its contents to the object store.
+"""Deduplicate a finished read-write layer: move its contents to the object store.
 
-BuildKit makes layers by Create, writes them through a mount and registers them by their Diff: they never come by
-ApplyDiff. Their files are replaced, one atomic rename each, by index files of the same metadata whose bytes are
-objects; a mount above the layer sees the same before and after.
+BuildKit creates layers by Create, writes them through a mount and registers them by their Diff; they never come by
+ApplyDiff. This module replaces their files, one atomic rename each, by index files with the same metadata whose bytes
+are objects. A mount above the layer sees no difference.
 
-Order of writes: objects, the list that keeps them from the garbage collector, the directories' times, the names,
-the times again.
-Crash: some files are index files already, their objects are listed, and `settle` sets the directories' times back,
-which are part of the layer's Diff.
+Order of writes: objects, the list that keeps them from the garbage collector, the directories' times, the names, the
+times again.
+Crash: leaves some files replaced, with their objects listed. `locked_for_diff` restores the directories' times, which
+are part of the layer's Diff.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _PIECE_BYTES = 1 << 20
 TIMES_FILE = "times"
 
 
-class _Times(msgspec.Struct, frozen=True, array_like=True):
-    """A directory's, to be set back."""
+class _DirectoryTimes(msgspec.Struct, frozen=True, array_like=True):
+    """The times of a directory, to be restored."""
 
     path: bytes
     atime_ns: int
@@ -49,7 +49,7 @@ class _Times(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _StoredContent(NamedTuple):
-    """One inode's bytes, now an object, and what tells whether the inode was changed since."""
+    """The digest of an inode's bytes, and values that show whether the inode was changed since."""
 
     digest: bytes
     identity: tuple[int, int, int]
@@ -58,55 +58,57 @@ class _StoredContent(NamedTuple):
 def dedupe_layer(
     layer: Path, upper: Path, build: Path, store: ObjectStore, push_queue: PushQueue | None, root: Path
 ) -> int:
-    """Replace the regular files in *upper* by index files; how many names.
+    """Replace the regular files in *upper* by index files; return the number of names replaced.
 
     Args:
-        layer: The layer's directory; its `objects` list is written there.
-        upper: Its tree; mounted by nobody for writing.
-        build: Empty, on the same file system, private to this call.
-        store: Where the contents go.
-        push_queue: Where new objects are noted for push; None for nowhere.
-        root: GEAR_ROOT, whose garbage collector reads the list.
+        layer: The layer's directory; receives the list `objects`.
+        upper: The layer's tree, not mounted for writing.
+        build: An empty directory on the same file system, private to this call.
+        store: Receives the contents.
+        push_queue: Receives new objects; None if there is no remote.
+        root: GEAR_ROOT.
 
     Raises:
-        Unavailable: A Diff of the layer is under way, for as long as its caller likes; nothing has changed.
-        GearError: The file system's refusal; the layer is as whole as before.
+        Unavailable: A Diff of the layer is running, which may take long; nothing has changed.
+        GearError: The file system refuses; the layer is whole.
     """
     try:
-        claims = RefWriter(build)
+        refs = RefWriter(build)
         try:
-            contents = _stored(upper, build, store, claims, push_queue)
-            claims.seal()
+            contents = _stored(upper, build, store, refs, push_queue)
+            refs.seal()
         finally:
-            claims.close()
+            refs.close()
         with opened_directory(build) as build_fd, locked_directory(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            with publishing(root, store):  # or the collector finds the list at neither place
+            with publishing(root, store):  # otherwise the collector may find the list at neither place
                 os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
             (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
             kernel.syncfs(build_fd)
             count = _replaced(upper, build_fd, contents)
-            _set_times_back(layer, upper)
+            _restore_times(layer, upper)
             return count
     except BlockingIOError as exc:
-        raise Unavailable(f"move the contents of layer {layer.name} to the object store: a Diff reads it") from exc
+        raise Unavailable(
+            f"cannot move the contents of layer {layer.name} to the object store: a Diff is reading them; retry later"
+        ) from exc
     except OSError as exc:
         raise from_os_error(exc, f"move the contents of layer {layer.name} to the object store") from exc
 
 
 @contextmanager
 def locked_for_diff(layer: Path, upper: Path) -> Iterator[None]:
-    """Within it the layer's files and times stand still; what a crashed `absorb` left is mended first."""
+    """Keep `dedupe_layer` from changing the layer; first restore directory times that a crash left changed."""
     if (layer / TIMES_FILE).exists():
         with locked_directory(layer, fcntl.LOCK_EX):
-            _set_times_back(layer, upper)
+            _restore_times(layer, upper)
     with locked_directory(layer, fcntl.LOCK_SH):
         yield
 
 
-def _set_times_back(layer: Path, upper: Path) -> None:
+def _restore_times(layer: Path, upper: Path) -> None:
     times = layer / TIMES_FILE
     try:
-        recorded = msgspec.msgpack.decode(times.read_bytes(), type=list[_Times])
+        recorded = msgspec.msgpack.decode(times.read_bytes(), type=list[_DirectoryTimes])
     except FileNotFoundError:
         return
     with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
@@ -120,17 +122,17 @@ def _set_times_back(layer: Path, upper: Path) -> None:
     times.unlink()
 
 
-def _directory_times(upper: Path) -> Iterator[_Times]:
+def _directory_times(upper: Path) -> Iterator[_DirectoryTimes]:
     with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
         for path, dir_fd in directories(upper_fd):
             status = os.fstat(dir_fd)
-            yield _Times(path, status.st_atime_ns, status.st_mtime_ns)
+            yield _DirectoryTimes(path, status.st_atime_ns, status.st_mtime_ns)
 
 
 def _stored(
-    upper: Path, build: Path, store: ObjectStore, claims: RefWriter, push_queue: PushQueue | None
+    upper: Path, build: Path, store: ObjectStore, refs: RefWriter, push_queue: PushQueue | None
 ) -> dict[int, _StoredContent]:
-    """Make every content an object; by inode."""
+    """Store every content as an object; return digests by inode."""
     contents: dict[int, _StoredContent] = {}
     with opened_directory(build) as build_fd:
         for dir_fd, name, status in _files(upper):
@@ -139,7 +141,7 @@ def _stored(
             fd = os.open(name, _READ, dir_fd=dir_fd)
             try:
                 digest = _digest(fd)
-                claims.add(digest, status.st_size)
+                refs.add(digest, status.st_size)
                 if not store.has(digest):
                     if push_queue is not None:
                         push_queue.announce(digest)
@@ -153,16 +155,16 @@ def _stored(
 
 
 def _replaced(upper: Path, build_fd: int, contents: dict[int, _StoredContent]) -> int:
-    """Put index files in the files' places; one that was changed meanwhile stays as it is."""
-    made: dict[int, bytes] = {}
+    """Replace files by index files; skip files that were changed meanwhile. Return the number of names replaced."""
+    index_files: dict[int, bytes] = {}
     count = 0
     for dir_fd, name, status in _files(upper):
         content = contents.get(status.st_ino)
         if content is None or content.identity != _identity(status):
             continue
-        index = made.get(status.st_ino)
+        index = index_files.get(status.st_ino)
         if index is None:
-            index = made[status.st_ino] = b"index-%d" % status.st_ino
+            index = index_files[status.st_ino] = b"index-%d" % status.st_ino
             _make_index(build_fd, index, dir_fd, name, status, content.digest)
         os.link(index, b"place", src_dir_fd=build_fd, dst_dir_fd=build_fd)
         os.rename(b"place", name, src_dir_fd=build_fd, dst_dir_fd=dir_fd)
@@ -200,7 +202,7 @@ def _digest(fd: int) -> bytes:
 
 
 def _store(fd: int, digest: bytes, store: ObjectStore, build_fd: int) -> None:
-    """Copy the bytes of *fd*, hashed once more: a file changed meanwhile must not become an object of a wrong name."""
+    """Copy the bytes of *fd* to an object; hash them again, since the file may have changed meanwhile."""
     hasher = hashlib.sha256()
     offset = 0
     with store.create(build_fd) as pending:
@@ -217,7 +219,7 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _files(directory: Path) -> Iterator[tuple[int, bytes, os.stat_result]]:
-    """Regular files with bytes of their own: directory descriptor, name, status."""
+    """Yield (directory descriptor, name, status) of the regular files that are not index files and not empty."""
     with opened_directory(directory, os.O_NOFOLLOW) as root_fd:
         for _, dir_fd in directories(root_fd):
             for text in os.listdir(dir_fd):

@@ -1,10 +1,10 @@
-"""Pins: images whose objects stay here, and come back if they are gone.
+"""Pins: images whose objects stay on this node, and are fetched again if they are missing.
 
-A pin is a directory in pins/: `pin.json`, and `objects` as a layer has it (cas.refs), the union over the image's
-layers. The garbage collector takes it for one more list of what is referred to, so a pin outlives its image's layers;
-the lazy file server has fetched what a pin misses (lazyfs.pin_fetch).
+A pin is a directory in pins/ with two files: `pin.json`, and `objects` in the format of a layer's (cas.refs), the union
+over the image's layers. The garbage collector reads it like a layer's list, so a pin outlives the image's layers. The
+lazy file server fetches the missing objects of pins (lazyfs.pin_fetch).
 
-Order of writes: made in build/, synced, then named by one rename; it goes the other way.
+Order of writes: a pin is built in build/, synced, and moved to its place by one rename. Removal goes the other way.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _log = structlog.get_logger(__name__)
 
 
 class Pin(msgspec.Struct, frozen=True):
-    """What is pinned."""
+    """A pinned image."""
 
     name: str
-    """As the image was called when it was pinned."""
+    """The name of the image when it was pinned."""
     image: str
     """The image's id, ``sha256:…``."""
 
-    def is_called(self, text: str) -> bool:
-        """Whether *text* is its name, its id, or the id's beginning as Docker shows it."""
+    def matches(self, text: str) -> bool:
+        """Whether *text* is the image's name, its id, or the first digits of its id as Docker shows them."""
         digits = self.image.removeprefix("sha256:")
         return text in (self.name, self.image) or (len(text) >= 12 and digits.startswith(text))
 
 
 class Pins:
-    """The pins of one GEAR_ROOT; any process of the node may have them at the same time."""
+    """The pins of one GEAR_ROOT. Several processes of the node may use them at once."""
 
     def __init__(self, settings: NodeSettings, layers: LayerStore, objects: ObjectStore) -> None:
         self._root = settings.gear_root
@@ -58,12 +58,12 @@ class Pins:
         self._objects = objects
 
     def add(self, pin: Pin, top_layer: str) -> None:
-        """Keep all objects of this layer and its parents from now on; one of the same image is replaced.
+        """Pin all objects of the layer chain from *top_layer* on; replace a pin of the same image.
 
         Raises:
-            NotFound: A layer is not here.
+            NotFound: A layer is missing.
 
-        Crash: the pin is there whole or not at all; what lies in build/ is removed at the next start.
+        Crash: the pin exists whole or not at all. The next start removes the rest from build/.
         """
         lists = [self._layers.directory(layer) / OBJECTS_FILE for layer in self._layers.layer_chain(top_layer)]
         try:
@@ -78,46 +78,46 @@ class Pins:
             raise from_os_error(exc, f"pin {pin.name}") from exc
 
     def remove(self, text: str) -> list[Pin]:
-        """Let go of the image with this name or id; what was let go.
+        """Remove the pins of the images with this name or id; return them.
 
         Raises:
-            NotFound: Nothing of this name is pinned.
+            NotFound: There is no such pin.
         """
-        found = [pin for pin in self.all() if pin.is_called(text)]
+        found = [pin for pin in self.all() if pin.matches(text)]
         if not found:
             raise NotFound(f"{text} is not pinned")
         for pin in found:
-            grave = self._build / f"removed.{secrets.token_hex(8)}"
+            removed_path = self._build / f"removed.{secrets.token_hex(8)}"
             try:
-                os.rename(self._directory / _key(pin), grave)
+                os.rename(self._directory / _key(pin), removed_path)
                 sync_directory(self._directory)
             except OSError as exc:
                 raise from_os_error(exc, f"unpin {pin.name}") from exc
-            remove_tree(grave)
+            remove_tree(removed_path)
         return found
 
     def all(self) -> list[Pin]:
-        """What is pinned, by name; a damaged record is told in the log, and its objects are kept all the same."""
+        """Return the pins, sorted by name. A damaged record is logged and omitted; its objects stay pinned."""
         found = []
         for path in self._directory.glob(f"*/{_PIN_FILE}"):
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Pin))
             except (msgspec.MsgspecError, OSError) as exc:
-                _log.error("a pin cannot be read", path=str(path), error=str(exc))
+                _log.error("cannot read a pin", path=str(path), error=str(exc))
         return sorted(found, key=lambda pin: pin.name)
 
     def objects(self) -> Iterator[tuple[bytes, int]]:
-        """(digest, size in bytes) of all that is pinned; what two pins have comes twice."""
+        """Yield (digest, size in bytes) of all pinned objects; an object of two pins appears twice."""
         for path in self._directory.glob(f"*/{OBJECTS_FILE}"):
             yield from read_refs(path)
 
     def has(self, digest: bytes) -> bool:
-        """Whether something that is pinned has the object."""
+        """Whether a pin refers to the object."""
         lists = map(ObjectList.open, self._directory.glob(f"*/{OBJECTS_FILE}"))
-        return any(records is not None and records.between(digest, digest) for records in lists)
+        return any(objects is not None and objects.has(digest) for objects in lists)
 
     def version(self) -> int:
-        """Another number when pins came or went."""
+        """Return a number that changes when pins are added or removed."""
         try:
             return self._directory.stat().st_mtime_ns
         except FileNotFoundError:
@@ -130,5 +130,5 @@ class Pins:
 
 
 def _key(pin: Pin) -> str:
-    """A name is no good for a directory: it may be longer than one may be, and have slashes."""
+    """Return the name of a pin's directory: the id has a fixed length and no slashes, unlike the image's name."""
     return hashlib.sha256(pin.image.encode()).hexdigest()[:32]

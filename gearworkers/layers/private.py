@@ -1,6 +1,6 @@
-"""private/: what private layers keep to themselves, a directory a layer, laid out as the public cache.
+"""private/: the object stores of private layers, one directory per layer, with the layout of the public cache.
 
-Which layers are private says tar.private_marker; a layer that has contents of its own has their list, PRIVATE_FILE.
+`tar.private_marker` decides which layers are private. A layer with private objects has a list of them, PRIVATE_FILE.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from gearworkers.layers.apply import PRIVATE, PRIVATE_FILE
 
 
 class PrivateStores:
-    """Those of one root's layers."""
+    """The private object stores of one GEAR_ROOT."""
 
     def __init__(self, directory: Path, images: Path) -> None:
         self._directory = directory
         self._images = images
 
     def prepare(self) -> None:
-        """Make the directory if it is missing."""
+        """Create the directory if it is missing."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, id: str) -> Path:
-        """Where the layer's own contents lie; nothing is there if it has none."""
+        """Return the directory of the layer's private objects; it does not exist if there are none."""
         return self._directory / id
 
     def store(self, id: str) -> ObjectStore:
-        """The same as a store."""
+        """Return the store of the layer's private objects."""
         return ObjectStore(self.path(id))
 
     def stores(self) -> Iterator[ObjectStore]:
-        """Those of all layers."""
+        """Yield the stores of all layers."""
         return (ObjectStore(path) for path in self._directory.iterdir())
 
-    def ownerless(self) -> list[Path]:
-        """What belongs to no layer: a crash was ahead of the rename that makes the layer visible."""
+    def orphans(self) -> list[Path]:
+        """Return the directories that belong to no layer: a crash prevented the rename that publishes the layer."""
         return [path for path in self._directory.iterdir() if not self._is_owned(path.name)]
 
     @contextmanager
-    def placed(self, build: Path, id: str) -> Iterator[None]:
-        """Within it the layer's own contents are in their place; they stay there unless it fails.
+    def moved_into_place(self, build: Path, id: str) -> Iterator[None]:
+        """Move the layer's private objects from *build* to private/<id>; move them back if the context fails.
 
-        What goes back goes to *build*: where that was taken away, private/<id> is none of this import's.
+        They are not moved back if *build* is gone, since private/<id> may belong to another import then.
         """
         place = self.path(id)
         os.rename(build / PRIVATE, place)

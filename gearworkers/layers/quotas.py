@@ -1,7 +1,7 @@
-"""The sizes that containers are held to: a project each, whose files and limit the file system keeps.
+"""Size limits of containers: each limited container is a project with a quota, which the file system enforces.
 
-A project's number is free while no file belongs to it, whatever limit it has. So nothing must be kept but the number
-of a layer's own project, and what a crash leaves is a limit that the next user of the number replaces.
+A project's number is free while no file belongs to it, whatever its limit. So only the layer's record stores the
+number. A crash leaves a limit that the next user of the number replaces.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from gearworkers.mounts import quotactl
 from gearworkers.mounts.probe import backing_fs_name
 from gearworkers.util.fs import opened_directory
 
-_FIRST = 1 << 20
-"""Docker's overlay2 and its volumes count from 1."""
+FIRST_PROJECT = 1 << 20
+"""The least project number; far above 1, from which Docker's overlay2 and volumes count."""
 _MOUNT_BYTES = 4 << 20
-"""Of which an overlay takes one directory; xfs asks for more before it begins."""
-_LAST = (1 << 32) - 2
+"""Extra space for a mount. The overlay creates one directory, and xfs requires more than that in advance."""
+_LAST_PROJECT = (1 << 32) - 2
 
 
 class Quotas:
-    """Those of one root's containers; from any thread of the one process of the node that makes them."""
+    """The size limits of one GEAR_ROOT. Only one process of a node may have them; call from any thread."""
 
     def __init__(self, containers: Path) -> None:
         self._containers = containers
         self._lock = threading.Lock()
-        self._next = _FIRST  # only grows: a number that is just given back is nobody's for a while
+        self._next = FIRST_PROJECT  # only grows, so that a released number is not reused at once
 
     def require(self) -> None:
-        """Make sure that sizes can be enforced.
+        """Check that the file system enforces size limits.
 
         Raises:
-            FailedPrecondition: The file system does not, or its administrator has a project for all of GEAR_ROOT.
+            FailedPrecondition: It does not, or the administrator uses one project for all of GEAR_ROOT.
         """
         try:
             with opened_directory(self._containers) as dir_fd:
                 is_enforced = quotactl.is_enforced(dir_fd)
                 project = quotactl.project_of(dir_fd) if is_enforced else None
         except OSError as exc:
-            raise from_os_error(exc, f"ask for project quotas in {self._containers}") from exc
+            raise from_os_error(exc, f"query project quotas in {self._containers}") from exc
         if project is None:
             raise FailedPrecondition(
                 f"--storage-opt size: {self._containers} is on {backing_fs_name(self._containers)} without project "
@@ -50,17 +50,17 @@ class Quotas:
             )
         if project.is_inherited:
             raise FailedPrecondition(
-                f"--storage-opt size: what is in {self._containers} belongs to project {project.id} already; take "
-                "that from the directory (chattr -P) to limit single containers"
+                f"--storage-opt size: all files in {self._containers} belong to project {project.id}; remove the "
+                "inheritance from the directory (chattr -P) to limit single containers"
             )
 
     def limit(self, directory: Path, size_bytes: int) -> int:
-        """Let what will be made in the empty *directory* take *size_bytes* at most; its project.
+        """Limit the future content of the empty *directory* to *size_bytes*; return the new project.
 
         Raises:
-            GearError: The file system refuses.
+            GearError: The file system refuses the limit.
 
-        Crash: a limit of a project without files, or an empty directory in build/.
+        Crash: leaves the limit of a project without files, or an empty directory in build/.
         """
         try:
             with opened_directory(directory) as dir_fd, self._lock:
@@ -74,12 +74,12 @@ class Quotas:
 
     @contextmanager
     def raised_limit(self, project: int, size_bytes: int) -> Iterator[None]:
-        """Within it the project may take a little more: a full container's overlay would be mounted read-only.
+        """Raise the project's limit a little while its overlay is mounted; a full one would be mounted read-only.
 
         Raises:
-            FailedPrecondition: The file system is no longer mounted so that it limits.
+            FailedPrecondition: The file system does not enforce limits any more.
 
-        Crash: it may until the next time.
+        Crash: leaves the raised limit until the next mount.
         """
         self.require()
         with opened_directory(self._containers) as dir_fd:
@@ -89,13 +89,13 @@ class Quotas:
             finally:
                 quotactl.limit(dir_fd, project, size_bytes)
 
-    def release(self, project: int) -> None:
-        """The project's files are gone: its limit goes, too."""
+    def remove_limit(self, project: int) -> None:
+        """Remove the limit of a project whose files are removed."""
         with suppress(OSError), opened_directory(self._containers) as dir_fd:
             quotactl.limit(dir_fd, project, 0)
 
     def _free_project(self, dir_fd: int) -> int:
-        for project in range(self._next, _LAST):
+        for project in range(self._next, _LAST_PROJECT):
             if not quotactl.is_used(dir_fd, project):
                 return project
-        raise ResourceExhausted("--storage-opt size: no project number is left; restart the gateway")
+        raise ResourceExhausted("--storage-opt size: all project numbers are used; restart the gateway")

@@ -1,11 +1,11 @@
-"""Where layers lie and what state they are in.
+"""The layers of a GEAR_ROOT: their directories, their states and their life from creation to removal.
 
-Glossary: a *layer* is known by its id and has at most one parent; an *image layer* is read-only and lies in
-images/, a *container layer* is read-write and lies in containers/; a layer is *new* after Create: the first
-ApplyDiff makes it an image layer, the first Get a container layer; its *lower* is the directory that stands for
-it in a mount of a layer above it; its *chain* are the lowers of itself and all its parents, the topmost first.
+Glossary: a *layer* has an id and at most one parent. An *image layer* is read-only and lies in images/. A *container
+layer* is read-write and lies in containers/. A layer is *new* after Create: the first ApplyDiff makes it an image
+layer, the first Get makes it a container layer. The *lower* of a layer is the directory that represents the layer in a
+mount of a layer above it. The *layer chain* is the layer, its parent, and so on.
 
-Order of writes: a layer is made in build/ and comes to its place by one rename; it goes the other way.
+Order of writes: a layer is built in build/ and moves to its place by one rename. Removal goes the other way.
 """
 
 from __future__ import annotations
@@ -46,18 +46,20 @@ _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
 def check_id(id: str) -> str:
-    """*id*, which is going to be a path component.
+    """Return *id* if it is valid as a path component.
 
     Raises:
-        InvalidInput: It is empty or has characters that no id of Docker's has.
+        InvalidInput: The id is empty or has characters that Docker does not use in ids.
     """
     if not _VALID_ID.fullmatch(id):
-        raise InvalidInput(f"layer id {id[:80]!r}: up to 200 letters, digits, '_', '-', and '.' but first, are allowed")
+        raise InvalidInput(
+            f"layer id {id[:80]!r} is invalid: use up to 200 letters, digits, '_', '-' or '.', a letter or digit first"
+        )
     return id
 
 
 class LayerStore:
-    """The layers of one GEAR_ROOT; any process of the node may have one at the same time."""
+    """The layers of one GEAR_ROOT. Several processes of the node may have a store of the same root."""
 
     def __init__(self, settings: NodeSettings, objects: ObjectStore) -> None:
         self._root = settings.gear_root
@@ -66,26 +68,26 @@ class LayerStore:
         self._containers = settings.gear_containers_path
         self._build = settings.gear_build_path
         self.private_stores = PrivateStores(settings.gear_private_cache_path, self._images)
-        """What private layers keep to themselves."""
+        """The object stores of private layers."""
         self.quotas = Quotas(self._containers)
-        """The sizes that containers are held to."""
+        """The size limits of containers."""
         self.inode_numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
-        """Where layers' indexes take their inode numbers from."""
-        self._settled: dict[str, Layer] = {}  # complete image layers; changed by `inplace.leave_mark` only
-        self._settled_ns = 0
+        """The inode numbers of the layers' indexes."""
+        self._cached: dict[str, Layer] = {}  # complete image layers; they change only with `inplace.leave_mark`
+        self._cached_ns = 0
 
     def prepare(self) -> None:
-        """Make the directories that are missing."""
+        """Create missing directories."""
         for path in (self._images, self._containers, self._build):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.private_stores.prepare()
 
     def ids(self) -> list[str]:
-        """The ids of all layers, sorted."""
+        """Return the ids of all layers, sorted."""
         return sorted({path.name for parent in (self._images, self._containers) for path in parent.iterdir()})
 
     def get(self, id: str) -> Layer:
-        """The layer's record.
+        """Return the layer's record.
 
         Raises:
             NotFound: There is no such layer.
@@ -103,89 +105,89 @@ class LayerStore:
                 return layer
             container = layer
         if container is None:
-            raise NotFound(f"layer {id}: there is none of this id")
+            raise NotFound(f"layer {id} does not exist")
         return container
 
     def exists(self, id: str) -> bool:
-        """Whether there is such a layer, finished or not."""
+        """Whether the layer exists, finished or not."""
         check_id(id)
         return (self._images / id).is_dir() or (self._containers / id).is_dir()
 
     def directory(self, layer: Layer) -> Path:
-        """Where the layer lies."""
+        """Return the directory of the layer."""
         return (self._containers if layer.kind is LayerKind.CONTAINER else self._images) / layer.id
 
     def lower(self, layer: Layer) -> Path:
-        """What stands for the layer in a mount above it: of an image layer its index, mounted.
+        """Return the layer's lower. Mounts the index of an image layer if it is not mounted.
 
         Raises:
-            FailedPrecondition: Its ApplyDiff did not finish.
+            FailedPrecondition: The layer's ApplyDiff did not finish.
         """
         directory = self.directory(layer)
         if layer.kind is LayerKind.NEW:
-            apply_once.refuse_unfinished(directory)
+            apply_once.require_finished(directory)
         if layer.kind is LayerKind.CONTAINER:
             return directory / UPPER
         if layer.kind is LayerKind.IMAGE:
             index = directory / INDEX_FILE
-            mount_index(index, directory / TREE, prepare=lambda: self._give_numbers(index))
+            mount_index(index, directory / TREE, prepare=lambda: self._ensure_own_numbers(index))
         return directory / TREE
 
     def lowers(self, id: str) -> tuple[Path, ...]:
-        """The lowers of this layer and its parents, the topmost first; empty for the empty id.
+        """Return the lowers of the layer chain, the topmost first; none for the empty id.
 
         Raises:
-            NotFound: One of them is missing.
-            FailedPrecondition: One of them is unfinished.
+            NotFound: A layer is missing.
+            FailedPrecondition: A layer is unfinished.
         """
         return tuple(self.lower(layer) for layer in self.layer_chain(id))
 
     def layer_chain(self, id: str) -> Iterator[Layer]:
-        """The layer, its parent, and so on down."""
+        """Yield the layer, its parent, and so on; nothing for the empty id."""
         changed_ns = inplace.mark_time_ns(self._root)
-        if changed_ns != self._settled_ns:
-            self._settled, self._settled_ns = {}, changed_ns
+        if changed_ns != self._cached_ns:
+            self._cached, self._cached_ns = {}, changed_ns
         while id:
-            layer = self._settled.get(id)
+            layer = self._cached.get(id)
             if layer is None:
                 layer = self.get(id)
                 if layer.kind is LayerKind.IMAGE and layer.complete:
-                    self._settled[id] = layer
+                    self._cached[id] = layer
             yield layer
             id = layer.parent
 
     def is_complete(self, id: str) -> bool:
-        """Whether all contents of the layer and its parents are here."""
+        """Whether all objects of the layer chain are in the object store."""
         return all(layer.complete for layer in self.layer_chain(id))
 
     def is_private(self, id: str) -> bool:
-        """Whether the layer, or one below it, has the mark: its contents are shared with no other and never pushed."""
-        return any(self._has_mark(layer) for layer in self.layer_chain(id))
+        """Whether the layer or one below it has the marker: its contents are not shared and never pushed."""
+        return any(self._has_marker(layer) for layer in self.layer_chain(id))
 
     def private_layers(self, id: str) -> list[Layer]:
-        """Of the layer and its parents those that are private, the topmost first; also those that BuildKit made."""
+        """Return the private layers of the layer chain, the topmost first; includes layers that BuildKit wrote."""
         layers = list(self.layer_chain(id))
-        while layers and not self._has_mark(layers[-1]):
+        while layers and not self._has_marker(layers[-1]):
             layers.pop()
         return layers
 
-    def _has_mark(self, layer: Layer) -> bool:
+    def _has_marker(self, layer: Layer) -> bool:
         if layer.kind is LayerKind.IMAGE:
             return layer.private
         return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARK)
 
     def object_store(self, layer: Layer) -> ObjectStore:
-        """Where the contents lie that an image layer's tar holds."""
+        """Return the store that contains the contents of an image layer's tar."""
         return self.private_stores.store(layer.id) if layer.private else self._objects
 
     def private_directories(self, id: str) -> tuple[Path, ...]:
-        """The directories of what the layer and its parents keep to themselves, the topmost first."""
+        """Return the directories of the layer chain's private objects, the topmost first."""
         return tuple(self.private_stores.path(layer.id) for layer in self.layer_chain(id) if layer.private_objects)
 
-    # -- a layer's life
+    # -- creation and removal
 
     def create(self, layer: Layer, ids: IdMaps) -> None:
-        """Make an empty layer; its parent must be there, and a limit needs `Quotas.require`.
+        """Create an empty layer. Call `Quotas.require` before if the layer has a size limit.
 
         Raises:
             AlreadyExists: The id is taken.
@@ -195,7 +197,7 @@ class LayerStore:
         if layer.parent:
             self.lower(self.get(layer.parent))
         if self.exists(layer.id):
-            raise AlreadyExists(f"layer {layer.id}: there is one of this id")
+            raise AlreadyExists(f"layer {layer.id} exists already")
         with self.build_directory(layer.id) as build:
             if layer.size_limit_bytes:
                 layer = msgspec.structs.replace(layer, project=self.quotas.limit(build, layer.size_limit_bytes))
@@ -205,8 +207,8 @@ class LayerStore:
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps) -> Layer:
-        """Make a new layer a container layer, to be written through a mount."""
-        apply_once.refuse_unfinished(self._images / layer.id)
+        """Make a new layer a container layer, which is written through a mount; return its record."""
+        apply_once.require_finished(self._images / layer.id)
         container = msgspec.structs.replace(layer, kind=LayerKind.CONTAINER)
         with self.build_directory(layer.id) as build:
             self._lay_out(build, container, ids)
@@ -217,12 +219,12 @@ class LayerStore:
         return container
 
     def begin_apply(self, id: str, parent: str) -> Layer:
-        """Mark that an ApplyDiff fills the layer; stays until it has finished or the layer is removed.
+        """Mark the layer as being filled by an ApplyDiff, until that finishes or the layer is removed.
 
         Raises:
-            InvalidInput: Create was told another parent.
+            InvalidInput: The layer was created with another parent.
             AlreadyExists: The layer has content.
-            FailedPrecondition: As `filling.begin`.
+            FailedPrecondition: As `apply_once.begin`.
         """
         layer = self.get(id)
         if layer.parent != parent:
@@ -234,20 +236,20 @@ class LayerStore:
         return layer
 
     def publish(self, build: Path, layer: Layer) -> None:
-        """Put a finished image layer in the place of the empty one, durably.
+        """Replace the empty layer by the finished image layer in *build*, durably.
 
         Raises:
             NotFound: The empty layer was removed meanwhile; nothing is visible.
 
-        Crash: before the rename the layer is unfinished, after it whole; what it has in private/ before belongs to
-        no layer, and `recover` removes it.
+        Crash: before the rename the layer is unfinished, after it the layer is whole. Before the rename, a directory in
+        private/ may belong to no layer; `recover` removes it.
         """
         for name in (TREE, MERGED):
             (build / name).mkdir(mode=0o700)
         write_record(build, layer)
         place = self._images / layer.id
         with opened_directory(self._images) as images_fd:
-            with self.private_stores.placed(build, layer.id) if layer.private_objects else nullcontext():
+            with self.private_stores.moved_into_place(build, layer.id) if layer.private_objects else nullcontext():
                 kernel.syncfs(images_fd)
                 if not layer.complete:
                     inplace.forbid(self._root)
@@ -255,7 +257,7 @@ class LayerStore:
                     self._place(build, place)
             os.fsync(images_fd)
             if not layer.complete:
-                inplace.forbid(self._root)  # once more: a `recover` may just have found no incomplete layer
+                inplace.forbid(self._root)  # again: a concurrent `recover` may have found no incomplete layer before
         self._discard(self._containers / layer.id)
 
     def _place(self, build: Path, place: Path) -> None:
@@ -264,48 +266,48 @@ class LayerStore:
         elif (self._containers / place.name).exists():
             _rename(build, place, kernel.Rename.NOREPLACE)
         else:
-            raise NotFound(f"layer {place.name}: it was removed while its ApplyDiff ran")
+            raise NotFound(f"layer {place.name} was removed while its ApplyDiff ran")
 
     def remove(self, id: str) -> bool:
-        """Remove a layer in whatever state it is; whether it was there.
+        """Remove a layer in any state; return whether it existed.
 
-        Crash: what was begun is out of sight, and removed from build/ and private/ at the next start.
+        Crash: leaves renamed directories in build/, and perhaps one in private/; the next start removes them.
         """
         check_id(id)
-        self._settled.pop(id, None)
+        self._cached.pop(id, None)
         project = self._project(id)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
-        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or goes on and now will fail
+        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or that still runs and will fail
             self._discard(leftover)
-        self._discard(self.private_stores.path(id))  # last: nothing comes any more
+        self._discard(self.private_stores.path(id))  # last, since no import can add to it any more
         if project:
-            self.quotas.release(project)
+            self.quotas.remove_limit(project)
         return any(found)
 
     def recover(self) -> int:
-        """Remove what crashes left in build/ and private/, and let no layer of before take a tar.
+        """Remove the leftovers of crashes in build/ and private/; forbid ApplyDiff into the existing new layers.
 
-        For the start of the gateway or of dockerd only.
+        Call only when the gateway or dockerd starts.
 
         Returns:
-            How many directories were removed.
+            The number of directories removed.
         """
         staged = list(self._build.iterdir())
         for path in staged:
             self._discard(path)
-        ownerless = self.private_stores.ownerless()  # only now: nothing that was staged is published any more
-        for path in ownerless:
+        orphans = self.private_stores.orphans()  # only now: staged layers cannot be published any more
+        for path in orphans:
             self._discard(path)
         for path in self._containers.iterdir():
             if self._is_image(path.name):
                 self._discard(path)
-        self._release_old_indexes()
+        self._unmount_old_indexes()
         for parent in (self._images, self._containers):
             for path in parent.iterdir():
                 apply_once.forbid(path)
         if all(self._is_complete(id) for id in self.ids()):
             inplace.allow(self._root)
-        return len(staged) + len(ownerless)
+        return len(staged) + len(orphans)
 
     def _project(self, id: str) -> int:
         try:
@@ -316,7 +318,7 @@ class LayerStore:
     def _is_image(self, id: str) -> bool:
         try:
             return self.get(id).kind is LayerKind.IMAGE
-        except GearError:  # a power cut may leave an unfinished layer's record without its bytes
+        except GearError:  # a power cut may leave the record of an unfinished layer empty
             return False
 
     def _is_complete(self, id: str) -> bool:
@@ -326,33 +328,33 @@ class LayerStore:
             return False
 
     def has_shared_inode_numbers(self, id: str) -> bool:
-        """Whether an index of the layer or its parents has inode numbers that others have, too.
+        """Whether an index of the layer chain has inode numbers that other layers also have.
 
         Raises:
-            NotFound: One of them is missing.
+            NotFound: A layer is missing.
         """
         images = (layer for layer in self.layer_chain(id) if layer.kind is LayerKind.IMAGE)
         return any(not has_own_inode_numbers(self.directory(layer) / INDEX_FILE) for layer in images)
 
-    def _release_old_indexes(self) -> None:
-        """Have indexes without numbers of their own get them before they are mounted anew."""
+    def _unmount_old_indexes(self) -> None:
+        """Unmount indexes without inode numbers of their own; the next mount gives them numbers."""
         for path in self._images.iterdir():
             if is_mounted(path / TREE) and not has_own_inode_numbers(path / INDEX_FILE):
                 unmount(path / TREE)
 
     def unmount_indexes(self) -> None:
-        """Unmount all indexes; containers that run keep what they have, and what is asked for comes back."""
+        """Unmount all indexes. Running containers keep their mounts; `lower` mounts an index again."""
         for path in self._images.glob("*"):
             unmount(path / TREE)
 
     @contextmanager
     def build_directory(self, id: str) -> Iterator[Path]:
-        """An empty directory in build/; gone at the end, with what is still in it."""
+        """Create an empty directory in build/; remove it and its content at the end of the context."""
         path = self._build / f"{id[:200]}.{secrets.token_hex(4)}"
         try:
             path.mkdir(mode=0o700)
         except OSError as exc:
-            raise from_os_error(exc, f"make {path}") from exc
+            raise from_os_error(exc, f"create {path}") from exc
         try:
             yield path
         finally:
@@ -360,8 +362,8 @@ class LayerStore:
 
     # -- steps
 
-    def _give_numbers(self, index: Path) -> None:
-        """An index of an older gearworkers counts its inodes from 1, as all others did."""
+    def _ensure_own_numbers(self, index: Path) -> None:
+        """Give numbers of its own to an index of gearworkers 0.1, whose inodes count from 1."""
         if not has_own_inode_numbers(index):
             with self.build_directory(index.parent.name) as build:
                 renumber(index, self.inode_numbers, build)
@@ -372,22 +374,22 @@ class LayerStore:
                 (build / name).mkdir(mode=mode)
                 (build / name).chmod(mode)
             os.chown(build / UPPER, *ids.root)
-            # As overlay2: the container's root gets to its tree, and changes no name here.
+            # As overlay2: the container's root can enter the directory but not change its entries.
             os.chown(build, 0, ids.root[1])
             build.chmod(0o710)
         write_record(build, layer)
 
     def _discard(self, place: Path) -> bool:
-        """Out of sight by one rename, then removed; so nobody publishes what is half removed."""
+        """Rename a directory into build/, then remove it. Nobody sees it half removed. False if there is none."""
         unmount(place / TREE)
-        grave = self._build / f"removed.{secrets.token_hex(8)}"
+        removed_path = self._build / f"removed.{secrets.token_hex(8)}"
         try:
-            os.rename(place, grave)
+            os.rename(place, removed_path)
         except FileNotFoundError:
             return False
         except OSError as exc:
             raise from_os_error(exc, f"remove {place}") from exc
-        remove_tree(grave)
+        remove_tree(removed_path)
         return True
 
 

@@ -1,4 +1,4 @@
-"""How much is stored, and how much it would be without sharing."""
+"""Disk usage: the size of the stored objects, and the size of the layers without sharing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gearworkers.errors import GearError, from_os_error
 from gearworkers.layers.record import LayerKind
 from gearworkers.layers.store import LayerStore
 
-_AT_MOST_S = 60.0
-_TIMES_COUNTING = 50
+_MAX_AGE_S = 60.0
+_AGE_PER_COUNT = 50
 _BLOCK_BYTES = 512
 
 
 class Usage(NamedTuple):
-    """What lies under one GEAR_ROOT."""
+    """The content of one GEAR_ROOT."""
 
     image_layers: int
     other_layers: int
@@ -27,14 +27,14 @@ class Usage(NamedTuple):
     logical_bytes: int
     """The sum of the image layers' sizes."""
     stored_bytes: int
-    """What the objects take on disk, those of private layers too."""
+    """Disk space of the objects, including private objects."""
 
 
 class UsageMeter:
-    """Counts when asked and remembers for 50 times as long as that took, a minute at most.
+    """Counts on demand, and caches the result for 50 times the time that the count took, at most a minute.
 
-    So a small store is told as it is, and one of a million objects, whose count takes seconds, is not counted all the
-    time.
+    So the numbers of a small store are current, and a store of a million objects, whose count takes seconds, is not
+    counted too often.
     """
 
     def __init__(self, layers: LayerStore, store: ObjectStore) -> None:
@@ -45,7 +45,7 @@ class UsageMeter:
         self._stale_at_s = 0.0
 
     def get(self) -> Usage:
-        """The usage, at most a minute old.
+        """Return the usage, at most a minute old.
 
         Raises:
             GearError: A directory cannot be read.
@@ -56,9 +56,9 @@ class UsageMeter:
                 try:
                     self._counted = self._count()
                 except OSError as exc:
-                    raise from_os_error(exc, "count what is stored") from exc
+                    raise from_os_error(exc, "count the stored objects") from exc
                 now_s = time.monotonic()
-                self._stale_at_s = now_s + min((now_s - begun_s) * _TIMES_COUNTING, _AT_MOST_S)
+                self._stale_at_s = now_s + min((now_s - begun_s) * _AGE_PER_COUNT, _MAX_AGE_S)
             return self._counted
 
     def _count(self) -> Usage:
@@ -67,7 +67,7 @@ class UsageMeter:
             try:
                 layer = self._layers.get(id)
             except GearError:
-                continue  # removed meanwhile, or damaged: fsck tells
+                continue  # removed meanwhile, or damaged; fsck reports it
             if layer.kind is LayerKind.IMAGE:
                 images += 1
                 logical_bytes += layer.size_bytes
@@ -81,7 +81,7 @@ class UsageMeter:
 
 
 def _counted(shard: bytes) -> tuple[int, int]:
-    """How many objects, and what they take on disk; none if the layer was removed meanwhile."""
+    """Return the number of objects and their disk space; 0 if the layer was removed meanwhile."""
     objects = stored_bytes = 0
     with suppress(FileNotFoundError), os.scandir(shard) as entries:
         for entry in entries:

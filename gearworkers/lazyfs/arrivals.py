@@ -1,7 +1,7 @@
-"""Objects that arrived while incomplete layers were mounted: hard links in a cache of their own, behind the trap.
+"""Hard links to the objects that arrived while incomplete layers are mounted, in a cache behind the trap.
 
-The overlay looks an object up in public/, then in the lazy file system, which makes it arrive, then here. By then
-the name is here, though public/ was asked before it was there.
+The overlay looks an object up in public/, then in the lazy file system, which makes it arrive, then here. By then the
+link is here, although the object was not in public/ when the overlay looked there.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gearworkers.digest import object_path
 from gearworkers.errors import from_os_error
 
 _SETTLED_S = 10.0
-"""A look-up that was answered is followed by the kernel's look here within so long."""
+"""The kernel looks here within this time after the answer to its lookup."""
 
 
 class Arrivals:
-    """The directory of links; one process has it."""
+    """The directory of links; one process owns it."""
 
     def __init__(self, path: Path, store: ObjectStore) -> None:
         self._links = ObjectStore(path)
@@ -28,15 +28,15 @@ class Arrivals:
         self._store = store
         self._lock = threading.Lock()
         self._last_s = time.monotonic()
-        self._count = 1  # a process before this one may have left some
+        self._count = 1  # an earlier process may have left some
 
     def prepare(self) -> None:
-        """Make the directories that are missing."""
+        """Make the missing directories."""
         self._links.prepare()
         (self._links.cache / "replacing").unlink(missing_ok=True)
 
     def link(self, digest: bytes) -> None:
-        """Have an object of the store here too; idempotent.
+        """Link an object of the store here; idempotent.
 
         Raises:
             NotFound: It is not in the store.
@@ -55,13 +55,17 @@ class Arrivals:
                 raise from_os_error(exc, f"link object {digest.hex()} to arrivals") from exc
 
     def _replace(self, object: bytes, link: bytes) -> None:
-        """The link is of an object that was found damaged since, and has come again."""
+        """Replace the link to an object that was damaged and fetched again."""
         temporary = self._prefix + b"/replacing"
         os.link(object, temporary)
         os.rename(temporary, link)
 
     def empty(self) -> int:
-        """Remove all links, unless one was asked for a moment ago; how many. For when no overlay looks here."""
+        """Remove all links, unless one was made a moment ago; call it while no overlay looks here.
+
+        Returns:
+            The number of removed links.
+        """
         with self._lock:
             if not self._count or time.monotonic() - self._last_s < _SETTLED_S:
                 return 0

@@ -1,4 +1,4 @@
-"""What others ask of the lazy file server, over its control socket (`lazyfs.control`)."""
+"""The calls that other processes make on the lazy file server, over its control socket (`lazyfs.control`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gearworkers.errors import InvalidInput, Unavailable
 from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 10.0
-_TELL_TIMEOUT_S = 1.0
-"""Nobody who starts a container waits longer for a server that hangs."""
+REPORT_TIMEOUT_S = 1.0
+"""The start of a container waits no longer for a server that hangs."""
 
 
 class LazyStatus(msgspec.Struct, frozen=True):
-    """What the lazy file server has done since it began, and what it cannot get."""
+    """Counters of the lazy file server since it began, and the objects that it cannot fetch."""
 
     incomplete_layers: int
     lookups: int
@@ -27,96 +27,98 @@ class LazyStatus(msgspec.Struct, frozen=True):
     fetched_objects: int
     received_bytes: int
     reused_bytes: int
-    """Of chunks that another large object of this host had."""
+    """Bytes of chunks copied from other large objects of this host."""
     failed: int
     corrupt: int
     on_demand: int
-    """Requests that somebody waited for: small objects, layouts and chunks."""
+    """Requests with a waiting reader: small objects, layouts and chunks."""
     prefetched: int
-    """Small objects and chunks that came in requests for many."""
+    """Small objects and chunks that batch requests brought."""
     prefetched_bytes: int
     profiles_found: int
     profiles_absent: int
-    """Images whose containers have started here though no profile of them was known."""
+    """Images whose containers started here without a known profile."""
     failures: dict[str, str]
-    """Digest in hex to why, of the objects whose last fetch failed."""
+    """Digest in hex to error text, for each object whose last fetch failed."""
 
 
-class Layers(msgspec.Struct, frozen=True):
-    """Order: have the layers' missing objects fetched behind what containers read."""
+class PrefetchRequest(msgspec.Struct, frozen=True):
+    """Asks to fetch the layers' missing objects in the background."""
 
     layers: list[str]
 
 
-class Coming(msgspec.Struct, frozen=True):
-    """How many objects are missing and will come."""
+class PrefetchReply(msgspec.Struct, frozen=True):
+    """The number of missing objects that are being fetched."""
 
     objects: int
 
 
-class Image(msgspec.Struct, frozen=True):
-    """News: this layer is here, or a container begins whose image's topmost layer it is."""
+class ImageEvent(msgspec.Struct, frozen=True):
+    """A layer was imported, or a container starts whose image's topmost layer it is."""
 
     layer: str
     starts: bool
 
 
-class Known(StrEnum):
-    """What the server knows of an image's profile."""
+class ProfileStatus(StrEnum):
+    """Whether the server knows an image's profile."""
 
     FOUND = "found"
     ABSENT = "absent"
     UNKNOWN = "unknown"
+    """The server has not looked for it yet."""
 
 
-class Objects(msgspec.Struct, frozen=True):
-    """Question: which parts of these objects, in hex, were read before they were here."""
+class ReadsRequest(msgspec.Struct, frozen=True):
+    """Asks for the reads of these objects, given in hex, while they arrived."""
 
     objects: list[str]
 
 
-Reads = dict[str, list[tuple[int, int]]]
-"""Of objects in hex: (offset, size in bytes) in the order of reading."""
+ReadRanges = dict[str, list[tuple[int, int]]]
+"""Digest in hex to (offset, size in bytes) of each read, in order."""
 
 
 def read_status(path: Path) -> LazyStatus | None:
-    """What the server at this socket tells; None if none runs."""
+    """Return the status of the server at this socket; None if no server runs."""
     try:
-        return msgspec.json.decode(_ask(path, "GET", "/status", b""), type=LazyStatus)
+        return msgspec.json.decode(_call(path, "GET", "/status", b""), type=LazyStatus)
     except Unavailable:
         return None
 
 
 def order_prefetch(path: Path, layers: Sequence[str]) -> int:
-    """Have the layers' missing objects fetched behind what containers read; how many they are.
+    """Have the layers' missing objects fetched in the background; return their number.
 
     Raises:
         Unavailable: No server runs.
     """
-    body = msgspec.json.encode(Layers(list(layers)))
-    return msgspec.json.decode(_ask(path, "POST", "/prefetch", body), type=Coming).objects
+    body = msgspec.json.encode(PrefetchRequest(list(layers)))
+    return msgspec.json.decode(_call(path, "POST", "/prefetch", body), type=PrefetchReply).objects
 
 
-def tell(path: Path, layer: str, *, starts: bool) -> Known:
-    """Tell the server of a layer that is here, so that its profile is looked for; at once if a container *starts*.
+def report_image(path: Path, layer: str, *, starts: bool) -> ProfileStatus:
+    """Report a layer, so that the server looks for its profile; at once if a container *starts*.
 
     Raises:
         Unavailable: No server runs, or it does not answer within a second.
     """
-    body = msgspec.json.encode(Image(layer, starts))
-    return msgspec.json.decode(_ask(path, "POST", "/image", body, _TELL_TIMEOUT_S), type=Known)
+    body = msgspec.json.encode(ImageEvent(layer, starts))
+    return msgspec.json.decode(_call(path, "POST", "/image", body, REPORT_TIMEOUT_S), type=ProfileStatus)
 
 
-def read_parts(path: Path, objects: Sequence[str]) -> Reads:
-    """Which parts of these objects, in hex, were read through the server.
+def read_ranges(path: Path, objects: Sequence[str]) -> ReadRanges:
+    """Return the reads of these objects, given in hex, through the server.
 
     Raises:
         Unavailable: No server runs.
     """
-    return msgspec.json.decode(_ask(path, "POST", "/reads", msgspec.json.encode(Objects(list(objects)))), type=Reads)
+    body = msgspec.json.encode(ReadsRequest(list(objects)))
+    return msgspec.json.decode(_call(path, "POST", "/reads", body), type=ReadRanges)
 
 
-def _ask(path: Path, method: str, url: str, body: bytes, timeout_s: float = _TIMEOUT_S) -> bytes:
+def _call(path: Path, method: str, url: str, body: bytes, timeout_s: float = _TIMEOUT_S) -> bytes:
     connection = UnixHTTPConnection(path, timeout_s)
     try:
         connection.request(method, url, body)

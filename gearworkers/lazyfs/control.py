@@ -1,10 +1,10 @@
-"""The lazy file server's own socket: its status, its metrics, orders to prefetch; HTTP over a Unix socket.
+"""The control socket of the lazy file server: HTTP over a Unix socket.
 
 GET  /status      `LazyStatus` as JSON
 GET  /metrics     the same for Prometheus
-POST /prefetch    `Layers` → `Coming`
-POST /image       `Image` → `Known`
-POST /reads       `Objects` → `Reads`
+POST /prefetch    `PrefetchRequest` → `PrefetchReply`
+POST /image       `ImageEvent` → `ProfileStatus`
+POST /reads       `ReadsRequest` → `ReadRanges`
 """
 
 from __future__ import annotations
@@ -25,32 +25,35 @@ from gearworkers.errors import GearError
 from gearworkers.lazyfs.client import LazyStatus
 from gearworkers.util.prometheus import METRICS_CONTENT_TYPE
 
-_MOST_BODY_BYTES = 1 << 20
+_MAX_BODY_BYTES = 1 << 20
 _TIMEOUT_S = 10.0
 _METRIC_PREFIX = "gear_lazy_"
 
 
-Order = Callable[[bytes], object]
-"""Given a request's body: the answer, for JSON; raises msgspec.DecodeError or GearError for what is wrong with it."""
+PostHandler = Callable[[bytes], object]
+"""Takes the body of a POST and returns the answer, to be sent as JSON.
+
+Raises msgspec.DecodeError or GearError if the request is wrong.
+"""
 
 
 class ControlServer:
-    """Answers on the socket from its own threads while the context lasts."""
+    """A context manager that answers on the socket, in threads of its own."""
 
-    def __init__(self, path: Path, status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> None:
+    def __init__(self, path: Path, status: Callable[[], LazyStatus], handlers: Mapping[str, PostHandler]) -> None:
         """
         Args:
             path: Of the socket.
-            status: What GET is told.
-            orders: What is done for POST, by its path.
+            status: Returns the answer to GET.
+            handlers: Of POST, by URL path.
         """
         self._path = path
         self._status = status
-        self._orders = orders
+        self._handlers = handlers
 
     def __enter__(self) -> ControlServer:
         self._path.unlink(missing_ok=True)
-        self._server = _Server(os.fspath(self._path), _handler(self._status, self._orders))
+        self._server = _Server(os.fspath(self._path), _request_handler(self._status, self._handlers))
         self._path.chmod(0o600)
         self._thread = threading.Thread(target=self._server.serve_forever, name="control", daemon=True)
         self._thread.start()
@@ -67,10 +70,12 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    """So many may ask before the first is heard, as containers do that start at once; the kernel refuses one more."""
+    """Pending connections, as of containers that start at once; the kernel refuses any more."""
 
 
-def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> type[BaseHTTPRequestHandler]:
+def _request_handler(
+    status: Callable[[], LazyStatus], handlers: Mapping[str, PostHandler]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = _TIMEOUT_S
 
@@ -84,12 +89,12 @@ def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> t
 
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            order = orders.get(self.path)
-            if order is None or length > _MOST_BODY_BYTES:
+            handler = handlers.get(self.path)
+            if handler is None or length > _MAX_BODY_BYTES:
                 self.send_error(http.HTTPStatus.NOT_FOUND)
                 return
             try:
-                self._answer(msgspec.json.encode(order(self.rfile.read(length))), "application/json")
+                self._answer(msgspec.json.encode(handler(self.rfile.read(length))), "application/json")
             except (msgspec.DecodeError, GearError) as exc:
                 self._answer(str(exc).encode(errors="replace"), "text/plain", http.HTTPStatus.BAD_REQUEST)
 
@@ -101,16 +106,16 @@ def _handler(status: Callable[[], LazyStatus], orders: Mapping[str, Order]) -> t
             self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing: it is asked every few seconds."""
+            """Log nothing: a request comes every few seconds."""
 
     return Handler
 
 
 def metrics_page(status: LazyStatus) -> bytes:
-    """*status* as Prometheus reads it."""
+    """Return *status* in the text format of Prometheus."""
     gauges = {
         "incomplete_layers": ("Layers that lack objects.", status.incomplete_layers),
-        "arriving_objects": ("Objects on their way.", status.arriving),
+        "arriving_objects": ("Objects that are being fetched.", status.arriving),
         "serving_objects": ("Large objects read through the lazy file system.", status.serving),
         "failing_objects": ("Objects whose last fetch failed.", len(status.failures)),
     }
@@ -120,10 +125,10 @@ def metrics_page(status: LazyStatus) -> bytes:
         "received_bytes": ("Bytes received from sources.", status.received_bytes),
         "reused_bytes": ("Bytes of chunks found in other large objects of this host.", status.reused_bytes),
         "failures": ("Fetches that failed.", status.failed),
-        "corrupt": ("Objects, chunks and layouts that came wrong.", status.corrupt),
-        "on_demand_requests": ("Requests that somebody waited for.", status.on_demand),
-        "prefetched_contents": ("Objects and chunks that came in requests for many.", status.prefetched),
-        "prefetched_bytes": ("Their bytes.", status.prefetched_bytes),
+        "corrupt": ("Objects, chunks and layouts that did not match their digest.", status.corrupt),
+        "on_demand_requests": ("Requests with a waiting reader.", status.on_demand),
+        "prefetched_contents": ("Objects and chunks that batch requests brought.", status.prefetched),
+        "prefetched_bytes": ("Bytes of objects and chunks that batch requests brought.", status.prefetched_bytes),
         "profiles_found": ("Profiles that were prefetched.", status.profiles_found),
         "profiles_absent": ("Images that started without a profile.", status.profiles_absent),
     }

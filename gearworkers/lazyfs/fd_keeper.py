@@ -1,13 +1,13 @@
-"""A process that does nothing but hold the lazy file system's descriptor, so that no crash of the server ends it.
+"""The keeper: a process that only holds the lazy file system's descriptor, so that a crash of the server loses nothing.
 
-The server gives it the descriptor of /dev/fuse after mounting; a successor takes it from there. It ends itself when
+The server hands it the descriptor of /dev/fuse after mounting; a successor takes it from there. The keeper exits when
 the file system has no mount left. The server watches it and starts another one when it dies: the file system is lost
 only if both die at once.
 
     server → keeper    b"take"           keeper → server    b"none", or b"here" with the descriptor
     server → keeper    b"keep" with the descriptor           b"kept"
 
-The connection stays open afterwards: its end tells the server that the keeper died.
+The connection stays open afterwards: its end shows the server that the keeper died.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gearworkers.errors import Unavailable
 _MESSAGE_BYTES = 16
 
 
-class Keeper:
-    """The server's side: one connection to the keeper, which is started if there is none.
+class FdKeeper:
+    """The server's connection to the keeper; starts a keeper if none runs.
 
     Raises:
-        Unavailable: It could not be started.
+        Unavailable: The keeper cannot be started.
     """
 
     def __init__(self, path: Path) -> None:
         self._socket = _connected(path)
 
     def take(self) -> int | None:
-        """The descriptor that is kept, if there is one; it stays kept."""
+        """Return a copy of the kept descriptor, None if there is none."""
         self._socket.send(b"take")
         message, descriptors, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, 1)
         if message == b"here" and descriptors:
@@ -44,24 +44,24 @@ class Keeper:
         return None
 
     def keep(self, fuse_fd: int) -> None:
-        """Have it hold *fuse_fd* instead of what it held."""
+        """Have the keeper hold *fuse_fd* instead of its current descriptor."""
         socket.send_fds(self._socket, [b"keep"], [fuse_fd])
         if self._socket.recv(_MESSAGE_BYTES) != b"kept":
-            raise Unavailable("the keeper of the lazy file system died at once")
+            raise Unavailable("the keeper of the lazy file system died right after its start")
 
     def is_dead(self) -> bool:
-        """Whether the keeper has ended."""
-        poll = select.poll()  # it takes any descriptor, and a server has thousands
+        """Return whether the keeper has exited."""
+        poll = select.poll()  # select() fails above descriptor 1023, and a server has thousands
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
 
     def close(self) -> None:
-        """Let go; the keeper goes on."""
+        """Close the connection; the keeper runs on."""
         self._socket.close()
 
 
 def hold(path: Path) -> None:
-    """Be the keeper, listening at *path*, until the file system it was given has no mount left; a daemon."""
+    """Run as the keeper, a daemon that listens at *path*, until its file system has no mount left."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(os.fspath(path))
@@ -94,7 +94,7 @@ class _Holder:
                 else:
                     self._serve(self._clients[fd])
             if self._fuse_fd < 0 and not self._clients:
-                return  # nothing is held, for nobody
+                return  # no descriptor and no client
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -125,7 +125,7 @@ class _Holder:
 
 
 def _connected(path: Path) -> socket.socket:
-    """A connection to the keeper; it is started if none answers."""
+    """Connect to the keeper; start one if none answers."""
     for attempt in range(2):
         client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -135,20 +135,20 @@ def _connected(path: Path) -> socket.socket:
             client.close()
         if not attempt:
             _start(path)
-    raise Unavailable(f"the keeper of the lazy file system did not start at {path}")
+    raise Unavailable(f"cannot start the keeper of the lazy file system at {path}")
 
 
 def _start(path: Path) -> None:
-    """Run it in a session of its own, so that what ends the server's does not end it; it listens on return."""
+    """Start the keeper in its own session, which outlives the server's; it listens when this returns."""
     command = [sys.executable, "-m", "gearworkers.lazyfs.fd_keeper", os.fspath(path)]
     started = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
     if started.returncode:
-        told = started.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise Unavailable(f"the keeper of the lazy file system did not start at {path}: {' '.join(told)}")
+        last_line = started.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise Unavailable(f"cannot start the keeper of the lazy file system at {path}: {' '.join(last_line)}")
 
 
 def _become_daemon() -> None:
-    """Go on in a child that nobody waits for."""
+    """Continue in a child process whose parent exits."""
     if os.fork():
         os._exit(0)
     os.chdir("/")

@@ -1,7 +1,7 @@
 """A mounted FUSE connection: requests in, answers out, from any thread.
 
-A *waiter* is a request that was read and not answered yet. Nobody but the kernel and the waiters themselves knows
-them: when the process dies, the kernel keeps them, and the successor asks for them again (`Connection.resume`).
+Requests that were read and not answered yet are pending. Only the kernel and this process know them: when the process
+dies, the kernel keeps them, and the successor asks for them again (`FuseConnection.resume`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gearworkers.errors import from_os_error
 from gearworkers.lazyfs import fuse_protocol
-from gearworkers.lazyfs.fuse_protocol import Op, Request
+from gearworkers.lazyfs.fuse_protocol import FuseRequest, Op
 from gearworkers.util import syscalls
 
 DEVICE = Path("/dev/fuse")
@@ -21,39 +21,39 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _SIGKILL_BIT = 1 << 8
 
 
-class Waiter:
-    """One request's answer, to be given once."""
+class FuseReply:
+    """The answer to one request, to be sent once."""
 
     __slots__ = ("_connection", "_unique", "pid")
 
-    def __init__(self, connection: Connection, unique: int, pid: int) -> None:
+    def __init__(self, connection: FuseConnection, unique: int, pid: int) -> None:
         self._connection = connection
         self._unique = unique
         self.pid = pid
 
-    def give(self, body: bytes | memoryview = b"") -> bool:
-        """Answer with success; nothing happens if an answer was given. Whether the kernel has taken this one."""
+    def send(self, body: bytes | memoryview = b"") -> bool:
+        """Answer with success, unless an answer was sent; return whether the kernel has taken this one."""
         return self._connection._answer(self._unique, body, 0)
 
     def fail(self, error: int) -> None:
-        """Answer with an errno; nothing happens if an answer was given."""
+        """Answer with an errno, unless an answer was sent."""
         self._connection._answer(self._unique, b"", error)
 
 
-class Connection:
+class FuseConnection:
     """An open /dev/fuse that is mounted; `serve` may run in several threads at once."""
 
-    def __init__(self, fuse_fd: int, handle: Callable[[Request, Waiter], None]) -> None:
+    def __init__(self, fuse_fd: int, handle: Callable[[FuseRequest, FuseReply], None]) -> None:
         self.fuse_fd = fuse_fd
         self._handle = handle
-        self._waiters: dict[int, Waiter] = {}
+        self._pending: dict[int, FuseReply] = {}
         self._interrupted: set[int] = set()
 
     def resume(self) -> None:
-        """Take over from a server that died: what it had read and not answered comes again.
+        """Take over from a dead server: the kernel sends its pending requests again.
 
         Raises:
-            GearError: The kernel is older than 6.9; what the dead server had read is never answered.
+            GearError: The kernel is older than 6.9; the pending requests are never answered.
         """
         try:
             os.write(self.fuse_fd, fuse_protocol.resend())
@@ -69,77 +69,82 @@ class Connection:
                 length = os.readv(self.fuse_fd, [buffer])
             except OSError as exc:
                 if exc.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
-                    continue  # the request was taken back
+                    continue  # the kernel withdrew the request
                 if exc.errno in _GONE:
                     return
                 raise from_os_error(exc, "read requests of the lazy file system") from exc
-            self._dispatch(fuse_protocol.parse(view[:length]))
+            self.dispatch(fuse_protocol.parse(view[:length]))
 
-    def give_up_killed(self) -> None:
-        """Answer EINTR to the waiters whose thread is being killed, so that a container can stop while it waits.
+    def fail_killed(self) -> None:
+        """Answer EINTR to pending requests of killed threads, so that a container can stop while it waits.
 
-        Other signals do not break off an open or a read of a regular file.
+        Other signals do not interrupt an open or a read of a regular file.
         """
         for unique in list(self._interrupted):
-            waiter = self._waiters.get(unique)
-            if waiter is None:
+            reply = self._pending.get(unique)
+            if reply is None:
                 self._interrupted.discard(unique)
-            elif _is_dying(waiter.pid):
-                waiter.fail(errno.EINTR)
+            elif _is_dying(reply.pid):
+                reply.fail(errno.EINTR)
 
     def invalidate(self, parent: int, name: bytes) -> None:
-        """Have the kernel forget what it found of this name; if it does not know it, that is fine.
+        """Make the kernel forget the entry of this name, if it knows it.
 
-        It waits for the answers to the look-ups in *parent* that are under way.
+        Blocks until all pending lookups in *parent* are answered.
         """
         try:
             os.write(self.fuse_fd, fuse_protocol.invalidate_entry(parent, name))
         except OSError as exc:
             if exc.errno != errno.ENOENT and exc.errno not in _GONE:
-                raise from_os_error(exc, "have the kernel forget an object") from exc
+                raise from_os_error(exc, "make the kernel forget an object") from exc
 
     @property
-    def waiting(self) -> int:
-        """How many requests have no answer yet."""
-        return len(self._waiters)
+    def pending(self) -> int:
+        """Number of requests without an answer."""
+        return len(self._pending)
 
-    def _dispatch(self, request: Request) -> None:
+    def dispatch(self, request: FuseRequest) -> None:
+        """Handle one request that was read."""
         if request.op == Op.INTERRUPT:
             self._interrupt(request)
             return
-        waiter = Waiter(self, request.unique, request.pid)
+        reply = FuseReply(self, request.unique, request.pid)
         if request.op in (Op.FORGET, Op.BATCH_FORGET):
-            self._handle(request, waiter)  # wants no answer
+            self._handle(request, reply)  # needs no answer
             return
-        self._waiters[request.unique] = waiter
+        self._pending[request.unique] = reply
         if request.op == Op.INIT:
             body, _ = fuse_protocol.init_body(request.body)
-            waiter.give(body)
+            reply.send(body)
             return
         try:
-            self._handle(request, waiter)
+            self._handle(request, reply)
         except BaseException:
-            waiter.fail(errno.EIO)
+            reply.fail(errno.EIO)
             raise
 
-    def _interrupt(self, request: Request) -> None:
-        """Source: Linux Documentation/filesystems/fuse.rst, "Interrupting filesystem operations"."""
+    def _interrupt(self, request: FuseRequest) -> None:
+        """Note that the caller of a pending request got a signal.
+
+        Source: Linux Documentation/filesystems/fuse.rst, "Interrupting filesystem operations".
+        """
         unique = fuse_protocol.interrupted(request.body)
-        if unique not in self._waiters:
-            # Another thread is about to handle it, or it was answered: the kernel knows, and asks again or not.
+        if unique not in self._pending:
+            # Another thread is about to handle the request, or has answered it. The kernel knows which, and sends the
+            # interrupt again if needed.
             self._write(request.unique, b"", errno.EAGAIN)
             return
         self._interrupted.add(unique)
-        self.give_up_killed()
+        self.fail_killed()
 
     def _answer(self, unique: int, body: bytes | memoryview, error: int) -> bool:
-        if self._waiters.pop(unique, None) is None:
+        if self._pending.pop(unique, None) is None:
             return False
         self._interrupted.discard(unique)
         return self._write(unique, body, error)
 
     def _write(self, unique: int, body: bytes | memoryview, error: int) -> bool:
-        """Whether the kernel still waited for it."""
+        """Return whether the kernel still waited for the answer."""
         try:
             os.writev(self.fuse_fd, (fuse_protocol.answer(unique, len(body), error), body))
         except OSError as exc:
@@ -153,12 +158,12 @@ def mount(target: Path) -> int:
     """Mount a new, read-only FUSE file system at the directory *target*.
 
     Returns:
-        The descriptor of its connection. The file system answers as long as it is open in some process.
+        The descriptor of its connection. The file system lives while any process has it open.
 
     Raises:
-        GearError: What the kernel refused.
+        GearError: The kernel refused the mount.
     """
-    fuse_fd, mount_fd = begin(DEVICE)
+    fuse_fd, mount_fd = create(DEVICE)
     try:
         syscalls.move_mount(mount_fd, target)
     except OSError as exc:
@@ -169,14 +174,14 @@ def mount(target: Path) -> int:
     return fuse_fd
 
 
-def begin(device: Path) -> tuple[int, int]:
-    """A new file system that is mounted nowhere yet.
+def create(device: Path) -> tuple[int, int]:
+    """Create a file system that is mounted nowhere yet.
 
     Returns:
         The descriptors of its connection and of its detached mount.
 
     Raises:
-        GearError: What the kernel refused.
+        GearError: The kernel refused it.
     """
     fuse_fd = -1
     try:
@@ -190,7 +195,7 @@ def begin(device: Path) -> tuple[int, int]:
     except OSError as exc:
         if fuse_fd >= 0:
             os.close(fuse_fd)
-        raise from_os_error(exc, f"begin a lazy file system with {device} ({exc.strerror})") from exc
+        raise from_os_error(exc, f"create a lazy file system with {device} ({exc.strerror})") from exc
 
 
 def _configure(context_fd: int, fuse_fd: int) -> None:
@@ -203,7 +208,7 @@ def _configure(context_fd: int, fuse_fd: int) -> None:
 
 
 def _is_dying(pid: int) -> bool:
-    """Whether a SIGKILL waits for the thread, or it is gone."""
+    """Return whether a SIGKILL is pending for the thread, or the thread has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

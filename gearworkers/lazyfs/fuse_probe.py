@@ -1,4 +1,4 @@
-"""What this kernel's FUSE offers, found by beginning a connection that nobody sees."""
+"""Checks the FUSE features of this kernel with a connection that is mounted nowhere."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ _NAME = "FUSE"
 
 
 def check_fuse(device: Path = fuse_connection.DEVICE) -> Check:
-    """Whether the lazy file server can work, and survive its own death; mounts nothing."""
+    """Check whether the lazy file server can run, and be replaced after a crash; mounts nothing."""
     try:
-        agreed = _agreed(device)
+        features = common_features(device)
     except GearError as exc:
-        advice = f"load the module fuse, and give the container {device} if it runs in one; needed for Gear images only"
+        advice = (
+            f"load the fuse module, and pass {device} to the container if this runs in one; only Gear images need it"
+        )
         return Check(_NAME, False, False, str(exc), advice)
-    if InitFlag.HAS_RESEND not in agreed:
-        advice = "boot Linux 6.9 or later: before, reads that are under way when `gear lazyfs` dies never end"
-        return Check(_NAME, False, False, "a successor cannot ask for unanswered requests", advice)
-    passes = InitFlag.PASSTHROUGH in agreed
-    found = "unanswered requests come again" + (", whole files are read past the server" if passes else "")
+    if InitFlag.HAS_RESEND not in features:
+        advice = "boot Linux 6.9 or later: on older kernels, pending reads never end after `gear lazyfs` dies"
+        return Check(_NAME, False, False, "the kernel does not send unanswered requests again", advice)
+    passes = InitFlag.PASSTHROUGH in features
+    found = "unanswered requests are sent again" + (", whole files are read without the server" if passes else "")
     return Check(_NAME, True, False, found)
 
 
-def _agreed(device: Path) -> InitFlag:
-    """What kernel and program would agree on.
+def common_features(device: Path) -> InitFlag:
+    """Return the features that both the kernel and this program have.
 
     Raises:
-        GearError: The kernel has no FUSE, or refuses it.
+        GearError: The kernel has no FUSE, or refuses a connection.
     """
-    fuse_fd, mount_fd = fuse_connection.begin(device)
+    fuse_fd, mount_fd = fuse_connection.create(device)
     try:
         buffer = bytearray(fuse_protocol.REQUEST_BYTES)
         length = os.readv(fuse_fd, [buffer])

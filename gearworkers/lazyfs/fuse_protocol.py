@@ -1,4 +1,4 @@
-"""Requests and answers of /dev/fuse: only what a read-only file system of objects is asked.
+"""Requests and answers of /dev/fuse, as far as a read-only file system of objects needs them.
 
 Source: Linux include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.4) to 7.45.
 """
@@ -12,7 +12,7 @@ from enum import IntEnum, IntFlag
 
 ROOT_NODE = 1
 REQUEST_BYTES = 1 << 17
-"""A read of /dev/fuse must offer room for the longest request; ours carry no data."""
+"""Buffer size for reads of /dev/fuse; the kernel requires room for the longest request."""
 FOREVER_S = 1 << 30
 MAX_READ_BYTES = 1 << 20
 
@@ -38,7 +38,7 @@ _CONGESTION = 192
 
 
 class Op(IntEnum):
-    """FUSE_* operations that are answered, or known to want no answer."""
+    """FUSE_* operations that are answered, or that need no answer."""
 
     LOOKUP = 1
     FORGET = 2
@@ -57,7 +57,7 @@ class Op(IntEnum):
 
 
 class InitFlag(IntFlag):
-    """What is agreed on at the start; bits from 32 on travel in flags2."""
+    """Features that both sides announce at the start; bits from 32 on are sent in flags2."""
 
     ASYNC_READ = 1 << 0
     PARALLEL_DIROPS = 1 << 18
@@ -77,43 +77,46 @@ _WANTED = (
 )
 
 KEEP_CACHE = 1 << 1
-"""In the answer to OPEN: pages of earlier opens stay."""
+"""In the answer to OPEN: keep the cached pages of earlier opens."""
 NO_FLUSH = 1 << 5
-"""In the answer to OPEN: closing asks nothing, so it does not wait while no server lives."""
+"""In the answer to OPEN: closing sends no request, so it does not wait while no server runs."""
 PASSTHROUGH = 1 << 7
-"""In the answer to OPEN: reads go to a backing file; goes with NO_FLUSH only."""
+"""In the answer to OPEN: reads go to a backing file; requires NO_FLUSH."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class FuseRequest:
     """One request as the kernel wrote it."""
 
     op: int
     unique: int
     node: int
     pid: int
-    """The asking thread, as the server's PID namespace names it; 0 if it is not in it."""
+    """The calling thread in the server's PID namespace; 0 if it is not in that namespace."""
     body: memoryview
 
 
-def parse(raw: memoryview) -> Request:
-    """The request that a read of /dev/fuse gave."""
+def parse(raw: memoryview) -> FuseRequest:
+    """Parse the result of a read of /dev/fuse."""
     length, op, unique, node, _uid, _gid, pid, _extensions, _padding = _IN.unpack_from(raw)
-    return Request(op, unique, node, pid, raw[_IN.size : length])
+    return FuseRequest(op, unique, node, pid, raw[_IN.size : length])
 
 
 def answer(unique: int, body_bytes: int, error: int = 0) -> bytes:
-    """The header of an answer; *error* is an errno, positive, and goes with an empty body."""
+    """Return the header of an answer; *error* is a positive errno and requires an empty body."""
     return _OUT.pack(_OUT.size + body_bytes, -error, unique)
 
 
 def resend() -> bytes:
-    """Ask for every request that was read and not answered once more, with the top bit of its number set (6.9)."""
+    """Return a notification that makes the kernel send every unanswered request again.
+
+    The kernel sets the top bit of their numbers (Linux 6.9).
+    """
     return _OUT.pack(_OUT.size, _NOTIFY_RESEND, 0)
 
 
 def invalidate_entry(parent: int, name: bytes) -> bytes:
-    """Tell the kernel to forget what it found of this name."""
+    """Return a notification that makes the kernel forget the entry of this name."""
     body = _INVALIDATE_ENTRY.pack(parent, len(name), 0) + name + b"\0"
     return _OUT.pack(_OUT.size + len(body), _NOTIFY_INVALIDATE_ENTRY, 0) + body
 
@@ -122,30 +125,30 @@ def invalidate_entry(parent: int, name: bytes) -> bytes:
 
 
 def name_of(body: memoryview) -> bytes:
-    """LOOKUP's name."""
+    """Return the name of a LOOKUP."""
     return bytes(body[:-1])
 
 
 def read_range(body: memoryview) -> tuple[int, int]:
-    """READ's offset and size in bytes."""
+    """Return offset and size in bytes of a READ."""
     _handle, offset, size_bytes = _READ.unpack_from(body)
     return offset, size_bytes
 
 
 def interrupted(body: memoryview) -> int:
-    """INTERRUPT's number of the request that is no longer waited for."""
+    """Return the number of the interrupted request of an INTERRUPT."""
     unique: int = _FORGET.unpack_from(body)[0]
     return unique
 
 
 def released(body: memoryview) -> int:
-    """RELEASE's handle, as the answer to OPEN gave it."""
+    """Return the handle of a RELEASE, as the answer to OPEN gave it."""
     handle: int = _FORGET.unpack_from(body)[0]
     return handle
 
 
 def forgotten(op: int, node: int, body: memoryview) -> list[tuple[int, int]]:
-    """The nodes that FORGET or BATCH_FORGET names, each with how many lookups it takes back."""
+    """Return (node, number of lookups to take back) for each node of a FORGET or BATCH_FORGET."""
     if op == Op.FORGET:
         return [(node, _FORGET.unpack_from(body)[0])]
     return list(struct.iter_unpack("<QQ", body[8:]))
@@ -155,54 +158,54 @@ def forgotten(op: int, node: int, body: memoryview) -> list[tuple[int, int]]:
 
 
 def init_body(body: memoryview) -> tuple[bytes, InitFlag]:
-    """The answer to INIT, and what the kernel and this program agree on."""
+    """Return the answer to INIT, and the features that both the kernel and this program have."""
     _major, minor, readahead_bytes, flags, flags2 = _INIT_IN.unpack_from(bytes(body) + bytes(4))
-    offered = flags | (flags2 << 32 if flags & InitFlag.INIT_EXT else 0)
-    agreed = InitFlag(offered) & _WANTED
+    kernel_flags = flags | (flags2 << 32 if flags & InitFlag.INIT_EXT else 0)
+    common = InitFlag(kernel_flags) & _WANTED
     out = _INIT_OUT.pack(
         7,
         min(minor, 45),
         readahead_bytes,
-        agreed & 0xFFFFFFFF,
+        common & 0xFFFFFFFF,
         _MAX_BACKGROUND,
         _CONGESTION,
         _PAGE_BYTES,
         _TIMES_GRANULARITY_NS,
         MAX_READ_BYTES // _PAGE_BYTES,
         0,
-        agreed >> 32,
-        1 if agreed & InitFlag.PASSTHROUGH else 0,  # backing files lie on no stacked file system
+        common >> 32,
+        1 if common & InitFlag.PASSTHROUGH else 0,  # backing files are not on a stacked file system
         0,
     )
-    return out, agreed
+    return out, common
 
 
 def directory(node: int) -> bytes:
-    """Attributes of a directory that nobody lists."""
+    """Return the attributes of a directory."""
     return _ATTR.pack(node, 0, 0, 0, 0, 0, 0, 0, 0, stat.S_IFDIR | 0o555, 2, 0, 0, 0, _PAGE_BYTES, 0)
 
 
 def regular(node: int, size_bytes: int) -> bytes:
-    """Attributes of an object; the overlay takes owner, mode and times from the index."""
+    """Return the attributes of an object; the overlay takes owner, mode and times from the index."""
     blocks = (size_bytes + 511) // 512
     return _ATTR.pack(node, size_bytes, blocks, 0, 0, 0, 0, 0, 0, stat.S_IFREG | 0o444, 1, 0, 0, 0, _PAGE_BYTES, 0)
 
 
 def entry_body(node: int, attributes: bytes) -> bytes:
-    """The answer to a LOOKUP that found something; it stays as it is."""
+    """Return the answer to a successful LOOKUP; the kernel may cache it forever."""
     return _ENTRY.pack(node, 0, FOREVER_S, FOREVER_S, 0, 0) + attributes
 
 
 def attributes_body(attributes: bytes) -> bytes:
-    """The answer to GETATTR."""
+    """Return the answer to GETATTR."""
     return _ATTR_VALID.pack(FOREVER_S, 0, 0) + attributes
 
 
 def open_body(flags: int, *, handle: int = 0, backing: int = 0) -> bytes:
-    """The answer to OPEN and OPENDIR."""
+    """Return the answer to OPEN and OPENDIR."""
     return _OPEN.pack(handle, flags, backing)
 
 
 def statfs_body() -> bytes:
-    """The answer to STATFS."""
+    """Return the answer to STATFS."""
     return _STATFS.pack(0, 0, 0, 0, 0, _PAGE_BYTES, 255, _PAGE_BYTES, 0)

@@ -1,12 +1,12 @@
-"""How each large file is open: through the server's reads while it arrives, past the server once it is here.
+"""Decides how each large file is open: through the server's reads while it arrives, past the server afterwards.
 
-The kernel refuses (EIO) to open a node past the server while it is open through it, and the other way round, and two
-backing files for one node. So a node begins *served*, becomes *passed* at an open when it is whole and not open, and
-stays so until the kernel forgets it. A successor must know which nodes are passed: for each there is a file in a
-directory that lives as long as the mount, written before the first such open is answered. How often a node is open
-through a server that died nobody knows: such a node stays served.
+The kernel refuses (EIO) to open a node past the server while it is open through the server, and the reverse, and it
+refuses two backing files for one node. So a node begins *served*. It becomes *passed* at an open when the object is
+whole and the node is not open, and stays so until the kernel forgets it. A successor must know the passed nodes: each
+has a file in a directory that lives as long as the mount, written before the first such open is answered. Nobody knows
+how often a node is open through a dead server, so such a node stays served.
 
-Crash: a backing file is registered that nobody uses, until the file system is unmounted.
+Crash: leaves a registered backing file that nobody uses, until the file system is unmounted.
 
 Source: Linux Documentation/filesystems/fuse-passthrough.rst; fs/fuse/iomode.c; from 6.9 on.
 """
@@ -36,13 +36,13 @@ _log = structlog.get_logger(__name__)
 
 
 class OpenFile(Protocol):
-    """A file that stays open for as long as it is referred to."""
+    """A file that stays open while it is referred to."""
 
     fd: int
 
 
-class Openings:
-    """The nodes of one connection; all methods from any thread."""
+class OpenNodes:
+    """The nodes of one connection; any thread may call all methods."""
 
     def __init__(self, fuse_fd: int, directory: Path) -> None:
         self._fuse_fd = fuse_fd
@@ -52,8 +52,8 @@ class Openings:
         self._served: dict[int, int] = {}
         self._passed: dict[int, int] = {}
 
-    def begin(self, *, is_new: bool) -> None:
-        """Learn what a dead server has left, or forget it if the mount is new."""
+    def prepare(self, *, is_new: bool) -> None:
+        """Read the notes of a dead server; remove them if the mount is new."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if is_new or path.suffix:
@@ -62,18 +62,18 @@ class Openings:
                 self._passed[int(path.name, 16)] = int(path.read_text())
 
     def looked_up(self, node: int) -> None:
-        """The node is about to be given to the kernel."""
+        """Count a lookup; call it before the answer is sent."""
         with self._lock:
             self._lookups[node] = self._lookups.get(node, 0) + 1
             if self._lookups[node] == 1 and node not in self._passed:
                 self._served[node] = 0
 
     def open(self, node: int, get_whole: Callable[[], OpenFile | None]) -> bytes:
-        """The answer to OPEN.
+        """Return the answer to OPEN.
 
         Args:
             node: Of a large object.
-            get_whole: The file of the whole object; None while it arrives.
+            get_whole: Returns the file of the whole object; None while it arrives.
         """
         with self._lock:
             if node not in self._passed and self._served.get(node) == 0:
@@ -90,13 +90,13 @@ class Openings:
             return fuse_protocol.open_body(fuse_protocol.KEEP_CACHE | fuse_protocol.NO_FLUSH, handle=_SERVED)
 
     def release(self, node: int, handle: int) -> None:
-        """One open less."""
+        """Count a close."""
         with self._lock:
             if handle == _SERVED and self._served.get(node, 0) > 0:
                 self._served[node] -= 1
 
     def forget(self, node: int, lookups: int) -> bool:
-        """The kernel knows the node so many times less; whether it knows it no longer."""
+        """Take back lookups; return whether the kernel does not know the node any more."""
         with self._lock:
             left = self._lookups.get(node, 0) - lookups
             if left > 0:
@@ -111,7 +111,7 @@ class Openings:
             return True
 
     def _pass(self, node: int, whole: OpenFile) -> None:
-        """Unless this kernel cannot, or no successor could know of it."""
+        """Register the backing file, unless the kernel refuses it or no note can be left for a successor."""
         try:
             backing = fcntl.ioctl(self._fuse_fd, _BACKING_OPEN, bytearray(_MAP.pack(whole.fd, 0, 0)))
         except OSError:
@@ -119,7 +119,7 @@ class Openings:
         try:
             replace_file(self._path(node), b"%d" % backing, sync=False)  # a reboot ends the mount as well
         except OSError as exc:
-            _log.warning("a large object is read through the server for want of a note of it", error=str(exc))
+            _log.warning("reading a large object through the server: cannot note its backing file", error=str(exc))
             fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))
             return
         del self._served[node]

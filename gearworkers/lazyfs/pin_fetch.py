@@ -1,4 +1,4 @@
-"""What pins miss is fetched: at once when something is pinned, and again for as long as it is not here."""
+"""Fetches the missing objects of pins: at once when an image is pinned, and again until all are here."""
 
 from __future__ import annotations
 
@@ -7,58 +7,62 @@ from collections.abc import Callable, Iterable
 
 import structlog
 
-from gearworkers.fetch.priority_pool import Urgency, WorkPool
+from gearworkers.fetch.priority_pool import Priority, PriorityPool
 from gearworkers.layers.pins import Pins
 
 _log = structlog.get_logger(__name__)
 
-_AGAIN_S = 60.0
-"""While something is missing: the remote may be away."""
-_LOOK_S = 600.0
-"""While nothing is: `gear fsck --repair` may have removed something damaged."""
+_RETRY_S = 60.0
+"""While objects are missing: the remote may be unreachable."""
+_CHECK_S = 600.0
+"""While no object is missing: `gear fsck --repair` may have removed a damaged one."""
 
 
-class PinKeeper:
-    """Looks after the pins; `look` is called a few times a second by one thread."""
+class PinFetcher:
+    """Fetches the objects of all pins; one thread calls `check` a few times a second."""
 
     def __init__(
         self,
         pins: Pins,
         is_here: Callable[[bytes], bool],
-        pool: WorkPool,
-        wholly: Callable[[Iterable[tuple[bytes, int]]], None],
+        pool: PriorityPool,
+        fetch_all: Callable[[Iterable[tuple[bytes, int]]], None],
     ) -> None:
         """
         Args:
             pins: Of the node.
-            is_here: Whether nothing is to be fetched for an object, given its digest.
-            pool: Where the looking is done.
-            wholly: Has objects, given as (digest, size in bytes), fetched behind what containers read.
+            is_here: Whether an object, given its digest, needs no fetch.
+            pool: Runs the search for missing objects.
+            fetch_all: Fetches objects, given as (digest, size in bytes), in the background.
         """
         self._pins = pins
         self._is_here = is_here
         self._pool = pool
-        self._wholly = wholly
+        self._fetch_all = fetch_all
         self._seen_version = 0
         self._next_s = 0.0
-        self._asked: set[bytes] = set()  # and not here at the last look
+        self._requested: set[bytes] = set()
+        """Objects that were missing at the last search."""
 
-    def look(self) -> None:
-        """See whether it is time, or pins came; returns at once."""
+    def check(self) -> None:
+        """Start a search if pins changed or the last one is long ago; returns at once."""
         version = self._pins.version()
         if version != self._seen_version or time.monotonic() >= self._next_s:
             self._seen_version = version
-            self._next_s = time.monotonic() + _LOOK_S
-            self._pool.submit(self._fetch_missing, Urgency.BACKGROUND)
+            self._next_s = time.monotonic() + _CHECK_S
+            self._pool.submit(self.fetch_missing, Priority.BACKGROUND)
 
-    def _fetch_missing(self) -> None:
-        """Ask for what is missing; of what was asked for before only if none of it has come since."""
+    def fetch_missing(self) -> None:
+        """Request the missing objects; blocks.
+
+        Objects that were requested before are requested again only if none of them has come since.
+        """
         missing = {digest: size_bytes for digest, size_bytes in self._pins.objects() if not self._is_here(digest)}
         if missing:
-            self._next_s = time.monotonic() + _AGAIN_S
-        is_coming = not self._asked <= missing.keys()
-        wanted = [record for record in missing.items() if not is_coming or record[0] not in self._asked]
-        self._asked = set(missing)
+            self._next_s = time.monotonic() + _RETRY_S
+        is_progressing = not self._requested <= missing.keys()
+        wanted = [record for record in missing.items() if not is_progressing or record[0] not in self._requested]
+        self._requested = set(missing)
         if wanted:
-            _log.info("pinned objects are fetched", objects=len(wanted))
-            self._wholly(wanted)
+            _log.info("fetching pinned objects", objects=len(wanted))
+            self._fetch_all(wanted)

@@ -1,7 +1,7 @@
 """The lazy file server of a node: `gear lazyfs`.
 
-It keeps no state that a restart needs. A keeper process holds the descriptor of its FUSE connection: whatever a
-dead server had read and not answered comes to its successor once more, so a container notices a pause.
+A restart needs no state of the server. A keeper process holds the descriptor of the FUSE connection, and the kernel
+sends the pending requests of a dead server to its successor again, so containers only notice a pause.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.prefetch import Prefetcher
-from gearworkers.fetch.priority_pool import WorkPool
-from gearworkers.fetch.source import Source
+from gearworkers.fetch.priority_pool import PriorityPool
+from gearworkers.fetch.source import ObjectSource
 from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.layers.pins import Pins
 from gearworkers.layers.store import LayerStore
@@ -30,10 +30,10 @@ from gearworkers.lazyfs import fuse_connection as fuse
 from gearworkers.lazyfs.arrivals import Arrivals
 from gearworkers.lazyfs.contents import LazyContents
 from gearworkers.lazyfs.control import ControlServer
-from gearworkers.lazyfs.fd_keeper import Keeper
-from gearworkers.lazyfs.fuse_connection import Connection
-from gearworkers.lazyfs.passthrough import Openings
-from gearworkers.lazyfs.pin_fetch import PinKeeper
+from gearworkers.lazyfs.fd_keeper import FdKeeper
+from gearworkers.lazyfs.fuse_connection import FuseConnection
+from gearworkers.lazyfs.passthrough import OpenNodes
+from gearworkers.lazyfs.pin_fetch import PinFetcher
 from gearworkers.lazyfs.tree import FAILED, FETCH, Tree, entry_of
 from gearworkers.mounts import overlay
 from gearworkers.mounts.mountinfo import is_data_layer, is_mount_point
@@ -50,20 +50,21 @@ _log = structlog.get_logger(__name__)
 
 _SERVING_THREADS = 3
 _UPKEEP_S = 0.5
-_USERS_EVERY = 10
+_CLEAN_EVERY = 10
+"""Upkeep turns between two clean-ups of arrivals and partial files."""
 _LOCK_FILE = "lazyfs.lock"
-_OPENINGS = "lazyfs-passed"
+_PASSED_NODES = "lazyfs-passed"
 
 
 class LazyServer:
     """One node's lazy file system, from mount to unmount; `run` once."""
 
-    def __init__(self, settings: Settings, sources: Sequence[Source]) -> None:
+    def __init__(self, settings: Settings, sources: Sequence[ObjectSource]) -> None:
         self._settings = settings
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
         self._wanted = IncompleteLayers(settings.gear_images_path)
-        self._pool = WorkPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
+        self._pool = PriorityPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
         layers = LayerStore(settings, self._store)
@@ -81,11 +82,11 @@ class LazyServer:
         self._prefetcher = Prefetcher(
             self._fetcher, sources, self._pool, large_bytes=large_bytes, served_bytes=served_bytes
         )
-        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.soon)
+        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.fetch_soon)
         self._misses = ProfileGrowth(
             layers,
             remote,
-            lambda object: self._contents.reads(object),
+            lambda digest: self._contents.reads(digest),
             self._profiles.known,
             window_s=settings.profile_window_s,
         )
@@ -95,37 +96,38 @@ class LazyServer:
             self._wanted,
             self._fetcher,
             self._misses.missed,
-            large_bytes=large_bytes,
             served_bytes=served_bytes,
         )
-        self._pins = PinKeeper(pins, self._fetcher.whole.is_here, self._pool, self._prefetcher.wholly)
+        self._pins = PinFetcher(pins, self._fetcher.is_here, self._pool, self._prefetcher.fetch_all)
         self._stop = threading.Event()
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`.
 
-        The file system stays mounted, for a successor, while an overlay looks into it.
+        While an overlay uses the file system, it stays mounted for a successor.
 
         Raises:
-            FailedPrecondition: Another server of this root, or run directory, runs.
-            GearError: What could not be set up.
+            FailedPrecondition: Another server of this root or run directory runs.
+            GearError: The server cannot be set up.
         """
         with ExitStack() as stack:
             for directory in (self._settings.run_dir, self._settings.gear_root):
                 stack.enter_context(sole_process(directory / _LOCK_FILE, "a lazy file server"))
             self._arrivals.prepare()
             self._fetcher.prepare()
-            keeper = Keeper(self._settings.lazyfs_keeper_socket)
+            keeper = FdKeeper(self._settings.lazyfs_keeper_socket)
             connection = self._connect(keeper)
             for number in range(_SERVING_THREADS):
                 threading.Thread(target=self._serve, args=(connection,), name=f"fuse-{number}", daemon=True).start()
             for name in (FETCH, FAILED):
-                os.stat(self._settings.lazy_mount_path / name)  # once asked, the kernel knows it while no server lives
-            orders = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
-            stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, orders))
-            _log.info("the lazy file system is served", at=str(self._settings.lazy_mount_path))
+                os.stat(
+                    self._settings.lazy_mount_path / name
+                )  # the kernel caches the answer for the time without a server
+            handlers = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
+            stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, handlers))
+            _log.info("serving the lazy file system", at=str(self._settings.lazy_mount_path))
             tell_ready(self._settings.notify_socket)
-            self._look_after(connection, keeper)
+            self._maintain(connection, keeper)
             if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)
         self._profiles.close()
@@ -133,134 +135,139 @@ class LazyServer:
         self._fetcher.close()
 
     def stop(self) -> None:
-        """Let `run` return."""
+        """Make `run` return."""
         self._stop.set()
 
-    def _connect(self, keeper: Keeper) -> Connection:
-        """To the file system that a dead server has left, or to a new one."""
+    def _connect(self, keeper: FdKeeper) -> FuseConnection:
+        """Connect to the file system of a dead server, or to a new one."""
         target = self._settings.lazy_mount_path
         fuse_fd = keeper.take() if is_mount_point(target) else None
         is_new = fuse_fd is None
         if fuse_fd is None:
-            overlay.unmount(target)  # one whose descriptor is lost answers nobody
+            overlay.unmount(target)  # without its descriptor it answers no request
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
             fuse_fd = fuse.mount(target)
-        openings = Openings(fuse_fd, self._settings.run_dir / _OPENINGS)
-        openings.begin(is_new=is_new)
+        open_nodes = OpenNodes(fuse_fd, self._settings.run_dir / _PASSED_NODES)
+        open_nodes.prepare(is_new=is_new)
         if is_new:
-            keeper.keep(fuse_fd)  # last: a successor believes the notes of what was passed
-        connection = Connection(fuse_fd, Tree(self._contents, openings).handle)
+            keeper.keep(fuse_fd)  # last: a successor trusts the notes of passed nodes
+        connection = FuseConnection(fuse_fd, Tree(self._contents, open_nodes).handle)
         if not is_new:
             connection.resume()
             _log.info("took over a mounted lazy file system")
         return connection
 
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection: FuseConnection) -> None:
         try:
             connection.serve()
         except Exception:
-            _log.exception("the lazy file system cannot be served")
-        self.stop()  # unmounted by somebody, or broken: the next start mounts it anew
+            _log.exception("cannot serve the lazy file system")
+        self.stop()  # it was unmounted or is broken: the next start mounts a new one
 
     # -- upkeep
 
-    def _look_after(self, connection: Connection, keeper: Keeper) -> None:
+    def _maintain(self, connection: FuseConnection, keeper: FdKeeper) -> None:
         turn = 0
         while not self._stop.wait(_UPKEEP_S):
             turn += 1
-            with _tried_again():
-                connection.give_up_killed()
-            with _tried_again():
-                keeper = self._revived(keeper, connection.fuse_fd)
-            with _tried_again():
-                self._upkeep(with_users=turn % _USERS_EVERY == 0)
+            with _logged_errors():
+                connection.fail_killed()
+            with _logged_errors():
+                keeper = self._living_keeper(keeper, connection.fuse_fd)
+            with _logged_errors():
+                self._complete_layers()
+                if turn % _CLEAN_EVERY == 0:
+                    self._clean_up()
                 self._forget_collected(connection)
 
-    def _upkeep(self, *, with_users: bool) -> None:
-        self._fetcher.chunked.fill_idle(self._settings.fill_delay_s)
-        self._pins.look()
+    def _complete_layers(self) -> None:
+        """Fetch the rest of idle large objects and the objects of pins; mark layers that lack nothing."""
+        self._fetcher.fill_idle(self._settings.fill_delay_s)
+        self._pins.check()
         for id in self._wanted.newly_complete(self._store):
             if self._wanted.mark_complete(id, self._store):
                 _log.info("a layer is complete", layer=id)
-        if with_users and not is_data_layer(self._settings.gear_arrivals_path):
-            self._arrivals.empty()
-        if with_users:
-            self._fetcher.chunked.forget_unwanted(self._settings.fill_delay_s)
 
-    def _forget_collected(self, connection: Connection) -> None:
+    def _clean_up(self) -> None:
+        """Remove arrivals that no overlay needs, and partial files that no image wants."""
+        if not is_data_layer(self._settings.gear_arrivals_path):
+            self._arrivals.empty()
+        self._fetcher.forget_unwanted(self._settings.fill_delay_s)
+
+    def _forget_collected(self, connection: FuseConnection) -> None:
         for digest in self._contents.collected():
-            if not connection.waiting:  # else later: it would wait for their answers
+            if not connection.pending:  # otherwise in a later turn: the call waits for their answers
                 connection.invalidate(*entry_of(digest))
 
-    def _revived(self, keeper: Keeper, fuse_fd: int) -> Keeper:
-        """The keeper, or a new one if it has died."""
+    def _living_keeper(self, keeper: FdKeeper, fuse_fd: int) -> FdKeeper:
+        """Return the keeper, or a new one if it has died."""
         if not keeper.is_dead():
             return keeper
-        _log.warning("the keeper of the lazy file system died; another one is started")
-        successor = Keeper(self._settings.lazyfs_keeper_socket)
+        _log.warning("the keeper of the lazy file system died; starting another one")
+        successor = FdKeeper(self._settings.lazyfs_keeper_socket)
         successor.keep(fuse_fd)
         keeper.close()
         return successor
 
-    # -- what others ask
+    # -- the control socket
 
     def _status(self) -> client.LazyStatus:
-        counts = self._fetcher.outcomes
+        stats = self._fetcher.stats
         return client.LazyStatus(
             incomplete_layers=len(self._wanted.ids()),
             lookups=self._contents.lookups,
             arriving=self._fetcher.arriving,
             serving=self._contents.serving,
-            fetched_objects=counts.objects,
-            received_bytes=counts.received_bytes,
-            reused_bytes=counts.reused_bytes,
-            failed=counts.failed,
-            corrupt=counts.corrupt,
-            on_demand=self._pool.urgent_calls,
-            prefetched=self._prefetcher.counts.contents,
-            prefetched_bytes=self._prefetcher.counts.size_bytes,
+            fetched_objects=stats.objects,
+            received_bytes=stats.received_bytes,
+            reused_bytes=stats.reused_bytes,
+            failed=stats.failed,
+            corrupt=stats.corrupt,
+            on_demand=self._pool.on_demand_calls,
+            prefetched=self._prefetcher.stats.contents,
+            prefetched_bytes=self._prefetcher.stats.size_bytes,
             profiles_found=self._profiles.counts.found,
             profiles_absent=self._profiles.counts.absent,
-            failures={digest.hex(): why for digest, why in list(counts.failures.items())},
+            failures={digest.hex(): error for digest, error in list(stats.failures.items())},
         )
 
-    def _prefetch(self, body: bytes) -> client.Coming:
-        """Have the named layers' missing objects fetched behind, in the order of the lists."""
-        ids = msgspec.json.decode(body, type=client.Layers).layers
+    def _prefetch(self, body: bytes) -> client.PrefetchReply:
+        """Fetch the layers' missing objects in the background, in the order of the lists."""
+        ids = msgspec.json.decode(body, type=client.PrefetchRequest).layers
         wanted = {record[0]: record for id in ids for record in self._wanted.missing(id, self._store)}
-        self._prefetcher.wholly(wanted.values())
-        return client.Coming(len(wanted))
+        self._prefetcher.fetch_all(wanted.values())
+        return client.PrefetchReply(len(wanted))
 
-    def _image(self, body: bytes) -> client.Known:
-        news = msgspec.json.decode(body, type=client.Image)
-        if news.starts:
-            self._misses.begin(news.layer)
-        return self._profiles.notify(news)
+    def _image(self, body: bytes) -> client.ProfileStatus:
+        event = msgspec.json.decode(body, type=client.ImageEvent)
+        if event.starts:
+            self._misses.begin(event.layer)
+        return self._profiles.notify(event)
 
-    def _reads(self, body: bytes) -> client.Reads:
-        objects = msgspec.json.decode(body, type=client.Objects).objects
-        return {object: self._contents.reads(object) for object in objects}
+    def _reads(self, body: bytes) -> client.ReadRanges:
+        objects = msgspec.json.decode(body, type=client.ReadsRequest).objects
+        return {digest: self._contents.reads(digest) for digest in objects}
 
     def _document(self, name: str) -> bytes | None:
-        """From the first source that has it."""
+        """Return a document from the first source that has it."""
         return next((found for source in self._sources if (found := source.document(name)) is not None), None)
 
 
-def serve(settings: Settings, sources: Sequence[Source]) -> None:
-    """Be the lazy file server until a signal says to end."""
-    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # large objects are held open
+def serve(settings: Settings, sources: Sequence[ObjectSource]) -> None:
+    """Run the lazy file server until SIGTERM or SIGINT."""
+    max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))  # large objects stay open
     server = LazyServer(settings, sources)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     server.run()
 
 
-def sources_of(settings: Settings) -> list[Source]:
-    """Where this node gets objects: its remote behind nfs/, or nfs/ alone.
+def open_sources(settings: Settings) -> list[ObjectSource]:
+    """Return the sources of this node: its remote behind nfs/, or nfs/ alone.
 
     Raises:
-        InvalidInput: GEAR_REMOTE is none that is known.
+        InvalidInput: GEAR_REMOTE is not a valid remote.
     """
     if settings.remote.url:
         return [open_remote(settings)]
@@ -268,8 +275,8 @@ def sources_of(settings: Settings) -> list[Source]:
 
 
 @contextmanager
-def _tried_again() -> Iterator[None]:
-    """What fails is told, and done again at the next turn: the server goes on."""
+def _logged_errors() -> Iterator[None]:
+    """Log an error and go on: the next turn tries again."""
     try:
         yield
     except (GearError, OSError) as exc:

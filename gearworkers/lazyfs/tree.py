@@ -1,29 +1,35 @@
-"""What the lazy file system shows: nothing to list, every object to look up.
+"""The tree of the lazy file system: directories list nothing, and every object can be looked up.
 
-``fetch/`` is a tree as that of an object cache, ``\\x01a/bcd…``. Looking an object up there makes it arrive; then the
-answer is that there is none, and the overlay goes on to arrivals/, where it is by now (the trap). A large object is
-answered with a file, whose reads wait for the parts they need only.
+``fetch/`` has the layout of an object cache, ``\\x01a/bcd…``. A lookup of an object makes it arrive; then the answer is
+ENOENT, and the overlay goes on to arrivals/, where the object is by now (the trap). A lookup of a large object is
+answered with a file instead; its reads wait only for the parts they need.
 
-``failed/`` is another one, where an overlay looks last. It takes every error of a data layer for a missing object
-and tells its reader the last layer's error. So here the answer is EIO for an object that should have arrived.
+``failed/`` has the same layout and is the last layer of an overlay. An overlay takes every error of a data layer for a
+missing object, and reports the error of the last layer. So failed/ answers EIO for an object that should have arrived.
 
-A node's number says all about it, so a successor of a dead server needs none of its memory: 1 is the root, 2 and 3
-its directories, the next 128 theirs, and an object has the first 63 bits of its digest below a set top bit.
+The number of a node identifies it, so the successor of a dead server needs no state: 1 is the root, 2 and 3 are its
+directories, the next 128 are their directories, and an object has the first 63 bits of its digest below a set top bit.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
+
+import structlog
 
 from gearworkers.digest import ALPHABET, RESERVED, object_name
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.lazyfs import fuse_protocol
-from gearworkers.lazyfs.fuse_connection import Waiter
-from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, Op, Request
-from gearworkers.lazyfs.passthrough import OpenFile, Openings
+from gearworkers.lazyfs.fuse_connection import FuseReply
+from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, FuseRequest, Op
+from gearworkers.lazyfs.passthrough import OpenFile, OpenNodes
+
+_log = structlog.get_logger(__name__)
 
 FETCH = "fetch"
 FAILED = "failed"
@@ -43,7 +49,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The object is still coming and read through this file system meanwhile."""
+    """The object is still arriving, and is read through this file system meanwhile."""
 
     node: int
     size_bytes: int
@@ -54,155 +60,165 @@ class Unknown:
     """No layer has such an object."""
 
 
-Found = Arrived | Served | Unknown | GearError
+LookupResult = Arrived | Served | Unknown
 
 
-class Contents(Protocol):
-    """Where the objects come from; called from several threads at once, and answers from any."""
+class ObjectProvider(Protocol):
+    """The objects behind the tree; many threads call it at once, and futures complete in any thread."""
 
-    def want(self, name: bytes, done: Callable[[Found], None]) -> None:
-        """Make the object with this name of 21 characters arrive; *done* is called once, now or later."""
+    def look_up(self, name: bytes) -> Future[LookupResult]:
+        """Have the object with this name of 21 characters arrive; GearError if it cannot."""
 
     def is_wanted(self, name: bytes) -> bool:
-        """Whether a layer has such an object."""
+        """Return whether a layer has an object of this name."""
 
-    def size_bytes(self, node: int) -> int | GearError:
-        """How long the object of this node is."""
+    def size_bytes(self, node: int) -> int:
+        """Return the size of the node's object.
 
-    def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
-        """Verified bytes of a served object; *done* is called once, now or later."""
+        Raises:
+            GearError: It is not known.
+        """
+
+    def read(self, node: int, offset: int, size_bytes: int) -> Future[bytes]:
+        """Return verified bytes of a served object; GearError if they cannot be fetched."""
 
     def whole(self, node: int) -> OpenFile | None:
-        """The object's file, if all of it is here."""
+        """Return the object's file if all of it is here."""
 
     def forget(self, node: int) -> None:
-        """The kernel knows the node no longer."""
+        """Note that the kernel does not know the node any more."""
 
 
 def node_of(digest: bytes) -> int:
-    """The number of the object with this digest."""
+    """Return the number of the node of this object."""
     return int.from_bytes(digest[:8], "big") >> 1 | _OBJECT_BIT
 
 
 def entry_of(digest: bytes) -> tuple[int, bytes]:
-    """The directory below fetch/ in which this object is looked up, and its name there."""
+    """Return the directory below fetch/ in which this object is looked up, and its name there."""
     name = object_name(digest)
     return _FETCH_SHARDS + ALPHABET.index(name[:1]), name[1:]
 
 
 def digests_from(node: int) -> tuple[bytes, bytes]:
-    """The least and the greatest first eight bytes that a digest of this node can have."""
+    """Return the least and the greatest first eight bytes of the digests that belong to this node."""
     bits = (node & ~_OBJECT_BIT) << 1
     return bits.to_bytes(8, "big"), (bits | 1).to_bytes(8, "big")
 
 
 class Tree:
-    """Answers the requests of a connection from `Contents`."""
+    """Answers the requests of a connection from an `ObjectProvider`."""
 
-    def __init__(self, contents: Contents, openings: Openings) -> None:
-        self._contents = contents
-        self._openings = openings
-        self._answers: dict[int, Callable[[Request, Waiter], object]] = {
+    def __init__(self, objects: ObjectProvider, open_nodes: OpenNodes) -> None:
+        self._objects = objects
+        self._open_nodes = open_nodes
+        self._handlers: dict[int, Callable[[FuseRequest, FuseReply], object]] = {
             Op.LOOKUP: self._lookup,
             Op.GETATTR: self._getattr,
             Op.OPEN: self._open,
             Op.READ: self._read,
             Op.FORGET: self._forget,
             Op.BATCH_FORGET: self._forget,
-            Op.STATFS: lambda _, waiter: waiter.give(fuse_protocol.statfs_body()),
-            Op.OPENDIR: lambda _, waiter: waiter.give(fuse_protocol.open_body(0)),
-            Op.READDIR: lambda _, waiter: waiter.give(),
-            Op.RELEASEDIR: lambda _, waiter: waiter.give(),
+            Op.STATFS: lambda _, reply: reply.send(fuse_protocol.statfs_body()),
+            Op.OPENDIR: lambda _, reply: reply.send(fuse_protocol.open_body(0)),
+            Op.READDIR: lambda _, reply: reply.send(),
+            Op.RELEASEDIR: lambda _, reply: reply.send(),
             Op.RELEASE: self._release,
-            Op.DESTROY: lambda _, waiter: waiter.give(),
+            Op.DESTROY: lambda _, reply: reply.send(),
         }
 
-    def handle(self, request: Request, waiter: Waiter) -> None:
-        """Answer *request* through *waiter*, now or when its object is here."""
-        handler = self._answers.get(request.op)
+    def handle(self, request: FuseRequest, reply: FuseReply) -> None:
+        """Answer *request*, now or when its object is here."""
+        handler = self._handlers.get(request.op)
         if handler is None:
-            waiter.fail(errno.ENOSYS)
+            reply.fail(errno.ENOSYS)
         else:
-            handler(request, waiter)
+            handler(request, reply)
 
-    def _lookup(self, request: Request, waiter: Waiter) -> None:
+    def _lookup(self, request: FuseRequest, reply: FuseReply) -> None:
         name, parent = fuse_protocol.name_of(request.body), request.node
         if _is_object(parent):
-            waiter.fail(errno.ENOTDIR)
+            reply.fail(errno.ENOTDIR)
         elif parent < _FETCH_SHARDS:
-            _tell_directory(_directory_node(parent, name), waiter)
+            _send_directory(_directory_node(parent, name), reply)
         elif parent < _FAILED_SHARDS:
-            full_name = _full_name(parent - _FETCH_SHARDS, name)
-            self._contents.want(full_name, lambda found: self._tell(found, waiter))
+            found = self._objects.look_up(_full_name(parent - _FETCH_SHARDS, name))
+            found.add_done_callback(partial(self._send_lookup, reply))
         else:
-            is_wanted = self._contents.is_wanted(_full_name(parent - _FAILED_SHARDS, name))
-            waiter.fail(errno.EIO if is_wanted else errno.ENOENT)
+            is_wanted = self._objects.is_wanted(_full_name(parent - _FAILED_SHARDS, name))
+            reply.fail(errno.EIO if is_wanted else errno.ENOENT)
 
-    def _getattr(self, request: Request, waiter: Waiter) -> None:
-        if not _is_object(request.node):
-            waiter.give(fuse_protocol.attributes_body(fuse_protocol.directory(request.node)))
+    def _send_lookup(self, reply: FuseReply, found: Future[LookupResult]) -> None:
+        error = found.exception()
+        if error is not None:
+            reply.fail(error_number(error))
             return
-        size_bytes = self._contents.size_bytes(request.node)
-        if isinstance(size_bytes, GearError):
-            waiter.fail(error_number(size_bytes))
+        result = found.result()
+        if not isinstance(result, Served):
+            reply.fail(errno.ENOENT)
+            return
+        node, attributes = result.node, fuse_protocol.regular(result.node, result.size_bytes)
+        self._open_nodes.looked_up(node)
+        if not reply.send(fuse_protocol.entry_body(node, attributes)):
+            self._forget_node(node, 1)  # the caller was killed, so the kernel does not know the node
+
+    def _getattr(self, request: FuseRequest, reply: FuseReply) -> None:
+        if not _is_object(request.node):
+            reply.send(fuse_protocol.attributes_body(fuse_protocol.directory(request.node)))
+            return
+        try:
+            size_bytes = self._objects.size_bytes(request.node)
+        except GearError as exc:
+            reply.fail(error_number(exc))
         else:
-            waiter.give(fuse_protocol.attributes_body(fuse_protocol.regular(request.node, size_bytes)))
+            reply.send(fuse_protocol.attributes_body(fuse_protocol.regular(request.node, size_bytes)))
 
-    def _open(self, request: Request, waiter: Waiter) -> None:
+    def _open(self, request: FuseRequest, reply: FuseReply) -> None:
         node = request.node
-        waiter.give(self._openings.open(node, lambda: self._contents.whole(node)))
+        reply.send(self._open_nodes.open(node, lambda: self._objects.whole(node)))
 
-    def _release(self, request: Request, waiter: Waiter) -> None:
-        self._openings.release(request.node, fuse_protocol.released(request.body))
-        waiter.give()
+    def _release(self, request: FuseRequest, reply: FuseReply) -> None:
+        self._open_nodes.release(request.node, fuse_protocol.released(request.body))
+        reply.send()
 
-    def _read(self, request: Request, waiter: Waiter) -> None:
+    def _read(self, request: FuseRequest, reply: FuseReply) -> None:
         offset, size_bytes = fuse_protocol.read_range(request.body)
+        self._objects.read(request.node, offset, size_bytes).add_done_callback(partial(_send_bytes, reply))
 
-        def done(result: bytes | GearError) -> None:
-            if isinstance(result, GearError):
-                waiter.fail(error_number(result))
-            else:
-                waiter.give(result)
-
-        self._contents.read(request.node, offset, size_bytes, done)
-
-    def _forget(self, request: Request, _waiter: Waiter) -> None:
+    def _forget(self, request: FuseRequest, _reply: FuseReply) -> None:
         for node, lookups in fuse_protocol.forgotten(request.op, request.node, request.body):
             if _is_object(node):
                 self._forget_node(node, lookups)
 
     def _forget_node(self, node: int, lookups: int) -> None:
-        if self._openings.forget(node, lookups):
-            self._contents.forget(node)
-
-    def _tell(self, found: Found, waiter: Waiter) -> None:
-        if isinstance(found, Served):
-            self._openings.looked_up(found.node)
-            if not waiter.give(
-                fuse_protocol.entry_body(found.node, fuse_protocol.regular(found.node, found.size_bytes))
-            ):
-                self._forget_node(found.node, 1)  # who looked it up was killed: the kernel does not know it
-        elif isinstance(found, GearError):
-            waiter.fail(error_number(found))
-        else:
-            waiter.fail(errno.ENOENT)
+        if self._open_nodes.forget(node, lookups):
+            self._objects.forget(node)
 
 
-def error_number(error: GearError) -> int:
-    """What a reader is told: no space is said as such, all else is EIO."""
+def error_number(error: BaseException) -> int:
+    """Return the errno for the reader: ENOSPC for lack of space, EIO for everything else."""
+    if not isinstance(error, GearError):
+        _log.error("a request of the lazy file system failed unexpectedly", exc_info=error)
     return errno.ENOSPC if isinstance(error, ResourceExhausted) else errno.EIO
+
+
+def _send_bytes(reply: FuseReply, read: Future[bytes]) -> None:
+    error = read.exception()
+    if error is not None:
+        reply.fail(error_number(error))
+    else:
+        reply.send(read.result())
 
 
 def _is_object(node: int) -> bool:
     return node >= _OBJECT_BIT
 
 
-def _tell_directory(node: int | None, waiter: Waiter) -> None:
+def _send_directory(node: int | None, reply: FuseReply) -> None:
     if node is None:
-        waiter.fail(errno.ENOENT)
+        reply.fail(errno.ENOENT)
     else:
-        waiter.give(fuse_protocol.entry_body(node, fuse_protocol.directory(node)))
+        reply.send(fuse_protocol.entry_body(node, fuse_protocol.directory(node)))
 
 
 def _full_name(shard: int, name: bytes) -> bytes:

@@ -10,7 +10,7 @@ import structlog
 from gearworkers.errors import GearError
 from gearworkers.layers.record import Layer
 from gearworkers.layers.store import LayerStore
-from gearworkers.lazyfs.client import Known, tell
+from gearworkers.lazyfs.client import ProfileStatus, report_image
 from gearworkers.profiles.recordings import Recording, Recordings
 from gearworkers.profiles.resolve import top_image_layer
 from gearworkers.settings import Settings
@@ -48,7 +48,7 @@ class ProfileHooks:
             return
         image = top_image_layer(self._layers, layer.id)
         known = self._tell(image, starts=True)
-        if known is not Known.FOUND and self._settings.profile_window_s and self._settings.remote.url:
+        if known is not ProfileStatus.FOUND and self._settings.profile_window_s and self._settings.remote.url:
             self._recordings.begin(layer.id, Recording(self._settings, image, merged))
 
     def container_unmounted(self, id: str) -> None:
@@ -59,10 +59,10 @@ class ProfileHooks:
         """End all recordings without a result."""
         self._recordings.close()
 
-    def _tell(self, image: str, *, starts: bool) -> Known:
+    def _tell(self, image: str, *, starts: bool) -> ProfileStatus:
         """Have the profile looked for and prefetched; who starts the container does not wait for that."""
         try:
-            return tell(self._settings.lazyfs_socket, image, starts=starts)
+            return report_image(self._settings.lazyfs_socket, image, starts=starts)
         except (GearError, msgspec.MsgspecError) as exc:
             _log.warning("no profile is looked for", image=image, error=str(exc))
-            return Known.UNKNOWN
+            return ProfileStatus.UNKNOWN

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import structlog
 
 from gearworkers.errors import GearError, IntegrityError
-from gearworkers.fetch.prefetch import Part
+from gearworkers.fetch.prefetch import PrefetchObject
 from gearworkers.layers.object_list import ObjectList
 from gearworkers.layers.store import LayerStore
-from gearworkers.lazyfs.client import Image, Known
+from gearworkers.lazyfs.client import ImageEvent, ProfileStatus
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
 from gearworkers.profiles.resolve import image_object_lists, profile_name
@@ -40,7 +40,7 @@ class ProfilePrefetcher:
         self,
         layers: LayerStore,
         document: Callable[[str], bytes | None],
-        bring: Callable[[Sequence[Part]], None],
+        bring: Callable[[Sequence[PrefetchObject]], None],
     ) -> None:
         """
         Args:
@@ -51,19 +51,19 @@ class ProfilePrefetcher:
         self._layers = layers
         self._document = document
         self._bring = bring
-        self._news: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[ImageEvent | None] = queue.SimpleQueue()
         self._known: dict[str, tuple[str, Profile | None]] = {}
         self._without: set[str] = set()  # images that have started without a profile
         self.counts = ProfileCounts()
         self._thread = threading.Thread(target=self._run, name="profiles", daemon=True)
         self._thread.start()
 
-    def notify(self, news: Image) -> Known:
+    def notify(self, news: ImageEvent) -> ProfileStatus:
         """A layer is here, or a container starts; what is known by now of the profile of the image that ends there."""
         name, known = self.known(news.layer)
         if known is None or not news.starts:
             self._news.put(news)
-        return Known.FOUND if known is not None else Known.ABSENT if name else Known.UNKNOWN
+        return ProfileStatus.FOUND if known is not None else ProfileStatus.ABSENT if name else ProfileStatus.UNKNOWN
 
     def known(self, layer: str) -> tuple[str, Profile | None]:
         """The document's name, empty if nobody has asked for it yet, and the profile of the image that ends there."""
@@ -83,7 +83,7 @@ class ProfilePrefetcher:
                 except Exception:
                     _log.exception("a profile cannot be used", image=image.layer)
 
-    def _settled(self, news: Image) -> list[Image]:
+    def _settled(self, news: ImageEvent) -> list[ImageEvent]:
         """What came in one pull, without the layers that others lie upon; a start at once."""
         images = {news.layer: news}
         try:
@@ -103,7 +103,7 @@ class ProfilePrefetcher:
                 continue  # it was removed
         return [image for id, image in images.items() if image.starts or id not in parents]
 
-    def _look_for(self, image: Image) -> None:
+    def _look_for(self, image: ImageEvent) -> None:
         found = self.known(image.layer)[1] if image.starts else None
         found = found or self._asked_for(image.layer)
         if found is None:
@@ -131,7 +131,7 @@ class ProfilePrefetcher:
         return found
 
 
-def _parts(found: Profile, lists: Sequence[ObjectList]) -> list[Part]:
+def _parts(found: Profile, lists: Sequence[ObjectList]) -> list[PrefetchObject]:
     """What the image really has of it, with the sizes that the image says."""
     parts = []
     for opened in found.objects:
@@ -141,5 +141,5 @@ def _parts(found: Profile, lists: Sequence[ObjectList]) -> list[Part]:
             ranges = tuple(
                 (offset, min(size, sizes[0] - offset)) for offset, size in opened.ranges if offset < sizes[0]
             )
-            parts.append(Part(digest, sizes[0], ranges))
+            parts.append(PrefetchObject(digest, sizes[0], ranges))
     return parts

@@ -20,7 +20,7 @@ import structlog
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import GearError, Unavailable
 from gearworkers.layers.store import LayerStore
-from gearworkers.lazyfs.client import read_parts
+from gearworkers.lazyfs.client import read_ranges
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
 from gearworkers.profiles.fanotify import Overflow, opened_files
@@ -58,7 +58,7 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
         objects = _watched(known, group_fd, stop_fd, settings.profile_window_s, must_run=not again)
     large = [digest.hex() for digest, size_bytes in objects.items() if size_bytes >= settings.large_object_bytes]
     try:
-        reads = read_parts(settings.lazyfs_socket, large) if large else {}
+        reads = read_ranges(settings.lazyfs_socket, large) if large else {}
     except Unavailable:
         reads = {}
     found = Profile(

@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from gearworkers.errors import GearError
-from gearworkers.lazyfs.client import Known, tell
+from gearworkers.lazyfs.client import ProfileStatus, report_image
 from gearworkers.settings import Settings
 from gearworkers.util.syscalls import watch_opens
 
@@ -155,6 +155,6 @@ def _is_used(group_fd: int, stop_fd: int, window_s: float) -> bool:
 def _is_known(recording: Recording) -> bool:
     """Whether a profile has been found in the meantime."""
     try:
-        return tell(recording.settings.lazyfs_socket, recording.image, starts=True) is Known.FOUND
+        return report_image(recording.settings.lazyfs_socket, recording.image, starts=True) is ProfileStatus.FOUND
     except GearError:
         return False

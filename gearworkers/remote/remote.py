@@ -14,7 +14,7 @@ import structlog
 
 from gearworkers.cas.store import verify_file
 from gearworkers.errors import AlreadyExists, IntegrityError, InvalidInput, NotFound, from_os_error
-from gearworkers.fetch.source import Chunk, Content
+from gearworkers.fetch.source import BytesOrLayout, Chunk
 from gearworkers.remote import encoding
 from gearworkers.remote.blobstore import MOST_DOCUMENT_BYTES, BlobStore, Document, checked_name
 from gearworkers.remote.chunking import chunks_of
@@ -136,7 +136,7 @@ class Remote:
         if hasher.digest() != digest:
             raise IntegrityError(f"object {digest.hex()}: its chunks make up {hasher.hexdigest()}")
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
         """(digest, content or layout) of those that are there, verified; what is damaged is left out and logged."""
         for digest, blob in self.blobs.get_many(digests):
             try:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-from gearworkers.errors import GearError, from_os_error
-
-ReadDone = Callable[[bytes | GearError], None]
+from gearworkers.errors import from_os_error
 
 
 class File:
-    """An open file that closes when nobody refers to it."""
+    """An open file that closes when the last reference to it goes."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def read(self, offset: int, size_bytes: int, done: ReadDone) -> None:
-        """Call *done* with the bytes, fewer only at the end, or with the error."""
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Return the bytes at *offset*, fewer only at the end.
+
+        Raises:
+            GearError: They cannot be read.
+        """
         try:
-            data = os.pread(self.fd, size_bytes, offset)
+            return os.pread(self.fd, size_bytes, offset)
         except OSError as exc:
-            done(from_os_error(exc, f"read {size_bytes} bytes of an object at {offset}"))
-            return
-        done(data)
+            raise from_os_error(exc, f"read {size_bytes} bytes of an object at {offset}") from exc
 
     def __del__(self) -> None:
         os.close(self.fd)

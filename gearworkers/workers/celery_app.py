@@ -1,19 +1,19 @@
 """The Celery application: queues, acknowledgement, redelivery.
 
-Workers of a node, one process a core for imports, one for what may take its time::
+The workers of a node have one process a core for imports, and one process for maintenance::
 
     celery -A gearworkers.workers.celery_app worker -n import@$GEAR_NODE -Q import@$GEAR_NODE --concurrency $(nproc) \\
         --without-gossip --without-mingle --without-heartbeat
     nice celery -A gearworkers.workers.celery_app worker -n push@$GEAR_NODE -Q push@$GEAR_NODE --concurrency 1 \\
         --without-gossip --without-mingle --without-heartbeat
 
-The gateway asks them by these names. Any node's, for conversions of images (`convert_on_workers`)::
+The gateway pings them by these names. A worker for conversions of images may run on any node (`convert_on_workers`)::
 
     nice celery -A gearworkers.workers.celery_app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
 
-Nobody waits for a result of a node's tasks through Redis: a heavy call's answer comes over the streams socket. So the
-gateway has no result backend, and these tasks ignore their results. A conversion waits for those of its layers: its
-tasks keep theirs for a day, and workers have the backend for them alone.
+The results of a node's jobs come over the streams socket. So the gateway has no result backend, and these tasks ignore
+their results. A conversion waits for the results of its layers' tasks, which Redis keeps for a day. Only these need the
+workers' result backend.
 """
 
 from __future__ import annotations
@@ -31,67 +31,67 @@ from gearworkers.util.process import end_with_parent
 from gearworkers.workers.broker import RedisBroker
 
 TIME_LIMIT_S = 3600
-"""Of push, collect_garbage and dedupe; an import takes as long as its stream."""
+"""For push, collect_garbage and dedupe; a heavy job takes as long as its stream."""
 VISIBILITY_TIMEOUT_S = 3 * TIME_LIMIT_S
-"""After it Redis hands an unacknowledged task to another worker: above every time limit and every retry's delay."""
+"""Redis then hands an unacknowledged task to another worker; longer than every time limit plus every retry's delay."""
 RETRIES = 10
 CONVERT_QUEUE = "convert"
 LAYER_TASK = "gearworkers.convert_layer"
 IMAGE_TASK = "gearworkers.convert_image"
 PROGRESS = "PROGRESS"
-"""State of a layer's conversion while it runs; its meta is ``{"read_bytes": …}``."""
+"""The state of a layer's running conversion; its meta is ``{"read_bytes": …}``."""
 _LONGEST_DELAY_S = 300
 
 
 def retry_delay_s(retries: int, asked_s: float = 0.0) -> int:
-    """Seconds before the next attempt: 2, 4, 8 … 300, or up to that what was asked for.
+    """Return the seconds before the next attempt: 2, 4, 8 … 300; at least *asked_s*, up to 300.
 
-    With RETRIES, and the few attempts that the remote itself makes in each (`util.retry`), a push is tried for
-    some 25 minutes; what is left then stays in the spool for the next one.
+    With RETRIES, and the few attempts of the remote itself in each (`util.retry`), a push is retried for about 25
+    minutes. The remaining objects then stay spooled for the next push.
     """
     return int(min(max(2 << retries, asked_s), _LONGEST_DELAY_S))
 
 
 def import_queue(node: str) -> str:
-    """The queue of the node's ApplyDiffs and Diffs."""
+    """Return the name of the node's queue of heavy jobs."""
     return f"import@{node}"
 
 
 def push_queue(node: str) -> str:
-    """The queue of the node's upkeep: push, collect_garbage, dedupe."""
+    """Return the name of the node's queue of maintenance jobs."""
     return f"push@{node}"
 
 
-class _MendPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
-    """Mends the pool before the worker listens to its processes anew, after the broker was lost.
+class RepairPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
+    """Repairs the pool after a lost broker, before the worker watches its processes again.
 
-    Celery 5.7 then ends the worker with "file descriptor is None" if it has ceased to watch a process that it still
-    has: one that died, as its pipe closes a moment before it can be waited for, or one that lives, as its pipe may have
-    the number of a dead one's of which an event was still to be handled.
+    Celery 5.7 would end the worker with "file descriptor is None" if it no longer watched one of its processes. That
+    happens to a dead process, whose pipe closes a moment before it can be waited for. It also happens to a living one,
+    if its pipe has the number of a dead process's pipe whose event is still pending.
     """
 
     requires = ("celery.worker.consumer:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        """The consumer starts, for the first time or after the broker was lost."""
+        """Run when the consumer starts, for the first time or after a lost broker."""
         pool = consumer.pool._pool
         if not hasattr(pool, "maintain_pool"):
-            return  # not of processes
+            return  # its workers are no processes
         pool.maintain_pool()
         for process in pool._pool:
             if getattr(process, "_sentinel_poll", None) is None:
-                vars(process).pop("_sentinel_poll", None)  # what is not there is made
+                vars(process).pop("_sentinel_poll", None)  # a missing poll is created anew
 
 
 def make_app(
     settings: NodeSettings, transport_options: Mapping[str, object] | None = None, *, with_results: bool = False
 ) -> Celery:
-    """The application for the broker of *settings*; connects to nothing yet.
+    """Return the application for the broker of *settings*, not yet connected.
 
     Args:
-        settings: Names the broker and how logs look.
-        transport_options: For kombu's Redis transport, beside the visibility timeout.
-        with_results: Whether results are kept and can be waited for, in the same Redis.
+        settings: With the broker and the format of logs.
+        transport_options: For kombu's Redis transport, in addition to the visibility timeout.
+        with_results: Keep results in the same Redis, so that they can be waited for.
     """
     app = Celery("gearworkers", set_as_current=False, include=["gearworkers.workers.tasks"], amqp=RedisBroker)
     app.conf.update(
@@ -99,8 +99,8 @@ def make_app(
         result_backend=settings.effective_broker_url if with_results else None,
         broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT_S, **(transport_options or {})},
         broker_connection_retry_on_startup=True,
-        broker_connection_max_retries=None,  # a Redis that is away for long is still waited for
-        worker_cancel_long_running_tasks_on_connection_loss=False,  # an import under way needs no Redis
+        broker_connection_max_retries=None,  # wait for Redis without limit
+        worker_cancel_long_running_tasks_on_connection_loss=False,  # a running import needs no Redis
         worker_prefetch_multiplier=1,
         worker_send_task_events=False,
         task_serializer="json",
@@ -109,7 +109,7 @@ def make_app(
         task_track_started=False,
         enable_utc=True,
     )
-    app.steps["consumer"].add(_MendPool)
+    app.steps["consumer"].add(RepairPool)
     return app
 
 
@@ -124,7 +124,7 @@ def _worker_app() -> Celery:
 
 
 def __getattr__(name: str) -> Celery:
-    """``app``, for ``celery -A gearworkers.workers.celery_app``: made when asked for, not at import."""
+    """Make ``app`` for ``celery -A gearworkers.workers.celery_app`` on its first use, not at import."""
     if name == "app":
         return _worker_app()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

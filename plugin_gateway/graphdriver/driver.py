@@ -135,8 +135,7 @@ class GearDriver:
         """dockerd ends: unmount everything that is mounted."""
         engine = self.engine
         for id in self._counts.ids():
-            with self._counts.locked(id):
-                engine.unmount(id)
+            with self._counts.locked(id), engine.mounts.unmounted(id):
                 self._counts.forget(id)
         engine.layers.unmount_indexes()
 
@@ -183,10 +182,9 @@ class GearDriver:
     def remove(self, id: str) -> None:
         """Remove the layer, mounted or not; does nothing if there is none."""
         engine = self.engine
-        with self._counts.locked(id):
-            engine.unmount(id)
+        with self._counts.locked(id), engine.mounts.unmounted(id):
             self._counts.forget(id)
-            engine.remove(id)
+            engine.layers.remove(id)
 
     def exists(self, id: str) -> bool:
         """Whether there is such a layer."""
@@ -207,13 +205,13 @@ class GearDriver:
         """
         engine = self.engine
         with self._counts.locked(id):
-            target = engine.mounts.mount_point(engine.layers.get(id))
+            layer = engine.layers.get(id)  # read once: this call is hot
 
             def mount() -> Path:
-                engine.unmount(id)  # a killed Get may have left a mount
-                return engine.mount(id, mount_label, volatile=_is_init_layer(id), may_wait=may_wait)
+                return engine.mounts.mount(layer, mount_label, volatile=_is_init_layer(id), may_wait=may_wait)
 
-            return str(self._counts.acquire(id, target, mount))
+            target = engine.mounts.mount_point(layer)
+            return str(self._counts.acquire(id, target, mount, lambda: engine.mounts.unmount(layer)))
 
     @layer_call
     def put(self, id: str) -> None:
@@ -221,8 +219,8 @@ class GearDriver:
         engine = self.engine
         with self._counts.locked(id):
             if engine.layers.exists(id):
-                target = engine.mounts.mount_point(engine.layers.get(id))
-                self._counts.release(id, target, lambda: engine.unmount(id))
+                layer = engine.layers.get(id)
+                self._counts.release(id, engine.mounts.mount_point(layer), lambda: engine.mounts.unmount(layer))
 
     # -- contents
 

@@ -41,8 +41,8 @@ class MountCounts:
         """Keep other threads from counting users of this layer, mounting and unmounting it."""
         return self._locks.held(id)
 
-    def acquire(self, id: str, target: Path, mount: Callable[[], Path]) -> Path:
-        """Count one more user of *target*; call *mount* for the first.
+    def acquire(self, id: str, target: Path, mount: Callable[[], Path], unmount: Callable[[], None]) -> Path:
+        """Count one more user of *target*; call *mount* for the first, after *unmount* if a killed Get left a mount.
 
         Returns:
             *target*, or the path that *mount* returned.
@@ -50,11 +50,14 @@ class MountCounts:
         Raises:
             OSError: The count cannot be written; nothing has changed.
         """
-        count = self._count(id, target)
+        has_mount = is_mounted(target)
+        count = self._counted(id) if has_mount else 0
         if count:
             self._write(id, count + 1)
             return target
         self._write(id, 0)
+        if has_mount:
+            unmount()
         mounted = mount()
         self._write(id, 1)
         return mounted

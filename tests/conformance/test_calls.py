@@ -124,7 +124,7 @@ def test_what_is_left_of_a_broken_body_is_no_layer(driver: Driver) -> None:
     with pytest.raises(Refused, match="ends early"):
         driver.apply_diff(id, "", whole[:3000])
     for rest in (b"", bytes(1024), tar(file("b", b"b"))):
-        with pytest.raises(Refused, match="a part of its tar may be gone"):
+        with pytest.raises(Refused, match="a part of its tar may be lost"):
             driver.apply_diff(id, "", rest)
 
 

@@ -99,7 +99,7 @@ def test_changes_are_those_that_were_made(driver: Driver) -> None:
 def test_a_layer_cannot_be_made_twice_or_on_nothing(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
-    with pytest.raises(Refused, match="there is one of this id"):
+    with pytest.raises(Refused, match="exists already"):
         driver.create(id)
     with pytest.raises(Refused, match="there is none"):
         driver.create_read_write(an_id(), parent=an_id())

@@ -216,7 +216,7 @@ def test_a_caller_who_waits_sends_what_a_lost_worker_had_to_the_next(stack: Stac
 def test_without_a_worker_it_says_how_to_get_one(stack: Stack, peer: Registry) -> None:
     stack.stop("convert")
     code, _, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:none")
-    assert code == 2 and "no worker takes from the queue convert" in err and "--local" in err
+    assert code == 2 and "no worker takes tasks from the queue convert" in err and "--local" in err
     client = redis.Redis(unix_socket_path=str(stack.redis_socket))
     assert client.llen(CONVERT_QUEUE) == 0
     client.close()

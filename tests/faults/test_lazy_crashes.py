@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.errors import FailedPrecondition
-from gearworkers.lazyfs.fd_keeper import Keeper
+from gearworkers.lazyfs.fd_keeper import FdKeeper
 from gearworkers.lazyfs.fuse_connection import DEVICE
 from gearworkers.lazyfs.server import LazyServer
 from gearworkers.lazyfs.tree import node_of
@@ -244,8 +244,8 @@ def test_notes_of_a_lost_mount_are_forgotten_by_who_mounts_anew_wherever_he_dies
     note.write_text("7")
     child = os.fork()
     if not child:
-        keep = Keeper.keep
-        monkeypatch.setattr(Keeper, "keep", lambda keeper, fuse_fd: (keep(keeper, fuse_fd), os._exit(9)))
+        keep = FdKeeper.keep
+        monkeypatch.setattr(FdKeeper, "keep", lambda keeper, fuse_fd: (keep(keeper, fuse_fd), os._exit(9)))
         LazyServer(node.settings, []).run()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     node.start()

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gearworkers.errors import NotFound, Unavailable
-from gearworkers.fetch.source import Chunk, Content
+from gearworkers.fetch.source import BytesOrLayout, Chunk
 from gearworkers.lazyfs.client import LazyStatus, read_status
 from gearworkers.lazyfs.server import serve
 from gearworkers.mounts.mountinfo import wait_until_mounted
@@ -81,7 +81,7 @@ class Shelf:
         yield content[: len(content) // 2]
         yield content[len(content) // 2 :]
 
-    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Content]]:
+    def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
         self._asked("stream", digests[0])
         for digest in digests:
             self._asked("many", digest)

@@ -34,7 +34,7 @@ _REDIRECT = b"trusted.overlay.redirect"
 _OPAQUE = b"trusted.overlay.opaque"
 _LONGEST_NAME_BYTES = 255
 _MAX_SYMLINKS = 40
-_NO_ID = (1 << 32) - 1  # what chown(2) takes for "leave it"
+_NO_ID = (1 << 32) - 1  # chown(2) keeps the owner for this id
 _DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
 
 

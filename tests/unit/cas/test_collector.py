@@ -1,4 +1,4 @@
-"""The collector beside imports, at the moments that decide."""
+"""GarbageCollector in races with imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas import collector
 from gearworkers.cas.collector import GarbageCollector, HiddenObjects
 from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectStore
@@ -20,7 +19,7 @@ DIGEST = hashlib.sha256(CONTENT).digest()
 
 
 class Root:
-    """A GEAR_ROOT with an import under way in build/."""
+    """A GEAR_ROOT with a running import in build/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,17 +27,17 @@ class Root:
         self.store.prepare()
         for name in ("images", "build/import"):
             (path / name).mkdir(parents=True)
-        self.claims = RefWriter(path / "build/import")
+        self.refs = RefWriter(path / "build/import")
 
     def stored(self) -> Path:
-        """The object, whole."""
+        """Store the object; return its path."""
         path = Path(os.fsdecode(self.store.path(DIGEST)))
         path.write_bytes(CONTENT)
         os.setxattr(path, DIGEST_XATTR, DIGEST)
         return path
 
     def collect(self) -> int:
-        """Run the collector; how many objects it removed."""
+        """Run the collector; return the number of objects removed."""
         published = (self.path / "images",)
         collector = GarbageCollector(self.path, self.store, published=published, building=self.path / "build")
         return collector.collect().removed_objects
@@ -49,21 +48,21 @@ def root(tmp_path: Path) -> Root:
     return Root(tmp_path)
 
 
-def test_what_nothing_refers_to_goes(root: Root) -> None:
+def test_an_unreferenced_object_is_removed(root: Root) -> None:
     path = root.stored()
     assert root.collect() == 1
     assert not path.exists()
 
 
-def test_what_an_import_has_claimed_stays(root: Root) -> None:
+def test_an_object_with_the_ref_of_an_import_stays(root: Root) -> None:
     path = root.stored()
-    root.claims.add(DIGEST, len(CONTENT))
+    root.refs.add(DIGEST, len(CONTENT))
     assert root.collect() == 0
     assert path.read_bytes() == CONTENT
 
 
-def test_a_file_that_an_import_is_writing_in_place_is_not_moved_for_a_moment(root: Root) -> None:
-    root.claims.add(DIGEST, len(CONTENT))
+def test_a_file_that_an_import_writes_in_place_is_never_renamed(root: Root) -> None:
+    root.refs.add(DIGEST, len(CONTENT))
     path = Path(os.fsdecode(root.store.path(DIGEST)))
     path.write_bytes(CONTENT[:3])
     before = path.stat()
@@ -72,14 +71,14 @@ def test_a_file_that_an_import_is_writing_in_place_is_not_moved_for_a_moment(roo
     assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns), "a rename would change the ctime"
 
 
-def test_what_a_crash_left_half_written_goes(root: Root) -> None:
+def test_the_half_written_file_of_a_crash_is_removed(root: Root) -> None:
     path = Path(os.fsdecode(root.store.path(DIGEST)))
     path.write_bytes(CONTENT[:3])
     assert root.collect() == 1
     assert not path.exists()
 
 
-def test_a_hidden_object_comes_back_over_one_that_is_half_written(root: Root) -> None:
+def test_a_hidden_object_replaces_a_half_written_one(root: Root) -> None:
     path = root.stored()
     hidden = HiddenObjects(root.path / "hidden", root.store)
     hidden.restore()
@@ -101,7 +100,7 @@ def test_a_hidden_object_does_not_replace_a_whole_one(root: Root) -> None:
     assert not os.listdir(root.path / "hidden")
 
 
-def test_claims_that_cannot_be_made_leave_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ref_writer_that_fails_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
@@ -112,19 +111,19 @@ def test_claims_that_cannot_be_made_leave_no_descriptor_open(tmp_path: Path, mon
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_hidden_object_that_somebody_else_puts_back_at_the_same_time_is_back(
-    root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_may_put_back_the_same_hidden_object(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     path = root.stored()
     hidden = HiddenObjects(root.path / "hidden", root.store)
     hidden.restore()
     hidden.hide(os.fsencode(path.parent), os.fsencode(path.name))
     root.stored()
 
-    def by_the_other(_: bytes) -> bool:
-        (root.path / "hidden" / os.fsdecode(object_name(DIGEST))).unlink(missing_ok=True)
-        return True
+    getxattr = os.getxattr
 
-    monkeypatch.setattr(collector, "_has_digest", by_the_other)
+    def after_the_other(path: bytes, name: str) -> bytes:
+        (root.path / "hidden" / os.fsdecode(object_name(DIGEST))).unlink(missing_ok=True)
+        return getxattr(path, name)
+
+    monkeypatch.setattr(os, "getxattr", after_the_other)
     hidden.put_back(object_name(DIGEST))
     assert path.read_bytes() == CONTENT

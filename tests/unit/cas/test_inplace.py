@@ -1,4 +1,4 @@
-"""Storing in place ends when it is forbidden, soon, and no overlay opens what an import has half written."""
+"""Storing in place: `forbid` ends it soon, and no overlay opens a half-written file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas import inplace
-from gearworkers.cas import writer as module
 from gearworkers.cas.inplace import InPlaceLock, forbid
 from gearworkers.cas.store import ObjectStore
+from gearworkers.cas.writer import FORK_AFTER_CONTENTS
+from gearworkers.cas.writer_process import BATCH_CONTENTS
 from gearworkers.engine.engine import Engine
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -37,23 +38,23 @@ def driver(tmp_path: Path) -> GearDriver:
 
 
 class Stalled:
-    """A tar that comes to its last byte but one, and then no further until `go`."""
+    """A tar whose last byte does not arrive until `go` is set."""
 
     def __init__(self, tar: bytes) -> None:
         self._rest = memoryview(tar)
-        self.is_waited_for = threading.Event()
+        self.is_at_last_byte = threading.Event()
         self.go = threading.Event()
 
     def readinto(self, buffer: memoryview, /) -> int:
         if len(self._rest) == 1:
-            self.is_waited_for.set()
+            self.is_at_last_byte.set()
             assert self.go.wait(PATIENCE_S)
         count = min(len(buffer), max(len(self._rest) - 1, 1), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
 
 
-def goes_through(work: Callable[[], object]) -> bool:
+def ends_in_time(work: Callable[[], object]) -> bool:
     """Whether *work* ends."""
     working = threading.Thread(target=work, daemon=True)
     working.start()
@@ -66,10 +67,8 @@ def apply(driver: GearDriver, id: str, tar: bytes) -> None:
     driver.apply_diff(id, "", io.BytesIO(tar))
 
 
-@pytest.mark.parametrize("files", [1, module._ALONE_CONTENTS + module._BATCH_CONTENTS], ids=["alone", "beside"])
-def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_or_repairing(
-    driver: GearDriver, files: int
-) -> None:
+@pytest.mark.parametrize("files", [1, FORK_AFTER_CONTENTS + BATCH_CONTENTS], ids=["one process", "two processes"])
+def test_a_stalled_import_does_not_block_publishing_a_gear_layer_or_a_repair(driver: GearDriver, files: int) -> None:
     contents = {f"file{number}": b"%d" % number for number in range(files)}
     apply(driver, "damaged", tar_of(FILES))
     ObjectStore(driver.settings.gear_public_cache_path).remove(DIGEST)
@@ -78,9 +77,9 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
     importing = threading.Thread(target=driver.apply_diff, args=("stalled", "", tar))
     importing.start()
     try:
-        assert tar.is_waited_for.wait(PATIENCE_S)
-        assert goes_through(partial(apply, driver, "gear", gear_tar(ABSENT)))
-        assert goes_through(lambda: list(Engine.of(driver.settings).faults(read_data=False, repair=True)))
+        assert tar.is_at_last_byte.wait(PATIENCE_S)
+        assert ends_in_time(partial(apply, driver, "gear", gear_tar(ABSENT)))
+        assert ends_in_time(lambda: list(Engine.of(driver.settings).faults(read_data=False, repair=True)))
     finally:
         tar.go.set()
         importing.join()
@@ -88,37 +87,37 @@ def test_an_import_that_stands_still_keeps_nobody_from_publishing_a_gear_layer_o
     assert driver.engine.layers.get("stalled").new_objects == files
 
 
-def test_forbidding_waits_for_the_burst_under_way_and_no_other_begins(tmp_path: Path) -> None:
+def test_forbid_waits_for_the_lock_and_nobody_takes_it_meanwhile(tmp_path: Path) -> None:
     events: list[str] = []
-    with closing(InPlaceLock(tmp_path)) as bursts, closing(InPlaceLock(tmp_path)) as others:
-        assert bursts.begin() and others.begin()
-        others.end()
+    with closing(InPlaceLock(tmp_path)) as lock, closing(InPlaceLock(tmp_path)) as other:
+        assert lock.acquire() and other.acquire()
+        other.release()
 
-        def forbid_it() -> None:
+        def forbid_storing() -> None:
             forbid(tmp_path)
             events.append("forbidden")
 
-        forbidding = threading.Thread(target=forbid_it)
+        forbidding = threading.Thread(target=forbid_storing)
         forbidding.start()
-        wait_until((tmp_path / "incomplete-layers").exists, "the mark is there")
-        assert bursts.begin() and not others.begin()
+        wait_until((tmp_path / "incomplete-layers").exists, "the mark exists")
+        assert lock.acquire() and not other.acquire()
         with closing(InPlaceLock(tmp_path)) as later:
-            assert not later.begin()
-        events.append("ended")
-        bursts.end()
+            assert not later.acquire()
+        events.append("released")
+        lock.release()
         forbidding.join()
-        assert events == ["ended", "forbidden"]
-        assert not bursts.begin()
+        assert events == ["released", "forbidden"]
+        assert not lock.acquire()
 
 
-def test_an_import_that_may_not_store_in_place_never_holds_the_lock(tmp_path: Path) -> None:
+def test_an_import_that_must_not_store_in_place_never_holds_the_lock(tmp_path: Path) -> None:
     forbid(tmp_path)
-    with closing(InPlaceLock(tmp_path)) as bursts:
-        assert not bursts.begin()
-        forbid(tmp_path)  # would wait for it
+    with closing(InPlaceLock(tmp_path)) as lock:
+        assert not lock.acquire()
+        forbid(tmp_path)  # would wait for the lock
 
 
-def test_what_a_killed_import_left_at_an_objects_name_is_not_read_through_a_gear_layer(tmp_path: Path) -> None:
+def test_a_gear_layer_does_not_show_the_half_written_file_of_a_killed_import(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
         path = ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)
         Path(os.fsdecode(path)).write_bytes(FILES["etc/file"][:100])
@@ -126,7 +125,7 @@ def test_what_a_killed_import_left_at_an_objects_name_is_not_read_through_a_gear
         assert (node.run("container") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_an_object_that_arrives_while_a_leftover_is_removed_stays(tmp_path: Path) -> None:
+def test_an_object_that_arrives_while_its_unfinished_file_is_removed_stays(tmp_path: Path) -> None:
     store = ObjectStore(tmp_path / "public")
     store.prepare()
     staging_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)

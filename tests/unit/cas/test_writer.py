@@ -1,4 +1,4 @@
-"""Contents on their way into the store: alone, by the process beside, and when something fails."""
+"""ContentWriter: contents stored by this process, by the second process, and failures of both."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import hashlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from gearworkers.cas import writer as module
+from gearworkers.cas import writer as writer_module
+from gearworkers.cas import writer_process
 from gearworkers.cas.inplace import InPlaceLock, forbid, put_in_place
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
-from gearworkers.cas.writer import MAX_CONTENT_BYTES, ContentWriter
+from gearworkers.cas.writer import FORK_AFTER_CONTENTS, ContentWriter
+from gearworkers.cas.writer_process import BATCH_CONTENTS, MAX_CONTENT_BYTES, WriterProcess
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.util import syscalls as kernel
 from tests.support.processes import PATIENCE_S, wait_until
@@ -39,7 +41,7 @@ def staging(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def bursts(tmp_path: Path) -> InPlaceLock:
+def in_place_lock(tmp_path: Path) -> InPlaceLock:
     return InPlaceLock(tmp_path)
 
 
@@ -60,25 +62,30 @@ def children() -> list[str]:
 
 
 @pytest.fixture
-def others() -> set[str]:
-    """The children that other tests' fixtures have."""
+def earlier_children() -> set[str]:
+    """Return the child processes of other tests' fixtures."""
     return set(children())
 
 
-def go_beside(writer: ContentWriter) -> int:
-    """Put until another process stores; its pid."""
+def start_process(writer: ContentWriter) -> int:
+    """Put contents until a second process stores; return its pid."""
     before = set(children())
-    for number in range(module._ALONE_CONTENTS):
-        put(writer, b"alone %d" % number)
+    for number in range(FORK_AFTER_CONTENTS):
+        put(writer, b"first %d" % number)
     (pid,) = set(children()) - before
     return int(pid)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_contents_of_all_sizes_are_stored_whole_beside(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, in_place: bool, others: set[str], tmp_path: Path
+def test_the_second_process_stores_contents_of_all_sizes(
+    store: ObjectStore,
+    staging: int,
+    in_place_lock: InPlaceLock,
+    in_place: bool,
+    earlier_children: set[str],
+    tmp_path: Path,
 ) -> None:
-    """More of them than the ring holds, the largest included."""
+    """The contents are larger than the ring, and some have the maximum size."""
     if not in_place:
         forbid(tmp_path)
     sizes = [
@@ -95,128 +102,141 @@ def test_contents_of_all_sizes_are_stored_whole_beside(
     ]
     contents = [(b"%d " % number) * (size // 4 + 1) for number, size in enumerate(sizes)]
     contents = [content[:size] for content, size in zip(contents, sizes, strict=True)]
-    with ContentWriter(store, staging, None, bursts) as writer:
-        go_beside(writer)
+    with ContentWriter(store, staging, None, in_place_lock) as writer:
+        start_process(writer)
         digests = [put(writer, content) for content in contents]
         writer.flush()
-        assert writer.new_objects == module._ALONE_CONTENTS + len(set(contents))
+        assert writer.new_objects == FORK_AFTER_CONTENTS + len(set(contents))
     for digest, content in zip(digests, contents, strict=True):
         assert content_of(store, digest) == content
-    assert not set(children()) - others
+    assert not set(children()) - earlier_children
 
 
 @pytest.mark.slow
-def test_very_many_tiny_contents_keep_neither_side_waiting(
-    store: ObjectStore, staging: int, bursts: InPlaceLock
+def test_200000_tiny_contents_do_not_block_either_process(
+    store: ObjectStore, staging: int, in_place_lock: InPlaceLock
 ) -> None:
-    """All fit into the ring, so nobody hears the acknowledgements for want of room."""
+    """All contents fit into the ring, so the parent never reads acknowledgements for lack of space."""
     content = b"the same"
     digest = hashlib.sha256(content).digest()
-    with ContentWriter(store, staging, None, bursts) as writer:
-        go_beside(writer)
+    with ContentWriter(store, staging, None, in_place_lock) as writer:
+        start_process(writer)
         for _ in range(200_000):
             writer.put(digest, memoryview(content))
         writer.flush()
-        assert writer.new_objects == module._ALONE_CONTENTS + 1
+        assert writer.new_objects == FORK_AFTER_CONTENTS + 1
 
 
-def test_a_full_ring_waits_only_for_what_is_under_way(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other process may have acknowledged all by the time it is found to be full."""
-    hear = module._WriterProcess._hear
-    is_deaf = True
-    pauses_s = [0.5]  # what is under way is done by then
+class BlockedWriter:
+    """A local writer that stores nothing until the file *go* exists, and creates a file per content."""
 
-    def hear_late(beside: module._WriterProcess, flags: int = 0) -> bytes:
-        if flags and is_deaf:
-            return b""
-        if flags and pauses_s:
-            time.sleep(pauses_s.pop())
-        return hear(beside, flags)
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.go = directory / "go"
 
-    monkeypatch.setattr(module._WriterProcess, "_hear", hear_late)
-    with ContentWriter(store, staging, None, bursts) as writer:
-        go_beside(writer)
+    def store_now(self, digest: bytes, data: memoryview, /) -> None:
+        wait_until(self.go.exists, "the test lets the process store")
+        self.stored(digest).touch()
+
+    def stored(self, digest: bytes) -> Path:
+        return self._directory / digest.hex()
+
+    def pause(self) -> None:
+        pass
+
+    def take_counts(self) -> tuple[int, int]:
+        return 0, 0
+
+
+def test_a_full_ring_waits_only_for_batches_that_were_sent(staging: int, tmp_path: Path) -> None:
+    """The process may have acknowledged all batches before the parent finds the ring full."""
+    writer = BlockedWriter(tmp_path)
+    with closing(WriterProcess(writer, staging)) as process:
         for number in range(5):
-            put(writer, bytes([number + 1]) * (3 << 20))
-        put(writer, b"not handed over yet")
-        is_deaf = False
-        put(writer, b"\xff" * (3 << 20))
-        writer.flush()
+            process.put(bytes([number]) * 32, memoryview(bytes(3 << 20)))
+        process.put(bytes([5]) * 32, memoryview(b"in a batch that is not sent yet"))
+        writer.go.touch()
+        wait_until(writer.stored(bytes([4]) * 32).exists, "the sent batches are stored")
+        process.put(bytes([6]) * 32, memoryview(bytes(3 << 20)))
+        process.flush()
+    assert writer.stored(bytes([6]) * 32).exists()
 
 
 def test_the_writer_process_queues_new_objects_for_push(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, tmp_path: Path
+    store: ObjectStore, staging: int, in_place_lock: InPlaceLock, tmp_path: Path
 ) -> None:
     (tmp_path / "push").mkdir()
     push_queue = PushQueue(tmp_path / "push", store)
-    with ContentWriter(store, staging, push_queue, bursts) as writer:
-        go_beside(writer)
+    with ContentWriter(store, staging, push_queue, in_place_lock) as writer:
+        start_process(writer)
         digest = put(writer, b"new")
         writer.flush()
     assert digest in set(push_queue.pending())
 
 
-def test_a_killed_process_is_a_clear_error(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, others: set[str]
+def test_a_killed_second_process_raises_a_clear_error(
+    store: ObjectStore, staging: int, in_place_lock: InPlaceLock, earlier_children: set[str]
 ) -> None:
-    with pytest.raises(GearError, match="was killed"), ContentWriter(store, staging, None, bursts) as writer:
-        os.kill(go_beside(writer), signal.SIGKILL)
+    with pytest.raises(GearError, match="was killed"), ContentWriter(store, staging, None, in_place_lock) as writer:
+        os.kill(start_process(writer), signal.SIGKILL)
         put(writer, b"more")
         writer.flush()
-    assert not set(children()) - others
+    assert not set(children()) - earlier_children
 
 
-def test_an_error_beside_is_told_as_what_it_is(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, monkeypatch: pytest.MonkeyPatch, others: set[str]
+def test_an_error_of_the_second_process_keeps_its_class(
+    store: ObjectStore,
+    staging: int,
+    in_place_lock: InPlaceLock,
+    monkeypatch: pytest.MonkeyPatch,
+    earlier_children: set[str],
 ) -> None:
-    monkeypatch.setattr(os, "setxattr", _failing_after(module._ALONE_CONTENTS, os.setxattr))
+    monkeypatch.setattr(os, "setxattr", _failing_after(FORK_AFTER_CONTENTS, os.setxattr))
     with (
         pytest.raises(ResourceExhausted, match="No space"),
-        ContentWriter(store, staging, None, bursts) as writer,
+        ContentWriter(store, staging, None, in_place_lock) as writer,
     ):
-        go_beside(writer)
+        start_process(writer)
         for number in range(5000):
             put(writer, b"more %d" % number)
         writer.flush()
-    assert not set(children()) - others
+    assert not set(children()) - earlier_children
 
 
-def test_an_error_of_the_early_writeback_is_not_lost(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_the_early_sync_is_raised(
+    store: ObjectStore, staging: int, in_place_lock: InPlaceLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel tells it once."""
+    """The kernel reports the error once."""
 
     def fail(_: int) -> NoReturn:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(kernel, "syncfs", fail)
-    monkeypatch.setattr(module, "_WRITEBACK_BYTES", 1 << 20)
-    with pytest.raises(GearError, match="to the disk"), ContentWriter(store, staging, None, bursts) as writer:
-        go_beside(writer)
+    monkeypatch.setattr(writer_process, "WRITEBACK_BYTES", 1 << 20)
+    with pytest.raises(GearError, match="to the disk"), ContentWriter(store, staging, None, in_place_lock) as writer:
+        start_process(writer)
         put(writer, bytes(2 << 20))
         writer.flush()
 
 
-def test_a_process_that_is_killed_while_it_stores_in_place_keeps_nobody_from_forbidding_it(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_killed_while_it_stores_in_place_does_not_block_forbid(
+    store: ObjectStore, staging: int, in_place_lock: InPlaceLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its parent, which may wait for its tar for long, has not noticed."""
+    """The parent has not noticed yet; it may wait long for its tar."""
 
-    def put_or_stand_still(store: ObjectStore, digest: bytes, data: memoryview, staging_fd: int) -> bool:
-        if bytes(data) == b"never":
-            (tmp_path / "burst").touch()
+    def put_or_wait_forever(store: ObjectStore, digest: bytes, data: memoryview, staging_fd: int) -> bool:
+        if bytes(data) == b"blocks":
+            (tmp_path / "storing").touch()
             signal.pause()
         return put_in_place(store, digest, data, staging_fd)
 
-    monkeypatch.setattr(module, "put_in_place", put_or_stand_still)
-    with ContentWriter(store, staging, None, bursts) as writer:
-        pid = go_beside(writer)
-        put(writer, b"never")
-        assert writer._beside is not None
-        writer._beside._hand_over()
-        wait_until((tmp_path / "burst").exists, "the process stores")
+    monkeypatch.setattr(writer_module, "put_in_place", put_or_wait_forever)
+    with ContentWriter(store, staging, None, in_place_lock) as writer:
+        pid = start_process(writer)
+        put(writer, b"blocks")
+        for number in range(BATCH_CONTENTS):
+            put(writer, b"completes the batch %d" % number)
+        wait_until((tmp_path / "storing").exists, "the second process stores")
         forbidding = threading.Thread(target=forbid, args=(tmp_path,), daemon=True)
         forbidding.start()
         os.kill(pid, signal.SIGKILL)
@@ -224,13 +244,13 @@ def test_a_process_that_is_killed_while_it_stores_in_place_keeps_nobody_from_for
         assert not forbidding.is_alive()
 
 
-def test_a_broken_off_import_leaves_no_process(
-    store: ObjectStore, staging: int, bursts: InPlaceLock, others: set[str]
+def test_an_import_that_fails_leaves_no_process(
+    store: ObjectStore, staging: int, in_place_lock: InPlaceLock, earlier_children: set[str]
 ) -> None:
-    with pytest.raises(KeyError), ContentWriter(store, staging, None, bursts) as writer:
-        go_beside(writer)
+    with pytest.raises(KeyError), ContentWriter(store, staging, None, in_place_lock) as writer:
+        start_process(writer)
         raise KeyError
-    assert not set(children()) - others
+    assert not set(children()) - earlier_children
 
 
 def _failing_after(count: int, call):  # type: ignore[no-untyped-def]  # stands in for os.setxattr

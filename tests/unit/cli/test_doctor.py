@@ -29,7 +29,7 @@ def test_the_fuse_check_leaves_nothing_mounted(tmp_path_factory: pytest.TempPath
     before = mounted()
     check = check_fuse()
     assert check.ok, check
-    assert "unanswered requests come again" in check.found
+    assert "unanswered requests are sent again" in check.found
     assert mounted() == before
 
 
@@ -38,7 +38,7 @@ def test_the_fuse_check_gives_advice_without_fuse_and_with_an_old_one(monkeypatc
     assert not check.ok
     assert not check.needed
     assert "/dev/no-fuse" in check.found
-    monkeypatch.setattr(fuse_probe, "_agreed", lambda _: InitFlag.PASSTHROUGH)
+    monkeypatch.setattr(fuse_probe, "common_features", lambda _: InitFlag.PASSTHROUGH)
     assert "6.9" in check_fuse().advice
 
 

@@ -39,8 +39,8 @@ def damage(node: LazyNode) -> None:
 
 
 def may_store_in_place(node: LazyNode) -> bool:
-    with closing(InPlaceLock(node.settings.gear_root)) as bursts:
-        return bursts.begin()
+    with closing(InPlaceLock(node.settings.gear_root)) as lock:
+        return lock.acquire()
 
 
 def test_a_damaged_object_is_fetched_again_by_whoever_opens_it(node: LazyNode) -> None:

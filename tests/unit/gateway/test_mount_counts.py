@@ -22,13 +22,13 @@ def test_a_full_disk_refuses_a_new_count_and_changes_existing_ones(tmp_path: Pat
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory], check=True)
     counts = MountCounts(directory)
     try:
-        assert counts.acquire("one", target, lambda: mounted(spec, target)) == target
+        assert counts.acquire("one", target, lambda: mounted(spec, target), lambda: None) == target
         with pytest.raises(OSError, match="No space left"):
             (directory / "filler").write_bytes(bytes(1 << 20))
-        counts.acquire("one", target, lambda: pytest.fail("it is mounted"))
+        counts.acquire("one", target, lambda: pytest.fail("it is mounted"), lambda: pytest.fail("it has a user"))
         counts.release("one", target, lambda: pytest.fail("it has a user"))
         with pytest.raises(OSError, match="No space left"):
-            counts.acquire("two", other, lambda: mounted(spec, other))
+            counts.acquire("two", other, lambda: mounted(spec, other), lambda: None)
         assert not is_mounted(other)
         counts.release("one", target, lambda: unmount(target))
         assert not is_mounted(target)

@@ -12,9 +12,9 @@ import pytest
 
 from gearworkers.cli.image_objects import NodeStore
 from gearworkers.errors import NotFound
-from gearworkers.fetch.priority_pool import Urgency, WorkPool
+from gearworkers.fetch.priority_pool import Priority, PriorityPool
 from gearworkers.layers.pins import Pin, Pins
-from gearworkers.lazyfs.pin_fetch import PinKeeper
+from gearworkers.lazyfs.pin_fetch import PinFetcher
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import gear_tar, until
@@ -51,7 +51,7 @@ def test_what_is_pinned_outlives_its_layer_until_it_is_let_go(node: NodeStore) -
 
 @pytest.mark.parametrize("name", [PIN.name, PIN.image, "ab" * 32, "ab" * 6])
 def test_it_goes_by_its_name_and_its_id(name: str) -> None:
-    assert PIN.is_called(name)
+    assert PIN.matches(name)
 
 
 @pytest.mark.parametrize("name", ["", "ab", "localhost/image", "localhost/image:v2", "cd" * 6])
@@ -93,17 +93,17 @@ def test_after_a_power_cut_what_only_a_pin_has_is_compared_with_its_digest(node:
 
 def test_what_is_missing_is_asked_for_at_once_and_when_pins_change(node: NodeStore) -> None:
     asked: list[dict[bytes, int]] = []
-    pool = WorkPool(1, for_background=1)
-    keeper = PinKeeper(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
-    keeper.look()
+    pool = PriorityPool(1, for_background=1)
+    fetcher = PinFetcher(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
+    fetcher.check()
     has_looked = threading.Event()
-    pool.submit(has_looked.set, Urgency.BACKGROUND)
+    pool.submit(has_looked.set, Priority.BACKGROUND)
     assert has_looked.wait(60)
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar({"away": b"away" * 1000})))
     node.pins.add(PIN, "lazy")
-    keeper.look()
-    keeper.look()
+    fetcher.check()
+    fetcher.check()
     until(lambda: bool(asked), "it is asked for")
     pool.close()
     assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
@@ -116,21 +116,21 @@ def test_what_is_missing_is_asked_for_again_only_if_nothing_comes(node: NodeStor
     node.pins.add(PIN, "lazy")
     asked: list[set[bytes]] = []
     here: set[bytes] = set()
-    pool = WorkPool(1, for_background=1)
-    keeper = PinKeeper(
+    pool = PriorityPool(1, for_background=1)
+    fetcher = PinFetcher(
         node.pins, here.__contains__, pool, lambda wanted: asked.append({digest for digest, _ in wanted})
     )
     digests = [hashlib.sha256(content).digest() for content in contents.values()]
-    keeper._fetch_missing()
+    fetcher.fetch_missing()
     here.add(digests[0])
-    keeper._fetch_missing()
+    fetcher.fetch_missing()
     assert asked == [set(digests)]
-    keeper._fetch_missing()
+    fetcher.fetch_missing()
     assert asked == [set(digests), set(digests[1:])]
     here.update(digests)
-    keeper._fetch_missing()
+    fetcher.fetch_missing()
     here.clear()
-    keeper._fetch_missing()
+    fetcher.fetch_missing()
     assert asked[2:] == [set(digests)]
     pool.close()
 

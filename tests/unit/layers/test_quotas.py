@@ -157,14 +157,14 @@ def test_a_limit_that_a_crash_left_is_replaced_and_a_container_that_it_left_keep
 def test_numbers_that_others_use_are_left_alone(xfs: Path, kernel: Kernel) -> None:
     (xfs / "theirs").mkdir()
     with opened_directory(xfs / "theirs") as dir_fd:
-        quotactl.assign(dir_fd, quotas._FIRST)
-    assert limited(driver_on(xfs), "one") == quotas._FIRST + 1
+        quotactl.assign(dir_fd, quotas.FIRST_PROJECT)
+    assert limited(driver_on(xfs), "one") == quotas.FIRST_PROJECT + 1
 
 
 def test_a_root_that_is_limited_as_a_whole_is_told_of(xfs: Path, kernel: Kernel) -> None:
     with opened_directory(xfs) as dir_fd:
         quotactl.assign(dir_fd, 7)
-    with pytest.raises(Refused, match=r"project 7 already; .*chattr -P"):
+    with pytest.raises(Refused, match=r"project 7; .*chattr -P"):
         limited(driver_on(xfs), "one")
 
 

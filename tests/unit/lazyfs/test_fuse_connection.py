@@ -7,16 +7,16 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import GearError
-from gearworkers.lazyfs.fuse_connection import Connection, Waiter
-from gearworkers.lazyfs.fuse_protocol import Op, Request
-from gearworkers.lazyfs.passthrough import OpenFile, Openings
-from gearworkers.lazyfs.tree import Found, Served, Tree
+from gearworkers.lazyfs.fuse_connection import FuseConnection, FuseReply
+from gearworkers.lazyfs.fuse_protocol import FuseRequest, Op
+from gearworkers.lazyfs.passthrough import OpenFile, OpenNodes
+from gearworkers.lazyfs.tree import LookupResult, Served, Tree
 
 READ_UNIQUE = 16
 INTERRUPT_UNIQUE = READ_UNIQUE | 1
@@ -33,7 +33,7 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def answers(kernels: socket.socket) -> list[tuple[int, int]]:
-    """(number, errno) of the answers since the last call."""
+    """Return (number, errno) of the answers since the last call."""
     found: list[tuple[int, int]] = []
     while True:
         try:
@@ -43,84 +43,89 @@ def answers(kernels: socket.socket) -> list[tuple[int, int]]:
         found.append((unique, -error))
 
 
-class LateContents:
-    """Objects whose look-ups are answered by the test."""
+class LateObjects:
+    """Objects whose lookups the test answers."""
 
     def __init__(self) -> None:
-        self.wanted: list[Callable[[Found], None]] = []
+        self.lookups: list[Future[LookupResult]] = []
         self.forgotten: list[int] = []
 
-    def want(self, name: bytes, done: Callable[[Found], None]) -> None:
-        self.wanted.append(done)
+    def look_up(self, name: bytes) -> Future[LookupResult]:
+        self.lookups.append(Future())
+        return self.lookups[-1]
 
     def forget(self, node: int) -> None:
         self.forgotten.append(node)
 
     def is_wanted(self, name: bytes) -> bool:
-        raise AssertionError("nothing but look-ups is asked here")
+        raise AssertionError("this test makes lookups only")
 
-    def size_bytes(self, node: int) -> int | GearError:
-        raise AssertionError("nothing but look-ups is asked here")
+    def size_bytes(self, node: int) -> int:
+        raise AssertionError("this test makes lookups only")
 
-    def read(self, node: int, offset: int, size_bytes: int, done: Callable[[bytes | GearError], None]) -> None:
-        raise AssertionError("nothing but look-ups is asked here")
+    def read(self, node: int, offset: int, size_bytes: int) -> Future[bytes]:
+        raise AssertionError("this test makes lookups only")
 
     def whole(self, node: int) -> OpenFile | None:
-        raise AssertionError("nothing but look-ups is asked here")
+        raise AssertionError("this test makes lookups only")
 
 
-def interrupt() -> Request:
-    return Request(Op.INTERRUPT, INTERRUPT_UNIQUE, 0, 0, memoryview(struct.pack("<Q", READ_UNIQUE)))
+def interrupt() -> FuseRequest:
+    return FuseRequest(Op.INTERRUPT, INTERRUPT_UNIQUE, 0, 0, memoryview(struct.pack("<Q", READ_UNIQUE)))
 
 
-def read(pid: int) -> Request:
-    return Request(Op.READ, READ_UNIQUE, 5, pid, memoryview(b""))
+def read(pid: int) -> FuseRequest:
+    return FuseRequest(Op.READ, READ_UNIQUE, 5, pid, memoryview(b""))
 
 
-def test_an_interrupt_that_is_read_before_its_request_comes_again(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_an_interrupt_that_is_read_before_its_request_is_refused_so_that_it_comes_again(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
     ours, kernels = sockets
-    waiting: list[Waiter] = []
-    connection = Connection(ours.fileno(), lambda request, waiter: waiting.append(waiter))
+    pending: list[FuseReply] = []
+    connection = FuseConnection(ours.fileno(), lambda request, reply: pending.append(reply))
     process = subprocess.Popen(["true"])
     process.wait()
-    connection._dispatch(interrupt())
+    connection.dispatch(interrupt())
     assert answers(kernels) == [(INTERRUPT_UNIQUE, errno.EAGAIN)]
-    connection._dispatch(read(process.pid))
+    connection.dispatch(read(process.pid))
     assert answers(kernels) == []
-    connection._dispatch(interrupt())
+    connection.dispatch(interrupt())
     assert answers(kernels) == [(READ_UNIQUE, errno.EINTR)]
-    waiting[0].give(b"too late")
+    pending[0].send(b"too late")
     assert answers(kernels) == []
 
 
-def test_an_interrupt_of_one_who_lives_on_is_remembered(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_an_interrupt_of_a_living_process_does_not_fail_its_request(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
     ours, kernels = sockets
-    waiting: list[Waiter] = []
-    connection = Connection(ours.fileno(), lambda request, waiter: waiting.append(waiter))
-    connection._dispatch(read(os.getpid()))
-    connection._dispatch(interrupt())
-    connection.give_up_killed()
+    pending: list[FuseReply] = []
+    connection = FuseConnection(ours.fileno(), lambda request, reply: pending.append(reply))
+    connection.dispatch(read(os.getpid()))
+    connection.dispatch(interrupt())
+    connection.fail_killed()
     assert answers(kernels) == []
-    waiting[0].fail(errno.EIO)
+    pending[0].fail(errno.EIO)
     assert answers(kernels) == [(READ_UNIQUE, errno.EIO)]
 
 
-def test_a_served_file_is_not_kept_for_who_was_killed_while_looking_it_up(
+def test_a_served_file_is_forgotten_if_its_reader_was_killed_during_the_lookup(
     sockets: tuple[socket.socket, socket.socket], tmp_path: Path
 ) -> None:
     ours, kernels = sockets
-    contents, openings = LateContents(), Openings(-1, tmp_path)
-    connection = Connection(ours.fileno(), Tree(contents, openings).handle)
+    objects, open_nodes = LateObjects(), OpenNodes(-1, tmp_path)
+    connection = FuseConnection(ours.fileno(), Tree(objects, open_nodes).handle)
     process = subprocess.Popen(["true"])
     process.wait()
     name = memoryview(b"name\0")
-    lookups = [Request(Op.LOOKUP, unique, SHARD_NODE, process.pid, name) for unique in (READ_UNIQUE, 32)]
-    for lookup in lookups:
-        connection._dispatch(lookup)
-    connection._dispatch(interrupt())
+    requests = [FuseRequest(Op.LOOKUP, unique, SHARD_NODE, process.pid, name) for unique in (READ_UNIQUE, 32)]
+    for request in requests:
+        connection.dispatch(request)
+    connection.dispatch(interrupt())
     assert answers(kernels) == [(READ_UNIQUE, errno.EINTR)]
-    contents.wanted[0](Served(NODE, 5))
-    assert contents.forgotten == [NODE]
-    contents.wanted[1](Served(NODE, 5))
-    assert contents.forgotten == [NODE]
-    assert openings.forget(NODE, 1)
+    objects.lookups[0].set_result(Served(NODE, 5))
+    assert objects.forgotten == [NODE]
+    objects.lookups[1].set_result(Served(NODE, 5))
+    assert objects.forgotten == [NODE]
+    assert open_nodes.forget(NODE, 1)

@@ -11,7 +11,7 @@ import pytest
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import InvalidInput, NotFound
 from gearworkers.layers.store import LayerStore
-from gearworkers.lazyfs.client import Image, LazyStatus, order_prefetch
+from gearworkers.lazyfs.client import ImageEvent, LazyStatus, order_prefetch
 from gearworkers.lazyfs.control import ControlServer
 from gearworkers.profiles import prefetch
 from gearworkers.profiles.prefetch import ProfilePrefetcher
@@ -28,7 +28,7 @@ def test_who_looks_for_profiles_ends_also_in_the_middle_of_a_pull(
     monkeypatch.setattr(prefetch, "_SETTLED_S", 120.0)
     layers = LayerStore(Settings(gear_root=tmp_path), ObjectStore(tmp_path / "public"))
     profiles = ProfilePrefetcher(layers, lambda name: None, lambda parts: None)
-    profiles.notify(Image("layer", starts=False))
+    profiles.notify(ImageEvent("layer", starts=False))
     profiles.close()
     profiles._thread.join(60)
     assert not profiles._thread.is_alive()

@@ -51,7 +51,7 @@ class StartNode(Protocol):
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that answers late is waited for: the machine may have other work."""
-    monkeypatch.setattr(client, "_TELL_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(client, "REPORT_TIMEOUT_S", PATIENCE_S)
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from gearworkers.cli.doctor import remote_check
 from gearworkers.errors import NotFound, Unavailable
 from gearworkers.lazyfs import fuse_connection as fuse
 from gearworkers.lazyfs import fuse_protocol
-from gearworkers.lazyfs.fuse_connection import Connection, Waiter
-from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, Op, Request
+from gearworkers.lazyfs.fuse_connection import FuseConnection, FuseReply
+from gearworkers.lazyfs.fuse_protocol import ROOT_NODE, FuseRequest, Op
 from gearworkers.mounts import overlay
 from gearworkers.remote.directory import Directory
 from gearworkers.remote.factory import open_remote
@@ -117,25 +117,25 @@ class Broken:
         self.left = times
         self.asked = 0
 
-    def __call__(self, request: Request, waiter: Waiter) -> None:
+    def __call__(self, request: FuseRequest, reply: FuseReply) -> None:
         if request.op in (Op.FORGET, Op.BATCH_FORGET):
             return
         if request.op == Op.GETATTR and request.node == ROOT_NODE:
-            waiter.give(fuse_protocol.attributes_body(fuse_protocol.directory(ROOT_NODE)))
+            reply.send(fuse_protocol.attributes_body(fuse_protocol.directory(ROOT_NODE)))
         elif request.op == Op.LOOKUP:
             self.asked += 1
             self.left -= 1
-            waiter.fail(self.error if self.left >= 0 else errno.ENOENT)
+            reply.fail(self.error if self.left >= 0 else errno.ENOENT)
         else:
-            waiter.fail(errno.ENOSYS)
+            reply.fail(errno.ENOSYS)
 
 
 @contextmanager
-def mounted(target: Path, handle: Callable[[Request, Waiter], None] | None) -> Iterator[None]:
+def mounted(target: Path, handle: Callable[[FuseRequest, FuseReply], None] | None) -> Iterator[None]:
     """A FUSE file system that *handle* serves; that never answers at all, without one."""
     target.mkdir(parents=True)
     fd = fuse.mount(target)
-    thread = threading.Thread(target=Connection(fd, handle).serve) if handle is not None else None
+    thread = threading.Thread(target=FuseConnection(fd, handle).serve) if handle is not None else None
     if thread is not None:
         thread.start()
     try:

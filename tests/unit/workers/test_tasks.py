@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +26,12 @@ from gearworkers.workers.celery_app import (
     RETRIES,
     TIME_LIMIT_S,
     VISIBILITY_TIMEOUT_S,
-    _MendPool,
+    RepairPool,
     make_app,
     retry_delay_s,
 )
 from gearworkers.workers.execute import execute
-from gearworkers.workers.messages import ApplyDiff, CollectGarbage, Push, WorkerJob
+from gearworkers.workers.messages import ApplyDiff, CollectGarbage, Dedupe, Granted, Push, WorkerJob, frame
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.answers import Answer, answering
@@ -103,6 +105,29 @@ def test_maintenance_without_a_gateway_is_done(app: Any, root: Path) -> None:
     assert result is not None
     assert (result.error, result.figures) == ("", {"removed_objects": 0, "removed_bytes": 0})
     app.tasks["gearworkers.collect_garbage"](**arguments(collecting(root)))
+
+
+def test_a_process_does_the_job_that_the_gateway_grants_and_not_the_one_from_redis(root: Path) -> None:
+    settings = Settings.from_environ()
+    Engine.of(settings).prepare()
+    reports: list[bytes] = []
+
+    def grant(listener: socket.socket) -> None:
+        control, _ = listener.accept()
+        with control:
+            control.recv(4096)
+            control.sendall(frame(Granted(collecting(root))))
+            reports.append(control.recv(4096))
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(settings.streams_socket))
+        listener.listen()
+        gateway = threading.Thread(target=grant, args=(listener,))
+        gateway.start()
+        result = execute(settings, Dedupe(gear_root=str(root), id="forged"), "worker")
+        gateway.join()
+    assert result is not None and result.figures == {"removed_objects": 0, "removed_bytes": 0}
+    assert reports == [frame(result)]
 
 
 def test_a_task_takes_only_its_own_kind_of_job(app: Any, root: Path) -> None:
@@ -201,7 +226,7 @@ def test_a_process_that_celery_no_longer_watches_is_watched_again(app: Any) -> N
         pool.register_with_event_loop(hub)
         (process,) = pool._pool._pool
         pool._pool._untrack_child_process(process, hub)
-        _MendPool(SimpleNamespace(steps=[])).start(SimpleNamespace(pool=pool))
+        RepairPool(SimpleNamespace(steps=[])).start(SimpleNamespace(pool=pool))
         pool.register_with_event_loop(hub)
         assert process._sentinel_poll in hub.readers
     finally:
