@@ -29,11 +29,13 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="Image to convert: [HOST/]NAME[:TAG][@DIGEST], oci:PATH[:TAG] or docker-archive:PATH[:TAG]."
+            metavar="SOURCE",
+            help="Image to convert: [HOST/]NAME[:TAG][@DIGEST], oci:PATH[:TAG] or docker-archive:PATH[:TAG].",
         ),
     ],
     target: Annotated[
-        str, typer.Argument(help="Name of the Gear image: [HOST/]NAME[:TAG]. It must differ from SOURCE.")
+        str,
+        typer.Argument(metavar="TARGET", help="Name of the Gear image: [HOST/]NAME[:TAG]. It must differ from SOURCE."),
     ],
     platform: Annotated[
         str,

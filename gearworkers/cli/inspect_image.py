@@ -28,7 +28,10 @@ from gearworkers.util.log import command_settings
 
 def command(
     image: Annotated[
-        str, typer.Argument(help="Name or id of a pulled image, as in `docker images`; else a name in a registry.")
+        str,
+        typer.Argument(
+            metavar="IMAGE", help="Name or id of a pulled image, as in `docker images`; else a name in a registry."
+        ),
     ],
 ) -> None:
     """Show whether an image is a Gear image, and how many of its files are here, missing and pinned."""

@@ -34,18 +34,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("doctor")(doctor.command)
-app.command("status")(status.command)
-app.command("gc")(collect_garbage.command)
-app.command("fsck")(fsck.command)
-app.command("push")(push.command)
-app.command("convert")(convert.command)
-app.command("inspect")(inspect_image.command)
-app.command("pin")(pin_image.pin)
-app.command("unpin")(pin_image.unpin)
-app.add_typer(profile_commands.app, name="profile")
-app.command("lazyfs")(lazyfs.command)
-app.command("manager")(manager.command)
+app.command("doctor", short_help="Check everything that a node needs.")(doctor.command)
+app.command("status", short_help="Show stored data, pending work and pins.")(status.command)
+app.command("gc", short_help="Remove unreferenced objects now.")(collect_garbage.command)
+app.command("fsck", short_help="Check every object and every layer.")(fsck.command)
+app.command("push", short_help="Push pending objects to GEAR_REMOTE now.")(push.command)
+app.command("convert", short_help="Convert an image to a Gear image.")(convert.command)
+app.command("inspect", short_help="Show how many files of an image are here.")(inspect_image.command)
+app.command("pin", short_help="Keep all files of a pulled image.")(pin_image.pin)
+app.command("unpin", short_help="Stop keeping an image's files.")(pin_image.unpin)
+app.add_typer(profile_commands.app, name="profile", short_help="Show and extend start-up profiles.")
+app.command("lazyfs", short_help="Run the lazy file server.")(lazyfs.command)
+app.command("manager", short_help="Run the manager.")(manager.command)
 
 
 def main() -> None:

@@ -17,12 +17,16 @@ from gearworkers.settings import Settings
 from gearworkers.util.log import command_settings
 
 
-def pin(image: Annotated[str, typer.Argument(help="Name or id of the image, as in `docker images`.")]) -> None:
+def pin(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Name or id of the image, as in `docker images`.")],
+) -> None:
     """Fetch all files of a pulled image in the background, and keep them until `gear unpin`."""
     print_pairs(_pin(command_settings(), image))
 
 
-def unpin(image: Annotated[str, typer.Argument(help="Name that was pinned, or the image's id.")]) -> None:
+def unpin(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Name that was pinned, or the image's id.")],
+) -> None:
     """Stop keeping an image's files after it is removed."""
     print_pairs(_unpin(command_settings(), image))
 

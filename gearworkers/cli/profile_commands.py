@@ -33,7 +33,10 @@ app = typer.Typer(
 @app.command()
 def show(
     image: Annotated[
-        str, typer.Argument(help="Name or id of a pulled image; without a dockerd, the id of a layer of the driver.")
+        str,
+        typer.Argument(
+            metavar="IMAGE", help="Name or id of a pulled image; without a dockerd, the id of a layer of the driver."
+        ),
     ],
 ) -> None:
     """List the start-up profile of an image in the order of first access."""
@@ -60,7 +63,10 @@ def show(
 def record(
     container: Annotated[
         str,
-        typer.Argument(help="Name or id of a running container; without a dockerd, the id of its layer of the driver."),
+        typer.Argument(
+            metavar="CONTAINER",
+            help="Name or id of a running container; without a dockerd, the id of its layer of the driver.",
+        ),
     ],
     seconds: Annotated[float, typer.Option(help="Length of the recording. Ctrl-C ends it earlier.", min=1.0)] = 30.0,
 ) -> None:

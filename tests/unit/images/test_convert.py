@@ -467,7 +467,7 @@ class TestRefusals:
         source = pushed(settings, peer, Image([BASE]))
         settings.gear_root.mkdir()
         (settings.gear_root / "converting").touch()
-        with pytest.raises(GearError, match=f"keep a layer in {settings.gear_root}/converting, below GEAR_ROOT"):
+        with pytest.raises(GearError, match=f"store a layer in {settings.gear_root}/converting, below GEAR_ROOT"):
             converted(settings, source, f"{peer.host}/gear:v1")
 
     def test_no_remote(self, settings: Settings) -> None:
