@@ -13,7 +13,8 @@ from typing import ParamSpec
 
 from bench.frame import Figure, fresh_disk, seconds
 from gearworkers.images import manifest as m
-from gearworkers.images.convert import LayerJob, convert_layer
+from gearworkers.images.convert import convert_layer
+from gearworkers.images.plan import LayerJob
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk, nothing_arrives
-from gearworkers.images.convert import plan_conversion
-from gearworkers.images.convert_local import convert_here
+from gearworkers.images.convert_local import convert_locally
+from gearworkers.images.plan import plan_conversion
 from gearworkers.settings import RemoteSettings, Settings
 from tests.support import rootfs
 from tests.support.images import Image, tar_of
@@ -125,7 +125,7 @@ def _provided(side: Side, disk: Path, image: Image) -> str:
     try:
         settings = replace(Settings(), remote=RemoteSettings(url=str(remote)))
         target = f"{registry.host}/reread:gear"
-        convert_here(
+        convert_locally(
             settings, plan_conversion(settings.registry, f"docker-archive:{archive}", target), 2, lambda *_: None
         )
         side.dockerd.docker("pull", target)

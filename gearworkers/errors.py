@@ -1,16 +1,19 @@
 """Every error that gearworkers raises on purpose.
 
     GearError
-    ├── NotFound             an id, object or image that is not there
-    ├── AlreadyExists        a name that is taken
-    ├── FailedPrecondition   right call, wrong state: a half-applied layer, a kernel that lacks something
-    ├── InvalidInput         what the caller or a tar said is wrong; saying it again will not help
-    ├── IntegrityError       bytes that are not what their name promises
-    ├── Unavailable          the only retryable one: Redis, NFS, a remote, a lock
-    └── ResourceExhausted    no space, no inodes, no quota, no memory
+    ├── NotFound             a layer, object or image does not exist
+    ├── AlreadyExists        a name is taken
+    ├── FailedPrecondition   a valid call in the wrong state: a half-applied layer, a kernel without a feature
+    ├── InvalidInput         the caller's input, or a tar, is invalid; the same call fails again
+    ├── IntegrityError       bytes differ from their digest or length
+    ├── Unavailable          Redis, NFS, a remote or a lock does not answer; the only retryable error
+    └── ResourceExhausted    no space, inodes, quota or memory left
 
-Each foreign library is translated in one place: OSError in `from_os_error`, urllib3 in `http_errors`, obstore in
-`remote.bucket`.
+A message says what failed, why, and what to do, in one line without secrets: "cannot push to registry.local/app:1: 401
+Unauthorized; run `docker login registry.local`". It is shown to users as it is.
+
+The errors of each other library are translated in one place: OSError in `from_os_error`, urllib3 in
+`util.http_errors`, obstore in `remote.bucket`.
 """
 
 from __future__ import annotations
@@ -21,32 +24,32 @@ from typing import Self
 
 
 class GearError(Exception):
-    """Base class; its text is shown to users: what was tried, on what, and what to do."""
+    """The base class of all errors below."""
 
     retryable = False
     after_s = 0.0
-    """Trying again is of no use before."""
+    """Seconds before which a retry cannot succeed."""
 
     def after(self, seconds: float) -> Self:
-        """This, with *seconds* to wait."""
+        """Set `after_s`; return this error."""
         self.after_s = seconds
         return self
 
 
 class NotFound(GearError):
-    """Something that was named is not there."""
+    """A named layer, object, image or file does not exist."""
 
 
 class AlreadyExists(GearError):
-    """Something of that name is there already."""
+    """The name is taken."""
 
 
 class FailedPrecondition(GearError):
-    """The call is right, the state it meets is not."""
+    """The call is valid, but not in the present state."""
 
 
 class InvalidInput(GearError):
-    """The input is malformed, hostile or not supported."""
+    """The input is malformed, hostile or unsupported."""
 
 
 class IntegrityError(GearError):
@@ -54,7 +57,7 @@ class IntegrityError(GearError):
 
 
 class Unavailable(GearError):
-    """A service or file system does not answer now; trying again may help."""
+    """A service or file system does not answer now; a retry may succeed."""
 
     retryable = True
 
@@ -108,8 +111,8 @@ def from_os_error(exc: OSError, tried: str) -> GearError:
     """Translate *exc* into the tree; use as ``raise from_os_error(exc, "...") from exc``.
 
     Args:
-        exc: What the kernel said; one without errno, or with one not listed, becomes plain GearError.
-        tried: What was being done, on what: the first half of the message.
+        exc: The kernel's error; without an errno, or with one that is not listed, it becomes a plain GearError.
+        tried: The attempted operation and its object; the first half of the message.
     """
     cls = _BY_ERRNO.get(exc.errno or 0, GearError)
     reason = os.strerror(exc.errno) if exc.errno else str(exc)

@@ -1,69 +1,42 @@
-"""Settings of every process, read from the environment; no other module reads it.
+"""Settings of all processes, read from the environment; no other module reads it.
 
-Each setting is declared once: variable, default, help, and a type that checks the value. `documented` lists them.
+    Settings            all settings of a process; also the node's own: directories, sockets, limits
+    ├── .remote         RemoteSettings: the store that all nodes share
+    ├── .registry       RegistrySettings: credentials and proxy for registries
+    ├── .manager        ManagerSettings: the server of `gear manager`
+    └── .log            LogSettings
+
+Functions take the smallest group that they need. `Settings` is a `NodeSettings`, so it can be passed for one. Each
+setting is declared once, with variable, default, help, and a type that checks the value. `documented` lists them.
+
+Environment variables were chosen over a file because systemd, Docker Compose and a shell all set them. msgspec checks
+the values: pydantic-settings takes 350 ms to import, msgspec 40 ms, and `gear` and the workers start often.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, get_args
 
-import msgspec
-from msgspec import Meta
-
-from gearworkers.errors import InvalidInput
-
-T = TypeVar("T")
+from gearworkers.util.env_fields import (
+    Bytes,
+    Count,
+    DocumentedSetting,
+    Seconds,
+    SecondsOrZero,
+    document_settings,
+    read_settings,
+    setting,
+)
 
 DEFAULT_STREAM_IDLE_S = 900.0
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
-
-Count = Annotated[int, Meta(gt=0, description="a whole number above 0")]
-Bytes = Annotated[int, Meta(gt=0, description="a whole number of bytes above 0", extra={"unit": "bytes"})]
-Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above 0", extra={"unit": "s"})]
-SecondsOrZero = Annotated[float, Meta(ge=0, description="a number of seconds, at least 0", extra={"unit": "s"})]
-
-
-class DocumentedSetting(NamedTuple):
-    """One setting as its documentation shows it."""
-
-    name: str
-    """The environment variable: "GEAR_STREAM_IDLE_S"."""
-    default: str
-    """The default as one would write it into the environment ("900", "off"), or in words; "none" if unset."""
-    unit: str
-    """"s", "bytes" or ""."""
-    help: str
-    """One sentence, ending with a full stop."""
-
-
-class _Declared(NamedTuple):
-    name: str
-    help: str
-    default_text: str | None
-    fallback: str | None
-
-
-def setting(name: str, default: Any, help: str, *, default_text: str | None = None, fallback: str | None = None) -> Any:
-    """Declare a dataclass field that the environment variable *name* sets.
-
-    Args:
-        name: The variable.
-        default: The value of an unset or empty variable, or a function that returns it.
-        help: One sentence.
-        default_text: The default in words, where its value does not say enough.
-        fallback: A variable to read if *name* is unset.
-    """
-    metadata = {"declared": _Declared(name, help, default_text, fallback)}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def _home() -> Path:
@@ -76,7 +49,7 @@ def _home() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class RemoteSettings:
-    """The remote, and how to reach it."""
+    """The store that all nodes share, and the way to it."""
 
     url: str = setting(
         "GEAR_REMOTE", "", "Store that all nodes share: a directory, s3://BUCKET/PREFIX or a manager's URL."
@@ -105,7 +78,7 @@ class RemoteSettings:
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
-    """The way to registries."""
+    """Credentials and proxy for registries."""
 
     docker_config: Path = setting(
         "DOCKER_CONFIG",
@@ -150,7 +123,7 @@ class ManagerSettings:
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """What the process logs, and how."""
+    """The logs of a process."""
 
     level: LogLevel = setting("GEAR_LOG_LEVEL", "info", "debug, info, warning or error.")
     format: LogFormat = setting("GEAR_LOG_FORMAT", "console", "console for people, json for programs.")
@@ -158,7 +131,7 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """A node: its directories, sockets, queues and lazy files.
+    """One node: its directories, sockets, queues and limits; immutable.
 
     The `gear_*_path` names are the Gear driver's own (GearPublicCachePath, GearImagesPath, …).
     """
@@ -214,7 +187,7 @@ class NodeSettings:
 
     @property
     def gear_nfs_path(self) -> Path:
-        """Where a shared store may be mounted: a second cache level behind public/."""
+        """Mount point for a shared store: a second cache level behind public/."""
         return self.gear_root / "nfs"
 
     @property
@@ -229,27 +202,27 @@ class NodeSettings:
 
     @property
     def gear_build_path(self) -> Path:
-        """Staging; what lies here at start-up is a crash's leftover."""
+        """Staging; anything here at start-up is left by a crash."""
         return self.gear_root / "build"
 
     @property
     def gear_push_path(self) -> Path:
-        """The durable spool of objects awaiting push."""
+        """The durable queue of objects awaiting push."""
         return self.gear_root / "push"
 
     @property
     def gear_converting_path(self) -> Path:
-        """Files without names, of layers that are being converted: on disk, where a system's /tmp may be memory."""
+        """Unnamed files of layers in conversion: on disk, since /tmp may be memory."""
         return self.gear_root / "converting"
 
     @property
     def gear_remotes_path(self) -> Path:
-        """Which directories this node knows to hold a remote."""
+        """An empty file per directory that this node has seen hold a remote."""
         return self.gear_root / "remotes"
 
     @property
     def gear_pins_path(self) -> Path:
-        """Images whose objects are kept, and fetched if they are missing."""
+        """Pinned images: their objects are kept, and missing ones are fetched."""
         return self.gear_root / "pins"
 
     @property
@@ -259,7 +232,7 @@ class NodeSettings:
 
     @property
     def gear_fetching_path(self) -> Path:
-        """Objects on their way."""
+        """Objects that are being fetched."""
         return self.gear_root / "fetching"
 
     @property
@@ -269,17 +242,17 @@ class NodeSettings:
 
     @property
     def lazy_mount_path(self) -> Path:
-        """Where the lazy file system is mounted."""
+        """Mount point of the lazy file system."""
         return self.run_dir / "lazy"
 
     @property
     def lazyfs_socket(self) -> Path:
-        """Where the lazy file server tells its status and takes orders to prefetch."""
+        """Control socket of the lazy file server, for its status and for prefetching."""
         return self.run_dir / "lazyfs.sock"
 
     @property
     def lazyfs_keeper_socket(self) -> Path:
-        """Where the lazy file system's descriptor is kept."""
+        """Socket of the process that keeps the lazy file system's descriptor."""
         return self.run_dir / "lazyfs-keeper.sock"
 
     @property
@@ -289,7 +262,7 @@ class NodeSettings:
 
     @property
     def streams_socket(self) -> Path:
-        """Where the gateway meets whoever does an ApplyDiff or a Diff."""
+        """Socket on which workers claim an ApplyDiff or a Diff from the gateway."""
         return self.run_dir / "streams.sock"
 
     @property
@@ -305,10 +278,7 @@ class NodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings(NodeSettings):
-    """All settings of a process: the node's, and one group each for its other parts.
-
-    Functions take the group that they need; Settings is a NodeSettings, so it can be passed where the node's suffice.
-    """
+    """All settings of a process: the node's own, and a group for each other part."""
 
     remote: RemoteSettings = field(default_factory=RemoteSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
@@ -322,7 +292,7 @@ class Settings(NodeSettings):
         Raises:
             InvalidInput: A path is not absolute, a number is out of range, or a word is unknown.
         """
-        return _read(cls, environ)
+        return read_settings(cls, environ)
 
     @property
     def effective_manager_store(self) -> str:
@@ -335,62 +305,4 @@ def documented() -> list[DocumentedSetting]:
 
     ``[DocumentedSetting(name="GEAR_STREAM_IDLE_S", default="900", unit="s", help="Seconds without …"), …]``
     """
-    return [_document(one, hint) for one, hint in _settings_in(Settings)]
-
-
-def _settings_in(group: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
-    """Yield each setting of *group*, and of the groups inside it, with its type."""
-    hints = get_type_hints(group, include_extras=True)
-    for one in fields(group):
-        if is_dataclass(hints[one.name]):
-            yield from _settings_in(hints[one.name])
-        else:
-            yield one, hints[one.name]
-
-
-def _document(one: Field[Any], hint: Any) -> DocumentedSetting:
-    declared: _Declared = one.metadata["declared"]
-    default = declared.default_text
-    if default is None:
-        default = ("on" if one.default else "off") if hint is bool else str(one.default or "none")
-    unit = (hint.__metadata__[0].extra or {}).get("unit", "") if get_origin(hint) is Annotated else ""
-    return DocumentedSetting(declared.name, default.removesuffix(".0"), unit, declared.help)
-
-
-def _read(group: type[T], environ: Mapping[str, str]) -> T:
-    """Make a *group* of settings, and the groups inside it, from the variables that are set."""
-    hints = get_type_hints(group, include_extras=True)
-    values = {}
-    for one in fields(group):  # type: ignore[arg-type]
-        if is_dataclass(hints[one.name]):
-            values[one.name] = _read(hints[one.name], environ)
-            continue
-        declared: _Declared = one.metadata["declared"]
-        text = environ.get(declared.name) or environ.get(declared.fallback or "")
-        if text:
-            values[one.name] = _parse(declared.name, text, hints[one.name])
-    return group(**values)
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    if hint is bool:
-        return _parse(name, text, Literal["off", "on"]) == "on"
-    is_number = get_origin(hint) is Annotated
-    try:
-        return msgspec.convert(text.strip() if is_number else text, hint, strict=False, dec_hook=_absolute)
-    except msgspec.ValidationError as exc:
-        raise InvalidInput(f"{name}={text}: set {_allowed(hint)}") from exc
-
-
-def _absolute(kind: type[Path], text: str) -> Path:
-    path = kind(text)
-    if not path.is_absolute():
-        raise ValueError("not absolute")
-    return path
-
-
-def _allowed(hint: Any) -> str:
-    """Return the values that *hint* allows, in words."""
-    if get_origin(hint) is Annotated:
-        return str(hint.__metadata__[0].description)
-    return f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else "an absolute path"
+    return document_settings(Settings)

@@ -1,64 +1,92 @@
-"""`gear convert`: a conversion as a user sees it, with a bar a layer on a terminal and a line a layer elsewhere."""
+"""`gear convert`: convert an image, with a progress bar per layer on a terminal and a line per layer elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Annotated, Protocol
 
+import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from gearworkers.images.convert import Plan, Report, plan_conversion
-from gearworkers.images.convert_local import convert_here
+from gearworkers.errors import InvalidInput
+from gearworkers.images.convert_local import convert_locally
+from gearworkers.images.gear_manifest import ConversionReport
 from gearworkers.images.manifest import Platform
+from gearworkers.images.plan import ConversionPlan, plan_conversion
 from gearworkers.images.source import is_local
 from gearworkers.remote.factory import open_remote
-from gearworkers.settings import Settings
+from gearworkers.util.log import command_settings
 
 _SHOWN_DIGITS = 12
 
 
-class _Watcher(Protocol):
-    def told(self, digest: str, read_bytes: int) -> None:
-        """So many bytes of a layer have been read so far."""
-
-    def noted(self, line: str) -> None:
-        """Something goes on, but not as it should."""
-
-
-def convert_image(
-    settings: Settings,
-    source: str,
-    target: str,
-    platform: Platform | None,
-    *,
-    all_platforms: bool,
-    again: bool,
-    processes: int,
-    local: bool,
+def command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Image to convert: [HOST/]NAME[:TAG][@DIGEST], oci:PATH[:TAG] or docker-archive:PATH[:TAG].",
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="Name of the Gear image: [HOST/]NAME[:TAG]. It must differ from SOURCE."),
+    ],
+    platform: Annotated[
+        str,
+        typer.Option(
+            help="Platform to convert from a multi-platform image: OS/ARCHITECTURE[/VARIANT]. Default: this host's."
+        ),
+    ] = "",
+    all_platforms: Annotated[bool, typer.Option("--all-platforms", help="Convert all platforms.")] = False,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local", help="Convert in processes of this host instead of workers. Paths are always converted here."
+        ),
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Convert layers that were converted before as well.")] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Layers to convert at the same time on this host.")
+    ] = os.cpu_count() or 1,
 ) -> None:
-    """Convert *source* and print what it came to; progress goes to stderr.
+    """Convert an image to a Gear image: file contents go to GEAR_REMOTE, the rest to TARGET's registry.
 
-    Raises:
-        GearError: What kept it from being done. What is done stays done.
+    Workers of the queue `convert` do the work unless --local is given. A layer that was converted before is not
+    converted again.
     """
-    open_remote(settings).close()  # without a remote nothing is begun
-    plan = plan_conversion(settings.registry, source, target, platform, all_platforms=all_platforms, again=again)
-    with _watcher(plan) as watcher:
+    if all_platforms and platform:
+        raise InvalidInput("--platform and --all-platforms exclude each other; give one of them")
+    settings = command_settings()
+    wanted = Platform.parse(platform) if platform else None
+    open_remote(settings).close()  # without a remote nothing is started
+    plan = plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
+    with _progress_display(plan) as display:
         if local or is_local(source):
-            report = convert_here(settings, plan, processes, watcher.told)
+            report = convert_locally(settings, plan, processes, display.layer_read)
         else:
-            from gearworkers.workers.conversion import convert_on_workers  # Celery, which `--local` does without
+            from gearworkers.workers.conversion import convert_on_workers  # imports Celery, which --local does without
 
-            report = convert_on_workers(settings, plan, watcher.told, watcher.noted)
+            report = convert_on_workers(settings, plan, display.layer_read, display.note)
     _print(report)
 
 
+class _Display(Protocol):
+    def layer_read(self, digest: str, read_bytes: int) -> None:
+        """Show that *read_bytes* of the layer have been read so far."""
+
+    def note(self, line: str) -> None:
+        """Show a line about a delay or a retry."""
+
+
 @contextmanager
-def _watcher(plan: Plan) -> Iterator[_Watcher]:
+def _progress_display(plan: ConversionPlan) -> Iterator[_Display]:
+    """Yield the display of progress on stderr: bars on a terminal, else lines."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(plan)
@@ -69,44 +97,44 @@ def _watcher(plan: Plan) -> Iterator[_Watcher]:
 
 
 class _Bars:
-    """A bar for each layer and one for all."""
+    """Shows a bar for each layer and one for their sum."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
+    def __init__(self, plan: ConversionPlan, progress: Progress) -> None:
         self._progress = progress
         self._bars: dict[str, TaskID] = {
             job.digest: progress.add_task(_short(job.digest), total=job.size_bytes) for job in plan.jobs()
         }
         self._read: dict[str, int] = {}
-        self._total = progress.add_task("total", total=_total_bytes(plan))
+        self._total = progress.add_task("total", total=sum(job.size_bytes for job in plan.jobs()))
 
-    def told(self, digest: str, read_bytes: int) -> None:
+    def layer_read(self, digest: str, read_bytes: int) -> None:
         self._read[digest] = read_bytes
         self._progress.update(self._bars[digest], completed=read_bytes)
         self._progress.update(self._total, completed=sum(self._read.values()))
 
-    def noted(self, line: str) -> None:
+    def note(self, line: str) -> None:
         self._progress.console.print(line, markup=False)
 
 
 class _Lines:
-    """A line when a layer has been read."""
+    """Prints a line when a layer has been read to its end."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ConversionPlan) -> None:
         self._sizes = {job.digest: job.size_bytes for job in plan.jobs()}
         self._read = dict.fromkeys(self._sizes, 0)
 
-    def told(self, digest: str, read_bytes: int) -> None:
+    def layer_read(self, digest: str, read_bytes: int) -> None:
         was_whole = self._read[digest] == self._sizes[digest]
         self._read[digest] = read_bytes
         if read_bytes == self._sizes[digest] and not was_whole:
             read, total = decimal(sum(self._read.values())), decimal(sum(self._sizes.values()))
-            self.noted(f"layer {_short(digest)} read, {decimal(self._sizes[digest])}; {read} of {total}")
+            self.note(f"layer {_short(digest)} read, {decimal(self._sizes[digest])}; {read} of {total}")
 
-    def noted(self, line: str) -> None:
+    def note(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _print(report: Report) -> None:
+def _print(report: ConversionReport) -> None:
     before, after = decimal(report.bytes_before), decimal(report.bytes_after)
     shared = report.objects - report.new_objects
     shared_bytes = report.object_bytes - report.new_bytes
@@ -119,10 +147,6 @@ def _print(report: Report) -> None:
     print(f"Layers' bytes   {before} before, {after} after")
     print(f"New objects     {report.new_objects}, {decimal(report.new_bytes)}")
     print(f"Shared objects  {shared}, {decimal(shared_bytes)}")
-
-
-def _total_bytes(plan: Plan) -> int:
-    return sum(job.size_bytes for job in plan.jobs())
 
 
 def _short(digest: str) -> str:

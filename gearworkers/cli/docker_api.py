@@ -1,6 +1,7 @@
-"""What `gear` asks of a dockerd: which layers an image or a container has here.
+"""dockerd's API, for the commands that take the name of an image or a container: it maps names to layers.
 
-Which layer is which is dockerd's own business; its API tells it, since it passes on what the driver's GetMetadata says.
+dockerd alone knows which layer belongs to which image or container. Its API reveals the layer, since it includes the
+answer of the driver's GetMetadata.
 
 Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container".
 """
@@ -26,7 +27,7 @@ class _Driver(msgspec.Struct, frozen=True):
     data: dict[str, str] | None = msgspec.field(name="Data", default=None)
 
 
-class _Listed(msgspec.Struct, frozen=True):
+class _ListedContainer(msgspec.Struct, frozen=True):
     id: str = msgspec.field(name="Id")
     names: list[str] = msgspec.field(name="Names", default_factory=list)
 
@@ -38,22 +39,22 @@ class _Inspected(msgspec.Struct, frozen=True):
 
 
 class LocalImage(msgspec.Struct, frozen=True):
-    """An image that dockerd has on this node's GEAR_ROOT."""
+    """An image that dockerd has stored in this node's GEAR_ROOT."""
 
     id: str
-    """``sha256:…`` of its config."""
+    """``sha256:…`` of the image's config."""
     is_gear: bool
     top_layer: str
-    """The driver's id of the topmost layer; empty if it has none."""
+    """The driver's id of the topmost layer; empty for an image without layers."""
 
 
 def local_image(settings: NodeSettings, name: str) -> LocalImage | None:
-    """The image that dockerd knows by *name*, a reference or an id; None if it has none.
+    """Return the image that dockerd knows by *name*, a reference or an id; None if it has none.
 
     Raises:
         Unavailable: No dockerd answers.
-        FailedPrecondition: Its images lie elsewhere.
-        InvalidInput: It does not take the name, or DOCKER_HOST names none.
+        FailedPrecondition: The image is not stored in this GEAR_ROOT.
+        InvalidInput: dockerd rejects the name, or DOCKER_HOST is malformed.
     """
     found = _inspected(settings, "images", name)
     if found is None:
@@ -63,13 +64,13 @@ def local_image(settings: NodeSettings, name: str) -> LocalImage | None:
 
 
 def image_layer(settings: NodeSettings, name: str) -> str | None:
-    """The driver's id of the topmost layer of the image, empty if it has none; else as `local_image`."""
+    """Return the driver's id of the image's topmost layer; None and errors as `local_image`."""
     image = local_image(settings, name)
     return None if image is None else image.top_layer
 
 
 def container_layer(settings: NodeSettings, name: str) -> str | None:
-    """The driver's id of the layer of the container that dockerd knows by *name* or id; None if it has none.
+    """Return the driver's id of the layer of the container *name*, a name or an id; None if dockerd has no such one.
 
     Raises:
         Unavailable, FailedPrecondition, InvalidInput: As `local_image`.
@@ -79,14 +80,14 @@ def container_layer(settings: NodeSettings, name: str) -> str | None:
 
 
 def container_names(settings: NodeSettings) -> dict[str, str]:
-    """The names of all containers that run on this node's GEAR_ROOT, by the driver's ids of their layers.
+    """Return the names of the running containers in this GEAR_ROOT, by the driver's ids of their layers.
 
     Raises:
         Unavailable, InvalidInput: As `local_image`.
     """
     status, body = _get(settings.docker_host, "/containers/json")
     try:
-        listed = msgspec.json.decode(body, type=list[_Listed]) if status == http.HTTPStatus.OK else []
+        listed = msgspec.json.decode(body, type=list[_ListedContainer]) if status == http.HTTPStatus.OK else []
     except msgspec.MsgspecError as exc:
         raise Unavailable(f"cannot read the answer of dockerd at {settings.docker_host}: {exc}") from exc
     names = {}
@@ -106,19 +107,19 @@ def _inspected(settings: NodeSettings, kind: str, name: str) -> _Inspected | Non
             raise InvalidInput(f"dockerd: {name}: {msgspec.json.decode(body)['message']}")
         return msgspec.json.decode(body, type=_Inspected)
     except (msgspec.MsgspecError, KeyError, TypeError) as exc:
-        raise Unavailable(f"{settings.docker_host} is no dockerd: {exc}") from exc
+        raise Unavailable(f"{settings.docker_host} does not answer as a dockerd: {exc}") from exc
 
 
 def _top_layer(settings: NodeSettings, found: _Inspected, name: str) -> str:
-    """``UpperDir`` is a directory of the layer's own."""
+    """Return the layer's id; dockerd shows ``UpperDir``, a directory inside the layer's."""
     upper = (found.driver.data or {}).get("UpperDir")
     if not upper:
         return ""
     layer = Path(upper).parent
     if layer.parent not in (settings.gear_images_path, settings.gear_containers_path):
         raise FailedPrecondition(
-            f"{name} is of storage driver {found.driver.name} at {upper}, not of {settings.gear_root}; "
-            "DOCKER_HOST says which dockerd is asked, GEAR_ROOT where the driver's layers are"
+            f"{name} is stored by driver {found.driver.name} at {upper}, not in GEAR_ROOT={settings.gear_root}; "
+            "set DOCKER_HOST to the dockerd that uses the gear driver, and GEAR_ROOT to that driver's directory"
         )
     return layer.name
 
@@ -141,4 +142,4 @@ def _connection(docker_host: str) -> http.client.HTTPConnection:
         return UnixHTTPConnection(parts.path, _TIMEOUT_S)
     if parts.scheme == "tcp" and parts.hostname:
         return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=_TIMEOUT_S)
-    raise InvalidInput(f"DOCKER_HOST={docker_host}: unix:///PATH or tcp://HOST:PORT is needed")
+    raise InvalidInput(f"DOCKER_HOST={docker_host}: set unix:///PATH or tcp://HOST:PORT")

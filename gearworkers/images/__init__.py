@@ -1,1 +1,1 @@
-"""Images as registries and archives hold them: read, converted to Gear images, inspected."""
+"""Images in registries and archives: read them, and convert them to Gear images."""

@@ -1,4 +1,4 @@
-"""How a registry is told who asks: Basic, or Bearer with a token from the realm that it names.
+"""Authenticate to a registry: by Basic, or by Bearer with a token from the realm that the registry names.
 
 Source: distribution, "Token Authentication Specification" and "OAuth2 Token Authentication"; RFC 9110, section 11.6.
 """
@@ -18,17 +18,17 @@ import msgspec
 
 from gearworkers.errors import FailedPrecondition
 from gearworkers.images.credentials import Credentials, find_credentials
-from gearworkers.images.transport import Transport, problem, translated
+from gearworkers.images.transport import Transport, error_of, translated
 from gearworkers.util.net import is_loopback
 
 _CLIENT = "gearworkers"
 _LEAST_LIFE_S = 60
-"""Of a token that says nothing; the specification's own default."""
+"""Lifetime of a token without `expires_in`; the specification's default."""
 _MARGIN_S = 15
 _SCHEMES = ("bearer", "basic")
-"""Those that are known, the better first."""
+"""The schemes supported, the preferred one first."""
 _PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z_][A-Za-z0-9_-]*)')
-"""A parameter, or the scheme of those that follow."""
+"""A parameter, or the scheme that the next parameters belong to."""
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -39,14 +39,14 @@ class _Token(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """What a registry's WWW-Authenticate asks for."""
+    """The scheme and parameters of a WWW-Authenticate header."""
 
     scheme: str
     parameters: Mapping[str, str]
 
     @classmethod
     def parse(cls, header: str) -> Challenge | None:
-        """Read ``Bearer realm="…",service="…"`` or ``Basic realm="…"`` among those offered; None if neither is."""
+        """Find ``Bearer realm="…",service="…"`` or ``Basic realm="…"`` in a header; None if it offers neither."""
         offered: dict[str, dict[str, str]] = {}
         parameters: dict[str, str] = {}
         for key, quoted, bare, scheme in _PART.findall(header):
@@ -58,8 +58,8 @@ class Challenge:
 
 
 @dataclass
-class Authority:
-    """Authorizations for one registry, kept until shortly before they end; used from many threads at once."""
+class Authenticator:
+    """The authorizations for one registry, cached until shortly before they expire; many threads may use it at once."""
 
     host: str
     """As in an image's name."""
@@ -69,22 +69,22 @@ class Authority:
     _tokens: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def known(self, scopes: tuple[str, ...]) -> str | None:
-        """The Authorization for *scopes* if there is a valid one already."""
+    def cached(self, scopes: tuple[str, ...]) -> str | None:
+        """Return the Authorization header for *scopes* if a valid one is cached."""
         with self._lock:
             value, end_s = self._tokens.get(scopes, ("", 0.0))
             return value if time.monotonic() < end_s else None
 
-    def answer(self, header: str, scopes: tuple[str, ...]) -> str:
-        """The Authorization that answers the challenge *header*.
+    def authorize(self, header: str, scopes: tuple[str, ...]) -> str:
+        """Return the Authorization header that answers the challenge *header*, and cache it.
 
         Raises:
-            FailedPrecondition: There are no credentials, they are refused, or they would travel unprotected.
+            FailedPrecondition: Credentials are missing or refused, or would travel unencrypted.
             Unavailable: The realm does not answer.
         """
         challenge = Challenge.parse(header)
         if challenge is None:
-            raise FailedPrecondition(f"{self.host} asks for an authentication that is not known: {header[:100]!r}")
+            raise FailedPrecondition(f"{self.host} asks for an unsupported authentication: {header[:100]!r}")
         credentials = find_credentials(self.docker_config, self.host)
         if challenge.scheme == "basic":
             value, life_s = self._basic(credentials), float("inf")
@@ -95,20 +95,22 @@ class Authority:
         return value
 
     def forget(self, scopes: tuple[str, ...]) -> None:
-        """Let go of an authorization that was refused."""
+        """Drop an authorization that was refused."""
         with self._lock:
             self._tokens.pop(scopes, None)
 
     def _basic(self, credentials: Credentials | None) -> str:
         if credentials is None or not credentials.user:
-            raise FailedPrecondition(f"{self.host} asks for a password, and there is none: `docker login {self.host}`")
+            raise FailedPrecondition(
+                f"{self.host} asks for a password, and none is stored; run `docker login {self.host}`"
+            )
         return _basic(credentials)
 
     def _bearer(
         self, challenge: Challenge, credentials: Credentials | None, scopes: tuple[str, ...]
     ) -> tuple[str, float]:
         realm = challenge.parameters.get("realm", "")
-        self._refuse_open_realm(realm, credentials)
+        self._refuse_unencrypted_realm(realm, credentials)
         fields = [("service", challenge.parameters.get("service", "")), *(("scope", scope) for scope in scopes)]
         if credentials is not None and credentials.identity_token:
             token = self._exchange(realm, fields, credentials)
@@ -116,15 +118,17 @@ class Authority:
             token = self._fetch(realm, fields, credentials)
         value = token.token or token.access_token
         if not value:
-            raise FailedPrecondition(f"{realm} answers for {self.host} without a token")
+            raise FailedPrecondition(f"the token server {realm} of {self.host} returned no token")
         return f"Bearer {value}", max(token.expires_in or 0, _LEAST_LIFE_S) - _MARGIN_S
 
-    def _refuse_open_realm(self, realm: str, credentials: Credentials | None) -> None:
+    def _refuse_unencrypted_realm(self, realm: str, credentials: Credentials | None) -> None:
         with translated(f"get a token for {self.host}"):
             url = urlsplit(realm)
-        open_realm = url.scheme == "http" and not is_loopback(url.hostname or "")
-        if url.scheme not in ("http", "https") or (open_realm and credentials is not None):
-            raise FailedPrecondition(f"{self.host} wants its credentials told to {realm!r}, which is not https")
+        is_unencrypted = url.scheme == "http" and not is_loopback(url.hostname or "")
+        if url.scheme not in ("http", "https") or (is_unencrypted and credentials is not None):
+            raise FailedPrecondition(
+                f"{self.host} names the token server {realm!r}, which is not https; credentials are not sent to it"
+            )
 
     def _fetch(self, realm: str, fields: list[tuple[str, str]], credentials: Credentials | None) -> _Token:
         headers = {"Authorization": _basic(credentials)} if credentials else {}
@@ -150,11 +154,13 @@ class Authority:
     def _token(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> _Token:
         response = self.transport.send(method, url, headers=headers, body=body)
         if response.status != 200:
-            raise problem(response, f"get a token for {self.host} from {url.partition('?')[0]}")
+            raise error_of(response, f"get a token for {self.host} from {url.partition('?')[0]}")
         try:
             return msgspec.json.decode(response.data, type=_Token)
         except ValueError as exc:
-            raise FailedPrecondition(f"{url.partition('?')[0]} answers for {self.host} without a token: {exc}") from exc
+            raise FailedPrecondition(
+                f"the token server {url.partition('?')[0]} of {self.host} returned no token: {exc}"
+            ) from exc
 
 
 def _basic(credentials: Credentials) -> str:

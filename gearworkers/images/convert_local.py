@@ -1,4 +1,4 @@
-"""A conversion by processes of this host: no Redis, no worker is needed."""
+"""Convert an image in processes of this host, without Redis and workers."""
 
 from __future__ import annotations
 
@@ -13,89 +13,97 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from gearworkers.errors import GearError
-from gearworkers.images.convert import LayerDone, LayerJob, Plan, Report, Told, convert_layer, finish_conversion
+from gearworkers.images.convert import ConvertedLayer, LayerProgress, convert_layer
+from gearworkers.images.gear_manifest import ConversionReport, finish_conversion
+from gearworkers.images.plan import ConversionPlan, LayerJob
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from gearworkers.util.process import end_with_parent
 
 _POLL_S = 0.2
-_TELL_BYTES = 1 << 20
+_REPORT_BYTES = 1 << 20
+"""A layer's progress is reported after this many bytes more."""
 
-_told: Any = None
-"""In a process of the pool: the queue to the one that started it."""
+_progress_queue: Any = None
+"""In a process of the pool: the queue to its parent."""
 
 
-def convert_here(settings: Settings, plan: Plan, processes: int, told: Told) -> Report:
-    """Do all of *plan*, so many layers at once.
+def convert_locally(
+    settings: Settings, plan: ConversionPlan, processes: int, progress: LayerProgress
+) -> ConversionReport:
+    """Carry out *plan* with up to *processes* layers at a time.
 
     Raises:
-        GearError: What the first layer that failed met; layers that are being converted are finished first.
+        GearError: The error of the first layer that failed; layers already started are finished first.
 
-    Crash: what is done stays done; the next run finds it.
+    Crash: finished layers stay converted, and the next run reuses them.
     """
     context = multiprocessing.get_context("spawn")
-    progress: Any = context.Queue()
-    with _pool(processes, context, progress) as pool:
+    reports: Any = context.Queue()
+    with _pool(processes, context, reports) as pool:
         futures = [pool.submit(_convert, settings, job) for job in plan.jobs()]
         try:
-            while any(not future.done() for future in futures) and not _failed(futures):
-                _pass_on(progress, told)
-            done = [future.result() for future in _settled(futures)]
+            while any(not future.done() for future in futures) and not _has_failed(futures):
+                _pass_on(reports, progress)
+            converted = [future.result() for future in _finished(futures)]
         except BrokenProcessPool as exc:
-            raise GearError("a process that converted a layer was killed; is there too little memory?") from exc
-        _pass_on(progress, told)
-    return finish_conversion(settings.registry, plan, done)
+            raise GearError(
+                "a process that converted a layer was killed, perhaps for lack of memory; "
+                "run it again with a smaller --processes"
+            ) from exc
+        _pass_on(reports, progress)
+    return finish_conversion(settings.registry, plan, converted)
 
 
 @contextmanager
-def _pool(processes: int, context: Any, progress: Any) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(progress, os.getpid()))
+def _pool(processes: int, context: Any, reports: Any) -> Iterator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(processes, context, initializer=_initialize, initargs=(reports, os.getpid()))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        progress.close()
+        reports.close()
 
 
-def _begin(progress: Any, parent_pid: int) -> None:
-    global _told
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it without a word
+def _initialize(reports: Any, parent_pid: int) -> None:
+    global _progress_queue
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
     end_with_parent(parent_pid)
-    _told = progress
+    _progress_queue = reports
 
 
-def _convert(settings: Settings, job: LayerJob) -> LayerDone:
-    told_bytes = 0
+def _convert(settings: Settings, job: LayerJob) -> ConvertedLayer:
+    reported_bytes = 0
 
-    def tell(read_bytes: int) -> None:
-        nonlocal told_bytes
-        if read_bytes - told_bytes >= _TELL_BYTES:
-            told_bytes = read_bytes
-            _told.put((job.digest, read_bytes))
+    def report(read_bytes: int) -> None:
+        nonlocal reported_bytes
+        if read_bytes - reported_bytes >= _REPORT_BYTES:
+            reported_bytes = read_bytes
+            _progress_queue.put((job.digest, read_bytes))
 
     with closing(open_remote(settings)) as remote:
-        done = convert_layer(settings, remote, job, tell)
-    _told.put((job.digest, job.size_bytes))
-    return done
+        converted = convert_layer(settings, remote, job, report)
+    _progress_queue.put((job.digest, job.size_bytes))
+    return converted
 
 
-def _pass_on(progress: Any, told: Told) -> None:
-    """What has been told, or comes within a moment."""
+def _pass_on(reports: Any, progress: LayerProgress) -> None:
+    """Pass on the reports that are queued, or that arrive within _POLL_S."""
     try:
-        told(*progress.get(timeout=_POLL_S))
+        progress(*reports.get(timeout=_POLL_S))
         while True:
-            told(*progress.get_nowait())
+            progress(*reports.get_nowait())
     except queue.Empty:
         pass
 
 
-def _failed(futures: list[Future[LayerDone]]) -> bool:
+def _has_failed(futures: list[Future[ConvertedLayer]]) -> bool:
     return any(future.done() and future.exception() is not None for future in futures)
 
 
-def _settled(futures: list[Future[LayerDone]]) -> list[Future[LayerDone]]:
-    """All of them when none failed; else the one that did, after those that wait have been dropped."""
-    if not _failed(futures):
+def _finished(futures: list[Future[ConvertedLayer]]) -> list[Future[ConvertedLayer]]:
+    """Return all *futures* if none failed; else cancel the pending ones, wait for the rest, return the failed ones."""
+    if not _has_failed(futures):
         return futures
     for future in futures:
         future.cancel()

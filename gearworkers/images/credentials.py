@@ -1,4 +1,4 @@
-"""Who we are to a registry: from the config.json that `docker login` writes, and from credential helpers.
+"""Credentials for registries: from the config.json that `docker login` writes, and from credential helpers.
 
 Source: docker/cli, "config.json"; docker/docker-credential-helpers, "Development" (the protocol on stdin and stdout).
 """
@@ -21,12 +21,12 @@ from gearworkers.util.fs import read_small
 _HUB_KEY = "https://index.docker.io/v1/"
 _HELPER_TIMEOUT_S = 60
 _IDENTITY_TOKEN_USER = "<token>"
-_NOT_THERE = "credentials not found"
+_NOT_FOUND_MESSAGE = "credentials not found"
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A user and a password, or an identity token that is exchanged for access tokens."""
+    """A user and a password, or an identity token to exchange for access tokens."""
 
     user: str = ""
     password: str = field(default="", repr=False)
@@ -52,19 +52,19 @@ class _HelperAnswer(msgspec.Struct, frozen=True):
 
 
 def find_credentials(directory: Path, host: str) -> Credentials | None:
-    """What Docker's own client would say to the registry *host*; None to come as nobody.
+    """Return the credentials that Docker's client would use for the registry *host*; None for anonymous access.
 
-    Only a host that config.json names, as `docker login` has it do, gets any: a `credsStore` may have an answer for
-    whatever host it is asked for, and the host may be the word of a task. Read anew at each call, so a new
-    `docker login` counts at once.
+    Only a host that config.json names, as `docker login` does, has credentials: a `credsStore` may answer for any host
+    that it is asked about, and *host* may come from a task. config.json is read at each call, so a new `docker login`
+    takes effect at once.
 
     Args:
-        directory: That of config.json; it need not be there.
+        directory: Directory of config.json, which may be missing.
         host: As in an image's name.
 
     Raises:
         InvalidInput: config.json is malformed.
-        FailedPrecondition: A credential helper is not there or fails.
+        FailedPrecondition: A credential helper is missing or fails.
     """
     config = _read(directory / "config.json")
     key = next((key for key in config.auths if _names(key, host)), None)
@@ -88,7 +88,7 @@ def _read(path: Path) -> _Config:
 
 
 def _names(key: str, host: str) -> bool:
-    """Whether a key of `auths` or `credHelpers`, which may be a URL, is that of *host*."""
+    """Return whether a key of `auths` or `credHelpers`, which may be a URL, means *host*."""
     if host == DOCKER_HUB:
         return key in (_HUB_KEY, DOCKER_HUB, "index.docker.io")
     return key == host or urlsplit(key).netloc == host
@@ -100,7 +100,9 @@ def _credentials(auth: _Auth, key: str) -> Credentials | None:
         try:
             user, _, password = base64.b64decode(auth.auth).decode().partition(":")
         except (binascii.Error, UnicodeDecodeError) as exc:
-            raise InvalidInput(f"config.json: the auth of {key} is not base64 of user:password") from exc
+            raise InvalidInput(
+                f"config.json: the auth of {key} is not base64 of user:password; run `docker login` again"
+            ) from exc
     if auth.identity_token:
         return Credentials(identity_token=auth.identity_token)
     return Credentials(user, password.rstrip("\0")) if user else None
@@ -111,16 +113,16 @@ def _ask_helper(name: str, server: str) -> Credentials | None:
     try:
         done = subprocess.run(command, input=server.encode(), capture_output=True, timeout=_HELPER_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise FailedPrecondition(f"{command[0]}, which config.json names for {server}: {exc}") from exc
+        raise FailedPrecondition(f"cannot run {command[0]}, which config.json names for {server}: {exc}") from exc
     if done.returncode != 0:
-        said = (done.stdout + done.stderr).decode(errors="replace").strip()
-        if _NOT_THERE in said:
+        output = (done.stdout + done.stderr).decode(errors="replace").strip()
+        if _NOT_FOUND_MESSAGE in output:
             return None
-        raise FailedPrecondition(f"{command[0]} gives no credentials for {server}: {said[:200]}")
+        raise FailedPrecondition(f"{command[0]} returned no credentials for {server}: {output[:200]}")
     try:
         answer = msgspec.json.decode(done.stdout, type=_HelperAnswer)
     except ValueError as exc:
-        raise FailedPrecondition(f"{command[0]} answers for {server} in a way not understood: {exc}") from exc
+        raise FailedPrecondition(f"{command[0]} returned malformed credentials for {server}: {exc}") from exc
     if answer.user == _IDENTITY_TOKEN_USER:
         return Credentials(identity_token=answer.secret)
     return Credentials(answer.user, answer.secret)

@@ -1,11 +1,11 @@
-"""One layer becomes a Gear layer: the same tar with names in the place of contents, the contents in the remote.
+"""Write a Gear layer: a layer's tar with names instead of contents, which go to the remote.
 
-In a Gear layer's tar a regular file's payload is empty, and two PAX records name what it was: GEAR.sha256 and
-GEAR.size. All else that Docker reads of an entry stays as it was. The same layer always gives the same bytes.
+In a Gear layer's tar a regular file has no payload, and two PAX records name its content: GEAR.sha256 and GEAR.size.
+All other fields that Docker reads stay. The same layer always gives the same bytes.
 
-Whoever takes such a layer for a common one would make empty files of it. So its first entry is a guard: a hard link
-that leads nowhere, marked by a PAX record. Docker's own drivers, containerd and others fail at it while they unpack,
-and show its name as the reason.
+A program that does not know Gear layers would unpack such a layer to empty files. So its first entry is a guard: a
+hard link with a missing target, marked by a PAX record. Docker's own drivers, containerd and others fail at it while
+they unpack, and show its name as the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from gearworkers.errors import ResourceExhausted
-from gearworkers.images.upload import SMALL_BYTES, Contents, nameless_file
+from gearworkers.images.upload import SMALL_BYTES, ContentUploader, unnamed_file
 from gearworkers.tar import writer
 from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
 from gearworkers.tar.private_marker import is_mark, reject_late_mark
@@ -27,10 +27,10 @@ from gearworkers.util.fs import free_bytes
 from gearworkers.util.writing import write_all
 
 FORMAT = 2
-"""Raise it when the same layer would give other bytes."""
+"""Version of the format; increase it when the same layer gives other bytes."""
 INLINE_BYTES = 256
-"""Contents of up to this size stay in the layer. Of a Debian root file system, 94 MB compressed, the Gear layer has
-708 KB with 0, 703 KB with 128, 712 KB with 256 and 1,037 KB with 1024; 256 spares 8 % of the objects."""
+"""Contents up to this size stay in the layer. The Gear layer of a Debian root file system (94 MB compressed) has 708 KB
+with 0, 703 KB with 128, 712 KB with 256 and 1,037 KB with 1024; 256 saves 8 % of the objects."""
 
 _GUARD = TarEntry(
     name=b".gear-image",
@@ -39,7 +39,7 @@ _GUARD = TarEntry(
     b"it needs the storage driver of gearworkers (dockerd -s gear)",
     guard=True,
 )
-_BUFFER_BYTES = 4 << 20
+READ_BUFFER_BYTES = 4 << 20
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _PACK_BYTES = 256 << 10
@@ -47,90 +47,94 @@ _PACK_BYTES = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class GearTar:
-    """What was written of a Gear layer."""
+    """A Gear layer that was written."""
 
     digest: str
-    """Of the compressed tar."""
+    """Digest of the compressed tar."""
     size_bytes: int
     diff_id: str
-    """Of the tar."""
+    """Digest of the tar."""
     files: int
-    """Regular files, hard links not counted."""
+    """Number of regular files, without hard links."""
 
 
-def write_gear_layer(tar: Readable, out: BinaryIO, contents: Contents, inline_bytes: int = INLINE_BYTES) -> GearTar:
-    """Write the Gear layer of *tar* to *out*, gzip compressed, and hand its contents to *contents*.
+def write_gear_layer(
+    tar: Readable, out: BinaryIO, contents: ContentUploader, inline_bytes: int = INLINE_BYTES
+) -> GearTar:
+    """Write the Gear layer of *tar* to *out*, compressed with gzip, and hand its contents to *contents*.
 
     Args:
-        tar: A layer's tar; read to its clean end.
-        out: Where the compressed tar goes.
-        contents: Whoever calls waits for it before the layer is shown to anyone.
-        inline_bytes: Contents of up to this size stay in the tar.
+        tar: A layer's tar; read to its end.
+        out: Receives the compressed tar.
+        contents: Receives the contents; call its `finish` before publishing the layer.
+        inline_bytes: Contents up to this size stay in the tar.
 
     Raises:
-        InvalidInput, IntegrityError: The tar is malformed or ends early, or its layer is private; the message names
+        InvalidInput, IntegrityError: The tar is malformed or ends early, or the layer is private; the message names
             the entry.
     """
-    packed = _Packed(out)
-    reader = TarReader(tar, buffer_bytes=_BUFFER_BYTES)
+    out_tar = _TarWriter(out)
+    reader = TarReader(tar, buffer_bytes=READ_BUFFER_BYTES)
     files = 0
-    packed.write(writer.header(_GUARD))
+    out_tar.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
         if is_mark(entry.name):
             reject_late_mark(entry)
         if entry.type == REG:
             files += 1
-            _write_file(entry, reader, packed, contents, inline_bytes)
+            _write_file(entry, reader, out_tar, contents, inline_bytes)
         else:
-            packed.write(_header(entry))
+            out_tar.write(_header(entry))
     reader.finish()
-    packed.write(writer.END)
-    return packed.finish(files)
+    out_tar.write(writer.END)
+    return out_tar.finish(files)
 
 
-def _write_file(entry: TarEntry, reader: TarReader, packed: _Packed, contents: Contents, inline_bytes: int) -> None:
+def _write_file(
+    entry: TarEntry, reader: TarReader, out_tar: _TarWriter, contents: ContentUploader, inline_bytes: int
+) -> None:
     if entry.gear is not None:
         _keep_gear(entry, reader, contents)
     elif entry.size_bytes > inline_bytes:
         _name_content(entry, reader, contents)
     else:
-        # bytes() copies a piece of content, and makes as many zeros as a hole is long.
+        # bytes() copies a piece of content, and makes the zeros of a hole from its length.
         data = b"".join(bytes(piece) for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes))
-        packed.write(_header(entry) + data + writer.padding(len(data)))
+        out_tar.write(_header(entry) + data + writer.padding(len(data)))
         return
-    packed.write(_header(entry))
+    out_tar.write(_header(entry))
 
 
-def _keep_gear(entry: TarEntry, reader: TarReader, contents: Contents) -> None:
-    """A file that names its content already; one that holds it too is taken at its bytes."""
+def _keep_gear(entry: TarEntry, reader: TarReader, contents: ContentUploader) -> None:
+    """Handle a file of a Gear layer, which names its content; if it holds the content too, the bytes count."""
     assert entry.gear is not None
     if entry.stored_bytes:
         entry.gear = None
         _name_content(entry, reader, contents)
     elif entry.gear[1]:
-        contents.name(*entry.gear)
+        contents.require(*entry.gear)
 
 
-def _name_content(entry: TarEntry, reader: TarReader, contents: Contents) -> None:
+def _name_content(entry: TarEntry, reader: TarReader, contents: ContentUploader) -> None:
     payload = reader.payload() if entry.sparse is None and entry.size_bytes < SMALL_BYTES else None
     if payload is not None:
         digest = hashlib.sha256(payload).digest()
         contents.add(digest, payload)
     else:
-        digest = _spool(entry, reader, contents)
+        digest = _upload_from_file(entry, reader, contents)
     entry.gear = digest, entry.size_bytes
     entry.stored_bytes = 0
 
 
-def _spool(entry: TarEntry, reader: TarReader, contents: Contents) -> bytes:
-    """A content that is large or sparse goes to the remote by way of a file without a name."""
+def _upload_from_file(entry: TarEntry, reader: TarReader, contents: ContentUploader) -> bytes:
+    """Upload a large or sparse content by way of an unnamed file; return its digest."""
     hasher = hashlib.sha256()
-    with nameless_file("a content", contents.directory) as file:
+    with unnamed_file("a content", contents.directory) as file:
         fd = file.fileno()
         if entry.sparse is not None and entry.size_bytes > free_bytes(fd):
             raise ResourceExhausted(
-                f"tar entry {shown(entry.name)}: it is a sparse file of {entry.size_bytes} bytes, "
-                f"and {free_bytes(fd)} are free in {contents.directory}"
+                f"tar entry {shown(entry.name)}: a sparse file of {entry.size_bytes} bytes needs more than the "
+                f"{free_bytes(fd)} bytes that are free in {contents.directory}"
             )
         for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes):
             if isinstance(piece, int):
@@ -146,14 +150,14 @@ def _spool(entry: TarEntry, reader: TarReader, contents: Contents) -> bytes:
 
 
 def _header(entry: TarEntry) -> bytes:
-    """Without what Docker does not look at: access times, and the content of what has none."""
+    """Return the entry's header without access times, which Docker ignores."""
     entry.atime_ns = None
     entry.name = entry.name or b"./"
     return writer.header(entry)
 
 
-class _Packed:
-    """A tar on its way out: hashed, compressed by zlib in pieces of a fixed size, hashed again."""
+class _TarWriter:
+    """Hashes a tar, compresses it with zlib in pieces of a fixed size, and hashes the result."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -164,14 +168,14 @@ class _Packed:
         self._size_bytes = 0
 
     def write(self, data: bytes) -> None:
-        """Some more of the tar."""
+        """Write the next bytes of the tar."""
         self._buffer += data
         while len(self._buffer) >= _PACK_BYTES:
             self._pack(bytes(self._buffer[:_PACK_BYTES]))
             del self._buffer[:_PACK_BYTES]
 
     def finish(self, files: int) -> GearTar:
-        """The tar's end."""
+        """Write the end of the tar; return the layer's digests and sizes."""
         self._pack(bytes(self._buffer))
         self._emit(self._compressor.flush())
         return GearTar(

@@ -1,4 +1,4 @@
-"""Blobs on their way in: verified while they are read, and decompressed."""
+"""Read blobs of images: verify them while they are read, and decompress layers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PIECES_AHEAD = 16
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
-"""Of a frame, or of a skippable one, which may be first."""
+"""Magic number of a frame, or of a skippable frame, which may come first."""
 _ZSTD_MAX_WINDOW_BYTES = 128 << 20
 MAGIC_BYTES = 4
-"""So many of its first bytes tell how a blob is compressed."""
+"""Number of first bytes that reveal a blob's compression."""
 
 
-class Verified:
-    """A blob's bytes; the clean end is given only if they were what the digest says."""
+class VerifiedBlob:
+    """A blob whose end is reported only if its bytes match the digest."""
 
     def __init__(self, source: Readable, digest: str, size_bytes: int | None) -> None:
         self._source = source
@@ -42,10 +42,10 @@ class Verified:
         self.read_bytes = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill some of *buffer*; 0 at the end.
+        """Fill part of *buffer*; return the number of bytes, 0 at the end.
 
         Raises:
-            IntegrityError: At the end, or where there is more than there may be.
+            IntegrityError: At the end, the bytes differ from the digest; or the blob is longer than its size.
         """
         count = self._source.readinto(buffer) or 0
         if count:
@@ -57,23 +57,23 @@ class Verified:
         found = f"sha256:{self._hasher.hexdigest()}"
         if found != self._digest or self._size_bytes not in (None, self.read_bytes):
             raise IntegrityError(
-                f"blob {self._digest} of {self._size_bytes} bytes: {self.read_bytes} bytes of {found} came"
+                f"blob {self._digest} of {self._size_bytes} bytes: {self.read_bytes} bytes with digest {found} arrived"
             )
         return 0
 
 
-class Beginning:
-    """A layer's tar out of a blob as `unpacked` gives it, for a look at its beginning: not verified, not read ahead."""
+class TarPreview:
+    """The first bytes of a layer's tar, decompressed as by `unpacked`, but not verified and not read ahead."""
 
     def __init__(self, blob: Readable) -> None:
         self._pieces = _tar_pieces(blob)
         self._piece = memoryview(b"")
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill some of *buffer*; 0 at the end.
+        """Fill part of *buffer*; return the number of bytes, 0 at the end.
 
         Raises:
-            IntegrityError: The compressed data are damaged or cut.
+            IntegrityError: The compressed data are damaged or truncated.
         """
         self._piece = self._piece or memoryview(next(self._pieces, b""))
         count = min(len(buffer), len(self._piece))
@@ -82,10 +82,10 @@ class Beginning:
         return count
 
 
-class Unpacked:
-    """A layer's tar out of a gzip, zstd or plain blob, told apart by its first bytes; unpacked in a thread ahead.
+class UnpackedLayer:
+    """A layer's tar, decompressed from a gzip, zstd or plain blob; a thread decompresses ahead of the reader.
 
-    Use it within `unpacked`, which ends the thread.
+    Made by `unpacked`, which ends the thread.
     """
 
     def __init__(self, blob: Readable, diff_id: str) -> None:
@@ -99,10 +99,10 @@ class Unpacked:
         self._thread.start()
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill some of *buffer*; 0 at the end, if both the blob and the tar were what their digests say.
+        """Fill part of *buffer*; return the number of bytes, 0 at the end.
 
         Raises:
-            IntegrityError: They were not, or the compressed data are damaged or cut.
+            IntegrityError: Blob or tar differs from its digest, or the compressed data are damaged or truncated.
         """
         if not self._piece and not self._next():
             return 0
@@ -112,7 +112,7 @@ class Unpacked:
         return count
 
     def close(self) -> None:
-        """End the thread, whatever it is at."""
+        """End the thread, even before the end of the blob."""
         self._stopped = True
         while self._thread.is_alive():
             try:
@@ -149,13 +149,13 @@ class Unpacked:
 
     def _check(self, found: str) -> None:
         if found != self._diff_id:
-            raise IntegrityError(f"a layer's tar has the digest {found}, and the image's config says {self._diff_id}")
+            raise IntegrityError(f"a layer's tar has the digest {found}, and the image's config names {self._diff_id}")
 
 
 @contextmanager
-def unpacked(blob: Readable, diff_id: str) -> Iterator[Unpacked]:
-    """*blob* as the tar that is in it, whose digest is *diff_id*."""
-    tar = Unpacked(blob, diff_id)
+def unpacked(blob: Readable, diff_id: str) -> Iterator[UnpackedLayer]:
+    """Yield the tar in *blob*, whose digest must be *diff_id*."""
+    tar = UnpackedLayer(blob, diff_id)
     try:
         yield tar
     finally:
@@ -163,7 +163,7 @@ def unpacked(blob: Readable, diff_id: str) -> Iterator[Unpacked]:
 
 
 def read_all(blob: Readable) -> bytes:
-    """All of a small blob."""
+    """Read a small blob to its end."""
     found = io.BytesIO()
     for piece in _pieces(blob):
         found.write(piece)
@@ -171,7 +171,7 @@ def read_all(blob: Readable) -> bytes:
 
 
 def compression_of(head: bytes) -> str:
-    """``gzip``, ``zstd``, or nothing, by a blob's first bytes."""
+    """Return ``gzip``, ``zstd``, or an empty string, by a blob's first MAGIC_BYTES."""
     if head.startswith(_GZIP_MAGIC):
         return "gzip"
     return "zstd" if _ZSTD_MAGIC.match(head) else ""
@@ -206,7 +206,7 @@ def _decompressed(blob: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _gunzipped(blob: Iterator[bytes]) -> Iterator[bytes]:
-    """The contents of gzip members one behind the other; zeros between and behind them are padding, as for gzip."""
+    """Decompress successive gzip members; zeros between and after them are padding, as for gzip."""
     inflater = isal_zlib.decompressobj(_GZIP_WINDOW)
     for data in blob:
         while data:
@@ -222,19 +222,19 @@ def _gunzipped(blob: Iterator[bytes]) -> Iterator[bytes]:
                 found = inflater.decompress(b"", _PIECE_OUT_BYTES) if full else b""
             data = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
     if not inflater.eof:
-        raise IntegrityError("a layer's compressed data end early")
+        raise IntegrityError("a layer's compressed data are truncated")
 
 
 def _unzstd(blob: Iterator[bytes]) -> Iterator[bytes]:
-    """The contents of zstd frames one behind the other; a cut one gives what there is."""
+    """Decompress successive zstd frames; a truncated frame gives its first bytes without an error."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
-    reader = decompressor.stream_reader(cast(IO[bytes], _File(blob)), read_across_frames=True)
+    reader = decompressor.stream_reader(cast(IO[bytes], _PieceReader(blob)), read_across_frames=True)
     while found := reader.read(_PIECE_OUT_BYTES):
         yield found
 
 
-class _File(io.RawIOBase):
-    """Pieces as zstandard wants them: whatever comes next, never more than was asked for."""
+class _PieceReader(io.RawIOBase):
+    """Pieces as a file for zstandard: a read returns the next bytes, at most as many as requested."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces

@@ -1,4 +1,4 @@
-"""Manifests, indexes and configs: what of them is read, and which types there are.
+"""Manifests, indexes and configs of images: their media types, and the fields that are read.
 
 Source: OCI image-spec v1.1 (descriptor.md, manifest.md, image-index.md, config.md); Docker image manifest version 2,
 schema 2.
@@ -26,7 +26,7 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 DOCKER_LAYERS = {"gzip": DOCKER_LAYER_GZIP, "zstd": DOCKER_LAYER_ZSTD}
-"""By their compression."""
+"""Media types by compression."""
 
 MANIFESTS = frozenset((OCI_MANIFEST, DOCKER_MANIFEST))
 INDEXES = frozenset((OCI_INDEX, DOCKER_INDEX))
@@ -41,27 +41,28 @@ LAYERS = frozenset(
     }.items()
     for suffix in suffixes
 )
-"""Those that registries are asked not to hold ("foreign") among them: a Gear layer has none of their contents."""
+"""Media types of layers. "Foreign" layers, which registries are asked not to store, are included: a Gear layer holds
+none of their contents."""
 
 GEAR_MARK = "io.gearworkers.image"
-"""Label of a Gear image's config, and annotation of its OCI manifest; its value is "1"."""
+"""Label of a Gear image's config, and annotation of its OCI manifest, with the value "1"."""
 
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_CONFIG_BYTES = 16 << 20
 
 _ATTESTATION = "vnd.docker.reference.type"
 _ENCRYPTED = "+encrypted"
-_OF_OLD_BYTES = frozenset(("data", "urls"))
+_CONTENT_KEYS = frozenset(("data", "urls"))
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
-_USUAL_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
-"""As containerd takes an image that says none."""
+_DEFAULT_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
+"""Variants that containerd assumes for an image that names none."""
 
 Document = dict[str, Any]
 _T = TypeVar("_T")
 
 
 class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an image runs on."""
+    """An operating system and an architecture that an image runs on."""
 
     architecture: str = ""
     os: str = ""
@@ -72,22 +73,25 @@ class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
         """Read ``OS/ARCHITECTURE[/VARIANT]``.
 
         Raises:
-            InvalidInput: It is not of that form.
+            InvalidInput: The text has another form.
         """
         os, *rest = text.split("/")
         if not os or len(rest) not in (1, 2) or not all(rest):
-            raise InvalidInput(f"{text!r} is no platform: OS/ARCHITECTURE[/VARIANT], as linux/arm64")
+            raise InvalidInput(f"{text!r} is not a platform; give OS/ARCHITECTURE[/VARIANT], such as linux/arm64")
         return cls(rest[0], os, rest[1] if len(rest) == 2 else "")
 
     @classmethod
     def here(cls) -> Platform:
-        """This machine's, for Linux images."""
+        """Return this machine's platform, for Linux images."""
         machine = platform.machine()
         return cls(_MACHINES.get(machine, machine), "linux")
 
     def runs(self, other: Platform) -> bool:
-        """Whether an image for *other* is one for this; no variant stands for any here, and for the usual one there."""
-        variant = other.variant or _USUAL_VARIANTS.get(other.architecture, "")
+        """Return whether an image for *other* runs on this platform.
+
+        Without a variant this platform runs all variants; without one *other* has the architecture's default.
+        """
+        variant = other.variant or _DEFAULT_VARIANTS.get(other.architecture, "")
         return (self.os, self.architecture) == (other.os, other.architecture) and self.variant in ("", variant)
 
     def __str__(self) -> str:
@@ -98,7 +102,7 @@ _UNKNOWN = Platform("unknown", "unknown")
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
-    """What names a blob or a manifest."""
+    """The name of a blob or a manifest."""
 
     media_type: str
     digest: str
@@ -108,13 +112,13 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def is_image(self) -> bool:
-        """Whether it names a manifest that is not said to be about another one, as BuildKit's provenance is."""
+        """Whether it names a manifest, and not one about another manifest, such as BuildKit's provenance."""
         about_another = _ATTESTATION in (self.annotations or {}) or self.platform == _UNKNOWN
         return self.media_type in MANIFESTS and not about_another
 
     @property
     def names_platform(self) -> bool:
-        """Whether it says what the image runs on."""
+        """Whether it names the image's platform."""
         return self.platform is not None and bool(self.platform.os and self.platform.architecture)
 
 
@@ -125,8 +129,8 @@ class Manifest(msgspec.Struct, frozen=True, rename="camel"):
     layers: tuple[Descriptor, ...] = ()
 
 
-class Index(msgspec.Struct, frozen=True, rename="camel"):
-    """Manifests of one name, by platform."""
+class ImageIndex(msgspec.Struct, frozen=True, rename="camel"):
+    """The manifests of one name, by platform."""
 
     manifests: tuple[Descriptor, ...] = ()
 
@@ -136,18 +140,18 @@ class _RootFs(msgspec.Struct, frozen=True):
 
 
 class RunConfig(msgspec.Struct, frozen=True):
-    """What of a config's ``config``, or of dockerd's ``Config``, is needed here."""
+    """The labels in a config's ``config``, and in dockerd's ``Config``."""
 
     labels: dict[str, str] | None = msgspec.field(name="Labels", default=None)
 
     @property
     def is_gear(self) -> bool:
-        """Whether the image says that it is a Gear image."""
+        """Whether the image is marked as a Gear image."""
         return (self.labels or {}).get(GEAR_MARK) == "1"
 
 
 class Config(msgspec.Struct, frozen=True):
-    """What of an image's config is needed here."""
+    """The fields of an image's config that are read."""
 
     rootfs: _RootFs = _RootFs()
     config: RunConfig | None = None
@@ -157,12 +161,12 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def platform(self) -> Platform:
-        """What the image runs on."""
+        """The platform that the image runs on."""
         return Platform(self.architecture, self.os, self.variant)
 
     @property
     def is_gear(self) -> bool:
-        """Whether the image says that it is a Gear image."""
+        """Whether the image is marked as a Gear image."""
         return self.config is not None and self.config.is_gear
 
 
@@ -171,16 +175,16 @@ class _Typed(msgspec.Struct, frozen=True, rename="camel"):
     schema_version: int = 2
 
 
-def decode(data: bytes, of: type[_T], what: str) -> _T:
-    """*data* as JSON of the struct *of*; a null is what Go, which wrote most, takes it for: a value not given.
+def decode(data: bytes, of: type[_T], label: str) -> _T:
+    """Decode JSON *data* as the struct *of*. A null counts as a missing value, as in Go, which writes most of them.
 
     Raises:
-        InvalidInput: It is not JSON, or not of that shape; the message begins with *what*.
+        InvalidInput: The data are not JSON, or have another shape; the message begins with *label*.
     """
     try:
         return msgspec.convert(_without_nulls(msgspec.json.decode(data)), of)
     except (ValueError, RecursionError) as exc:
-        raise InvalidInput(f"{what}: {exc}") from exc
+        raise InvalidInput(f"{label}: {exc}") from exc
 
 
 def _without_nulls(value: Any) -> Any:
@@ -190,90 +194,93 @@ def _without_nulls(value: Any) -> Any:
 
 
 def encode(document: Document) -> bytes:
-    """*document* as compact JSON; the same document always gives the same bytes."""
+    """Encode *document* as compact JSON; the same document always gives the same bytes."""
     return msgspec.json.encode(document)
 
 
-def decode_index(data: bytes, what: str) -> Index:
-    """An index, each digest in it checked for its form.
+def decode_index(data: bytes, label: str) -> ImageIndex:
+    """Decode an index; check the form of each digest in it.
 
     Raises:
-        InvalidInput: It is none.
+        InvalidInput: The data are not an index; the message begins with *label*.
     """
-    found = decode(data, Index, what)
+    found = decode(data, ImageIndex, label)
     for child in found.manifests:
         check_digest(child.digest)
     return found
 
 
-def decode_manifest(data: bytes, what: str) -> Manifest:
-    """A manifest whose layers are tars; each digest in it checked for its form.
+def decode_manifest(data: bytes, label: str) -> Manifest:
+    """Decode a manifest whose layers are tars; check the form of each digest in it.
 
     Raises:
-        InvalidInput: It is none, or a layer is of another kind.
+        InvalidInput: The data are not a manifest, or a layer has another type; the message begins with *label*.
     """
-    found = decode(data, Manifest, what)
+    found = decode(data, Manifest, label)
     for blob in (found.config, *found.layers):
         check_digest(blob.digest)
         if blob.size < 0:
-            raise InvalidInput(f"{what}: the size of {blob.digest} is negative")
+            raise InvalidInput(f"{label}: the size of {blob.digest} is negative")
     for layer in found.layers:
         if layer.media_type.endswith(_ENCRYPTED):
-            raise InvalidInput(f"{what}: layer {layer.digest} is encrypted; decrypt the image first")
+            raise InvalidInput(f"{label}: layer {layer.digest} is encrypted; decrypt the image first")
         if layer.media_type not in LAYERS:
             raise InvalidInput(
-                f"{what}: layer {layer.digest} is {layer.media_type!r}; a layer is a tar, plain, gzip or zstd"
+                f"{label}: layer {layer.digest} has the type {layer.media_type!r}; only tars can be converted, "
+                "uncompressed or with gzip or zstd"
             )
     return found
 
 
-def decode_config(data: bytes, manifest: Manifest, what: str) -> Config:
-    """The config of *manifest*.
+def decode_config(data: bytes, manifest: Manifest, label: str) -> Config:
+    """Decode the config of *manifest*.
 
     Raises:
-        InvalidInput: It is none, or has another number of layers than the manifest.
+        InvalidInput: The data are not a config, or have another number of layers than the manifest.
     """
-    found = decode(data, Config, what)
+    found = decode(data, Config, label)
     for diff_id in found.rootfs.diff_ids:
         check_digest(diff_id)
     if len(found.rootfs.diff_ids) != len(manifest.layers):
         raise InvalidInput(
-            f"{what}: the config knows {len(found.rootfs.diff_ids)} layers, the manifest {len(manifest.layers)}"
+            f"{label}: the config has {len(found.rootfs.diff_ids)} layers, and the manifest {len(manifest.layers)}"
         )
     return found
 
 
-def media_type_of(data: bytes, told: str, what: str) -> str:
-    """The kind of manifest that *data* is: what it says itself, else what was told of it.
+def media_type_of(data: bytes, declared: str, label: str) -> str:
+    """Return the media type of a manifest or index: its own ``mediaType``, else the *declared* one.
 
     Raises:
-        InvalidInput: It is none that this version reads, as Docker's schema 1.
+        InvalidInput: This version does not read the type, such as Docker's schema 1.
     """
-    typed = decode(data, _Typed, what)
-    media_type = typed.media_type or told.partition(";")[0].strip()
+    typed = decode(data, _Typed, label)
+    media_type = typed.media_type or declared.partition(";")[0].strip()
     if typed.schema_version != 2 or media_type not in MANIFESTS | INDEXES:
-        raise InvalidInput(f"{what}: a manifest of type {media_type!r}, version {typed.schema_version}, is not read")
+        raise InvalidInput(
+            f"{label}: manifests of type {media_type!r}, version {typed.schema_version}, are not supported"
+        )
     return media_type
 
 
 def renamed(descriptor: Document, data: bytes) -> Document:
-    """*descriptor* for *data*, which takes the place of what it named."""
-    kept = {key: value for key, value in descriptor.items() if key not in _OF_OLD_BYTES}
+    """Return *descriptor* with digest and size of *data*, which replaces the content that it named."""
+    kept = {key: value for key, value in descriptor.items() if key not in _CONTENT_KEYS}
     return kept | {"digest": digest_of(data), "size": len(data)}
 
 
 def digest_of(data: bytes) -> str:
-    """``sha256:…`` of *data*."""
+    """Return the digest of *data*, ``sha256:…``."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def verified(data: bytes, digest: str, what: str) -> bytes:
-    """*data* if its digest is *digest*.
+def verified(data: bytes, digest: str, label: str) -> bytes:
+    """Return *data* if its digest is *digest*.
 
     Raises:
-        IntegrityError: It is another.
+        IntegrityError: The data have another digest.
     """
     found = digest_of(data)
     if found != digest:
-        raise IntegrityError(f"{what}: {digest} was asked for, and {len(data)} bytes of {found} came")
+        raise IntegrityError(f"{label}: {len(data)} bytes with digest {found} arrived instead of {digest}")
     return data

@@ -1,6 +1,6 @@
-"""Names of images: which registry, which repository, which tag or digest.
+"""Names of images in registries: host, repository, tag and digest.
 
-Source: distribution/reference, "Grammar"; `docker.io` and `library/` are what Docker adds where nothing is said.
+Source: distribution/reference, "Grammar". Docker adds `docker.io` and `library/` to short names.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An image in a registry."""
+    """The name of an image in a registry."""
 
     host: str
-    """As users write it, with the port if there is one."""
+    """As users write it, with the port if it has one."""
     repository: str
     tag: str | None
     digest: str | None
-    """Where both are given, the digest counts."""
+    """Takes precedence over the tag."""
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Read ``[HOST/]REPOSITORY[:TAG][@DIGEST]`` as Docker does; the tag is latest where nothing is said.
+        """Parse ``[HOST/]REPOSITORY[:TAG][@DIGEST]`` as Docker does; without tag and digest, the tag is latest.
 
         Raises:
-            InvalidInput: It is not of that form.
+            InvalidInput: The text has another form.
         """
         name, _, digest = text.removeprefix("docker://").partition("@")
         host, repository = _split_host(name)
@@ -51,14 +51,14 @@ class Reference:
             repository = f"library/{repository}"
         if not _HOST.match(host) or not _REPOSITORY.match(repository):
             raise InvalidInput(
-                f"{text!r} is no image name: [HOST/]repository[:TAG][@DIGEST], repositories in lower case"
+                f"{text!r} is not an image name; give [HOST/]repository[:TAG][@DIGEST], the repository in lower case"
             )
         if len(repository) > _MAX_REPOSITORY_CHARACTERS:
             raise InvalidInput(
-                f"{text[:40]!r}…: a repository's name has {_MAX_REPOSITORY_CHARACTERS} characters at most"
+                f"{text[:40]!r}…: a repository's name must not exceed {_MAX_REPOSITORY_CHARACTERS} characters"
             )
         if tag is not None and not _TAG.match(tag):
-            raise InvalidInput(f"{text!r}: {tag!r} is no tag")
+            raise InvalidInput(f"{text!r}: {tag!r} is not a tag; tags are letters, digits, _ . and -, at most 128")
         if "@" in text:
             check_digest(digest)
         elif tag is None:
@@ -67,31 +67,31 @@ class Reference:
 
     @property
     def api_host(self) -> str:
-        """Where the registry's API answers."""
+        """The host of the registry's API."""
         return _HUB_API_HOST if self.host == DOCKER_HUB else self.host
 
     @property
-    def version(self) -> str:
-        """What stands behind ``/manifests/``."""
+    def tag_or_digest(self) -> str:
+        """The last part of ``/manifests/…`` in the registry's API; the specification calls it the reference."""
         return self.digest or self.tag or _DEFAULT_TAG
 
     @property
     def is_loopback(self) -> bool:
-        """Whether the registry is on this machine, where plain HTTP is as good as TLS."""
+        """Whether the registry is on this machine, where plain HTTP is as safe as TLS."""
         return is_loopback(host_name(self.host))
 
     def is_in_repository_of(self, other: Reference) -> bool:
-        """Whether both name the same repository, as far as their names tell."""
+        """Return whether both name the same repository, judged by their names alone."""
         return (self._server, self.repository) == (other._server, other.repository)
 
     @property
     def _server(self) -> tuple[str, str]:
-        """Host and port, one for all of their usual spellings."""
+        """Host and port; the usual spellings of this machine count as one."""
         name, port = host_name(self.host).lower(), self.host.rpartition("]")[2].partition(":")[2]
         return "localhost" if name in _THIS_MACHINE else name, port or _HTTPS_PORT
 
     def at(self, digest: str) -> Reference:
-        """The manifest of this digest in the same repository."""
+        """Return the reference to this digest in the same repository."""
         return replace(self, tag=None, digest=digest)
 
     def __str__(self) -> str:
@@ -101,13 +101,13 @@ class Reference:
 
 
 def check_digest(digest: str) -> str:
-    """*digest* if it is ``sha256:`` and 64 hex digits.
+    """Return *digest* if it is ``sha256:`` and 64 hex digits.
 
     Raises:
-        InvalidInput: It is not; other algorithms are none that registries use.
+        InvalidInput: It is not; registries use no other algorithm.
     """
     if not _DIGEST.match(digest):
-        raise InvalidInput(f"{digest[:100]!r} is no SHA-256 digest")
+        raise InvalidInput(f"{digest[:100]!r} is not a SHA-256 digest")
     return digest
 
 

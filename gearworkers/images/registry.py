@@ -1,4 +1,4 @@
-"""A repository of a registry: manifests and blobs read, verified, and written.
+"""Read and write manifests and blobs in a repository of a registry; verify them.
 
 Source: OCI distribution-spec v1.1 and Docker's registry API v2.
 """
@@ -14,42 +14,42 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 import urllib3
 
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound, Unavailable
-from gearworkers.images.auth import Authority
-from gearworkers.images.layer_reader import Verified
+from gearworkers.images.auth import Authenticator
+from gearworkers.images.layer_reader import VerifiedBlob
 from gearworkers.images.manifest import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, digest_of, verified
 from gearworkers.images.reference import Reference
-from gearworkers.images.transport import Transport, make_transport, problem, translated
+from gearworkers.images.transport import Transport, error_of, open_transport, translated
 from gearworkers.settings import RegistrySettings
 from gearworkers.tar.reader import Readable
 from gearworkers.util.retry import ATTEMPTS, retried
 
 UPLOAD_CHUNK_BYTES = 16 << 20
-"""A blob of up to this size goes in one request; what one more costs in memory."""
+"""Largest blob that is uploaded in one request, and the memory that an upload in chunks takes."""
 
 _MANIFEST_TYPES = ", ".join(sorted(MANIFESTS | INDEXES))
 _OCTETS = {"Content-Type": "application/octet-stream"}
-_WELL = range(200, 300)
+_SUCCESS = range(200, 300)
 _PORTS = {"https": 443, "http": 80}
 
 
 @dataclass
 class Registry:
-    """One registry; used from many threads at once.
+    """One registry; many threads may use it at once.
 
-    The first request finds out whether it speaks TLS; only on a loopback address plain HTTP will do.
+    The first request finds out whether the registry speaks TLS. Plain HTTP is accepted on loopback addresses only.
     """
 
     reference: Reference
     transport: Transport
-    authority: Authority
+    authenticator: Authenticator
     _base: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def of(cls, settings: RegistrySettings, reference: Reference) -> Registry:
-        """The registry that *reference* names; connects to nothing yet."""
-        transport = make_transport(settings, reference.host)
-        return cls(reference, transport, Authority(reference.host, transport, settings.docker_config))
+        """Return the registry that *reference* names; do not connect yet."""
+        transport = open_transport(settings, reference.host)
+        return cls(reference, transport, Authenticator(reference.host, transport, settings.docker_config))
 
     def send(
         self,
@@ -62,45 +62,45 @@ class Registry:
         body: bytes | BinaryIO | None = None,
         stream: bool = False,
     ) -> urllib3.BaseHTTPResponse:
-        """One authorized request.
+        """Send one request, authorized if the registry asks for it.
 
         Args:
-            method: HTTP's.
-            target: A path, or a URL the registry gave; who we are is told to the registry's own host alone.
-            scopes: What the token must allow.
-            expected: The good statuses; any other is raised.
-            headers: Beside Authorization.
-            body: Sent again if a token is asked for; of a file all, and *headers* say how long it is.
-            stream: Leave the answer's body to be read.
+            method: HTTP method.
+            target: A path, or a URL from the registry; only the registry's own host receives the Authorization.
+            scopes: The access that the token must allow.
+            expected: Statuses to return; any other status is raised.
+            headers: Headers besides Authorization.
+            body: Bytes, or a file that is sent whole, with its length in *headers*; sent again if a token is needed.
+            stream: Leave the response's body unread.
 
         Raises:
-            NotFound, Unavailable, FailedPrecondition, InvalidInput: By the status, with the registry's words.
+            NotFound, Unavailable, FailedPrecondition, InvalidInput: By the status, with the registry's message.
         """
         base = self._base_url()
         with translated(f"{method} {target.partition('?')[0]}"):
             url = urljoin(base, target)
-            ours = _server(url) == _server(base)
+            is_own_host = _server(url) == _server(base)
         for again in (False, True):
-            authorization = self.authority.known(scopes) if ours else None
+            authorization = self.authenticator.cached(scopes) if is_own_host else None
             sent = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
             if response.status != 401 or again or _server(urljoin(url, response.url or "")) != _server(base):
-                break  # also where the registry redirected: only its own challenge is answered
+                break  # also after a redirect: only the registry's own challenge is answered
             response.drain_conn()
-            self.authority.forget(scopes)
-            self.authority.answer(response.headers.get("WWW-Authenticate", ""), scopes)
+            self.authenticator.forget(scopes)
+            self.authenticator.authorize(response.headers.get("WWW-Authenticate", ""), scopes)
         if response.status not in expected:
-            raise problem(response, f"{method} {url.partition('?')[0]}")
+            raise error_of(response, f"{method} {url.partition('?')[0]}")
         return response
 
     def _base_url(self) -> str:
         with self._lock:
-            self._base = self._base or self._found_base()
+            self._base = self._base or self._find_base()
             return self._base
 
-    def _found_base(self) -> str:
+    def _find_base(self) -> str:
         host = self.reference.api_host
         try:
             self.transport.send("GET", f"https://{host}/v2/")
@@ -114,9 +114,9 @@ class Registry:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """One repository; every method is idempotent, is retried within bounds, and may be called from many threads.
+    """One repository. All methods are idempotent and retry a few times; many threads may call them at once.
 
-    Raised by all: NotFound, Unavailable (after the retries), FailedPrecondition (not allowed), InvalidInput.
+    All methods raise NotFound, Unavailable (after the retries), FailedPrecondition (access denied) or InvalidInput.
     """
 
     registry: Registry
@@ -124,42 +124,45 @@ class Repository:
 
     @classmethod
     def of(cls, settings: RegistrySettings, reference: Reference) -> Repository:
-        """The repository that *reference* names; connects to nothing yet."""
+        """Return the repository that *reference* names; do not connect yet."""
         return cls(Registry.of(settings, reference), reference.repository)
 
     @retried
-    def manifest(self, version: str) -> tuple[bytes, str]:
-        """A manifest or index by tag or digest, and the type that the registry tells of it; by digest it is verified.
+    def manifest(self, tag_or_digest: str) -> tuple[bytes, str]:
+        """Return a manifest or index, verified if given by digest, and the media type that the registry declares.
 
         Raises:
-            IntegrityError: It is not what its digest says, or too large.
+            IntegrityError: The manifest differs from its digest, or is too large.
         """
-        response = self._get(f"manifests/{version}", {"Accept": _MANIFEST_TYPES})
-        what = f"manifest {version} of {self.name}"
-        with translated(f"read {what}"):
+        response = self._get(f"manifests/{tag_or_digest}", {"Accept": _MANIFEST_TYPES})
+        label = f"manifest {tag_or_digest} of {self.name}"
+        with translated(f"read {label}"):
             data = response.read(MAX_MANIFEST_BYTES + 1)
             response.release_conn()
         if len(data) > MAX_MANIFEST_BYTES:
-            raise IntegrityError(f"{what}: larger than {MAX_MANIFEST_BYTES} bytes")
-        if version.startswith("sha256:"):
-            verified(data, version, what)
+            raise IntegrityError(f"{label}: larger than {MAX_MANIFEST_BYTES} bytes")
+        if tag_or_digest.startswith("sha256:"):
+            verified(data, tag_or_digest, label)
         return data, response.headers.get("Content-Type", "")
 
     def blob(self, digest: str, size_bytes: int | None) -> Readable:
-        """A blob's bytes, verified as they are read; a connection that breaks is made anew where it broke."""
-        return Verified(
+        """Return the bytes of a blob, verified as they are read; a broken download resumes where it broke."""
+        return VerifiedBlob(
             _Download(lambda at: self._open(digest, at), f"blob {digest} of {self.name}"), digest, size_bytes
         )
 
     @retried
     def has_blob(self, digest: str) -> bool:
-        """Whether the repository, which may not have begun, has it; asked as one who pushes, as others may not know."""
+        """Return whether the repository, which may not exist yet, has the blob.
+
+        The request asks for push access: without it, some registries deny access to a missing repository.
+        """
         found = self.registry.send("HEAD", self._path(f"blobs/{digest}"), self._push, (200, 404))
         return found.status == 200
 
     @retried
     def mount(self, digest: str, origin: str) -> bool:
-        """Take a blob over from the repository *origin* of the same registry; whether it is here now."""
+        """Mount a blob from the repository *origin* of the same registry; return whether the registry did so."""
         query = urlencode({"mount": digest, "from": origin})
         scopes = (*self._push, f"repository:{origin}:pull")
         response = self.registry.send("POST", self._path(f"blobs/uploads/?{query}"), scopes, (201, 202))
@@ -168,7 +171,10 @@ class Repository:
         return response.status == 201
 
     def put_blob(self, digest: str, file: BinaryIO, size_bytes: int) -> None:
-        """Upload *file* from its first byte if the repository lacks it; visible only when whole and verified there."""
+        """Upload *file* from its first byte if the repository lacks the blob.
+
+        The blob becomes visible when the registry has all of it and has verified its digest.
+        """
         if self.has_blob(digest):
             return
         if size_bytes <= UPLOAD_CHUNK_BYTES:
@@ -177,18 +183,22 @@ class Repository:
             return
         try:
             self._put_in_chunks(digest, file, size_bytes)
-        except (InvalidInput, NotFound):  # some registries, as Google's, take no chunks
+        except (InvalidInput, NotFound):  # some registries, such as Google's, accept no chunks
             self._put_at_once(digest, file, size_bytes)
 
     @retried
-    def put_manifest(self, version: str, media_type: str, data: bytes) -> str:
-        """Let *version*, a tag or the digest, name the manifest *data*; its digest."""
+    def put_manifest(self, tag_or_digest: str, media_type: str, data: bytes) -> str:
+        """Put the manifest *data* under a tag or its digest; return the digest."""
         digest = digest_of(data)
-        path = self._path(f"manifests/{version}")
-        response = self.registry.send("PUT", path, self._push, _WELL, headers={"Content-Type": media_type}, body=data)
-        told = response.headers.get("Docker-Content-Digest", digest)
-        if told != digest:
-            raise IntegrityError(f"manifest {version} of {self.name}: {digest} was pushed, and {told} is there")
+        path = self._path(f"manifests/{tag_or_digest}")
+        response = self.registry.send(
+            "PUT", path, self._push, _SUCCESS, headers={"Content-Type": media_type}, body=data
+        )
+        stored = response.headers.get("Docker-Content-Digest", digest)
+        if stored != digest:
+            raise IntegrityError(
+                f"manifest {tag_or_digest} of {self.name}: {digest} was pushed, and the registry stored {stored}"
+            )
         return digest
 
     @property
@@ -208,7 +218,7 @@ class Repository:
 
     @retried
     def _open(self, digest: str, at: int) -> urllib3.BaseHTTPResponse:
-        """The blob's bytes from *at* on; of a registry that knows no ranges, what comes before is skipped."""
+        """Request the blob from byte *at*; skip the bytes before it if the registry does not support ranges."""
         response = self._get(f"blobs/{digest}", {"Range": f"bytes={at}-"} if at else {})
         skipped = at if response.status == 200 else 0
         with translated(f"read blob {digest} of {self.name}"):
@@ -221,7 +231,7 @@ class Repository:
         self._finish(self._begin(), digest, data, size_bytes)
 
     def _put_in_chunks(self, digest: str, file: BinaryIO, size_bytes: int) -> None:
-        """Chunk by chunk; after a break it goes on where the registry says that it is."""
+        """Upload in chunks; after a broken request, continue from the byte that the registry reports."""
         upload = _Upload(retried(self._begin)())
         while upload.at < size_bytes:
             self._put_chunk(upload, file, size_bytes)
@@ -234,14 +244,14 @@ class Repository:
         file.seek(upload.at)
         data = file.read(min(UPLOAD_CHUNK_BYTES, size_bytes - upload.at))
         if not data:
-            return  # of the last one only the answer was lost
+            return  # the registry has the last chunk; only the response was lost
         headers = {**_OCTETS, "Content-Range": f"{upload.at}-{upload.at + len(data) - 1}"}
         upload.is_broken = True
-        upload.follow(self.registry.send("PATCH", upload.location, self._push, _WELL, headers=headers, body=data))
+        upload.follow(self.registry.send("PATCH", upload.location, self._push, _SUCCESS, headers=headers, body=data))
         upload.at += len(data)
 
     def _resume(self, upload: _Upload) -> None:
-        """Find out where it goes on; if the registry has lost it, as docker-registry 2.8 may, begin anew."""
+        """Ask the registry how much it has; restart an upload that it has lost, as docker-registry 2.8 may."""
         try:
             response = self.registry.send("GET", upload.location, self._push, (202, 204))
             upload.at = _received_bytes(response)
@@ -254,7 +264,7 @@ class Repository:
 
     @retried
     def _end_upload(self, upload: _Upload, digest: str) -> None:
-        """Have it be the blob; it is already if only the answer to that was lost."""
+        """Finish the upload; a lost response may mean that it is finished already."""
         try:
             self._finish(upload.location, digest, b"", 0)
         except NotFound:
@@ -265,7 +275,7 @@ class Repository:
         begun = self.registry.send("POST", self._path("blobs/uploads/"), self._push, (202,))
         location = begun.headers.get("Location", "")
         if not location:
-            raise NotFound(f"{self.registry.reference.host} begins an upload to {self.name} without saying where")
+            raise NotFound(f"{self.registry.reference.host} started an upload to {self.name} without a Location")
         return str(location)
 
     def _finish(self, location: str, digest: str, data: bytes | BinaryIO, size_bytes: int) -> None:
@@ -274,28 +284,28 @@ class Repository:
         query = urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", digest)])
         target = urlunsplit(parts._replace(query=query))
         headers = {**_OCTETS, "Content-Length": str(size_bytes)}
-        self.registry.send("PUT", target, self._push, _WELL, headers=headers, body=data)
+        self.registry.send("PUT", target, self._push, _SUCCESS, headers=headers, body=data)
 
     def _cancel(self, location: str) -> None:
         if location:
             try:
                 self.registry.send("DELETE", location, self._push, (202, 204, 404, 405))
             except Unavailable:
-                pass  # the registry ends it by itself
+                pass  # the registry discards the upload by itself
 
 
 @dataclass(slots=True)
 class _Upload:
-    """One that goes in chunks."""
+    """The state of an upload in chunks."""
 
     location: str
     at: int = 0
     is_broken: bool = False
-    """Whether it is not known what of the last chunk has come."""
+    """Whether the last request broke, so that the number of received bytes is unknown."""
     losses: int = 0
 
     def follow(self, response: urllib3.BaseHTTPResponse) -> None:
-        """The registry says where it goes on."""
+        """Take the location of the next request from *response*."""
         self.location = str(response.headers.get("Location") or self.location)
         self.is_broken = False
 
@@ -306,26 +316,26 @@ def _server(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _received_bytes(response: urllib3.BaseHTTPResponse) -> int:
-    """How much of an upload a registry says that it has; 0-0 is how it says nothing."""
+    """Return how many bytes of an upload the registry has; it reports none as 0-0."""
     end = str(response.headers.get("Range", "")).rpartition("-")[2]
     return int(end) + 1 if end.isdigit() and end != "0" else 0
 
 
 class _Download:
-    """A body that is asked for again, from where it broke, as long as something comes each time."""
+    """A response body that is requested again where it broke, while each attempt gives bytes."""
 
-    def __init__(self, open_at: Callable[[int], urllib3.BaseHTTPResponse], what: str) -> None:
+    def __init__(self, open_at: Callable[[int], urllib3.BaseHTTPResponse], label: str) -> None:
         self._open_at = open_at
-        self._what = what
+        self._label = label
         self._response: urllib3.BaseHTTPResponse | None = None
         self._at = 0
         self._breaks = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill some of *buffer*; 0 at the end.
+        """Fill part of *buffer*; return the number of bytes, 0 at the end.
 
         Raises:
-            Unavailable: It broke too often without a byte in between.
+            Unavailable: The download broke too often in a row without giving a byte.
         """
         while True:
             self._response = self._response or self._open_at(self._at)
@@ -338,7 +348,7 @@ class _Download:
                     raise
 
     def _read(self, response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
-        with translated(f"read {self._what}"):
+        with translated(f"read {self._label}"):
             data = response.read(len(buffer), decode_content=False)
         buffer[: len(data)] = data
         self._at += len(data)

@@ -1,4 +1,4 @@
-"""What there is of an image ahead of its conversion: the manifests and configs for the platforms, private layers."""
+"""Survey an image before its conversion: manifests and configs for the platforms, private layers."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ from typing import NamedTuple
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound
 from gearworkers.images import manifest as m
 from gearworkers.images.image_index import images_for
-from gearworkers.images.layer_reader import Beginning
+from gearworkers.images.layer_reader import TarPreview
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.images.source import Source, is_local, small_blob
+from gearworkers.images.source import ImageSource, is_local, small_blob
 from gearworkers.settings import RegistrySettings
 from gearworkers.tar.private_marker import starts_with_mark
 from gearworkers.tar.reader import TarReader
 
-_LOOKS_AT_ONCE = 8
+_LAYERS_AT_ONCE = 8
 
 
-class Image(NamedTuple):
-    """One manifest, read with its config."""
+class SurveyedImage(NamedTuple):
+    """One manifest and its config."""
 
     manifest: str
+    """Its digest."""
     media_type: str
     layers: list[tuple[m.Descriptor, str]]
-    """With their diff IDs, the lowest first."""
+    """Each with its diff ID, the lowest first."""
     config: m.Config
     entry: m.Document
-    """The descriptor in the index; empty for the image of a single platform."""
+    """Its descriptor in the index; empty for a single-platform image."""
 
 
 class Survey(NamedTuple):
-    """What a name stands for."""
+    """The manifest or index that a name stands for."""
 
     digest: str
     is_index: bool
-    images: list[Image]
+    images: list[SurveyedImage]
 
 
-def survey(source: Source, name: str, platform: m.Platform | None, *, all_platforms: bool) -> Survey:
-    """Read manifests and configs.
+def survey(source: ImageSource, name: str, platform: m.Platform | None, *, all_platforms: bool) -> Survey:
+    """Read the manifests and configs of an image.
 
     Args:
-        source: Of the image.
-        name: Of the image, for messages.
-        platform: What the image has to run on. None: this host for an index; any for the image of a single platform.
-        all_platforms: Take all images of an index.
+        source: The image.
+        name: Name of the image, for messages.
+        platform: Platform that the image must run on. None: this host's in an index; any for a single-platform image.
+        all_platforms: Read all images of an index.
 
     Raises:
-        NotFound: There is no such image, or none for *platform*.
-        InvalidInput, IntegrityError: A document is malformed or not what its digest says.
+        NotFound: The image does not exist, or not for *platform*.
+        InvalidInput, IntegrityError: A document is malformed or differs from its digest.
     """
     data, media_type = source.root()
     digest = m.digest_of(data)
@@ -61,21 +62,21 @@ def survey(source: Source, name: str, platform: m.Platform | None, *, all_platfo
         return Survey(digest, True, images)
     image = _decoded(source, data, media_type, {})
     if platform is not None and not platform.runs(image.config.platform):
-        there = str(image.config.platform) or "an image that names no platform"
-        raise NotFound(f"{name} has no image for {platform}; there is: {there}")
+        found = str(image.config.platform) or "one without a platform"
+        raise NotFound(f"{name} has no image for {platform}; it has: {found}")
     return Survey(digest, False, [image])
 
 
-def private_layers(source: Source, images: Sequence[Image]) -> set[str]:
-    """The digests of the layers that have the mark or lie above one that has it, in any of the images.
+def private_layers(source: ImageSource, images: Sequence[SurveyedImage]) -> set[str]:
+    """Return the digests of the layers that are marked private, or are above a marked layer in any of the images.
 
     Raises:
-        InvalidInput, IntegrityError: A layer does not begin as a tar does; the message names it.
+        InvalidInput, IntegrityError: A layer does not begin like a tar; the message names the layer.
     """
     distinct = {layer.digest: layer for one in images for layer, _ in one.layers}
-    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-        looks = pool.map(lambda layer: _has_mark(source, layer), distinct.values())
-        marked = {digest for digest, has_mark in zip(distinct, looks, strict=True) if has_mark}
+    with ThreadPoolExecutor(_LAYERS_AT_ONCE) as pool:
+        results = pool.map(lambda layer: _has_mark(source, layer), distinct.values())
+        marked = {digest for digest, has_mark in zip(distinct, results, strict=True) if has_mark}
     private: set[str] = set()
     for one in images:
         digests = [layer.digest for layer, _ in one.layers]
@@ -85,48 +86,50 @@ def private_layers(source: Source, images: Sequence[Image]) -> set[str]:
 
 
 def refuse_to_replace(settings: RegistrySettings, source: str, target: Reference, found: Survey) -> None:
-    """Have *target* be another tag than that of *source*: only Gear hosts could run the image from then on.
+    """Refuse a *target* that is the tag of *source*: afterwards only hosts with gearworkers could run that image.
 
-    A Gear image may take its own place.
+    A Gear image may replace itself.
 
     Args:
         settings: Credentials and proxy.
         source: The name that was surveyed.
-        target: With a tag.
+        target: The Gear image's name, with a tag.
         found: The survey.
 
     Raises:
-        InvalidInput: It is the same tag, or the one that a digest in *source* belongs to.
+        InvalidInput: *target* is the tag in *source*, or names the digest in *source*.
     """
     if is_local(source) or all(image.config.is_gear for image in found.images):
         return
     origin = Reference.parse(source)
     if origin.is_in_repository_of(target) and (
-        origin.tag == target.tag or (origin.tag is None and _is_named(settings, target, found.digest))
+        origin.tag == target.tag or (origin.tag is None and _names_digest(settings, target, found.digest))
     ):
         raise InvalidInput(
-            f"{target} is the image to be converted, and only hosts with gearworkers could run what takes its place; "
-            f"name another tag, such as {target}-gear"
+            f"{target} is the image to convert, and only hosts with gearworkers could run the Gear image; "
+            f"choose another tag, such as {target}-gear"
         )
 
 
-def _decoded(source: Source, data: bytes, media_type: str, entry: m.Document) -> Image:
+def _decoded(source: ImageSource, data: bytes, media_type: str, entry: m.Document) -> SurveyedImage:
     digest = m.digest_of(data)
     manifest = m.decode_manifest(data, f"manifest {digest}")
     config = m.decode_config(small_blob(source, manifest.config), manifest, f"config {manifest.config.digest}")
-    return Image(digest, media_type, list(zip(manifest.layers, config.rootfs.diff_ids, strict=True)), config, entry)
+    return SurveyedImage(
+        digest, media_type, list(zip(manifest.layers, config.rootfs.diff_ids, strict=True)), config, entry
+    )
 
 
-def _has_mark(source: Source, layer: m.Descriptor) -> bool:
+def _has_mark(source: ImageSource, layer: m.Descriptor) -> bool:
     try:
-        return starts_with_mark(TarReader(Beginning(source.blob(layer.digest, layer.size))))
+        return starts_with_mark(TarReader(TarPreview(source.blob(layer.digest, layer.size))))
     except (InvalidInput, IntegrityError) as exc:
         raise type(exc)(f"layer {layer.digest}: {exc}") from exc
 
 
-def _is_named(settings: RegistrySettings, target: Reference, digest: str) -> bool:
-    """Whether the tag *target* stands for the manifest *digest* now."""
+def _names_digest(settings: RegistrySettings, target: Reference, digest: str) -> bool:
+    """Return whether the tag *target* names the manifest *digest* now."""
     try:
-        return m.digest_of(Repository.of(settings, target).manifest(target.version)[0]) == digest
+        return m.digest_of(Repository.of(settings, target).manifest(target.tag_or_digest)[0]) == digest
     except NotFound:
         return False

@@ -1,4 +1,4 @@
-"""Where the contents of a converted layer go: what the remote lacks is put there, many at once, in bounded memory."""
+"""Upload the contents of a converted layer: put those that the remote lacks, many at once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ SMALL_BYTES = encoding.LARGE_BYTES
 _BATCH_CONTENTS = 512
 _BATCH_BYTES = 2 << 20
 _CALLS_AHEAD = 8
-"""Batches or files that wait or are compressed: with _BATCH_BYTES and _PUT_BYTES the bound on memory."""
+"""Batches and files that are queued or being compressed; bounds the memory, with _BATCH_BYTES and _PUT_BYTES."""
 _PUT_BYTES = 32 << 20
-"""So much, compressed, is put together: in a directory each put is synced."""
+"""Compressed bytes of one put: a remote in a directory syncs once per put."""
 _THREADS = 4
 _SHOWN_DIGESTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """What became of a layer's contents."""
+class UploadedContents:
+    """The contents of one layer, after `ContentUploader.finish`."""
 
     objects: int
-    """Distinct contents that the layer names."""
+    """Number of distinct contents that the layer names."""
     object_bytes: int
     new_objects: int
-    """Of them, how many the remote did not have."""
+    """Number of those that the remote lacked."""
     new_bytes: int
 
 
-class Contents:
-    """Takes contents and names of contents from one thread; made by `storing`."""
+class ContentUploader:
+    """Puts a layer's contents into the remote; made by `uploading`, and used from one thread."""
 
     def __init__(self, remote: Remote, directory: Path) -> None:
         self.directory = directory
-        """For large ones on their way."""
-        self._gathered = BufferedStore(remote.blobs, buffer_bytes=_PUT_BYTES)
-        self._remote = Remote(self._gathered)
+        """Directory for unnamed files that hold large contents."""
+        self._buffered = BufferedStore(remote.blobs, buffer_bytes=_PUT_BYTES)
+        self._remote = Remote(self._buffered)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
-        self._room = threading.BoundedSemaphore(_CALLS_AHEAD)
+        self._free_slots = threading.BoundedSemaphore(_CALLS_AHEAD)
         self._futures: list[Future[tuple[int, int]]] = []
         self._failed: list[Future[tuple[int, int]]] = []
         self._seen: dict[bytes, int] = {}
         self._batch: list[tuple[bytes, bytes]] = []
         self._batch_bytes = 0
-        self._named: set[bytes] = set()
+        self._required: set[bytes] = set()
 
     def add(self, digest: bytes, data: bytes | memoryview) -> None:
-        """A whole content below SMALL_BYTES, copied before this returns.
+        """Upload a whole content below SMALL_BYTES; *data* are copied before this returns.
 
         Raises:
-            GearError: An earlier one could not be put.
+            GearError: The upload of an earlier content failed.
         """
         if digest in self._seen:
             return
@@ -74,10 +74,10 @@ class Contents:
             self._send_batch()
 
     def add_file(self, digest: bytes, fd: int, size_bytes: int) -> None:
-        """A content as a file; *fd* is closed when it was put, or will not be.
+        """Upload a content from a file; *fd* is closed after the upload, or when there is none.
 
         Raises:
-            GearError: An earlier one could not be put.
+            GearError: The upload of an earlier content failed.
         """
         if digest in self._seen:
             os.close(fd)
@@ -85,17 +85,17 @@ class Contents:
         self._seen[digest] = size_bytes
         self._submit(lambda: self._put_file(digest, fd, size_bytes), lambda: os.close(fd))
 
-    def name(self, digest: bytes, size_bytes: int) -> None:
-        """A content that is not here, but must be in the remote already."""
+    def require(self, digest: bytes, size_bytes: int) -> None:
+        """Note a content whose bytes are not here, and which the remote must have already."""
         self._seen.setdefault(digest, size_bytes)
-        self._named.add(digest)
+        self._required.add(digest)
 
-    def finish(self) -> Stored:
-        """Wait until the remote has all of them, durable.
+    def finish(self) -> UploadedContents:
+        """Wait until the remote has stored all contents durably.
 
         Raises:
-            GearError: One could not be put.
-            FailedPrecondition: One that was only named is not there.
+            GearError: An upload failed.
+            FailedPrecondition: The remote lacks a required content.
         """
         self._send_batch()
         new_objects = new_bytes = 0
@@ -103,12 +103,12 @@ class Contents:
             objects, size_bytes = future.result()
             new_objects += objects
             new_bytes += size_bytes
-        self._gathered.flush()
-        self._check_named()
-        return Stored(len(self._seen), sum(self._seen.values()), new_objects, new_bytes)
+        self._buffered.flush()
+        self._check_required()
+        return UploadedContents(len(self._seen), sum(self._seen.values()), new_objects, new_bytes)
 
     def close(self) -> None:
-        """Drop what waits and let the threads end."""
+        """Drop queued uploads and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _send_batch(self) -> None:
@@ -117,8 +117,8 @@ class Contents:
             self._submit(lambda: self._put_batch(batch), lambda: None)
 
     def _submit(self, call: Callable[[], tuple[int, int]], after: Callable[[], None]) -> None:
-        """Have a thread do *call*, and then, or if it comes to nothing, *after*."""
-        self._room.acquire()
+        """Run *call* in a thread, and *after* in any case, also if *call* is dropped."""
+        self._free_slots.acquire()
         if self._failed:
             after()
             self._failed[0].result()
@@ -130,10 +130,10 @@ class Contents:
         if not future.cancelled() and future.exception() is not None:
             self._failed.append(future)
         after()
-        self._room.release()
+        self._free_slots.release()
 
     def _put_batch(self, batch: list[tuple[bytes, bytes]]) -> tuple[int, int]:
-        """Put what the remote lacks; how many contents, and how many bytes. The digests were just made of the bytes."""
+        """Put the contents that the remote lacks; return their number and bytes. Their digests were just computed."""
         present = set(self._remote.has([digest for digest, _ in batch]))
         lacking = [(digest, data) for digest, data in batch if digest not in present]
         if lacking:
@@ -146,27 +146,27 @@ class Contents:
         self._remote.put(digest, fd)
         return 1, size_bytes
 
-    def _check_named(self) -> None:
-        named = sorted(self._named)
-        present = set(self._remote.has(named)) if named else set()
-        missing = [digest.hex() for digest in named if digest not in present]
+    def _check_required(self) -> None:
+        required = sorted(self._required)
+        present = set(self._remote.has(required)) if required else set()
+        missing = [digest.hex() for digest in required if digest not in present]
         if missing:
             shown = ", ".join(missing[:_SHOWN_DIGESTS])
             raise FailedPrecondition(
-                f"the layer names {len(missing)} contents that the remote does not have, as {shown}; "
-                "push them from the host that has them: `gear push`"
+                f"the layer names {len(missing)} contents that the remote lacks, such as {shown}; "
+                "run `gear push` on the host that has them"
             )
 
 
 @contextmanager
-def storing(remote: Remote, directory: Path) -> Iterator[Contents]:
-    """A Contents whose threads end with the block.
+def uploading(remote: Remote, directory: Path) -> Iterator[ContentUploader]:
+    """Yield a ContentUploader, whose threads end with the context.
 
     Args:
-        remote: Where the contents go.
-        directory: Where files without names may be made for large ones.
+        remote: Receives the contents.
+        directory: Directory for unnamed files that hold large contents.
     """
-    contents = Contents(remote, directory)
+    contents = ContentUploader(remote, directory)
     try:
         yield contents
     finally:
@@ -174,15 +174,21 @@ def storing(remote: Remote, directory: Path) -> Iterator[Contents]:
 
 
 @contextmanager
-def nameless_file(what: str, directory: Path) -> Iterator[BinaryIO]:
-    """An empty file in *directory*, made if it is not there, for *what*; ends with the block, or with a crash.
+def unnamed_file(kind: str, directory: Path) -> Iterator[BinaryIO]:
+    """Yield an empty file without a name in *directory*, which is made if missing.
+
+    The file ends with the context, and with a crash. It is on GEAR_ROOT's disk, since /tmp may be memory.
+
+    Args:
+        kind: What the file holds, for messages.
+        directory: Where the file takes its space.
 
     Raises:
-        GearError: In the block too, what the kernel says.
+        GearError: The file system fails, also while the context lasts.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             yield file
     except OSError as exc:
-        raise from_os_error(exc, f"keep {what} in {directory}, below GEAR_ROOT") from exc
+        raise from_os_error(exc, f"store {kind} in {directory}, below GEAR_ROOT") from exc

@@ -23,7 +23,9 @@ from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
-from gearworkers.images.convert import Plan, Report, Told
+from gearworkers.images.convert import LayerProgress
+from gearworkers.images.gear_manifest import ConversionReport
+from gearworkers.images.plan import ConversionPlan
 from gearworkers.remote.factory import remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import (
@@ -66,7 +68,9 @@ class _TasksLost(Exception):
     """No worker has the tasks any more."""
 
 
-def convert_on_workers(settings: Settings, plan: Plan, progress: Told, warn: Warn) -> Report:
+def convert_on_workers(
+    settings: Settings, plan: ConversionPlan, progress: LayerProgress, warn: Warn
+) -> ConversionReport:
     """Convert all of *plan* on workers and wait for the end. Workers finish begun tasks even if this process ends.
 
     Args:
@@ -93,7 +97,9 @@ def convert_on_workers(settings: Settings, plan: Plan, progress: Told, warn: War
 
 
 class _Conversion:
-    def __init__(self, app: Celery, settings: Settings, plan: Plan, progress: Told, warn: Warn) -> None:
+    def __init__(
+        self, app: Celery, settings: Settings, plan: ConversionPlan, progress: LayerProgress, warn: Warn
+    ) -> None:
         self._app = app
         self._remote = remote_name(settings.remote.url)
         self._plan = plan
@@ -102,7 +108,7 @@ class _Conversion:
         self._warn = warn
         self._reported_errors: set[str] = set()
 
-    def run(self) -> Report:
+    def run(self) -> ConversionReport:
         """Send the tasks and wait; repeat that if workers and tasks are lost."""
         for number in range(_ATTEMPTS):
             self._require_worker(_RESTARTED_WORKER_TIMEOUT_S if number else _FIRST_WORKER_TIMEOUT_S)
@@ -141,7 +147,7 @@ class _Conversion:
         whole = chord(layers, image, app=self._app).apply_async()
         return _Attempt({job.digest: result for job, result in zip(jobs, whole.parent.results, strict=True)}, whole)
 
-    def _wait(self, attempt: _Attempt) -> Report:
+    def _wait(self, attempt: _Attempt) -> ConversionReport:
         next_check_s = time.monotonic() + _LOST_CHECK_S
         while not attempt.image.ready():
             self._follow_all(attempt)
@@ -152,7 +158,7 @@ class _Conversion:
         if attempt.image.failed():
             raise _error(next((result for result in attempt.layers.values() if result.failed()), attempt.image))
         self._follow_all(attempt)
-        return msgspec.convert(attempt.image.result, Report)
+        return msgspec.convert(attempt.image.result, ConversionReport)
 
     def _follow_all(self, attempt: _Attempt) -> None:
         for digest, result in attempt.layers.items():
@@ -160,7 +166,7 @@ class _Conversion:
                 attempt.done.add(digest)
 
     def _follow(self, digest: str, result: AsyncResult) -> bool:
-        """Report a layer's progress and return whether it is done; raise the error of a failed one."""
+        """ConversionReport a layer's progress and return whether it is done; raise the error of a failed one."""
         meta = result.backend.get_task_meta(result.id)
         if meta["status"] in ("FAILURE", "REVOKED"):
             raise _error(result)

@@ -21,6 +21,8 @@ from redis.exceptions import RedisError
 
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.images import convert
+from gearworkers.images.gear_manifest import finish_conversion
+from gearworkers.images.plan import ConversionPlan, LayerJob
 from gearworkers.images.source import refuse_path
 from gearworkers.remote.factory import open_remote, remote_name
 from gearworkers.settings import Settings
@@ -78,7 +80,7 @@ def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any
     """
     settings = Settings.from_environ()
     with _retried(self):
-        layer = msgspec.convert(job, convert.LayerJob)
+        layer = msgspec.convert(job, LayerJob)
         refuse_path(layer.source)
         _refuse_other_remote(settings, remote)
         with closing(open_remote(settings)) as opened:
@@ -89,10 +91,10 @@ def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any
 def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
     """Push config and manifest of an image whose layers are done; return the report."""
     with _retried(self):
-        done = msgspec.convert(layers, list[convert.LayerDone])
-        planned = msgspec.convert(plan, convert.Plan)
+        done = msgspec.convert(layers, list[convert.ConvertedLayer])
+        planned = msgspec.convert(plan, ConversionPlan)
         refuse_path(planned.source)
-        return _plain(convert.finish_conversion(Settings.from_environ().registry, planned, done))
+        return _plain(finish_conversion(Settings.from_environ().registry, planned, done))
 
 
 def _refuse_other_remote(settings: Settings, asked: str) -> None:

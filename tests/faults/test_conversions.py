@@ -18,7 +18,7 @@ import redis
 from celery import Celery
 
 from gearworkers.errors import GearError
-from gearworkers.images.convert import plan_conversion
+from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote

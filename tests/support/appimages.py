@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from gearworkers.images import manifest as m
-from gearworkers.images.convert import Report, plan_conversion
-from gearworkers.images.convert_local import convert_here
+from gearworkers.images.convert_local import convert_locally
+from gearworkers.images.gear_manifest import ConversionReport
+from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.settings import Settings
@@ -87,10 +88,10 @@ def push(settings: Settings, name: str, target: str) -> None:
     for part in (manifest["config"], *manifest["layers"]):
         with _blob(part["digest"]).open("rb") as file:
             repository.put_blob(part["digest"], file, part["size"])
-    repository.put_manifest(reference.version, descriptor["mediaType"], data)
+    repository.put_manifest(reference.tag_or_digest, descriptor["mediaType"], data)
 
 
-def convert(settings: Settings, name: str, target: str) -> Report:
+def convert(settings: Settings, name: str, target: str) -> ConversionReport:
     """Convert the image NAME:VERSION to *target*, its contents to the remote of *settings*.
 
     Raises:
@@ -98,7 +99,7 @@ def convert(settings: Settings, name: str, target: str) -> Report:
     """
     _descriptor(name)
     plan = plan_conversion(settings.registry, f"oci:{layout()}:{name}", target, m.Platform.here())
-    return convert_here(settings, plan, os.cpu_count() or 1, lambda _digest, _count: None)
+    return convert_locally(settings, plan, os.cpu_count() or 1, lambda _digest, _count: None)
 
 
 def _descriptor(name: str) -> m.Document:

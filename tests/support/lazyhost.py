@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.images.convert import plan_conversion
-from gearworkers.images.convert_local import convert_here
+from gearworkers.images.convert_local import convert_locally
+from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.settings import RemoteSettings, Settings
@@ -165,6 +165,6 @@ def _converted(registry: Registry, remote: str, work: Path) -> tuple[str, list[b
     settings = replace(Settings(), gear_root=work / "gear", remote=RemoteSettings(url=remote))
     target = f"{registry.host}/app:gear"
     plan = plan_conversion(settings.registry, f"docker-archive:{archive}", target)
-    convert_here(settings, plan, 2, lambda *_: None)
+    convert_locally(settings, plan, 2, lambda *_: None)
     archive.unlink()
     return target, pull(Repository.of(settings.registry, Reference.parse(target)), "gear").tars

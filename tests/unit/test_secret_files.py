@@ -15,7 +15,7 @@ import urllib3
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput, Unavailable
 from gearworkers.http_service.tokens import Access
 from gearworkers.images.credentials import find_credentials
-from gearworkers.images.transport import make_transport
+from gearworkers.images.transport import open_transport
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.s3 import open_s3
 from gearworkers.settings import ManagerSettings, RegistrySettings, RemoteSettings, Settings
@@ -145,7 +145,7 @@ def test_aws_credentials_that_cannot_be_read_are_told(make: Callable[[Path], Non
 
 def test_a_proxys_password_that_no_header_takes_is_not_shown() -> None:
     with pytest.raises(InvalidInput, match="HTTPS_PROXY") as error:
-        make_transport(RegistrySettings(https_proxy="http://user:hunter2€@127.0.0.1:1"), "registry.example.org")
+        open_transport(RegistrySettings(https_proxy="http://user:hunter2€@127.0.0.1:1"), "registry.example.org")
     assert SECRET not in str(error.value)
 
 

@@ -94,9 +94,9 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
     assert done.returncode == 0, done.stderr
     assert pull(at(peer, "arm"), "v1").config["architecture"] == "arm64"
     done = convert(remote, f"{peer.host}/arm:v1", f"{peer.host}/amd:v1", "--local", "--platform", "linux/amd64")
-    assert done.returncode == 2 and "no image for linux/amd64; there is: linux/arm64" in done.stderr
+    assert done.returncode == 2 and "no image for linux/amd64; it has: linux/arm64" in done.stderr
     done = convert(remote, many, many, "--local", "--all-platforms")
-    assert done.returncode == 2 and f"name another tag, such as {many}-gear" in done.stderr
+    assert done.returncode == 2 and f"choose another tag, such as {many}-gear" in done.stderr
     done = convert(remote, many, f"{peer.host}/all:v1", "--local", "--all-platforms")
     assert done.returncode == 0 and "2, 1 of them converted before" in done.stdout, done.stderr
 
@@ -105,9 +105,9 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
     ("arguments", "said"),
     [
         (("localhost:1/x", "localhost:1/y"), "localhost:1"),
-        (("X", "localhost:1/y"), "'X' is no image name"),
-        (("x", "localhost:1/y", "--platform", "linux"), "is no platform"),
-        (("x", "localhost:1/y", "--platform", "linux/arm64", "--all-platforms"), "not both"),
+        (("X", "localhost:1/y"), "'X' is not an image name"),
+        (("x", "localhost:1/y", "--platform", "linux"), "is not a platform"),
+        (("x", "localhost:1/y", "--platform", "linux/arm64", "--all-platforms"), "exclude each other"),
         (("oci:/not/there", "localhost:1/y"), "/not/there"),
         (("oci:" + "long" * 100, "localhost:1/y"), "File name too long"),
     ],

@@ -1,4 +1,4 @@
-"""`gear doctor` about Gear images and the gateway: what is there, what is wrong, what to do."""
+"""Checks of `gear doctor`: FUSE, lazy file server, Redis, gateway and Docker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli import doctor
+from gearworkers.cli.status import STATUS_TIMEOUT_S, gateway_status
 from gearworkers.lazyfs.fuse_probe import check_features, check_fuse
 from gearworkers.lazyfs.fuse_protocol import InitFlag
 from gearworkers.settings import Settings
@@ -18,9 +19,9 @@ from tests.support.lazynode import gear_tar, lazy_node
 from tests.support.processes import Daemon, listens
 
 
-def test_fuse_is_tried_and_nothing_stays_mounted(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_fuse_check_leaves_nothing_mounted(tmp_path_factory: pytest.TempPathFactory) -> None:
     def mounted() -> list[str]:
-        """But for what tests that run beside this one mount, each in a directory of its own."""
+        """FUSE mounts, without those of other tests that run at the same time."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return [line for line in lines if " - fuse" in line and str(tmp_path_factory.getbasetemp().parent) not in line]
 
@@ -31,7 +32,7 @@ def test_fuse_is_tried_and_nothing_stays_mounted(tmp_path_factory: pytest.TempPa
     assert mounted() == before
 
 
-def test_a_host_without_fuse_or_with_an_old_one_is_told_what_to_do() -> None:
+def test_the_fuse_check_gives_advice_without_fuse_and_with_an_old_one() -> None:
     check = check_fuse(Path("/dev/no-fuse"))
     assert not check.ok
     assert not check.needed
@@ -39,23 +40,23 @@ def test_a_host_without_fuse_or_with_an_old_one_is_told_what_to_do() -> None:
     assert "6.9" in check_features(InitFlag.PASSTHROUGH).advice
 
 
-def test_a_lazy_file_server_that_is_down_or_cannot_fetch_is_told(tmp_path: Path) -> None:
-    assert "does not run" in doctor._lazy_files(replace(Settings(), run_dir=tmp_path)).found
+def test_the_lazy_file_server_check_reports_a_stopped_server_and_failed_fetches(tmp_path: Path) -> None:
+    assert "does not run" in doctor.lazyfs_check(replace(Settings(), run_dir=tmp_path)).found
     with lazy_node(tmp_path) as node:
         node.apply(gear_tar({"file": b"nowhere"}), "image")
-        assert doctor._lazy_files(node.settings).found == "runs, 1 incomplete layers"
+        assert doctor.lazyfs_check(node.settings).found == "runs, 1 incomplete layers"
         with pytest.raises(OSError, match="Input/output"):
             (node.run("c1") / "file").read_bytes()
-        assert doctor._lazy_files(node.settings).found == "1 objects could not be fetched"
+        assert doctor.lazyfs_check(node.settings).found == "1 objects could not be fetched"
 
 
-def test_a_broker_that_does_not_answer_is_told_without_its_password() -> None:
-    check = doctor._redis(replace(Settings(), broker_url="redis://user:secret@127.0.0.1:1/0"))
+def test_the_redis_check_hides_the_password_of_the_url() -> None:
+    check = doctor.redis_check(replace(Settings(), broker_url="redis://user:secret@127.0.0.1:1/0"))
     assert not check.ok and "127.0.0.1:1" in check.advice
     assert "secret" not in f"{check.found} {check.advice}"
 
 
-def test_a_broker_that_refuses_tasks_is_told(tmp_path: Path) -> None:
+def test_the_redis_check_reports_a_server_that_refuses_writes(tmp_path: Path) -> None:
     path = tmp_path / "redis.sock"
     options = {"port": "0", "unixsocket": str(path), "dir": str(tmp_path), "min-replicas-to-write": "1"}
     command = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", value))]
@@ -63,26 +64,27 @@ def test_a_broker_that_refuses_tasks_is_told(tmp_path: Path) -> None:
     server.start()
     try:
         server.wait_until(lambda: listens(path), "Redis's socket")
-        check = doctor._redis(replace(Settings(), run_dir=tmp_path))
+        check = doctor.redis_check(replace(Settings(), run_dir=tmp_path))
     finally:
         server.stop()
     assert not check.ok and check.found.startswith("refuses tasks (NOREPLICAS")
 
 
-def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_waits_for_a_gateway_that_counts_for_long(tmp_path: Path) -> None:
     def count() -> list[tuple[str, str]]:
         time.sleep(0.5)
         return [("Objects", "1000000")]
 
-    monkeypatch.setattr(doctor, "_TIMEOUT_S", 0.1)
     settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", plugin_socket=tmp_path / "gear.sock")
     running = run_gateway(settings, lambda claimed: None)
     running.driver.status = count  # type: ignore[method-assign]
     try:
-        told = doctor.gateway_status(settings)
+        assert gateway_status(settings, timeout_s=0.1) is None
+        found = gateway_status(settings)
     finally:
         running.stop()
-    assert told is not None and ("Objects", "1000000") in told
+    assert found is not None and ("Objects", "1000000") in found
+    assert STATUS_TIMEOUT_S >= 60
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,6 @@ def test_a_gateway_that_counts_for_long_is_not_taken_for_none(tmp_path: Path, mo
         ("28.0", False, "has no graphdriver plugins"),
     ],
 )
-def test_what_is_wrong_with_a_docker_is_told(version: str, ok: bool, words: str) -> None:
-    check = doctor._docker_version(version, *map(int, version.split(".")))
+def test_the_docker_check_names_the_problem_of_a_version(version: str, ok: bool, words: str) -> None:
+    check = doctor.docker_version_check(version, *map(int, version.split(".")))
     assert check.ok == ok and words in f"{check.found}; {check.advice}"

@@ -17,11 +17,12 @@ import msgspec
 import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput, NotFound, ResourceExhausted
-from gearworkers.images import convert
 from gearworkers.images import manifest as m
-from gearworkers.images.convert import LayerDone, LayerJob, Report
-from gearworkers.images.convert_local import convert_here
-from gearworkers.images.gear_layer import _BUFFER_BYTES, INLINE_BYTES
+from gearworkers.images.convert import ConvertedLayer, convert_layer, record_name
+from gearworkers.images.convert_local import convert_locally
+from gearworkers.images.gear_layer import INLINE_BYTES, READ_BUFFER_BYTES
+from gearworkers.images.gear_manifest import ConversionReport, finish_conversion
+from gearworkers.images.plan import LayerJob, plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.upload import SMALL_BYTES
@@ -102,13 +103,13 @@ def converted(
     *,
     all_platforms: bool = False,
     again: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Convert in this process, one layer after the other."""
     wanted = None if all_platforms else platform
-    plan = convert.plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
+    plan = plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
     remote = open_remote(settings)
-    done = [convert.convert_layer(settings, remote, job, lambda _: None) for job in plan.jobs()]
-    return convert.finish_conversion(settings.registry, plan, done)
+    done = [convert_layer(settings, remote, job, lambda _: None) for job in plan.jobs()]
+    return finish_conversion(settings.registry, plan, done)
 
 
 def pushed(settings: Settings, peer: Registry, image: Image, name: str = "source") -> str:
@@ -138,7 +139,7 @@ class TestImages:
         self, settings: Settings, peer: Registry
     ) -> None:
         layer = tar_of([(f"file{number}", noise(str(number), 40 + number % 200)) for number in range(9000)])
-        assert len(layer) > 2 * _BUFFER_BYTES
+        assert len(layer) > 2 * READ_BUFFER_BYTES
         (tar,) = converted_image(settings, peer, Image([layer])).tars
         assert contents_of(tar) == contents_of(layer)
 
@@ -234,12 +235,10 @@ class TestLayersDoneBefore:
 
     def test_its_source_is_not_even_read(self, settings: Settings, peer: Registry) -> None:
         image = Image([BASE])
-        job = convert.plan_conversion(
-            settings.registry, pushed(settings, peer, image), f"{peer.host}/gear", AMD64
-        ).jobs()[0]
-        convert.convert_layer(settings, open_remote(settings), job, lambda _: None)
+        job = plan_conversion(settings.registry, pushed(settings, peer, image), f"{peer.host}/gear", AMD64).jobs()[0]
+        convert_layer(settings, open_remote(settings), job, lambda _: None)
         gone = msgspec.structs.replace(job, source=f"{peer.host}/not-there")
-        assert convert.convert_layer(settings, open_remote(settings), gone, lambda _: None).reused
+        assert convert_layer(settings, open_remote(settings), gone, lambda _: None).reused
 
     def test_it_is_taken_over_from_another_repository(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
@@ -276,11 +275,9 @@ class TestLayersDoneBefore:
             assert pull(repository(settings, f"{other.host}/gear"), "v1")
 
     def test_a_damaged_record_is_as_good_as_none(self, settings: Settings, peer: Registry) -> None:
-        plan = convert.plan_conversion(
-            settings.registry, pushed(settings, peer, Image([BASE])), f"{peer.host}/gear", AMD64
-        )
-        open_remote(settings).put_document(convert.record_name(plan.jobs()[0]), b"nonsense")
-        done = convert.convert_layer(settings, open_remote(settings), plan.jobs()[0], lambda _: None)
+        plan = plan_conversion(settings.registry, pushed(settings, peer, Image([BASE])), f"{peer.host}/gear", AMD64)
+        open_remote(settings).put_document(record_name(plan.jobs()[0]), b"nonsense")
+        done = convert_layer(settings, open_remote(settings), plan.jobs()[0], lambda _: None)
         assert not done.reused
 
     @pytest.mark.parametrize("large", [False, True])
@@ -451,10 +448,10 @@ class TestRefusals:
 
     def test_a_tar_that_is_not_what_the_config_says(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
-        job = convert.plan_conversion(settings.registry, source, f"{peer.host}/gear", AMD64).jobs()[0]
+        job = plan_conversion(settings.registry, source, f"{peer.host}/gear", AMD64).jobs()[0]
         wrong = msgspec.structs.replace(job, diff_id=m.digest_of(b""))
         with pytest.raises(IntegrityError, match="config"):
-            convert.convert_layer(settings, open_remote(settings), wrong, lambda _: None)
+            convert_layer(settings, open_remote(settings), wrong, lambda _: None)
 
     def test_a_blob_that_is_no_tar(self, settings: Settings, peer: Registry) -> None:
         with pytest.raises(InvalidInput):
@@ -470,7 +467,7 @@ class TestRefusals:
         source = pushed(settings, peer, Image([BASE]))
         settings.gear_root.mkdir()
         (settings.gear_root / "converting").touch()
-        with pytest.raises(GearError, match=f"keep a layer in {settings.gear_root}/converting, below GEAR_ROOT"):
+        with pytest.raises(GearError, match=f"store a layer in {settings.gear_root}/converting, below GEAR_ROOT"):
             converted(settings, source, f"{peer.host}/gear:v1")
 
     def test_no_remote(self, settings: Settings) -> None:
@@ -543,10 +540,10 @@ def test_extended_attributes_times_and_odd_names_stay(settings: Settings, peer: 
 
 def test_processes_of_this_host_convert_it_all_and_tell_how_far_they_are(settings: Settings, peer: Registry) -> None:
     image = Image([BASE, TOP, tar_of([("third", LARGE[::-1])])])
-    plan = convert.plan_conversion(settings.registry, pushed(settings, peer, image), f"{peer.host}/gear:v1", AMD64)
+    plan = plan_conversion(settings.registry, pushed(settings, peer, image), f"{peer.host}/gear:v1", AMD64)
     read: dict[str, int] = {}
 
-    report = convert_here(settings, plan, 2, read.__setitem__)
+    report = convert_locally(settings, plan, 2, read.__setitem__)
     assert report.layers == 3
     assert read == {job.digest: job.size_bytes for job in plan.jobs()}
     assert len(pull(repository(settings, f"{peer.host}/gear"), "v1").tars) == 3
@@ -594,15 +591,15 @@ class TestPrivateLayers:
 
 def test_a_process_of_this_host_that_fails_says_why(settings: Settings, peer: Registry) -> None:
     broken = tar_of([("a", MIDDLE)])[:1024] + b"no tar" * 1000
-    plan = convert.plan_conversion(
+    plan = plan_conversion(
         settings.registry, pushed(settings, peer, Image([broken, BASE])), f"{peer.host}/gear:v1", AMD64
     )
     with pytest.raises(InvalidInput, match="checksum"):
-        convert_here(settings, plan, 1, lambda *_: None)
+        convert_locally(settings, plan, 1, lambda *_: None)
 
 
 def test_jobs_and_results_travel_as_json() -> None:
     job = LayerJob("source", "target", "sha256:1", 1, "sha256:2", True)
-    done = LayerDone("sha256:1", "sha256:3", 1, "sha256:4", 1, 2, 3, 4, 5, True)
+    done = ConvertedLayer("sha256:1", "sha256:3", 1, "sha256:4", 1, 2, 3, 4, 5, True)
     assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(job))), LayerJob) == job
-    assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(done))), LayerDone) == done
+    assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(done))), ConvertedLayer) == done

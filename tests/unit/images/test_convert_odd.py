@@ -14,9 +14,11 @@ import msgspec
 import pytest
 
 from gearworkers.errors import InvalidInput, NotFound
-from gearworkers.images import convert
 from gearworkers.images import manifest as m
+from gearworkers.images.convert import convert_layer
+from gearworkers.images.gear_manifest import finish_conversion
 from gearworkers.images.image_index import _MOST_INDEXES
+from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.remote.factory import open_remote
@@ -130,7 +132,7 @@ class Converter:
     def __call__(
         self, source: str, platform: m.Platform | None = AMD64, *, target: str = "", all_platforms: bool = False
     ) -> None:
-        plan = convert.plan_conversion(
+        plan = plan_conversion(
             self.settings.registry,
             source,
             target or f"{self.name}:gear",
@@ -138,8 +140,8 @@ class Converter:
             all_platforms=all_platforms,
         )
         remote = open_remote(self.settings)
-        done = [convert.convert_layer(self.settings, remote, job, lambda _: None) for job in plan.jobs()]
-        convert.finish_conversion(self.settings.registry, plan, done)
+        done = [convert_layer(self.settings, remote, job, lambda _: None) for job in plan.jobs()]
+        finish_conversion(self.settings.registry, plan, done)
         remote.close()
 
     def image(self, version: str = "gear") -> Pulled:
@@ -241,7 +243,7 @@ class TestLayers:
         ("media_type", "why"),
         [
             (f"{OCI_LAYER}.v1.tar+gzip+encrypted", "encrypted"),
-            ("application/vnd.in-toto+json", "in-toto.*a layer is a tar"),
+            ("application/vnd.in-toto+json", "in-toto.*only tars can be converted"),
         ],
     )
     def test_one_that_is_not_a_tar_is_refused(
@@ -277,7 +279,7 @@ class TestIndexes:
         found = [convert_it.platform(child["digest"]) for child in index["manifests"]]
         assert found == ["linux/arm64", "linux/arm/v7", "linux/amd64"]
         assert index["annotations"] == {"a": "b"}
-        with pytest.raises(NotFound, match=r"linux/riscv64; there are: linux/amd64, linux/arm/v7, linux/arm64"):
+        with pytest.raises(NotFound, match=r"linux/riscv64; it has: linux/amd64, linux/arm/v7, linux/arm64"):
             convert_it(source, m.Platform.parse("linux/riscv64"))
 
     def test_there_may_not_be_too_many_of_them(self, convert_it: Converter, layout: Layout) -> None:
@@ -285,7 +287,7 @@ class TestIndexes:
         for number in range(_MOST_INDEXES):
             nested = layout.index(nested, annotations={"depth": str(number)})
         convert_it(layout.source(nested))
-        with pytest.raises(InvalidInput, match=f"more than {_MOST_INDEXES} indexes"):
+        with pytest.raises(InvalidInput, match=f"more than {_MOST_INDEXES} nested indexes"):
             convert_it(layout.source(layout.index(nested, annotations={"depth": "one more"})))
 
     @pytest.mark.parametrize("annotated", [False, True])
@@ -309,7 +311,7 @@ class TestIndexes:
     ) -> None:
         source = layout.source(layout.index(**manifests))
         for all_platforms in (False, True):
-            with pytest.raises(NotFound, match=r"has no image for .*; there are: none"):
+            with pytest.raises(NotFound, match=r"has no image for .*; it has: none"):
                 convert_it(source, all_platforms=all_platforms)
 
     @pytest.mark.parametrize("name", ["", "v1"])
@@ -352,7 +354,7 @@ class TestPlatforms:
         return f"docker-archive:{tmp_path / 'image.tar'}"
 
     def test_one_that_the_only_image_is_not_for_is_refused(self, convert_it: Converter, source: str) -> None:
-        with pytest.raises(NotFound, match="no image for linux/amd64; there is: linux/arm64"):
+        with pytest.raises(NotFound, match="no image for linux/amd64; it has: linux/arm64"):
             convert_it(source, AMD64)
         with pytest.raises(NotFound):
             convert_it.repository.manifest("gear")
@@ -368,7 +370,7 @@ class TestPlatforms:
         self, convert_it: Converter, layout: Layout
     ) -> None:
         source = layout.source(layout.of(None))
-        with pytest.raises(NotFound, match="names no platform"):
+        with pytest.raises(NotFound, match="one without a platform"):
             convert_it(source, AMD64)
         convert_it(source, None)
 
@@ -400,7 +402,7 @@ class TestOwnName:
     ) -> None:
         names = {"name": convert_it.name, "digest": original}
         names["elsewhere"] = convert_it.name.replace("127.0.0.1", "localhost")
-        with pytest.raises(InvalidInput, match=r"name another tag, such as .*-gear"):
+        with pytest.raises(InvalidInput, match=r"choose another tag, such as .*-gear"):
             convert_it(source.format(**names), target=target.format(**names), all_platforms=all_platforms)
         assert convert_it.repository.manifest("v1")[0] == self.IMAGE.manifest
 
@@ -413,7 +415,7 @@ class TestOwnName:
     def test_an_index_is_not_replaced(self, convert_it: Converter) -> None:
         index = push_index(convert_it.repository, "many", [self.IMAGE])
         for source in (f"{convert_it.name}:many", f"{convert_it.name}@{m.digest_of(index)}"):
-            with pytest.raises(InvalidInput, match="name another tag"):
+            with pytest.raises(InvalidInput, match="choose another tag"):
                 convert_it(source, target=f"{convert_it.name}:many", all_platforms=True)
 
     def test_a_gear_image_is_converted_in_place(self, convert_it: Converter, original: str) -> None:

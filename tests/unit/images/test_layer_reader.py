@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from gearworkers.errors import IntegrityError
-from gearworkers.images.layer_reader import Verified, read_all, unpacked
+from gearworkers.images.layer_reader import VerifiedBlob, read_all, unpacked
 from tests.support.tars import Trickle
 
 CONTENT = b"".join(hashlib.sha256(b"%d" % number).digest() * 3 for number in range(20_000))
@@ -101,14 +101,14 @@ def test_what_is_not_read_to_its_end_leaves_no_thread() -> None:
 )
 def test_a_blob_of_another_length_is_an_error(blob: bytes, size_bytes: int) -> None:
     with pytest.raises(IntegrityError):
-        read_all(Verified(io.BytesIO(blob), digest(CONTENT), size_bytes))
+        read_all(VerifiedBlob(io.BytesIO(blob), digest(CONTENT), size_bytes))
 
 
 def test_a_blob_of_other_bytes_is_an_error() -> None:
     other = bytes(len(CONTENT))
     with pytest.raises(IntegrityError):
-        read_all(Verified(io.BytesIO(other), digest(CONTENT), len(CONTENT)))
+        read_all(VerifiedBlob(io.BytesIO(other), digest(CONTENT), len(CONTENT)))
 
 
 def test_a_blob_that_is_what_it_says_comes_whole() -> None:
-    assert read_all(Verified(io.BytesIO(CONTENT), digest(CONTENT), len(CONTENT))) == CONTENT
+    assert read_all(VerifiedBlob(io.BytesIO(CONTENT), digest(CONTENT), len(CONTENT))) == CONTENT

@@ -322,13 +322,13 @@ class TestProxy:
         assert asked.headers.get("Proxy-Authorization") == f"Basic {expected}"
 
     def test_it_may_stand_without_a_scheme(self) -> None:
-        made = transport.make_transport(RegistrySettings(https_proxy="proxy.example.org:3128"), "registry.example.org")
+        made = transport.open_transport(RegistrySettings(https_proxy="proxy.example.org:3128"), "registry.example.org")
         assert str(made.pool.proxy) == "http://proxy.example.org:3128"
 
     @pytest.mark.parametrize("proxy", ["socks5://u:secret@example.org", "http://u:secret@[", "http://u:secret@h:x"])
     def test_one_that_is_not_known_is_told_without_its_password(self, proxy: str) -> None:
         with pytest.raises(InvalidInput, match="HTTPS_PROXY") as told:
-            transport.make_transport(RegistrySettings(https_proxy=proxy), "registry.example.org")
+            transport.open_transport(RegistrySettings(https_proxy=proxy), "registry.example.org")
         assert "secret" not in str(told.value)
 
 
@@ -446,8 +446,8 @@ class TestTokens:
     ) -> None:
         target = repository(peer.host, tmp_path)
         target.has_blob(digest_of(BLOB))
-        known = target.registry.authority.known(("repository:some/image:pull,push",))
-        target.registry.authority._tokens[("repository:some/image:pull,push",)] = (f"{known}x", float("inf"))
+        known = target.registry.authenticator.cached(("repository:some/image:pull,push",))
+        target.registry.authenticator._tokens[("repository:some/image:pull,push",)] = (f"{known}x", float("inf"))
         assert not target.has_blob(digest_of(BLOB))
         assert len(tokens.asked) == 2
 
@@ -455,7 +455,7 @@ class TestTokens:
     def test_a_password_is_not_told_to_an_open_realm(self, server: str, tmp_path: Path) -> None:
         target = repository("registry.example.org", logged_in(tmp_path, "registry.example.org"))
         with pytest.raises(FailedPrecondition, match="not https"):
-            target.registry.authority.answer(f'Bearer realm="http://{server}/token",service="s"', ("scope",))
+            target.registry.authenticator.authorize(f'Bearer realm="http://{server}/token",service="s"', ("scope",))
 
     @pytest.mark.parametrize("others", ['{}, Basic realm="other"', 'Basic realm="other", {}', "Negotiate, {}"])
     def test_of_several_challenges_the_token_is_taken(self, others: str) -> None:

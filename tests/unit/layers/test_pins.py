@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cli.images import Node
+from gearworkers.cli.image_objects import NodeStore
 from gearworkers.errors import NotFound
 from gearworkers.fetch.priority_pool import Priority, PriorityPool
 from gearworkers.layers.pins import Pin
@@ -27,20 +27,20 @@ PIN = Pin("localhost/image:v1", f"sha256:{'ab' * 32}")
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Node:
+def node(tmp_path: Path) -> NodeStore:
     settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run")
     driver = GearDriver(settings)
     driver.prepare()
     driver.create("one", "")
     driver.apply_diff("one", "", io.BytesIO(tiny_tar({"file": CONTENT})))
-    return Node(settings)
+    return NodeStore(settings)
 
 
-def driver(node: Node) -> GearDriver:
+def driver(node: NodeStore) -> GearDriver:
     return GearDriver(node.settings)
 
 
-def test_pinned_objects_outlive_their_layer_until_the_pin_is_removed(node: Node) -> None:
+def test_pinned_objects_outlive_their_layer_until_the_pin_is_removed(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     driver(node).engine.collect_garbage()
@@ -56,14 +56,14 @@ def test_a_pin_matches_its_name_and_its_id(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "ab", "localhost/image", "localhost/image:v2", "cd" * 6])
-def test_a_pin_matches_no_other_name(node: Node, name: str) -> None:
+def test_a_pin_matches_no_other_name(node: NodeStore, name: str) -> None:
     node.pins.add(PIN, "one")
     with pytest.raises(NotFound):
         node.pins.remove(name)
     assert node.pins.all() == [PIN]
 
 
-def test_pinning_again_replaces_the_pin(node: Node) -> None:
+def test_pinning_again_replaces_the_pin(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).create("two", "one")
     driver(node).apply_diff("two", "one", io.BytesIO(tar_of({"more": b"more" * 100})))
@@ -73,7 +73,7 @@ def test_pinning_again_replaces_the_pin(node: Node) -> None:
     assert not list(node.settings.gear_build_path.iterdir())
 
 
-def test_a_pin_with_a_damaged_record_keeps_its_objects(node: Node) -> None:
+def test_a_pin_with_a_damaged_record_keeps_its_objects(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     next(node.settings.gear_pins_path.glob("*/pin.json")).write_bytes(b"nonsense")
     driver(node).remove("one")
@@ -81,7 +81,7 @@ def test_a_pin_with_a_damaged_record_keeps_its_objects(node: Node) -> None:
     assert node.pins.all() == [] and node.objects.has(DIGEST)
 
 
-def test_after_a_power_cut_objects_of_pins_are_verified(node: Node) -> None:
+def test_after_a_power_cut_objects_of_pins_are_verified(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     path = Path(node.objects.path(DIGEST).decode("latin-1"))
@@ -92,7 +92,7 @@ def test_after_a_power_cut_objects_of_pins_are_verified(node: Node) -> None:
     assert not node.objects.has(DIGEST)
 
 
-def test_missing_objects_are_requested_at_once_and_when_pins_change(node: Node) -> None:
+def test_missing_objects_are_requested_at_once_and_when_pins_change(node: NodeStore) -> None:
     asked: list[dict[bytes, int]] = []
     pool = PriorityPool(1, for_background=1)
     fetcher = PinFetcher(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
@@ -110,7 +110,7 @@ def test_missing_objects_are_requested_at_once_and_when_pins_change(node: Node) 
     assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
 
 
-def test_missing_objects_are_requested_again_only_if_none_arrive(node: Node) -> None:
+def test_missing_objects_are_requested_again_only_if_none_arrive(node: NodeStore) -> None:
     contents = {f"file{number}": b"away%d" % number * 1000 for number in range(3)}
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar(contents)))
@@ -137,7 +137,7 @@ def test_missing_objects_are_requested_again_only_if_none_arrive(node: Node) -> 
 
 
 def test_a_pin_killed_before_its_rename_does_not_exist_and_leaves_nothing_after_a_start(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+    node: NodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = os.fork()
     if not child:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cli import images
+from gearworkers.cli import inspect_image
 from gearworkers.cli.docker_api import LocalImage
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
@@ -146,12 +146,12 @@ def test_inspect_shows_private_layers_that_buildkit_wrote(driver: GearDriver, mo
     driver.put(Path(driver.get("next")).parent.name)
     apply(driver, "above", "next", tar_of({"secret": SECRET}))
     image = LocalImage(f"sha256:{'0' * 64}", is_gear=False, top_layer="above")
-    monkeypatch.setattr(images, "local_image", lambda *_: image)
-    told = dict(images.inspect(driver.settings, "private"))
+    monkeypatch.setattr(inspect_image, "local_image", lambda *_: image)
+    told = dict(inspect_image.inspect(driver.settings, "private"))
     assert told["Layers"] == "4, 4 of them complete"
     assert told["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
     image = LocalImage(image.id, is_gear=False, top_layer="base")
-    assert "Private" not in dict(images.inspect(driver.settings, "base"))
+    assert "Private" not in dict(inspect_image.inspect(driver.settings, "base"))
 
 
 def test_private_objects_are_counted(driver: GearDriver) -> None:

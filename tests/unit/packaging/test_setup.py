@@ -160,7 +160,7 @@ def test_a_docker_that_cannot_use_the_driver_is_told_of(
 
 
 def test_set_up_and_doctor_agree_on_which_docker_will_do(prepare: dict[str, Any]) -> None:
-    assert (prepare["FIRST_DOCKER"], prepare["LAST_DOCKER"]) == (doctor._FIRST_DOCKER, doctor._LAST_DOCKER)
+    assert (prepare["FIRST_DOCKER"], prepare["LAST_DOCKER"]) == (doctor.FIRST_DOCKER, doctor.LAST_DOCKER)
 
 
 def test_a_busybox_that_is_there_stays_and_the_static_one_lies_beside(

@@ -18,7 +18,7 @@ from kombu.asynchronous import Hub
 
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import FailedPrecondition, InvalidInput, Unavailable
-from gearworkers.images.convert import ImagePlan, LayerJob, Plan
+from gearworkers.images.plan import ConversionPlan, ImagePlan, LayerJob
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import (
     IMAGE_TASK,
@@ -193,7 +193,7 @@ def test_a_conversion_of_a_path_is_rejected(
     source = f"{kind}:{tmp_path}/not-there"
     with pytest.raises(InvalidInput, match="registries only"):
         app.tasks[LAYER_TASK](msgspec.to_builtins(layer_job(source)), str(tmp_path))
-    plan = Plan(source, "127.0.0.1:1/target", "", (ImagePlan("", "", ()),))
+    plan = ConversionPlan(source, "127.0.0.1:1/target", "", (ImagePlan("", "", ()),))
     with pytest.raises(InvalidInput, match="registries only"):
         app.tasks[IMAGE_TASK]([], msgspec.to_builtins(plan))
 

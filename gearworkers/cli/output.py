@@ -1,0 +1,20 @@
+"""Exit codes and standard output of the `gear` commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+
+EXIT_FAULTS = 1
+"""`gear doctor`, `gear fsck` and `gear push` found faults, and printed one line for each."""
+EXIT_ERROR = 2
+"""The command failed, with one line on stderr; also wrong arguments, which Typer reports itself."""
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print each key with its value behind it, in two columns."""
+    for key, value in pairs:
+        console.print(f"{key:<16}{value}", markup=False)

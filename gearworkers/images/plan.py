@@ -1,0 +1,100 @@
+"""The plan of a conversion: which manifests and layers of an image are converted.
+
+Glossary: a *plan* lists the images of one name and their layers; a *layer job* is one distinct layer, which can be
+converted anywhere and in any order. Both travel as JSON in Celery's messages.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from gearworkers.errors import InvalidInput
+from gearworkers.images import manifest as m
+from gearworkers.images.reference import Reference
+from gearworkers.images.source import open_source
+from gearworkers.images.survey import private_layers, refuse_to_replace, survey
+from gearworkers.settings import RegistrySettings
+
+
+class LayerJob(msgspec.Struct, frozen=True):
+    """One distinct layer to convert."""
+
+    source: str
+    """Name of the image, as `open_source` takes it."""
+    target: str
+    digest: str
+    size_bytes: int
+    diff_id: str
+    again: bool = False
+    """Whether to convert the layer even if a record of it exists."""
+    private: bool = False
+    """Whether the layer, or a layer below it in any of the images, is marked private."""
+
+
+class ImagePlan(msgspec.Struct, frozen=True):
+    """One manifest to convert."""
+
+    manifest: str
+    """Its digest."""
+    media_type: str
+    layers: tuple[LayerJob, ...]
+    """In the manifest's order; a layer may occur twice."""
+    entry: m.Document = {}
+    """Its descriptor in the index; empty for a single-platform image."""
+
+
+class ConversionPlan(msgspec.Struct, frozen=True):
+    """Everything that one conversion does."""
+
+    source: str
+    target: str
+    index: str
+    """Digest of the index to convert with all its platforms; empty to convert one image."""
+    images: tuple[ImagePlan, ...]
+
+    def jobs(self) -> list[LayerJob]:
+        """Return the distinct layers, the largest first, since they take longest."""
+        distinct = {job.digest: job for image in self.images for job in image.layers}
+        return sorted(distinct.values(), key=lambda job: (-job.size_bytes, job.digest))
+
+
+def plan_conversion(
+    settings: RegistrySettings,
+    source: str,
+    target: str,
+    platform: m.Platform | None = None,
+    *,
+    all_platforms: bool = False,
+    again: bool = False,
+) -> ConversionPlan:
+    """Plan a conversion: read manifests, configs and the first bytes of layers; change nothing.
+
+    Args:
+        settings: Credentials and proxy.
+        source: As `open_source` takes it.
+        target: Name in a registry, with or without a tag, but without a digest.
+        platform: As `survey` takes it.
+        all_platforms: Convert all images of an index.
+        again: Convert layers that were converted before as well.
+
+    Raises:
+        InvalidInput, IntegrityError: A name is malformed, the image cannot be converted, or *target* would replace it.
+        NotFound: The image does not exist, or not for *platform*.
+    """
+    named = Reference.parse(target)
+    if named.digest:
+        raise InvalidInput(f"{target}: the digest of a new image cannot be chosen; give a tag instead")
+    image = open_source(settings, source)
+    found = survey(image, source, platform, all_platforms=all_platforms)
+    refuse_to_replace(settings, source, named, found)
+    private = private_layers(image, found.images)
+
+    def job(layer: m.Descriptor, diff_id: str) -> LayerJob:
+        return LayerJob(source, str(named), layer.digest, layer.size, diff_id, again, layer.digest in private)
+
+    plans = (
+        ImagePlan(one.manifest, one.media_type, tuple(job(*layer) for layer in one.layers), one.entry)
+        for one in found.images
+    )
+    index = found.digest if found.is_index and all_platforms else ""
+    return ConversionPlan(source, str(named), index, tuple(plans))
