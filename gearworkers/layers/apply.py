@@ -22,7 +22,7 @@ from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.tree import LayerTree
 from gearworkers.tar.entry import REG, TarEntry, shown
-from gearworkers.tar.private_marker import MARK, is_mark, reject_hidden_mark, reject_late_mark
+from gearworkers.tar.private_marker import MARKER, is_marker, reject_hidden_marker, reject_late_marker
 from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.tar.tar_split import TarSplitWriter
@@ -195,17 +195,17 @@ class _ContentImporter:
         if reader.guarded:
             self._writer.disable_push()
         while entry is not None:
-            if MARK in entry.name and not self._is_private and is_mark(entry.name):
+            if MARKER in entry.name and not self._is_private and is_marker(entry.name):
                 self._make_private(entry)
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
-        if not self._is_private and index.has_at_top(MARK):
-            reject_hidden_mark()
+        if not self._is_private and index.has_at_top(MARKER):
+            reject_hidden_marker()
 
-    def _make_private(self, mark: TarEntry) -> None:
+    def _make_private(self, marker: TarEntry) -> None:
         if self._refs:
-            reject_late_mark(mark)
+            reject_late_marker(marker)
         self.keep_private()
 
     def _digest(self, entry: TarEntry) -> bytes | None:

@@ -33,7 +33,7 @@ from gearworkers.layers.quotas import Quotas
 from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
 from gearworkers.mounts.overlay import is_mounted, unmount
 from gearworkers.settings import NodeSettings
-from gearworkers.tar.private_marker import MARK
+from gearworkers.tar.private_marker import MARKER
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
 
@@ -73,7 +73,7 @@ class LayerStore:
         """The size limits of containers."""
         self.inode_numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
         """The inode numbers of the layers' indexes."""
-        self._cached: dict[str, Layer] = {}  # complete image layers; they change only with `inplace.leave_mark`
+        self._cached: dict[str, Layer] = {}  # complete image layers; they change only with `inplace.touch_mark`
         self._cached_ns = 0
 
     def prepare(self) -> None:
@@ -174,7 +174,7 @@ class LayerStore:
     def _has_marker(self, layer: Layer) -> bool:
         if layer.kind is LayerKind.IMAGE:
             return layer.private
-        return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARK)
+        return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARKER)
 
     def object_store(self, layer: Layer) -> ObjectStore:
         """Return the store that contains the contents of an image layer's tar."""

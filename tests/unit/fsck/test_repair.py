@@ -1,4 +1,4 @@
-"""`gear fsck --repair`: lost objects are fetched again, and containers never see half of one."""
+"""`gear fsck --repair`: lost objects are fetched again, and containers never see a half-written object."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def may_store_in_place(node: LazyNode) -> bool:
 
 
 def test_a_damaged_object_is_fetched_again_when_it_is_opened(node: LazyNode) -> None:
-    """The gateway, which has cached the layer's record, notices that another process has changed it."""
+    """The gateway has cached the layer's record; it notices that another process has changed it."""
     damage(node)
     assert may_store_in_place(node)
     incomplete: list[str] = []
-    told = list(Engine.of(node.settings).faults(read_data=True, repair=True, incomplete=incomplete.append))
-    assert [line.split()[0] for line in told] == ["object", "layer"]
+    faults = list(Engine.of(node.settings).faults(read_data=True, repair=True, on_incomplete=incomplete.append))
+    assert [line.split()[0] for line in faults] == ["object", "layer"]
     assert set(incomplete) == {"image"}
     assert not may_store_in_place(node)
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
@@ -61,8 +61,8 @@ def test_a_damaged_object_is_fetched_again_when_it_is_opened(node: LazyNode) -> 
 
 def test_a_missing_object_makes_its_layer_incomplete(node: LazyNode) -> None:
     ObjectStore(node.settings.gear_public_cache_path).remove(DIGEST)
-    (told,) = Engine.of(node.settings).faults(read_data=False, repair=False)
-    assert "1 of its objects are missing" in told
+    (fault,) = Engine.of(node.settings).faults(read_data=False, repair=False)
+    assert "1 of its objects are missing" in fault
     assert node.status().incomplete_layers == 0
     list(Engine.of(node.settings).faults(read_data=False, repair=True))
     assert node.status().incomplete_layers == 1

@@ -17,7 +17,7 @@ from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.tar.entry import TarEntry
-from gearworkers.tar.private_marker import starts_with_mark
+from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 from gearworkers.util import syscalls as kernel
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -342,4 +342,4 @@ def test_objects_that_a_private_layer_only_names_come_from_the_remote(node: Lazy
     ],
 )
 def test_the_marker_is_searched_before_the_first_content(files: dict[str, bytes], found: bool) -> None:
-    assert starts_with_mark(TarReader(io.BytesIO(tar_of(files)))) is found
+    assert starts_with_marker(TarReader(io.BytesIO(tar_of(files)))) is found
