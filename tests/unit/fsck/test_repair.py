@@ -69,15 +69,15 @@ def test_a_missing_object_makes_its_layer_incomplete(node: LazyNode) -> None:
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_the_half_written_file_of_a_killed_import_is_not_read_for_a_lost_object(node: LazyNode) -> None:
-    object = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
-    object.unlink()
-    object.write_bytes(FILES["etc/file"][:100])
+def test_a_half_written_file_of_a_killed_import_does_not_replace_a_lost_object(node: LazyNode) -> None:
+    path = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
+    path.unlink()
+    path.write_bytes(FILES["etc/file"][:100])
     list(Engine.of(node.settings).faults(read_data=False, repair=True))
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_contents_are_not_stored_in_place_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
+def test_storing_in_place_stays_forbidden_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
     damage(node)
     (node.shelf.root / DIGEST.hex()).unlink()
     list(Engine.of(node.settings).faults(read_data=True, repair=True))
