@@ -72,12 +72,12 @@ def apply_tar(
     `objects` lists only objects that the tar names without containing them.
 
     Args:
-        source: The tar; read to its clean end.
-        build: A directory on the store's file system, private to this call.
+        source: The tar; read to its end.
+        build: A directory on the store's file system that only this call uses.
         store: Receives the contents.
         ids: Maps the tar's owners to the host's.
         push_queue: Receives new objects; None if there is no remote.
-        root: GEAR_ROOT; its mark decides whether contents may be stored in place.
+        root: GEAR_ROOT; its mark may forbid storing in place (`cas.inplace`).
         inode_numbers: Provides the inode numbers of the index.
         private: Whether the layer is private. A layer is also private if the tar has the marker (tar.private_marker).
 
@@ -106,7 +106,7 @@ def apply_tar(
 
 @contextmanager
 def _no_garbage_collector() -> Iterator[None]:
-    """Disable Python's garbage collector: it would walk a tree of a million inodes repeatedly and find no cycles."""
+    """Disable Python's garbage collector, which would walk a tree of a million inodes repeatedly and find no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -227,7 +227,7 @@ class _ContentImporter:
         assert entry.gear is not None
         digest, size_bytes = entry.gear
         if entry.stored_bytes:
-            raise InvalidInput(f"tar entry {shown(entry.name)}: it names a content and contains one")
+            raise InvalidInput(f"tar entry {shown(entry.name)}: it both names a content and contains one")
         if not size_bytes:
             return None
         entry.size_bytes = size_bytes

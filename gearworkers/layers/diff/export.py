@@ -4,7 +4,7 @@ Every file is read through the merged view. So metadata-only copies and renamed 
 tar contains the files as the container sees them. The upper only determines the names.
 
 The same trees always give the same bytes: names are sorted, access times are omitted, and nothing depends on the clock.
-Only the marker of a private layer comes before all else. Names that begin with ``.wh.`` cannot be expressed in a
+Only the marker of a private layer precedes all other entries. Names that begin with ``.wh.`` cannot be expressed in a
 layer's tar and are omitted. Sockets and paths that are too long are omitted as well.
 """
 
@@ -66,8 +66,8 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
         out: Receives the tar; its errors pass through unchanged.
         ids: Maps the host's owners to the tar's.
 
-    A file that grows or shrinks meanwhile keeps the length it had when it was opened: it is cut, or padded with zeros.
-    A file that vanishes is omitted.
+    A file that grows or shrinks meanwhile keeps the length that it had when it was opened: its content is truncated or
+    padded with zeros. A file that vanishes is omitted.
 
     Raises:
         NotFound: The object of a file is not in the object store.
@@ -176,7 +176,7 @@ class _DiffWriter:
             self._add_contentless(path, dir_fd, name, kind, status)
 
     def add_private_marker(self, root_fd: int) -> None:
-        """Write the marker of a private layer, if there is one, before all contents."""
+        """Write the marker of a private layer, if it exists, before all contents."""
         with _ReadErrors(MARKER):
             status = lstat_at(root_fd, MARKER)
         if status is not None:
@@ -219,7 +219,7 @@ class _DiffWriter:
                 if kind == SYMLINK:
                     linkname = os.readlink(name, dir_fd=dir_fd)
                 xattrs = kept_xattrs(dir_fd, name)
-        except (NotFound, InvalidInput):  # gone, or no symlink any more
+        except (NotFound, InvalidInput):  # the entry has vanished or is not a symlink any more
             return
         if kind not in (DIR, HARDLINK):
             self._remember(path, status)

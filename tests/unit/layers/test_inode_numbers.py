@@ -109,7 +109,7 @@ def test_numbers_of_removed_layers_are_reused_when_the_gap_is_used_up(root: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gearworkers.layers.index.inode_numbers.number_window", lambda _: (first.start, room[1]))
         assert written(root, "fourth", 4000).start == second.start
-        with pytest.raises(ResourceExhausted, match=r"needs .* inode numbers in a row.* remove images"):
+        with pytest.raises(ResourceExhausted, match=r"needs .* consecutive inode numbers.* remove images"):
             written(root, "fifth", 5000)
 
 
