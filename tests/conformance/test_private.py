@@ -105,7 +105,7 @@ def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
 def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
     id = an_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents .*may have been shared already"):
+    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents, which may have been shared already"):
         driver.apply_diff(id, "", tar(directory("d"), file("a", b"not secret any more"), file(name)))
     assert not private_files(driver.settings, id)
     driver.remove(id)
@@ -148,7 +148,7 @@ def test_a_mark_by_way_of_a_symlink_is_refused(driver: Driver) -> None:
     """By its name it is none, and contents before it were stored for all."""
     id = an_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private' at its top.* by way of a symlink"):
+    with pytest.raises(Refused, match=r"\.gear-private' at its top.* through a symlink"):
         driver.apply_diff(id, "", tar(symlink("here", "."), file("here/.gear-private"), file("a", b"secret")))
     driver.remove(id)
 

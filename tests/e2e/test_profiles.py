@@ -77,7 +77,7 @@ def test_what_a_running_container_opens_is_added_by_hand(empty_host: LazyHost) -
         told, _ = recording.communicate()
     assert recording.returncode == 0
     assert int(told.removesuffix(" objects were opened\n")) > 1  # git and its libraries
-    assert host.stack.gear("profile", "record", "nobody").stderr == "gear: nobody: dockerd has no such container\n"
+    assert host.stack.gear("profile", "record", "nobody").stderr == "gear: dockerd has no container nobody\n"
     host.dockerd.docker("rm", "-f", container)
     host.dockerd.docker("rmi", host.image)
 

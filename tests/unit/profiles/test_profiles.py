@@ -223,7 +223,7 @@ def test_profiles_are_shown_and_extended_by_commands(start_node: StartNode, remo
     node.apply(gear_tar(FILES), "image")
     root = node.run("c1")
     none = gear(node, "profile", "show", "image")
-    assert none.returncode == 2 and "was recorded yet" in none.stderr
+    assert none.returncode == 2 and "no start of this image has been recorded" in none.stderr
     with subprocess.Popen([GEAR, "profile", "record", "c1", "--seconds", "60"], env=environ(node)) as recorder:
         until(lambda: watches(recorder), "the recorder watches")
         assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
@@ -231,7 +231,7 @@ def test_profiles_are_shown_and_extended_by_commands(start_node: StartNode, remo
         assert recorder.wait(60) == 0
     shown = gear(node, "profile", "show", "c1").stdout
     assert digest(SMALL[0]) in shown and "1 objects" in shown
-    assert "no container that runs" in gear(node, "profile", "record", "image").stderr
+    assert "container image does not run" in gear(node, "profile", "record", "image").stderr
     none = gear(node, "profile", "show", "/etc/passwd")
     assert none.returncode == 2 and "/etc/passwd" in none.stderr
 
