@@ -1,8 +1,8 @@
 """A store of objects: distinct contents, each stored once per host.
 
 Glossary: an *object* is a file (mode 0400) whose name is derived from the SHA-256 of its bytes. A *cache* is a
-directory of objects, divided into 64 *shards*. *Staging* is a directory on the same file
-system for files that have no object's name yet.
+directory of objects, divided into 64 *shards*. *Staging* is a directory on the same file system for files that do not
+have their final name yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _READ_BYTES = 1 << 20
 
 
 class ObjectState(Enum):
-    """What exists under an object's name."""
+    """The state of the file under an object's name."""
 
     WHOLE = auto()
     UNFINISHED = auto()
@@ -143,11 +143,11 @@ class ObjectStore:
         Args:
             fd: The open file.
             staging_fd: The directory that contains the file, on the cache's file system.
-            name: The file's name there. It is gone afterwards if the object is new.
+            name: The file's name there. The file is moved to the cache if the object is new.
             digest: SHA-256 of the file's bytes.
 
         Returns:
-            Whether the object is new. If another import was first, the file stays where it is.
+            Whether the object is new. If another import has stored it, the file stays in the staging directory.
 
         Raises:
             IntegrityError: The object's name holds another content.
@@ -173,7 +173,7 @@ class ObjectStore:
             pass
 
     def names(self, shard: bytes) -> Iterable[bytes]:
-        """Return the names of the files in a shard, in no order; none if the shard does not exist."""
+        """Return the names of the files in a shard, in any order; none if the shard does not exist."""
         try:
             return os.listdir(shard)
         except FileNotFoundError:
@@ -224,7 +224,7 @@ class PendingObject:
         """Give the bytes the object's name.
 
         Returns:
-            Whether the object is new; False if another import was first.
+            Whether the object is new; False if another import has stored it.
 
         Raises:
             IntegrityError: The object's name holds another content.

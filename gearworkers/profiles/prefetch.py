@@ -21,7 +21,7 @@ from gearworkers.profiles.resolve import image_object_lists, profile_name
 _log = structlog.get_logger(__name__)
 
 SETTLE_S = 0.2
-"""Seconds without a new layer after which a pull is over or pauses; only its topmost layer is an image."""
+"""Seconds without a new layer after which a pull has ended or pauses; only its topmost layer is an image."""
 _MAX_KNOWN = 100
 
 
@@ -59,14 +59,14 @@ class ProfilePrefetcher:
         self._thread.start()
 
     def notify(self, event: ImageEvent) -> ProfileStatus:
-        """Look for the profile of an image after a pull or at a start; return the state known by now."""
+        """Look for the profile of an image after a pull or at a start; return the state that is known now."""
         name, known = self.known(event.layer)
         if known is None or not event.starts:
             self._events.put(event)
         return ProfileStatus.FOUND if known is not None else ProfileStatus.ABSENT if name else ProfileStatus.UNKNOWN
 
     def known(self, layer: str) -> tuple[str, Profile | None]:
-        """Return the document's name, empty if it was not read yet, and the profile of the image."""
+        """Return the name of the image's document, empty if it was not read yet, and the profile."""
         return self._known.get(layer, ("", None))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The running recordings of a node: for each a `profiles.recorder` process, watched by a thread."""
+"""Run the recordings of a node: a `profiles.recorder` process for each recording, watched by a thread."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from gearworkers.util.syscalls import watch_opens
 _log = structlog.get_logger(__name__)
 
 MAX_RECORDINGS = 4
-"""The number of recordings at the same time; further starts are not recorded."""
+"""Limit of concurrent recordings; further starts are not recorded."""
 _HEAD_START_S = 1.0
-"""Seconds in which the container has the processors for itself; the kernel queues its opens meanwhile."""
+"""Seconds in which only the container uses the processors; the kernel queues its opens meanwhile."""
 _END_TIMEOUT_S = 5.0
 _RECORDER = (sys.executable, "-m", "gearworkers.profiles.recorder")
 
@@ -53,7 +53,7 @@ class Recording:
 
 
 class Recordings:
-    """The recordings of one process's mounts. Call from any thread. No recording outlives the process for long."""
+    """The recordings of one process's mounts. Call from any thread. All recordings end soon after the process."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Recordings:
         """
         Args:
             watch: Returns a descriptor with the opens of files on the file system mounted at a path.
-            recorder: The command of a recorder; the number of that descriptor is added.
+            recorder: The command of a recorder; the number of that descriptor is appended.
             end_timeout_s: Seconds after which `close` kills a recorder.
         """
         self._watch = watch
@@ -120,7 +120,7 @@ class Recordings:
         """Return a descriptor that watches the mount point, and both ends of a pipe.
 
         Raises:
-            OSError: There is none; nothing is left open.
+            OSError: A descriptor cannot be created; none is left open.
         """
         group_fd = self._watch(merged)
         try:
