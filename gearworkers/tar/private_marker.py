@@ -54,6 +54,6 @@ def reject_hidden_marker() -> NoReturn:
         InvalidInput: Always.
     """
     raise InvalidInput(
-        f"the layer's top-level file {shown(MARKER)} was created through a symlink; it marks the layer as private, but "
-        "the layer's contents may have been shared already; create it in a separate layer below this one"
+        f"the layer has {shown(MARKER)} at its top level, created through a symlink; it marks the layer as private, "
+        "but the layer's contents may have been shared already; create it in a separate layer below this one"
     )
