@@ -38,7 +38,7 @@ def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd
     """Store *data* under its SHA-256, which the caller has computed; return whether the object is new.
 
     Raises:
-        IntegrityError: The object's name holds another content.
+        IntegrityError: Another content is stored under the object's name.
         ResourceExhausted: No space or inodes are left.
 
     Crash: leaves a file without digest. The next import of the object replaces it, or garbage collection removes it.

@@ -74,7 +74,7 @@ class ObjectStore:
         """Whether the whole object is in the store.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         return self.find(digest) is _WHOLE
 
@@ -82,7 +82,7 @@ class ObjectStore:
         """Return the state of an object.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         path = self.path(digest)
         try:
@@ -94,7 +94,7 @@ class ObjectStore:
                 return ObjectState.UNFINISHED
             raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
-            raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")
+            raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} is object {found.hex()}; run `gear fsck`")
         return _WHOLE
 
     def open(self, digest: bytes) -> int:
@@ -102,7 +102,7 @@ class ObjectStore:
 
         Raises:
             NotFound: The object is not in the store.
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         try:
             fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
@@ -112,7 +112,9 @@ class ObjectStore:
             raise from_os_error(exc, f"open object {digest.hex()}") from exc
         try:
             if os.getxattr(fd, DIGEST_XATTR) != digest:
-                raise IntegrityError(f"object {digest.hex()}: its name holds another content; run `gear fsck`")
+                raise IntegrityError(
+                    f"object {digest.hex()}: another content is stored under its name; run `gear fsck`"
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -150,7 +152,7 @@ class ObjectStore:
             Whether the object is new. If another import has stored it, the file stays in the staging directory.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         path = self.path(digest)
         try:
@@ -227,7 +229,7 @@ class PendingObject:
             Whether the object is new; False if another import has stored it.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         try:
             if os.lseek(self._fd, 0, os.SEEK_CUR) != os.fstat(self._fd).st_size:

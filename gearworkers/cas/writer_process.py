@@ -135,7 +135,7 @@ class WriterProcess:
                 self._receive()
 
     def _receive(self, flags: int = 0) -> bytes:
-        """Return the next message; empty if there is none and *flags* contains MSG_DONTWAIT.
+        """Return the next message; empty if none has arrived and *flags* contains MSG_DONTWAIT.
 
         Raises:
             GearError: The message is an error, or the process was killed.

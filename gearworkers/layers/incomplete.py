@@ -131,7 +131,7 @@ class IncompleteLayers:
         return list(found.items())
 
     def _refresh(self, *, even_if_unchanged: bool = False) -> bool:
-        """Look for new and removed layers; return whether there are any.
+        """Look for new and removed layers; return whether any were found.
 
         The modification time of the directory shows changes. Two changes within one tick of the kernel's clock look
         like one, so `_find` refreshes once more before it reports that nothing was found.

@@ -26,7 +26,7 @@ class PrivateStores:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, id: str) -> Path:
-        """Return the directory of the layer's private objects; it does not exist if there are none."""
+        """Return the directory of the layer's private objects; it exists only if the layer has such objects."""
         return self._directory / id
 
     def store(self, id: str) -> ObjectStore:

@@ -34,7 +34,7 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     size_limit_bytes: int = 0
     """Size limit of a container; 0 for no limit."""
     project: int = 0
-    """Number of the quota project that holds a container with a size limit; see `layers.quotas`."""
+    """Number of the quota project of a container with a size limit; see `layers.quotas`."""
     size_bytes: int = 0
     objects: int = 0
     object_bytes: int = 0

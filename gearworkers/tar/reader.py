@@ -337,7 +337,7 @@ class TarReader:
 
     def _reject_truncated(self, part: str) -> NoReturn:
         offset = self._base_offset + self._filled
-        raise IntegrityError(f"the tar ends early, at byte {offset}: entry {shown(self._name)}: {part} is truncated")
+        raise IntegrityError(f"the tar ends early, at byte {offset}: entry {shown(self._name)}: {part} is cut short")
 
 
 def _records(content: bytes, block: bytes, offset: int) -> pax.Records:

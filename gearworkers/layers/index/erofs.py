@@ -119,7 +119,7 @@ class ImageWriter:
 
         Args:
             file: A seekable file; its file system should support sparse files.
-            first: A multiple of SLOTS_PER_BLOCK that places the area behind the head; first + slots is at most
+            first: A multiple of SLOTS_PER_BLOCK that places the area after the head; first + slots is at most
                 END_OF_NUMBERS.
 
         Raises:

@@ -253,7 +253,7 @@ def test_a_sparse_directory_is_rejected() -> None:
 
 def test_the_error_for_a_truncated_tar_names_the_entry() -> None:
     tar = a_file(b"first") + a_file(b"second", b"x" * 5000)
-    with pytest.raises(IntegrityError, match=r"at byte 3000: entry 'second': its content is truncated"):
+    with pytest.raises(IntegrityError, match=r"at byte 3000: entry 'second': its content is cut short"):
         read_tar(tar[:3000])
 
 
