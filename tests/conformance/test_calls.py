@@ -15,13 +15,13 @@ BAD_IDS = ["../x", "..", ".", "", "a/b", "/etc", "a" * 201, "nul\0", "new\nline"
 
 
 @pytest.mark.parametrize("id", BAD_IDS, ids=repr)
-def test_an_id_that_is_no_name_never_becomes_a_path(driver: Driver, id: str) -> None:
+def test_an_invalid_id_never_becomes_a_path(driver: Driver, id: str) -> None:
     for call in (driver.create, driver.create_read_write, driver.get, driver.put, driver.remove, driver.get_metadata):
         with pytest.raises(Refused, match="layer id"):
             call(id)
 
 
-def test_what_is_not_there_is_said_so_or_passes(driver: Driver) -> None:
+def test_calls_for_a_missing_layer_fail_or_do_nothing(driver: Driver) -> None:
     id = an_id()
     assert not driver.exists(id)
     driver.remove(id)
@@ -37,14 +37,14 @@ def test_the_driver_reproduces_exact_diffs(driver: Driver) -> None:
     assert driver.capabilities() == {"ReproducesExactDiffs": True}
 
 
-def test_an_unknown_option_is_refused_by_the_names_of_the_known(driver: Driver) -> None:
+def test_the_error_for_an_unknown_option_names_the_known_options(driver: Driver) -> None:
     with pytest.raises(Refused, match=r"gear.size=1G.*gear.root=….*gear.broker=…"):
         driver.init(["gear.size=1G"])
     with pytest.raises(Refused, match="absolute"):
         driver.init(["gear.root=relative"])
 
 
-def test_a_container_s_options_are_kept_or_refused(driver: Driver) -> None:
+def test_unsupported_container_options_are_rejected(driver: Driver) -> None:
     id = an_id()
     for option, why in (({"size": "1M"}, "without project quotas"), ({"nope": "1"}, "unknown option nope")):
         with pytest.raises(Refused, match=why):
@@ -73,7 +73,7 @@ def test_get_metadata_has_overlay2s_keys(driver: Driver) -> None:
     assert set(driver.get_metadata(base)) == {"UpperDir", "WorkDir", "MergedDir"}
 
 
-def test_status_tells_where_and_what(driver: Driver) -> None:
+def test_status_shows_the_root_directory_and_counters(driver: Driver) -> None:
     status = driver.status()
     assert status["Root Dir"] == str(driver.settings.gear_root)
     assert {"Backing Filesystem", "Kernel Mode", "Objects", "Logical Bytes", "Stored Bytes"} <= set(status)
@@ -81,14 +81,14 @@ def test_status_tells_where_and_what(driver: Driver) -> None:
     assert driver.status()["Kernel Mode"] == status["Kernel Mode"]
 
 
-def test_a_layer_is_filled_once(driver: Driver) -> None:
+def test_a_layer_accepts_one_diff(driver: Driver) -> None:
     id = applied(driver, file("a", b"a"))
     with pytest.raises(Refused, match="has content"):
         driver.apply_diff(id, "", tar(file("b", b"b")))
     assert set(shown(driver, id)) == {b"a"}
 
 
-def test_a_broken_off_layer_refuses_all_but_remove(driver: Driver) -> None:
+def test_an_incomplete_layer_rejects_all_calls_but_remove(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
     whole = tar(file("a", b"a" * 5000))
@@ -109,7 +109,7 @@ def test_a_broken_off_layer_refuses_all_but_remove(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("nothing", [b"", bytes(512), bytes(1024), bytes(10240)])
-def test_a_tar_of_nothing_is_an_empty_layer(driver: Driver, nothing: bytes) -> None:
+def test_an_empty_tar_makes_an_empty_layer(driver: Driver, nothing: bytes) -> None:
     base, id = applied(driver, file("a", b"a")), an_id()
     driver.create(id, base)
     assert driver.apply_diff(id, base, nothing) == 0
@@ -117,7 +117,7 @@ def test_a_tar_of_nothing_is_an_empty_layer(driver: Driver, nothing: bytes) -> N
     assert shown(driver, id) == shown(driver, base)
 
 
-def test_what_is_left_of_a_broken_body_is_no_layer(driver: Driver) -> None:
+def test_the_rest_of_an_interrupted_tar_is_rejected(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
     whole = tar(file("a", b"a" * 5000))
@@ -129,7 +129,7 @@ def test_what_is_left_of_a_broken_body_is_no_layer(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_a_layer_made_before_a_restart_is_mounted_but_takes_no_tar(driver: Driver, used: bool) -> None:
+def test_a_layer_created_before_a_restart_is_mounted_but_rejects_a_diff(driver: Driver, used: bool) -> None:
     id = an_id()
     driver.create(id)
     if used:
@@ -143,14 +143,14 @@ def test_a_layer_made_before_a_restart_is_mounted_but_takes_no_tar(driver: Drive
     assert set(shown(driver, id)) == {b"a"}
 
 
-def test_a_diff_for_another_parent_than_creates_is_refused(driver: Driver) -> None:
+def test_a_diff_with_another_parent_than_create_is_rejected(driver: Driver) -> None:
     base, id = applied(driver, file("a", b"a")), an_id()
     driver.create(id)
     with pytest.raises(Refused, match="parent"):
         driver.apply_diff(id, base, tar())
 
 
-def test_a_written_layer_is_not_filled(driver: Driver) -> None:
+def test_a_written_layer_rejects_a_diff(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
     with mounted(driver, id) as merged:
@@ -159,7 +159,7 @@ def test_a_written_layer_is_not_filled(driver: Driver) -> None:
         driver.apply_diff(id, "", tar())
 
 
-def test_diff_and_changes_answer_for_any_pair(driver: Driver) -> None:
+def test_diff_and_changes_work_for_any_pair_of_layers(driver: Driver) -> None:
     base = applied(driver, directory("d"), file("d/a", b"a"), file("d/b", b"bb"))
     one = applied(driver, file("d/a", b"other"), parent=base)
     two = applied(driver, file("d/c", b"ccc"), parent=base)
@@ -201,7 +201,7 @@ def remapped(driver: Driver) -> Driver:
     return driver
 
 
-def test_remapped_owners_are_the_hosts_in_the_tree_and_the_tars_in_the_diff(remapped: Driver) -> None:
+def test_remapped_owners_are_host_ids_in_the_tree_and_container_ids_in_the_diff(remapped: Driver) -> None:
     data = tar(directory("d", uid=5, gid=6), file("d/a", b"a", 0o4755, 1000, 1001), file("e/implied", b"b"))
     id = an_id()
     remapped.create(id)
@@ -227,7 +227,7 @@ def test_a_remapped_container_is_committed_and_read_back(remapped: Driver) -> No
     assert shown(remapped, committed(remapped, id, base)) == seen
 
 
-def test_an_owner_in_no_range_is_refused_by_name(remapped: Driver) -> None:
+def test_the_error_for_an_unmapped_owner_names_the_file(remapped: Driver) -> None:
     id = an_id()
     remapped.create(id)
     with pytest.raises(Refused, match=r"far.*70000"):

@@ -128,7 +128,7 @@ DEEDS = (
 
 
 @pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: str(deed.__name__))
-def test_what_a_container_did_is_committed_and_read_back(driver: Driver, deed: Callable[[Path], None]) -> None:
+def test_container_changes_are_committed_and_read_back(driver: Driver, deed: Callable[[Path], None]) -> None:
     parent, id = image(driver), an_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
@@ -139,7 +139,7 @@ def test_what_a_container_did_is_committed_and_read_back(driver: Driver, deed: C
 
 
 @pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: str(deed.__name__))
-def test_a_diff_is_the_same_mounted_or_not(driver: Driver, deed: Callable[[Path], None]) -> None:
+def test_a_diff_is_the_same_while_mounted_and_unmounted(driver: Driver, deed: Callable[[Path], None]) -> None:
     parent, id = image(driver), an_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
@@ -149,7 +149,7 @@ def test_a_diff_is_the_same_mounted_or_not(driver: Driver, deed: Callable[[Path]
 
 
 @pytest.mark.parametrize("deed", DATALESS, ids=lambda deed: str(deed.__name__))
-def test_no_data_are_copied_for_metadata_and_names(driver: Driver, deed: Callable[[Path], None]) -> None:
+def test_metadata_changes_and_renames_copy_no_data(driver: Driver, deed: Callable[[Path], None]) -> None:
     parent, id = image(driver), an_id()
     driver.create_read_write(id, parent)
     before = object_names(driver.settings)
@@ -207,7 +207,7 @@ def test_a_commit_of_a_commit_of_a_rename_is_read_back(driver: Driver) -> None:
         assert shown(driver, parent) == seen
 
 
-def test_a_container_above_a_container_is_read_back(driver: Driver) -> None:
+def test_a_container_on_a_container_is_read_back(driver: Driver) -> None:
     parent, lower, upper = image(driver), an_id(), an_id()
     driver.create_read_write(lower, parent)
     with mounted(driver, lower) as merged:
@@ -231,7 +231,7 @@ def _allocated_bytes(directory_path: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in directory_path.rglob("*") if path.is_file())
 
 
-def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(driver: Driver) -> None:
+def test_an_acl_is_set_on_changed_and_new_files_and_committed(driver: Driver) -> None:
     """The kernel refuses it on unchanged files: an overlay asks the file system below, and EROFS sets none."""
     acl = bytes.fromhex("0200000001000600ffffffff02000400d204000004000400ffffffff10000600ffffffff20000400ffffffff")
     name = "system.posix_acl_access"
@@ -251,7 +251,7 @@ def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(d
     assert all(dict(nodes[path].xattrs)[name] == acl for path in (b"a", b"b", b"d", b"new"))
 
 
-def test_flags_are_read_of_what_the_container_has_changed_or_made_only(driver: Driver) -> None:
+def test_flags_are_readable_only_on_changed_and_new_files(driver: Driver) -> None:
     """The overlay asks the file system below, and EROFS has none; `lsattr` and `chattr` begin so."""
     parent, id = applied(driver, file("a", b"a"), directory("d")), an_id()
     driver.create_read_write(id, parent)

@@ -24,13 +24,13 @@ def test_create_empty_shows_an_empty_directory_of_root(driver: Driver) -> None:
         assert not list(merged.iterdir())
 
 
-def test_create_base_keeps_what_was_written_into_it(driver: Driver) -> None:
+def test_create_base_keeps_written_files(driver: Driver) -> None:
     base = create_base(driver)
     with mounted(driver, base) as merged:
         check_base(merged)
 
 
-def test_create_snap_shows_what_its_base_has(driver: Driver) -> None:
+def test_create_snap_shows_the_files_of_its_base(driver: Driver) -> None:
     base = create_base(driver)
     snap = an_id()
     driver.create(snap, base)
@@ -38,7 +38,7 @@ def test_create_snap_shows_what_its_base_has(driver: Driver) -> None:
         check_base(merged)
 
 
-def test_deep_layer_read_goes_through_128_layers(driver: Driver) -> None:
+def test_deep_layer_read_reads_through_128_layers(driver: Driver) -> None:
     top = an_id()
     driver.create_read_write(top)
     with mounted(driver, top) as merged:
@@ -62,7 +62,7 @@ def test_deep_layer_read_goes_through_128_layers(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("file_count", [10, 1000])
-def test_diff_apply_makes_the_layer_once_more(driver: Driver, file_count: int) -> None:
+def test_diff_apply_reproduces_the_layer(driver: Driver, file_count: int) -> None:
     base, upper, diff = an_id(), an_id(), an_id()
     driver.create_read_write(base)
     with mounted(driver, base) as merged:
@@ -84,7 +84,7 @@ def test_diff_apply_makes_the_layer_once_more(driver: Driver, file_count: int) -
         assert not (merged / "deleted").exists()
 
 
-def test_changes_are_those_that_were_made(driver: Driver) -> None:
+def test_changes_lists_all_changes(driver: Driver) -> None:
     base, upper = an_id(), an_id()
     driver.create_read_write(base)
     with mounted(driver, base) as merged:
@@ -96,7 +96,7 @@ def test_changes_are_those_that_were_made(driver: Driver) -> None:
     assert all(kind == ADD for _, kind in driver.changes(base)), "against nothing, all is new"
 
 
-def test_a_layer_cannot_be_made_twice_or_on_nothing(driver: Driver) -> None:
+def test_create_rejects_an_existing_id_and_a_missing_parent(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
     with pytest.raises(Refused, match="exists already"):

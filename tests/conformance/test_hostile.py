@@ -261,7 +261,7 @@ def test_the_error_names_the_entry(driver: Driver, case: str) -> None:
 
 @pytest.mark.parametrize("case", ACCEPTED)
 @pytest.mark.usefixtures("untouched")
-def test_the_result_equals_overlay2s(driver: Driver, case: str) -> None:
+def test_the_result_equals_that_of_overlay2(driver: Driver, case: str) -> None:
     made, names = ACCEPTED[case]
     id = an_id()
     data = made()
@@ -277,7 +277,7 @@ def test_whiteouts_in_odd_places_hide_only_in_their_layer(driver: Driver) -> Non
     assert set(shown(driver, top)) == {b"d", b"keep"}
 
 
-def test_a_name_of_255_bytes_is_removed_by_a_container(driver: Driver) -> None:
+def test_a_container_removes_a_name_of_255_bytes(driver: Driver) -> None:
     base, id = applied(driver, file("n" * 255, b"n"), file("kept", b"k")), an_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
@@ -285,13 +285,13 @@ def test_a_name_of_255_bytes_is_removed_by_a_container(driver: Driver) -> None:
     assert set(shown(driver, committed(driver, id, base))) == {b"kept"}
 
 
-def test_many_long_names_in_one_directory(driver: Driver) -> None:
+def test_many_long_names_fit_in_one_directory(driver: Driver) -> None:
     names = [b"%d-" % number + b"x" * (number * 7 % 240) for number in range(3000)]
     id = applied(driver, directory("d"), *(file(b"d/" + name) for name in names))
     assert set(shown(driver, id)) == {b"d"} | {b"d/" + name for name in names}
 
 
-def test_a_deep_tree(driver: Driver) -> None:
+def test_a_deep_tree_is_imported_and_read(driver: Driver) -> None:
     id = applied(driver, file("d/" * 1900 + "deepest", b"found"))
     with mounted(driver, id) as merged:
         here = os.open(merged, os.O_RDONLY)
@@ -305,7 +305,7 @@ def test_a_deep_tree(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize(("depth", "name", "reached"), [(1050, "d", 1050), (30, "n" * 200, 20)])
-def test_what_a_container_makes_deeper_than_a_stack_or_a_path_is_measured_committed_and_removed(
+def test_directories_deeper_than_the_stack_or_path_limit_are_measured_committed_and_removed(
     driver: Driver, depth: int, name: str, reached: int
 ) -> None:
     """Commit omits files that no path reaches, as with overlay2."""
@@ -338,7 +338,7 @@ def dig(top: Path, depth: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("made", [symlink("x", "y"), device("x", 1, 3), fifo("x"), file("x", b"x")])
-def test_attributes_that_the_kernel_takes_at_no_such_file_are_left_out(driver: Driver, made: File) -> None:
+def test_xattrs_that_the_kernel_rejects_for_the_file_type_are_omitted(driver: Driver, made: File) -> None:
     """As Docker, which is refused and goes on; with them no container could change the file."""
     made[0].xattrs = {b"user.a": b"1", b"system.posix_acl_default": b"\2\0\0\0", b"trusted.a": b"2"}
     base, id = applied(driver, made), an_id()
@@ -352,7 +352,7 @@ def test_attributes_that_the_kernel_takes_at_no_such_file_are_left_out(driver: D
 
 
 @pytest.mark.parametrize("value", [b"", b"junk", NET_RAW[:12], NET_RAW + bytes(4), b"\4" + NET_RAW[1:]])
-def test_a_capability_that_the_kernel_does_not_take_is_refused(driver: Driver, value: bytes) -> None:
+def test_a_malformed_capability_is_rejected(driver: Driver, value: bytes) -> None:
     id = an_id()
     driver.create(id)
     with pytest.raises(Refused, match=r"'x'.*capability.*malformed"):

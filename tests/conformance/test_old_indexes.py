@@ -102,7 +102,7 @@ def have_numbers(settings: Settings, layers: list[str]) -> list[bool]:
     return [has_own_inode_numbers(settings.gear_images_path / id / "index.erofs") for id in layers]
 
 
-def test_old_layers_show_the_same_tree_with_other_numbers(settings: Settings, layers: list[str]) -> None:
+def test_old_layers_keep_their_trees_and_get_new_inode_numbers(settings: Settings, layers: list[str]) -> None:
     with old_program():
         before = [shown(InProcess(settings), id) for id in layers]
     assert have_numbers(settings, layers) == [False, False]
@@ -114,7 +114,7 @@ def test_old_layers_show_the_same_tree_with_other_numbers(settings: Settings, la
     assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
-def test_a_container_that_runs_keeps_its_mount_and_is_named_until_it_ends(
+def test_a_running_container_keeps_its_mount_and_doctor_names_it_until_it_ends(
     settings: Settings, layers: list[str]
 ) -> None:
     with old_program():
@@ -137,7 +137,7 @@ def test_a_container_that_runs_keeps_its_mount_and_is_named_until_it_ends(
     driver.put("running")
 
 
-def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings: Settings, layers: list[str]) -> None:
+def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings: Settings, layers: list[str]) -> None:
     old = {id: (settings.gear_images_path / id / "index.erofs").read_bytes() for id in layers}
     with old_program():
         wanted = shown(InProcess(settings), layers[1])
@@ -165,7 +165,7 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings:
     assert ([False, False] in met and [True, False] in met) or [False, True] in met
 
 
-def test_a_damaged_old_index_stays_as_it_is_and_is_named(settings: Settings, layers: list[str]) -> None:
+def test_a_damaged_old_index_is_kept_and_reported(settings: Settings, layers: list[str]) -> None:
     path = settings.gear_images_path / layers[0] / "index.erofs"
     os.truncate(path, 4096)
     faults = list(Engine.of(settings).faults(read_data=False, repair=False))

@@ -48,7 +48,7 @@ def sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def test_its_contents_are_in_no_other_layers_reach(driver: Driver) -> None:
+def test_private_contents_are_not_shared_with_other_layers(driver: Driver) -> None:
     before = object_names(driver.settings)
     base = applied(driver, file("base", b"public"))
     marked = applied(driver, MARK, file("a", b"secret"), file("again", b"public"), file("large", LARGE), parent=base)
@@ -69,7 +69,7 @@ def test_its_contents_are_in_no_other_layers_reach(driver: Driver) -> None:
     assert contents(driver, above)[b"b"] == sha256(b"secret")
 
 
-def test_its_tar_comes_back_to_the_byte(driver: Driver) -> None:
+def test_diff_of_a_private_layer_returns_its_exact_tar(driver: Driver) -> None:
     data = tar(MARK, directory("d"), file("d/a", b"secret"), file("large", LARGE))
     marked, above = an_id(), an_id()
     driver.create(marked)
@@ -81,7 +81,7 @@ def test_its_tar_comes_back_to_the_byte(driver: Driver) -> None:
     assert driver.diff_size(marked) == len(b"secret") + len(LARGE)
 
 
-def test_its_files_are_read_after_a_restart_and_gone_with_it(driver: Driver) -> None:
+def test_private_files_are_read_after_a_restart_and_removed_with_the_layer(driver: Driver) -> None:
     marked = applied(driver, MARK, file("a", b"secret"))
     driver.restart()
     with container(driver, marked) as merged:
@@ -93,7 +93,7 @@ def test_its_files_are_read_after_a_restart_and_gone_with_it(driver: Driver) -> 
     assert not (driver.settings.gear_private_cache_path / marked).exists()
 
 
-def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
+def test_a_layer_that_removes_the_mark_stays_private(driver: Driver) -> None:
     marked = applied(driver, MARK)
     unmarked = applied(driver, whiteout(".gear-private"), file("a", b"still secret"), parent=marked)
     assert set(shown(driver, unmarked)) == {b"a"}
@@ -102,7 +102,7 @@ def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("name", [".gear-private", "./.gear-private", "/.gear-private", "d/../.gear-private"])
-def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
+def test_a_mark_after_file_contents_is_rejected(driver: Driver, name: str) -> None:
     id = an_id()
     driver.create(id)
     with pytest.raises(Refused, match=r"\.gear-private.* comes after contents, which may have been shared already"):
@@ -114,7 +114,7 @@ def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
 @pytest.mark.parametrize(
     "other", [file("d/.gear-private"), file(".gear-private2"), file("x.gear-private"), file(b".gear-private\xff")]
 )
-def test_another_files_name_marks_nothing(driver: Driver, other: File) -> None:
+def test_similar_file_names_do_not_mark_a_layer(driver: Driver, other: File) -> None:
     id = applied(driver, directory("d"), other, file("a", b"for all to see"))
     assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
@@ -134,7 +134,7 @@ def test_another_files_name_marks_nothing(driver: Driver, other: File) -> None:
     ],
     ids=["directory", "symlink", "fifo", "device", "hard link", "odd", "content", "within"],
 )
-def test_whatever_has_its_name_is_the_mark(driver: Driver, mark: list[File]) -> None:
+def test_any_file_type_with_the_right_name_is_a_mark(driver: Driver, mark: list[File]) -> None:
     before = object_names(driver.settings)
     id = applied(driver, *mark, file("a", b"secret"))
     assert b".gear-private" in shown(driver, id)
@@ -144,7 +144,7 @@ def test_whatever_has_its_name_is_the_mark(driver: Driver, mark: list[File]) -> 
     assert len(private_files(driver.settings, above)) == 1
 
 
-def test_a_mark_by_way_of_a_symlink_is_refused(driver: Driver) -> None:
+def test_a_mark_created_through_a_symlink_is_rejected(driver: Driver) -> None:
     """By its name it is none, and contents before it were stored for all."""
     id = an_id()
     driver.create(id)
@@ -153,13 +153,13 @@ def test_a_mark_by_way_of_a_symlink_is_refused(driver: Driver) -> None:
     driver.remove(id)
 
 
-def test_who_takes_away_a_mark_that_is_not_there_is_not_private(driver: Driver) -> None:
+def test_a_whiteout_of_a_missing_mark_does_not_make_a_layer_private(driver: Driver) -> None:
     id = applied(driver, whiteout(".gear-private"), file("a", b"for all to see"))
     assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
 
 
-def test_a_commit_writes_the_mark_ahead_of_what_comes_before_it_by_name(driver: Driver) -> None:
+def test_a_commit_writes_the_mark_before_all_contents(driver: Driver) -> None:
     parent = applied(driver, file("base", b"public"))
     id = an_id()
     driver.create_read_write(id, parent)
@@ -179,7 +179,7 @@ def test_a_commit_writes_the_mark_ahead_of_what_comes_before_it_by_name(driver: 
     assert len(private_files(driver.settings, whole)) == 3, "the mark comes first in any Diff"
 
 
-def test_many_private_layers_make_one_tree(driver: Driver) -> None:
+def test_many_private_layers_merge_into_one_tree(driver: Driver) -> None:
     top = applied(driver, MARK)
     for number in range(120):
         top = applied(driver, file(f"f{number}", b"secret %d" % number), parent=top)
@@ -187,7 +187,7 @@ def test_many_private_layers_make_one_tree(driver: Driver) -> None:
         assert all((merged / f"f{number}").read_bytes() == b"secret %d" % number for number in range(120))
 
 
-def test_an_object_is_a_file_of_its_own(driver: Driver) -> None:
+def test_a_private_object_is_a_separate_file(driver: Driver) -> None:
     applied(driver, file("a", b"seen by both"))
     marked = applied(driver, MARK, file("a", b"seen by both"))
     (own,) = private_files(driver.settings, marked)

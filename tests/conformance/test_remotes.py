@@ -168,7 +168,7 @@ def test_present_digests_are_returned_in_the_order_of_the_request(
     assert remote.has([]) == []
 
 
-def test_many_are_put_and_fetched_together(remote: Remote) -> None:
+def test_many_objects_are_put_and_fetched_together(remote: Remote) -> None:
     contents = {sha256(content): content for content in (noise(100 + number, number) for number in range(400))}
     assert remote.put_many(contents.items()) == 400
     assert remote.put_many(contents.items()) == 0
@@ -251,7 +251,7 @@ def test_only_one_of_two_writers_replaces_a_version(remote: Remote) -> None:
     assert remote.document("layer") == b"second"
 
 
-def test_a_document_that_many_replace_has_the_content_of_one_of_them(remote: Remote) -> None:
+def test_concurrent_replacements_of_a_document_leave_the_content_of_one_writer(remote: Remote) -> None:
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda number: remote.put_document("raced", b"%d" % number), range(6)))
     assert remote.document("raced") in {b"%d" % number for number in range(6)}

@@ -37,7 +37,7 @@ from tests.conformance.layers import (
 GIB = 1 << 30
 
 
-def test_every_kind_of_file_is_shown_as_the_tar_has_it(driver: Driver) -> None:
+def test_every_kind_of_file_appears_as_in_the_tar(driver: Driver) -> None:
     id = applied(
         driver,
         directory("d", 0o1777, 3, 4),
@@ -76,13 +76,13 @@ def test_capabilities_and_xattrs_are_kept(driver: Driver) -> None:
     assert nodes[b"empty"].xattrs == (("user.note", b""),)
 
 
-def test_a_capability_outlives_a_hard_link_in_the_tar(driver: Driver) -> None:
+def test_a_capability_survives_a_hard_link_in_the_tar(driver: Driver) -> None:
     made = with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW)
     id = applied(driver, made, hardlink("ping4", "ping", 0o755, 5))
     assert shown(driver, id)[b"ping4"].xattrs == (("security.capability", NET_RAW),)
 
 
-def test_an_image_layer_gives_back_its_very_tar(driver: Driver) -> None:
+def test_diff_of_an_image_layer_returns_its_exact_tar(driver: Driver) -> None:
     data = tar(directory("d"), file("d/a", b"a" * 1000), hardlink("d/b", "d/a"), file("d/a.dot", b"a" * 1000))
     data += bytes(7 * 512) + b"bytes after the end mark"
     id = an_id()
@@ -98,7 +98,7 @@ def test_whiteouts_hide_files_and_trees_of_lower_layers(driver: Driver) -> None:
     assert driver.changes(top, base) == [("/d", 0), ("/d/a", 2), ("/e", 2)]
 
 
-def test_an_opaque_directory_hides_what_is_below_and_keeps_its_own(driver: Driver) -> None:
+def test_an_opaque_directory_hides_lower_entries_and_keeps_its_own(driver: Driver) -> None:
     base = applied(driver, directory("d"), file("d/a", b"a"), directory("d/e"), file("d/e/b", b"b"))
     top = applied(driver, directory("d"), opaque("d"), file("d/new", b"new"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"d/new"}
@@ -106,7 +106,7 @@ def test_an_opaque_directory_hides_what_is_below_and_keeps_its_own(driver: Drive
     assert set(shown(driver, after)) == {b"d", b"d/new"}, "the mark may come last"
 
 
-def test_a_file_over_a_directory_and_a_directory_over_a_file(driver: Driver) -> None:
+def test_files_and_directories_replace_each_other(driver: Driver) -> None:
     base = applied(driver, directory("was-dir"), file("was-dir/a", b"a"), file("was-file", b"b"))
     top = applied(driver, file("was-dir", b"file"), directory("was-file"), file("was-file/c", b"c"), parent=base)
     assert set(shown(driver, top)) == {b"was-dir", b"was-file", b"was-file/c"}
@@ -129,7 +129,7 @@ def test_the_last_entry_of_a_name_wins(driver: Driver) -> None:
     assert driver.diff_size(id) == len(b"second!") + len(b"now a file")
 
 
-def test_the_same_content_under_two_owners_and_modes_is_one_object(driver: Driver) -> None:
+def test_equal_contents_with_different_owners_and_modes_share_one_object(driver: Driver) -> None:
     content = os.urandom(100)
     before = object_names(driver.settings)
     id = applied(driver, file("a", content, 0o755, 1, 1), file("b", content, 0o400, 2, 2))
@@ -150,7 +150,7 @@ def test_contents_of_many_layers_are_stored_once(driver: Driver) -> None:
     assert driver.diff_size(second, first) == 5000, "a layer's size counts all its files, already stored or not"
 
 
-def test_missing_parents_are_made(driver: Driver) -> None:
+def test_missing_parents_are_created(driver: Driver) -> None:
     id = applied(driver, file("a/b/c", b"deep"))
     nodes = shown(driver, id)
     assert nodes[b"a/b"].mode == stat.S_IFDIR | 0o755
@@ -174,7 +174,7 @@ def test_an_image_layer_is_mounted_read_only(driver: Driver) -> None:
     assert refused.value.errno == errno.EROFS
 
 
-def test_a_layer_of_nothing_is_a_layer(driver: Driver) -> None:
+def test_an_empty_layer_is_valid(driver: Driver) -> None:
     id = an_id()
     driver.create(id)
     assert driver.apply_diff(id, "", tar()) == 0
@@ -182,7 +182,7 @@ def test_a_layer_of_nothing_is_a_layer(driver: Driver) -> None:
     assert driver.diff(id) == tar()
 
 
-def test_a_sparse_file_of_more_than_4_gib_takes_no_room(driver: Driver) -> None:
+def test_a_sparse_file_over_4_gib_is_imported_and_read(driver: Driver) -> None:
     size_bytes = 4 * GIB + 4096
     id = an_id()
     driver.create(id)
@@ -233,7 +233,7 @@ def checksummed(block: bytearray) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_plain_file_of_more_than_4_gib_comes_and_goes(driver: Driver, tmp_path: Path) -> None:
+def test_a_plain_file_over_4_gib_is_imported_and_read(driver: Driver, tmp_path: Path) -> None:
     size_bytes = 4 * GIB + 1
     id = an_id()
     driver.create(id)

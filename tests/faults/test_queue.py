@@ -216,7 +216,7 @@ def test_the_gateway_does_the_calls_while_redis_refuses_tasks_and_the_same_worke
     assert stack.is_running("import") and worker.pid == pid
 
 
-def test_a_worker_whose_processes_die_just_before_redis_recovers(plugin: Plugin, stack: Stack) -> None:
+def test_a_worker_recovers_when_its_processes_die_just_before_redis(plugin: Plugin, stack: Stack) -> None:
     worker = stack.daemons["import"]
     noticed = worker.log_count(b"Cannot connect")
     for pid in children(stack):

@@ -124,7 +124,7 @@ def check_node(node: Node, entry: TarEntry, content: bytes) -> None:
 
 @EXAMPLES
 @given(trees(), trees())
-def test_any_tree_over_another_is_their_union_and_the_diff_of_two_layers_turns_one_into_the_other(
+def test_any_two_trees_are_merged_and_the_diff_of_two_layers_turns_one_into_the_other(
     driver: InProcess, lower: list[File], upper: list[File]
 ) -> None:
     base = applied(driver, *lower)
