@@ -1,4 +1,4 @@
-"""Get and Put are counted by the driver, and the count outlives it."""
+"""Mount counts of Get and Put, which survive a restart of the driver."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
-from tests.conformance.drivers import Driver, InProcess, an_id
+from tests.conformance.drivers import Driver, InProcess, new_layer_id
 from tests.conformance.layers import applied, committed, container, directory, file, hardlink, mounted, shown, tar
 
 
 @pytest.fixture
 def id(driver: Driver) -> str:
-    """A read-write layer on an image."""
-    id = an_id()
+    """Return a read-write layer on an image."""
+    id = new_layer_id()
     driver.create_read_write(id, applied(driver, file("lower", b"lower")))
     return id
 
@@ -36,7 +36,7 @@ def test_an_extra_put_is_harmless(driver: Driver, id: str) -> None:
     driver.put(id)
     driver.put(id)
     assert driver.get(id) == merged
-    assert is_mounted(merged), "the count did not go below nought"
+    assert is_mounted(merged), "the count did not go below zero"
     driver.put(id)
     assert not is_mounted(merged)
 
@@ -53,7 +53,7 @@ def test_a_restarted_driver_keeps_the_mount_counts(driver: Driver, id: str) -> N
     driver.get(id)
     (merged / "written").touch()
     driver.restart()
-    assert is_mounted(merged), "the container does not notice"
+    assert is_mounted(merged), "the mount of a container survives"
     assert (merged / "lower").read_bytes() == b"lower"
     driver.put(id)
     assert is_mounted(merged)
@@ -68,7 +68,7 @@ def test_init_sets_the_count_of_each_mount_to_one(driver: Driver, id: str) -> No
     driver.get(id)
     driver.init()
     driver.put(id)
-    assert not is_mounted(merged), "a dockerd that has just started knows of one Get"
+    assert not is_mounted(merged), "a new dockerd assumes one Get"
 
 
 def test_a_restarted_driver_knows_all_layers(driver: Driver, id: str) -> None:
@@ -114,8 +114,8 @@ def test_concurrent_gets_share_one_mount(driver: Driver, id: str) -> None:
 def test_layers_on_one_parent_are_created_and_removed_concurrently(driver: Driver) -> None:
     base = applied(driver, file("a", b"a"))
 
-    def live(number: int) -> bytes:
-        id = an_id()
+    def run_container(number: int) -> bytes:
+        id = new_layer_id()
         driver.create_read_write(id, base)
         with mounted(driver, id) as merged:
             (merged / "own").write_text(str(number))
@@ -124,7 +124,7 @@ def test_layers_on_one_parent_are_created_and_removed_concurrently(driver: Drive
         return content
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(live, range(24))) == [b"%da" % number for number in range(24)]
+        assert list(pool.map(run_container, range(24))) == [b"%da" % number for number in range(24)]
 
 
 def test_an_empty_parent_id_means_no_parent(driver: Driver) -> None:
@@ -134,7 +134,7 @@ def test_an_empty_parent_id_means_no_parent(driver: Driver) -> None:
 
 
 def test_a_layer_mounted_before_its_diff_accepts_the_diff(driver: Driver) -> None:
-    base, id = applied(driver, file("a", b"a")), an_id()
+    base, id = applied(driver, file("a", b"a")), new_layer_id()
     driver.create(id, base)
     with mounted(driver, id) as merged:
         assert (merged / "a").exists()
@@ -156,7 +156,7 @@ def test_all_files_have_one_device_and_numbers_beyond_53_bits_with_xino(settings
     driver = InProcess(replace(settings, xino=xino))
     base = applied(driver, directory("d"), file("d/a1", b"first"), hardlink("d/a2", "d/a1"))
     parent = applied(driver, directory("d"), file("d/b1", b"second"), hardlink("d/b2", "d/b1"), parent=base)
-    id = an_id()
+    id = new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "d/c1").write_text("third")

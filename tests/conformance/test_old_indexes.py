@@ -1,4 +1,4 @@
-"""A store of gearworkers 0.1, where the inodes of each index count from 1, is brought up by itself."""
+"""Automatic upgrade of a store from gearworkers 0.1, whose indexes each number their inodes from 1."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SECOND: tuple[File, ...] = (
 
 
 def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
-    """As 0.1 did: low numbers, and no label behind the superblock."""
+    """Write an index as 0.1 did: low inode numbers, no label after the superblock."""
     with open(path, "xb") as file:
         image.write(file, 1000 * SLOTS_PER_BLOCK)
         file.seek(2048)
@@ -69,7 +69,7 @@ def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
 
 @contextmanager
 def old_program() -> Iterator[None]:
-    """Inside this context, code writes old indexes and leaves them unchanged."""
+    """Make the code write old indexes and skip their upgrade in this context."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InodeNumbers, "write_index", write_old)
         patch.setattr("gearworkers.layers.store.renumber", lambda *_: None)
@@ -83,13 +83,13 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def layers(settings: Settings) -> list[str]:
-    """Two layers of an old store."""
+    """Return two layers of an old store."""
     with old_program():
         driver = InProcess(settings)
         first = applied(driver, *FIRST)
         second = applied(driver, *SECOND, parent=first)
         with mounted(driver, second) as merged:
-            assert numbers(merged / "d/a1", merged / "d/b1") & set(range(200_000)), "the fault is there"
+            assert numbers(merged / "d/a1", merged / "d/b1") & set(range(200_000)), "the layers share inode numbers"
         driver.cleanup()
     return [first, second]
 
@@ -127,7 +127,7 @@ def test_a_running_container_keeps_its_mount_and_doctor_names_it_until_it_ends(
         with mounted(driver, "new") as other:
             assert len(numbers(*(other / "d").glob("[ab]?"))) == 2
         assert opened.read() == (merged / "d/a2").read_bytes() == b"first layer"
-    InProcess(settings)  # also after another start
+    InProcess(settings)  # a second start does not change it
     named = inode_numbers_check(settings)
     assert not named.ok and "layer running" in named.found and "new" not in named.found
     driver.put("running")
@@ -148,9 +148,9 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings:
         driver.get(layers[1])
         say(b"mounted")
 
-    met = []
+    states = []
     for outcome in killed_at_every_step(work):
-        met.append(have_numbers(settings, layers))
+        states.append(have_numbers(settings, layers))
         driver = InProcess(settings)
         assert not list(settings.gear_build_path.iterdir())
         assert shown(driver, layers[1]) == wanted
@@ -162,7 +162,7 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings:
             path = settings.gear_images_path / id / "index.erofs"
             path.unlink()
             path.write_bytes(image)
-    assert ([False, False] in met and [True, False] in met) or [False, True] in met
+    assert ([False, False] in states and [True, False] in states) or [False, True] in states
 
 
 def test_a_damaged_old_index_is_kept_and_reported(settings: Settings, layers: list[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from gearworkers.tar.entry import BLOCK
 from gearworkers.tar.writer import END, header, padding
-from tests.conformance.drivers import Driver, an_id
+from tests.conformance.drivers import Driver, new_layer_id
 from tests.conformance.layers import (
     MTIME_NS,
     NET_RAW,
@@ -77,15 +77,15 @@ def test_capabilities_and_xattrs_are_kept(driver: Driver) -> None:
 
 
 def test_a_capability_survives_a_hard_link_in_the_tar(driver: Driver) -> None:
-    made = with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW)
-    id = applied(driver, made, hardlink("ping4", "ping", 0o755, 5))
+    ping = with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW)
+    id = applied(driver, ping, hardlink("ping4", "ping", 0o755, 5))
     assert shown(driver, id)[b"ping4"].xattrs == (("security.capability", NET_RAW),)
 
 
 def test_diff_of_an_image_layer_returns_its_exact_tar(driver: Driver) -> None:
     data = tar(directory("d"), file("d/a", b"a" * 1000), hardlink("d/b", "d/a"), file("d/a.dot", b"a" * 1000))
-    data += bytes(7 * 512) + b"bytes after the end mark"
-    id = an_id()
+    data += bytes(7 * 512) + b"bytes after the end marker"
+    id = new_layer_id()
     driver.create(id)
     driver.apply_diff(id, "", data)
     assert driver.diff(id) == data
@@ -103,7 +103,7 @@ def test_an_opaque_directory_hides_lower_entries_and_keeps_its_own(driver: Drive
     top = applied(driver, directory("d"), opaque("d"), file("d/new", b"new"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"d/new"}
     after = applied(driver, directory("d"), file("d/new", b"newer"), opaque("d"), parent=base)
-    assert set(shown(driver, after)) == {b"d", b"d/new"}, "the mark may come last"
+    assert set(shown(driver, after)) == {b"d", b"d/new"}, "the marker may come last"
 
 
 def test_files_and_directories_replace_each_other(driver: Driver) -> None:
@@ -175,7 +175,7 @@ def test_an_image_layer_is_mounted_read_only(driver: Driver) -> None:
 
 
 def test_an_empty_layer_is_valid(driver: Driver) -> None:
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     assert driver.apply_diff(id, "", tar()) == 0
     assert shown(driver, id) == {}
@@ -184,7 +184,7 @@ def test_an_empty_layer_is_valid(driver: Driver) -> None:
 
 def test_a_sparse_file_over_4_gib_is_imported_and_read(driver: Driver) -> None:
     size_bytes = 4 * GIB + 4096
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     data = sparse_tar(b"huge", size_bytes, b"tail".rjust(4096, b"-"))
     assert driver.apply_diff(id, "", data) == size_bytes
@@ -197,7 +197,7 @@ def test_a_sparse_file_over_4_gib_is_imported_and_read(driver: Driver) -> None:
 
 
 def sparse_tar(name: bytes, size_bytes: int, tail: bytes) -> bytes:
-    """A tar of a file that is a hole but for its *tail*, in GNU's PAX format 1.0."""
+    """Return a tar with a sparse file that has data only in its *tail*, in GNU's PAX format 1.0."""
     sparse_map = b"1\n%d\n%d\n" % (size_bytes - len(tail), len(tail))
     stored = sparse_map + padding(len(sparse_map)) + tail
     records = {
@@ -207,26 +207,26 @@ def sparse_tar(name: bytes, size_bytes: int, tail: bytes) -> bytes:
         b"GNU.sparse.realsize": b"%d" % size_bytes,
     }
     entry = file(b"GNUSparseFile.0/" + name, stored)[0]
-    entry.mtime_ns = 0  # else it would have an extended header of its own
+    entry.mtime_ns = 0  # any other time needs an extended header
     return pax_header(records) + header(entry) + stored + END
 
 
 def pax_header(records: dict[bytes, bytes]) -> bytes:
-    """An extended header with these records."""
+    """Return an extended header with these records."""
     content = b""
     for key, value in records.items():
         body = b" %s=%s\n" % (key, value)
         length = len(body) + len(str(len(body) + 2))
         length += len(str(length)) - len(str(len(body) + 2))
         content += str(length).encode() + body
-    made: File = file("PaxHeaders/x", content)
-    block = bytearray(header(made[0])[-512:])
+    entry: File = file("PaxHeaders/x", content)
+    block = bytearray(header(entry[0])[-512:])
     block[156] = ord("x")
     return checksummed(block) + content + padding(len(content))
 
 
 def checksummed(block: bytearray) -> bytes:
-    """The header block with its checksum made right."""
+    """Return the header block with a correct checksum."""
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -235,7 +235,7 @@ def checksummed(block: bytearray) -> bytes:
 @pytest.mark.slow
 def test_a_plain_file_over_4_gib_is_imported_and_read(driver: Driver, tmp_path: Path) -> None:
     size_bytes = 4 * GIB + 1
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     assert driver.apply_diff(id, "", Zeros(size_bytes)) == size_bytes
     with mounted(driver, id) as merged:
@@ -247,7 +247,7 @@ def test_a_plain_file_over_4_gib_is_imported_and_read(driver: Driver, tmp_path: 
 
 
 class Zeros:
-    """A tar of one file of zeros, made while it is read."""
+    """A tar with one file of zeros, generated while it is read."""
 
     def __init__(self, size_bytes: int) -> None:
         entry = file("zeros")[0]

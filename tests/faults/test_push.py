@@ -25,7 +25,7 @@ from gearworkers.remote.push import PushReport, push_pending
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.conformance.drivers import InProcess, an_id
+from tests.conformance.drivers import InProcess, new_layer_id
 from tests.conformance.layers import applied, file, mounted, tar
 from tests.faults.crashes import Say, killed_at_every_step, run_child
 
@@ -101,7 +101,7 @@ def test_new_objects_are_pushed_once(settings: Settings) -> None:
 
 def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
-    base, id, image = applied(driver, file("base", b"base")), an_id(), an_id()
+    base, id, image = applied(driver, file("base", b"base")), new_layer_id(), new_layer_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
         (merged / "new").write_bytes(CONTENTS[0])
