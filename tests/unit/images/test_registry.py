@@ -454,7 +454,7 @@ class TestTokens:
     @pytest.mark.parametrize("server", ["example.org", "localhost:80@example.org"])
     def test_a_password_is_not_told_to_an_open_realm(self, server: str, tmp_path: Path) -> None:
         target = repository("registry.example.org", logged_in(tmp_path, "registry.example.org"))
-        with pytest.raises(FailedPrecondition, match="not https"):
+        with pytest.raises(FailedPrecondition, match="over https only"):
             target.registry.authenticator.authorize(f'Bearer realm="http://{server}/token",service="s"', ("scope",))
 
     @pytest.mark.parametrize("others", ['{}, Basic realm="other"', 'Basic realm="other", {}', "Negotiate, {}"])
