@@ -180,7 +180,7 @@ def _add_directory(context_fd: int, key: str, path: Path) -> None:
 
 
 def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None:
-    """Add a layer by descriptor or, before Linux 6.13, which has text options only, by the descriptor's path in /proc.
+    """Add a layer by its descriptor. Before Linux 6.13 options are text only: add the descriptor's path in /proc.
 
     mountinfo shows that text. `mountinfo.is_data_layer` looks for data layers by path, so a data layer is added by its
     *path* if that is short enough.

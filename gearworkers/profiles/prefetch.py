@@ -53,7 +53,7 @@ class ProfilePrefetcher:
         self._prefetch = prefetch
         self._events: queue.SimpleQueue[ImageEvent | None] = queue.SimpleQueue()
         self._known: dict[str, tuple[str, Profile | None]] = {}
-        self._without: set[str] = set()  # images whose containers have started without a profile
+        self._started_without_profile: set[str] = set()  # ids of images
         self.counts = ProfileCounts()
         self._thread = threading.Thread(target=self._run, name="profiles", daemon=True)
         self._thread.start()
@@ -107,11 +107,11 @@ class ProfilePrefetcher:
         found = self.known(image.layer)[1] if image.starts else None
         found = found or self._read_profile(image.layer)
         if found is None:
-            if image.starts and image.layer not in self._without:
-                self._without.add(image.layer)
+            if image.starts and image.layer not in self._started_without_profile:
+                self._started_without_profile.add(image.layer)
                 self.counts.absent += 1
             return
-        self._without.discard(image.layer)
+        self._started_without_profile.discard(image.layer)
         self.counts.found += 1
         parts = _parts(found, image_object_lists(self._layers, image.layer))
         _log.info("a profile is prefetched", image=image.layer, objects=len(parts), named=len(found.objects))

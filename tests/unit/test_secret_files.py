@@ -78,6 +78,7 @@ def test_a_manager_does_not_start_with_an_invalid_token_file(make: Callable[[Pat
         check_error(error, file)
 
 
+@pytest.mark.slow
 def test_the_manager_command_reports_an_invalid_token_file_in_one_line(file: Path, tmp_path: Path) -> None:
     INVALID["not UTF-8"](file)
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]

@@ -359,6 +359,7 @@ def test_a_call_waits_longer_for_a_busy_worker_than_for_an_absent_one(start: Sta
 
 
 @pytest.mark.parametrize("call", ["apply_diff", "diff"])
+@pytest.mark.slow
 def test_a_worker_whose_caller_stalls_is_replaced_at_once(start: Start, call: str) -> None:
     running, plugin = start(workers=1)
     slow = plugin.begin_apply("slow", BEGUN) if call == "apply_diff" else plugin.begin("Diff", str(64 << 20))
@@ -463,6 +464,7 @@ def test_a_finished_snapshot_is_deduplicated_after_its_diff_and_unmount(start: S
     wait_until(lambda: [job.id for job in published(running, Dedupe)] == ["5"], "deduplication")
 
 
+@pytest.mark.slow
 def test_the_objects_of_a_push_are_counted(settings: Settings) -> None:
     def push(claimed: ClaimedJob) -> None:
         figures = {"pushed_objects": 3, "refused_objects": 1} if isinstance(claimed.job, Push) else {}

@@ -141,6 +141,7 @@ def test_deduplication_fails_at_once_while_a_diff_reads_the_layer(driver: GearDr
     assert driver.engine.dedupe("step") == 3
 
 
+@pytest.mark.slow
 def test_a_tree_deeper_than_the_interpreter_stack_is_deduplicated(driver: GearDriver) -> None:
     driver.create("step", "")
     deepest = driver.get("step")

@@ -88,6 +88,7 @@ def write_some(root: Path, prefix: str) -> list[range]:
     return [written(root, f"{prefix}-{number}") for number in range(40)]
 
 
+@pytest.mark.slow
 def test_concurrent_processes_write_disjoint_ranges(root: Path) -> None:
     with ProcessPoolExecutor(4, get_context("spawn")) as pool:
         ranges = [one for done in pool.map(write_some, [root] * 4, "abcd") for one in done]

@@ -39,6 +39,7 @@ def spec(root: Path, layers: int) -> OverlaySpec:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 498])
+@pytest.mark.slow
 def test_index_trees_show_the_contents_of_the_store(root: Path, layers: int) -> None:
     mount(spec(root, layers), root / "merged")
     shown = {path.name: path.read_text() for path in (root / "merged").iterdir()}

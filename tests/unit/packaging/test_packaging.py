@@ -29,6 +29,7 @@ def procfile() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines)
 
 
+@pytest.mark.slow
 def test_docker_compose_starts_the_processes_of_the_procfile() -> None:
     compose = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
     command = [*compose, "-f", str(CHECKOUT / "docker-compose.yml"), "--profile", "manager"]

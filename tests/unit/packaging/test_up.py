@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.processes import wait_until
 
+pytestmark = pytest.mark.slow
+
 UP = Path(__file__).resolve().parents[3] / "packaging" / "up.py"
 RUN = """
 import asyncio, json, runpy, sys

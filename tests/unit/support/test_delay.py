@@ -12,6 +12,8 @@ import pytest
 from tests.support.delay import delayed
 from tests.support.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 SIZE_BYTES = 64 << 20
 
 
