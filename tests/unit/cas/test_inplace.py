@@ -117,6 +117,7 @@ def test_an_import_that_must_not_store_in_place_never_holds_the_lock(tmp_path: P
         forbid(tmp_path)  # would wait for the lock
 
 
+@pytest.mark.slow
 def test_a_gear_layer_does_not_show_the_half_written_file_of_a_killed_import(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
         path = ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)

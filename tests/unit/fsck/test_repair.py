@@ -17,6 +17,8 @@ from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import LazyNode, lazy_node, until
 from tests.support.tiny import tar_of
 
+pytestmark = pytest.mark.slow
+
 FILES = {"etc/file": b"content " * 100, "etc/other": b"another " * 100}
 DIGEST = hashlib.sha256(FILES["etc/file"]).digest()
 

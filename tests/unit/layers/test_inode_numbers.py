@@ -78,6 +78,7 @@ def test_every_file_has_a_number_in_its_layers_range(root: Path) -> None:
         assert all(number in taken for number in found)
 
 
+@pytest.mark.slow
 def test_ranges_of_more_than_a_thousand_layers_are_disjoint_and_below_2_to_the_32(root: Path) -> None:
     ranges = [written(root, str(number)) for number in range(1100)]
     assert are_disjoint(ranges)
