@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from gearworkers.settings import Settings
 from gearworkers.workers.claim import ClaimedJob
 from gearworkers.workers.messages import CollectGarbage, Dedupe, JobResult, Push
@@ -28,6 +30,7 @@ def test_a_finished_snapshot_is_deduplicated_after_its_diff_and_unmount(start: S
     wait_until(lambda: [job.id for job in published(running, Dedupe)] == ["5"], "deduplication")
 
 
+@pytest.mark.slow
 def test_metrics_count_the_objects_of_a_push(settings: Settings) -> None:
     def push(claimed: ClaimedJob) -> None:
         figures = {"pushed_objects": 3, "refused_objects": 1} if isinstance(claimed.job, Push) else {}

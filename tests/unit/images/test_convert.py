@@ -583,7 +583,7 @@ class TestPrivateLayers:
         report = converted(settings, f"{peer.host}/many:v1", f"{peer.host}/gear:v1", all_platforms=True)
         assert (report.layers, report.private_layers, report.objects) == (2, 2, 0)
 
-    def test_a_mark_behind_a_content_is_refused(self, settings: Settings, peer: Registry) -> None:
+    def test_a_mark_after_file_contents_is_rejected(self, settings: Settings, peer: Registry) -> None:
         late = Image([tar_of([("secret", MIDDLE), (".gear-private", b"")])])
         with pytest.raises(InvalidInput, match=r"\.gear-private.* comes after contents"):
             converted(settings, pushed(settings, peer, late), f"{peer.host}/gear:v1")
