@@ -1,4 +1,4 @@
-"""Runs the tests in a sandbox of their own (tests/support/sandbox.py): mounts and daemons end with it."""
+"""Run all tests in a private sandbox (tests/support/sandbox.py); mounts and daemons end with it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.support import sandbox
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--driver` runs the e2e tests on Docker's own driver, to see that it is the tests that are right."""
+    """Add `--driver`, which runs the e2e tests on Docker's own driver to check the tests themselves."""
     parser.addoption("--driver", default="gear", choices=["gear", "overlay2"], help="storage driver of the e2e tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Become `sandbox pytest …`, which says that it needs root, unless inside already or nothing is to be run."""
+    """Re-execute pytest in a sandbox, which requires root; do nothing inside one or when tests are only collected."""
     if sandbox.is_inside() or config.option.collectonly:
         return
     capture = config.pluginmanager.getplugin("capturemanager")

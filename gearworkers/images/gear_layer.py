@@ -20,7 +20,7 @@ from gearworkers.errors import ResourceExhausted
 from gearworkers.images.upload import SMALL_BYTES, ContentUploader, unnamed_file
 from gearworkers.tar import writer
 from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
-from gearworkers.tar.private_marker import is_mark, reject_late_mark
+from gearworkers.tar.private_marker import is_marker, reject_late_marker
 from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.util.fs import free_bytes
@@ -78,8 +78,8 @@ def write_gear_layer(
     files = 0
     out_tar.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
-        if is_mark(entry.name):
-            reject_late_mark(entry)
+        if is_marker(entry.name):
+            reject_late_marker(entry)
         if entry.type == REG:
             files += 1
             _write_file(entry, reader, out_tar, contents, inline_bytes)

@@ -14,7 +14,7 @@ from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
 from gearworkers.images.source import ImageSource, is_local, read_config
 from gearworkers.settings import RegistrySettings
-from gearworkers.tar.private_marker import starts_with_mark
+from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 
 _LAYERS_AT_ONCE = 8
@@ -122,7 +122,7 @@ def _decoded(source: ImageSource, data: bytes, media_type: str, entry: m.Documen
 
 def _has_mark(source: ImageSource, layer: m.Descriptor) -> bool:
     try:
-        return starts_with_mark(TarReader(TarPreview(source.blob(layer.digest, layer.size))))
+        return starts_with_marker(TarReader(TarPreview(source.blob(layer.digest, layer.size))))
     except (InvalidInput, IntegrityError) as exc:
         raise type(exc)(f"layer {layer.digest}: {exc}") from exc
 

@@ -1,4 +1,4 @@
-"""Every test of the suite runs on each way to call the driver."""
+"""Fixtures of the conformance suite, which runs each test in process and over the plugin socket."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.support.stack import Stack
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """A GEAR_ROOT of the test's own."""
+    """Return settings with a GEAR_ROOT for this test only."""
     return Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", node="test")
 
 
 @pytest.fixture(params=["in process", "over the socket"])
 def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """The driver under test, its dockerd just started."""
+    """Yield the driver under test after Init."""
     if request.param == "in process":
         driver: Driver = InProcess(request.getfixturevalue("settings"))
     else:
@@ -33,7 +33,7 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """Redis, gateway and import worker, shared by all tests over the socket."""
+    """Yield Redis, gateway and import worker, shared by all tests over the socket."""
     stack = Stack(scratch() / "conformance", name="conformance")
     stack.start("redis", "gateway", "import")
     try:
@@ -44,7 +44,7 @@ def stack() -> Iterator[Stack]:
 
 
 def check_logs(stack: Stack) -> None:
-    """Whatever came, the worker did it and lived, and nobody met a bug."""
+    """Check that the import worker did the calls and survived, and that no log shows a bug."""
     assert stack.is_running("import")
     logs = {name: stack.daemons[name].log.read_text(errors="replace") for name in ("import", "gateway")}
     assert "gearworkers.apply_diff" in logs["import"]

@@ -1,4 +1,4 @@
-"""Two ways to call the same driver: in this process, and as dockerd does, over the plugin's socket."""
+"""Two ways to call the same driver: in this process, and over the plugin socket as dockerd does."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tests.support.stack import Stack
 Options = Mapping[str, str] | None
 
 _TIMEOUT_S = 60.0
-_PIECE_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 16
 
 
 class Refused(Exception):
-    """A call's error; its text is the message that Docker shows."""
+    """The driver returned an error; the text is the message that Docker shows."""
 
 
 class Driver(Protocol):
-    """The protocol's calls; each raises Refused with the driver's error."""
+    """The calls of the plugin protocol; each raises Refused if the driver returns an error."""
 
     @property
     def settings(self) -> Settings:
-        """Where its GEAR_ROOT is."""
+        """The settings of the driver."""
 
     def init(
         self, opts: Sequence[str] = (), uid_maps: Sequence[IDMap] = (), gid_maps: Sequence[IDMap] = ()
@@ -70,16 +70,16 @@ class Driver(Protocol):
     def diff_size(self, id: str, parent: str = "") -> int: ...
 
     def restart(self) -> None:
-        """The driver's process ends and another begins; dockerd notices nothing."""
+        """End the driver's process and start another one without an Init."""
 
 
-def an_id() -> str:
-    """A layer id as Docker makes them."""
+def new_layer_id() -> str:
+    """Return a new layer id in Docker's format."""
     return secrets.token_hex(32)
 
 
 class InProcess:
-    """GearDriver, called."""
+    """Call GearDriver directly."""
 
     def __init__(self, settings: Settings) -> None:
         self._driver = GearDriver(settings)
@@ -150,7 +150,7 @@ class InProcess:
 
 
 class OverSocket:
-    """The plugin's socket, spoken to with dockerd's own framing."""
+    """Call the plugin socket with the HTTP framing that dockerd uses."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
@@ -204,7 +204,7 @@ class OverSocket:
         return [(change.get("Path", ""), change.get("Kind", 0)) for change in found or []]
 
     def apply_diff(self, id: str, parent: str, source: bytes | Readable) -> int:
-        body = _pieces(io.BytesIO(source) if isinstance(source, bytes) else source)
+        body = _chunks(io.BytesIO(source) if isinstance(source, bytes) else source)
         answer, data = self._post(f"/GraphDriver.ApplyDiff?id={id}&parent={parent}", body)
         return int(_checked(answer, data).get("Size", 0))
 
@@ -232,7 +232,7 @@ class OverSocket:
             try:
                 connection.request("POST", path, body, headers, encode_chunked=chunked)
             except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before the body's end: the answer is there to be read, as Go's client does
+                pass  # rejected before the end of the body; read the response, as Go's client does
             answer = connection.getresponse()
             return answer, answer.read()
         except http.client.HTTPException as exc:
@@ -247,12 +247,12 @@ def _checked(answer: http.client.HTTPResponse, data: bytes) -> Any:
     except ValueError:
         raise Refused(f"{answer.status}: {data.decode(errors='replace')}") from None
     if answer.status != http.client.OK or decoded.get("Err"):
-        raise Refused(decoded.get("Err") or f"{answer.status} without a text")
-    return decoded  # a field that is missing has Go's zero value
+        raise Refused(decoded.get("Err") or f"{answer.status} without a message")
+    return decoded  # a missing field has Go's zero value
 
 
-def _pieces(source: Readable) -> Iterator[bytes]:
-    buffer = memoryview(bytearray(_PIECE_BYTES))
+def _chunks(source: Readable) -> Iterator[bytes]:
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     while size_bytes := source.readinto(buffer):
         yield bytes(buffer[:size_bytes])
 

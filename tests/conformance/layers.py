@@ -1,4 +1,4 @@
-"""Tars and layers for the suite, in the words of its tests."""
+"""Helpers that make tar entries, tars and layers for the conformance tests."""
 
 from __future__ import annotations
 
@@ -12,71 +12,71 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.settings import Settings
 from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.writer import END, header, padding
-from tests.conformance.drivers import Driver, an_id
+from tests.conformance.drivers import Driver, new_layer_id
 from tests.support.overlays import Node, snapshot
 
 File = tuple[TarEntry, bytes]
 
 MTIME_NS = 1_600_000_000_123_456_789
 NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
-"""A file capability as `setcap cap_net_raw+ep` writes it."""
+"""A file capability as written by `setcap cap_net_raw+ep`."""
 
 
 def file(name: str | bytes, content: bytes = b"", mode: int = 0o644, uid: int = 0, gid: int = 0) -> File:
-    """A regular file."""
+    """Return a regular file."""
     return TarEntry(_bytes(name), REG, b"", mode, uid, gid, len(content), MTIME_NS), content
 
 
-def with_xattrs(made: File, **xattrs: bytes) -> File:
-    """*made* with extended attributes; a double underscore in a keyword stands for the dot."""
-    made[0].xattrs = {name.replace("__", ".").encode(): value for name, value in xattrs.items()}
-    return made
+def with_xattrs(entry: File, **xattrs: bytes) -> File:
+    """Return *entry* with extended attributes; a double underscore in a keyword means a dot."""
+    entry[0].xattrs = {name.replace("__", ".").encode(): value for name, value in xattrs.items()}
+    return entry
 
 
 def directory(name: str | bytes, mode: int = 0o755, uid: int = 0, gid: int = 0) -> File:
-    """A directory."""
+    """Return a directory."""
     return TarEntry(_bytes(name) + b"/", DIR, b"", mode, uid, gid, 0, MTIME_NS), b""
 
 
 def symlink(name: str | bytes, to: str | bytes) -> File:
-    """A symlink."""
+    """Return a symlink."""
     return TarEntry(_bytes(name), SYMLINK, _bytes(to), 0o777, mtime_ns=MTIME_NS), b""
 
 
 def hardlink(name: str | bytes, to: str | bytes, mode: int = 0o644, uid: int = 0, gid: int = 0) -> File:
-    """A hard link to an earlier entry; its header's owner and mode count, as in Docker."""
+    """Return a hard link to an earlier entry; the owner and mode of its own header apply, as in Docker."""
     return TarEntry(_bytes(name), HARDLINK, _bytes(to), mode, uid, gid, 0, MTIME_NS), b""
 
 
 def device(name: str | bytes, major: int, minor: int, kind: int = CHAR) -> File:
-    """A device."""
+    """Return a device."""
     return TarEntry(_bytes(name), kind, b"", 0o620, mtime_ns=MTIME_NS, devmajor=major, devminor=minor), b""
 
 
 def fifo(name: str | bytes) -> File:
-    """A FIFO."""
+    """Return a FIFO."""
     return TarEntry(_bytes(name), FIFO, b"", 0o600, mtime_ns=MTIME_NS), b""
 
 
 def whiteout(name: str) -> File:
-    """The whiteout of *name*."""
+    """Return the whiteout of *name*."""
     parent, base = os.path.split(name)
     return file(os.path.join(parent, ".wh." + base))
 
 
 def opaque(name: str) -> File:
-    """The opaque marker of the directory *name*."""
+    """Return the opaque marker of the directory *name*."""
     return file(os.path.join(name, ".wh..wh..opq"))
 
 
 def tar(*files: File) -> bytes:
-    """A whole tar."""
+    """Return a complete tar."""
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
 def applied(driver: Driver, *files: File, parent: str = "") -> str:
-    """The id of a new image layer with these files."""
-    id = an_id()
+    """Create an image layer with these files; return its id."""
+    id = new_layer_id()
     driver.create(id, parent)
     driver.apply_diff(id, parent, tar(*files))
     return id
@@ -84,9 +84,9 @@ def applied(driver: Driver, *files: File, parent: str = "") -> str:
 
 @contextmanager
 def container(driver: Driver, parent: str, id: str = "") -> Iterator[Path]:
-    """The merged tree of a read-write layer, made on *parent*, or of the one that is *id*."""
+    """Yield the merged tree of the read-write layer *id*; without an id, create one on *parent*."""
     if not id:
-        id = an_id()
+        id = new_layer_id()
         driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         yield merged
@@ -94,7 +94,7 @@ def container(driver: Driver, parent: str, id: str = "") -> Iterator[Path]:
 
 @contextmanager
 def mounted(driver: Driver, id: str) -> Iterator[Path]:
-    """The merged tree of the layer *id*."""
+    """Mount the layer *id* and yield its merged tree."""
     merged = driver.get(id)
     try:
         yield merged
@@ -103,14 +103,14 @@ def mounted(driver: Driver, id: str) -> Iterator[Path]:
 
 
 def shown(driver: Driver, id: str) -> dict[bytes, Node]:
-    """All that a user can see in the layer."""
+    """Return a snapshot of the mounted layer."""
     with mounted(driver, id) as merged:
         return snapshot(merged)
 
 
 def committed(driver: Driver, id: str, parent: str) -> str:
-    """The id of the image layer that the Diff of *id* makes on *parent*; as `docker commit` does it."""
-    new_id = an_id()
+    """Apply the Diff of *id* to a new layer on *parent*, as `docker commit` does; return the new id."""
+    new_id = new_layer_id()
     driver.create(new_id, parent)
     size_bytes = driver.apply_diff(new_id, parent, driver.diff(id, parent))
     assert size_bytes == driver.diff_size(new_id, parent)
@@ -118,12 +118,12 @@ def committed(driver: Driver, id: str, parent: str) -> str:
 
 
 def object_names(settings: Settings) -> set[str]:
-    """Every object in the public cache."""
+    """Return the paths of all objects in the public cache."""
     return {str(path) for path in settings.gear_public_cache_path.glob("*/*")}
 
 
 def object_path(settings: Settings, content: bytes) -> str:
-    """Where the object with these bytes lies or would lie."""
+    """Return the path of the object with this content, stored or not."""
     store = ObjectStore(settings.gear_public_cache_path)
     return os.fsdecode(store.path(hashlib.sha256(content).digest()))
 

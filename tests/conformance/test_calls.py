@@ -1,4 +1,4 @@
-"""Calls that are malformed, repeated or out of order; and the answers of the light calls."""
+"""Malformed, repeated and out-of-order calls, and the results of the light calls."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 from gearworkers.layers.idmap import IDMap
-from tests.conformance.drivers import Driver, Refused, an_id
+from tests.conformance.drivers import Driver, Refused, new_layer_id
 from tests.conformance.layers import applied, committed, container, directory, file, mounted, shown, tar
 
 BAD_IDS = ["../x", "..", ".", "", "a/b", "/etc", "a" * 201, "nul\0", "new\nline", "-\N{BULLET}"]
 
 
 @pytest.mark.parametrize("id", BAD_IDS, ids=repr)
-def test_an_id_that_is_no_name_never_becomes_a_path(driver: Driver, id: str) -> None:
+def test_an_invalid_id_never_becomes_a_path(driver: Driver, id: str) -> None:
     for call in (driver.create, driver.create_read_write, driver.get, driver.put, driver.remove, driver.get_metadata):
         with pytest.raises(Refused, match="layer id"):
             call(id)
 
 
-def test_what_is_not_there_is_said_so_or_passes(driver: Driver) -> None:
-    id = an_id()
+def test_calls_for_a_missing_layer_fail_or_do_nothing(driver: Driver) -> None:
+    id = new_layer_id()
     assert not driver.exists(id)
     driver.remove(id)
     driver.put(id)
@@ -37,20 +37,20 @@ def test_the_driver_reproduces_exact_diffs(driver: Driver) -> None:
     assert driver.capabilities() == {"ReproducesExactDiffs": True}
 
 
-def test_an_unknown_option_is_refused_by_the_names_of_the_known(driver: Driver) -> None:
+def test_the_error_for_an_unknown_option_names_the_known_options(driver: Driver) -> None:
     with pytest.raises(Refused, match=r"gear.size=1G.*gear.root=….*gear.broker=…"):
         driver.init(["gear.size=1G"])
     with pytest.raises(Refused, match="absolute"):
         driver.init(["gear.root=relative"])
 
 
-def test_a_container_s_options_are_kept_or_refused(driver: Driver) -> None:
-    id = an_id()
-    for option, why in (({"size": "1M"}, "without project quotas"), ({"nope": "1"}, "unknown option nope")):
-        with pytest.raises(Refused, match=why):
+def test_unsupported_container_options_are_rejected(driver: Driver) -> None:
+    id = new_layer_id()
+    for option, reason in (({"size": "1M"}, "without project quotas"), ({"nope": "1"}, "unknown option nope")):
+        with pytest.raises(Refused, match=reason):
             driver.create_read_write(id, storage_opt=option)
-    for option, why in (({"size": "1M"}, "containers only"), ({"nope": "1"}, "unknown option nope")):
-        with pytest.raises(Refused, match=why):
+    for option, reason in (({"size": "1M"}, "containers only"), ({"nope": "1"}, "unknown option nope")):
+        with pytest.raises(Refused, match=reason):
             driver.create(id, storage_opt=option)
     with pytest.raises(Refused, match="512M or 10G"):
         driver.create_read_write(id, storage_opt={"size": "much"})
@@ -61,7 +61,7 @@ def test_a_container_s_options_are_kept_or_refused(driver: Driver) -> None:
 def test_get_metadata_has_overlay2s_keys(driver: Driver) -> None:
     base = applied(driver, file("a", b"a"))
     middle = applied(driver, file("b", b"b"), parent=base)
-    id = an_id()
+    id = new_layer_id()
     driver.create_read_write(id, middle)
     metadata = driver.get_metadata(id)
     assert set(metadata) == {"LowerDir", "UpperDir", "WorkDir", "MergedDir"}
@@ -73,7 +73,7 @@ def test_get_metadata_has_overlay2s_keys(driver: Driver) -> None:
     assert set(driver.get_metadata(base)) == {"UpperDir", "WorkDir", "MergedDir"}
 
 
-def test_status_tells_where_and_what(driver: Driver) -> None:
+def test_status_shows_the_root_directory_and_counters(driver: Driver) -> None:
     status = driver.status()
     assert status["Root Dir"] == str(driver.settings.gear_root)
     assert {"Backing Filesystem", "Kernel Mode", "Objects", "Logical Bytes", "Stored Bytes"} <= set(status)
@@ -81,56 +81,56 @@ def test_status_tells_where_and_what(driver: Driver) -> None:
     assert driver.status()["Kernel Mode"] == status["Kernel Mode"]
 
 
-def test_a_layer_is_filled_once(driver: Driver) -> None:
+def test_a_layer_accepts_one_diff(driver: Driver) -> None:
     id = applied(driver, file("a", b"a"))
     with pytest.raises(Refused, match="has content"):
         driver.apply_diff(id, "", tar(file("b", b"b")))
     assert set(shown(driver, id)) == {b"a"}
 
 
-def test_a_broken_off_layer_refuses_all_but_remove(driver: Driver) -> None:
-    id = an_id()
+def test_an_incomplete_layer_rejects_all_calls_but_remove(driver: Driver) -> None:
+    id = new_layer_id()
     driver.create(id)
-    whole = tar(file("a", b"a" * 5000))
+    complete = tar(file("a", b"a" * 5000))
     with pytest.raises(Refused, match="ends early"):
-        driver.apply_diff(id, "", whole[:3000])
+        driver.apply_diff(id, "", complete[:3000])
     for call in (
-        lambda: driver.apply_diff(id, "", whole),
+        lambda: driver.apply_diff(id, "", complete),
         lambda: driver.get(id),
-        lambda: driver.create_read_write(an_id(), id),
+        lambda: driver.create_read_write(new_layer_id(), id),
     ):
         with pytest.raises(Refused, match="remove"):
             call()
     driver.remove(id)
     assert not driver.exists(id)
     driver.create(id)
-    driver.apply_diff(id, "", whole)
+    driver.apply_diff(id, "", complete)
     assert set(shown(driver, id)) == {b"a"}
 
 
-@pytest.mark.parametrize("nothing", [b"", bytes(512), bytes(1024), bytes(10240)])
-def test_a_tar_of_nothing_is_an_empty_layer(driver: Driver, nothing: bytes) -> None:
-    base, id = applied(driver, file("a", b"a")), an_id()
+@pytest.mark.parametrize("empty_tar", [b"", bytes(512), bytes(1024), bytes(10240)])
+def test_an_empty_tar_makes_an_empty_layer(driver: Driver, empty_tar: bytes) -> None:
+    base, id = applied(driver, file("a", b"a")), new_layer_id()
     driver.create(id, base)
-    assert driver.apply_diff(id, base, nothing) == 0
-    assert driver.diff(id, base) == nothing
+    assert driver.apply_diff(id, base, empty_tar) == 0
+    assert driver.diff(id, base) == empty_tar
     assert shown(driver, id) == shown(driver, base)
 
 
-def test_what_is_left_of_a_broken_body_is_no_layer(driver: Driver) -> None:
-    id = an_id()
+def test_the_rest_of_an_interrupted_tar_is_rejected(driver: Driver) -> None:
+    id = new_layer_id()
     driver.create(id)
-    whole = tar(file("a", b"a" * 5000))
+    complete = tar(file("a", b"a" * 5000))
     with pytest.raises(Refused, match="ends early"):
-        driver.apply_diff(id, "", whole[:3000])
+        driver.apply_diff(id, "", complete[:3000])
     for rest in (b"", bytes(1024), tar(file("b", b"b"))):
         with pytest.raises(Refused, match="a part of its tar may be lost"):
             driver.apply_diff(id, "", rest)
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_a_layer_made_before_a_restart_is_mounted_but_takes_no_tar(driver: Driver, used: bool) -> None:
-    id = an_id()
+def test_a_layer_created_before_a_restart_is_mounted_but_rejects_a_diff(driver: Driver, used: bool) -> None:
+    id = new_layer_id()
     driver.create(id)
     if used:
         with mounted(driver, id):
@@ -143,15 +143,15 @@ def test_a_layer_made_before_a_restart_is_mounted_but_takes_no_tar(driver: Drive
     assert set(shown(driver, id)) == {b"a"}
 
 
-def test_a_diff_for_another_parent_than_creates_is_refused(driver: Driver) -> None:
-    base, id = applied(driver, file("a", b"a")), an_id()
+def test_a_diff_with_another_parent_than_create_is_rejected(driver: Driver) -> None:
+    base, id = applied(driver, file("a", b"a")), new_layer_id()
     driver.create(id)
     with pytest.raises(Refused, match="parent"):
         driver.apply_diff(id, base, tar())
 
 
-def test_a_written_layer_is_not_filled(driver: Driver) -> None:
-    id = an_id()
+def test_a_written_layer_rejects_a_diff(driver: Driver) -> None:
+    id = new_layer_id()
     driver.create(id)
     with mounted(driver, id) as merged:
         (merged / "a").touch()
@@ -159,25 +159,25 @@ def test_a_written_layer_is_not_filled(driver: Driver) -> None:
         driver.apply_diff(id, "", tar())
 
 
-def test_diff_and_changes_answer_for_any_pair(driver: Driver) -> None:
+def test_diff_and_changes_work_for_any_pair_of_layers(driver: Driver) -> None:
     base = applied(driver, directory("d"), file("d/a", b"a"), file("d/b", b"bb"))
     one = applied(driver, file("d/a", b"other"), parent=base)
     two = applied(driver, file("d/c", b"ccc"), parent=base)
     assert driver.changes(two, one) == [("/d", 0), ("/d/a", 0), ("/d/c", 1)]
     assert driver.diff_size(two, one) == len(b"a") + len(b"ccc")
-    again = an_id()
+    again = new_layer_id()
     driver.create(again, one)
     driver.apply_diff(again, one, driver.diff(two, one))
     assert shown(driver, again) == shown(driver, two)
-    whole = an_id()
+    whole = new_layer_id()
     driver.create(whole)
     driver.apply_diff(whole, "", driver.diff(two))
     assert set(shown(driver, whole)) >= {b"d/c"}
 
 
 def test_a_mount_label_reaches_the_kernel(driver: Driver) -> None:
-    """One without SELinux refuses it in its own words, one with it lists it with the mount."""
-    base, id = applied(driver, file("a", b"a")), an_id()
+    """A kernel without SELinux rejects the label; one with SELinux shows it in mountinfo."""
+    base, id = applied(driver, file("a", b"a")), new_layer_id()
     label = "system_u:object_r:container_file_t:s0:c1,c2"
     driver.create_read_write(id, base, label)
     if Path("/sys/fs/selinux/enforce").exists():
@@ -188,7 +188,7 @@ def test_a_mount_label_reaches_the_kernel(driver: Driver) -> None:
         with pytest.raises(Refused, match="context"):
             driver.get(id, label)
     driver.remove(id)
-    assert not driver.exists(id), "and leaves nothing"
+    assert not driver.exists(id), "Remove leaves nothing"
 
 
 MAPS = [IDMap(0, 100_000, 65_536)]
@@ -196,25 +196,27 @@ MAPS = [IDMap(0, 100_000, 65_536)]
 
 @pytest.fixture
 def remapped(driver: Driver) -> Driver:
-    """The driver of a dockerd with --userns-remap."""
+    """Return the driver of a dockerd with --userns-remap."""
     driver.init([], MAPS, MAPS)
     return driver
 
 
-def test_remapped_owners_are_the_hosts_in_the_tree_and_the_tars_in_the_diff(remapped: Driver) -> None:
+def test_remapped_owners_are_host_ids_in_the_tree_and_container_ids_in_the_diff(remapped: Driver) -> None:
     data = tar(directory("d", uid=5, gid=6), file("d/a", b"a", 0o4755, 1000, 1001), file("e/implied", b"b"))
-    id = an_id()
+    id = new_layer_id()
     remapped.create(id)
     remapped.apply_diff(id, "", data)
     nodes = shown(remapped, id)
     assert (nodes[b"d"].uid, nodes[b"d"].gid) == (100_005, 100_006)
     assert (nodes[b"d/a"].uid, nodes[b"d/a"].gid, nodes[b"d/a"].mode & 0o7777) == (101_000, 101_001, 0o4755)
-    assert (nodes[b"e"].uid, nodes[b"e"].gid) == (100_000, 100_000), "a parent that was made is the container's root's"
+    assert (nodes[b"e"].uid, nodes[b"e"].gid) == (100_000, 100_000), (
+        "an implied parent belongs to the root user of the container"
+    )
     assert remapped.diff(id) == data
 
 
 def test_a_remapped_container_is_committed_and_read_back(remapped: Driver) -> None:
-    base, id = applied(remapped, file("a", b"a", 0o644, 7, 7)), an_id()
+    base, id = applied(remapped, file("a", b"a", 0o644, 7, 7)), new_layer_id()
     remapped.create_read_write(id, base)
     with mounted(remapped, id) as merged:
         root = merged.lstat()
@@ -227,19 +229,19 @@ def test_a_remapped_container_is_committed_and_read_back(remapped: Driver) -> No
     assert shown(remapped, committed(remapped, id, base)) == seen
 
 
-def test_an_owner_in_no_range_is_refused_by_name(remapped: Driver) -> None:
-    id = an_id()
+def test_the_error_for_an_unmapped_owner_names_the_file(remapped: Driver) -> None:
+    id = new_layer_id()
     remapped.create(id)
     with pytest.raises(Refused, match=r"far.*70000"):
         remapped.apply_diff(id, "", tar(file("far", b"", uid=70_000)))
     base = applied(remapped, file("a", b"a"))
-    with container(remapped, base, id := an_id_of(remapped, base)) as merged:
+    with container(remapped, base, id := new_container(remapped, base)) as merged:
         (merged / "hosts").touch()
         with pytest.raises(Refused, match="hosts"):
             remapped.diff(id, base)
 
 
-def an_id_of(driver: Driver, parent: str) -> str:
-    id = an_id()
+def new_container(driver: Driver, parent: str) -> str:
+    id = new_layer_id()
     driver.create_read_write(id, parent)
     return id

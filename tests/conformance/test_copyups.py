@@ -1,4 +1,4 @@
-"""Changes of a container to files of its image, committed and read back."""
+"""Changes that a container makes to files of its image, committed and read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.drivers import Driver, an_id
+from tests.conformance.drivers import Driver, new_layer_id
 from tests.conformance.layers import (
     NET_RAW,
     applied,
@@ -32,7 +32,7 @@ FS_IOC_GETFLAGS = 0x80086601
 
 
 def image(driver: Driver) -> str:
-    """An image of two layers."""
+    """Create an image of two layers; return the id of the upper one."""
     base = applied(
         driver,
         directory("d"),
@@ -115,9 +115,17 @@ def special(root: Path) -> None:
     os.symlink(b"\xff\xfe", root / "symlink")
 
 
-DATALESS = (chmod, chown_all, rename_directory, rename_after_chmod, rename_without_touch, link_after_chown, utime)
-DEEDS = (
-    *DATALESS,
+METADATA_CHANGES = (
+    chmod,
+    chown_all,
+    rename_directory,
+    rename_after_chmod,
+    rename_without_touch,
+    link_after_chown,
+    utime,
+)
+CHANGES = (
+    *METADATA_CHANGES,
     rename_directory_and_put_another,
     link_without_touch,
     xattrs,
@@ -127,42 +135,42 @@ DEEDS = (
 )
 
 
-@pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: str(deed.__name__))
-def test_what_a_container_did_is_committed_and_read_back(driver: Driver, deed: Callable[[Path], None]) -> None:
-    parent, id = image(driver), an_id()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: str(change.__name__))
+def test_container_changes_are_committed_and_read_back(driver: Driver, change: Callable[[Path], None]) -> None:
+    parent, id = image(driver), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
-        deed(merged)
+        change(merged)
     seen = shown(driver, id)
     assert seen != shown(driver, parent)
     assert shown(driver, committed(driver, id, parent)) == seen
 
 
-@pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: str(deed.__name__))
-def test_a_diff_is_the_same_mounted_or_not(driver: Driver, deed: Callable[[Path], None]) -> None:
-    parent, id = image(driver), an_id()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: str(change.__name__))
+def test_a_diff_is_the_same_while_mounted_and_unmounted(driver: Driver, change: Callable[[Path], None]) -> None:
+    parent, id = image(driver), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
-        deed(merged)
+        change(merged)
         while_mounted = driver.diff(id, parent), driver.changes(id, parent), driver.diff_size(id, parent)
     assert (driver.diff(id, parent), driver.changes(id, parent), driver.diff_size(id, parent)) == while_mounted
 
 
-@pytest.mark.parametrize("deed", DATALESS, ids=lambda deed: str(deed.__name__))
-def test_no_data_are_copied_for_metadata_and_names(driver: Driver, deed: Callable[[Path], None]) -> None:
-    parent, id = image(driver), an_id()
+@pytest.mark.parametrize("change", METADATA_CHANGES, ids=lambda change: str(change.__name__))
+def test_metadata_changes_and_renames_copy_no_data(driver: Driver, change: Callable[[Path], None]) -> None:
+    parent, id = image(driver), new_layer_id()
     driver.create_read_write(id, parent)
     before = object_names(driver.settings)
     with mounted(driver, id) as merged:
-        deed(merged)
+        change(merged)
         upper = Path(driver.get_metadata(id)["UpperDir"])
         assert _allocated_bytes(upper) < len(BIG) // 4
     committed(driver, id, parent)
-    assert object_names(driver.settings) - before == set(), "the commit brings no object that was not here"
+    assert object_names(driver.settings) - before == set(), "the commit stores no new object"
 
 
 def test_hard_links_of_a_container_are_kept(driver: Driver) -> None:
-    parent, id = image(driver), an_id()
+    parent, id = image(driver), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "one").write_text("one inode")
@@ -173,7 +181,7 @@ def test_hard_links_of_a_container_are_kept(driver: Driver) -> None:
 
 
 def test_a_capability_of_a_file_with_two_names_is_committed(driver: Driver) -> None:
-    parent, id = image(driver), an_id()
+    parent, id = image(driver), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "ping").write_text("elf")
@@ -185,7 +193,7 @@ def test_a_capability_of_a_file_with_two_names_is_committed(driver: Driver) -> N
 
 
 def test_a_hard_link_of_the_image_breaks_when_one_name_is_written(driver: Driver) -> None:
-    parent, id = applied(driver, file("a", b"a"), hardlink("b", "a"), device("n", 1, 3)), an_id()
+    parent, id = applied(driver, file("a", b"a"), hardlink("b", "a"), device("n", 1, 3)), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "a").write_text("new")
@@ -197,7 +205,7 @@ def test_a_hard_link_of_the_image_breaks_when_one_name_is_written(driver: Driver
 def test_a_commit_of_a_commit_of_a_rename_is_read_back(driver: Driver) -> None:
     parent = image(driver)
     for turn in range(3):
-        id = an_id()
+        id = new_layer_id()
         driver.create_read_write(id, parent)
         with mounted(driver, id) as merged:
             (merged / ("d" if not turn else f"d{turn - 1}")).rename(merged / f"d{turn}")
@@ -207,8 +215,8 @@ def test_a_commit_of_a_commit_of_a_rename_is_read_back(driver: Driver) -> None:
         assert shown(driver, parent) == seen
 
 
-def test_a_container_above_a_container_is_read_back(driver: Driver) -> None:
-    parent, lower, upper = image(driver), an_id(), an_id()
+def test_a_container_on_a_container_is_read_back(driver: Driver) -> None:
+    parent, lower, upper = image(driver), new_layer_id(), new_layer_id()
     driver.create_read_write(lower, parent)
     with mounted(driver, lower) as merged:
         rename_directory(merged)
@@ -221,7 +229,7 @@ def test_a_container_above_a_container_is_read_back(driver: Driver) -> None:
     seen = shown(driver, upper)
     middle = committed(driver, lower, parent)
     assert shown(driver, middle) == shown(driver, lower)
-    top = an_id()
+    top = new_layer_id()
     driver.create(top, middle)
     driver.apply_diff(top, middle, driver.diff(upper, lower))
     assert shown(driver, top) == seen
@@ -231,12 +239,12 @@ def _allocated_bytes(directory_path: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in directory_path.rglob("*") if path.is_file())
 
 
-def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(driver: Driver) -> None:
-    """The kernel refuses it on unchanged files: an overlay asks the file system below, and EROFS sets none."""
+def test_an_acl_is_set_on_changed_and_new_files_and_committed(driver: Driver) -> None:
+    """The kernel rejects ACLs on unchanged files: the overlay asks the lower file system, and EROFS is read-only."""
     acl = bytes.fromhex("0200000001000600ffffffff02000400d204000004000400ffffffff10000600ffffffff20000400ffffffff")
     name = "system.posix_acl_access"
     has_acl = with_xattrs(file("b"), system__posix_acl_access=acl)
-    parent, id = applied(driver, file("a", b"a"), directory("d"), has_acl), an_id()
+    parent, id = applied(driver, file("a", b"a"), directory("d"), has_acl), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         assert os.getxattr(merged / "b", name) == acl
@@ -251,9 +259,9 @@ def test_an_acl_is_set_on_what_the_container_has_changed_or_made_and_committed(d
     assert all(dict(nodes[path].xattrs)[name] == acl for path in (b"a", b"b", b"d", b"new"))
 
 
-def test_flags_are_read_of_what_the_container_has_changed_or_made_only(driver: Driver) -> None:
-    """The overlay asks the file system below, and EROFS has none; `lsattr` and `chattr` begin so."""
-    parent, id = applied(driver, file("a", b"a"), directory("d")), an_id()
+def test_flags_are_readable_only_on_changed_and_new_files(driver: Driver) -> None:
+    """The overlay asks the lower file system, and EROFS has no flags; `lsattr` and `chattr` read them first."""
+    parent, id = applied(driver, file("a", b"a"), directory("d")), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "new").touch()

@@ -1,4 +1,4 @@
-"""The cases of moby's daemon/graphdriver/graphtest, by its names."""
+"""The test cases of moby's daemon/graphdriver/graphtest, under the same names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.drivers import Driver, Refused, an_id
+from tests.conformance.drivers import Driver, Refused, new_layer_id
 from tests.conformance.layers import mounted
 
 MODIFY, ADD, DELETE = 0, 1, 2
 
 
 def test_create_empty_shows_an_empty_directory_of_root(driver: Driver) -> None:
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     assert driver.exists(id)
     with mounted(driver, id) as merged:
@@ -24,27 +24,27 @@ def test_create_empty_shows_an_empty_directory_of_root(driver: Driver) -> None:
         assert not list(merged.iterdir())
 
 
-def test_create_base_keeps_what_was_written_into_it(driver: Driver) -> None:
+def test_create_base_keeps_written_files(driver: Driver) -> None:
     base = create_base(driver)
     with mounted(driver, base) as merged:
         check_base(merged)
 
 
-def test_create_snap_shows_what_its_base_has(driver: Driver) -> None:
+def test_create_snap_shows_the_files_of_its_base(driver: Driver) -> None:
     base = create_base(driver)
-    snap = an_id()
+    snap = new_layer_id()
     driver.create(snap, base)
     with mounted(driver, snap) as merged:
         check_base(merged)
 
 
-def test_deep_layer_read_goes_through_128_layers(driver: Driver) -> None:
-    top = an_id()
+def test_deep_layer_read_reads_through_128_layers(driver: Driver) -> None:
+    top = new_layer_id()
     driver.create_read_write(top)
     with mounted(driver, top) as merged:
         (merged / "testfile.txt").write_text("test data")
     for number in range(1, 129):
-        id = an_id()
+        id = new_layer_id()
         driver.create(id, top)
         with mounted(driver, id) as merged:
             (merged / "top-id").write_text(id)
@@ -62,8 +62,8 @@ def test_deep_layer_read_goes_through_128_layers(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("file_count", [10, 1000])
-def test_diff_apply_makes_the_layer_once_more(driver: Driver, file_count: int) -> None:
-    base, upper, diff = an_id(), an_id(), an_id()
+def test_diff_apply_reproduces_the_layer(driver: Driver, file_count: int) -> None:
+    base, upper, diff = new_layer_id(), new_layer_id(), new_layer_id()
     driver.create_read_write(base)
     with mounted(driver, base) as merged:
         add_many_files(merged, file_count, seed=3)
@@ -84,8 +84,8 @@ def test_diff_apply_makes_the_layer_once_more(driver: Driver, file_count: int) -
         assert not (merged / "deleted").exists()
 
 
-def test_changes_are_those_that_were_made(driver: Driver) -> None:
-    base, upper = an_id(), an_id()
+def test_changes_lists_all_changes(driver: Driver) -> None:
+    base, upper = new_layer_id(), new_layer_id()
     driver.create_read_write(base)
     with mounted(driver, base) as merged:
         add_many_files(merged, 20, seed=3)
@@ -93,20 +93,20 @@ def test_changes_are_those_that_were_made(driver: Driver) -> None:
     with mounted(driver, upper) as merged:
         expected = change_many_files(merged, 20, seed=6)
     assert driver.changes(upper, base) == sorted(expected)
-    assert all(kind == ADD for _, kind in driver.changes(base)), "against nothing, all is new"
+    assert all(kind == ADD for _, kind in driver.changes(base)), "without a parent, all entries are additions"
 
 
-def test_a_layer_cannot_be_made_twice_or_on_nothing(driver: Driver) -> None:
-    id = an_id()
+def test_create_rejects_an_existing_id_and_a_missing_parent(driver: Driver) -> None:
+    id = new_layer_id()
     driver.create(id)
     with pytest.raises(Refused, match="exists already"):
         driver.create(id)
     with pytest.raises(Refused, match="does not exist"):
-        driver.create_read_write(an_id(), parent=an_id())
+        driver.create_read_write(new_layer_id(), parent=new_layer_id())
 
 
 def create_base(driver: Driver) -> str:
-    id = an_id()
+    id = new_layer_id()
     driver.create_read_write(id)
     with mounted(driver, id) as merged:
         subdir = merged / "a subdir"
@@ -146,7 +146,7 @@ def check_many_files(merged: Path, count: int, seed: int) -> None:
 
 
 def change_many_files(merged: Path, count: int, seed: int) -> list[tuple[str, int]]:
-    """As graphtest's: one directory a file, each in turn new, changed or removed."""
+    """Add, change and remove files in turn, as graphtest does; return the expected changes."""
     changes = [("/directory-0", MODIFY)]
     for number in range(count):
         path = merged / "directory-0" / f"file-{number}"

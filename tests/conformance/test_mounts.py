@@ -1,4 +1,4 @@
-"""Get and Put are counted by the driver, and the count outlives it."""
+"""Mount counts of Get and Put, which survive a restart of the driver."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
-from tests.conformance.drivers import Driver, InProcess, an_id
+from tests.conformance.drivers import Driver, InProcess, new_layer_id
 from tests.conformance.layers import applied, committed, container, directory, file, hardlink, mounted, shown, tar
 
 
 @pytest.fixture
 def id(driver: Driver) -> str:
-    """A read-write layer on an image."""
-    id = an_id()
+    """Return a read-write layer on an image."""
+    id = new_layer_id()
     driver.create_read_write(id, applied(driver, file("lower", b"lower")))
     return id
 
@@ -31,29 +31,29 @@ def test_the_last_put_unmounts(driver: Driver, id: str) -> None:
     assert not is_mounted(merged)
 
 
-def test_a_put_too_many_does_no_harm(driver: Driver, id: str) -> None:
+def test_an_extra_put_is_harmless(driver: Driver, id: str) -> None:
     merged = driver.get(id)
     driver.put(id)
     driver.put(id)
     assert driver.get(id) == merged
-    assert is_mounted(merged), "the count did not go below nought"
+    assert is_mounted(merged), "the count did not go below zero"
     driver.put(id)
     assert not is_mounted(merged)
 
 
-def test_what_is_written_is_there_at_the_next_mount(driver: Driver, id: str) -> None:
+def test_written_files_are_present_at_the_next_mount(driver: Driver, id: str) -> None:
     with mounted(driver, id) as merged:
         (merged / "written").write_text("by the first")
     with mounted(driver, id) as merged:
         assert (merged / "written").read_text() == "by the first"
 
 
-def test_a_restarted_driver_counts_on(driver: Driver, id: str) -> None:
+def test_a_restarted_driver_keeps_the_mount_counts(driver: Driver, id: str) -> None:
     merged = driver.get(id)
     driver.get(id)
     (merged / "written").touch()
     driver.restart()
-    assert is_mounted(merged), "the container does not notice"
+    assert is_mounted(merged), "the mount of a container survives"
     assert (merged / "lower").read_bytes() == b"lower"
     driver.put(id)
     assert is_mounted(merged)
@@ -63,12 +63,12 @@ def test_a_restarted_driver_counts_on(driver: Driver, id: str) -> None:
     assert not is_mounted(merged)
 
 
-def test_after_init_what_is_mounted_has_one_user(driver: Driver, id: str) -> None:
+def test_init_sets_the_count_of_each_mount_to_one(driver: Driver, id: str) -> None:
     merged = driver.get(id)
     driver.get(id)
     driver.init()
     driver.put(id)
-    assert not is_mounted(merged), "a dockerd that has just started knows of one Get"
+    assert not is_mounted(merged), "a new dockerd assumes one Get"
 
 
 def test_a_restarted_driver_knows_all_layers(driver: Driver, id: str) -> None:
@@ -81,7 +81,7 @@ def test_a_restarted_driver_knows_all_layers(driver: Driver, id: str) -> None:
         assert (merged / "a").read_bytes() == b"a"
 
 
-def test_remove_takes_a_mounted_layer_away(driver: Driver, id: str) -> None:
+def test_remove_unmounts_and_deletes_a_mounted_layer(driver: Driver, id: str) -> None:
     merged = driver.get(id)
     with (merged / "lower").open("rb") as held:
         driver.remove(id)
@@ -99,7 +99,7 @@ def test_cleanup_unmounts_everything(driver: Driver, id: str) -> None:
         assert (again / "lower").exists()
 
 
-def test_gets_at_the_same_time_share_one_mount(driver: Driver, id: str) -> None:
+def test_concurrent_gets_share_one_mount(driver: Driver, id: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         merged = set(pool.map(lambda _: driver.get(id), range(24)))
         assert len(merged) == 1
@@ -111,11 +111,11 @@ def test_gets_at_the_same_time_share_one_mount(driver: Driver, id: str) -> None:
     assert not is_mounted(path)
 
 
-def test_layers_of_one_parent_come_and_go_at_the_same_time(driver: Driver) -> None:
+def test_layers_on_one_parent_are_created_and_removed_concurrently(driver: Driver) -> None:
     base = applied(driver, file("a", b"a"))
 
-    def live(number: int) -> bytes:
-        id = an_id()
+    def run_container(number: int) -> bytes:
+        id = new_layer_id()
         driver.create_read_write(id, base)
         with mounted(driver, id) as merged:
             (merged / "own").write_text(str(number))
@@ -124,17 +124,17 @@ def test_layers_of_one_parent_come_and_go_at_the_same_time(driver: Driver) -> No
         return content
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(live, range(24))) == [b"%da" % number for number in range(24)]
+        assert list(pool.map(run_container, range(24))) == [b"%da" % number for number in range(24)]
 
 
-def test_an_empty_parent_is_no_parent(driver: Driver) -> None:
+def test_an_empty_parent_id_means_no_parent(driver: Driver) -> None:
     with container(driver, "") as merged:
         assert not list(merged.iterdir())
         (merged / "a").touch()
 
 
-def test_a_layer_that_was_looked_at_can_still_be_filled(driver: Driver) -> None:
-    base, id = applied(driver, file("a", b"a")), an_id()
+def test_a_layer_mounted_before_its_diff_accepts_the_diff(driver: Driver) -> None:
+    base, id = applied(driver, file("a", b"a")), new_layer_id()
     driver.create(id, base)
     with mounted(driver, id) as merged:
         assert (merged / "a").exists()
@@ -144,7 +144,7 @@ def test_a_layer_that_was_looked_at_can_still_be_filled(driver: Driver) -> None:
     assert set(shown(driver, id)) == {b"a", b"b"}
 
 
-def test_init_again_leaves_layers_alone(driver: Driver, id: str) -> None:
+def test_a_second_init_keeps_the_layers(driver: Driver, id: str) -> None:
     driver.init()
     assert driver.exists(id)
     with mounted(driver, id) as merged:
@@ -152,11 +152,11 @@ def test_init_again_leaves_layers_alone(driver: Driver, id: str) -> None:
 
 
 @pytest.mark.parametrize("xino", [False, True], ids=["off", "on"])
-def test_with_xino_all_files_have_one_device_and_numbers_beyond_53_bits(settings: Settings, xino: bool) -> None:
+def test_all_files_have_one_device_and_numbers_beyond_53_bits_with_xino(settings: Settings, xino: bool) -> None:
     driver = InProcess(replace(settings, xino=xino))
     base = applied(driver, directory("d"), file("d/a1", b"first"), hardlink("d/a2", "d/a1"))
     parent = applied(driver, directory("d"), file("d/b1", b"second"), hardlink("d/b2", "d/b1"), parent=base)
-    id = an_id()
+    id = new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "d/c1").write_text("third")

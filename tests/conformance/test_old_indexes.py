@@ -1,4 +1,4 @@
-"""A store of gearworkers 0.1, where the inodes of each index count from 1, is brought up by itself."""
+"""Automatic upgrade of a store from gearworkers 0.1, whose indexes each number their inodes from 1."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SECOND: tuple[File, ...] = (
 
 
 def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
-    """As 0.1 did: low numbers, and no label behind the superblock."""
+    """Write an index as 0.1 did: low inode numbers, no label after the superblock."""
     with open(path, "xb") as file:
         image.write(file, 1000 * SLOTS_PER_BLOCK)
         file.seek(2048)
@@ -69,7 +69,7 @@ def write_old(_: InodeNumbers, image: ImageWriter, path: Path) -> None:
 
 @contextmanager
 def old_program() -> Iterator[None]:
-    """Inside this context, code writes old indexes and leaves them unchanged."""
+    """Make the code write old indexes and skip their upgrade in this context."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InodeNumbers, "write_index", write_old)
         patch.setattr("gearworkers.layers.store.renumber", lambda *_: None)
@@ -83,13 +83,13 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def layers(settings: Settings) -> list[str]:
-    """Two layers of an old store."""
+    """Return two layers of an old store."""
     with old_program():
         driver = InProcess(settings)
         first = applied(driver, *FIRST)
         second = applied(driver, *SECOND, parent=first)
         with mounted(driver, second) as merged:
-            assert numbers(merged / "d/a1", merged / "d/b1") & set(range(200_000)), "the fault is there"
+            assert numbers(merged / "d/a1", merged / "d/b1") & set(range(200_000)), "the layers share inode numbers"
         driver.cleanup()
     return [first, second]
 
@@ -102,7 +102,7 @@ def have_numbers(settings: Settings, layers: list[str]) -> list[bool]:
     return [has_own_inode_numbers(settings.gear_images_path / id / "index.erofs") for id in layers]
 
 
-def test_old_layers_show_the_same_tree_with_other_numbers(settings: Settings, layers: list[str]) -> None:
+def test_old_layers_keep_their_trees_and_get_new_inode_numbers(settings: Settings, layers: list[str]) -> None:
     with old_program():
         before = [shown(InProcess(settings), id) for id in layers]
     assert have_numbers(settings, layers) == [False, False]
@@ -114,7 +114,7 @@ def test_old_layers_show_the_same_tree_with_other_numbers(settings: Settings, la
     assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
-def test_a_container_that_runs_keeps_its_mount_and_is_named_until_it_ends(
+def test_a_running_container_keeps_its_mount_and_doctor_names_it_until_it_ends(
     settings: Settings, layers: list[str]
 ) -> None:
     with old_program():
@@ -127,7 +127,7 @@ def test_a_container_that_runs_keeps_its_mount_and_is_named_until_it_ends(
         with mounted(driver, "new") as other:
             assert len(numbers(*(other / "d").glob("[ab]?"))) == 2
         assert opened.read() == (merged / "d/a2").read_bytes() == b"first layer"
-    InProcess(settings)  # also after another start
+    InProcess(settings)  # a second start does not change it
     named = inode_numbers_check(settings)
     assert not named.ok and "layer running" in named.found and "new" not in named.found
     driver.put("running")
@@ -137,7 +137,7 @@ def test_a_container_that_runs_keeps_its_mount_and_is_named_until_it_ends(
     driver.put("running")
 
 
-def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings: Settings, layers: list[str]) -> None:
+def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings: Settings, layers: list[str]) -> None:
     old = {id: (settings.gear_images_path / id / "index.erofs").read_bytes() for id in layers}
     with old_program():
         wanted = shown(InProcess(settings), layers[1])
@@ -148,9 +148,9 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings:
         driver.get(layers[1])
         say(b"mounted")
 
-    met = []
+    states = []
     for outcome in killed_at_every_step(work):
-        met.append(have_numbers(settings, layers))
+        states.append(have_numbers(settings, layers))
         driver = InProcess(settings)
         assert not list(settings.gear_build_path.iterdir())
         assert shown(driver, layers[1]) == wanted
@@ -162,10 +162,10 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_index_or_the_new(settings:
             path = settings.gear_images_path / id / "index.erofs"
             path.unlink()
             path.write_bytes(image)
-    assert ([False, False] in met and [True, False] in met) or [False, True] in met
+    assert ([False, False] in states and [True, False] in states) or [False, True] in states
 
 
-def test_a_damaged_old_index_stays_as_it_is_and_is_named(settings: Settings, layers: list[str]) -> None:
+def test_a_damaged_old_index_is_kept_and_reported(settings: Settings, layers: list[str]) -> None:
     path = settings.gear_images_path / layers[0] / "index.erofs"
     os.truncate(path, 4096)
     faults = list(Engine.of(settings).faults(read_data=False, repair=False))

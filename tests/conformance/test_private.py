@@ -1,4 +1,4 @@
-"""Private layers: one with `.gear-private` at its top, and all above it, keep their contents to themselves."""
+"""Private layers: a layer with `.gear-private` at its root and all layers above it share no contents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.settings import Settings
-from tests.conformance.drivers import Driver, Refused, an_id
+from tests.conformance.drivers import Driver, Refused, new_layer_id
 from tests.conformance.layers import (
     File,
     applied,
@@ -36,7 +36,7 @@ LARGE = b"a large secret " * 400_000
 
 
 def private_files(settings: Settings, id: str) -> set[str]:
-    """The layer's private objects."""
+    """Return the paths of the layer's private objects."""
     return {str(path) for path in (settings.gear_private_cache_path / id).glob("*/*")}
 
 
@@ -48,7 +48,7 @@ def sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def test_its_contents_are_in_no_other_layers_reach(driver: Driver) -> None:
+def test_private_contents_are_not_shared_with_other_layers(driver: Driver) -> None:
     before = object_names(driver.settings)
     base = applied(driver, file("base", b"public"))
     marked = applied(driver, MARK, file("a", b"secret"), file("again", b"public"), file("large", LARGE), parent=base)
@@ -69,9 +69,9 @@ def test_its_contents_are_in_no_other_layers_reach(driver: Driver) -> None:
     assert contents(driver, above)[b"b"] == sha256(b"secret")
 
 
-def test_its_tar_comes_back_to_the_byte(driver: Driver) -> None:
+def test_diff_of_a_private_layer_returns_its_exact_tar(driver: Driver) -> None:
     data = tar(MARK, directory("d"), file("d/a", b"secret"), file("large", LARGE))
-    marked, above = an_id(), an_id()
+    marked, above = new_layer_id(), new_layer_id()
     driver.create(marked)
     driver.apply_diff(marked, "", data)
     assert driver.diff(marked) == data
@@ -81,7 +81,7 @@ def test_its_tar_comes_back_to_the_byte(driver: Driver) -> None:
     assert driver.diff_size(marked) == len(b"secret") + len(LARGE)
 
 
-def test_its_files_are_read_after_a_restart_and_gone_with_it(driver: Driver) -> None:
+def test_private_files_are_read_after_a_restart_and_removed_with_the_layer(driver: Driver) -> None:
     marked = applied(driver, MARK, file("a", b"secret"))
     driver.restart()
     with container(driver, marked) as merged:
@@ -93,7 +93,7 @@ def test_its_files_are_read_after_a_restart_and_gone_with_it(driver: Driver) -> 
     assert not (driver.settings.gear_private_cache_path / marked).exists()
 
 
-def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
+def test_a_layer_that_removes_the_mark_stays_private(driver: Driver) -> None:
     marked = applied(driver, MARK)
     unmarked = applied(driver, whiteout(".gear-private"), file("a", b"still secret"), parent=marked)
     assert set(shown(driver, unmarked)) == {b"a"}
@@ -102,11 +102,11 @@ def test_who_takes_the_mark_away_stays_private(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("name", [".gear-private", "./.gear-private", "/.gear-private", "d/../.gear-private"])
-def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
-    id = an_id()
+def test_a_mark_after_file_contents_is_rejected(driver: Driver, name: str) -> None:
+    id = new_layer_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents .*may have been shared already"):
-        driver.apply_diff(id, "", tar(directory("d"), file("a", b"not secret any more"), file(name)))
+    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents, which may have been shared already"):
+        driver.apply_diff(id, "", tar(directory("d"), file("a", b"no longer secret"), file(name)))
     assert not private_files(driver.settings, id)
     driver.remove(id)
 
@@ -114,9 +114,9 @@ def test_a_mark_behind_a_content_is_refused(driver: Driver, name: str) -> None:
 @pytest.mark.parametrize(
     "other", [file("d/.gear-private"), file(".gear-private2"), file("x.gear-private"), file(b".gear-private\xff")]
 )
-def test_another_files_name_marks_nothing(driver: Driver, other: File) -> None:
-    id = applied(driver, directory("d"), other, file("a", b"for all to see"))
-    assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
+def test_similar_file_names_do_not_mark_a_layer(driver: Driver, other: File) -> None:
+    id = applied(driver, directory("d"), other, file("a", b"public content"))
+    assert object_path(driver.settings, b"public content") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
 
 
@@ -130,11 +130,11 @@ def test_another_files_name_marks_nothing(driver: Driver, other: File) -> None:
         [file("empty"), hardlink(".gear-private", "empty")],
         [file("a/../.gear-private")],
         [file(".gear-private", b"why it is private")],
-        [file(".gear-private/why", b"its directory is made for it")],
+        [file(".gear-private/why", b"the directory is implied")],
     ],
     ids=["directory", "symlink", "fifo", "device", "hard link", "odd", "content", "within"],
 )
-def test_whatever_has_its_name_is_the_mark(driver: Driver, mark: list[File]) -> None:
+def test_any_file_type_with_the_right_name_is_a_mark(driver: Driver, mark: list[File]) -> None:
     before = object_names(driver.settings)
     id = applied(driver, *mark, file("a", b"secret"))
     assert b".gear-private" in shown(driver, id)
@@ -144,24 +144,24 @@ def test_whatever_has_its_name_is_the_mark(driver: Driver, mark: list[File]) -> 
     assert len(private_files(driver.settings, above)) == 1
 
 
-def test_a_mark_by_way_of_a_symlink_is_refused(driver: Driver) -> None:
-    """By its name it is none, and contents before it were stored for all."""
-    id = an_id()
+def test_a_mark_created_through_a_symlink_is_rejected(driver: Driver) -> None:
+    """Its entry name does not show the mark, so earlier contents were stored as public."""
+    id = new_layer_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private' at its top.* by way of a symlink"):
+    with pytest.raises(Refused, match=r"\.gear-private' at its top.* through a symlink"):
         driver.apply_diff(id, "", tar(symlink("here", "."), file("here/.gear-private"), file("a", b"secret")))
     driver.remove(id)
 
 
-def test_who_takes_away_a_mark_that_is_not_there_is_not_private(driver: Driver) -> None:
-    id = applied(driver, whiteout(".gear-private"), file("a", b"for all to see"))
-    assert object_path(driver.settings, b"for all to see") in object_names(driver.settings)
+def test_a_whiteout_of_a_missing_mark_does_not_make_a_layer_private(driver: Driver) -> None:
+    id = applied(driver, whiteout(".gear-private"), file("a", b"public content"))
+    assert object_path(driver.settings, b"public content") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
 
 
-def test_a_commit_writes_the_mark_ahead_of_what_comes_before_it_by_name(driver: Driver) -> None:
+def test_a_commit_writes_the_mark_before_all_contents(driver: Driver) -> None:
     parent = applied(driver, file("base", b"public"))
-    id = an_id()
+    id = new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / ".cache").mkdir()
@@ -169,17 +169,17 @@ def test_a_commit_writes_the_mark_ahead_of_what_comes_before_it_by_name(driver: 
         (merged / ".a").write_bytes(b"another key")
         (merged / ".gear-private").touch()
         expected = snapshot(merged)
-    made = committed(driver, id, parent)
-    assert shown(driver, made) == expected
-    assert len(private_files(driver.settings, made)) == 2
+    image = committed(driver, id, parent)
+    assert shown(driver, image) == expected
+    assert len(private_files(driver.settings, image)) == 2
     assert object_path(driver.settings, b"a secret key") not in object_names(driver.settings)
-    whole = an_id()
+    whole = new_layer_id()
     driver.create(whole)
-    driver.apply_diff(whole, "", driver.diff(made, ""))
+    driver.apply_diff(whole, "", driver.diff(image, ""))
     assert len(private_files(driver.settings, whole)) == 3, "the mark comes first in any Diff"
 
 
-def test_many_private_layers_make_one_tree(driver: Driver) -> None:
+def test_many_private_layers_merge_into_one_tree(driver: Driver) -> None:
     top = applied(driver, MARK)
     for number in range(120):
         top = applied(driver, file(f"f{number}", b"secret %d" % number), parent=top)
@@ -187,7 +187,7 @@ def test_many_private_layers_make_one_tree(driver: Driver) -> None:
         assert all((merged / f"f{number}").read_bytes() == b"secret %d" % number for number in range(120))
 
 
-def test_an_object_is_a_file_of_its_own(driver: Driver) -> None:
+def test_a_private_object_is_a_separate_file(driver: Driver) -> None:
     applied(driver, file("a", b"seen by both"))
     marked = applied(driver, MARK, file("a", b"seen by both"))
     (own,) = private_files(driver.settings, marked)

@@ -1,4 +1,4 @@
-"""The behaviour of every remote: in a directory, in memory, in S3, and a manager over a directory or S3."""
+"""Behaviour that all remotes share: a directory, memory, S3, and a manager over a directory or S3."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.remotes import Service, credentials_file, manager_thread, new
 KINDS = ["directory", "memory", "memory behind memory", "S3", "manager over directory", "manager over S3"]
 LARGE = 3 << 20
 MAX_READS = retry.ATTEMPTS**2 * 3
-"""Attempts of the manager's client times those of the manager, with three reads each."""
+"""Attempts of the client times attempts of the manager, with three reads each."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=KINDS)
 def remote(request: pytest.FixtureRequest, tmp_path: Path, credentials: Path) -> Iterator[Remote]:
-    """Return an empty remote."""
+    """Yield an empty remote."""
     settings = replace(
         Settings(), gear_root=tmp_path / "gear", node="test", remote=RemoteSettings(aws_credentials_file=credentials)
     )
@@ -168,7 +168,7 @@ def test_present_digests_are_returned_in_the_order_of_the_request(
     assert remote.has([]) == []
 
 
-def test_many_are_put_and_fetched_together(remote: Remote) -> None:
+def test_many_objects_are_put_and_fetched_together(remote: Remote) -> None:
     contents = {sha256(content): content for content in (noise(100 + number, number) for number in range(400))}
     assert remote.put_many(contents.items()) == 400
     assert remote.put_many(contents.items()) == 0
@@ -251,7 +251,7 @@ def test_only_one_of_two_writers_replaces_a_version(remote: Remote) -> None:
     assert remote.document("layer") == b"second"
 
 
-def test_a_document_that_many_replace_has_the_content_of_one_of_them(remote: Remote) -> None:
+def test_concurrent_replacements_of_a_document_leave_the_content_of_one_writer(remote: Remote) -> None:
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda number: remote.put_document("raced", b"%d" % number), range(6)))
     assert remote.document("raced") in {b"%d" % number for number in range(6)}
@@ -261,23 +261,23 @@ def test_a_version_that_is_listed_but_missing_is_reported_soon(remote: Remote, m
     remote.put_document(NAME, b"one")
     reads = 0
 
-    def gone(self: object, name: str, version: int) -> bytes:
+    def fail_read(self: object, name: str, version: int) -> bytes:
         nonlocal reads
         reads += 1
-        assert reads <= MAX_READS, "it does not end"
+        assert reads <= MAX_READS, "too many reads"
         raise NotFound(f"document {name}: version {version} is not there")
 
     with monkeypatch.context() as patched:
         patched.setattr(retry, "backoff_s", lambda state: 0.0)
         for store in (DirectoryStore, BucketStore):
-            patched.setattr(store, "read_version", gone)
+            patched.setattr(store, "read_version", fail_read)
         with pytest.raises(Unavailable, match=rf"{re.escape(NAME)}.*version 1 is listed and cannot be read"):
             remote.document(NAME)
-    assert remote.document(NAME) == b"one", "once the version is back"
+    assert remote.document(NAME) == b"one", "the version is readable again"
 
 
 def test_a_wrong_listing_of_a_document_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dangling link in a directory, and a bucket whose server lists a missing key."""
+    """The cases are a dangling link in a directory and a bucket that lists a missing key."""
     monkeypatch.setattr(retry, "backoff_s", lambda state: 0.0)
     (tmp_path / "remote" / "documents" / "layer").mkdir(parents=True)
     (tmp_path / "remote" / "documents" / "layer" / "@0000000003").symlink_to("nowhere")
@@ -286,7 +286,7 @@ def test_a_wrong_listing_of_a_document_is_reported(tmp_path: Path, monkeypatch: 
 <Size>1</Size></Contents></ListBucketResult>"""
 
     def answer(asked: Asked) -> Answer:
-        assert len(server.asked) < MAX_READS, "it does not end"
+        assert len(server.asked) < MAX_READS, "too many reads"
         return Answer(200, body=listing) if "list-type" in asked.path else Answer(404)
 
     credentials = credentials_file(tmp_path)

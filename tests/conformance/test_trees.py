@@ -12,7 +12,7 @@ import pytest
 
 from gearworkers.tar.entry import BLOCK
 from gearworkers.tar.writer import END, header, padding
-from tests.conformance.drivers import Driver, an_id
+from tests.conformance.drivers import Driver, new_layer_id
 from tests.conformance.layers import (
     MTIME_NS,
     NET_RAW,
@@ -37,7 +37,7 @@ from tests.conformance.layers import (
 GIB = 1 << 30
 
 
-def test_every_kind_of_file_is_shown_as_the_tar_has_it(driver: Driver) -> None:
+def test_every_kind_of_file_appears_as_in_the_tar(driver: Driver) -> None:
     id = applied(
         driver,
         directory("d", 0o1777, 3, 4),
@@ -76,16 +76,16 @@ def test_capabilities_and_xattrs_are_kept(driver: Driver) -> None:
     assert nodes[b"empty"].xattrs == (("user.note", b""),)
 
 
-def test_a_capability_outlives_a_hard_link_in_the_tar(driver: Driver) -> None:
-    made = with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW)
-    id = applied(driver, made, hardlink("ping4", "ping", 0o755, 5))
+def test_a_capability_survives_a_hard_link_in_the_tar(driver: Driver) -> None:
+    ping = with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW)
+    id = applied(driver, ping, hardlink("ping4", "ping", 0o755, 5))
     assert shown(driver, id)[b"ping4"].xattrs == (("security.capability", NET_RAW),)
 
 
-def test_an_image_layer_gives_back_its_very_tar(driver: Driver) -> None:
+def test_diff_of_an_image_layer_returns_its_exact_tar(driver: Driver) -> None:
     data = tar(directory("d"), file("d/a", b"a" * 1000), hardlink("d/b", "d/a"), file("d/a.dot", b"a" * 1000))
-    data += bytes(7 * 512) + b"bytes after the end mark"
-    id = an_id()
+    data += bytes(7 * 512) + b"bytes after the end marker"
+    id = new_layer_id()
     driver.create(id)
     driver.apply_diff(id, "", data)
     assert driver.diff(id) == data
@@ -98,15 +98,15 @@ def test_whiteouts_hide_files_and_trees_of_lower_layers(driver: Driver) -> None:
     assert driver.changes(top, base) == [("/d", 0), ("/d/a", 2), ("/e", 2)]
 
 
-def test_an_opaque_directory_hides_what_is_below_and_keeps_its_own(driver: Driver) -> None:
+def test_an_opaque_directory_hides_lower_entries_and_keeps_its_own(driver: Driver) -> None:
     base = applied(driver, directory("d"), file("d/a", b"a"), directory("d/e"), file("d/e/b", b"b"))
     top = applied(driver, directory("d"), opaque("d"), file("d/new", b"new"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"d/new"}
     after = applied(driver, directory("d"), file("d/new", b"newer"), opaque("d"), parent=base)
-    assert set(shown(driver, after)) == {b"d", b"d/new"}, "the mark may come last"
+    assert set(shown(driver, after)) == {b"d", b"d/new"}, "the marker may come last"
 
 
-def test_a_file_over_a_directory_and_a_directory_over_a_file(driver: Driver) -> None:
+def test_files_and_directories_replace_each_other(driver: Driver) -> None:
     base = applied(driver, directory("was-dir"), file("was-dir/a", b"a"), file("was-file", b"b"))
     top = applied(driver, file("was-dir", b"file"), directory("was-file"), file("was-file/c", b"c"), parent=base)
     assert set(shown(driver, top)) == {b"was-dir", b"was-file", b"was-file/c"}
@@ -129,7 +129,7 @@ def test_the_last_entry_of_a_name_wins(driver: Driver) -> None:
     assert driver.diff_size(id) == len(b"second!") + len(b"now a file")
 
 
-def test_the_same_content_under_two_owners_and_modes_is_one_object(driver: Driver) -> None:
+def test_equal_contents_with_different_owners_and_modes_share_one_object(driver: Driver) -> None:
     content = os.urandom(100)
     before = object_names(driver.settings)
     id = applied(driver, file("a", content, 0o755, 1, 1), file("b", content, 0o400, 2, 2))
@@ -150,7 +150,7 @@ def test_contents_of_many_layers_are_stored_once(driver: Driver) -> None:
     assert driver.diff_size(second, first) == 5000, "a layer's size counts all its files, already stored or not"
 
 
-def test_missing_parents_are_made(driver: Driver) -> None:
+def test_missing_parents_are_created(driver: Driver) -> None:
     id = applied(driver, file("a/b/c", b"deep"))
     nodes = shown(driver, id)
     assert nodes[b"a/b"].mode == stat.S_IFDIR | 0o755
@@ -174,17 +174,17 @@ def test_an_image_layer_is_mounted_read_only(driver: Driver) -> None:
     assert refused.value.errno == errno.EROFS
 
 
-def test_a_layer_of_nothing_is_a_layer(driver: Driver) -> None:
-    id = an_id()
+def test_an_empty_layer_is_valid(driver: Driver) -> None:
+    id = new_layer_id()
     driver.create(id)
     assert driver.apply_diff(id, "", tar()) == 0
     assert shown(driver, id) == {}
     assert driver.diff(id) == tar()
 
 
-def test_a_sparse_file_of_more_than_4_gib_takes_no_room(driver: Driver) -> None:
+def test_a_sparse_file_over_4_gib_is_imported_and_read(driver: Driver) -> None:
     size_bytes = 4 * GIB + 4096
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     data = sparse_tar(b"huge", size_bytes, b"tail".rjust(4096, b"-"))
     assert driver.apply_diff(id, "", data) == size_bytes
@@ -197,7 +197,7 @@ def test_a_sparse_file_of_more_than_4_gib_takes_no_room(driver: Driver) -> None:
 
 
 def sparse_tar(name: bytes, size_bytes: int, tail: bytes) -> bytes:
-    """A tar of a file that is a hole but for its *tail*, in GNU's PAX format 1.0."""
+    """Return a tar with a sparse file that has data only in its *tail*, in GNU's PAX format 1.0."""
     sparse_map = b"1\n%d\n%d\n" % (size_bytes - len(tail), len(tail))
     stored = sparse_map + padding(len(sparse_map)) + tail
     records = {
@@ -207,35 +207,35 @@ def sparse_tar(name: bytes, size_bytes: int, tail: bytes) -> bytes:
         b"GNU.sparse.realsize": b"%d" % size_bytes,
     }
     entry = file(b"GNUSparseFile.0/" + name, stored)[0]
-    entry.mtime_ns = 0  # else it would have an extended header of its own
+    entry.mtime_ns = 0  # any other time needs an extended header
     return pax_header(records) + header(entry) + stored + END
 
 
 def pax_header(records: dict[bytes, bytes]) -> bytes:
-    """An extended header with these records."""
+    """Return an extended header with these records."""
     content = b""
     for key, value in records.items():
         body = b" %s=%s\n" % (key, value)
         length = len(body) + len(str(len(body) + 2))
         length += len(str(length)) - len(str(len(body) + 2))
         content += str(length).encode() + body
-    made: File = file("PaxHeaders/x", content)
-    block = bytearray(header(made[0])[-512:])
+    entry: File = file("PaxHeaders/x", content)
+    block = bytearray(header(entry[0])[-512:])
     block[156] = ord("x")
     return checksummed(block) + content + padding(len(content))
 
 
 def checksummed(block: bytearray) -> bytes:
-    """The header block with its checksum made right."""
+    """Return the header block with a correct checksum."""
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
 @pytest.mark.slow
-def test_a_plain_file_of_more_than_4_gib_comes_and_goes(driver: Driver, tmp_path: Path) -> None:
+def test_a_plain_file_over_4_gib_is_imported_and_read(driver: Driver, tmp_path: Path) -> None:
     size_bytes = 4 * GIB + 1
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     assert driver.apply_diff(id, "", Zeros(size_bytes)) == size_bytes
     with mounted(driver, id) as merged:
@@ -247,7 +247,7 @@ def test_a_plain_file_of_more_than_4_gib_comes_and_goes(driver: Driver, tmp_path
 
 
 class Zeros:
-    """A tar of one file of zeros, made while it is read."""
+    """A tar with one file of zeros, generated while it is read."""
 
     def __init__(self, size_bytes: int) -> None:
         entry = file("zeros")[0]

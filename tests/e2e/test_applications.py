@@ -117,7 +117,7 @@ def image(peers: Peers, registry: Registry, request: pytest.FixtureRequest) -> I
 
 @pytest.mark.slow
 @pytest.mark.parametrize("image", APPLICATIONS, ids=lambda app: app.name, indirect=True)
-def test_an_application_answers_from_an_empty_host_and_is_what_it_was(
+def test_an_application_answers_on_an_empty_host_and_equals_the_original(
     peers: Peers, image: tuple[Application, str, str]
 ) -> None:
     app, original, converted = image
@@ -130,7 +130,7 @@ def test_an_application_answers_from_an_empty_host_and_is_what_it_was(
 
 
 @pytest.mark.parametrize("image", [NGINX], ids=lambda app: app.name, indirect=True)
-def test_dockers_own_driver_refuses_a_gear_image_and_says_what_it_needs(
+def test_the_error_of_dockers_own_driver_names_the_required_driver(
     peers: Peers, image: tuple[Application, str, str]
 ) -> None:
     done = peers.overlay2.call("pull", image[2])
@@ -141,7 +141,7 @@ def test_dockers_own_driver_refuses_a_gear_image_and_says_what_it_needs(
 
 
 @pytest.mark.slow
-def test_an_application_answers_from_s3(peers: Peers, registry: Registry, disk: Path) -> None:
+def test_an_application_answers_with_s3_as_the_remote(peers: Peers, registry: Registry, disk: Path) -> None:
     name = f"{registry.host}/s3/nginx:{VERSION}"
     directory = disk / "s3"
     directory.mkdir()

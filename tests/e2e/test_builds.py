@@ -34,7 +34,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
-def test_a_build_of_many_steps_gives_the_tree_it_describes(dockerd: Dockerd, tmp_path: Path, buildkit: bool) -> None:
+def test_a_build_of_many_steps_makes_the_expected_tree(dockerd: Dockerd, tmp_path: Path, buildkit: bool) -> None:
     context = tmp_path / "context"
     (context / "added" / "inner").mkdir(parents=True)
     (context / "added" / "tool").write_text("#!/bin/sh\n")
@@ -47,7 +47,7 @@ def test_a_build_of_many_steps_gives_the_tree_it_describes(dockerd: Dockerd, tmp
     dockerd.docker("rmi", "built")
 
 
-def test_a_build_goes_on_from_the_cache_of_an_earlier_one(dockerd: Dockerd) -> None:
+def test_a_build_uses_the_cache_of_an_earlier_one(dockerd: Dockerd) -> None:
     first = b"FROM tiny\nRUN echo 1 > /one\n"
     dockerd.docker("build", "-t", "cached", "-", stdin=first)
     again = dockerd.docker("build", "-t", "cached", "-", stdin=first + b"RUN echo 2 > /two\n")

@@ -17,7 +17,7 @@ def started(dockerd: Dockerd, image: str = "tiny") -> str:
     return dockerd.run(image, "sleep", "1000", options=("-d",))
 
 
-def test_exec_sees_what_the_container_wrote(dockerd: Dockerd) -> None:
+def test_exec_sees_files_that_the_container_wrote(dockerd: Dockerd) -> None:
     container = started(dockerd)
     dockerd.docker("exec", container, "sh", "-c", "echo written > /tmp/x")
     assert dockerd.docker("exec", container, "cat", "/tmp/x") == "written"
@@ -35,7 +35,7 @@ def test_files_are_copied_in_and_out(dockerd: Dockerd, tmp_path: Path) -> None:
     assert dockerd.docker("exec", running, "cat", "/tmp/live") == "from outside"
 
 
-def test_diff_names_what_was_added_changed_and_deleted(dockerd: Dockerd) -> None:
+def test_diff_names_added_changed_and_deleted_files(dockerd: Dockerd) -> None:
     script = "echo x > /etc/new; chmod 600 /etc/debian_version; rm /etc/issue; mkdir /srv/d"
     container = dockerd.docker("create", *NO_NETWORK, "debian", "sh", "-c", script)
     dockerd.docker("start", "-a", container)
@@ -71,7 +71,7 @@ def test_an_export_holds_the_merged_tree(dockerd: Dockerd) -> None:
     assert "bin/wc" not in names
 
 
-def test_what_one_container_writes_no_other_sees(dockerd: Dockerd) -> None:
+def test_writes_of_a_container_are_invisible_to_others(dockerd: Dockerd) -> None:
     first, second = started(dockerd), started(dockerd)
     dockerd.docker("exec", first, "sh", "-c", "echo 1 > /etc/x; rm /bin/wc; chmod 700 /bin/busybox")
     shown = dockerd.docker("exec", second, "sh", "-c", "test -e /etc/x || echo absent; stat -c %a /bin/busybox")

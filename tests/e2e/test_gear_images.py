@@ -88,7 +88,7 @@ def host(empty_host: Host) -> Host:
     return empty_host
 
 
-def test_before_it_is_pulled_the_registry_tells_what_it_needs(host: Host) -> None:
+def test_inspect_shows_the_files_that_an_unpulled_image_needs(host: Host) -> None:
     told = host.gear("inspect", host.image)
     assert (told["Image"], told["Gear image"]) == (f"{host.image}, not pulled here", "yes")
     assert told["Missing"] == told["Distinct files"] and told["Here"].startswith("0,")
@@ -96,7 +96,9 @@ def test_before_it_is_pulled_the_registry_tells_what_it_needs(host: Host) -> Non
     assert host.gear("inspect", f"{host.registry.host}/debian:v1")["Gear image"] == "no"
 
 
-def test_it_runs_with_the_same_files_and_what_is_not_read_does_not_come(host: Host, original: Dockerd) -> None:
+def test_a_gear_image_runs_with_the_same_files_and_fetches_only_files_that_are_read(
+    host: Host, original: Dockerd
+) -> None:
     host.pull()
     inline = host.count("Here")
     assert host.dockerd.run(host.image, "sh", "-c", TREE) == original.run("debian", "sh", "-c", TREE)
@@ -106,7 +108,7 @@ def test_it_runs_with_the_same_files_and_what_is_not_read_does_not_come(host: Ho
     assert host.count("Missing") > 3000
 
 
-def test_pinned_it_comes_whole_and_stays_whatever_is_removed(host: Host) -> None:
+def test_a_pinned_image_is_fetched_completely_and_kept_after_its_removal(host: Host) -> None:
     host.pull()
     assert host.gear("inspect", host.image)["Kept whole"].startswith("no")
     host.gear("pin", host.image)
@@ -123,7 +125,7 @@ def test_pinned_it_comes_whole_and_stays_whatever_is_removed(host: Host) -> None
     assert host.count("Here") == 0
 
 
-def test_a_pinned_file_that_was_lost_comes_again_and_a_complete_image_needs_no_server(host: Host) -> None:
+def test_a_lost_pinned_file_is_fetched_again_and_a_complete_image_needs_no_server(host: Host) -> None:
     host.pull()
     host.gear("pin", host.image)
     wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1, 1 of them complete", "it is complete", 120)
@@ -139,7 +141,7 @@ def test_a_pinned_file_that_was_lost_comes_again_and_a_complete_image_needs_no_s
     host.gear("unpin", host.image)
 
 
-def test_what_is_built_on_it_is_a_plain_layer_that_can_be_converted(host: Host) -> None:
+def test_an_image_built_on_a_gear_image_can_be_converted(host: Host) -> None:
     host.pull()
     content = os.urandom(20_000).hex()
     dockerfile = f"FROM {host.image}\nRUN echo {content} > /etc/new && chmod 700 /usr/bin/git\n"
@@ -156,7 +158,7 @@ def test_what_is_built_on_it_is_a_plain_layer_that_can_be_converted(host: Host) 
     assert host.dockerd.run(converted, "stat", "-c", "%a", "/usr/bin/git") == "700"
 
 
-def test_what_is_committed_on_it_is_saved_and_loaded(host: Host, original: Dockerd, tmp_path: Path) -> None:
+def test_a_commit_on_a_gear_image_is_saved_and_loaded(host: Host, original: Dockerd, tmp_path: Path) -> None:
     host.pull()
     container = host.dockerd.run(host.image, "sh", "-c", "echo made > /made; rm /etc/debian_version", options=())
     assert container == ""

@@ -103,7 +103,9 @@ def tree(exported: bytes) -> Tree:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE)
-def test_the_result_equals_overlay2s_or_is_an_error(dockerd: Dockerd, stack: Stack, peer: Dockerd, case: str) -> None:
+def test_the_result_equals_that_of_overlay2_or_is_an_error(
+    dockerd: Dockerd, stack: Stack, peer: Dockerd, case: str
+) -> None:
     image = archive(LOWER, HOSTILE[case]())
     error, ours = outcome(dockerd, image)
     if error:

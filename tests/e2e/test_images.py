@@ -45,7 +45,7 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
     return kind, info.mode & 0o7777, info.uid, info.gid, mtime_s, link, device, content
 
 
-def test_what_was_imported_is_what_a_container_of_it_holds(dockerd: Dockerd, tmp_path: Path) -> None:
+def test_a_container_holds_exactly_the_imported_files(dockerd: Dockerd, tmp_path: Path) -> None:
     container = dockerd.docker("create", "debian", "true")
     dockerd.docker("export", "-o", str(tmp_path / "export.tar"), container)
     expected, found = members(rootfs.debian()), members(tmp_path / "export.tar")
@@ -57,7 +57,7 @@ def test_what_was_imported_is_what_a_container_of_it_holds(dockerd: Dockerd, tmp
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
 
 
-def test_saved_and_loaded_an_image_is_the_same(dockerd: Dockerd, tmp_path: Path) -> None:
+def test_an_image_is_unchanged_after_save_and_load(dockerd: Dockerd, tmp_path: Path) -> None:
     dockerd.docker("build", "-t", "layered", "-", stdin=b"FROM debian\nRUN echo a > /a\nRUN rm -r /usr/share/doc\n")
     image_id = dockerd.docker("image", "inspect", "-f", "{{.Id}}", "layered")
     first, second = tmp_path / "first.tar", tmp_path / "second.tar"
@@ -100,7 +100,7 @@ def test_a_pushed_image_is_pulled_again_with_the_same_digest(dockerd: Dockerd, r
     dockerd.docker("rmi", digest)
 
 
-def test_an_image_pulled_from_nothing_is_whole(dockerd: Dockerd, registry: Registry) -> None:
+def test_an_image_with_a_single_layer_is_pulled(dockerd: Dockerd, registry: Registry) -> None:
     name = f"{registry.host}/alone:1"
     dockerd.docker("import", "-", name, stdin=tar_of({"only": b"here"}))
     dockerd.docker("push", name)
@@ -117,7 +117,7 @@ EMPTY_LAYERS = {"no bytes": b"", "one zero block": bytes(512), "twenty zero bloc
 
 
 @pytest.mark.parametrize("compression", ["", "gzip"])
-def test_layers_of_nothing_are_empty_and_come_back_as_they_were(
+def test_empty_layers_are_loaded_saved_and_pulled_unchanged(
     dockerd: Dockerd, registry: Registry, tmp_path: Path, compression: str
 ) -> None:
     image = Image((tiny_tar(), *EMPTY_LAYERS.values(), tar_of({"after": b"it"})), compression)
@@ -141,7 +141,7 @@ def test_a_tar_that_ends_early_leaves_no_image(dockerd: Dockerd) -> None:
     assert dockerd.run("tiny", "echo", "still here") == "still here"
 
 
-def test_pruning_removes_what_nobody_names_and_leaves_the_rest(dockerd: Dockerd) -> None:
+def test_pruning_removes_unused_images_and_keeps_the_rest(dockerd: Dockerd) -> None:
     dockerd.docker("build", "-t", "pruned", "-", stdin=b"FROM tiny\nRUN echo 1 > /one\nRUN echo 2 > /two\n")
     image_id = dockerd.docker("image", "inspect", "-f", "{{.Id}}", "pruned")
     dockerd.run("pruned", "true", options=())
@@ -153,7 +153,7 @@ def test_pruning_removes_what_nobody_names_and_leaves_the_rest(dockerd: Dockerd)
     assert dockerd.run("debian", "cat", "/etc/hostname") is not None
 
 
-def test_a_second_image_adds_only_what_differs(dockerd: Dockerd, stack: Stack) -> None:
+def test_a_second_image_adds_only_the_differences(dockerd: Dockerd, stack: Stack) -> None:
     before = tree_bytes(stack.root)
     dockerd.docker("import", "-", "variant", stdin=rootfs.debian_variant())
     added = tree_bytes(stack.root) - before
@@ -162,7 +162,7 @@ def test_a_second_image_adds_only_what_differs(dockerd: Dockerd, stack: Stack) -
     dockerd.docker("rmi", "variant")
 
 
-def test_contents_of_a_removed_image_go_away_within_a_minute(dockerd: Dockerd, stack: Stack) -> None:
+def test_contents_of_a_removed_image_are_collected_within_a_minute(dockerd: Dockerd, stack: Stack) -> None:
     dockerd.docker("import", "-", "removed", stdin=tar_of({"big": b"only in this image " * 500_000}))
     held = tree_bytes(stack.root / "public")
     dockerd.docker("rmi", "removed")
@@ -170,7 +170,7 @@ def test_contents_of_a_removed_image_go_away_within_a_minute(dockerd: Dockerd, s
     assert dockerd.run("tiny", "echo", "kept") == "kept"
 
 
-def test_contents_of_a_removed_image_go_at_once_by_gear_gc(dockerd: Dockerd, stack: Stack) -> None:
+def test_gear_gc_removes_the_contents_of_a_removed_image_at_once(dockerd: Dockerd, stack: Stack) -> None:
     dockerd.docker("import", "-", "removed", stdin=tar_of({"big": b"for gear gc " * 500_000}))
     held = tree_bytes(stack.root / "public")
     dockerd.docker("rmi", "removed")

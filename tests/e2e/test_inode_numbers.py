@@ -106,7 +106,7 @@ def test_a_tar_of_an_image_keeps_the_links_of_each_layer(
     assert links_in_tar(tar) == {frozenset(pair) for pair in (("a1", "a2"), ("b1", "b2"), ("c1", "c2"))}
 
 
-def test_a_new_volume_gets_what_the_image_has(dockerd: Dockerd, images: None) -> None:
+def test_a_new_volume_gets_the_files_of_the_image(dockerd: Dockerd, images: None) -> None:
     assert shown(dockerd, "linked", "/d", "-v", "/d") == (IN_IMAGE, sorted(IN_IMAGE))
 
 
@@ -149,7 +149,7 @@ def test_numbers_and_copies_are_the_same_after_restarts(dockerd: Dockerd, stack:
     assert shown(dockerd, "linked", "/d", "-v", "/d") == (IN_IMAGE, sorted(IN_IMAGE))
 
 
-def test_trees_that_were_linked_in_two_steps_are_copied_with_the_right_contents(dockerd: Dockerd) -> None:
+def test_trees_linked_in_two_steps_are_copied_with_the_right_contents(dockerd: Dockerd) -> None:
     dockerfile = b"FROM debian\nRUN mkdir /d && cp -al /usr/share/doc /d/one\nRUN cp -al /usr/share/man /d/two\n"
     dockerd.docker("build", *NO_NETWORK, "-t", "twice", "-", stdin=dockerfile)
     listed = dockerd.run("twice", "sh", "-c", "cd /d && find . -type f -exec sha256sum {} +").splitlines()

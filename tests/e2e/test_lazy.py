@@ -19,7 +19,7 @@ AT_ONCE = 20
 REPLACED = {"/etc/hostname", "/etc/hosts", "/etc/resolv.conf"}
 
 
-def test_looking_at_files_shows_their_true_sizes_and_fetches_nothing(host: LazyHost) -> None:
+def test_listing_files_shows_their_real_sizes_and_fetches_nothing(host: LazyHost) -> None:
     """The looking program itself comes, so it looks twice: the second time nothing may."""
     container = host.start()
     look = (
@@ -59,7 +59,7 @@ def test_twenty_containers_on_an_empty_host_fetch_each_object_once(host: LazyHos
     assert after.failures == {}
 
 
-def test_a_saved_gear_image_is_what_was_pulled_byte_for_byte(host: LazyHost, tmp_path: Path) -> None:
+def test_a_saved_gear_image_equals_the_pulled_one_byte_for_byte(host: LazyHost, tmp_path: Path) -> None:
     fetched = host.stack.lazy_status().fetched_objects
     host.dockerd.docker("save", "-o", str(tmp_path / "saved.tar"), host.image)
     with tarfile.open(tmp_path / "saved.tar") as tar:
@@ -79,7 +79,7 @@ def _read(tar: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def test_commit_and_build_upon_a_gear_image_give_normal_layers(host: LazyHost) -> None:
+def test_commit_and_build_on_a_gear_image_make_ordinary_layers(host: LazyHost) -> None:
     dockerd = host.dockerd
     change = "(echo; echo more) >> /app/small1; rm /app/small2; chmod 600 /app/small3; mv /app/small4 /app/moved"
     dockerd.run(host.image, "sh", "-c", change, options=("--name", "changed"))
@@ -114,7 +114,7 @@ def _layers_above(dockerd: Dockerd, image: str, below: int) -> list[dict[str, ta
         return found
 
 
-def test_every_file_is_what_the_image_holds_and_a_layer_that_has_all_leaves_the_lazy_file_system_out(
+def test_all_files_match_the_image_and_complete_layers_do_not_use_the_lazy_file_system(
     host: LazyHost,
 ) -> None:
     """All of a real root file system: by way of docker, while its contents arrive behind and on demand."""
@@ -157,7 +157,7 @@ def _mounts(host: LazyHost) -> str:
     return "\n".join(line for line in lines if str(host.stack.root / "containers") in line)
 
 
-def test_an_incomplete_image_is_removed_and_leaves_no_object_behind(host: LazyHost) -> None:
+def test_removing_an_incomplete_image_leaves_no_object(host: LazyHost) -> None:
     container = host.start()
     host.dockerd.docker("exec", container, "sh", "-c", "cat /app/small* /app/large0 > /dev/null")
     assert host.objects() > 40

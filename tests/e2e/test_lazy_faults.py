@@ -53,15 +53,13 @@ def container(host: LazyHost) -> str:
     return container
 
 
-def test_a_directory_serves_as_well(empty_host: LazyHost) -> None:
+def test_a_directory_works_as_the_remote(empty_host: LazyHost) -> None:
     empty_host.use_remote(str(empty_host.store))
     empty_host.pull()
     assert_right(empty_host, empty_host.start(), "app/small1", "app/large1")
 
 
-def test_a_remote_that_is_killed_gives_io_errors_that_are_named_and_works_when_it_is_back(
-    host: LazyHost, container: str
-) -> None:
+def test_a_killed_remote_causes_reported_io_errors_until_it_is_back(host: LazyHost, container: str) -> None:
     host.manager.kill()
     for name in ("app/small1", "app/large1"):
         assert_io_error(host, container, name)
@@ -100,7 +98,7 @@ def put_near(host: LazyHost, path: Path, content: bytes) -> None:
     (near / path.name).write_bytes(content)
 
 
-def test_wrong_bytes_are_never_served_and_never_kept_and_another_source_is_tried(
+def test_wrong_bytes_are_neither_served_nor_kept_and_another_source_is_tried(
     host: LazyHost, container: str, spoilt: dict[Path, bytes]
 ) -> None:
     corrupt = host.stack.lazy_status().corrupt
@@ -115,7 +113,7 @@ def test_wrong_bytes_are_never_served_and_never_kept_and_another_source_is_tried
     assert_right(host, container, "app/small1", "app/large1", "app/small2")
 
 
-def test_slow_bytes_delay_only_what_is_asked_for(host: LazyHost, container: str) -> None:
+def test_a_slow_remote_delays_only_the_requested_bytes(host: LazyHost, container: str) -> None:
     host.link.bytes_per_s = 300e3
     head = host.dockerd.call("exec", container, "head", "-c", "4096", "/app/large1").stdout
     assert head == LARGE["app/large1"][:4096]
@@ -125,7 +123,7 @@ def test_slow_bytes_delay_only_what_is_asked_for(host: LazyHost, container: str)
     assert_right(host, container, "app/large1")
 
 
-def test_half_answers_are_asked_for_again_and_never_taken_for_whole_ones(host: LazyHost, container: str) -> None:
+def test_truncated_responses_are_retried_and_never_accepted(host: LazyHost, container: str) -> None:
     host.link.cut_after_bytes = 150_000
     assert_right(host, container, "app/small4", "app/large1")
     host.link.cut_after_bytes = 10
@@ -134,7 +132,9 @@ def test_half_answers_are_asked_for_again_and_never_taken_for_whole_ones(host: L
     assert_right(host, container, "app/small5")
 
 
-def test_a_killed_lazy_file_server_is_a_pause_and_what_was_opened_goes_on(host: LazyHost, container: str) -> None:
+def test_a_killed_lazy_file_server_delays_new_opens_and_opened_files_stay_readable(
+    host: LazyHost, container: str
+) -> None:
     script = "exec 3< /app/large1; head -c 1000000 <&3; read x; cat <&3"
     assert_right(host, container, "app/small1")
     with host.dockerd.popen("exec", "-i", container, "sh", "-c", script) as reader:
@@ -161,7 +161,7 @@ def test_a_killed_lazy_file_server_is_a_pause_and_what_was_opened_goes_on(host: 
     ],
     ids="-".join,
 )
-def test_an_incomplete_image_runs_on_after_a_restart_of_everything_in_any_order(
+def test_an_incomplete_image_keeps_running_after_a_restart_of_everything_in_any_order(
     host: LazyHost, container: str, order: tuple[str, ...]
 ) -> None:
     for name in order:
@@ -179,7 +179,7 @@ def test_an_incomplete_image_runs_on_after_a_restart_of_everything_in_any_order(
     assert_right(host, container, "app/small3", "app/large0")
 
 
-def test_a_damaged_object_is_found_and_fetched_again_by_gear_fsck(host: LazyHost, container: str) -> None:
+def test_gear_fsck_finds_a_damaged_object_and_it_is_fetched_again(host: LazyHost, container: str) -> None:
     assert_right(host, container, "app/small1")
     path = Path(os.fsdecode(ObjectStore(host.stack.root / "public").path(digest_of("app/small1"))))
     path.chmod(0o600)
@@ -193,7 +193,7 @@ def test_a_damaged_object_is_found_and_fetched_again_by_gear_fsck(host: LazyHost
     assert_right(host, container, "app/small1")
 
 
-def test_with_no_lazy_file_server_a_container_is_refused_with_a_reason_and_runs_when_it_is_back(host: LazyHost) -> None:
+def test_a_container_is_rejected_without_the_lazy_file_server_and_runs_when_it_is_back(host: LazyHost) -> None:
     host.stack.stop("lazyfs")
     done = host.dockerd.call("run", "--rm", "--network", "none", host.image, "true")
     assert done.returncode != 0

@@ -51,7 +51,7 @@ def takes_import(dockerd: Dockerd) -> bool:
     return info(dockerd)["Degraded"] == "no"
 
 
-def test_info_shows_where_what_and_how(dockerd: Dockerd, stack: Stack) -> None:
+def test_docker_info_shows_root_kernel_mode_and_counters(dockerd: Dockerd, stack: Stack) -> None:
     wait_until(lambda: takes_import(dockerd), "a worker takes an import")
     dockerd.docker("rmi", "taken")
     shown = info(dockerd)
@@ -63,13 +63,13 @@ def test_info_shows_where_what_and_how(dockerd: Dockerd, stack: Stack) -> None:
     assert {"Layers", "Queue", "At Work", "Awaiting Push"} <= set(shown)
 
 
-def test_an_unknown_option_keeps_dockerd_from_starting_and_names_the_known(own: Stack, disk: Path) -> None:
+def test_dockerd_rejects_an_unknown_option_and_names_the_known_ones(own: Stack, disk: Path) -> None:
     dockerd = Dockerd("d3", disk / "unknown", "gear3", ("--storage-opt", "gear.size=1G"))
     with pytest.raises(NotReady, match=r"gear\.size=1G.*known are gear\.root=…, gear\.broker=…"):
         dockerd.start()
 
 
-def test_root_and_broker_are_those_of_the_options(own: Stack, disk: Path) -> None:
+def test_options_set_root_and_broker(own: Stack, disk: Path) -> None:
     options = ("--storage-opt", f"gear.root={disk}/elsewhere", "--storage-opt", f"gear.broker={other_broker(own)}")
     dockerd = Dockerd("d3", disk / "options", "gear3", options)
     dockerd.start()
@@ -83,7 +83,7 @@ def test_root_and_broker_are_those_of_the_options(own: Stack, disk: Path) -> Non
         dockerd.stop()
 
 
-def test_a_size_that_cannot_be_enforced_and_an_unknown_option_are_refused(dockerd: Dockerd, stack: Stack) -> None:
+def test_an_unenforceable_size_and_an_unknown_option_are_rejected(dockerd: Dockerd, stack: Stack) -> None:
     for option, why in (("size=1M", "extfs without project quotas"), ("nope=1", "unknown option nope")):
         refused = dockerd.call("create", "--storage-opt", option, "tiny", "true")
         assert refused.returncode and why in refused.stderr.decode()
@@ -91,7 +91,7 @@ def test_a_size_that_cannot_be_enforced_and_an_unknown_option_are_refused(docker
 
 
 @pytest.mark.parametrize("fs", sorted(LIMITING))
-def test_a_container_writes_no_more_than_its_size(own: Stack, disk: Path, tmp_path: Path, fs: str) -> None:
+def test_a_container_cannot_write_more_than_its_size(own: Stack, disk: Path, tmp_path: Path, fs: str) -> None:
     try:
         limiting = mount_small(tmp_path, fs, LIMITING[fs])
     except subprocess.CalledProcessError:
@@ -126,7 +126,7 @@ def remapped(own: Stack, disk: Path) -> Iterator[Dockerd]:
         subprocess.run(["umount", path], check=True)
 
 
-def test_a_remapped_containers_files_are_the_hosts_other_users(remapped: Dockerd, own: Stack) -> None:
+def test_files_of_a_remapped_container_have_remapped_owners_on_the_host(remapped: Dockerd, own: Stack) -> None:
     remapped.docker("import", "-", "tiny", stdin=tiny_tar({"etc/owned": b"owned"}))
     text = b"FROM tiny\nRUN chown 7:8 /etc/owned && echo new > /etc/new && chmod 4755 /etc/new\n"
     remapped.docker("build", *NO_NETWORK, "-t", "built", "-", stdin=text)

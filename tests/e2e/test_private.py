@@ -54,7 +54,7 @@ def private_dockerfile(secret: str, more: str) -> bytes:
 
 
 @pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
-def test_what_is_built_on_the_mark_is_private(dockerd: Dockerd, traces: Traces, buildkit: bool, tmp_path: Path) -> None:
+def test_layers_built_on_the_mark_are_private(dockerd: Dockerd, traces: Traces, buildkit: bool, tmp_path: Path) -> None:
     """Written, copied from the context, and with BuildKit by way of a cache, which no layer holds."""
     secret, copied, more, public = a_secret(), a_secret(), a_secret(), a_secret()
     step = f"echo {more} > /cache/it && cat /cache/it > /more" if buildkit else f"echo {more} > /more"
@@ -73,7 +73,7 @@ def test_what_is_built_on_the_mark_is_private(dockerd: Dockerd, traces: Traces, 
     dockerd.docker("rmi", "private", "other")
 
 
-def test_saved_pushed_and_pulled_it_stays_private_and_goes_with_its_image(
+def test_an_image_stays_private_when_saved_pushed_and_pulled_and_is_removed_completely(
     dockerd: Dockerd, stack: Stack, traces: Traces, registry: Registry, tmp_path: Path
 ) -> None:
     secret, more = a_secret(), a_secret()
@@ -102,7 +102,7 @@ def test_saved_pushed_and_pulled_it_stays_private_and_goes_with_its_image(
     assert not traces.private()
 
 
-def test_converted_it_keeps_its_contents_and_runs_where_nothing_of_it_is(
+def test_a_converted_private_image_keeps_its_contents_and_runs_on_an_empty_host(
     dockerd: Dockerd, empty_host: LazyHost, registry: Registry
 ) -> None:
     """The base comes lazily, the private layers with the image."""

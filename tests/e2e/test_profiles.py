@@ -34,7 +34,7 @@ def recording_host(empty_host: LazyHost) -> Iterator[LazyHost]:
     _use_window(empty_host, "0")
 
 
-def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_it(recording_host: LazyHost) -> None:
+def test_files_opened_by_a_first_start_are_prefetched_on_another_host(recording_host: LazyHost) -> None:
     host = recording_host
     host.pull()
     said = host.dockerd.run(host.image, "sh", "-c", SCRIPT)
@@ -65,7 +65,7 @@ def test_what_a_first_start_opened_is_here_before_another_hosts_container_opens_
     assert _profiles(host) == [found]
 
 
-def test_what_a_running_container_opens_is_added_by_hand(empty_host: LazyHost) -> None:
+def test_profile_record_adds_files_opened_by_a_running_container(empty_host: LazyHost) -> None:
     host = empty_host
     host.pull()
     container = host.start()
@@ -77,12 +77,12 @@ def test_what_a_running_container_opens_is_added_by_hand(empty_host: LazyHost) -
         told, _ = recording.communicate()
     assert recording.returncode == 0
     assert int(told.removesuffix(" objects were opened\n")) > 1  # git and its libraries
-    assert host.stack.gear("profile", "record", "nobody").stderr == "gear: nobody: dockerd has no such container\n"
+    assert host.stack.gear("profile", "record", "nobody").stderr == "gear: dockerd has no container nobody\n"
     host.dockerd.docker("rm", "-f", container)
     host.dockerd.docker("rmi", host.image)
 
 
-def test_a_start_goes_on_when_its_recorder_or_gateway_is_killed_and_leaves_nothing(recording_host: LazyHost) -> None:
+def test_a_container_keeps_running_and_its_recorder_ends_when_the_gateway_is_killed(recording_host: LazyHost) -> None:
     host = recording_host
     host.pull()
     container = host.start()

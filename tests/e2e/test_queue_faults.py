@@ -103,9 +103,7 @@ def degraded(dockerd: Dockerd) -> str:
     return next((line.strip().lower() for line in lines if "degraded" in line.lower()), "not said")
 
 
-def test_a_worker_killed_in_the_middle_fails_the_import_cleanly(
-    dockerd: Dockerd, stack: Stack, half: HalfImport
-) -> None:
+def test_an_import_fails_cleanly_when_its_worker_is_killed(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
     stack.kill("import")
     assert half.finish() != 0
     assert dockerd.call("image", "inspect", "half").returncode != 0
@@ -116,9 +114,7 @@ def test_a_worker_killed_in_the_middle_fails_the_import_cleanly(
     stack.wait_until_idle()
 
 
-def test_a_gateway_killed_in_the_middle_fails_the_import_cleanly(
-    dockerd: Dockerd, stack: Stack, half: HalfImport
-) -> None:
+def test_an_import_fails_cleanly_when_the_gateway_is_killed(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
     stack.kill("gateway")
     stack.start("gateway")
     assert half.finish() != 0
@@ -127,16 +123,14 @@ def test_a_gateway_killed_in_the_middle_fails_the_import_cleanly(
     stack.wait_until_idle()
 
 
-def test_redis_stopped_in_the_middle_does_not_disturb_an_import(
-    dockerd: Dockerd, stack: Stack, half: HalfImport
-) -> None:
+def test_an_import_finishes_when_redis_is_killed(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
     stack.kill("redis")
     assert half.finish() == 0
     assert dockerd.run("half", "cat", "/big/39").startswith("39 ")
     stack.start("redis")
 
 
-def test_a_client_that_gives_up_in_the_middle_leaves_nothing(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
+def test_an_import_aborted_by_the_client_leaves_nothing(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
     half.process.kill()
     half.process.communicate()
     stack.wait_until_idle()

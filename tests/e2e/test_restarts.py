@@ -47,7 +47,7 @@ def test_containers_survive_a_killed_gateway(dockerd: Dockerd, stack: Stack, liv
     assert_works(dockerd, live)
 
 
-def test_docker_waits_out_a_gateway_that_is_away_for_a_moment(dockerd: Dockerd, stack: Stack) -> None:
+def test_docker_waits_for_a_gateway_that_restarts(dockerd: Dockerd, stack: Stack) -> None:
     stack.kill("gateway")
     waiting = dockerd.popen("run", "--rm", "--network", "none", "tiny", "echo", "came back")
     stack.start("gateway")
@@ -76,7 +76,9 @@ def test_an_image_runs_after_a_restart_of_everything_in_any_order(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["dockerd", "import"])
-def test_an_image_runs_whatever_starts_first_after_all_were_stopped(dockerd: Dockerd, stack: Stack, first: str) -> None:
+def test_an_image_runs_after_a_full_stop_whichever_process_starts_first(
+    dockerd: Dockerd, stack: Stack, first: str
+) -> None:
     dockerd.docker("import", "-", "fresh", stdin=tiny_tar({"etc/fresh": b"fresh\n"}))
     dockerd.stop()
     stack.stop()

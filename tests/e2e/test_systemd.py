@@ -19,7 +19,7 @@ MORE_STARTS_THAN_SYSTEMD_ALLOWS = 6
 """By default, in ten seconds."""
 
 
-def test_systemd_starts_all_parts_brings_them_back_and_ends_them_around_dockerd(disk: Path) -> None:
+def test_systemd_starts_restarts_and_stops_all_services_around_dockerd(disk: Path) -> None:
     with booted(disk / "machine") as machine:
         machine.run("systemctl", "start", "gear-manager")
         assert machine.run("docker", "info", "--format", "{{.Driver}}") == "gear"

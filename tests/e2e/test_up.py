@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_tar
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_stack_comes_up_serves_a_dockerd_and_ends_cleanly(
+def test_a_second_stack_starts_serves_a_dockerd_and_ends_cleanly(
     stack: Stack, disk: Path, number: signal.Signals
 ) -> None:
     second = Stack(disk / f"up-{number.name}", name="gear2")

@@ -100,7 +100,7 @@ def done_layers(stack: Stack) -> int:
     return len(list(documents.glob("layer-*"))) if documents.exists() else 0
 
 
-def test_workers_convert_every_layer_and_find_them_done_the_second_time(stack: Stack, peer: Registry) -> None:
+def test_workers_convert_each_layer_once(stack: Stack, peer: Registry) -> None:
     tars = [tar_of([(f"{name}/file", name.encode() * 1000)]) for name in ("a", "b", "c", "d")]
     Image(tars).push(at(peer, "small"), "v1")
     code, out, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:small")
@@ -116,7 +116,9 @@ def test_workers_convert_every_layer_and_find_them_done_the_second_time(stack: S
     assert pull(at(peer, "gear"), "small2") == pull(at(peer, "gear"), "small")
 
 
-def test_a_caller_with_another_remote_than_the_workers_is_told(stack: Stack, peer: Registry, tmp_path: Path) -> None:
+def test_a_caller_with_another_remote_than_the_workers_gets_an_error(
+    stack: Stack, peer: Registry, tmp_path: Path
+) -> None:
     Image([tar_of([("here", b"here" * 1000)])]).push(at(peer, "here"), "v1")
     (tmp_path / "other").mkdir()
     stack.settings, before = {"GEAR_REMOTE": str(tmp_path / "other")}, stack.settings
@@ -128,7 +130,7 @@ def test_a_caller_with_another_remote_than_the_workers_is_told(stack: Stack, pee
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_a_forged_task_learns_no_token_and_reads_no_path(stack: Stack, peer: Registry, tmp_path: Path) -> None:
+def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: Registry, tmp_path: Path) -> None:
     """Whoever can write to Redis has made it: its remote is a listener, its image a path of the worker's machine."""
     image = Image([tar_of([("secret", b"secret" * 1000)])])
     image.write_layout(tmp_path / "layout")
@@ -153,7 +155,7 @@ def sending(stack: Stack) -> Iterator[Celery]:
     app.close()
 
 
-def test_what_a_task_met_is_one_line_and_no_image_has_the_name(stack: Stack, peer: Registry) -> None:
+def test_the_error_of_a_task_is_one_line_and_no_image_is_pushed(stack: Stack, peer: Registry) -> None:
     late = tar_of([("a", b"a")])[:1024] + b"no tar" * 1000  # nobody reads behind a content ahead of the tasks
     Image([late, tar_of([("good", b"")])]).push(at(peer, "bad"), "v1")
     code, out, err = convert(stack, f"{peer.host}/bad:v1", f"{peer.host}/gear:bad")
@@ -168,7 +170,7 @@ def tags(peer: Registry) -> str:
         return str(page.read())
 
 
-def test_results_are_kept_for_a_day_and_no_longer(stack: Stack) -> None:
+def test_results_expire_after_a_day(stack: Stack) -> None:
     client = redis.Redis(unix_socket_path=str(stack.redis_socket))
     left_s = [client.ttl(key) for key in client.keys("celery-task-meta-*")]
     assert left_s and all(0 < ttl_s <= A_DAY_S for ttl_s in left_s)
@@ -176,7 +178,7 @@ def test_results_are_kept_for_a_day_and_no_longer(stack: Stack) -> None:
     client.close()
 
 
-def test_a_process_killed_in_the_middle_costs_nothing_but_its_layer_again(stack: Stack, peer: Registry) -> None:
+def test_only_the_layer_of_a_killed_process_is_converted_again(stack: Stack, peer: Registry) -> None:
     process = in_the_middle(stack, peer, "killed", 4)
     for pid in children(stack):
         os.kill(pid, signal.SIGKILL)
@@ -186,7 +188,7 @@ def test_a_process_killed_in_the_middle_costs_nothing_but_its_layer_again(stack:
     assert len(pull(at(peer, "gear"), "killed").tars) == 4
 
 
-def test_a_run_whose_worker_and_caller_were_killed_finishes_when_started_again(stack: Stack, peer: Registry) -> None:
+def test_a_repeated_conversion_finishes_after_worker_and_caller_were_killed(stack: Stack, peer: Registry) -> None:
     before = done_layers(stack)
     process = in_the_middle(stack, peer, "twice", 4)
     stack.kill("convert")
@@ -203,7 +205,7 @@ def test_a_run_whose_worker_and_caller_were_killed_finishes_when_started_again(s
     assert len(pull(at(peer, "gear"), "twice").tars) == 4
 
 
-def test_a_caller_who_waits_sends_what_a_lost_worker_had_to_the_next(stack: Stack, peer: Registry) -> None:
+def test_a_waiting_caller_sends_the_tasks_of_a_lost_worker_again(stack: Stack, peer: Registry) -> None:
     process = in_the_middle(stack, peer, "lost", 3)
     stack.kill("convert")
     time.sleep(0.1)
@@ -213,7 +215,7 @@ def test_a_caller_who_waits_sends_what_a_lost_worker_had_to_the_next(stack: Stac
     assert "a worker was lost" in err and "Gear image" in out
 
 
-def test_without_a_worker_it_says_how_to_get_one(stack: Stack, peer: Registry) -> None:
+def test_the_error_without_a_worker_says_how_to_start_one(stack: Stack, peer: Registry) -> None:
     stack.stop("convert")
     code, _, err = convert(stack, f"{peer.host}/small:v1", f"{peer.host}/gear:none")
     assert code == 2 and "no worker takes tasks from the queue convert" in err and "--local" in err

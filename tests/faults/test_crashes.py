@@ -70,7 +70,7 @@ def recovered(settings: Settings) -> InProcess:
     return driver
 
 
-def test_an_import_killed_at_any_step_leaves_a_whole_layer_or_none(
+def test_an_import_killed_at_any_step_leaves_a_complete_layer_or_none(
     settings: Settings, base: str, whole: dict[bytes, Node]
 ) -> None:
     data = tar(*FILES)
@@ -94,7 +94,7 @@ def test_an_import_killed_at_any_step_leaves_a_whole_layer_or_none(
     assert {"absent", "empty", "unfinished", "whole"} <= set(ends), "the sweep met every state"
 
 
-def test_a_private_import_killed_at_any_step_leaves_a_whole_layer_or_none(settings: Settings, base: str) -> None:
+def test_a_private_import_killed_at_any_step_leaves_a_complete_layer_or_none(settings: Settings, base: str) -> None:
     def work(say: Say) -> None:
         driver = GearDriver(settings)
         driver.create(LAYER, base)
@@ -166,7 +166,7 @@ def test_a_removal_killed_at_any_step_leaves_the_layer_or_nothing(
             driver.apply_diff(LAYER, base, data)
 
 
-def test_a_private_layers_removal_killed_at_any_step_leaves_the_layer_or_nothing(settings: Settings, base: str) -> None:
+def test_a_private_removal_killed_at_any_step_leaves_the_layer_or_nothing(settings: Settings, base: str) -> None:
     def work(say: Say) -> None:
         GearDriver(settings).remove(LAYER)
         say(b"removed")
@@ -190,7 +190,7 @@ def test_a_private_layers_removal_killed_at_any_step_leaves_the_layer_or_nothing
     assert set(ends) == {0, 2}
 
 
-def test_a_killed_private_import_is_removed_whole_without_a_restart(settings: Settings, base: str) -> None:
+def test_a_killed_private_import_is_removed_completely_without_a_restart(settings: Settings, base: str) -> None:
     """A worker was killed, and the gateway goes on."""
 
     def work(say: Say) -> None:
@@ -205,7 +205,7 @@ def test_a_killed_private_import_is_removed_whole_without_a_restart(settings: Se
         assert not list(settings.gear_build_path.glob(f"{LAYER}.*"))
 
 
-def test_a_collection_killed_at_any_step_loses_nothing_that_is_wanted(settings: Settings, base: str) -> None:
+def test_a_collection_killed_at_any_step_loses_no_referenced_object(settings: Settings, base: str) -> None:
     def work(say: Say) -> None:
         Engine.of(settings).collect_garbage()
         say(b"collected")
@@ -223,7 +223,7 @@ def make_garbage(settings: Settings) -> None:
     driver.remove(applied(driver, *FILES, *(file(f"g{number}", b"garbage %d" % number) for number in range(3))))
 
 
-def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Settings, base: str) -> None:
+def test_an_import_survives_a_collector_killed_at_any_step(settings: Settings, base: str) -> None:
     """The import finds an object, the collector takes it for garbage, hides it and dies; the layer is whole."""
     make_garbage(settings)
     first, second = tar(*FILES)[:-1024], tar(file("end", b"the end"))
@@ -246,7 +246,7 @@ def test_an_import_outlives_a_collector_that_is_killed_at_any_step(settings: Set
     assert number > 5, "the sweep had steps"
 
 
-def test_an_unfinished_layer_whose_record_a_power_cut_emptied_keeps_no_driver_from_starting(settings: Settings) -> None:
+def test_the_driver_starts_when_a_power_cut_emptied_the_record_of_an_unfinished_layer(settings: Settings) -> None:
     """The record of an empty layer is not synced; its name may have survived beside the container it became."""
     driver = InProcess(settings)
     driver.create(LAYER, "")

@@ -65,7 +65,7 @@ def has_asked(node: LazyNode, requests: int) -> bool:
     return len(node.shelf.requests()) >= requests
 
 
-def test_readers_do_not_notice_that_the_server_is_killed_again_and_again(node: LazyNode) -> None:
+def test_readers_survive_repeated_kills_of_the_server(node: LazyNode) -> None:
     node.shelf.behave(delay_s=0.05)
     roots = [node.run(f"c{number}") for number in range(5)]
 
@@ -84,7 +84,7 @@ def test_readers_do_not_notice_that_the_server_is_killed_again_and_again(node: L
     assert node.status().failures == {}
 
 
-def test_a_request_under_way_is_answered_by_the_successor(node: LazyNode) -> None:
+def test_a_pending_request_is_answered_by_the_next_server(node: LazyNode) -> None:
     node.shelf.behave(delay_s=30)
     root = node.run("c1")
     readers = [
@@ -102,7 +102,7 @@ def test_a_request_under_way_is_answered_by_the_successor(node: LazyNode) -> Non
         assert reader.returncode == 0
 
 
-def test_what_was_opened_and_read_goes_on_while_the_server_is_down(node: LazyNode) -> None:
+def test_opened_files_stay_readable_while_the_server_is_down(node: LazyNode) -> None:
     root = node.run("c1")
     small = open(root / "etc/file1", "rb")
     large = open(root / "lib/large", "rb")
@@ -115,7 +115,7 @@ def test_what_was_opened_and_read_goes_on_while_the_server_is_down(node: LazyNod
         assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
 
 
-def test_a_large_file_that_is_open_is_read_on_after_a_restart_and_its_chunks_are_not_fetched_again(
+def test_an_open_large_file_stays_readable_after_a_restart_without_fetching_chunks_again(
     node: LazyNode,
 ) -> None:
     node.shelf.behave(delay_s=0.05)
@@ -132,7 +132,7 @@ def test_a_large_file_that_is_open_is_read_on_after_a_restart_and_its_chunks_are
     assert len(chunks) <= len(LARGE) // CHUNK_BYTES + under_way
 
 
-def test_files_of_a_complete_layer_are_read_on_after_a_restart(node: LazyNode) -> None:
+def test_open_files_of_a_complete_layer_stay_readable_after_a_restart(node: LazyNode) -> None:
     root = node.run("c1")
     with open(root / "lib/large", "rb") as large:
         assert large.read() == LARGE
@@ -145,7 +145,7 @@ def test_files_of_a_complete_layer_are_read_on_after_a_restart(node: LazyNode) -
         assert os.pread(large.fileno(), 1 << 20, 1 << 20) == LARGE[1 << 20 : 2 << 20]
 
 
-def test_a_stopped_server_leaves_the_mount_to_its_successor_while_a_container_needs_it(node: LazyNode) -> None:
+def test_a_stopped_server_keeps_a_mount_that_a_container_uses(node: LazyNode) -> None:
     root = node.run("c1")
     node.stop()
     assert is_mount_point(node.settings.lazy_mount_path)
@@ -153,7 +153,7 @@ def test_a_stopped_server_leaves_the_mount_to_its_successor_while_a_container_ne
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
 
 
-def test_a_stopped_server_that_nobody_needs_leaves_neither_mount_nor_keeper(node: LazyNode) -> None:
+def test_a_stopped_server_without_containers_leaves_neither_mount_nor_keeper(node: LazyNode) -> None:
     node.run("c1")
     node.driver.remove("c1")
     node.stop()
@@ -161,7 +161,7 @@ def test_a_stopped_server_that_nobody_needs_leaves_neither_mount_nor_keeper(node
     until(lambda: keepers(node) == [], "the keeper has ended")
 
 
-def test_a_killed_keeper_is_replaced_and_the_file_system_survives_the_server_then(node: LazyNode) -> None:
+def test_a_killed_keeper_is_replaced_and_the_mount_survives_the_server(node: LazyNode) -> None:
     root = node.run("c1")
     (old,) = keepers(node)
     os.kill(old, signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_a_killed_keeper_is_replaced_and_the_file_system_survives_the_server_the
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
 
 
-def test_a_keeper_that_cannot_be_started_ends_no_server_and_is_tried_again(node: LazyNode) -> None:
+def test_the_server_survives_a_keeper_that_cannot_start_and_retries_it(node: LazyNode) -> None:
     root, socket = node.run("c1"), node.settings.lazyfs_keeper_socket
     socket.unlink()
     socket.mkdir()
@@ -188,7 +188,7 @@ def test_a_keeper_that_cannot_be_started_ends_no_server_and_is_tried_again(node:
     assert (root / "etc/file2").read_bytes() == SMALL["etc/file2"]
 
 
-def test_server_and_keeper_dead_at_once_leave_nothing_that_hangs(node: LazyNode) -> None:
+def test_a_new_server_works_after_server_and_keeper_died_together(node: LazyNode) -> None:
     node.run("c1")
     (keeper,) = keepers(node)
     os.kill(keeper, signal.SIGSTOP)
@@ -204,7 +204,7 @@ def test_a_second_server_is_refused(node: LazyNode) -> None:
         LazyServer(node.settings, []).run()
 
 
-def test_a_whole_file_is_read_past_the_server_before_and_after_a_restart(node: LazyNode) -> None:
+def test_a_complete_file_is_passed_through_before_and_after_a_restart(node: LazyNode) -> None:
     root, second = node.run("c1"), node.run("c2")
     held = open(root / "lib/large", "rb")
     assert held.read() == LARGE
@@ -225,7 +225,7 @@ def test_a_whole_file_is_read_past_the_server_before_and_after_a_restart(node: L
             assert mapped[:] == LARGE
 
 
-def test_a_whole_file_is_read_through_the_server_where_no_note_of_it_can_be_kept(node: LazyNode) -> None:
+def test_a_complete_file_is_served_when_passthrough_cannot_be_recorded(node: LazyNode) -> None:
     root = node.run("c1")
     (node.settings.run_dir / "lazyfs-passed").rmdir()
     assert (root / "lib/large").read_bytes() == LARGE
@@ -236,7 +236,7 @@ def test_a_whole_file_is_read_through_the_server_where_no_note_of_it_can_be_kept
     assert node.status().serving == 1
 
 
-def test_notes_of_a_lost_mount_are_forgotten_by_who_mounts_anew_wherever_he_dies(
+def test_records_of_a_lost_mount_are_discarded_even_if_the_new_server_is_killed(
     node: LazyNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.stop()

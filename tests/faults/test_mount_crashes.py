@@ -171,7 +171,7 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
         yield node
 
 
-def test_the_same_holds_for_lazily_fetched_layers_and_recorded_starts(node: LazyNode) -> None:
+def test_killed_gets_and_puts_of_lazy_layers_and_recorded_starts_leave_no_second_mount(node: LazyNode) -> None:
     driver = InProcess(node.settings)
     id = layer_of(node.settings, "container", "base")
     for answered in killed_calls(node.settings, "get", id):

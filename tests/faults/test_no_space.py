@@ -58,22 +58,22 @@ def refused_and_whole(driver: InProcess, data: bytes) -> None:
     assert set(shown(driver, after)) == {b"base", b"after"}, "it works again"
 
 
-def test_many_contents_that_do_not_fit(driver: InProcess) -> None:
+def test_an_import_of_too_many_contents_fails_cleanly(driver: InProcess) -> None:
     refused_and_whole(driver, tar(*(file(f"f{number}", os.urandom(MIB // 2)) for number in range(64))))
 
 
-def test_one_content_that_does_not_fit(driver: InProcess) -> None:
+def test_an_import_of_one_too_large_content_fails_cleanly(driver: InProcess) -> None:
     refused_and_whole(driver, tar(file("huge", os.urandom(32 * MIB))))
 
 
-def test_a_content_that_fits_until_another_takes_the_room(driver: InProcess, disk: Path) -> None:
+def test_an_import_fails_cleanly_when_an_earlier_content_used_the_space(driver: InProcess, disk: Path) -> None:
     free = os.statvfs(disk)
     room = free.f_bavail * free.f_frsize
     contents = [file("first", os.urandom(room // 2)), file("second", os.urandom(room * 2 // 3))]
     refused_and_whole(driver, tar(*contents))
 
 
-def test_more_contents_than_inodes(driver: InProcess, disk: Path) -> None:
+def test_an_import_of_more_contents_than_inodes_fails_cleanly(driver: InProcess, disk: Path) -> None:
     count = os.statvfs(disk).f_favail + 100
     refused_and_whole(driver, tar(*(file(f"f{number}", b"content %d" % number) for number in range(count))))
 
@@ -87,7 +87,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_a_disk_that_fills_up_while_known_contents_come_does_not_kill_the_process(
+def test_a_disk_that_fills_up_during_an_import_of_known_contents_does_not_kill_the_process(
     driver: InProcess, disk: Path
 ) -> None:
     """The list of claims is shared memory: a page of it without a block behind would be a SIGBUS."""
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_while_known_contents_come_does_not_kill_the_proces
     InProcess(driver.settings).remove("layer")
 
 
-def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, disk: Path) -> None:
+def test_a_full_disk_rejects_a_new_layer_and_keeps_the_old_ones(driver: InProcess, disk: Path) -> None:
     base = applied(driver, file("base", b"base"))
     driver.create_read_write("container", base)
     with mounted(driver, "container") as merged:
@@ -126,7 +126,7 @@ def test_a_full_disk_refuses_a_new_layer_and_keeps_the_old(driver: InProcess, di
     driver.remove("container")
 
 
-def test_a_stream_file_whose_last_bytes_do_not_fit_makes_no_layer(driver: InProcess) -> None:
+def test_an_import_fails_when_the_end_of_the_stream_file_does_not_fit(driver: InProcess) -> None:
     """The kernel takes a part of the last write and says no more than how much."""
     data = tar(file("a", b"a")) + os.urandom(2 * MIB)
     whole = driver.settings.gear_images_path / applied_raw(driver, "whole", data) / STREAM_FILE
@@ -147,7 +147,7 @@ def applied_raw(driver: InProcess, id: str, data: bytes) -> str:
     return id
 
 
-def test_garbage_is_collected_where_not_even_a_directory_can_grow(driver: InProcess, disk: Path) -> None:
+def test_garbage_is_collected_when_no_directory_can_grow(driver: InProcess, disk: Path) -> None:
     id = applied(driver, *(file(f"f{number}", b"content %d" % number) for number in range(2600)))
     fill(disk)
     driver.remove(id)

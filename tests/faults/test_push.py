@@ -25,7 +25,7 @@ from gearworkers.remote.push import PushReport, push_pending
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.conformance.drivers import InProcess, an_id
+from tests.conformance.drivers import InProcess, new_layer_id
 from tests.conformance.layers import applied, file, mounted, tar
 from tests.faults.crashes import Say, killed_at_every_step, run_child
 
@@ -89,7 +89,7 @@ def waiting(settings: Settings) -> int:
 WANTED = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
 
 
-def test_what_is_new_is_pushed_once(settings: Settings) -> None:
+def test_new_objects_are_pushed_once(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
     assert Engine.of(settings).push_pending().pushed_objects == len(CONTENTS)
@@ -101,7 +101,7 @@ def test_what_is_new_is_pushed_once(settings: Settings) -> None:
 
 def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
-    base, id, image = applied(driver, file("base", b"base")), an_id(), an_id()
+    base, id, image = applied(driver, file("base", b"base")), new_layer_id(), new_layer_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
         (merged / "new").write_bytes(CONTENTS[0])
@@ -111,7 +111,7 @@ def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
     assert hashlib.sha256(CONTENTS[0]).hexdigest() in pushed(settings)
 
 
-def test_a_push_killed_at_any_step_is_ended_by_the_next(settings: Settings) -> None:
+def test_a_push_killed_at_any_step_is_finished_by_the_next(settings: Settings) -> None:
     """In a process that has not used obstore: children forked from one that has cannot."""
     root = str(settings.gear_root.parent)
     subprocess.run([sys.executable, "-m", "tests.faults.test_push", root], check=True)
@@ -139,7 +139,7 @@ def push_killed_at_every_step(settings: Settings) -> None:
     assert pushed(settings) == WANTED
 
 
-def test_an_import_killed_at_any_step_and_done_again_is_pushed_whole(settings: Settings) -> None:
+def test_an_import_killed_at_any_step_and_repeated_is_pushed_completely(settings: Settings) -> None:
     def work(say: Say) -> None:
         driver = GearDriver(settings)
         driver.create("layer", "")
@@ -158,7 +158,7 @@ def test_an_import_killed_at_any_step_and_done_again_is_pushed_whole(settings: S
         empty(settings)
 
 
-def test_nothing_waits_for_ever_of_an_import_killed_at_any_step(settings: Settings) -> None:
+def test_an_import_killed_at_any_step_leaves_no_permanent_queue_entry(settings: Settings) -> None:
     def work(say: Say) -> None:
         driver = GearDriver(settings)
         driver.create("layer", "")
@@ -196,7 +196,7 @@ def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
 Announced = tuple[PushQueue, ObjectStore, bytes]
 
 
-def test_what_an_import_under_way_has_announced_stays(settings: Settings, announced: Announced) -> None:
+def test_announcements_of_a_running_import_are_kept(settings: Settings, announced: Announced) -> None:
     push_queue, _, digest = announced
     build = settings.gear_build_path / "layer.1"
     build.mkdir()
@@ -211,7 +211,7 @@ def test_what_an_import_under_way_has_announced_stays(settings: Settings, announ
 
 
 @pytest.mark.parametrize("announces", [True, False])
-def test_an_import_that_stores_what_is_being_forgotten_has_it_pushed(
+def test_an_object_stored_while_its_announcement_is_removed_is_pushed(
     settings: Settings, announced: Announced, announces: bool
 ) -> None:
     push_queue, store, digest = announced
@@ -231,7 +231,7 @@ def test_an_import_that_stores_what_is_being_forgotten_has_it_pushed(
     assert pushed(settings) == {digest.hex()}
 
 
-def test_an_object_whose_link_was_put_aside_is_pushed(settings: Settings, announced: Announced) -> None:
+def test_an_object_whose_link_was_set_aside_is_pushed(settings: Settings, announced: Announced) -> None:
     """The collector took it for an announcement, the import's link replaced that, and the collector was killed."""
     push_queue, store, digest = announced
     stored(store, digest, settings)
@@ -243,7 +243,9 @@ def test_an_object_whose_link_was_put_aside_is_pushed(settings: Settings, announ
     assert path.stat().st_size == len(CONTENTS[0]) and waiting(settings) == 1
 
 
-def test_forgetting_killed_at_any_step_is_ended_by_the_next(settings: Settings, announced: Announced) -> None:
+def test_a_removal_of_announcements_killed_at_any_step_is_finished_by_the_next(
+    settings: Settings, announced: Announced
+) -> None:
     push_queue, _, digest = announced
 
     def work(say: Say) -> None:
@@ -256,7 +258,7 @@ def test_forgetting_killed_at_any_step_is_ended_by_the_next(settings: Settings, 
     assert push_queue.remove_unstored(set) == 1 and waiting(settings) == 0
 
 
-def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> None:
+def test_pending_objects_outlive_their_layer_and_the_collector(settings: Settings) -> None:
     driver = InProcess(settings)
     driver.remove(applied(driver, file("a", CONTENTS[0])))
     Engine.of(settings).collect_garbage()
@@ -264,7 +266,7 @@ def test_what_waits_outlives_its_layer_and_the_collector(settings: Settings) -> 
     assert pushed(settings) == {hashlib.sha256(CONTENTS[0]).hexdigest()}
 
 
-def test_a_remote_that_goes_away_and_comes_back_gets_everything(settings: Settings) -> None:
+def test_a_remote_receives_all_objects_after_an_outage(settings: Settings) -> None:
     remote, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
     driver = InProcess(settings)
     driver.create("layer")
@@ -282,7 +284,7 @@ def test_a_remote_that_goes_away_and_comes_back_gets_everything(settings: Settin
     assert waiting(settings) == 0
 
 
-def test_a_damaged_object_is_not_pushed_and_keeps_no_other_from_it(settings: Settings) -> None:
+def test_a_damaged_object_is_not_pushed_and_does_not_block_others(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
     damaged = {spoil(settings, content) for content in (CONTENTS[0], CONTENTS[2])}
@@ -304,7 +306,7 @@ class Refusing(DirectoryStore):
         super().put_many(blobs)
 
 
-def test_an_object_that_the_remote_refuses_keeps_none_behind_it_from_being_pushed(settings: Settings) -> None:
+def test_an_object_that_the_remote_rejects_does_not_block_later_ones(settings: Settings) -> None:
     contents = [bytes([number]) * 900_000 for number in range(10)]
     applied(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
     push_queue = PushQueue(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
@@ -315,7 +317,7 @@ def test_an_object_that_the_remote_refuses_keeps_none_behind_it_from_being_pushe
     assert list(push_queue.pending()) == [first]
 
 
-def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings: Settings) -> None:
+def test_a_repaired_object_is_pushed_when_it_is_stored_again(settings: Settings) -> None:
     driver = InProcess(settings)
     layers = [applied(driver, file(f"f{number}", content)) for number, content in enumerate(CONTENTS[:2])]
     for content in CONTENTS[:2]:
@@ -329,7 +331,7 @@ def test_a_damaged_object_that_was_repaired_and_stored_again_is_pushed(settings:
     assert Engine.of(settings).push_pending() == PushReport(1, {})
 
 
-def test_the_command_tells_what_could_not_be_pushed(settings: Settings) -> None:
+def test_the_command_lists_objects_that_could_not_be_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
     digest = spoil(settings, CONTENTS[0])
@@ -353,7 +355,7 @@ if __name__ == "__main__":
     push_killed_at_every_step(settings_in(Path(sys.argv[1])))
 
 
-def test_what_others_leave_in_the_spool_keeps_nothing_from_being_pushed(settings: Settings) -> None:
+def test_foreign_files_in_the_push_directory_do_not_block_pushes(settings: Settings) -> None:
     applied(InProcess(settings), file("new", CONTENTS[0]))
     (settings.gear_push_path / "lost+found").mkdir()
     (settings.gear_push_path / ".nfs000000000001").touch()

@@ -52,11 +52,11 @@ CORES = os.cpu_count() or 1
 
 
 def is_served_by_worker(plugin: Plugin) -> bool:
-    apply(plugin, an_id())
+    apply(plugin, new_layer_id())
     return "import" not in plugin.status()["Degraded"]
 
 
-def an_id() -> str:
+def new_layer_id() -> str:
     return os.urandom(16).hex()
 
 
@@ -108,14 +108,14 @@ def response_on(connection: socket.socket) -> tuple[int, bytes]:
 
 
 def test_diff_returns_the_tar_that_a_worker_stored(plugin: Plugin, stack: Stack) -> None:
-    id, tar, before = an_id(), a_tar(), count(stack, "worker")
+    id, tar, before = new_layer_id(), a_tar(), count(stack, "worker")
     assert apply(plugin, id, tar)[0] == 200
     assert plugin.diff(id) == (200, tar)
     assert count(stack, "worker") == before + 1
 
 
 def test_the_death_of_a_worker_fails_its_call_and_the_next_call_works(plugin: Plugin, stack: Stack) -> None:
-    id, tar = an_id(), a_tar()
+    id, tar = new_layer_id(), a_tar()
     with begun(plugin, stack, id, tar) as connection:
         for pid in children(stack):
             os.kill(pid, signal.SIGKILL)
@@ -130,7 +130,7 @@ def test_the_death_of_a_worker_fails_its_call_and_the_next_call_works(plugin: Pl
 
 def test_without_redis_the_gateway_does_the_calls_and_recovers_when_redis_is_back(plugin: Plugin, stack: Stack) -> None:
     stack.kill("redis")
-    id, tar, before = an_id(), a_tar(), count(stack, "gateway")
+    id, tar, before = new_layer_id(), a_tar(), count(stack, "gateway")
     assert apply(plugin, id, tar)[0] == 200
     assert plugin.diff(id) == (200, tar)
     assert count(stack, "gateway") == before + 1
@@ -200,7 +200,7 @@ REFUSALS: dict[str, Callable[[Stack, Redis], AbstractContextManager[None]]] = {
 def test_the_gateway_does_the_calls_while_redis_refuses_tasks_and_the_same_workers_return(
     plugin: Plugin, stack: Stack, refusal: str
 ) -> None:
-    id, tar, before, worker = an_id(), a_tar(), count(stack, "gateway"), stack.daemons["import"]
+    id, tar, before, worker = new_layer_id(), a_tar(), count(stack, "gateway"), stack.daemons["import"]
     pid, tried_twice = worker.pid, worker.log_count(b"Trying again in 4")
     with Redis(unix_socket_path=str(stack.redis_socket)) as redis, REFUSALS[refusal](stack, redis):
         assert apply(plugin, id, tar)[0] == 200
@@ -216,7 +216,7 @@ def test_the_gateway_does_the_calls_while_redis_refuses_tasks_and_the_same_worke
     assert stack.is_running("import") and worker.pid == pid
 
 
-def test_a_worker_whose_processes_die_just_before_redis_recovers(plugin: Plugin, stack: Stack) -> None:
+def test_a_worker_recovers_when_its_processes_die_just_before_redis(plugin: Plugin, stack: Stack) -> None:
     worker = stack.daemons["import"]
     noticed = worker.log_count(b"Cannot connect")
     for pid in children(stack):
@@ -228,7 +228,7 @@ def test_a_worker_whose_processes_die_just_before_redis_recovers(plugin: Plugin,
 
 
 def test_a_running_import_survives_the_death_of_redis(plugin: Plugin, stack: Stack) -> None:
-    id, tar = an_id(), a_tar()
+    id, tar = new_layer_id(), a_tar()
     with begun(plugin, stack, id, tar) as connection:
         stack.kill("redis")
         rest = tar[len(tar) // 2 :]
@@ -241,7 +241,7 @@ def test_without_workers_the_gateway_does_the_calls_and_queued_tasks_are_not_rep
     plugin: Plugin, stack: Stack
 ) -> None:
     stack.kill("import")
-    ids, tar = [an_id(), an_id()], a_tar()
+    ids, tar = [new_layer_id(), new_layer_id()], a_tar()
     assert [apply(plugin, id, tar)[0] for id in ids] == [200, 200]
     assert "import: no worker answers" in plugin.status()["Degraded"]
     stack.start("import")
@@ -252,14 +252,16 @@ def test_without_workers_the_gateway_does_the_calls_and_queued_tasks_are_not_rep
 def test_stalled_callers_block_no_other_call_and_are_served_when_they_continue(plugin: Plugin, stack: Stack) -> None:
     """There are as many stalled callers as workers and gateway have processes without them."""
     tar = a_tar()
-    stalled = {an_id(): tar[: len(tar) // 2] for _ in range(2 * CORES)} | {an_id(): tar[:1] for _ in range(2 * CORES)}
+    stalled = {new_layer_id(): tar[: len(tar) // 2] for _ in range(2 * CORES)} | {
+        new_layer_id(): tar[:1] for _ in range(2 * CORES)
+    }
     with ExitStack() as stack_of_connections:
         connections = {}
         for id, begin in stalled.items():
             plugin.call("Create", ID=id, Parent="")
             connections[id] = stack_of_connections.enter_context(plugin.begin_apply(id, begin))
         wait_until(lambda: f"; {2 * CORES} wait for" in plugin.status()["At Work"], "the begun calls are stalled")
-        id = an_id()
+        id = new_layer_id()
         assert apply(plugin, id, tar)[0] == 200
         assert plugin.diff(id) == (200, tar)
         for id, begin in stalled.items():
@@ -271,7 +273,7 @@ def test_stalled_callers_block_no_other_call_and_are_served_when_they_continue(p
 
 def test_more_concurrent_commits_than_processes_all_end(plugin: Plugin) -> None:
     """`docker commit` streams the response of a Diff into an ApplyDiff, so each waits for the other."""
-    source, tar = an_id(), tiny_tar({"etc/big": os.urandom(6 << 20)})
+    source, tar = new_layer_id(), tiny_tar({"etc/big": os.urandom(6 << 20)})
     assert apply(plugin, source, tar)[0] == 200
 
     def commit(id: str) -> int:
@@ -282,11 +284,11 @@ def test_more_concurrent_commits_than_processes_all_end(plugin: Plugin) -> None:
             return plugin.apply_diff(id, iter(partial(diff.read, 1 << 16), b""))[0]
 
     with ThreadPoolExecutor(2 * CORES) as callers:
-        assert list(callers.map(commit, [an_id() for _ in range(2 * CORES)])) == [200] * 2 * CORES
+        assert list(callers.map(commit, [new_layer_id() for _ in range(2 * CORES)])) == [200] * 2 * CORES
 
 
 def test_a_gateway_killed_during_an_import_leaves_no_partial_layer(plugin: Plugin, stack: Stack) -> None:
-    id, tar = an_id(), a_tar()
+    id, tar = new_layer_id(), a_tar()
     with begun(plugin, stack, id, tar):
         stack.kill("gateway")
         wait_until(lambda: not is_staged(stack, id), "the worker has given up")
@@ -299,7 +301,7 @@ def test_a_gateway_killed_during_an_import_leaves_no_partial_layer(plugin: Plugi
 
 
 def test_the_rest_of_a_tar_after_the_death_of_a_gateway_is_rejected(plugin: Plugin, stack: Stack) -> None:
-    rests: dict[str, list[bytes]] = {an_id(): [], an_id(): [bytes(1024)], an_id(): [tiny_tar()]}
+    rests: dict[str, list[bytes]] = {new_layer_id(): [], new_layer_id(): [bytes(1024)], new_layer_id(): [tiny_tar()]}
     for id in rests:
         plugin.call("Create", ID=id, Parent="")
     os.killpg(stack.daemons["gateway"].pid, signal.SIGSTOP)  # so no worker learns of the bodies that it receives
@@ -316,7 +318,7 @@ def test_the_rest_of_a_tar_after_the_death_of_a_gateway_is_rejected(plugin: Plug
 
 def test_objects_of_removed_layers_are_collected(plugin: Plugin, stack: Stack) -> None:
     content = os.urandom(300_000)
-    id = an_id()
+    id = new_layer_id()
     assert apply(plugin, id, tiny_tar({"only/here": content}))[0] == 200
 
     public = ObjectStore(stack.root / "public")

@@ -75,7 +75,7 @@ def _is_alive(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) -> None:
+def test_contents_imported_concurrently_are_stored_once(settings: Settings) -> None:
     def work(id: str, say: Say) -> None:
         driver = GearDriver(settings)
         driver.create(id, "")
@@ -97,7 +97,7 @@ def test_the_same_contents_imported_at_once_are_stored_once(settings: Settings) 
     assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
-def test_an_import_does_not_wait_for_one_of_the_same_contents_that_stands_still(settings: Settings) -> None:
+def test_an_import_does_not_wait_for_a_stalled_import_of_the_same_contents(settings: Settings) -> None:
     data = the_tar()
     cut = len(data) // 2
     GearDriver(settings).create("stalled", "")
@@ -127,7 +127,7 @@ def test_one_layer_is_applied_by_one_process_only(settings: Settings) -> None:
     assert not list(Engine.of(settings).faults(read_data=True, repair=False))
 
 
-def test_a_layer_removed_while_it_is_applied_stays_away(settings: Settings) -> None:
+def test_a_layer_removed_during_its_import_stays_removed(settings: Settings) -> None:
     driver = GearDriver(settings)
     driver.create("layer", "")
     first, second = tar(file("a", b"a"))[:-1024], tar(file("b", b"b"))
@@ -159,7 +159,7 @@ def _apply_slowly(settings: Settings, id: str, first: bytes, second: bytes, say:
     GearDriver(settings).apply_diff(id, "", Slow())
 
 
-def test_a_container_that_is_unmounted_just_before_it_is_looked_at_is_seen_whole(
+def test_a_diff_is_complete_if_the_container_is_unmounted_just_before_it_is_read(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its mount point is an empty directory then, and its diff must not be."""

@@ -46,7 +46,7 @@ def is_well(stack: Stack) -> bool:
     return listens(stack.plugin_socket) and Plugin(stack.plugin_socket).status()["Degraded"] == "no"
 
 
-def test_parts_that_are_killed_come_back_and_the_others_stay(stack: Stack) -> None:
+def test_killed_processes_are_restarted_and_the_others_keep_running(stack: Stack) -> None:
     wait_until(lambda: is_well(stack), "the workers answer")
     before = parts(stack)
     assert len(before) == 6
@@ -60,7 +60,7 @@ def test_parts_that_are_killed_come_back_and_the_others_stay(stack: Stack) -> No
 
 @pytest.mark.parametrize("shared", ["GEAR_ROOT", "GEAR_RUN_DIR"])
 @pytest.mark.parametrize("command", ["packaging/up.py", "packaging/redis.sh"])
-def test_a_second_of_the_same_place_is_refused_and_leaves_the_first_alone(
+def test_a_second_stack_with_a_shared_directory_is_rejected_and_the_first_keeps_running(
     stack: Stack, elsewhere: dict[str, str], shared: str, command: str
 ) -> None:
     before = parts(stack)
@@ -75,7 +75,7 @@ def test_a_second_of_the_same_place_is_refused_and_leaves_the_first_alone(
     assert Plugin(stack.plugin_socket).status()["Degraded"] == "no"
 
 
-def test_a_gateway_that_was_started_otherwise_keeps_make_up_from_starting(elsewhere: dict[str, str]) -> None:
+def test_make_up_is_rejected_while_another_gateway_runs(elsewhere: dict[str, str]) -> None:
     with sole_process(Path(elsewhere["GEAR_ROOT"], "gateway.lock"), "the gateway"):
         command = [sys.executable, "packaging/up.py"]
         done = subprocess.run(command, env=elsewhere, cwd=CHECKOUT, capture_output=True, text=True)

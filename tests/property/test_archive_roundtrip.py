@@ -50,9 +50,7 @@ def as_tar(files: list[tuple[TarEntry, bytes]]) -> bytes:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(entries(), min_size=1, max_size=8), st.integers(1, 5000))
-def test_entries_survive_writer_and_reader_and_the_tar_its_stream(
-    files: list[tuple[TarEntry, bytes]], step_bytes: int
-) -> None:
+def test_entries_and_tars_survive_a_round_trip(files: list[tuple[TarEntry, bytes]], step_bytes: int) -> None:
     tar = as_tar(files)
     read = read_tar(tar, buffer_bytes=4096, step_bytes=step_bytes)
     for entry in read.entries:
@@ -63,7 +61,7 @@ def test_entries_survive_writer_and_reader_and_the_tar_its_stream(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(GOLDEN) - 1), st.integers(0, 255)), min_size=1, max_size=5), st.booleans())
-def test_damage_raises_nothing_but_gear_errors(changes: list[tuple[int, int]], right_checksums: bool) -> None:
+def test_a_damaged_tar_raises_only_gear_errors(changes: list[tuple[int, int]], right_checksums: bool) -> None:
     damaged = bytearray(GOLDEN)
     for at, value in changes:
         damaged[at] = value
@@ -86,7 +84,7 @@ def test_damage_raises_nothing_but_gear_errors(changes: list[tuple[int, int]], r
     ),
     st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=4),
 )
-def test_headers_of_any_kind_and_content_raise_nothing_but_gear_errors(
+def test_headers_of_any_kind_and_content_raise_only_gear_errors(
     members: list[tuple[str, bytes, bytes]], changes: list[tuple[int, int]]
 ) -> None:
     tar = b""
@@ -106,7 +104,7 @@ def test_headers_of_any_kind_and_content_raise_nothing_but_gear_errors(
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, len(GOLDEN)))
-def test_a_cut_raises_a_gear_error_or_leaves_only_whole_entries(length: int) -> None:
+def test_a_truncated_tar_raises_a_gear_error_or_has_only_complete_entries(length: int) -> None:
     whole = read_tar(GOLDEN)
     try:
         read = read_tar(GOLDEN[:length])

@@ -133,7 +133,7 @@ OPERATION = st.one_of(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OPERATION, min_size=1, max_size=14))
-def test_the_tar_of_any_sequence_makes_what_the_container_saw(operations: list[Operation]) -> None:
+def test_the_diff_of_any_sequence_reproduces_the_tree_of_the_container(operations: list[Operation]) -> None:
     with tempfile.TemporaryDirectory(prefix="gw-") as directory:
         root = Path(directory, "overlay")
         root.mkdir()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gearworkers.settings import Settings
 from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
-from tests.conformance.drivers import InProcess, an_id
+from tests.conformance.drivers import InProcess, new_layer_id
 from tests.conformance.layers import File, applied, committed, mounted, shown, tar
 from tests.property.test_containerdiff_sequences import OPERATION, REFUSED, Operation
 from tests.support.overlays import Node
@@ -94,7 +94,7 @@ def driver() -> Iterator[InProcess]:
 @given(trees())
 def test_a_mount_shows_any_tree_as_applied_and_diff_returns_its_tar(driver: InProcess, files: list[File]) -> None:
     data = tar(*files)
-    id = an_id()
+    id = new_layer_id()
     driver.create(id)
     driver.apply_diff(id, "", data)
     nodes = shown(driver, id)
@@ -124,7 +124,7 @@ def check_node(node: Node, entry: TarEntry, content: bytes) -> None:
 
 @EXAMPLES
 @given(trees(), trees())
-def test_any_tree_over_another_is_their_union_and_the_diff_of_two_layers_turns_one_into_the_other(
+def test_any_two_trees_are_merged_and_the_diff_of_two_layers_turns_one_into_the_other(
     driver: InProcess, lower: list[File], upper: list[File]
 ) -> None:
     base = applied(driver, *lower)
@@ -132,11 +132,11 @@ def test_any_tree_over_another_is_their_union_and_the_diff_of_two_layers_turns_o
     nodes = shown(driver, top)
     assert {entry.name.rstrip(b"/") for entry, _ in upper} <= set(nodes)
     alone = applied(driver)
-    again = an_id()
+    again = new_layer_id()
     driver.create(again, alone)
     driver.apply_diff(again, alone, driver.diff(top, alone))
     assert unlinked(shown(driver, again)) == unlinked(nodes)
-    back = an_id()
+    back = new_layer_id()
     driver.create(back, top)
     driver.apply_diff(back, top, driver.diff(base, top))
     assert unlinked(shown(driver, back)) == unlinked(shown(driver, base))
@@ -156,7 +156,7 @@ def test_a_commit_keeps_all_changes_of_a_container(
 ) -> None:
     made = [applied(driver, *files)]
     for operations in turns:
-        parent, id = made[-1], an_id()
+        parent, id = made[-1], new_layer_id()
         driver.create_read_write(id, parent)
         with mounted(driver, id) as merged:
             for operation in operations:

@@ -157,6 +157,7 @@ def test_an_unreachable_registry_is_unavailable(tmp_path: Path) -> None:
         target.manifest("v1")
 
 
+@pytest.mark.slow
 def test_plain_http_is_not_tried_on_other_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sent: list[str] = []
 
@@ -170,6 +171,7 @@ def test_plain_http_is_not_tried_on_other_machines(monkeypatch: pytest.MonkeyPat
     assert set(sent) == {"https://registry.example.org/v2/"}
 
 
+@pytest.mark.slow
 def test_a_retry_waits_for_the_time_in_retry_after(tmp_path: Path) -> None:
     answers = [
         Answer(200),
@@ -221,6 +223,7 @@ class _Uploads:
 
 
 @pytest.mark.parametrize("failures", [{"PATCH": 3}, {"PUT": 1}, {"GET": 2, "PATCH": 1}], ids=str)
+@pytest.mark.slow
 def test_an_upload_is_finished_despite_lost_responses(
     failures: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
