@@ -66,13 +66,14 @@ class Authenticator:
     transport: Transport
     docker_config: Path
     _challenge: Challenge | None = None
-    _tokens: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
+    tokens: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
+    """Cached Authorization headers and their ends in monotonic time, by scopes."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cached(self, scopes: tuple[str, ...]) -> str | None:
         """Return the Authorization header for *scopes* if a valid one is cached."""
         with self._lock:
-            value, end_s = self._tokens.get(scopes, ("", 0.0))
+            value, end_s = self.tokens.get(scopes, ("", 0.0))
             return value if time.monotonic() < end_s else None
 
     def authorize(self, header: str, scopes: tuple[str, ...]) -> str:
@@ -91,13 +92,13 @@ class Authenticator:
         else:
             value, lifetime_s = self._bearer(challenge, credentials, scopes)
         with self._lock:
-            self._tokens[scopes] = value, time.monotonic() + lifetime_s
+            self.tokens[scopes] = value, time.monotonic() + lifetime_s
         return value
 
     def forget(self, scopes: tuple[str, ...]) -> None:
         """Drop an authorization that the registry rejected."""
         with self._lock:
-            self._tokens.pop(scopes, None)
+            self.tokens.pop(scopes, None)
 
     def _basic(self, credentials: Credentials | None) -> str:
         if credentials is None or not credentials.user:

@@ -79,14 +79,14 @@ class Registry:
         base = self._base_url()
         with translated(f"{method} {target.partition('?')[0]}"):
             url = urljoin(base, target)
-            is_own_host = _server(url) == _server(base)
+            is_own_host = server_of(url) == server_of(base)
         for again in (False, True):
             authorization = self.authenticator.cached(scopes) if is_own_host else None
             sent = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
-            if response.status != 401 or again or _server(urljoin(url, response.url or "")) != _server(base):
+            if response.status != 401 or again or server_of(urljoin(url, response.url or "")) != server_of(base):
                 break  # answer only the registry's own challenge, not one of a server that it redirects to
             response.drain_conn()
             self.authenticator.forget(scopes)
@@ -311,7 +311,8 @@ class _Upload:
         self.is_broken = False
 
 
-def _server(url: str) -> tuple[str, str | None, int | None]:
+def server_of(url: str) -> tuple[str, str | None, int | None]:
+    """Return scheme, host and port of *url*; the scheme's default port if it names none."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
 

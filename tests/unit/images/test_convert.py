@@ -1,4 +1,4 @@
-"""Conversions: what becomes of each kind of file, layer, manifest and source, in real registries and a real remote."""
+"""Convert each kind of file, layer, manifest and source, with real registries and a real remote."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ AMD64 = m.Platform("amd64", "linux")
 
 
 def noise(seed: str, size_bytes: int) -> bytes:
-    """Bytes that do not compress."""
+    """Return bytes that do not compress."""
     return hashlib.shake_256(seed.encode()).digest(size_bytes)
 
 
@@ -104,7 +104,7 @@ def converted(
     all_platforms: bool = False,
     again: bool = False,
 ) -> ConversionReport:
-    """Convert in this process, one layer after the other."""
+    """Convert in this process, one layer after another."""
     wanted = None if all_platforms else platform
     plan = plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
     remote = open_remote(settings)
@@ -135,7 +135,7 @@ class TestImages:
         assert SMALL in tar
         assert MIDDLE not in tar and LARGE[:1000] not in tar
 
-    def test_small_contents_are_right_wherever_they_lie_in_a_large_layer(
+    def test_small_contents_are_intact_at_every_offset_of_a_large_layer(
         self, settings: Settings, peer: Registry
     ) -> None:
         layer = tar_of([(f"file{number}", noise(str(number), 40 + number % 200)) for number in range(9000)])
@@ -143,7 +143,7 @@ class TestImages:
         (tar,) = converted_image(settings, peer, Image([layer])).tars
         assert contents_of(tar) == contents_of(layer)
 
-    def test_who_knows_nothing_of_gear_fails_at_a_layers_first_entry_and_shows_why(
+    def test_tar_fails_at_the_guard_entry_and_shows_the_reason(
         self, settings: Settings, peer: Registry, tmp_path: Path
     ) -> None:
         for tar in converted_image(settings, peer, Image([BASE, TOP])).tars:
@@ -166,7 +166,7 @@ class TestImages:
         assert {layer["mediaType"] for layer in found.manifest["layers"]} == {layer_type}
         assert contents_of(found.tars[1], open_remote(settings)) == contents_of(TOP)
 
-    def test_config_and_history_stay_and_the_mark_is_added(self, settings: Settings, peer: Registry) -> None:
+    def test_config_and_history_are_kept_and_the_mark_is_added(self, settings: Settings, peer: Registry) -> None:
         history = ({"created_by": "one"}, {"created_by": "ENV", "empty_layer": True}, {"created_by": "two"})
         image = Image([BASE, TOP], labels={"a": "b"}, history=history, oci=True)
         found = converted_image(settings, peer, image)
@@ -176,25 +176,25 @@ class TestImages:
         assert found.config == expected
         assert found.manifest["annotations"] == {m.GEAR_MARK: "1"}
 
-    def test_a_layer_that_comes_twice_is_converted_once(self, settings: Settings, peer: Registry) -> None:
+    def test_a_repeated_layer_is_converted_once(self, settings: Settings, peer: Registry) -> None:
         target = f"{peer.host}/gear:v1"
         report = converted(settings, pushed(settings, peer, Image([BASE, TOP, BASE])), target)
         assert report.layers == 2
         assert len(pull(repository(settings, target), "v1").tars) == 3
 
-    def test_a_gear_image_stays_what_it_is(self, settings: Settings, peer: Registry) -> None:
+    def test_converting_a_gear_image_changes_nothing(self, settings: Settings, peer: Registry) -> None:
         first = converted_image(settings, peer, Image([BASE, TOP]))
         converted(settings, f"{peer.host}/gear:v1", f"{peer.host}/twice:v1")
         assert pull(repository(settings, f"{peer.host}/twice"), "v1") == first
 
-    def test_what_was_built_on_a_gear_image_is_converted_too(self, settings: Settings, peer: Registry) -> None:
+    def test_layers_added_to_a_gear_image_are_converted(self, settings: Settings, peer: Registry) -> None:
         base = converted_image(settings, peer, Image([BASE]))
         image = Image([*base.tars, TOP])
         found = converted_image(settings, peer, image)
         assert found.tars[0] == base.tars[0]
         assert contents_of(found.tars[1], open_remote(settings)) == contents_of(TOP)
 
-    def test_the_report_adds_up(self, settings: Settings, peer: Registry) -> None:
+    def test_the_report_counts_layers_objects_and_bytes(self, settings: Settings, peer: Registry) -> None:
         image = Image([BASE, TOP])
         report = converted(settings, pushed(settings, peer, image), f"{peer.host}/gear:v1")
         contents = {MIDDLE, LARGE, MIDDLE[::-1], MIDDLE * 2}
@@ -207,8 +207,8 @@ class TestImages:
         assert report.digest == m.digest_of(msgspec.json.encode(found.manifest))
 
 
-class TestSameDigests:
-    def test_two_conversions_give_the_same(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+class TestReproducibility:
+    def test_two_conversions_give_the_same_digest(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
         source = pushed(settings, peer, Image([BASE, TOP]))
         first = converted(settings, source, f"{peer.host}/one:v1")
         elsewhere = replace(settings, remote=replace(settings.remote, url=str(tmp_path / "other-remote")))
@@ -217,7 +217,9 @@ class TestSameDigests:
         assert second.reused_layers == 0
 
     @pytest.mark.parametrize("oci", [False, True])
-    def test_however_the_layers_were_compressed(self, settings: Settings, peer: Registry, oci: bool) -> None:
+    def test_the_source_compression_does_not_change_the_digest(
+        self, settings: Settings, peer: Registry, oci: bool
+    ) -> None:
         digests = {
             json.dumps(pull(repository(settings, f"{peer.host}/gear"), "v1").manifest["layers"])
             for compression in ("", "gzip", "zstd")
@@ -226,34 +228,34 @@ class TestSameDigests:
         assert len(digests) == 1
 
 
-class TestLayersDoneBefore:
-    def test_a_layer_is_not_converted_again(self, settings: Settings, peer: Registry) -> None:
+class TestConvertedLayers:
+    def test_a_converted_layer_is_reused(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE, TOP]))
         first = converted(settings, source, f"{peer.host}/gear:v1")
         second = converted(settings, source, f"{peer.host}/gear:v2")
         assert (second.digest, second.reused_layers, second.new_objects) == (first.digest, 2, 0)
 
-    def test_its_source_is_not_even_read(self, settings: Settings, peer: Registry) -> None:
+    def test_reusing_a_layer_does_not_read_its_source(self, settings: Settings, peer: Registry) -> None:
         image = Image([BASE])
         job = plan_conversion(settings.registry, pushed(settings, peer, image), f"{peer.host}/gear", AMD64).jobs()[0]
         convert_layer(settings, open_remote(settings), job, lambda _: None)
-        gone = msgspec.structs.replace(job, source=f"{peer.host}/not-there")
-        assert convert_layer(settings, open_remote(settings), gone, lambda _: None).reused
+        missing = msgspec.structs.replace(job, source=f"{peer.host}/missing")
+        assert convert_layer(settings, open_remote(settings), missing, lambda _: None).reused
 
-    def test_it_is_taken_over_from_another_repository(self, settings: Settings, peer: Registry) -> None:
+    def test_a_layer_is_reused_from_another_repository(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
         converted(settings, source, f"{peer.host}/one:v1")
         assert converted(settings, source, f"{peer.host}/two:v1").reused_layers == 1
         assert pull(repository(settings, f"{peer.host}/two"), "v1").tars
 
-    def test_it_is_copied_from_another_registry(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+    def test_a_layer_is_copied_from_another_registry(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
         source = pushed(settings, peer, Image([BASE]))
         converted(settings, source, f"{peer.host}/gear:v1")
         with registries.registry(tmp_path / "second") as second:
             assert converted(settings, source, f"{second.host}/gear:v1").reused_layers == 1
             assert pull(repository(settings, f"{second.host}/gear"), "v1").tars
 
-    def test_it_is_converted_again_if_its_blob_is_nowhere(
+    def test_a_layer_is_converted_again_if_its_blob_is_missing(
         self, settings: Settings, peer: Registry, tmp_path: Path
     ) -> None:
         image = Image([BASE])
@@ -262,7 +264,7 @@ class TestLayersDoneBefore:
         report = converted(settings, pushed(settings, peer, image), f"{peer.host}/gear:v1")
         assert (report.reused_layers, report.new_objects) == (0, 0)
 
-    def test_it_is_converted_again_if_its_blob_is_damaged(
+    def test_a_layer_is_converted_again_if_its_blob_is_damaged(
         self, settings: Settings, peer: Registry, tmp_path: Path
     ) -> None:
         source = pushed(settings, peer, Image([BASE]))
@@ -274,14 +276,14 @@ class TestLayersDoneBefore:
             assert converted(settings, source, f"{other.host}/gear:v1").reused_layers == 0
             assert pull(repository(settings, f"{other.host}/gear"), "v1")
 
-    def test_a_damaged_record_is_as_good_as_none(self, settings: Settings, peer: Registry) -> None:
+    def test_a_malformed_record_is_ignored(self, settings: Settings, peer: Registry) -> None:
         plan = plan_conversion(settings.registry, pushed(settings, peer, Image([BASE])), f"{peer.host}/gear", AMD64)
         open_remote(settings).put_document(record_name(plan.jobs()[0]), b"nonsense")
         done = convert_layer(settings, open_remote(settings), plan.jobs()[0], lambda _: None)
         assert not done.reused
 
     @pytest.mark.parametrize("large", [False, True])
-    def test_a_damaged_blob_of_the_remote_is_replaced_once_it_is_removed(
+    def test_again_replaces_a_damaged_blob_that_was_removed_from_the_remote(
         self, settings: Settings, peer: Registry, large: bool
     ) -> None:
         content = noise("content", 3 << 20) if large else MIDDLE
@@ -290,7 +292,7 @@ class TestLayersDoneBefore:
         digest = hashlib.sha256(content).digest()
         remote = open_remote(settings)
         damaged = [digest, *(chunk.digest for chunk in (remote.layout(digest) or [])[:1])]
-        files = [next((Path(settings.remote.url) / "objects").glob(f"*/{one.hex()}")) for one in damaged]
+        files = [next((Path(settings.remote.url) / "objects").glob(f"*/{name.hex()}")) for name in damaged]
         files[-1].chmod(0o600)
         files[-1].write_bytes(b"Rdamaged")
         with pytest.raises(IntegrityError, match=damaged[-1].hex()):
@@ -300,7 +302,7 @@ class TestLayersDoneBefore:
         converted(settings, source, target, again=True)
         assert b"".join(remote.fetch(digest)) == content
 
-    def test_it_is_converted_again_if_that_is_asked(self, settings: Settings, peer: Registry) -> None:
+    def test_again_converts_a_converted_layer_anew(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
         first = converted(settings, source, f"{peer.host}/gear:v1")
         second = converted(settings, source, f"{peer.host}/gear:v1", again=True)
@@ -318,13 +320,13 @@ class TestIndexes:
         push_index(target, "v1", [self.ARM, self.AMD], [self.NOTE])
         return f"{peer.host}/many:v1"
 
-    def test_one_platform_is_taken(self, settings: Settings, peer: Registry, source: str) -> None:
+    def test_only_the_requested_platform_is_converted(self, settings: Settings, peer: Registry, source: str) -> None:
         converted(settings, source, f"{peer.host}/gear:v1")
         found = pull(repository(settings, f"{peer.host}/gear"), "v1")
         assert found.config["architecture"] == "amd64"
         assert contents_of(found.tars[0], open_remote(settings)) == contents_of(self.AMD.tars[0])
 
-    def test_all_are_taken_if_asked_without_what_is_about_the_old_ones(
+    def test_all_platforms_are_converted_without_attestations(
         self, settings: Settings, peer: Registry, source: str
     ) -> None:
         converted(settings, source, f"{peer.host}/gear:v1", all_platforms=True)
@@ -335,7 +337,7 @@ class TestIndexes:
         architectures = [pull(target, child["digest"]).config["architecture"] for child in index["manifests"]]
         assert architectures == ["arm64", "amd64"]
 
-    def test_a_platform_that_is_not_there_is_told_with_those_that_are(
+    def test_the_error_for_a_missing_platform_lists_the_available_ones(
         self, settings: Settings, peer: Registry, source: str
     ) -> None:
         with pytest.raises(NotFound, match=r"linux/riscv64.*linux/amd64, linux/arm64"):
@@ -345,22 +347,22 @@ class TestIndexes:
 class TestArchives:
     IMAGE = Image([BASE, TOP], compression="")
 
-    def test_what_docker_saved_is_converted(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+    def test_a_docker_archive_is_converted_like_its_pushed_image(
+        self, settings: Settings, peer: Registry, tmp_path: Path
+    ) -> None:
         (tmp_path / "image.tar").write_bytes(self.IMAGE.saved("some/image:v1"))
         converted(settings, f"docker-archive:{tmp_path / 'image.tar'}", f"{peer.host}/saved:v1")
         converted(settings, pushed(settings, peer, self.IMAGE), f"{peer.host}/pushed:v1")
         found = pull(repository(settings, f"{peer.host}/saved"), "v1")
         assert found == pull(repository(settings, f"{peer.host}/pushed"), "v1")
 
-    def test_compressed_layers_in_an_archive_are_known(
-        self, settings: Settings, peer: Registry, tmp_path: Path
-    ) -> None:
+    def test_gzip_layers_in_an_archive_are_recognized(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
         (tmp_path / "image.tar").write_bytes(replace(self.IMAGE, compression="gzip").saved())
         converted(settings, f"docker-archive:{tmp_path / 'image.tar'}", f"{peer.host}/gear:v1")
         found = pull(repository(settings, f"{peer.host}/gear"), "v1")
         assert contents_of(found.tars[1], open_remote(settings)) == contents_of(TOP)
 
-    def test_zstd_layers_in_an_archive_are_known(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+    def test_zstd_layers_in_an_archive_are_recognized(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
         (tmp_path / "image.tar").write_bytes(replace(self.IMAGE, compression="zstd").saved())
         converted(settings, f"docker-archive:{tmp_path / 'image.tar'}", f"{peer.host}/gear:v1")
         found = pull(repository(settings, f"{peer.host}/gear"), "v1")
@@ -386,7 +388,9 @@ class TestArchives:
         assert report.layers == 1
 
     @pytest.mark.parametrize("layer", ["../outside", "/dev/zero", "pipe"])
-    def test_an_unpacked_archive_gives_files_of_its_own(self, settings: Settings, tmp_path: Path, layer: str) -> None:
+    def test_an_unpacked_archive_gives_only_regular_files_inside_it(
+        self, settings: Settings, tmp_path: Path, layer: str
+    ) -> None:
         (tmp_path / "outside").write_bytes(BASE)
         directory = tmp_path / "archive"
         directory.mkdir()
@@ -411,13 +415,15 @@ class TestArchives:
         found = pull(repository(settings, f"{peer.host}/gear"), "v1")
         assert contents_of(found.tars[0], open_remote(settings)) == contents_of(BASE)
 
-    def test_of_several_images_one_has_to_be_named(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+    def test_a_layout_with_several_images_requires_a_tag(
+        self, settings: Settings, peer: Registry, tmp_path: Path
+    ) -> None:
         self.IMAGE.write_layout(tmp_path / "layout", ["v1", "v2"])
         with pytest.raises(InvalidInput, match=r"2 images.*v1, v2"):
             converted(settings, f"oci:{tmp_path / 'layout'}", f"{peer.host}/gear:v1")
         assert converted(settings, f"oci:{tmp_path / 'layout'}:v2", f"{peer.host}/gear:v1")
 
-    def test_a_damaged_layer_is_an_error_and_names_no_image(
+    def test_a_damaged_layer_fails_the_conversion_and_publishes_no_image(
         self, settings: Settings, peer: Registry, tmp_path: Path
     ) -> None:
         self.IMAGE.write_layout(tmp_path / "layout")
@@ -427,14 +433,14 @@ class TestArchives:
         with pytest.raises(NotFound):
             repository(settings, f"{peer.host}/gear").manifest("v1")
 
-    @pytest.mark.parametrize("source", ["oci:/not/there", "docker-archive:/not/there:v1"])
-    def test_a_path_that_is_not_there_is_named(self, settings: Settings, source: str) -> None:
-        with pytest.raises(NotFound, match="/not/there"):
+    @pytest.mark.parametrize("source", ["oci:/missing", "docker-archive:/missing:v1"])
+    def test_the_error_for_a_missing_path_names_it(self, settings: Settings, source: str) -> None:
+        with pytest.raises(NotFound, match="/missing"):
             converted(settings, source, "localhost/gear")
 
 
-class TestRefusals:
-    def test_a_layer_that_names_contents_which_the_remote_lacks(
+class TestErrors:
+    def test_a_layer_with_contents_missing_in_the_remote_is_rejected(
         self, settings: Settings, peer: Registry, tmp_path: Path
     ) -> None:
         base = converted_image(settings, peer, Image([BASE]))
@@ -442,41 +448,41 @@ class TestRefusals:
         with pytest.raises(FailedPrecondition, match="gear push"):
             converted(empty, pushed(settings, peer, Image(base.tars), "again"), f"{peer.host}/gear:v2")
 
-    def test_a_target_by_digest(self, settings: Settings) -> None:
+    def test_a_target_with_a_digest_is_rejected(self, settings: Settings) -> None:
         with pytest.raises(InvalidInput, match="tag"):
             converted(settings, "localhost/a", f"localhost/b@sha256:{'0' * 64}")
 
-    def test_a_tar_that_is_not_what_the_config_says(self, settings: Settings, peer: Registry) -> None:
+    def test_a_layer_whose_tar_differs_from_its_diff_id_is_rejected(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
         job = plan_conversion(settings.registry, source, f"{peer.host}/gear", AMD64).jobs()[0]
         wrong = msgspec.structs.replace(job, diff_id=m.digest_of(b""))
         with pytest.raises(IntegrityError, match="config"):
             convert_layer(settings, open_remote(settings), wrong, lambda _: None)
 
-    def test_a_blob_that_is_no_tar(self, settings: Settings, peer: Registry) -> None:
+    def test_a_layer_that_is_not_a_tar_is_rejected(self, settings: Settings, peer: Registry) -> None:
         with pytest.raises(InvalidInput):
-            converted(settings, pushed(settings, peer, Image([b"no tar" * 1000])), f"{peer.host}/gear:v1")
+            converted(settings, pushed(settings, peer, Image([b"not a tar" * 1000])), f"{peer.host}/gear:v1")
 
-    def test_a_sparse_file_that_no_disk_has_room_for(self, settings: Settings, peer: Registry) -> None:
+    def test_a_sparse_file_larger_than_the_disk_is_rejected(self, settings: Settings, peer: Registry) -> None:
         records = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.numblocks": "0"}
         bomb = special("bomb", tarfile.REGTYPE, pax_headers=records | {"GNU.sparse.size": str(1 << 62)})
         with pytest.raises(ResourceExhausted, match="bomb"):
             converted(settings, pushed(settings, peer, Image([tar_of([bomb])])), f"{peer.host}/gear:v1")
 
-    def test_no_directory_for_what_is_on_its_way(self, settings: Settings, peer: Registry) -> None:
+    def test_the_error_for_an_unusable_converting_directory_names_it(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
         settings.gear_root.mkdir()
         (settings.gear_root / "converting").touch()
         with pytest.raises(GearError, match=f"store a layer in {settings.gear_root}/converting, below GEAR_ROOT"):
             converted(settings, source, f"{peer.host}/gear:v1")
 
-    def test_no_remote(self, settings: Settings) -> None:
+    def test_a_conversion_requires_a_remote(self, settings: Settings) -> None:
         with pytest.raises(FailedPrecondition, match="GEAR_REMOTE"):
             open_remote(replace(settings, remote=replace(settings.remote, url="")))
 
 
 @pytest.mark.parametrize(
-    ("asked", "found", "is_one"),
+    ("requested", "found", "runs"),
     [
         ("linux/arm64/v8", "linux/arm64", True),
         ("linux/arm64", "linux/arm64/v8", True),
@@ -486,15 +492,15 @@ class TestRefusals:
         ("linux/amd64", "linux/arm64", False),
     ],
 )
-def test_an_image_that_names_no_variant_is_of_the_usual_one(asked: str, found: str, is_one: bool) -> None:
-    assert m.Platform.parse(asked).runs(m.Platform.parse(found)) is is_one
+def test_an_image_without_a_variant_has_the_default_one(requested: str, found: str, runs: bool) -> None:
+    assert m.Platform.parse(requested).runs(m.Platform.parse(found)) is runs
 
 
-def test_sparse_files_become_plain_ones(settings: Settings, peer: Registry, tmp_path: Path) -> None:
+def test_sparse_files_become_ordinary_files(settings: Settings, peer: Registry, tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
-        for at in (0, 1 << 20, 5 << 20):
-            file.seek(at)
+        for offset in (0, 1 << 20, 5 << 20):
+            file.seek(offset)
             file.write(MIDDLE)
         file.truncate(9 << 20)
     tar = sparse_tar(path)
@@ -504,10 +510,10 @@ def test_sparse_files_become_plain_ones(settings: Settings, peer: Registry, tmp_
     assert (entry.name, entry.size_bytes, content) == (b"sparse", 9 << 20, path.read_bytes())
 
 
-def test_nothing_is_kept_where_the_system_has_its_temporary_files(
+def test_conversions_do_not_use_the_systems_temporary_directory(
     settings: Settings, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They may be memory; a layer that is copied, a converted one and a large content are as large as they like."""
+    """/tmp may be memory, and copied layers, converted layers and large contents have any size."""
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(9 << 20)
@@ -524,7 +530,7 @@ def sparse_tar(path: Path) -> bytes:
     return subprocess.run(command, check=True, capture_output=True).stdout
 
 
-def test_extended_attributes_times_and_odd_names_stay(settings: Settings, peer: Registry) -> None:
+def test_extended_attributes_times_and_unusual_names_are_kept(settings: Settings, peer: Registry) -> None:
     entries = [
         TarEntry(b"caps", mode=0o4755, uid=1 << 30, mtime_ns=1_700_000_000_123_456_789, size_bytes=len(MIDDLE)),
         TarEntry(b"\xff\xfe name", gid=7, mtime_ns=-5_000_000_001, size_bytes=len(MIDDLE)),
@@ -538,7 +544,7 @@ def test_extended_attributes_times_and_odd_names_stay(settings: Settings, peer: 
     assert contents_of(found, open_remote(settings)) == contents_of(tar.getvalue())
 
 
-def test_processes_of_this_host_convert_it_all_and_tell_how_far_they_are(settings: Settings, peer: Registry) -> None:
+def test_local_processes_convert_all_layers_and_report_progress(settings: Settings, peer: Registry) -> None:
     image = Image([BASE, TOP, tar_of([("third", LARGE[::-1])])])
     plan = plan_conversion(settings.registry, pushed(settings, peer, image), f"{peer.host}/gear:v1", AMD64)
     read: dict[str, int] = {}
@@ -554,7 +560,7 @@ class TestPrivateLayers:
     ABOVE = tar_of([("other", LARGE)])
 
     @pytest.mark.parametrize("compression", ["", "gzip", "zstd"])
-    def test_they_are_copied_and_nothing_of_them_is_stored(
+    def test_private_layers_are_copied_without_storing_objects(
         self, settings: Settings, peer: Registry, compression: str
     ) -> None:
         image = Image([tar_of([("base", SMALL + MIDDLE)]), self.MARKED, self.ABOVE], compression, compression == "zstd")
@@ -568,7 +574,9 @@ class TestPrivateLayers:
         contents = [hashlib.sha256(content).digest() for content in (MIDDLE, LARGE, SMALL + MIDDLE)]
         assert open_remote(settings).has(contents) == [contents[2]]
 
-    def test_one_that_was_converted_for_another_image_is_copied_too(self, settings: Settings, peer: Registry) -> None:
+    def test_a_private_layer_is_copied_even_if_another_images_conversion_converted_it(
+        self, settings: Settings, peer: Registry
+    ) -> None:
         converted(settings, pushed(settings, peer, Image([self.ABOVE])), f"{peer.host}/gear:v1")
         source = pushed(settings, peer, Image([self.MARKED, self.ABOVE]), "private")
         assert converted(settings, source, f"{peer.host}/gear:v2").private_layers == 2
@@ -576,21 +584,23 @@ class TestPrivateLayers:
         assert found.tars == [self.MARKED, self.ABOVE]
         assert m.GEAR_MARK not in found.config["config"]["Labels"]
 
-    def test_one_platforms_mark_counts_for_all(self, settings: Settings, peer: Registry) -> None:
+    def test_a_layer_that_is_private_in_one_platform_is_private_in_all(
+        self, settings: Settings, peer: Registry
+    ) -> None:
         target = repository(settings, f"{peer.host}/many")
         images = [Image([self.MARKED, self.ABOVE]), Image([self.ABOVE], architecture="arm64")]
         push_index(target, "v1", images)
         report = converted(settings, f"{peer.host}/many:v1", f"{peer.host}/gear:v1", all_platforms=True)
         assert (report.layers, report.private_layers, report.objects) == (2, 2, 0)
 
-    def test_a_mark_after_file_contents_is_rejected(self, settings: Settings, peer: Registry) -> None:
+    def test_a_private_mark_after_contents_is_rejected(self, settings: Settings, peer: Registry) -> None:
         late = Image([tar_of([("secret", MIDDLE), (".gear-private", b"")])])
         with pytest.raises(InvalidInput, match=r"\.gear-private.* comes after contents"):
             converted(settings, pushed(settings, peer, late), f"{peer.host}/gear:v1")
 
 
-def test_a_process_of_this_host_that_fails_says_why(settings: Settings, peer: Registry) -> None:
-    broken = tar_of([("a", MIDDLE)])[:1024] + b"no tar" * 1000
+def test_an_error_in_a_local_process_is_raised_with_its_reason(settings: Settings, peer: Registry) -> None:
+    broken = tar_of([("a", MIDDLE)])[:1024] + b"not a tar" * 1000
     plan = plan_conversion(
         settings.registry, pushed(settings, peer, Image([broken, BASE])), f"{peer.host}/gear:v1", AMD64
     )
@@ -598,7 +608,7 @@ def test_a_process_of_this_host_that_fails_says_why(settings: Settings, peer: Re
         convert_locally(settings, plan, 1, lambda *_: None)
 
 
-def test_jobs_and_results_travel_as_json() -> None:
+def test_jobs_and_results_survive_json() -> None:
     job = LayerJob("source", "target", "sha256:1", 1, "sha256:2", True)
     done = ConvertedLayer("sha256:1", "sha256:3", 1, "sha256:4", 1, 2, 3, 4, 5, True)
     assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(job))), LayerJob) == job

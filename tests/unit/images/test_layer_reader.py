@@ -1,4 +1,4 @@
-"""Blobs: every byte verified, every compression undone, in bounded memory."""
+"""Verify and decompress blobs in bounded memory."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def unpack(blob: bytes, content: bytes = CONTENT, step_bytes: int = 1 << 20) -> 
 )
 @pytest.mark.parametrize("step_bytes", [37, 1000, 1 << 20])
 @pytest.mark.slow
-def test_what_was_compressed_comes_out(blob: bytes, step_bytes: int) -> None:
+def test_layers_of_every_compression_are_decompressed(blob: bytes, step_bytes: int) -> None:
     assert unpack(blob, step_bytes=step_bytes) == CONTENT
 
 
-def test_frames_that_are_to_be_skipped_are() -> None:
+def test_skippable_zstd_frames_are_skipped() -> None:
     for kind in (b"\x50", b"\x5e"):
         skipped = kind + b"\x2a\x4d\x18\x07\0\0\0ignored"
         parts = (zstandard.compress(CONTENT[:1000]), zstandard.compress(CONTENT[1000:]), b"")
@@ -53,12 +53,12 @@ def test_frames_that_are_to_be_skipped_are() -> None:
 
 
 @pytest.mark.parametrize("blob", [b"", b"x", b"abc"])
-def test_a_blob_shorter_than_any_mark_is_plain(blob: bytes) -> None:
+def test_a_blob_shorter_than_any_magic_number_counts_as_uncompressed(blob: bytes) -> None:
     assert unpack(blob, blob) == blob
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
-def test_a_cut_blob_is_an_error(compress: Callable[[bytes], bytes]) -> None:
+def test_a_truncated_blob_is_an_error(compress: Callable[[bytes], bytes]) -> None:
     with pytest.raises(IntegrityError):
         unpack(compress(CONTENT)[:-20])
 
@@ -71,14 +71,14 @@ def test_a_damaged_blob_is_an_error(compress: Callable[[bytes], bytes]) -> None:
         unpack(bytes(blob))
 
 
-def test_a_tar_other_than_the_config_says_is_an_error() -> None:
+def test_a_tar_that_differs_from_its_diff_id_is_an_error() -> None:
     with pytest.raises(IntegrityError, match="config"):
         unpack(gzip.compress(CONTENT), b"something else")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
-def test_a_bomb_comes_in_small_pieces(compress: Callable[[bytes], bytes]) -> None:
+def test_a_decompression_bomb_is_read_in_small_pieces(compress: Callable[[bytes], bytes]) -> None:
     zeros = bytes(200 << 20)
     hasher = hashlib.sha256()
     with unpacked(io.BytesIO(compress(zeros)), digest(zeros)) as tar:
@@ -90,7 +90,7 @@ def test_a_bomb_comes_in_small_pieces(compress: Callable[[bytes], bytes]) -> Non
     assert hasher.hexdigest() == hashlib.sha256(bytes(200 << 20)).hexdigest()
 
 
-def test_what_is_not_read_to_its_end_leaves_no_thread() -> None:
+def test_a_layer_that_is_closed_early_leaves_no_thread() -> None:
     before = set(threading.enumerate())
     with unpacked(io.BytesIO(gzip.compress(bytes(64 << 20))), digest(b"")) as tar:
         assert tar.readinto(memoryview(bytearray(10))) == 10
@@ -100,16 +100,16 @@ def test_what_is_not_read_to_its_end_leaves_no_thread() -> None:
 @pytest.mark.parametrize(
     ("blob", "size_bytes"), [(CONTENT[:-1], len(CONTENT)), (CONTENT + b"x", len(CONTENT)), (b"", len(CONTENT))]
 )
-def test_a_blob_of_another_length_is_an_error(blob: bytes, size_bytes: int) -> None:
+def test_a_blob_with_a_wrong_length_is_an_error(blob: bytes, size_bytes: int) -> None:
     with pytest.raises(IntegrityError):
         read_all(VerifiedBlob(io.BytesIO(blob), digest(CONTENT), size_bytes))
 
 
-def test_a_blob_of_other_bytes_is_an_error() -> None:
+def test_a_blob_with_a_wrong_digest_is_an_error() -> None:
     other = bytes(len(CONTENT))
     with pytest.raises(IntegrityError):
         read_all(VerifiedBlob(io.BytesIO(other), digest(CONTENT), len(CONTENT)))
 
 
-def test_a_blob_that_is_what_it_says_comes_whole() -> None:
+def test_a_matching_blob_is_read_to_its_end() -> None:
     assert read_all(VerifiedBlob(io.BytesIO(CONTENT), digest(CONTENT), len(CONTENT))) == CONTENT

@@ -1,4 +1,4 @@
-"""Image names: read as Docker reads them."""
+"""Parse image names as Docker does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIGEST = "sha256:" + "0a" * 32
         (f"a/b:t@{DIGEST}", "docker.io", "a/b", "t", DIGEST),
     ],
 )
-def test_a_name_is_read_as_docker_reads_it(
+def test_a_name_is_parsed_as_docker_does(
     text: str, host: str, repository: str, tag: str | None, digest: str | None
 ) -> None:
     assert Reference.parse(text) == Reference(host, repository, tag, digest)
@@ -56,7 +56,7 @@ def test_a_name_is_read_as_docker_reads_it(
         "x" * 256,
     ],
 )
-def test_what_is_no_name_is_refused(text: str) -> None:
+def test_malformed_names_are_rejected(text: str) -> None:
     with pytest.raises(InvalidInput):
         Reference.parse(text)
 
@@ -73,16 +73,16 @@ def test_what_is_no_name_is_refused(text: str) -> None:
         ("127.0.0.1.example.org", False),
     ],
 )
-def test_only_loopback_is_loopback(host: str, loopback: bool) -> None:
+def test_only_loopback_hosts_count_as_loopback(host: str, loopback: bool) -> None:
     assert Reference.parse(f"{host}/a").is_loopback is loopback
 
 
 @pytest.mark.parametrize("text", ["localhost:5000/a/b:c", f"docker.io/library/debian@{DIGEST}"])
-def test_a_reference_is_shown_as_it_is_read(text: str) -> None:
+def test_a_reference_is_printed_as_it_was_parsed(text: str) -> None:
     assert str(Reference.parse(text)) == text
 
 
-def test_the_api_of_docker_hub_has_a_host_of_its_own() -> None:
+def test_docker_hub_has_a_separate_api_host() -> None:
     assert Reference.parse("debian").api_host == "registry-1.docker.io"
     assert Reference.parse("ghcr.io/a").api_host == "ghcr.io"
 
@@ -102,5 +102,5 @@ def test_the_api_of_docker_hub_has_a_host_of_its_own() -> None:
         (f"host.org/a@{DIGEST}", "host.org/a:t", True),
     ],
 )
-def test_a_repository_is_known_by_any_of_its_usual_names(one: str, other: str, are_same: bool) -> None:
+def test_aliases_of_a_repository_count_as_the_same(one: str, other: str, are_same: bool) -> None:
     assert Reference.parse(one).is_in_repository_of(Reference.parse(other)) is are_same

@@ -1,4 +1,4 @@
-"""The registry client, against Debian's own docker-registry."""
+"""Test the registry client against Debian's docker-registry and simulated registries."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def put_image(target: Repository, version: str) -> bytes:
 
 
 def logged_in(directory: Path, host: str, **auth: str) -> Path:
-    """A directory with the config.json that `docker login` writes."""
+    """Write config.json to *directory* as `docker login` does; return the directory."""
     directory.mkdir(exist_ok=True)
     pair = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
     (directory / "config.json").write_text(json.dumps({"auths": {host: auth or {"auth": pair}}}))
     return directory
 
 
-def test_a_blob_that_was_put_is_read_back(peer: Registry, tmp_path: Path) -> None:
+def test_an_uploaded_blob_can_be_read(peer: Registry, tmp_path: Path) -> None:
     target = repository(peer.host, tmp_path)
     assert not target.has_blob(digest_of(BLOB))
     digest = put(target, BLOB)
@@ -70,7 +70,7 @@ def test_a_blob_that_was_put_is_read_back(peer: Registry, tmp_path: Path) -> Non
     assert read_all(target.blob(digest, len(BLOB))) == BLOB
 
 
-def test_a_blob_larger_than_a_chunk_goes_in_chunks(
+def test_a_blob_larger_than_a_chunk_is_uploaded_in_chunks(
     peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 100_000)
@@ -78,7 +78,7 @@ def test_a_blob_larger_than_a_chunk_goes_in_chunks(
     assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
 
 
-def test_a_chunk_that_broke_is_sent_from_where_the_registry_is(
+def test_a_broken_chunk_upload_resumes_from_the_registrys_offset(
     peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
@@ -86,19 +86,19 @@ def test_a_chunk_that_broke_is_sent_from_where_the_registry_is(
     broken: list[str] = []
     send = target.registry.send
 
-    def breaks_once(method: str, url: str, *rest: object, **options: object) -> object:
-        answer = send(method, url, *rest, **options)  # type: ignore[arg-type]  # the same arguments
+    def break_once(method: str, url: str, *rest: object, **options: object) -> object:
+        response = send(method, url, *rest, **options)  # type: ignore[arg-type]  # the same arguments
         if method == "PATCH" and not broken:
             broken.append(url)
-            raise Unavailable("the answer was lost")
-        return answer
+            raise Unavailable("the response was lost")
+        return response
 
-    monkeypatch.setattr(target.registry, "send", breaks_once)
+    monkeypatch.setattr(target.registry, "send", break_once)
     assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
     assert broken
 
 
-def test_an_upload_of_other_bytes_is_refused(peer: Registry, tmp_path: Path) -> None:
+def test_an_upload_that_differs_from_its_digest_is_rejected(peer: Registry, tmp_path: Path) -> None:
     target = repository(peer.host, tmp_path)
     with pytest.raises(GearError, match="DIGEST_INVALID"):
         target.put_blob(digest_of(BLOB), io.BytesIO(BLOB[:-1] + b"x"), len(BLOB))
@@ -113,7 +113,7 @@ def test_a_blob_is_mounted_from_another_repository(peer: Registry, tmp_path: Pat
     assert other.has_blob(digest)
 
 
-def test_what_is_not_there_cannot_be_mounted(peer: Registry, tmp_path: Path) -> None:
+def test_mounting_a_missing_blob_returns_false(peer: Registry, tmp_path: Path) -> None:
     assert not repository(peer.host, tmp_path).mount(digest_of(BLOB), "one")
 
 
@@ -124,7 +124,7 @@ def test_a_manifest_is_found_by_tag_and_by_digest(peer: Registry, tmp_path: Path
     assert target.manifest(digest_of(data)) == (data, DOCKER_MANIFEST)
 
 
-def test_what_is_not_there_is_not_found(peer: Registry, tmp_path: Path) -> None:
+def test_missing_manifests_and_blobs_are_not_found(peer: Registry, tmp_path: Path) -> None:
     target = repository(peer.host, tmp_path)
     with pytest.raises(NotFound, match="MANIFEST_UNKNOWN"):
         target.manifest("v1")
@@ -132,7 +132,7 @@ def test_what_is_not_there_is_not_found(peer: Registry, tmp_path: Path) -> None:
         read_all(target.blob(digest_of(BLOB), None))
 
 
-def test_a_blob_that_is_damaged_in_the_registry_is_an_error(peer: Registry, tmp_path: Path) -> None:
+def test_a_blob_damaged_in_the_registry_is_an_error(peer: Registry, tmp_path: Path) -> None:
     target = repository(peer.host, tmp_path)
     digest = put(target, BLOB)
     (stored,) = peer.directory.glob(f"storage/**/{digest.removeprefix('sha256:')}/data")
@@ -141,17 +141,17 @@ def test_a_blob_that_is_damaged_in_the_registry_is_an_error(peer: Registry, tmp_
         read_all(target.blob(digest, len(BLOB)))
 
 
-def test_a_download_goes_on_where_it_broke(peer: Registry, tmp_path: Path) -> None:
+def test_a_broken_download_resumes_at_its_offset(peer: Registry, tmp_path: Path) -> None:
     digest = put(repository(peer.host, tmp_path), BLOB)
     with linked(peer.port) as (link, port):
-        link.first_cut_after_bytes = [0, 400_000, 300_000]  # the first only asks whether it is a registry
+        link.first_cut_after_bytes = [0, 400_000, 300_000]  # the first request only detects a registry
         found = read_all(repository(f"127.0.0.1:{port}", tmp_path).blob(digest, len(BLOB)))
-        assert not link.first_cut_after_bytes, "it broke twice"
+        assert not link.first_cut_after_bytes, "the download broke twice"
     assert found == BLOB
 
 
 @pytest.mark.slow
-def test_a_registry_that_is_away_is_unavailable(tmp_path: Path) -> None:
+def test_an_unreachable_registry_is_unavailable(tmp_path: Path) -> None:
     target = repository(f"127.0.0.1:{free_port()}", tmp_path)
     with pytest.raises(Unavailable):
         target.manifest("v1")
@@ -161,79 +161,83 @@ def test_a_registry_that_is_away_is_unavailable(tmp_path: Path) -> None:
 def test_plain_http_is_not_tried_on_other_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sent: list[str] = []
 
-    def refuses(transport: transport.Transport, method: str, url: str, **options: object) -> object:
+    def refuse(transport: transport.Transport, method: str, url: str, **options: object) -> object:
         sent.append(url)
-        raise Unavailable("nobody there")
+        raise Unavailable("no server")
 
-    monkeypatch.setattr(transport.Transport, "send", refuses)
+    monkeypatch.setattr(transport.Transport, "send", refuse)
     with pytest.raises(Unavailable):
         repository("registry.example.org", tmp_path).has_blob(digest_of(BLOB))
     assert set(sent) == {"https://registry.example.org/v2/"}
 
 
 @pytest.mark.slow
-def test_a_registry_that_asks_to_wait_is_left_alone_so_long(tmp_path: Path) -> None:
-    answers = [Answer(200), Answer(429, {"Retry-After": "2"}), Answer(200)]  # the first: it is a registry
+def test_a_retry_waits_for_the_time_in_retry_after(tmp_path: Path) -> None:
+    answers = [
+        Answer(200),
+        Answer(429, {"Retry-After": "2"}),
+        Answer(200),
+    ]  # the first response only shows that it is a registry
     with answering(lambda asked: answers.pop(0)) as server:
         began_s = time.monotonic()
         assert repository(server.host, tmp_path).has_blob(digest_of(BLOB))
         assert time.monotonic() - began_s >= 2
 
 
-def test_what_is_to_wait_too_long_is_told_at_once(tmp_path: Path) -> None:
+def test_a_long_retry_after_is_raised_without_waiting(tmp_path: Path) -> None:
     with answering(lambda asked: Answer(503, {"Retry-After": "3600"})) as server:
-        with pytest.raises(Unavailable, match="503") as told:
+        with pytest.raises(Unavailable, match="503") as caught:
             repository(server.host, tmp_path).has_blob(digest_of(BLOB))
-        assert (len(server.asked), told.value.after_s) == (2, 3600)
+        assert (len(server.asked), caught.value.after_s) == (2, 3600)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204])
-def test_a_manifest_is_taken_by_any_good_status(status: int, tmp_path: Path) -> None:
+def test_any_success_status_confirms_a_manifest(status: int, tmp_path: Path) -> None:
     with answering(lambda asked: Answer(status)) as server:
         assert repository(server.host, tmp_path).put_manifest("v1", DOCKER_MANIFEST, b"{}") == digest_of(b"{}")
 
 
 class _Uploads:
-    """A registry that takes one blob in chunks, and says *failures* first, by method."""
+    """A registry that receives one blob in chunks; it first answers *failures* requests of each method with 503."""
 
     def __init__(self, **failures: int) -> None:
         self.failures = failures
-        self.taken = b""
-        self.whole = False
+        self.received = b""
+        self.finished = False
 
     def answer(self, asked: Asked) -> Answer:
-        location = {"Location": f"/upload/{len(self.taken)}"}
+        location = {"Location": f"/upload/{len(self.received)}"}
         if asked.method == "HEAD":
-            return Answer(200 if self.whole else 404)
-        if asked.method == "PUT" and self.whole:
+            return Answer(200 if self.finished else 404)
+        if asked.method == "PUT" and self.finished:
             return Answer(404)
         if asked.method == "PATCH":
-            self.taken += asked.body
-        self.whole = self.whole or asked.method == "PUT"
+            self.received += asked.body
+        self.finished = self.finished or asked.method == "PUT"
         if self.failures.get(asked.method, 0):
             self.failures[asked.method] -= 1
             return Answer(503)
         if asked.method == "GET" and asked.path.startswith("/upload"):
-            return Answer(204, {**location, "Range": f"0-{len(self.taken) - 1}"})
+            return Answer(204, {**location, "Range": f"0-{len(self.received) - 1}"})
         return Answer({"GET": 200, "PUT": 201}.get(asked.method, 202), location)
 
 
 @pytest.mark.parametrize("failures", [{"PATCH": 3}, {"PUT": 1}, {"GET": 2, "PATCH": 1}], ids=str)
 @pytest.mark.slow
-def test_an_upload_whose_answers_are_lost_is_ended(
+def test_an_upload_is_finished_despite_lost_responses(
     failures: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
     uploads = _Uploads(**failures)
     with answering(uploads.answer) as server:
         put(repository(server.host, tmp_path), BLOB)
-    assert uploads.taken == BLOB
-    assert uploads.whole
+    assert uploads.received == BLOB
+    assert uploads.finished
 
 
-@pytest.mark.parametrize("refusal", [400, 404, 405, 416])
-def test_a_registry_that_takes_no_chunks_is_given_the_whole(
-    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", [400, 404, 405, 416])
+def test_a_registry_without_chunk_support_receives_the_blob_in_one_request(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
 
@@ -241,15 +245,15 @@ def test_a_registry_that_takes_no_chunks_is_given_the_whole(
         if asked.method == "PUT" and "Authorization" not in asked.headers:
             return Answer(401, {"WWW-Authenticate": "Basic"})
         known = {"HEAD": 404, "POST": 202, "PUT": 201, "GET": 200}
-        return Answer(known.get(asked.method, refusal), {"Location": "/upload"})
+        return Answer(known.get(asked.method, status), {"Location": "/upload"})
 
     with answering(answer) as server:
         put(repository(server.host, logged_in(tmp_path, server.host)), BLOB)
-    refused, whole = (asked.body for asked in server.asked if asked.method == "PUT")
-    assert refused == whole == BLOB
+    rejected, accepted = (asked.body for asked in server.asked if asked.method == "PUT")
+    assert rejected == accepted == BLOB
 
 
-def test_a_challenge_of_where_a_registry_redirects_is_not_answered(tmp_path: Path) -> None:
+def test_a_challenge_after_a_redirect_to_another_host_is_not_answered(tmp_path: Path) -> None:
     def challenge(asked: Asked) -> Answer:
         return Answer(401, {"WWW-Authenticate": f'Bearer realm="{elsewhere.url}/token",service="s"'})
 
@@ -264,15 +268,15 @@ def test_a_challenge_of_where_a_registry_redirects_is_not_answered(tmp_path: Pat
     assert not [asked for asked in elsewhere.asked if asked.headers["Authorization"] or "token" in asked.path]
 
 
-def test_an_upload_may_name_the_port_that_goes_without_saying() -> None:
-    base = registry._server("https://registry.example.org")
-    assert registry._server("https://Registry.example.org:443/v2/a/blobs/uploads/1?state=x") == base
+def test_urls_with_and_without_the_default_port_have_the_same_server() -> None:
+    base = registry.server_of("https://registry.example.org")
+    assert registry.server_of("https://Registry.example.org:443/v2/a/blobs/uploads/1?state=x") == base
     for other in ("http://registry.example.org/", "https://registry.example.org:444/", "https://example.org/"):
-        assert registry._server(other) != base
+        assert registry.server_of(other) != base
 
 
-def told_token(body: bytes) -> Callable[[Asked], Answer]:
-    """A registry whose tokens are given as *body* says, and that takes any."""
+def issuing_token(body: bytes) -> Callable[[Asked], Answer]:
+    """Return a registry that issues tokens with *body*, and accepts any token."""
 
     def answer(asked: Asked) -> Answer:
         if asked.path.startswith("/token"):
@@ -288,22 +292,22 @@ def told_token(body: bytes) -> Callable[[Asked], Answer]:
     "body",
     [b'{"token":null,"access_token":"t"}', b'{"token":"t","expires_in":null}', b'{"token":"t","expires_in":299.5}'],
 )
-def test_a_token_is_found_whatever_stands_beside_it(body: bytes, tmp_path: Path) -> None:
-    with answering(told_token(body)) as server:
+def test_a_token_is_found_beside_nulls_and_fractional_lifetimes(body: bytes, tmp_path: Path) -> None:
+    with answering(issuing_token(body)) as server:
         assert repository(server.host, tmp_path).manifest("v1") == (b"{}", DOCKER_MANIFEST)
         assert server.asked[-1].headers["Authorization"] == "Bearer t"
 
 
 @pytest.mark.parametrize("token", ["secret\\nsecret", "\u20acsecret"])
 def test_a_token_that_cannot_be_sent_is_not_shown(token: str, tmp_path: Path) -> None:
-    with answering(told_token(f'{{"token":"{token}"}}'.encode())) as server:
-        with pytest.raises(InvalidInput, match="malformed") as told:
+    with answering(issuing_token(f'{{"token":"{token}"}}'.encode())) as server:
+        with pytest.raises(InvalidInput, match="malformed") as caught:
             repository(server.host, tmp_path).manifest("v1")
-        assert "secret" not in str(told.value)
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [202, 307, 401])
-def test_a_registry_that_names_no_url_is_told_so(status: int, tmp_path: Path) -> None:
+def test_a_malformed_url_from_a_registry_is_an_error(status: int, tmp_path: Path) -> None:
     headers = {"Location": "http://[::1/x", "WWW-Authenticate": 'Bearer realm="http://[::1"'}
     known = {"HEAD": Answer(404), "GET": Answer(200), "POST": Answer(status, headers)}
     with answering(lambda asked: known[asked.method]) as server, pytest.raises(InvalidInput, match="malformed"):
@@ -311,7 +315,7 @@ def test_a_registry_that_names_no_url_is_told_so(status: int, tmp_path: Path) ->
 
 
 class TestProxy:
-    def test_it_is_told_who_asks(self, tmp_path: Path) -> None:
+    def test_the_proxy_receives_user_and_password(self, tmp_path: Path) -> None:
         with answering(lambda asked: Answer(407)) as server:
             settings = Settings(
                 registry=RegistrySettings(docker_config=tmp_path, https_proxy=f"http://gear:of%3Aworkers@{server.host}")
@@ -324,15 +328,17 @@ class TestProxy:
         expected = base64.b64encode(b"gear:of:workers").decode()
         assert asked.headers.get("Proxy-Authorization") == f"Basic {expected}"
 
-    def test_it_may_stand_without_a_scheme(self) -> None:
-        made = transport.open_transport(RegistrySettings(https_proxy="proxy.example.org:3128"), "registry.example.org")
-        assert str(made.pool.proxy) == "http://proxy.example.org:3128"
+    def test_the_proxys_url_may_lack_a_scheme(self) -> None:
+        opened = transport.open_transport(
+            RegistrySettings(https_proxy="proxy.example.org:3128"), "registry.example.org"
+        )
+        assert str(opened.pool.proxy) == "http://proxy.example.org:3128"
 
     @pytest.mark.parametrize("proxy", ["socks5://u:secret@example.org", "http://u:secret@[", "http://u:secret@h:x"])
-    def test_one_that_is_not_known_is_told_without_its_password(self, proxy: str) -> None:
-        with pytest.raises(InvalidInput, match="HTTPS_PROXY") as told:
+    def test_the_error_for_an_unsupported_proxy_hides_its_password(self, proxy: str) -> None:
+        with pytest.raises(InvalidInput, match="HTTPS_PROXY") as caught:
             transport.open_transport(RegistrySettings(https_proxy=proxy), "registry.example.org")
-        assert "secret" not in str(told.value)
+        assert "secret" not in str(caught.value)
 
 
 class TestBasic:
@@ -342,24 +348,24 @@ class TestBasic:
         with registries.registry(tmp_path / "registry", auth=auth) as running:
             yield running
 
-    def test_who_is_logged_in_may(self, peer: Registry, tmp_path: Path) -> None:
+    def test_a_logged_in_user_can_push_and_pull(self, peer: Registry, tmp_path: Path) -> None:
         target = repository(peer.host, logged_in(tmp_path / "docker", peer.host))
         assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
 
-    def test_the_user_may_stand_in_plain(self, peer: Registry, tmp_path: Path) -> None:
+    def test_user_and_password_may_be_separate_fields(self, peer: Registry, tmp_path: Path) -> None:
         config = logged_in(tmp_path / "docker", f"https://{peer.host}/v1/", username=USER, password=PASSWORD)
         assert not repository(peer.host, config).has_blob(digest_of(BLOB))
 
-    def test_who_is_not_logged_in_is_told_so(self, peer: Registry, tmp_path: Path) -> None:
+    def test_the_error_without_credentials_suggests_docker_login(self, peer: Registry, tmp_path: Path) -> None:
         with pytest.raises(FailedPrecondition, match=f"docker login {peer.host}"):
             put(repository(peer.host, tmp_path), BLOB)
 
-    def test_a_wrong_password_is_told(self, peer: Registry, tmp_path: Path) -> None:
+    def test_the_error_for_a_wrong_password_suggests_docker_login(self, peer: Registry, tmp_path: Path) -> None:
         config = logged_in(tmp_path / "docker", peer.host, username=USER, password="other")
         with pytest.raises(FailedPrecondition, match="docker login"):
             put(repository(peer.host, config), BLOB)
 
-    def test_a_credential_helper_is_asked(
+    def test_credentials_come_from_a_helper(
         self, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         helper = tmp_path / "docker-credential-tests"
@@ -370,7 +376,7 @@ class TestBasic:
         (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {peer.host: "tests"}}))
         assert not repository(peer.host, tmp_path).has_blob(digest_of(BLOB))
 
-    def test_the_helper_for_docker_hub_is_named_as_docker_names_it(
+    def test_the_helper_for_docker_hub_is_configured_by_dockers_key(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         helper = tmp_path / "docker-credential-tests"
@@ -380,7 +386,7 @@ class TestBasic:
         (tmp_path / "config.json").write_text('{"credHelpers": {"https://index.docker.io/v1/": "tests"}}')
         assert find_credentials(tmp_path, "docker.io") == Credentials(USER, "x")
 
-    def test_a_helper_that_knows_nothing_is_no_error(
+    def test_a_store_without_credentials_falls_back_to_config_json(
         self, peer: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         helper = tmp_path / "docker-credential-tests"
@@ -391,7 +397,7 @@ class TestBasic:
         (tmp_path / "config.json").write_text(json.dumps(config | {"credsStore": "tests"}))
         assert not repository(peer.host, tmp_path).has_blob(digest_of(BLOB))
 
-    def test_a_store_is_not_asked_for_a_host_that_nobody_has_logged_in_to(
+    def test_a_store_is_not_asked_for_hosts_without_a_login(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         helper = tmp_path / "docker-credential-tests"
@@ -403,9 +409,9 @@ class TestBasic:
         assert find_credentials(tmp_path, "registry.example.org") == Credentials(USER, "x")
         assert find_credentials(tmp_path, "registry.example.com") is None
 
-    def test_a_helper_that_is_not_there_is_named(self, peer: Registry, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(json.dumps({"auths": {peer.host: {}}, "credsStore": "not-there"}))
-        with pytest.raises(FailedPrecondition, match="docker-credential-not-there"):
+    def test_the_error_for_a_missing_helper_names_it(self, peer: Registry, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {peer.host: {}}, "credsStore": "missing"}))
+        with pytest.raises(FailedPrecondition, match="docker-credential-missing"):
             put(repository(peer.host, tmp_path), BLOB)
 
 
@@ -421,19 +427,23 @@ class TestTokens:
         with registries.registry(tmp_path / "registry", auth=tokens.auth) as running:
             yield running
 
-    def test_a_token_allows_what_was_asked(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
+    def test_tokens_are_requested_for_the_needed_scope(
+        self, peer: Registry, tokens: TokenServer, tmp_path: Path
+    ) -> None:
         target = repository(peer.host, logged_in(tmp_path / "docker", peer.host))
         assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
         assert tokens.asked == ["GET repository:some/image:pull,push", "GET repository:some/image:pull"]
 
-    def test_nobody_may_pull_but_not_push(self, peer: Registry, tmp_path: Path) -> None:
+    def test_an_anonymous_user_can_pull_but_not_push(self, peer: Registry, tmp_path: Path) -> None:
         digest = put(repository(peer.host, logged_in(tmp_path / "docker", peer.host)), BLOB)
-        nobody = repository(peer.host, tmp_path / "nobody")
-        assert read_all(nobody.blob(digest, len(BLOB))) == BLOB
+        anonymous = repository(peer.host, tmp_path / "anonymous")
+        assert read_all(anonymous.blob(digest, len(BLOB))) == BLOB
         with pytest.raises(FailedPrecondition, match="docker login"):
-            put(nobody, b"something new")
+            put(anonymous, b"something new")
 
-    def test_a_mount_asks_for_both_repositories(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
+    def test_a_mount_requests_access_to_both_repositories(
+        self, peer: Registry, tokens: TokenServer, tmp_path: Path
+    ) -> None:
         config = logged_in(tmp_path / "docker", peer.host)
         digest = put(repository(peer.host, config, "one"), BLOB)
         assert repository(peer.host, config, "other").mount(digest, "one")
@@ -444,27 +454,25 @@ class TestTokens:
         put(target, BLOB)
         assert tokens.asked[-1] == "POST repository:some/image:pull,push"
 
-    def test_a_token_that_the_registry_refuses_is_asked_for_anew(
-        self, peer: Registry, tokens: TokenServer, tmp_path: Path
-    ) -> None:
+    def test_a_rejected_token_is_requested_again(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
         target = repository(peer.host, tmp_path)
         target.has_blob(digest_of(BLOB))
         known = target.registry.authenticator.cached(("repository:some/image:pull,push",))
-        target.registry.authenticator._tokens[("repository:some/image:pull,push",)] = (f"{known}x", float("inf"))
+        target.registry.authenticator.tokens[("repository:some/image:pull,push",)] = (f"{known}x", float("inf"))
         assert not target.has_blob(digest_of(BLOB))
         assert len(tokens.asked) == 2
 
     @pytest.mark.parametrize("server", ["example.org", "localhost:80@example.org"])
-    def test_a_password_is_not_told_to_an_open_realm(self, server: str, tmp_path: Path) -> None:
+    def test_a_password_is_not_sent_to_an_unencrypted_realm(self, server: str, tmp_path: Path) -> None:
         target = repository("registry.example.org", logged_in(tmp_path, "registry.example.org"))
         with pytest.raises(FailedPrecondition, match="over https only"):
             target.registry.authenticator.authorize(f'Bearer realm="http://{server}/token",service="s"', ("scope",))
 
     @pytest.mark.parametrize("others", ['{}, Basic realm="other"', 'Basic realm="other", {}', "Negotiate, {}"])
-    def test_of_several_challenges_the_token_is_taken(self, others: str) -> None:
-        asked = others.format('Bearer realm="https://example.org/token",service="s, t"')
-        assert Challenge.parse("_" * 60_000) is None, "and at once"
-        assert Challenge.parse(asked) == Challenge("bearer", {"realm": "https://example.org/token", "service": "s, t"})
+    def test_bearer_is_preferred_among_several_challenges(self, others: str) -> None:
+        header = others.format('Bearer realm="https://example.org/token",service="s, t"')
+        assert Challenge.parse("_" * 60_000) is None, "parsing takes linear time"
+        assert Challenge.parse(header) == Challenge("bearer", {"realm": "https://example.org/token", "service": "s, t"})
 
 
 class TestTls:
@@ -478,7 +486,7 @@ class TestTls:
         with registries.registry(tmp_path / "registry", http=tls) as running:
             yield running
 
-    def test_a_certificate_beside_dockers_own_is_trusted(
+    def test_a_ca_in_dockers_certificate_directory_is_trusted(
         self, peer: Registry, certificate: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "certs.d" / peer.host).mkdir(parents=True)
@@ -487,11 +495,13 @@ class TestTls:
         target = repository(peer.host, tmp_path)
         assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
 
-    def test_an_unknown_certificate_is_refused(self, peer: Registry, tmp_path: Path) -> None:
+    def test_an_untrusted_certificate_is_rejected(self, peer: Registry, tmp_path: Path) -> None:
         with pytest.raises(FailedPrecondition, match=r"ca\.crt"):
             put(repository(peer.host, tmp_path), BLOB)
 
-    def test_a_certificate_that_cannot_be_read_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_error_for_an_unreadable_certificate_names_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "localhost").mkdir()
         (tmp_path / "localhost" / "ca.crt").write_text("nonsense")
         monkeypatch.setattr(transport, "CERTIFICATES", tmp_path)
