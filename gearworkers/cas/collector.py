@@ -42,7 +42,7 @@ class GarbageReport:
 
 
 class GarbageCollector:
-    """Collects the garbage of one root. Two collectors at once do no harm, but do the work twice."""
+    """Collects the garbage of one root. Two collectors at once are safe, but do the work twice."""
 
     def __init__(self, root: Path, store: ObjectStore, *, published: Sequence[Path], building: Path) -> None:
         self._store = store
@@ -55,7 +55,7 @@ class GarbageCollector:
         """Remove unreferenced objects.
 
         Raises:
-            GearError: A directory or an `objects` file cannot be read; objects in doubt stay.
+            GearError: A directory or an `objects` file cannot be read; objects that may be in use stay.
         """
         with self._lock.exclusive():
             self._hidden.restore()
@@ -70,8 +70,8 @@ class GarbageCollector:
                 else:
                     garbage.append(name)
             for at in range(0, len(garbage), _BATCH):
-                gone, gone_bytes = self._remove(shard_number, shard, garbage[at : at + _BATCH], lists)
-                removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
+                count, count_bytes = self._remove(shard_number, shard, garbage[at : at + _BATCH], lists)
+                removed, removed_bytes = removed + count, removed_bytes + count_bytes
         return GarbageReport(removed, removed_bytes, kept, kept_bytes)
 
     def remove_stale_announcements(self, push_queue: PushQueue) -> int:
@@ -98,8 +98,8 @@ class GarbageCollector:
                 hidden = self._hide(shard, left)
                 for name in hidden & self._names_in_new_lists(read):
                     self._hidden.put_back(ALPHABET[shard_number : shard_number + 1] + name)
-                gone, gone_bytes = self._hidden.clear()
-            removed, removed_bytes = removed + gone, removed_bytes + gone_bytes
+                count, count_bytes = self._hidden.clear()
+            removed, removed_bytes = removed + count, removed_bytes + count_bytes
             left -= hidden
         return removed, removed_bytes
 
@@ -129,7 +129,7 @@ class GarbageCollector:
 
 @contextmanager
 def publishing(root: Path, store: ObjectStore) -> Iterator[None]:
-    """Context in which a layer may become visible: no object is hidden, not even by a collector that died."""
+    """Provide a context in which a layer may become visible: no object is hidden, even if a collector has died."""
     with GarbageLock(root).shared():
         HiddenObjects(root / HIDDEN, store).restore()
         yield
@@ -144,7 +144,7 @@ class HiddenObjects:
         self._store = store
 
     def hide(self, shard: bytes, name: bytes) -> None:
-        """Hide an object; do nothing if it is gone."""
+        """Hide an object; do nothing if it does not exist."""
         try:
             os.rename(shard + b"/" + name, self._prefix + shard[-1:] + name)
         except FileNotFoundError:
@@ -155,7 +155,7 @@ class HiddenObjects:
     def put_back(self, name: bytes) -> None:
         """Make an object visible again, unless an import has stored it again meanwhile.
 
-        Two processes may do this at once; the second finds it done.
+        Two processes may call this at once; the second call does nothing.
         """
         target = os.fsencode(self._store.cache) + b"/" + RESERVED + name[:1] + b"/" + name[1:]
         with suppress(FileNotFoundError):

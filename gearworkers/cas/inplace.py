@@ -3,14 +3,14 @@
 This halves the cost of an object. The xattr with the digest is set last, and a file without it is not an object, so
 look-ups by digest are safe. But the kernel, which follows an overlay's redirect, does not check the xattr. Therefore
 contents are stored in place only on a host without incomplete layers and without layers that have lost an object. On
-such a host no container can open an object before the layer that brings it is published.
+such a host no container can open an object before the layer that adds it is published.
 
-The file `incomplete-layers` in GEAR_ROOT, the *mark*, forbids storing in place. An import holds a lock, shared, during
-each run of writes between two waits for its tar. `forbid` creates the mark, then waits for that lock. An import that
-has seen the mark never takes the lock again. So imports delay `forbid` by one run of writes, however many there are and
-however long they take.
+The file `incomplete-layers` in GEAR_ROOT, the *mark*, forbids storing in place. An import holds a shared lock while it
+writes and releases it before each wait for its tar. `forbid` creates the mark, then waits for that lock. An import that
+has seen the mark never takes the lock again. So `forbid` waits for one run of writes at most, regardless of the number
+and the duration of imports.
 
-Measured for 20,000 objects of 8 kB on ext4: 37 µs each; with a rename 49 µs, and 12 µs for a look-up before.
+Measured for 20,000 objects of 8 kB on ext4: 37 µs each; with a rename 49 µs, plus 12 µs for a look-up before it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd
     """Store *data* under its SHA-256, which the caller has computed; return whether the object is new.
 
     Raises:
-        IntegrityError: The object's name holds another content.
+        IntegrityError: Another content is stored under the object's name.
         ResourceExhausted: No space or inodes are left.
 
     Crash: leaves a file without digest. The next import of the object replaces it, or garbage collection removes it.
@@ -66,7 +66,7 @@ def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd
 
 
 class InPlaceLock:
-    """The lock that an import holds while it stores in place; for one thread.
+    """The lock that an import holds while it stores in place. Use from one thread only.
 
     Call `close` before a fork: parent and child must not share the lock's file.
 
@@ -114,20 +114,20 @@ class InPlaceLock:
 
 def forbid(root: Path) -> None:
     """Forbid storing in place, and wait until no import does it. Call before a layer becomes incomplete."""
-    leave_mark(root)
+    touch_mark(root)
     with locked_file(root / _LOCK_FILE):
         pass
 
 
 def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> None:
-    """Remove the file that a killed import left at the object's name, since an overlay would take it for the object.
+    """Remove the file that a killed import left under the object's name, since an overlay would open it.
 
     Args:
         store: The store that contains the file.
         digest: An object that was found as `ObjectState.UNFINISHED` after `forbid`.
-        staging_fd: A directory on the store's file system, private to the caller; a crash leaves the file there.
+        staging_fd: A directory on the store's file system that only the caller uses; a crash leaves the file there.
 
-    If the object has arrived meanwhile, it is invisible for a moment and then stays.
+    If the object has been stored meanwhile, it is invisible for a moment and then stays.
     """
     path, name = store.path(digest), b"unfinished"
     try:
@@ -143,7 +143,7 @@ def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> Non
         raise from_os_error(exc, f"remove the unfinished object {digest.hex()}") from exc
 
 
-def leave_mark(root: Path) -> None:
+def touch_mark(root: Path) -> None:
     """Create or touch the mark: storing in place is forbidden, and all processes read the layers' records again."""
     forbidden = root / _FORBIDDEN_FILE
     forbidden.touch(mode=0o600)

@@ -58,10 +58,10 @@ class PushQueue:
         os.link(source, temporary)
         os.rename(temporary, path)
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # another process was first: rename does nothing if both names are links to one file
+            os.unlink(temporary)  # another process was faster: rename does nothing if both names link to one file
 
     def pending(self) -> Iterator[bytes]:
-        """Yield the digests of pending objects, in no order. An object that was only announced may be missing."""
+        """Yield the digests of pending objects, in any order. An object that was only announced may be missing."""
         for name in self._names():
             yield bytes.fromhex(name.decode("ascii"))
 
@@ -108,7 +108,7 @@ class PushQueue:
                 os.rename(self._path(digest), self._path(digest) + _ASIDE)
         aside, unfinished = self._aside(), self._names(_TEMPORARY)
         kept = read_build_refs() if aside or unfinished else ()
-        forgotten = 0
+        removed = 0
         for name in unfinished:
             if bytes.fromhex(name[: 2 * DIGEST_BYTES].decode("ascii")) not in kept:
                 os.unlink(self._directory + b"/" + name)
@@ -118,8 +118,8 @@ class PushQueue:
                 self._put_back(digest)
             else:
                 os.unlink(path)
-                forgotten += 1
-        return forgotten
+                removed += 1
+        return removed
 
     def _is_unstored(self, digest: bytes) -> bool:
         return _is_announcement(self._path(digest)) and not self._store.has(digest)
@@ -146,19 +146,19 @@ class PushQueue:
 
     def prune(self) -> int:
         """Remove entries of objects that are not in the store; return their number. Call after a reboot."""
-        gone = [digest for digest in self.pending() if not self._store.has(digest)]
-        for digest in gone:
+        unstored = [digest for digest in self.pending() if not self._store.has(digest)]
+        for digest in unstored:
             self.remove(digest)
         for name in self._names(_TEMPORARY):
             os.unlink(self._directory + b"/" + name)
-        return len(gone)
+        return len(unstored)
 
     def _path(self, digest: bytes) -> bytes:
         return self._directory + b"/" + digest.hex().encode()
 
 
 def _is_announcement(path: bytes) -> bool:
-    """Whether the entry is an announcement; False if it is gone, since then the object was pushed."""
+    """Whether the entry is an announcement; False if it was removed, since then the object was pushed."""
     try:
         return not os.stat(path).st_size
     except FileNotFoundError:

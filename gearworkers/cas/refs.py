@@ -76,7 +76,7 @@ def sorted_refs(raw: bytes) -> list[bytes]:
 
 
 def read_refs(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield (digest, size in bytes) of every record in an `objects` file, sorted or not; none if there is no file."""
+    """Yield (digest, size in bytes) of every record in an `objects` file, sorted or not; nothing without the file."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

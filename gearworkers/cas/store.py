@@ -1,8 +1,8 @@
 """A store of objects: distinct contents, each stored once per host.
 
 Glossary: an *object* is a file (mode 0400) whose name is derived from the SHA-256 of its bytes. A *cache* is a
-directory of objects, divided into 64 *shards*. *Staging* is a directory on the same file
-system for files that have no object's name yet.
+directory of objects, divided into 64 *shards*. *Staging* is a directory on the same file system for files that do not
+have their final name yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _READ_BYTES = 1 << 20
 
 
 class ObjectState(Enum):
-    """What exists under an object's name."""
+    """The state of the file under an object's name."""
 
     WHOLE = auto()
     UNFINISHED = auto()
@@ -74,7 +74,7 @@ class ObjectStore:
         """Whether the whole object is in the store.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         return self.find(digest) is _WHOLE
 
@@ -82,7 +82,7 @@ class ObjectStore:
         """Return the state of an object.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         path = self.path(digest)
         try:
@@ -94,7 +94,7 @@ class ObjectStore:
                 return ObjectState.UNFINISHED
             raise from_os_error(exc, f"look up object {digest.hex()}") from exc
         if found != digest:
-            raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} holds {found.hex()}; run `gear fsck`")
+            raise IntegrityError(f"object {digest.hex()}: {os.fsdecode(path)} is object {found.hex()}; run `gear fsck`")
         return _WHOLE
 
     def open(self, digest: bytes) -> int:
@@ -102,7 +102,7 @@ class ObjectStore:
 
         Raises:
             NotFound: The object is not in the store.
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         try:
             fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
@@ -112,7 +112,9 @@ class ObjectStore:
             raise from_os_error(exc, f"open object {digest.hex()}") from exc
         try:
             if os.getxattr(fd, DIGEST_XATTR) != digest:
-                raise IntegrityError(f"object {digest.hex()}: its name holds another content; run `gear fsck`")
+                raise IntegrityError(
+                    f"object {digest.hex()}: another content is stored under its name; run `gear fsck`"
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -143,14 +145,14 @@ class ObjectStore:
         Args:
             fd: The open file.
             staging_fd: The directory that contains the file, on the cache's file system.
-            name: The file's name there. It is gone afterwards if the object is new.
+            name: The file's name there. The file is moved to the cache if the object is new.
             digest: SHA-256 of the file's bytes.
 
         Returns:
-            Whether the object is new. If another import was first, the file stays where it is.
+            Whether the object is new. If another import has stored it, the file stays in the staging directory.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         path = self.path(digest)
         try:
@@ -173,7 +175,7 @@ class ObjectStore:
             pass
 
     def names(self, shard: bytes) -> Iterable[bytes]:
-        """Return the names of the files in a shard, in no order; none if the shard does not exist."""
+        """Return the names of the files in a shard, in any order; none if the shard does not exist."""
         try:
             return os.listdir(shard)
         except FileNotFoundError:
@@ -224,10 +226,10 @@ class PendingObject:
         """Give the bytes the object's name.
 
         Returns:
-            Whether the object is new; False if another import was first.
+            Whether the object is new; False if another import has stored it.
 
         Raises:
-            IntegrityError: The object's name holds another content.
+            IntegrityError: Another content is stored under the object's name.
         """
         try:
             if os.lseek(self._fd, 0, os.SEEK_CUR) != os.fstat(self._fd).st_size:

@@ -15,7 +15,7 @@ FORK_AFTER_CONTENTS = 1000
 
 
 class ContentWriter:
-    """Stores contents under their digest if they are new; a context manager, for one thread.
+    """Stores contents under their digest if they are new. A context manager; use from one thread only.
 
     This process stores the first contents. Once there are many, a forked process stores the rest; it receives the
     contents through shared memory. A thread would wait for the interpreter lock at each of its system calls. All
@@ -25,7 +25,7 @@ class ContentWriter:
         new_objects: The number of new objects; correct after `flush`.
         new_bytes: The sum of their sizes.
 
-    Crash: the kernel ends the second process with this one. `inplace` and `store` say what a write leaves.
+    Crash: the kernel ends the second process with this one. `inplace` and `store` document the leftovers of a write.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ContentWriter:
             self._process = WriterProcess(self, self._staging_fd)
 
     def pause(self) -> None:
-        """Release the lock for storing in place, so that nobody waits for this import; cheap."""
+        """Release the lock for storing in place, so that no process waits for this import; cheap."""
         self._in_place_lock.release()
 
     def disable_push(self) -> None:
@@ -104,7 +104,7 @@ class ContentWriter:
         """Wait until all contents are stored.
 
         Raises:
-            GearError: One of them cannot be stored.
+            GearError: A content cannot be stored.
         """
         if self._process is not None:
             new_objects, new_bytes = self._process.flush()

@@ -1,4 +1,4 @@
-"""The process that stores an import's contents beside the process that reads them.
+"""Store an import's contents in a second process, beside the process that reads the tar.
 
 Protocol: the parent copies contents into a ring in shared memory, and sends batches of their positions over a socket of
 type SOCK_SEQPACKET. The child acknowledges each batch, so that the parent can reuse the space. After a flush the child
@@ -33,7 +33,7 @@ _RING_BYTES = 4 * MAX_CONTENT_BYTES
 _MESSAGE_BYTES = 1 << 16
 _MAX_ERROR_CHARS = 8000
 
-_ENTRY = struct.Struct("<QI32s")  # position in the sequence of all bytes that passed the ring, length, digest
+_ENTRY = struct.Struct("<QI32s")  # position in the sequence of all bytes put into the ring, length, digest
 _ACKNOWLEDGEMENT = struct.Struct("<cQ")
 _TOTALS = struct.Struct("<cQQ")
 _BATCH, _FLUSH = b"B", b"F"
@@ -51,7 +51,7 @@ class LocalWriter(Protocol):
         """Prepare to wait for the next batch."""
 
     def take_counts(self) -> tuple[int, int]:
-        """Return the number of new objects and their bytes since the last call."""
+        """Return (number of new objects, sum of their sizes in bytes) since the last call."""
 
 
 class WriterProcess:
@@ -98,7 +98,7 @@ class WriterProcess:
             self._send_batch()
 
     def flush(self) -> tuple[int, int]:
-        """Wait until all contents are stored; return the number of new objects and their bytes since the last flush.
+        """Wait until all contents are stored; return (new objects, their bytes) since the last flush.
 
         Raises:
             GearError: A content cannot be stored, or the process was killed.
@@ -135,7 +135,7 @@ class WriterProcess:
                 self._receive()
 
     def _receive(self, flags: int = 0) -> bytes:
-        """Return the next message; empty if there is none and *flags* contains MSG_DONTWAIT.
+        """Return the next message; empty if none has arrived and *flags* contains MSG_DONTWAIT.
 
         Raises:
             GearError: The message is an error, or the process was killed.

@@ -24,7 +24,7 @@ def command(
     settings = command_settings()
     incomplete: set[str] = set()
     faults = 0
-    for fault in open_engine(settings).faults(read_data=read_data, repair=repair, incomplete=incomplete.add):
+    for fault in open_engine(settings).faults(read_data=read_data, repair=repair, on_incomplete=incomplete.add):
         faults += 1
         console.print(fault, markup=False)
     if incomplete:

@@ -20,7 +20,7 @@ from gearworkers.images import manifest as m
 from gearworkers.images.gear_layer import INLINE_BYTES
 from gearworkers.images.image_index import images_for
 from gearworkers.images.layer_reader import unpacked
-from gearworkers.images.source import ImageSource, open_source, small_blob
+from gearworkers.images.source import ImageSource, open_source, read_config
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import TarReader
 from gearworkers.util.log import command_settings
@@ -77,7 +77,7 @@ def _describe_remote(node: NodeStore, name: str, source: ImageSource) -> Iterabl
         (ours,) = images_for(source, data, m.Platform.here(), name)
         data, _ = source.manifest(ours.descriptor.digest)
     manifest = m.decode_manifest(data, name)
-    config = m.decode_config(small_blob(source, manifest.config), manifest, name)
+    config = m.decode_config(read_config(source, manifest.config), manifest, name)
     yield "Image", f"{name}, not pulled here"
     yield "Id", manifest.config.digest
     yield "Gear image", "yes" if config.is_gear else "no"

@@ -286,11 +286,11 @@ class Engine:
         ]
 
     def faults(
-        self, *, read_data: bool, repair: bool, incomplete: Callable[[str], object] = lambda _: None
+        self, *, read_data: bool, repair: bool, on_incomplete: Callable[[str], object] = lambda _: None
     ) -> Iterator[str]:
         """Check all objects and layers; yield a line for each fault. Arguments as `StoreChecker.faults`."""
         checker = StoreChecker(self.settings, self.layers, self.objects, self.push_queue)
-        return checker.faults(read_data=read_data, repair=repair, incomplete=incomplete)
+        return checker.faults(read_data=read_data, repair=repair, on_incomplete=on_incomplete)
 
     def collect_garbage(self) -> GarbageReport:
         """Remove unreferenced objects; safe beside imports."""

@@ -142,7 +142,7 @@ class ChunkTable:
             self._waiters.setdefault(number, []).append(waiter)
         return bool(missing)
 
-    def is_waited_for(self, number: int) -> bool:
+    def is_awaited(self, number: int) -> bool:
         """Return whether anybody waits for the chunk."""
         return number in self._waiters
 

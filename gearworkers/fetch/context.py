@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.fetch.chunk_index import ChunkIndex
@@ -14,9 +13,6 @@ from gearworkers.fetch.failover import Failover
 from gearworkers.fetch.partial_files import PartialFiles
 from gearworkers.fetch.priority_pool import PriorityPool
 from gearworkers.fetch.stats import FetchStats
-
-if TYPE_CHECKING:
-    from gearworkers.fetch.download import Download
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +31,11 @@ class FetchContext:
     pool: PriorityPool
     """Runs all work that blocks."""
     batch_wait: DelayedCalls
-    """Delays the own request of a reader whose object or chunk a batch request is about to bring."""
+    """Delays a reader's own request for an object or chunk that a batch request is about to bring."""
     is_wanted: Callable[[bytes], bool]
-    """Whether an image or a pin still refers to an object, given its digest; other objects are not stored."""
-    downloads: dict[bytes, Download] = field(default_factory=dict)
-    """All downloads that have not ended, by digest; under `lock`."""
+    """Returns whether an image or a pin still refers to the object with this digest; other objects are not stored."""
     wrong_layouts: set[bytes] = field(default_factory=set)
-    """Digests of objects whose layout made up another object: these are fetched whole."""
+    """Digests of objects whose layout did not match their content: these are fetched whole."""
     lock: threading.RLock = field(default_factory=threading.RLock)
-    """Guards `downloads` and the state of each download. No thread holds it while it fetches, reads or writes."""
+    """Guards the table of downloads and the state of each download. No thread holds it while it fetches, reads or
+    writes."""

@@ -17,7 +17,8 @@ from gearworkers.errors import GearError, NotFound
 from gearworkers.fetch.chunk_index import ChunkIndex
 from gearworkers.fetch.context import FetchContext
 from gearworkers.fetch.delayed_calls import DelayedCalls
-from gearworkers.fetch.download import Download, DownloadState
+from gearworkers.fetch.download import Download
+from gearworkers.fetch.download_chunks import DownloadChunks
 from gearworkers.fetch.failover import Failover
 from gearworkers.fetch.futures import completed, failed, then
 from gearworkers.fetch.partial_files import PartialFiles
@@ -63,6 +64,8 @@ class Fetcher:
             batch_wait_s: How long a reader waits for a batch request before the object is fetched alone.
         """
         self._large_bytes = large_bytes
+        self._downloads: dict[bytes, Download] = {}
+        """All downloads that have not ended, by digest; under the lock."""
         self.stats = FetchStats()
         files = PartialFiles(partial_files)
         self._context = FetchContext(
@@ -92,7 +95,7 @@ class Fetcher:
     @property
     def arriving(self) -> int:
         """Number of objects that are being fetched."""
-        return sum(download.is_arriving for download in self._downloads())
+        return sum(download.is_arriving for download in self._all_downloads())
 
     def is_here(self, digest: bytes) -> bool:
         """Return whether nothing is to be fetched; True also if another content stands at the object's name."""
@@ -109,9 +112,8 @@ class Fetcher:
             None when the object is in the store, or its download as soon as it can be read while chunks arrive.
             GearError if it cannot be fetched.
         """
-        context = self._context
-        with context.lock:
-            download = context.downloads.get(digest) or self._add(digest, size_bytes)
+        with self._context.lock:
+            download = self._downloads.get(digest) or self._add(digest, size_bytes)
             return download.open(priority)
 
     def fetch(self, digest: bytes, size_bytes: int, priority: Priority) -> Future[None]:
@@ -135,41 +137,40 @@ class Fetcher:
     # -- for prefetching
 
     def get(self, digest: bytes) -> Download | None:
-        """Return the download of a large object that can be read; None if there is none."""
-        download = self._context.downloads.get(digest)
+        """Return the download of a large object if it can be read, otherwise None."""
+        download = self._downloads.get(digest)
         return download if download is not None and download.is_readable else None
 
-    def claim(self, digest: bytes, size_bytes: int, *, is_required: bool) -> Download | None:
+    def claim(self, digest: bytes, size_bytes: int, *, is_required: bool) -> DownloadChunks | None:
         """Let a batch request bring a small object.
 
         Args:
             digest: SHA-256 of the object.
             size_bytes: Its size.
-            is_required: Whether to fetch the object alone if no batch request brings it, whoever claimed it.
+            is_required: Whether to fetch the object alone if no batch request brings it, this one or an earlier one.
 
         Returns:
-            The download whose chunk 0 the batch request shall bring; None if the object is here or fetched already.
+            The chunks of the download, of which the batch request must bring chunk 0; None if the object is stored or
+            requested already.
         """
         if self.is_here(digest):
             return None
-        context = self._context
-        with context.lock:
-            download = context.downloads.get(digest)
+        with self._context.lock:
+            download = self._downloads.get(digest)
             is_new = download is None
             if download is None:
                 download = self._add(digest, size_bytes)
             if is_required:
                 download.require()
-            return download if is_new and download.claim(0) else None
+            return download.chunks if is_new and download.chunks.claim(0) else None
 
     def adopt_layout(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> None:
         """Make a large object readable by a layout that a batch request brought; nobody has asked for it yet.
 
         Blocks. Does nothing if the object is downloaded already, or if its layout was found to be wrong.
         """
-        context = self._context
-        with context.lock:
-            if digest in context.downloads or digest in context.wrong_layouts:
+        with self._context.lock:
+            if digest in self._downloads or digest in self._context.wrong_layouts:
                 return
             download = self._add(digest, size_bytes)
         download.adopt_layout(layout)
@@ -183,10 +184,10 @@ class Fetcher:
         disk full, or the chunk damaged in the remote.
         """
         now_s = time.monotonic()
-        for download in self._downloads():
-            is_idle = download.last_read_s <= now_s - idle_s and download.failed_s <= now_s - retry_after_s
-            if is_idle and download.is_readable and download.state is DownloadState.FETCHING:
-                download.fill()
+        for download in self._all_downloads():
+            is_idle = download.last_read_s <= now_s - idle_s and download.is_readable
+            if is_idle and download.chunks.failed_s <= now_s - retry_after_s:
+                download.chunks.fill()
 
     def forget_unwanted(self, idle_s: float) -> None:
         """Remove the partial files of objects that no image wants and nobody has read within *idle_s*.
@@ -199,31 +200,36 @@ class Fetcher:
         context = self._context
         for digest in context.partial_files.digests():
             if not context.is_wanted(digest):
-                self._let_go(digest, idle_s)
+                self._discard(digest, idle_s)
         partial = set(context.partial_files.digests())
         context.chunk_index.remove_missing(lambda digest: digest in partial or context.store.has(digest))
 
-    def _let_go(self, digest: bytes, idle_s: float) -> None:
-        download = self._context.downloads.get(digest)
+    def _discard(self, digest: bytes, idle_s: float) -> None:
+        download = self._downloads.get(digest)
         if download is not None:
-            download.let_go(idle_s)
+            download.discard_if_idle(idle_s)
             return
         with self._context.lock:
-            if digest not in self._context.downloads:
+            if digest not in self._downloads:
                 self._context.partial_files.remove(digest)
 
     # -- downloads
 
-    def _downloads(self) -> list[Download]:
+    def _all_downloads(self) -> list[Download]:
         with self._context.lock:
-            return list(self._context.downloads.values())
+            return list(self._downloads.values())
 
     def _add(self, digest: bytes, size_bytes: int) -> Download:
         """Make a download; under the lock."""
         is_whole = size_bytes < self._large_bytes or digest in self._context.wrong_layouts
         target = WholeFile(self._context, digest, size_bytes) if is_whole else None
-        download = self._context.downloads[digest] = Download(self._context, digest, size_bytes, target)
+        download = self._downloads[digest] = Download(self._context, digest, size_bytes, target, self._forget)
         return download
+
+    def _forget(self, download: Download) -> None:
+        """Remove a download that has ended; under the lock."""
+        if self._downloads.get(download.digest) is download:
+            del self._downloads[download.digest]
 
     def _open_file(self, digest: bytes) -> File | None:
         """Open an object that is here or partly here."""

@@ -9,7 +9,7 @@ import structlog
 
 from gearworkers.errors import GearError
 from gearworkers.fetch.batch import DEFAULT_LIMITS, BatchItem, BatchLimits, fetch_in_batches
-from gearworkers.fetch.download import Download
+from gearworkers.fetch.download_chunks import DownloadChunks
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.priority_pool import Priority, PriorityPool
 from gearworkers.fetch.source import BytesOrLayout, ObjectSource
@@ -99,7 +99,8 @@ class Prefetcher:
             download = self._fetcher.get(object.digest)
             if download is not None:
                 ranges = object.ranges if object.size_bytes >= self._served_bytes else ((0, object.size_bytes),)
-                yield from (_LargeObjectChunk(download, self.stats, number) for number in download.numbers_of(ranges))
+                chunks = download.chunks
+                yield from (_LargeObjectChunk(chunks, self.stats, number) for number in chunks.numbers_of(ranges))
             elif object.size_bytes < self._large_bytes:
                 yield _SmallObject(self._fetcher, self.stats, object.digest, object.size_bytes, is_required=False)
 
@@ -124,52 +125,52 @@ class _SmallObject:
     digest: bytes
     size_bytes: int
     is_required: bool
-    download: Download | None = None
+    chunks: DownloadChunks | None = None
 
     def claim(self) -> bool:
-        self.download = self.fetcher.claim(self.digest, self.size_bytes, is_required=self.is_required)
-        return self.download is not None
+        self.chunks = self.fetcher.claim(self.digest, self.size_bytes, is_required=self.is_required)
+        return self.chunks is not None
 
     def deliver(self, content: BytesOrLayout) -> bool:
-        assert self.download is not None
-        is_right = _deliver(self.download, 0, content, self.stats)
+        assert self.chunks is not None
+        is_right = _deliver(self.chunks, 0, content, self.stats)
         if is_right:
-            self.download = None  # the items of a layer outlive their downloads
+            self.chunks = None  # the items of a layer outlive their downloads
         return is_right
 
     def miss(self) -> None:
-        assert self.download is not None
-        self.download.miss(0)
+        assert self.chunks is not None
+        self.chunks.miss(0)
 
 
 @dataclass(slots=True)
 class _LargeObjectChunk:
     """A chunk of a large object as a `BatchItem`."""
 
-    download: Download
+    chunks: DownloadChunks
     stats: PrefetchStats
     number: int
 
     @property
     def digest(self) -> bytes:
-        return self.download.chunk(self.number).digest
+        return self.chunks.chunk(self.number).digest
 
     @property
     def size_bytes(self) -> int:
-        return self.download.chunk(self.number).size_bytes
+        return self.chunks.chunk(self.number).size_bytes
 
     def claim(self) -> bool:
-        return self.download.claim(self.number)
+        return self.chunks.claim(self.number)
 
     def deliver(self, content: BytesOrLayout) -> bool:
-        return _deliver(self.download, self.number, content, self.stats)
+        return _deliver(self.chunks, self.number, content, self.stats)
 
     def miss(self) -> None:
-        self.download.miss(self.number)
+        self.chunks.miss(self.number)
 
 
-def _deliver(download: Download, number: int, content: BytesOrLayout, stats: PrefetchStats) -> bool:
-    if not isinstance(content, bytes) or not download.deliver(number, content):
+def _deliver(chunks: DownloadChunks, number: int, content: BytesOrLayout, stats: PrefetchStats) -> bool:
+    if not isinstance(content, bytes) or not chunks.deliver(number, content):
         return False
     stats.contents += 1
     stats.size_bytes += len(content)

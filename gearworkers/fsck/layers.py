@@ -36,7 +36,7 @@ def layer_faults(layers: LayerStore, store: ObjectStore, bad_digests: Collection
     Args:
         layers: The layers.
         store: Contains their objects.
-        bad_digests: Objects that are known to be damaged.
+        bad_digests: The digests of damaged objects.
     """
     for id in layers.ids():
         try:
@@ -87,7 +87,7 @@ def _image_faults(
 
 
 def _check_index(index: Path, layer: Layer) -> None:
-    """Verify the digest of an index; that of gearworkers 0.1 is in the layer's record."""
+    """Verify the digest of an index. For an index of gearworkers 0.1, the layer's record has the digest."""
     if has_own_inode_numbers(index) or not layer.index_digest:
         verify_index(index)
         return
@@ -97,7 +97,7 @@ def _check_index(index: Path, layer: Layer) -> None:
 
 
 def _is_present(store: ObjectStore, digest: bytes) -> bool:
-    """Whether the object is present. An object with the wrong digest is reported by `damaged_objects`."""
+    """Whether the object is present; False for a wrong digest, which `damaged_objects` reports."""
     try:
         return store.has(digest)
     except IntegrityError:

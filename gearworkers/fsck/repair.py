@@ -1,4 +1,4 @@
-"""Check all of a node's store and optionally repair it: remove damaged objects, and fetch them again for their layers.
+"""Check a node's objects and layers, and optionally remove damaged objects so that they are fetched again.
 
 Order of a repair: forbid storing in place, mark the layers incomplete, remove the object.
 """
@@ -35,76 +35,76 @@ class StoreChecker:
         self._objects = objects
         self._push_queue = push_queue
 
-    def faults(self, *, read_data: bool, repair: bool, incomplete: OnIncomplete) -> Iterator[str]:
+    def faults(self, *, read_data: bool, repair: bool, on_incomplete: OnIncomplete) -> Iterator[str]:
         """Check every object and layer; yield a line for each fault.
 
         Args:
             read_data: Whether to read all bytes and compare their digests.
             repair: Whether to remove damaged objects and to mark image layers that lack objects as incomplete, so that
                 the objects are fetched again.
-            incomplete: Called for each layer that was marked.
+            on_incomplete: Called for each layer that was marked.
         """
         damaged: set[bytes] = set()
         for bad in damaged_objects(self._objects, read_data=read_data):
             damaged.add(bad.digest)
             if repair:
                 self._push_queue.remove(bad.digest)  # the entry is a link to the same bytes
-                self._remove_damaged(bad.path, incomplete)
+                self._remove_damaged(bad.path, on_incomplete)
             yield f"object {os.fsdecode(bad.path)}: {bad.reason}" + (" (removed)" if repair else "")
         for digest, why in damaged_entries(self._push_queue) if read_data else ():
             if repair:
                 self._push_queue.remove(digest)
             yield f"pending push: {why}" + (" (removed)" if repair else "")
         yield from self._private_faults(read_data=read_data, repair=repair)
-        are_whole = not damaged
+        is_undamaged = not damaged
         for fault in layer_faults(self._layers, self._objects, damaged):
-            are_whole = False
+            is_undamaged = False
             advice = fault.advice
             if repair and fault.lacks_objects:
                 inplace.mark_objects_lost(self._settings.gear_root)
                 self._remove_unfinished(fault.id)
-                if self._mark(fault.id, incomplete):
+                if self._mark(fault.id, on_incomplete):
                     advice = "marked incomplete: its missing objects are fetched from GEAR_REMOTE"
             yield f"layer {fault.id}: {fault.problem}; {advice}"
-        if are_whole:
+        if is_undamaged:
             inplace.clear_objects_lost(self._settings.gear_root)
 
     def _private_faults(self, *, read_data: bool, repair: bool) -> Iterator[str]:
-        """Yield a line for each damaged private object. Such an object comes back only with its image."""
+        """Yield a line for each damaged private object. Only a pull of its image restores such an object."""
         for store in self._layers.private_stores.stores():
             for bad in damaged_objects(store, read_data=read_data):
                 if repair:
                     Path(os.fsdecode(bad.path)).unlink(missing_ok=True)
-                done = " (removed)" if repair else ""
-                yield f"private object {os.fsdecode(bad.path)}: {bad.reason}{done}; remove the image and pull it again"
+                note = " (removed)" if repair else ""
+                yield f"private object {os.fsdecode(bad.path)}: {bad.reason}{note}; remove the image and pull it again"
 
-    def _remove_damaged(self, path: bytes, incomplete: OnIncomplete) -> None:
+    def _remove_damaged(self, path: bytes, on_incomplete: OnIncomplete) -> None:
         """Mark the layers that refer to a damaged object as incomplete, then remove the object.
 
         Crash: leaves incomplete layers that lack only damaged objects; the next repair continues.
         """
         settings = self._settings
-        inside = path[len(os.fsencode(settings.gear_public_cache_path)) :]
-        name = inside[2:].replace(b"/", b"")
+        path_in_cache = path[len(os.fsencode(settings.gear_public_cache_path)) :]
+        name = path_in_cache[2:].replace(b"/", b"")
         inplace.mark_objects_lost(settings.gear_root)
         with GarbageLock(settings.gear_root).exclusive():  # so that no process marks the layers complete meanwhile
             for id in layers_referring_to(settings.gear_images_path, name):
-                self._mark(id, incomplete)
+                self._mark(id, on_incomplete)
             for cache in (settings.gear_arrivals_path, settings.gear_public_cache_path):
-                Path(os.fsdecode(os.fsencode(cache) + inside)).unlink(missing_ok=True)
+                Path(os.fsdecode(os.fsencode(cache) + path_in_cache)).unlink(missing_ok=True)
 
     def _remove_unfinished(self, id: str) -> None:
-        """Remove half-written files at the names of the layer's objects, which overlays are about to open."""
+        """Remove half-written files under the names of the layer's objects, since overlays would open them."""
         records = read_refs(self._settings.gear_images_path / id / OBJECTS_FILE)
         with self._layers.build_directory(id) as build, opened_directory(build) as build_fd:
             for digest, _ in records:
                 if self._objects.find(digest) is ObjectState.UNFINISHED:
                     inplace.remove_unfinished(self._objects, digest, build_fd)
 
-    def _mark(self, id: str, incomplete: OnIncomplete) -> bool:
+    def _mark(self, id: str, on_incomplete: OnIncomplete) -> bool:
         root = self._settings.gear_root
-        inplace.leave_mark(root)
-        done = mark_incomplete(self._settings.gear_images_path, id)
-        inplace.leave_mark(root)  # again, for processes that read the record in between
-        incomplete(id)
-        return done
+        inplace.touch_mark(root)
+        is_marked = mark_incomplete(self._settings.gear_images_path, id)
+        inplace.touch_mark(root)  # again, for processes that read the record in between
+        on_incomplete(id)
+        return is_marked

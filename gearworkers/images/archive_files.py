@@ -1,4 +1,4 @@
-"""The files of an image archive: a directory, or a tar of one that is read in place."""
+"""The files of an image archive, which is a directory or a tar; tars are read in place."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class ArchiveFiles(Protocol):
 
         Raises:
             NotFound: The archive has no file of this name.
-            InvalidInput: The name leads out of the archive, or to something other than a regular file.
+            InvalidInput: The name is outside the archive, or names something other than a regular file.
         """
 
 
 def open_archive(text: str) -> tuple[ArchiveFiles, str]:
-    """Split ``PATH[:TAG]`` into the archive and the tag; both may contain colons, and the longest existing path wins.
+    """Split ``PATH[:TAG]`` into the archive and the tag; both may contain colons; the longest existing path is used.
 
     Raises:
         NotFound: No such path exists.
@@ -84,7 +84,7 @@ class _DirectoryFiles:
 
     def open(self, name: str) -> FileSlice:
         if os.path.isabs(name) or ".." in name.split("/"):
-            raise InvalidInput(f"{self.path}: {name} lies outside of it")
+            raise InvalidInput(f"{self.path}: {name} is outside the archive")
         try:
             fd = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
@@ -113,7 +113,7 @@ class _TarFiles:
     def open(self, name: str) -> FileSlice:
         """Open a member; follow links.
 
-        Older versions of `docker save` share layers by symbolic links; tar makes hard links of them when their
+        Older versions of `docker save` share layers through symbolic links. tar turns these into hard links when their
         directory is packed again.
         """
         found = os.path.normpath(name)
@@ -125,4 +125,4 @@ class _TarFiles:
                 return FileSlice(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), member.offset_data, member.size)
             origin = os.path.dirname(found) if member.issym() else ""
             found = os.path.normpath(os.path.join(origin, member.linkname))
-        raise NotFound(f"{self.path}: no file {name} in it")
+        raise NotFound(f"{self.path}: the archive has no file {name}")

@@ -26,7 +26,7 @@ _CONTAINERD_NAME = "io.containerd.image.name"
 class OciLayout:
     """An image in an OCI layout; an `ImageSource`.
 
-    Several manifests of one name that differ in their platforms are one image: the layout gives an index of them.
+    Several manifests of one name for different platforms are one image: `root` returns an index of them.
     """
 
     def __init__(self, files: ArchiveFiles, tag: str) -> None:
@@ -40,7 +40,7 @@ class OciLayout:
         """
         self._files = files
         self._index = b""
-        """The index made of several platforms' manifests; empty otherwise."""
+        """The generated index of several platforms' manifests; empty for a single manifest."""
         self._root = self._choose_root(tag)
 
     def root(self) -> tuple[bytes, str]:
@@ -72,13 +72,13 @@ class OciLayout:
             return descriptors[_choose(names, tag, path)]
         documents = msgspec.json.decode(data)["manifests"]
         self._index = m.encode(
-            {"schemaVersion": 2, "mediaType": m.OCI_INDEX, "manifests": [documents[at] for at in matches]}
+            {"schemaVersion": 2, "mediaType": m.OCI_INDEX, "manifests": [documents[position] for position in matches]}
         )
         return m.Descriptor(m.OCI_INDEX, m.digest_of(self._index), len(self._index))
 
 
 class DockerArchive:
-    """An image in a tar that `docker save` wrote; an `ImageSource`. Its manifest is made from the archive's lists."""
+    """An image in a tar that `docker save` wrote; an `ImageSource`. Its manifest is generated."""
 
     def __init__(self, files: ArchiveFiles, tag: str) -> None:
         """
@@ -116,7 +116,7 @@ class DockerArchive:
         label = f"{self._files.path}: {saved.config}"
         diff_ids = m.decode(config, m.Config, label).rootfs.diff_ids
         if len(diff_ids) != len(saved.layers):
-            raise InvalidInput(f"{label}: {len(diff_ids)} layers, and manifest.json has {len(saved.layers)}")
+            raise InvalidInput(f"{label}: {len(diff_ids)} layers, but manifest.json has {len(saved.layers)}")
         layers = [self._layer(name, diff_id) for name, diff_id in zip(saved.layers, diff_ids, strict=True)]
         head = {"mediaType": m.DOCKER_CONFIG, "size": len(config), "digest": m.digest_of(config)}
         return m.encode({"schemaVersion": 2, "mediaType": m.DOCKER_MANIFEST, "config": head, "layers": layers})
@@ -124,7 +124,7 @@ class DockerArchive:
     def _layer(self, name: str, diff_id: str) -> m.Document:
         """Return the descriptor of a layer.
 
-        Docker writes plain tars, whose digest is the diff ID. Other programs compress layers: those are hashed.
+        Docker writes plain tars, whose digest is the diff ID. Layers that other programs compressed are hashed.
         """
         size_bytes = self._files.open(name).size_bytes
         digest, media_type = check_digest(diff_id), m.DOCKER_LAYER
@@ -164,18 +164,18 @@ def _names_in_layout(descriptor: m.Descriptor) -> tuple[str, ...]:
 
 
 def _choose(names: Sequence[Sequence[str]], tag: str, path: Path) -> int:
-    """Return the position of the image with this name or tag; without a *tag*, of the only image."""
+    """Return the position of the image with this name or tag; if *tag* is empty, of the only image."""
     matches = _matching(names, tag)
     if len(matches) == 1:
         return matches[0]
-    shown = ", ".join(name for known in names for name in known) or "none with a name"
-    problem = f"{len(matches)} of them match {tag}" if tag else "choose one by PATH:TAG"
+    shown = ", ".join(name for known in names for name in known) or "without names"
+    problem = f"{len(matches)} of them match {tag}" if tag else "choose one with PATH:TAG"
     raise InvalidInput(f"{path} holds {len(names)} images ({shown}); {problem}")
 
 
 def _matching(names: Sequence[Sequence[str]], tag: str) -> list[int]:
-    """Return the positions of the images with this name or tag; of all images without a *tag*."""
-    return [at for at, known in enumerate(names) if not tag or any(_matches(name, tag) for name in known)]
+    """Return the positions of the images with this name or tag; if *tag* is empty, of all images."""
+    return [position for position, known in enumerate(names) if not tag or any(_matches(name, tag) for name in known)]
 
 
 def _matches(name: str, tag: str) -> bool:
@@ -185,6 +185,6 @@ def _matches(name: str, tag: str) -> bool:
 def _are_platforms_of_one_image(
     matches: Sequence[int], descriptors: Sequence[m.Descriptor], names: Sequence[Sequence[str]]
 ) -> bool:
-    """Return whether these are several manifests with the same names, or all without, for different platforms."""
-    platforms = {descriptors[at].platform for at in matches}
-    return len({tuple(names[at]) for at in matches}) == 1 < len(matches) == len(platforms)
+    """Return whether *matches* are several manifests with equal names, or none, for different platforms."""
+    platforms = {descriptors[position].platform for position in matches}
+    return len({tuple(names[position]) for position in matches}) == 1 < len(matches) == len(platforms)

@@ -1,4 +1,4 @@
-"""Authenticate to a registry: by Basic, or by Bearer with a token from the realm that the registry names.
+"""Authenticate to a registry, with Basic credentials or with a Bearer token from the registry's token server.
 
 Source: distribution, "Token Authentication Specification" and "OAuth2 Token Authentication"; RFC 9110, section 11.6.
 """
@@ -22,13 +22,13 @@ from gearworkers.images.transport import Transport, error_of, translated
 from gearworkers.util.net import is_loopback
 
 _CLIENT = "gearworkers"
-_LEAST_LIFE_S = 60
-"""Lifetime of a token without `expires_in`; the specification's default."""
-_MARGIN_S = 15
+_MIN_LIFETIME_S = 60
+"""Minimum lifetime of a token, and the specification's default for a token without `expires_in`."""
+_EXPIRY_MARGIN_S = 15
 _SCHEMES = ("bearer", "basic")
-"""The schemes supported, the preferred one first."""
+"""The supported schemes, in order of preference."""
 _PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z_][A-Za-z0-9_-]*)')
-"""A parameter, or the scheme that the next parameters belong to."""
+"""A parameter, or a scheme, to which the parameters after it belong."""
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -79,30 +79,30 @@ class Authenticator:
         """Return the Authorization header that answers the challenge *header*, and cache it.
 
         Raises:
-            FailedPrecondition: Credentials are missing or refused, or would travel unencrypted.
-            Unavailable: The realm does not answer.
+            FailedPrecondition: Credentials are missing or rejected, or would be sent unencrypted.
+            Unavailable: The token server does not answer.
         """
         challenge = Challenge.parse(header)
         if challenge is None:
-            raise FailedPrecondition(f"{self.host} asks for an unsupported authentication: {header[:100]!r}")
+            raise FailedPrecondition(f"{self.host} requires an unsupported authentication scheme: {header[:100]!r}")
         credentials = find_credentials(self.docker_config, self.host)
         if challenge.scheme == "basic":
-            value, life_s = self._basic(credentials), float("inf")
+            value, lifetime_s = self._basic(credentials), float("inf")
         else:
-            value, life_s = self._bearer(challenge, credentials, scopes)
+            value, lifetime_s = self._bearer(challenge, credentials, scopes)
         with self._lock:
-            self._tokens[scopes] = value, time.monotonic() + life_s
+            self._tokens[scopes] = value, time.monotonic() + lifetime_s
         return value
 
     def forget(self, scopes: tuple[str, ...]) -> None:
-        """Drop an authorization that was refused."""
+        """Drop an authorization that the registry rejected."""
         with self._lock:
             self._tokens.pop(scopes, None)
 
     def _basic(self, credentials: Credentials | None) -> str:
         if credentials is None or not credentials.user:
             raise FailedPrecondition(
-                f"{self.host} asks for a password, and none is stored; run `docker login {self.host}`"
+                f"{self.host} requires a password, but none is stored; run `docker login {self.host}`"
             )
         return _basic(credentials)
 
@@ -110,7 +110,7 @@ class Authenticator:
         self, challenge: Challenge, credentials: Credentials | None, scopes: tuple[str, ...]
     ) -> tuple[str, float]:
         realm = challenge.parameters.get("realm", "")
-        self._refuse_unencrypted_realm(realm, credentials)
+        self._reject_unencrypted_realm(realm, credentials)
         fields = [("service", challenge.parameters.get("service", "")), *(("scope", scope) for scope in scopes)]
         if credentials is not None and credentials.identity_token:
             token = self._exchange(realm, fields, credentials)
@@ -119,15 +119,15 @@ class Authenticator:
         value = token.token or token.access_token
         if not value:
             raise FailedPrecondition(f"the token server {realm} of {self.host} returned no token")
-        return f"Bearer {value}", max(token.expires_in or 0, _LEAST_LIFE_S) - _MARGIN_S
+        return f"Bearer {value}", max(token.expires_in or 0, _MIN_LIFETIME_S) - _EXPIRY_MARGIN_S
 
-    def _refuse_unencrypted_realm(self, realm: str, credentials: Credentials | None) -> None:
+    def _reject_unencrypted_realm(self, realm: str, credentials: Credentials | None) -> None:
         with translated(f"get a token for {self.host}"):
             url = urlsplit(realm)
         is_unencrypted = url.scheme == "http" and not is_loopback(url.hostname or "")
         if url.scheme not in ("http", "https") or (is_unencrypted and credentials is not None):
             raise FailedPrecondition(
-                f"{self.host} names the token server {realm!r}, which is not https; credentials are not sent to it"
+                f"{self.host} names the token server {realm!r}; credentials are sent over https only"
             )
 
     def _fetch(self, realm: str, fields: list[tuple[str, str]], credentials: Credentials | None) -> _Token:

@@ -4,11 +4,11 @@ A conversion has three steps: `plan.plan_conversion` reads the image, `convert_l
 any host with a worker, and `gear_manifest.finish_conversion` pushes config, manifest, index and tag.
 
 The remote keeps a *record* of each converted layer, a small document that names the Gear layer. A layer with a record
-is not converted again. A private layer (tar.private_marker) is copied unchanged: its contents stay in it, and none
-goes to the remote.
+is not converted again. A private layer (tar.private_marker) is copied unchanged: its contents stay in it and never
+reach the remote.
 
 Order of writes: contents, then the layer's blob, then its record; after all layers config, manifest and index, and the
-tag last. So a run that dies leaves no wrong image, and the next run reuses its finished layers.
+tag last. So a crash leaves no incomplete image, and the next run reuses finished layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Progress = Callable[[int], None]
 """Called with the number of bytes read so far of a layer's compressed blob."""
 
 LayerProgress = Callable[[str, int], None]
-"""The same for many layers: called with the layer's digest and the bytes read so far."""
+"""The same for many layers: called with a layer's digest and the number of bytes read so far."""
 
 _COPY_BYTES = 1 << 20
 
@@ -52,9 +52,9 @@ class ConvertedLayer(msgspec.Struct, frozen=True):
     new_objects: int
     new_bytes: int
     reused: bool = False
-    """Whether an earlier conversion had made it."""
+    """Whether an earlier conversion produced the layer."""
     private: bool = False
-    """Whether it was copied unchanged."""
+    """Whether the layer was copied unchanged."""
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -93,12 +93,12 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
 
 
 def record_name(job: LayerJob) -> str:
-    """Return the name of a layer's record; each format of Gear layers has records of its own."""
+    """Return the name of a layer's record; each format version of Gear layers has its own records."""
     return f"layer-{FORMAT}-{INLINE_BYTES}-{job.digest.removeprefix('sha256:')}"
 
 
 def _read_record(remote: Remote, name: str) -> _Record | None:
-    """Return the record; None if there is none or it cannot be read."""
+    """Return the record; None if it is missing or malformed."""
     data = remote.document(name)
     try:
         return msgspec.json.decode(data, type=_Record) if data is not None else None
@@ -107,7 +107,7 @@ def _read_record(remote: Remote, name: str) -> _Record | None:
 
 
 def _reuse(settings: Settings, repository: Repository, record: _Record) -> bool:
-    """Put the recorded layer's blob into *repository*; return False if no registry has the whole blob any more."""
+    """Put the recorded layer's blob into *repository*; return False if the blob can no longer be read."""
     digest = record.done.digest
     if repository.has_blob(digest):
         return True
@@ -181,7 +181,7 @@ class _ProgressReader:
         self._read_bytes = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Read as the blob does, and report."""
+        """Read from the blob, and report the progress."""
         count = self._blob.readinto(buffer) or 0
         self._read_bytes += count
         self._progress(self._read_bytes)

@@ -22,7 +22,7 @@ from gearworkers.util.process import end_with_parent
 
 _POLL_S = 0.2
 _REPORT_BYTES = 1 << 20
-"""A layer's progress is reported after this many bytes more."""
+"""Number of bytes between two reports of a layer's progress."""
 
 _progress_queue: Any = None
 """In a process of the pool: the queue to its parent."""
@@ -34,7 +34,7 @@ def convert_locally(
     """Carry out *plan* with up to *processes* layers at a time.
 
     Raises:
-        GearError: The error of the first layer that failed; layers already started are finished first.
+        GearError: The error of the first layer that failed; layers that were already started are finished first.
 
     Crash: finished layers stay converted, and the next run reuses them.
     """
@@ -44,14 +44,14 @@ def convert_locally(
         futures = [pool.submit(_convert, settings, job) for job in plan.jobs()]
         try:
             while any(not future.done() for future in futures) and not _has_failed(futures):
-                _pass_on(reports, progress)
+                _forward_reports(reports, progress)
             converted = [future.result() for future in _finished(futures)]
         except BrokenProcessPool as exc:
             raise GearError(
-                "a process that converted a layer was killed, perhaps for lack of memory; "
-                "run it again with a smaller --processes"
+                "a process was killed while it converted a layer, perhaps because memory ran out; "
+                "try again with a smaller --processes"
             ) from exc
-        _pass_on(reports, progress)
+        _forward_reports(reports, progress)
     return finish_conversion(settings.registry, plan, converted)
 
 
@@ -87,8 +87,8 @@ def _convert(settings: Settings, job: LayerJob) -> ConvertedLayer:
     return converted
 
 
-def _pass_on(reports: Any, progress: LayerProgress) -> None:
-    """Pass on the reports that are queued, or that arrive within _POLL_S."""
+def _forward_reports(reports: Any, progress: LayerProgress) -> None:
+    """Forward all queued reports; if there are none, wait up to _POLL_S for one."""
     try:
         progress(*reports.get(timeout=_POLL_S))
         while True:

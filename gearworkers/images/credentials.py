@@ -54,8 +54,8 @@ class _HelperAnswer(msgspec.Struct, frozen=True):
 def find_credentials(directory: Path, host: str) -> Credentials | None:
     """Return the credentials that Docker's client would use for the registry *host*; None for anonymous access.
 
-    Only a host that config.json names, as `docker login` does, has credentials: a `credsStore` may answer for any host
-    that it is asked about, and *host* may come from a task. config.json is read at each call, so a new `docker login`
+    Only a host named in config.json, where `docker login` records it, has credentials: a `credsStore` may return
+    credentials for any host, and *host* may come from a task. Each call reads config.json, so a new `docker login`
     takes effect at once.
 
     Args:
@@ -88,7 +88,7 @@ def _read(path: Path) -> _Config:
 
 
 def _names(key: str, host: str) -> bool:
-    """Return whether a key of `auths` or `credHelpers`, which may be a URL, means *host*."""
+    """Return whether a key of `auths` or `credHelpers`, which may be a URL, names *host*."""
     if host == DOCKER_HUB:
         return key in (_HUB_KEY, DOCKER_HUB, "index.docker.io")
     return key == host or urlsplit(key).netloc == host

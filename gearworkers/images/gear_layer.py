@@ -1,11 +1,11 @@
-"""Write a Gear layer: a layer's tar with names instead of contents, which go to the remote.
+"""Write a Gear layer: a tar that names the contents of its files, which go to the remote.
 
 In a Gear layer's tar a regular file has no payload, and two PAX records name its content: GEAR.sha256 and GEAR.size.
-All other fields that Docker reads stay. The same layer always gives the same bytes.
+All other fields that Docker reads are kept. The same layer always gives the same bytes.
 
 A program that does not know Gear layers would unpack such a layer to empty files. So its first entry is a guard: a
-hard link with a missing target, marked by a PAX record. Docker's own drivers, containerd and others fail at it while
-they unpack, and show its name as the reason.
+hard link with a missing target, marked by a PAX record. Docker's own drivers, containerd and others fail to unpack it
+and show its name in the error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gearworkers.errors import ResourceExhausted
 from gearworkers.images.upload import SMALL_BYTES, ContentUploader, unnamed_file
 from gearworkers.tar import writer
 from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
-from gearworkers.tar.private_marker import is_mark, reject_late_mark
+from gearworkers.tar.private_marker import is_marker, reject_late_marker
 from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.util.fs import free_bytes
@@ -42,12 +42,12 @@ _GUARD = TarEntry(
 READ_BUFFER_BYTES = 4 << 20
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
-_PACK_BYTES = 256 << 10
+_COMPRESS_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class GearTar:
-    """A Gear layer that was written."""
+    """The digests and sizes of a written Gear layer."""
 
     digest: str
     """Digest of the compressed tar."""
@@ -61,7 +61,7 @@ class GearTar:
 def write_gear_layer(
     tar: Readable, out: BinaryIO, contents: ContentUploader, inline_bytes: int = INLINE_BYTES
 ) -> GearTar:
-    """Write the Gear layer of *tar* to *out*, compressed with gzip, and hand its contents to *contents*.
+    """Write the Gear layer of *tar* to *out*, compressed with gzip, and pass its contents to *contents*.
 
     Args:
         tar: A layer's tar; read to its end.
@@ -78,8 +78,8 @@ def write_gear_layer(
     files = 0
     out_tar.write(writer.header(_GUARD))
     while (entry := reader.next()) is not None:
-        if is_mark(entry.name):
-            reject_late_mark(entry)
+        if is_marker(entry.name):
+            reject_late_marker(entry)
         if entry.type == REG:
             files += 1
             _write_file(entry, reader, out_tar, contents, inline_bytes)
@@ -94,19 +94,19 @@ def _write_file(
     entry: TarEntry, reader: TarReader, out_tar: _TarWriter, contents: ContentUploader, inline_bytes: int
 ) -> None:
     if entry.gear is not None:
-        _keep_gear(entry, reader, contents)
+        _keep_named_content(entry, reader, contents)
     elif entry.size_bytes > inline_bytes:
         _name_content(entry, reader, contents)
     else:
-        # bytes() copies a piece of content, and makes the zeros of a hole from its length.
+        # bytes() copies a piece of content, and creates the zeros of a hole from its length.
         data = b"".join(bytes(piece) for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes))
         out_tar.write(_header(entry) + data + writer.padding(len(data)))
         return
     out_tar.write(_header(entry))
 
 
-def _keep_gear(entry: TarEntry, reader: TarReader, contents: ContentUploader) -> None:
-    """Handle a file of a Gear layer, which names its content; if it holds the content too, the bytes count."""
+def _keep_named_content(entry: TarEntry, reader: TarReader, contents: ContentUploader) -> None:
+    """Handle a file of a Gear layer, which names its content; if it also holds bytes, these take precedence."""
     assert entry.gear is not None
     if entry.stored_bytes:
         entry.gear = None
@@ -127,14 +127,14 @@ def _name_content(entry: TarEntry, reader: TarReader, contents: ContentUploader)
 
 
 def _upload_from_file(entry: TarEntry, reader: TarReader, contents: ContentUploader) -> bytes:
-    """Upload a large or sparse content by way of an unnamed file; return its digest."""
+    """Upload a large or sparse content through an unnamed file; return its digest."""
     hasher = hashlib.sha256()
     with unnamed_file("a content", contents.directory) as file:
         fd = file.fileno()
         if entry.sparse is not None and entry.size_bytes > free_bytes(fd):
             raise ResourceExhausted(
-                f"tar entry {shown(entry.name)}: a sparse file of {entry.size_bytes} bytes needs more than the "
-                f"{free_bytes(fd)} bytes that are free in {contents.directory}"
+                f"tar entry {shown(entry.name)}: a sparse file of {entry.size_bytes} bytes does not fit into the "
+                f"{free_bytes(fd)} free bytes of {contents.directory}"
             )
         for piece in expanded(reader.chunks(), entry.sparse, entry.size_bytes):
             if isinstance(piece, int):
@@ -170,19 +170,19 @@ class _TarWriter:
     def write(self, data: bytes) -> None:
         """Write the next bytes of the tar."""
         self._buffer += data
-        while len(self._buffer) >= _PACK_BYTES:
-            self._pack(bytes(self._buffer[:_PACK_BYTES]))
-            del self._buffer[:_PACK_BYTES]
+        while len(self._buffer) >= _COMPRESS_BYTES:
+            self._compress(bytes(self._buffer[:_COMPRESS_BYTES]))
+            del self._buffer[:_COMPRESS_BYTES]
 
     def finish(self, files: int) -> GearTar:
         """Write the end of the tar; return the layer's digests and sizes."""
-        self._pack(bytes(self._buffer))
+        self._compress(bytes(self._buffer))
         self._emit(self._compressor.flush())
         return GearTar(
             f"sha256:{self._hasher.hexdigest()}", self._size_bytes, f"sha256:{self._diff_hasher.hexdigest()}", files
         )
 
-    def _pack(self, data: bytes) -> None:
+    def _compress(self, data: bytes) -> None:
         self._diff_hasher.update(data)
         self._emit(self._compressor.compress(data))
 

@@ -1,6 +1,6 @@
-"""The end of a conversion: the Gear image's config, manifest, index and tag.
+"""Finish a conversion: push the Gear image's config, manifest, index and tag.
 
-All that the source's documents say stays, except digests, sizes, diff IDs and the mark of a Gear image.
+The documents keep all fields of the source's, except digests, sizes and diff IDs, and add the mark of a Gear image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gearworkers.images.convert import ConvertedLayer
 from gearworkers.images.plan import ConversionPlan, ImagePlan
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.images.source import ImageSource, open_source, small_blob
+from gearworkers.images.source import ImageSource, open_source, read_config
 from gearworkers.settings import RegistrySettings
 
 
@@ -44,7 +44,7 @@ def finish_conversion(
 
     Args:
         settings: Credentials and proxy.
-        plan: The plan that was carried out.
+        plan: The plan whose layers were converted.
         layers: The results of `plan.jobs()`, in any order.
 
     Raises:
@@ -72,37 +72,37 @@ def _push_image(
     data, _ = source.manifest(plan.manifest)
     manifest = m.decode_manifest(data, f"manifest {plan.manifest}")
     layers = [converted[job.digest] for job in plan.layers]
-    config = _gear_config(small_blob(source, manifest.config), layers)
+    config = _gear_config(read_config(source, manifest.config), layers)
     repository.put_blob(m.digest_of(config), io.BytesIO(config), len(config))
-    made = _gear_manifest(msgspec.json.decode(data), plan.media_type, config, layers)
-    repository.put_manifest(m.digest_of(made), plan.media_type, made)
-    return made, plan.media_type
+    gear_manifest = _gear_manifest(msgspec.json.decode(data), plan.media_type, config, layers)
+    repository.put_manifest(m.digest_of(gear_manifest), plan.media_type, gear_manifest)
+    return gear_manifest, plan.media_type
 
 
 def _gear_config(data: bytes, layers: list[ConvertedLayer]) -> bytes:
-    """Return the config *data* with the Gear layers' diff IDs and the mark; the rest, such as the history, stays."""
+    """Return the config *data* with the Gear layers' diff IDs and the mark; keep the rest, such as the history."""
     document: m.Document = msgspec.json.decode(data)
     diff_ids = [layer.diff_id for layer in layers]
     document["rootfs"] = {"type": "layers"} | (document.get("rootfs") or {}) | {"diff_ids": diff_ids}
-    run: dict[str, Any] = document.get("config") or {}
-    run["Labels"] = {**(run.get("Labels") or {}), **_mark(layers)}
-    document["config"] = run
+    run_config: dict[str, Any] = document.get("config") or {}
+    run_config["Labels"] = {**(run_config.get("Labels") or {}), **_mark(layers)}
+    document["config"] = run_config
     return m.encode(document)
 
 
 def _mark(layers: Iterable[ConvertedLayer]) -> dict[str, str]:
-    """Return the label that marks a Gear image; none if all of its layers are private."""
+    """Return the label that marks a Gear image; empty if all of its layers are private."""
     return {} if all(layer.private for layer in layers) else {m.GEAR_MARK: "1"}
 
 
 def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers: list[ConvertedLayer]) -> bytes:
     """Return the manifest *document* with the Gear image's config and layers, in the same schema.
 
-    ``subject`` is left out: it relates the source, not the Gear image, to another manifest.
+    ``subject`` is removed: it relates the source, not the Gear image, to another manifest.
     """
     oci = media_type == m.OCI_MANIFEST
     document["mediaType"] = media_type
-    document["config"] = m.renamed(document["config"], config)
+    document["config"] = m.with_digest_of(document["config"], config)
     kind = m.OCI_LAYER_GZIP if oci else m.DOCKER_LAYER_GZIP
     document["layers"] = [
         old if layer.private else _gear_descriptor(layer, old, kind)
@@ -120,10 +120,12 @@ def _gear_descriptor(layer: ConvertedLayer, old: m.Document, kind: str) -> m.Doc
 
 
 def _gear_index(source: ImageSource, plan: ConversionPlan, pushed: list[tuple[bytes, str]]) -> tuple[bytes, str]:
-    """Return the index and its type: it holds the Gear images alone, nested indexes flattened."""
+    """Return an index of the Gear images only, with nested indexes flattened, and its type."""
     data, media_type = source.manifest(plan.index)
     document: m.Document = msgspec.json.decode(data)
-    document["manifests"] = [m.renamed(image.entry, made) for image, (made, _) in zip(plan.images, pushed, strict=True)]
+    document["manifests"] = [
+        m.with_digest_of(image.entry, manifest) for image, (manifest, _) in zip(plan.images, pushed, strict=True)
+    ]
     document["mediaType"] = media_type
     document.pop("subject", None)
     return m.encode(document), media_type

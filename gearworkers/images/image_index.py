@@ -1,6 +1,6 @@
 """Indexes of images: find the image for a platform, or all images.
 
-An index may contain further indexes. An entry without a platform has it in the image's config. Entries about other
+An index may contain further indexes. If an entry names no platform, the image's config does. Entries about other
 images, such as attestations and signatures, are not images.
 
 Source: OCI image-spec v1.1, image-index.md.
@@ -16,10 +16,10 @@ import msgspec
 from gearworkers.errors import InvalidInput, NotFound
 from gearworkers.images import manifest as m
 from gearworkers.images.reference import check_digest
-from gearworkers.images.source import ImageSource, small_blob
+from gearworkers.images.source import ImageSource, read_config
 
-_MOST_INDEXES = 64
-"""Limit for one image, whose indexes are read one after the other."""
+MAX_NESTED_INDEXES = 64
+"""Limit for one image; its indexes are read one after another."""
 
 
 class IndexEntry(NamedTuple):
@@ -31,10 +31,10 @@ class IndexEntry(NamedTuple):
 
 
 def images_for(source: ImageSource, index: bytes, platform: m.Platform | None, name: str) -> list[IndexEntry]:
-    """Return the first image for *platform* in *index* and the indexes below it; for None, all images.
+    """Return the first image for *platform* in *index* and its nested indexes; all images if *platform* is None.
 
     Args:
-        source: Gives manifests and configs.
+        source: Provides the manifests and configs.
         index: An index of *source*.
         platform: Platform that the image must run on.
         name: Name of the image, for messages.
@@ -44,13 +44,12 @@ def images_for(source: ImageSource, index: bytes, platform: m.Platform | None, n
         InvalidInput: A document is malformed, or there are too many indexes.
     """
     entries = [entry for entry in _entries(source, index, name, set()) if entry.descriptor.is_image]
-    images = [] if platform else [one for one in entries if _platform_of(source, one.descriptor) is not None]
+    images = [] if platform else [entry for entry in entries if _platform_of(source, entry.descriptor) is not None]
     if images:
         return images
     platforms: set[str] = set()
-    for entry in sorted(
-        entries, key=lambda entry: not entry.descriptor.names_platform
-    ):  # configs are read only if needed
+    entries.sort(key=lambda entry: not entry.descriptor.names_platform)  # reads configs only if needed
+    for entry in entries:
         found = _platform_of(source, entry.descriptor)
         if found is not None and platform is not None and platform.runs(found):
             return [entry]
@@ -68,13 +67,13 @@ def _entries(source: ImageSource, index: bytes, label: str, seen: set[str]) -> I
             yield IndexEntry(child, document)
         elif child.digest not in seen:
             seen.add(child.digest)
-            if len(seen) > _MOST_INDEXES:
-                raise InvalidInput(f"{label}: more than {_MOST_INDEXES} nested indexes")
+            if len(seen) > MAX_NESTED_INDEXES:
+                raise InvalidInput(f"{label}: more than {MAX_NESTED_INDEXES} nested indexes")
             yield from _entries(source, source.manifest(child.digest)[0], f"index {child.digest}", seen)
 
 
 def _platform_of(source: ImageSource, image: m.Descriptor) -> m.Platform | None:
-    """Return the platform in the index or in the config; None for something other than an image."""
+    """Return the platform from the index or the config; None if *image* is not an image."""
     if image.names_platform:
         return image.platform
     label = f"manifest {image.digest}"
@@ -82,4 +81,4 @@ def _platform_of(source: ImageSource, image: m.Descriptor) -> m.Platform | None:
     if config.media_type not in m.CONFIGS:
         return None
     check_digest(config.digest)
-    return m.decode(small_blob(source, config), m.Config, f"config {config.digest}").platform
+    return m.decode(read_config(source, config), m.Config, f"config {config.digest}").platform

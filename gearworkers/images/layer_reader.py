@@ -1,4 +1,4 @@
-"""Read blobs of images: verify them while they are read, and decompress layers."""
+"""Read the blobs of images: verify them on the way, and decompress layers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from gearworkers.tar.reader import Readable
 
 _PIECE_BYTES = 256 << 10
 _PIECE_OUT_BYTES = 1 << 20
-_PIECES_AHEAD = 16
+_MAX_QUEUED_PIECES = 16
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 """Magic number of a frame, or of a skippable frame, which may come first."""
 _ZSTD_MAX_WINDOW_BYTES = 128 << 20
 MAGIC_BYTES = 4
-"""Number of first bytes that reveal a blob's compression."""
+"""Number of bytes at a blob's start that reveal its compression."""
 
 
 class VerifiedBlob:
-    """A blob whose end is reported only if its bytes match the digest."""
+    """A blob that reports its end only if its bytes match the digest."""
 
     def __init__(self, source: Readable, digest: str, size_bytes: int | None) -> None:
         self._source = source
@@ -57,13 +57,13 @@ class VerifiedBlob:
         found = f"sha256:{self._hasher.hexdigest()}"
         if found != self._digest or self._size_bytes not in (None, self.read_bytes):
             raise IntegrityError(
-                f"blob {self._digest} of {self._size_bytes} bytes: {self.read_bytes} bytes with digest {found} arrived"
+                f"blob {self._digest} of {self._size_bytes} bytes: received {self.read_bytes} bytes with digest {found}"
             )
         return 0
 
 
 class TarPreview:
-    """The first bytes of a layer's tar, decompressed as by `unpacked`, but not verified and not read ahead."""
+    """The first bytes of a layer's tar, decompressed as by `unpacked`, but without verification and read-ahead."""
 
     def __init__(self, blob: Readable) -> None:
         self._pieces = _tar_pieces(blob)
@@ -85,13 +85,13 @@ class TarPreview:
 class UnpackedLayer:
     """A layer's tar, decompressed from a gzip, zstd or plain blob; a thread decompresses ahead of the reader.
 
-    Made by `unpacked`, which ends the thread.
+    Created by `unpacked`, which ends the thread.
     """
 
     def __init__(self, blob: Readable, diff_id: str) -> None:
         self._blob = blob
         self._diff_id = diff_id
-        self._pieces: queue.Queue[bytes | BaseException | None] = queue.Queue(_PIECES_AHEAD)
+        self._pieces: queue.Queue[bytes | BaseException | None] = queue.Queue(_MAX_QUEUED_PIECES)
         self._piece = memoryview(b"")
         self._stopped = False
         self._ended = False
@@ -149,7 +149,7 @@ class UnpackedLayer:
 
     def _check(self, found: str) -> None:
         if found != self._diff_id:
-            raise IntegrityError(f"a layer's tar has the digest {found}, and the image's config names {self._diff_id}")
+            raise IntegrityError(f"a layer's tar has the digest {found}, but the image's config names {self._diff_id}")
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def _decompressed(blob: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _gunzipped(blob: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress successive gzip members; zeros between and after them are padding, as for gzip."""
+    """Decompress successive gzip members; skip zeros between and after them, which are padding, as gzip does."""
     inflater = isal_zlib.decompressobj(_GZIP_WINDOW)
     for data in blob:
         while data:
@@ -226,7 +226,7 @@ def _gunzipped(blob: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(blob: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress successive zstd frames; a truncated frame gives its first bytes without an error."""
+    """Decompress successive zstd frames; a truncated frame yields its first bytes without an error."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
     reader = decompressor.stream_reader(cast(IO[bytes], _PieceReader(blob)), read_across_frames=True)
     while found := reader.read(_PIECE_OUT_BYTES):
@@ -234,7 +234,7 @@ def _unzstd(blob: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class _PieceReader(io.RawIOBase):
-    """Pieces as a file for zstandard: a read returns the next bytes, at most as many as requested."""
+    """A file of pieces for zstandard: a read returns the next bytes, at most as many as requested."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces

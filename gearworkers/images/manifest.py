@@ -1,4 +1,4 @@
-"""Manifests, indexes and configs of images: their media types, and the fields that are read.
+"""Manifests, indexes and configs of images: their media types, and the fields that gearworkers reads.
 
 Source: OCI image-spec v1.1 (descriptor.md, manifest.md, image-index.md, config.md); Docker image manifest version 2,
 schema 2.
@@ -55,7 +55,7 @@ _ENCRYPTED = "+encrypted"
 _CONTENT_KEYS = frozenset(("data", "urls"))
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
 _DEFAULT_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
-"""Variants that containerd assumes for an image that names none."""
+"""Variants that containerd assumes for an image without one."""
 
 Document = dict[str, Any]
 _T = TypeVar("_T")
@@ -102,7 +102,7 @@ _UNKNOWN = Platform("unknown", "unknown")
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
-    """The name of a blob or a manifest."""
+    """The type, digest and size of a blob or a manifest."""
 
     media_type: str
     digest: str
@@ -112,13 +112,13 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def is_image(self) -> bool:
-        """Whether it names a manifest, and not one about another manifest, such as BuildKit's provenance."""
-        about_another = _ATTESTATION in (self.annotations or {}) or self.platform == _UNKNOWN
-        return self.media_type in MANIFESTS and not about_another
+        """Whether it describes an image, and not a manifest about another one, such as BuildKit's provenance."""
+        is_about_another = _ATTESTATION in (self.annotations or {}) or self.platform == _UNKNOWN
+        return self.media_type in MANIFESTS and not is_about_another
 
     @property
     def names_platform(self) -> bool:
-        """Whether it names the image's platform."""
+        """Whether it includes the image's platform."""
         return self.platform is not None and bool(self.platform.os and self.platform.architecture)
 
 
@@ -130,7 +130,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class ImageIndex(msgspec.Struct, frozen=True, rename="camel"):
-    """The manifests of one name, by platform."""
+    """The manifests of a multi-platform image."""
 
     manifests: tuple[Descriptor, ...] = ()
 
@@ -151,7 +151,7 @@ class RunConfig(msgspec.Struct, frozen=True):
 
 
 class Config(msgspec.Struct, frozen=True):
-    """The fields of an image's config that are read."""
+    """The fields of an image's config that gearworkers reads."""
 
     rootfs: _RootFs = _RootFs()
     config: RunConfig | None = None
@@ -176,10 +176,10 @@ class _Typed(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def decode(data: bytes, of: type[_T], label: str) -> _T:
-    """Decode JSON *data* as the struct *of*. A null counts as a missing value, as in Go, which writes most of them.
+    """Decode JSON *data* as the struct *of*. A null counts as a missing value, as in Go.
 
     Raises:
-        InvalidInput: The data are not JSON, or have another shape; the message begins with *label*.
+        InvalidInput: The data are not JSON, or do not match *of*; the message begins with *label*.
     """
     try:
         return msgspec.convert(_without_nulls(msgspec.json.decode(data)), of)
@@ -211,7 +211,7 @@ def decode_index(data: bytes, label: str) -> ImageIndex:
 
 
 def decode_manifest(data: bytes, label: str) -> Manifest:
-    """Decode a manifest whose layers are tars; check the form of each digest in it.
+    """Decode a manifest with tars as layers; check the form of each digest in it.
 
     Raises:
         InvalidInput: The data are not a manifest, or a layer has another type; the message begins with *label*.
@@ -243,7 +243,7 @@ def decode_config(data: bytes, manifest: Manifest, label: str) -> Config:
         check_digest(diff_id)
     if len(found.rootfs.diff_ids) != len(manifest.layers):
         raise InvalidInput(
-            f"{label}: the config has {len(found.rootfs.diff_ids)} layers, and the manifest {len(manifest.layers)}"
+            f"{label}: the config has {len(found.rootfs.diff_ids)} layers, but the manifest has {len(manifest.layers)}"
         )
     return found
 
@@ -252,7 +252,7 @@ def media_type_of(data: bytes, declared: str, label: str) -> str:
     """Return the media type of a manifest or index: its own ``mediaType``, else the *declared* one.
 
     Raises:
-        InvalidInput: This version does not read the type, such as Docker's schema 1.
+        InvalidInput: The type is not supported, such as Docker's schema 1.
     """
     typed = decode(data, _Typed, label)
     media_type = typed.media_type or declared.partition(";")[0].strip()
@@ -263,8 +263,8 @@ def media_type_of(data: bytes, declared: str, label: str) -> str:
     return media_type
 
 
-def renamed(descriptor: Document, data: bytes) -> Document:
-    """Return *descriptor* with digest and size of *data*, which replaces the content that it named."""
+def with_digest_of(descriptor: Document, data: bytes) -> Document:
+    """Return *descriptor* with the digest and size of *data*, without its embedded data and URLs."""
     kept = {key: value for key, value in descriptor.items() if key not in _CONTENT_KEYS}
     return kept | {"digest": digest_of(data), "size": len(data)}
 
@@ -282,5 +282,5 @@ def verified(data: bytes, digest: str, label: str) -> bytes:
     """
     found = digest_of(data)
     if found != digest:
-        raise IntegrityError(f"{label}: {len(data)} bytes with digest {found} arrived instead of {digest}")
+        raise IntegrityError(f"{label}: received {len(data)} bytes with digest {found} instead of {digest}")
     return data

@@ -1,7 +1,7 @@
 """The plan of a conversion: which manifests and layers of an image are converted.
 
-Glossary: a *plan* lists the images of one name and their layers; a *layer job* is one distinct layer, which can be
-converted anywhere and in any order. Both travel as JSON in Celery's messages.
+Glossary: a *plan* lists the images of one name and their layers; a *layer job* is one distinct layer. Any host can
+convert any job, in any order. Both are sent as JSON in Celery's messages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gearworkers.errors import InvalidInput
 from gearworkers.images import manifest as m
 from gearworkers.images.reference import Reference
 from gearworkers.images.source import open_source
-from gearworkers.images.survey import private_layers, refuse_to_replace, survey
+from gearworkers.images.survey import private_layers, reject_replacing_source, survey
 from gearworkers.settings import RegistrySettings
 
 
@@ -44,7 +44,7 @@ class ImagePlan(msgspec.Struct, frozen=True):
 
 
 class ConversionPlan(msgspec.Struct, frozen=True):
-    """Everything that one conversion does."""
+    """The images and layers of one conversion."""
 
     source: str
     target: str
@@ -86,15 +86,17 @@ def plan_conversion(
         raise InvalidInput(f"{target}: the digest of a new image cannot be chosen; give a tag instead")
     image = open_source(settings, source)
     found = survey(image, source, platform, all_platforms=all_platforms)
-    refuse_to_replace(settings, source, named, found)
+    reject_replacing_source(settings, source, named, found)
     private = private_layers(image, found.images)
 
     def job(layer: m.Descriptor, diff_id: str) -> LayerJob:
         return LayerJob(source, str(named), layer.digest, layer.size, diff_id, again, layer.digest in private)
 
     plans = (
-        ImagePlan(one.manifest, one.media_type, tuple(job(*layer) for layer in one.layers), one.entry)
-        for one in found.images
+        ImagePlan(
+            surveyed.manifest, surveyed.media_type, tuple(job(*layer) for layer in surveyed.layers), surveyed.entry
+        )
+        for surveyed in found.images
     )
     index = found.digest if found.is_index and all_platforms else ""
     return ConversionPlan(source, str(named), index, tuple(plans))

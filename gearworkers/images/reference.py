@@ -31,7 +31,7 @@ class Reference:
     """The name of an image in a registry."""
 
     host: str
-    """As users write it, with the port if it has one."""
+    """As in the image's name, with the port if it has one."""
     repository: str
     tag: str | None
     digest: str | None
@@ -86,7 +86,7 @@ class Reference:
 
     @property
     def _server(self) -> tuple[str, str]:
-        """Host and port; the usual spellings of this machine count as one."""
+        """Host and port; all names of this machine give the same result."""
         name, port = host_name(self.host).lower(), self.host.rpartition("]")[2].partition(":")[2]
         return "localhost" if name in _THIS_MACHINE else name, port or _HTTPS_PORT
 
@@ -104,7 +104,7 @@ def check_digest(digest: str) -> str:
     """Return *digest* if it is ``sha256:`` and 64 hex digits.
 
     Raises:
-        InvalidInput: It is not; registries use no other algorithm.
+        InvalidInput: The digest has another form or algorithm.
     """
     if not _DIGEST.match(digest):
         raise InvalidInput(f"{digest[:100]!r} is not a SHA-256 digest")

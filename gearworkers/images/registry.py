@@ -1,4 +1,4 @@
-"""Read and write manifests and blobs in a repository of a registry; verify them.
+"""Read and write the manifests and blobs of a repository; verify them.
 
 Source: OCI distribution-spec v1.1 and Docker's registry API v2.
 """
@@ -24,7 +24,7 @@ from gearworkers.tar.reader import Readable
 from gearworkers.util.retry import ATTEMPTS, retried
 
 UPLOAD_CHUNK_BYTES = 16 << 20
-"""Largest blob that is uploaded in one request, and the memory that an upload in chunks takes."""
+"""Size of the largest blob that is uploaded in one request, and memory that an upload in chunks needs."""
 
 _MANIFEST_TYPES = ", ".join(sorted(MANIFESTS | INDEXES))
 _OCTETS = {"Content-Type": "application/octet-stream"}
@@ -68,9 +68,9 @@ class Registry:
             method: HTTP method.
             target: A path, or a URL from the registry; only the registry's own host receives the Authorization.
             scopes: The access that the token must allow.
-            expected: Statuses to return; any other status is raised.
+            expected: Statuses to return; any other status raises an error.
             headers: Headers besides Authorization.
-            body: Bytes, or a file that is sent whole, with its length in *headers*; sent again if a token is needed.
+            body: Bytes, or a file with its length in *headers*; sent whole, and again if a token is needed.
             stream: Leave the response's body unread.
 
         Raises:
@@ -87,7 +87,7 @@ class Registry:
                 body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
             if response.status != 401 or again or _server(urljoin(url, response.url or "")) != _server(base):
-                break  # also after a redirect: only the registry's own challenge is answered
+                break  # answer only the registry's own challenge, not one of a server that it redirects to
             response.drain_conn()
             self.authenticator.forget(scopes)
             self.authenticator.authorize(response.headers.get("WWW-Authenticate", ""), scopes)
@@ -129,7 +129,7 @@ class Repository:
 
     @retried
     def manifest(self, tag_or_digest: str) -> tuple[bytes, str]:
-        """Return a manifest or index, verified if given by digest, and the media type that the registry declares.
+        """Return a manifest or index, verified if requested by digest, and the media type that the registry declares.
 
         Raises:
             IntegrityError: The manifest differs from its digest, or is too large.
@@ -146,7 +146,7 @@ class Repository:
         return data, response.headers.get("Content-Type", "")
 
     def blob(self, digest: str, size_bytes: int | None) -> Readable:
-        """Return the bytes of a blob, verified as they are read; a broken download resumes where it broke."""
+        """Return the bytes of a blob, verified as they are read; a broken download resumes where it stopped."""
         return VerifiedBlob(
             _Download(lambda at: self._open(digest, at), f"blob {digest} of {self.name}"), digest, size_bytes
         )
@@ -251,7 +251,7 @@ class Repository:
         upload.at += len(data)
 
     def _resume(self, upload: _Upload) -> None:
-        """Ask the registry how much it has; restart an upload that it has lost, as docker-registry 2.8 may."""
+        """Ask the registry how much it has; restart the upload if the registry lost it, as docker-registry 2.8 may."""
         try:
             response = self.registry.send("GET", upload.location, self._push, (202, 204))
             upload.at = _received_bytes(response)
@@ -264,7 +264,7 @@ class Repository:
 
     @retried
     def _end_upload(self, upload: _Upload, digest: str) -> None:
-        """Finish the upload; a lost response may mean that it is finished already."""
+        """Finish the upload, which an earlier attempt may have finished if only its response was lost."""
         try:
             self._finish(upload.location, digest, b"", 0)
         except NotFound:
@@ -275,7 +275,7 @@ class Repository:
         begun = self.registry.send("POST", self._path("blobs/uploads/"), self._push, (202,))
         location = begun.headers.get("Location", "")
         if not location:
-            raise NotFound(f"{self.registry.reference.host} started an upload to {self.name} without a Location")
+            raise NotFound(f"{self.registry.reference.host} started an upload to {self.name} but sent no Location")
         return str(location)
 
     def _finish(self, location: str, digest: str, data: bytes | BinaryIO, size_bytes: int) -> None:
@@ -303,6 +303,7 @@ class _Upload:
     is_broken: bool = False
     """Whether the last request broke, so that the number of received bytes is unknown."""
     losses: int = 0
+    """How often the registry lost the upload."""
 
     def follow(self, response: urllib3.BaseHTTPResponse) -> None:
         """Take the location of the next request from *response*."""
@@ -316,13 +317,13 @@ def _server(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _received_bytes(response: urllib3.BaseHTTPResponse) -> int:
-    """Return how many bytes of an upload the registry has; it reports none as 0-0."""
+    """Return the number of bytes of an upload that the registry has; ``0-0`` means none."""
     end = str(response.headers.get("Range", "")).rpartition("-")[2]
     return int(end) + 1 if end.isdigit() and end != "0" else 0
 
 
 class _Download:
-    """A response body that is requested again where it broke, while each attempt gives bytes."""
+    """A response body; after a break it is requested again from there, as long as attempts make progress."""
 
     def __init__(self, open_at: Callable[[int], urllib3.BaseHTTPResponse], label: str) -> None:
         self._open_at = open_at
@@ -335,7 +336,7 @@ class _Download:
         """Fill part of *buffer*; return the number of bytes, 0 at the end.
 
         Raises:
-            Unavailable: The download broke too often in a row without giving a byte.
+            Unavailable: Too many attempts in a row broke before the first byte.
         """
         while True:
             self._response = self._response or self._open_at(self._at)

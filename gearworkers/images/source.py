@@ -1,12 +1,12 @@
-"""Image sources: one named image that can be read, wherever it is stored.
+"""Image sources: read a named image from a registry or an archive.
 
     name                     stored as                                        class
     [HOST/]NAME[:TAG]        a repository of a registry                       RegistrySource
     oci:PATH[:TAG]           an OCI image layout, a directory or a tar        archives.OciLayout
     docker-archive:PATH[…]   a tar that `docker save` wrote, or its files     archives.DockerArchive
 
-A source gives the manifest or index that the name stands for, further manifests by digest, and blobs by digest. It
-verifies everything that it reads by digest.
+A source returns the manifest or index of the name, further manifests by digest, and blobs by digest. It verifies
+everything that it reads by digest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ImageSource(Protocol):
     """
 
     def root(self) -> tuple[bytes, str]:
-        """Return the manifest or index that the name stands for, and its media type."""
+        """Return the manifest or index of the name, and its media type."""
 
     def manifest(self, digest: str) -> tuple[bytes, str]:
         """Return the manifest or index with this digest, verified, and its media type."""
@@ -66,7 +66,7 @@ class RegistrySource:
 
 
 def open_source(settings: RegistrySettings, name: str) -> ImageSource:
-    """Open the image *name*, in one of the forms above; a registry is not connected yet.
+    """Open the image *name*, in one of the forms above; do not connect to a registry yet.
 
     Raises:
         InvalidInput: The name is malformed, or the tag is missing or wrong.
@@ -85,8 +85,8 @@ def is_local(name: str) -> bool:
     return name.startswith((OCI, DOCKER_ARCHIVE))
 
 
-def refuse_path(name: str) -> None:
-    """Refuse a path, on behalf of a worker, which must not read files of its host for others.
+def reject_path(name: str) -> None:
+    """Reject a path: a worker must not read files of its host for others.
 
     Raises:
         InvalidInput: *name* is a path.
@@ -97,8 +97,8 @@ def refuse_path(name: str) -> None:
         )
 
 
-def small_blob(source: ImageSource, descriptor: m.Descriptor) -> bytes:
-    """Read a config whole.
+def read_config(source: ImageSource, descriptor: m.Descriptor) -> bytes:
+    """Return the contents of a config.
 
     Raises:
         InvalidInput: The descriptor's size is above MAX_CONFIG_BYTES.

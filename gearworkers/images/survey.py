@@ -1,4 +1,4 @@
-"""Survey an image before its conversion: manifests and configs for the platforms, private layers."""
+"""Survey an image before its conversion: read its manifests and configs, and find private layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gearworkers.images.image_index import images_for
 from gearworkers.images.layer_reader import TarPreview
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
-from gearworkers.images.source import ImageSource, is_local, small_blob
+from gearworkers.images.source import ImageSource, is_local, read_config
 from gearworkers.settings import RegistrySettings
-from gearworkers.tar.private_marker import starts_with_mark
+from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 
 _LAYERS_AT_ONCE = 8
@@ -34,7 +34,7 @@ class SurveyedImage(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The manifest or index that a name stands for."""
+    """The images that a name refers to, and the digest of their manifest or index."""
 
     digest: str
     is_index: bool
@@ -58,7 +58,7 @@ def survey(source: ImageSource, name: str, platform: m.Platform | None, *, all_p
     digest = m.digest_of(data)
     if media_type in m.INDEXES:
         entries = images_for(source, data, None if all_platforms else platform or m.Platform.here(), name)
-        images = [_decoded(source, *source.manifest(one.descriptor.digest), one.document) for one in entries]
+        images = [_decoded(source, *source.manifest(entry.descriptor.digest), entry.document) for entry in entries]
         return Survey(digest, True, images)
     image = _decoded(source, data, media_type, {})
     if platform is not None and not platform.runs(image.config.platform):
@@ -68,31 +68,31 @@ def survey(source: ImageSource, name: str, platform: m.Platform | None, *, all_p
 
 
 def private_layers(source: ImageSource, images: Sequence[SurveyedImage]) -> set[str]:
-    """Return the digests of the layers that are marked private, or are above a marked layer in any of the images.
+    """Return the digests of layers that are marked private, or are above a marked layer in any of the images.
 
     Raises:
-        InvalidInput, IntegrityError: A layer does not begin like a tar; the message names the layer.
+        InvalidInput, IntegrityError: The start of a layer is not a tar's; the message names the layer.
     """
-    distinct = {layer.digest: layer for one in images for layer, _ in one.layers}
+    distinct = {layer.digest: layer for image in images for layer, _ in image.layers}
     with ThreadPoolExecutor(_LAYERS_AT_ONCE) as pool:
         results = pool.map(lambda layer: _has_mark(source, layer), distinct.values())
         marked = {digest for digest, has_mark in zip(distinct, results, strict=True) if has_mark}
     private: set[str] = set()
-    for one in images:
-        digests = [layer.digest for layer, _ in one.layers]
-        first = next((at for at, digest in enumerate(digests) if digest in marked), len(digests))
+    for image in images:
+        digests = [layer.digest for layer, _ in image.layers]
+        first = next((position for position, digest in enumerate(digests) if digest in marked), len(digests))
         private.update(digests[first:])
     return private
 
 
-def refuse_to_replace(settings: RegistrySettings, source: str, target: Reference, found: Survey) -> None:
-    """Refuse a *target* that is the tag of *source*: afterwards only hosts with gearworkers could run that image.
+def reject_replacing_source(settings: RegistrySettings, source: str, target: Reference, found: Survey) -> None:
+    """Reject a *target* that is the tag of *source*: afterwards only hosts with gearworkers could run that image.
 
     A Gear image may replace itself.
 
     Args:
         settings: Credentials and proxy.
-        source: The name that was surveyed.
+        source: The name of the surveyed image.
         target: The Gear image's name, with a tag.
         found: The survey.
 
@@ -114,7 +114,7 @@ def refuse_to_replace(settings: RegistrySettings, source: str, target: Reference
 def _decoded(source: ImageSource, data: bytes, media_type: str, entry: m.Document) -> SurveyedImage:
     digest = m.digest_of(data)
     manifest = m.decode_manifest(data, f"manifest {digest}")
-    config = m.decode_config(small_blob(source, manifest.config), manifest, f"config {manifest.config.digest}")
+    config = m.decode_config(read_config(source, manifest.config), manifest, f"config {manifest.config.digest}")
     return SurveyedImage(
         digest, media_type, list(zip(manifest.layers, config.rootfs.diff_ids, strict=True)), config, entry
     )
@@ -122,13 +122,13 @@ def _decoded(source: ImageSource, data: bytes, media_type: str, entry: m.Documen
 
 def _has_mark(source: ImageSource, layer: m.Descriptor) -> bool:
     try:
-        return starts_with_mark(TarReader(TarPreview(source.blob(layer.digest, layer.size))))
+        return starts_with_marker(TarReader(TarPreview(source.blob(layer.digest, layer.size))))
     except (InvalidInput, IntegrityError) as exc:
         raise type(exc)(f"layer {layer.digest}: {exc}") from exc
 
 
 def _names_digest(settings: RegistrySettings, target: Reference, digest: str) -> bool:
-    """Return whether the tag *target* names the manifest *digest* now."""
+    """Return whether the tag *target* currently names the manifest *digest*."""
     try:
         return m.digest_of(Repository.of(settings, target).manifest(target.tag_or_digest)[0]) == digest
     except NotFound:

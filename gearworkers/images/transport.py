@@ -1,7 +1,7 @@
-"""HTTP to registries: connections, certificates, proxies, and the errors that unexpected responses mean.
+"""HTTP to registries: connections, certificates, proxies, and errors for unexpected responses.
 
-urllib3 was chosen because the well-known clients build on it, it imports quickly, reads bodies without copies in
-Python, and drops Authorization on a redirect to another host: registries redirect to their storage.
+urllib3 was chosen because well-known clients build on it, it imports quickly, reads bodies without copies in Python,
+and drops Authorization on a redirect to another host: registries redirect to their storage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gearworkers.util.http_errors import from_http_error, retry_after_s
 from gearworkers.util.net import host_name, is_loopback
 
 CERTIFICATES = Path("/etc/docker/certs.d")
-"""Directory of certificates by registry, the same as dockerd's."""
+"""Directory that holds each registry's certificates; dockerd uses it as well."""
 
 _TIMEOUT = Timeout(connect=15, read=60)
 _PUT_TIMEOUT = Timeout(connect=15, read=600)
@@ -64,7 +64,7 @@ class Transport:
         Raises:
             Unavailable: The connection failed, or broke before the response.
             FailedPrecondition: The server's certificate is not trusted.
-            InvalidInput: The URL, or one that it redirects to, is malformed, or a header cannot be sent.
+            InvalidInput: The URL or a redirect's target is malformed, or a header cannot be sent.
         """
         with translated(f"{method} {url.partition('?')[0]}"):
             timeout = _PUT_TIMEOUT if method == "PUT" else _TIMEOUT
@@ -101,7 +101,7 @@ def translated(tried: str) -> Iterator[None]:
 
 
 def error_of(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
-    """Return the error that an unexpected status means; reads the body for the registry's message."""
+    """Return the error for an unexpected status, with the registry's message from the body."""
     status = response.status
     kind = _ERRORS_BY_STATUS.get(status) or (Unavailable if status >= 500 else InvalidInput)
     advice = "; `docker login` may help" if status in (401, 403) else ""
@@ -110,7 +110,7 @@ def error_of(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
 
 def _messages(response: urllib3.BaseHTTPResponse) -> str:
     try:
-        body = response.read(_MAX_ERROR_BYTES) or response.data  # the latter if the body was read before
+        body = response.read(_MAX_ERROR_BYTES) or response.data  # data holds a body that was read before
         found = msgspec.json.decode(body, type=_Errors).errors
     except (HTTPError, OSError, ValueError):
         return ""
@@ -128,13 +128,13 @@ def _proxy(text: str, context: ssl.SSLContext) -> urllib3.ProxyManager:
 
 
 def _bypassed(name: str, no_proxy: str) -> bool:
-    """Return whether the list *no_proxy* has *name* or a domain above it; ``*`` means all names."""
+    """Return whether the list *no_proxy* contains *name* or a parent domain; ``*`` matches all names."""
     entries = [entry.strip().removeprefix("*").lstrip(".") or "*" for entry in no_proxy.split(",") if entry.strip()]
     return any(entry == "*" or name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _context(directory: Path) -> ssl.SSLContext:
-    """Return the system's trust, with the CAs (``*.crt``) and client certificates (``*.cert``) of *directory*."""
+    """Return a TLS context with the system's CAs, and the CAs (``*.crt``) and client certificates of *directory*."""
     context = ssl.create_default_context()
     try:
         for path in sorted(directory.glob("*.crt")):

@@ -1,4 +1,4 @@
-"""Upload the contents of a converted layer: put those that the remote lacks, many at once, in bounded memory."""
+"""Upload the contents of a converted layer that the remote lacks, in parallel and in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gearworkers.remote.buffered import BufferedStore
 from gearworkers.remote.remote import Remote
 
 SMALL_BYTES = encoding.LARGE_BYTES
-"""Contents below this size may be handed over in memory."""
+"""Contents below this size may be passed in memory."""
 
 _BATCH_CONTENTS = 512
 _BATCH_BYTES = 2 << 20
-_CALLS_AHEAD = 8
-"""Batches and files that are queued or being compressed; bounds the memory, with _BATCH_BYTES and _PUT_BYTES."""
+_MAX_PENDING_CALLS = 8
+"""Batches and files that may be queued or in compression; limits memory, with _BATCH_BYTES and _PUT_BYTES."""
 _PUT_BYTES = 32 << 20
-"""Compressed bytes of one put: a remote in a directory syncs once per put."""
+"""Compressed bytes of one put; large, because a remote in a directory syncs once per put."""
 _THREADS = 4
 _SHOWN_DIGESTS = 3
 
@@ -38,12 +38,12 @@ class UploadedContents:
     """Number of distinct contents that the layer names."""
     object_bytes: int
     new_objects: int
-    """Number of those that the remote lacked."""
+    """Number of these that the remote lacked."""
     new_bytes: int
 
 
 class ContentUploader:
-    """Puts a layer's contents into the remote; made by `uploading`, and used from one thread."""
+    """Puts a layer's contents into the remote; created by `uploading`, and used from one thread."""
 
     def __init__(self, remote: Remote, directory: Path) -> None:
         self.directory = directory
@@ -51,7 +51,7 @@ class ContentUploader:
         self._buffered = BufferedStore(remote.blobs, buffer_bytes=_PUT_BYTES)
         self._remote = Remote(self._buffered)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="put")
-        self._free_slots = threading.BoundedSemaphore(_CALLS_AHEAD)
+        self._free_slots = threading.BoundedSemaphore(_MAX_PENDING_CALLS)
         self._futures: list[Future[tuple[int, int]]] = []
         self._failed: list[Future[tuple[int, int]]] = []
         self._seen: dict[bytes, int] = {}
@@ -74,7 +74,7 @@ class ContentUploader:
             self._send_batch()
 
     def add_file(self, digest: bytes, fd: int, size_bytes: int) -> None:
-        """Upload a content from a file; *fd* is closed after the upload, or when there is none.
+        """Upload a content from a file; *fd* is closed afterwards, even without an upload.
 
         Raises:
             GearError: The upload of an earlier content failed.
@@ -86,7 +86,7 @@ class ContentUploader:
         self._submit(lambda: self._put_file(digest, fd, size_bytes), lambda: os.close(fd))
 
     def require(self, digest: bytes, size_bytes: int) -> None:
-        """Note a content whose bytes are not here, and which the remote must have already."""
+        """Record a content without its bytes; `finish` checks that the remote has it."""
         self._seen.setdefault(digest, size_bytes)
         self._required.add(digest)
 
@@ -117,7 +117,7 @@ class ContentUploader:
             self._submit(lambda: self._put_batch(batch), lambda: None)
 
     def _submit(self, call: Callable[[], tuple[int, int]], after: Callable[[], None]) -> None:
-        """Run *call* in a thread, and *after* in any case, also if *call* is dropped."""
+        """Run *call* in a thread, then *after*, which runs even if *call* is cancelled."""
         self._free_slots.acquire()
         if self._failed:
             after()
@@ -133,12 +133,12 @@ class ContentUploader:
         self._free_slots.release()
 
     def _put_batch(self, batch: list[tuple[bytes, bytes]]) -> tuple[int, int]:
-        """Put the contents that the remote lacks; return their number and bytes. Their digests were just computed."""
+        """Put the contents that the remote lacks, under the digests given; return their number and bytes."""
         present = set(self._remote.has([digest for digest, _ in batch]))
-        lacking = [(digest, data) for digest, data in batch if digest not in present]
-        if lacking:
-            self._remote.blobs.put_many([(digest, encoding.encode(data)) for digest, data in lacking])
-        return len(lacking), sum(len(data) for _, data in lacking)
+        missing = [(digest, data) for digest, data in batch if digest not in present]
+        if missing:
+            self._remote.blobs.put_many([(digest, encoding.encode(data)) for digest, data in missing])
+        return len(missing), sum(len(data) for _, data in missing)
 
     def _put_file(self, digest: bytes, fd: int, size_bytes: int) -> tuple[int, int]:
         if self._remote.has([digest]):
@@ -153,7 +153,7 @@ class ContentUploader:
         if missing:
             shown = ", ".join(missing[:_SHOWN_DIGESTS])
             raise FailedPrecondition(
-                f"the layer names {len(missing)} contents that the remote lacks, such as {shown}; "
+                f"the layer names {len(missing)} contents that are missing in the remote, such as {shown}; "
                 "run `gear push` on the host that has them"
             )
 
@@ -175,16 +175,16 @@ def uploading(remote: Remote, directory: Path) -> Iterator[ContentUploader]:
 
 @contextmanager
 def unnamed_file(kind: str, directory: Path) -> Iterator[BinaryIO]:
-    """Yield an empty file without a name in *directory*, which is made if missing.
+    """Yield an empty file without a name in *directory*, which is created if missing.
 
-    The file ends with the context, and with a crash. It is on GEAR_ROOT's disk, since /tmp may be memory.
+    The file disappears at the end of the context, or at a crash. It is on GEAR_ROOT's disk, since /tmp may be memory.
 
     Args:
-        kind: What the file holds, for messages.
-        directory: Where the file takes its space.
+        kind: Description of the file's data, for messages.
+        directory: Directory on the file system that stores the data.
 
     Raises:
-        GearError: The file system fails, also while the context lasts.
+        GearError: The file system fails, here or inside the context.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

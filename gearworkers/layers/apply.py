@@ -22,7 +22,7 @@ from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.tree import LayerTree
 from gearworkers.tar.entry import REG, TarEntry, shown
-from gearworkers.tar.private_marker import MARK, is_mark, reject_hidden_mark, reject_late_mark
+from gearworkers.tar.private_marker import MARKER, is_marker, reject_hidden_marker, reject_late_marker
 from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.tar.tar_split import TarSplitWriter
@@ -72,12 +72,12 @@ def apply_tar(
     `objects` lists only objects that the tar names without containing them.
 
     Args:
-        source: The tar; read to its clean end.
-        build: A directory on the store's file system, private to this call.
+        source: The tar; read to its end.
+        build: A directory on the store's file system that only this call uses.
         store: Receives the contents.
         ids: Maps the tar's owners to the host's.
         push_queue: Receives new objects; None if there is no remote.
-        root: GEAR_ROOT; its mark decides whether contents may be stored in place.
+        root: GEAR_ROOT; its mark may forbid storing in place (`cas.inplace`).
         inode_numbers: Provides the inode numbers of the index.
         private: Whether the layer is private. A layer is also private if the tar has the marker (tar.private_marker).
 
@@ -106,7 +106,7 @@ def apply_tar(
 
 @contextmanager
 def _no_garbage_collector() -> Iterator[None]:
-    """Disable Python's garbage collector: it would walk a tree of a million inodes repeatedly and find no cycles."""
+    """Disable Python's garbage collector, which would walk a tree of a million inodes repeatedly and find no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -195,17 +195,17 @@ class _ContentImporter:
         if reader.guarded:
             self._writer.disable_push()
         while entry is not None:
-            if MARK in entry.name and not self._is_private and is_mark(entry.name):
+            if MARKER in entry.name and not self._is_private and is_marker(entry.name):
                 self._make_private(entry)
             add(entry, self._digest(entry) if entry.type == REG else None)
             entry = reader.next()
         reader.finish()
-        if not self._is_private and index.has_at_top(MARK):
-            reject_hidden_mark()
+        if not self._is_private and index.has_at_top(MARKER):
+            reject_hidden_marker()
 
-    def _make_private(self, mark: TarEntry) -> None:
+    def _make_private(self, marker: TarEntry) -> None:
         if self._refs:
-            reject_late_mark(mark)
+            reject_late_marker(marker)
         self.keep_private()
 
     def _digest(self, entry: TarEntry) -> bytes | None:
@@ -227,7 +227,7 @@ class _ContentImporter:
         assert entry.gear is not None
         digest, size_bytes = entry.gear
         if entry.stored_bytes:
-            raise InvalidInput(f"tar entry {shown(entry.name)}: it names a content and contains one")
+            raise InvalidInput(f"tar entry {shown(entry.name)}: it both names a content and contains one")
         if not size_bytes:
             return None
         entry.size_bytes = size_bytes

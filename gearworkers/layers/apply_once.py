@@ -1,10 +1,11 @@
 """A layer accepts one tar, and only while the gateway that answered its Create runs.
 
-After a broken connection dockerd sends the rest of the tar as a new request. The rest may be empty, which is an empty
-layer, or may be readable as a tar of its own. Nobody would notice, since dockerd's digest covers the bytes it sent.
+After a broken connection dockerd sends the rest of the tar as a new request. The rest may be empty, which is a valid
+empty layer, or may be a valid tar by chance. The loss would go unnoticed, since dockerd's digest covers the bytes that
+it sent.
 
-So Create leaves a file in the layer's directory, ApplyDiff begins by renaming it, and the starts of gateway and dockerd
-remove it, because the previous gateway may have received a part of the tar.
+So Create leaves a file in the layer's directory, and ApplyDiff begins by renaming it. A start of the gateway or dockerd
+removes the file, because the previous gateway may have received a part of the tar.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Deduplicate a finished read-write layer: move its contents to the object store.
 
-BuildKit creates layers by Create, writes them through a mount and registers them by their Diff; they never come by
-ApplyDiff. This module replaces their files, one atomic rename each, by index files with the same metadata whose bytes
-are objects. A mount above the layer sees no difference.
+BuildKit creates layers by Create, writes them through a mount and registers them by their Diff, without ApplyDiff. This
+module replaces their files, each by one atomic rename, with index files: same metadata, but the bytes are objects. A
+mount above the layer sees no difference.
 
 Order of writes: objects, the list that keeps them from the garbage collector, the directories' times, the names, the
 times again.
@@ -49,7 +49,7 @@ class _DirectoryTimes(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _StoredContent(NamedTuple):
-    """The digest of an inode's bytes, and values that show whether the inode was changed since."""
+    """The digest of an inode's bytes, and values that show later changes of the inode."""
 
     digest: bytes
     identity: tuple[int, int, int]
@@ -63,14 +63,14 @@ def dedupe_layer(
     Args:
         layer: The layer's directory; receives the list `objects`.
         upper: The layer's tree, not mounted for writing.
-        build: An empty directory on the same file system, private to this call.
+        build: An empty directory on the same file system that only this call uses.
         store: Receives the contents.
         push_queue: Receives new objects; None if there is no remote.
         root: GEAR_ROOT.
 
     Raises:
-        Unavailable: A Diff of the layer is running, which may take long; nothing has changed.
-        GearError: The file system refuses; the layer is whole.
+        Unavailable: A Diff of the layer is running, which may take long; the layer is unchanged.
+        GearError: The file system refuses; the layer is undamaged.
     """
     try:
         refs = RefWriter(build)
@@ -80,7 +80,7 @@ def dedupe_layer(
         finally:
             refs.close()
         with opened_directory(build) as build_fd, locked_directory(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            with publishing(root, store):  # otherwise the collector may find the list at neither place
+            with publishing(root, store):  # otherwise the collector may miss the list while it moves
                 os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
             (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
             kernel.syncfs(build_fd)
@@ -166,8 +166,8 @@ def _replaced(upper: Path, build_fd: int, contents: dict[int, _StoredContent]) -
         if index is None:
             index = index_files[status.st_ino] = b"index-%d" % status.st_ino
             _make_index(build_fd, index, dir_fd, name, status, content.digest)
-        os.link(index, b"place", src_dir_fd=build_fd, dst_dir_fd=build_fd)
-        os.rename(b"place", name, src_dir_fd=build_fd, dst_dir_fd=dir_fd)
+        os.link(index, b"link", src_dir_fd=build_fd, dst_dir_fd=build_fd)
+        os.rename(b"link", name, src_dir_fd=build_fd, dst_dir_fd=dir_fd)
         count += 1
     return count
 

@@ -66,7 +66,7 @@ class IdMaps(msgspec.Struct, frozen=True):
 
     def save(self, root: Path) -> None:
         """Store the maps in GEAR_ROOT for all processes of the node; replace the file by one rename."""
-        replace_file(root / _FILE, msgspec.json.encode(self), sync=False)  # dockerd names them at each start
+        replace_file(root / _FILE, msgspec.json.encode(self), sync=False)  # dockerd passes the maps at each start
 
     @classmethod
     def load(cls, root: Path) -> IdMaps:

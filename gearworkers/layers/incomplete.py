@@ -1,7 +1,7 @@
 """Incomplete layers: layers that refer to objects that are not in the public cache.
 
-The lazy file server asks `IncompleteLayers` which objects may be requested and which layers have become complete.
-Layers appear and vanish meanwhile. The state "incomplete" is part of a layer's record.
+The lazy file server learns from `IncompleteLayers` which objects it may request and which layers have become complete.
+Layers may be added and removed at any time. The state "incomplete" is part of a layer's record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import object_name
 from gearworkers.errors import GearError, NotFound, from_os_error
-from gearworkers.layers.object_list import ObjectList, least_digest
+from gearworkers.layers.object_list import ObjectList, lowest_digest
 from gearworkers.layers.record import RECORD_FILE, LayerKind, read_record
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
@@ -62,22 +62,22 @@ class IncompleteLayers:
 
     def find_named(self, name: bytes) -> tuple[bytes, int] | None:
         """Return (digest, size in bytes) of the object with this name of 21 characters; None if no layer has it."""
-        least = least_digest(name)
-        found = self.objects_between(least[:15], least[:15]) if least is not None else []
+        lowest = lowest_digest(name)
+        found = self.objects_between(lowest[:15], lowest[:15]) if lowest is not None else []
         return next((record for record in found if object_name(record[0]) == name), None)
 
-    def objects_between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
+    def objects_between(self, first: bytes, last: bytes) -> list[tuple[bytes, int]]:
         """Return the distinct objects in a range of digests, as `ObjectList.between`.
 
         Complete layers are searched if no incomplete layer has such an object. That takes longer; it is needed
         because a layer may become complete while one of its files is open.
         """
-        found = self._find(least, greatest)
+        found = self._find(first, last)
         if not found:
             with _os_errors_translated():
                 for path in self._images.iterdir():
                     objects = ObjectList.open(path / OBJECTS_FILE)
-                    found = found or (objects.between(least, greatest) if objects is not None else [])
+                    found = found or (objects.between(first, last) if objects is not None else [])
         return found
 
     def digests(self) -> set[bytes]:
@@ -95,43 +95,43 @@ class IncompleteLayers:
         return [record for record in map(layer.objects.record, layer.objects.positions) if not store.has(record[0])]
 
     def newly_complete(self, store: ObjectStore) -> list[str]:
-        """Return the layers that have all objects by now. Each call checks some thousand objects, each object once."""
+        """Return the layers that now have all objects. A call checks some thousand objects, and each object once."""
         self._refresh()
-        done = []
+        complete = []
         for id, layer in list(self._layers.items()):
             for at in layer.objects.positions[layer.present : layer.present + _OBJECTS_PER_STEP]:
                 if not _is_present(store, layer.objects.record(at)[0]):
                     break
                 layer.present += 1
             if layer.present == len(layer.objects.positions):
-                done.append(id)
-        return done
+                complete.append(id)
+        return complete
 
     def mark_complete(self, id: str, store: ObjectStore) -> bool:
         """Check all objects of the layer once more, then mark it complete durably; return whether it is complete."""
-        done = mark_complete(self._images, id, store)
+        is_complete = mark_complete(self._images, id, store)
         with self._lock:
-            if not done and id in self._layers:
+            if not is_complete and id in self._layers:
                 self._layers[id].present = 0  # an object was lost after the check
                 return False
             self._layers = {known: layer for known, layer in self._layers.items() if known != id}
-        return done
+        return is_complete
 
-    def _find(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
+    def _find(self, first: bytes, last: bytes) -> list[tuple[bytes, int]]:
         self._refresh()
-        found = self._search(least, greatest)
+        found = self._search(first, last)
         if not found and self._refresh(even_if_unchanged=True):
-            found = self._search(least, greatest)
+            found = self._search(first, last)
         return found
 
-    def _search(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
+    def _search(self, first: bytes, last: bytes) -> list[tuple[bytes, int]]:
         found: dict[bytes, int] = {}
         for layer in tuple(self._layers.values()):
-            found.update(layer.objects.between(least, greatest))
+            found.update(layer.objects.between(first, last))
         return list(found.items())
 
     def _refresh(self, *, even_if_unchanged: bool = False) -> bool:
-        """Look for new and removed layers; return whether there are any.
+        """Look for new and removed layers; return whether any were found.
 
         The modification time of the directory shows changes. Two changes within one tick of the kernel's clock look
         like one, so `_find` refreshes once more before it reports that nothing was found.
@@ -208,9 +208,9 @@ def mark_incomplete(images: Path, id: str) -> bool:
 
     The caller forbids storing in place before the call (`cas.inplace.mark_objects_lost`).
     """
-    done = _mark(images, id, complete=False)
-    os.utime(images)  # makes the lazy file server look again
-    return done
+    exists = _mark(images, id, complete=False)
+    os.utime(images)  # makes the lazy file server read the records again
+    return exists
 
 
 def layers_referring_to(images: Path, name: bytes) -> list[str]:

@@ -1,6 +1,6 @@
 """Search in the `objects` file of a layer or a pin.
 
-The file is sorted by digest (see `cas.refs`). It is mapped into memory, not read, so a list of a million objects costs
+The file is sorted by digest (`cas.refs`). It is mapped into memory, not read, so a list of a million objects costs
 nothing until it is searched.
 """
 
@@ -43,24 +43,24 @@ class ObjectList:
         """Whether the list contains the object."""
         return bool(self.between(digest, digest))
 
-    def between(self, least: bytes, greatest: bytes) -> list[tuple[bytes, int]]:
-        """Return (digest, size in bytes) of the objects whose digest begins with a prefix from *least* to *greatest*.
+    def between(self, first: bytes, last: bytes) -> list[tuple[bytes, int]]:
+        """Return (digest, size in bytes) of the objects whose digest begins with a prefix from *first* to *last*.
 
         Both prefixes have the same length and belong to the range.
         """
-        length = len(least)
-        first = bisect.bisect_left(self.positions, least, key=lambda at: self._prefix(at, length))
+        length = len(first)
+        start = bisect.bisect_left(self.positions, first, key=lambda at: self._prefix(at, length))
         found = []
-        for at in self.positions[first:]:
-            if self._prefix(at, length) > greatest:
+        for at in self.positions[start:]:
+            if self._prefix(at, length) > last:
                 break
             found.append(self.record(at))
         return found
 
     def named(self, name: bytes) -> tuple[bytes, int] | None:
-        """Return (digest, size in bytes) of the object with this name of 21 characters; None if there is none."""
-        least = least_digest(name)
-        found = self.between(least[:15], least[:15]) if least is not None else []
+        """Return (digest, size in bytes) of the object with this name of 21 characters; None if it is not listed."""
+        lowest = lowest_digest(name)
+        found = self.between(lowest[:15], lowest[:15]) if lowest is not None else []
         return next((record for record in found if object_name(record[0]) == name), None)
 
     def record(self, at: int) -> tuple[bytes, int]:
@@ -72,8 +72,8 @@ class ObjectList:
         return self.records[at * REF_RECORD.size : at * REF_RECORD.size + length]
 
 
-def least_digest(name: bytes) -> bytes | None:
-    """Return the least 16-byte prefix of the digests with this object name; None if *name* is not an object's name.
+def lowest_digest(name: bytes) -> bytes | None:
+    """Return the lowest 16-byte prefix of the digests with this object name; None if *name* is not an object's name.
 
     The name determines the first 126 bits; two zero bits follow.
     """

@@ -4,7 +4,7 @@ A pin is a directory in pins/ with two files: `pin.json`, and `objects` in the f
 over the image's layers. The garbage collector reads it like a layer's list, so a pin outlives the image's layers. The
 lazy file server fetches the missing objects of pins (lazyfs.pin_fetch).
 
-Order of writes: a pin is built in build/, synced, and moved to its place by one rename. Removal goes the other way.
+Order of writes: a pin is built in build/, synced, and moved to pins/ by one rename. Removal moves it back first.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Pins:
         self._objects = objects
 
     def add(self, pin: Pin, top_layer: str) -> None:
-        """Pin all objects of the layer chain from *top_layer* on; replace a pin of the same image.
+        """Pin all objects of the layer chain that begins at *top_layer*; replace a pin of the same image.
 
         Raises:
             NotFound: A layer is missing.
 
-        Crash: the pin exists whole or not at all. The next start removes the rest from build/.
+        Crash: the pin exists completely or not at all. The next start removes leftovers from build/.
         """
         lists = [self._layers.directory(layer) / OBJECTS_FILE for layer in self._layers.layer_chain(top_layer)]
         try:
@@ -73,7 +73,7 @@ class Pins:
                 write_synced(build / OBJECTS_FILE, b"".join(records))
                 write_synced(build / _PIN_FILE, msgspec.json.encode(pin))
                 with publishing(self._root, self._objects):
-                    self._place(build, self._directory / _key(pin))
+                    self._move_into_place(build, self._directory / _key(pin))
         except OSError as exc:
             raise from_os_error(exc, f"pin {pin.name}") from exc
 
@@ -81,7 +81,7 @@ class Pins:
         """Remove the pins of the images with this name or id; return them.
 
         Raises:
-            NotFound: There is no such pin.
+            NotFound: No pin has this name or id.
         """
         found = [pin for pin in self.all() if pin.matches(text)]
         if not found:
@@ -123,9 +123,9 @@ class Pins:
         except FileNotFoundError:
             return 0
 
-    def _place(self, build: Path, place: Path) -> None:
-        exchange = kernel.Rename.EXCHANGE if place.exists() else kernel.Rename.NOREPLACE
-        kernel.renameat2(kernel.AT_FDCWD, os.fsencode(build), kernel.AT_FDCWD, os.fsencode(place), exchange)
+    def _move_into_place(self, build: Path, target: Path) -> None:
+        flags = kernel.Rename.EXCHANGE if target.exists() else kernel.Rename.NOREPLACE
+        kernel.renameat2(kernel.AT_FDCWD, os.fsencode(build), kernel.AT_FDCWD, os.fsencode(target), flags)
         sync_directory(self._directory)
 
 

@@ -26,7 +26,7 @@ class PrivateStores:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, id: str) -> Path:
-        """Return the directory of the layer's private objects; it does not exist if there are none."""
+        """Return the directory of the layer's private objects; it exists only if the layer has such objects."""
         return self._directory / id
 
     def store(self, id: str) -> ObjectStore:
@@ -45,16 +45,16 @@ class PrivateStores:
     def moved_into_place(self, build: Path, id: str) -> Iterator[None]:
         """Move the layer's private objects from *build* to private/<id>; move them back if the context fails.
 
-        They are not moved back if *build* is gone, since private/<id> may belong to another import then.
+        They are not moved back if *build* was removed, since private/<id> may then belong to another import.
         """
-        place = self.path(id)
-        os.rename(build / PRIVATE, place)
+        target = self.path(id)
+        os.rename(build / PRIVATE, target)
         try:
             yield
         except BaseException:
             if not self._is_owned(id):
                 with suppress(OSError):
-                    os.rename(place, build / PRIVATE)
+                    os.rename(target, build / PRIVATE)
             raise
 
     def _is_owned(self, id: str) -> bool:

@@ -1,7 +1,7 @@
 """Size limits of containers: each limited container is a project with a quota, which the file system enforces.
 
-A project's number is free while no file belongs to it, whatever its limit. So only the layer's record stores the
-number. A crash leaves a limit that the next user of the number replaces.
+A project's number is free while no file belongs to the project, even if the project has a limit. So only the layer's
+record stores the number. A crash may leave a limit, which the next use of the number replaces.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gearworkers.mounts.probe import backing_fs_name
 from gearworkers.util.fs import opened_directory
 
 FIRST_PROJECT = 1 << 20
-"""The least project number; far above 1, from which Docker's overlay2 and volumes count."""
+"""The lowest project number; far above the numbers of Docker's overlay2 and volumes, which start at 1."""
 _MOUNT_BYTES = 4 << 20
-"""Extra space for a mount. The overlay creates one directory, and xfs requires more than that in advance."""
+"""Extra space for a mount. The overlay creates one directory, and xfs reserves more space than that in advance."""
 _LAST_PROJECT = (1 << 32) - 2
 
 
 class Quotas:
-    """The size limits of one GEAR_ROOT. Only one process of a node may have them; call from any thread."""
+    """The size limits of one GEAR_ROOT. Only one process of a node may set limits; call from any thread."""
 
     def __init__(self, containers: Path) -> None:
         self._containers = containers
@@ -35,7 +35,7 @@ class Quotas:
         """Check that the file system enforces size limits.
 
         Raises:
-            FailedPrecondition: It does not, or the administrator uses one project for all of GEAR_ROOT.
+            FailedPrecondition: It does not, or all of GEAR_ROOT belongs to one project.
         """
         try:
             with opened_directory(self._containers) as dir_fd:
@@ -74,7 +74,7 @@ class Quotas:
 
     @contextmanager
     def raised_limit(self, project: int, size_bytes: int) -> Iterator[None]:
-        """Raise the project's limit a little while its overlay is mounted; a full one would be mounted read-only.
+        """Raise the project's limit a little while its overlay is mounted; at its limit it would be mounted read-only.
 
         Raises:
             FailedPrecondition: The file system does not enforce limits any more.

@@ -30,11 +30,11 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     mount_label: str = ""
     created_s: float = 0.0
     dedupable: bool = msgspec.field(default=False, name="absorbable")
-    """Whether the layer was created as a new layer. Once it was written and its Diff was taken, nothing writes it."""
+    """Whether the layer was created as a new layer. It does not change after it is written and its Diff is taken."""
     size_limit_bytes: int = 0
     """Size limit of a container; 0 for no limit."""
     project: int = 0
-    """Number of the quota project that holds a container with a size limit; see `layers.quotas`."""
+    """Number of the quota project of a container with a size limit; see `layers.quotas`."""
     size_bytes: int = 0
     objects: int = 0
     object_bytes: int = 0

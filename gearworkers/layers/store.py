@@ -1,11 +1,11 @@
 """The layers of a GEAR_ROOT: their directories, their states and their life from creation to removal.
 
-Glossary: a *layer* has an id and at most one parent. An *image layer* is read-only and lies in images/. A *container
-layer* is read-write and lies in containers/. A layer is *new* after Create: the first ApplyDiff makes it an image
-layer, the first Get makes it a container layer. The *lower* of a layer is the directory that represents the layer in a
-mount of a layer above it. The *layer chain* is the layer, its parent, and so on.
+Glossary: a *layer* has an id and at most one parent. An *image layer* is read-only and is in images/. A *container
+layer* is read-write and is in containers/. A layer is *new* after Create: the first ApplyDiff makes it an image layer,
+the first Get makes it a container layer. The *lower* of a layer is the directory that represents the layer in a mount
+of a layer above it. The *layer chain* is the layer, its parent, and so on.
 
-Order of writes: a layer is built in build/ and moves to its place by one rename. Removal goes the other way.
+Order of writes: a layer is built in build/ and moved to its final path by one rename. Removal first moves it back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gearworkers.layers.quotas import Quotas
 from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
 from gearworkers.mounts.overlay import is_mounted, unmount
 from gearworkers.settings import NodeSettings
-from gearworkers.tar.private_marker import MARK
+from gearworkers.tar.private_marker import MARKER
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
 
@@ -73,7 +73,7 @@ class LayerStore:
         """The size limits of containers."""
         self.inode_numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
         """The inode numbers of the layers' indexes."""
-        self._cached: dict[str, Layer] = {}  # complete image layers; they change only with `inplace.leave_mark`
+        self._cached: dict[str, Layer] = {}  # complete image layers; they change only with `inplace.touch_mark`
         self._cached_ns = 0
 
     def prepare(self) -> None:
@@ -174,7 +174,7 @@ class LayerStore:
     def _has_marker(self, layer: Layer) -> bool:
         if layer.kind is LayerKind.IMAGE:
             return layer.private
-        return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARK)
+        return os.path.lexists(os.fsencode(self.directory(layer) / UPPER) + b"/" + MARKER)
 
     def object_store(self, layer: Layer) -> ObjectStore:
         """Return the store that contains the contents of an image layer's tar."""
@@ -187,7 +187,7 @@ class LayerStore:
     # -- creation and removal
 
     def create(self, layer: Layer, ids: IdMaps) -> None:
-        """Create an empty layer. Call `Quotas.require` before if the layer has a size limit.
+        """Create an empty layer. If the layer has a size limit, call `Quotas.require` first.
 
         Raises:
             AlreadyExists: The id is taken.
@@ -241,32 +241,32 @@ class LayerStore:
         Raises:
             NotFound: The empty layer was removed meanwhile; nothing is visible.
 
-        Crash: before the rename the layer is unfinished, after it the layer is whole. Before the rename, a directory in
+        Crash: the layer is unfinished before the rename and complete after it. Before the rename, a directory in
         private/ may belong to no layer; `recover` removes it.
         """
         for name in (TREE, MERGED):
             (build / name).mkdir(mode=0o700)
         write_record(build, layer)
-        place = self._images / layer.id
+        target = self._images / layer.id
         with opened_directory(self._images) as images_fd:
             with self.private_stores.moved_into_place(build, layer.id) if layer.private_objects else nullcontext():
                 kernel.syncfs(images_fd)
                 if not layer.complete:
                     inplace.forbid(self._root)
                 with publishing(self._root, self._objects):
-                    self._place(build, place)
+                    self._move_into_place(build, target)
             os.fsync(images_fd)
             if not layer.complete:
                 inplace.forbid(self._root)  # again: a concurrent `recover` may have found no incomplete layer before
         self._discard(self._containers / layer.id)
 
-    def _place(self, build: Path, place: Path) -> None:
-        if place.exists():
-            _rename(build, place, kernel.Rename.EXCHANGE)
-        elif (self._containers / place.name).exists():
-            _rename(build, place, kernel.Rename.NOREPLACE)
+    def _move_into_place(self, build: Path, target: Path) -> None:
+        if target.exists():
+            _rename(build, target, kernel.Rename.EXCHANGE)
+        elif (self._containers / target.name).exists():
+            _rename(build, target, kernel.Rename.NOREPLACE)
         else:
-            raise NotFound(f"layer {place.name} was removed while its ApplyDiff ran")
+            raise NotFound(f"layer {target.name} was removed while its ApplyDiff ran")
 
     def remove(self, id: str) -> bool:
         """Remove a layer in any state; return whether it existed.
@@ -277,7 +277,7 @@ class LayerStore:
         self._cached.pop(id, None)
         project = self._project(id)
         found = [self._discard(parent / id) for parent in (self._containers, self._images)]
-        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or that still runs and will fail
+        for leftover in self._build.glob(f"{id}.????????"):  # of an import that died, or is running and will fail
             self._discard(leftover)
         self._discard(self.private_stores.path(id))  # last, since no import can add to it any more
         if project:
@@ -379,16 +379,16 @@ class LayerStore:
             build.chmod(0o710)
         write_record(build, layer)
 
-    def _discard(self, place: Path) -> bool:
-        """Rename a directory into build/, then remove it. Nobody sees it half removed. False if there is none."""
-        unmount(place / TREE)
+    def _discard(self, directory: Path) -> bool:
+        """Remove a directory; return whether it existed. It is first renamed into build/, so the removal is atomic."""
+        unmount(directory / TREE)
         removed_path = self._build / f"removed.{secrets.token_hex(8)}"
         try:
-            os.rename(place, removed_path)
+            os.rename(directory, removed_path)
         except FileNotFoundError:
             return False
         except OSError as exc:
-            raise from_os_error(exc, f"remove {place}") from exc
+            raise from_os_error(exc, f"remove {directory}") from exc
         remove_tree(removed_path)
         return True
 

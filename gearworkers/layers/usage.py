@@ -33,8 +33,8 @@ class Usage(NamedTuple):
 class UsageMeter:
     """Counts on demand, and caches the result for 50 times the time that the count took, at most a minute.
 
-    So the numbers of a small store are current, and a store of a million objects, whose count takes seconds, is not
-    counted too often.
+    So the numbers of a small store are current. A store of a million objects takes seconds to count and is not counted
+    too often.
     """
 
     def __init__(self, layers: LayerStore, store: ObjectStore) -> None:

@@ -164,7 +164,7 @@ class LazyServer:
             _log.exception("cannot serve the lazy file system")
         self.stop()  # it was unmounted or is broken: the next start mounts a new one
 
-    # -- upkeep
+    # -- maintenance
 
     def _maintain(self, connection: FuseConnection, keeper: FdKeeper) -> None:
         turn = 0
@@ -280,4 +280,4 @@ def _logged_errors() -> Iterator[None]:
     try:
         yield
     except (GearError, OSError) as exc:
-        _log.error("upkeep of the lazy file system failed", error=str(exc))
+        _log.error("maintenance of the lazy file system failed", error=str(exc))

@@ -130,7 +130,7 @@ def _objects() -> _Paths:
 
 
 def _blobs() -> _Paths:
-    """The calls for stored blobs, whose clients verify and decode them."""
+    """Describe the calls for blobs. The manager returns blobs as stored; clients verify and decode them."""
     return {
         "/v1/blobs/{digest}": {
             "get": _call("pull_blob", "Return the blob of an object or chunk, as stored.", [_DIGEST], answers=_OCTETS)

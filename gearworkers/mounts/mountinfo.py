@@ -1,6 +1,6 @@
 """Find mounts in /proc/self/mountinfo, without accessing the mounted file system.
 
-The server of the lazy file system may be dead; stat would then wait for the next server.
+If the server of the lazy file system is dead, stat would wait for the next server.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _MOUNT_POINT_FIELD = 4
 
 def is_mount_point(target: Path) -> bool:
     """Whether *target* is a mount point in this process's mount namespace; its parents may be symlinks."""
-    texts = os.fsencode(_resolved(target))
+    path = os.fsencode(_resolved(target))
     with open(_MOUNTINFO, "rb") as mounts:
-        return any(_unescaped(line.split(b" ", 5)[_MOUNT_POINT_FIELD]) == texts for line in mounts)
+        return any(_unescaped(line.split(b" ", 5)[_MOUNT_POINT_FIELD]) == path for line in mounts)
 
 
 def wait_until_mounted(target: Path, timeout_s: float) -> None:
     """Wait until the lazy file system is mounted at *target*.
 
     Raises:
-        FailedPrecondition: It is not mounted within *timeout_s*.
+        FailedPrecondition: The lazy file system is not mounted within *timeout_s*.
 
     Source: proc_pid_mounts(5): poll on the descriptor reports changes of the mounts.
     """
@@ -46,9 +46,9 @@ def wait_until_mounted(target: Path, timeout_s: float) -> None:
 def is_data_layer(path: Path) -> bool:
     """Whether an overlay in this process's mount namespace has *path* as a data layer.
 
-    The parents of *path* may be symlinks. The kernel shows the resolved path or, before Linux 6.13, the given text.
+    The parents of *path* may be symlinks. The kernel shows the resolved path or, before Linux 6.13, the given path.
     """
-    texts = {b"datadir+=" + os.fsencode(one) for one in (_resolved(path), path)}
+    texts = {b"datadir+=" + os.fsencode(shown) for shown in (_resolved(path), path)}
     with open(_MOUNTINFO, "rb") as mounts:
         options = (option for line in mounts for option in line.rstrip().partition(b" - overlay ")[2].split(b","))
         return any(_unescaped(option) in texts for option in options)

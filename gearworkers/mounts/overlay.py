@@ -1,7 +1,7 @@
 """Mount overlays: index trees over data-only object stores.
 
-Glossary: a *lower* is the read-only tree of a layer. A *data* layer contains objects that only redirects reach. *Upper*
-and *work* receive the writes of a mount. *Merged* is the mount's view.
+Glossary: a *lower* is the read-only tree of a layer. A *data* layer contains objects that are reached only through
+redirects. *Upper* and *work* receive the writes of a mount. *Merged* is the view that the mount shows.
 
 Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers", "Metadata only copy up",
 "Redirected directories" ("renaming directories"), "Volatile mount", "Inode properties".
@@ -43,7 +43,7 @@ class OverlaySpec:
     context: str = ""
     """SELinux label of all files in the mount, as in the option ``context=``."""
     volatile: bool = False
-    """Never sync the upper. Another mount of the upper needs `clear_volatile` before."""
+    """Never sync the upper. Call `clear_volatile` before the upper is mounted again."""
     xino: bool = False
     """Compose inode numbers from layer and file: all files have the mount's st_dev, and numbers exceed 2^53."""
 
@@ -52,7 +52,7 @@ def mount(spec: OverlaySpec, target: Path) -> None:
     """Mount the overlay at the directory *target*; an error leaves nothing mounted.
 
     Raises:
-        GearError: The kernel refused; the text contains the kernel's message.
+        GearError: The kernel refused; the error contains the kernel's message.
     """
     try:
         mount_fd = _create_mount(spec, attributes=0)
@@ -66,10 +66,10 @@ def mount(spec: OverlaySpec, target: Path) -> None:
 
 @contextmanager
 def detached(spec: OverlaySpec) -> Iterator[int]:
-    """Yield a directory descriptor of a read-only mount of *spec* that is attached nowhere.
+    """Yield a directory descriptor of a read-only mount of *spec* that has no mount point.
 
-    The upper becomes the topmost lower, so a layer that is mounted elsewhere can be viewed. The mount ends with the
-    context, also after a crash.
+    The upper becomes the topmost lower, so that a layer that is mounted elsewhere can be read. The mount ends with the
+    context, or with the process.
 
     Raises:
         GearError: As `mount`.
@@ -98,7 +98,7 @@ def unmount(target: Path) -> None:
 
 
 def is_mounted(target: Path) -> bool:
-    """Whether *target* has another file system than its parent directory; two stat calls."""
+    """Whether a file system is mounted at *target*; compares its device with its parent's by two stat calls."""
     try:
         return os.lstat(target).st_dev != os.lstat(target.parent).st_dev
     except FileNotFoundError:
@@ -110,8 +110,8 @@ def is_mounted(target: Path) -> bool:
 def clear_volatile(work: Path) -> None:
     """Remove the mark that a volatile mount leaves in *work*, so that its upper can be mounted again.
 
-    The caller guarantees that the upper is undamaged: there was no crash or power cut since the volatile mount began,
-    or the content will be created again.
+    The caller guarantees that the upper is undamaged (no crash or power cut since the volatile mount began) or that its
+    content will be created again.
     """
     try:
         shutil.rmtree(work / "work" / "incompat")
@@ -130,7 +130,7 @@ def _read_only(spec: OverlaySpec) -> OverlaySpec:
 def _create_mount(spec: OverlaySpec, attributes: int) -> int:
     """Create a detached mount of *spec*; return an O_PATH descriptor."""
     if not spec.lowers or (spec.upper is None) != (spec.work is None):
-        raise InvalidInput(f"{_description(spec)}: at least one lower is needed, and upper and work only together")
+        raise InvalidInput(f"{_description(spec)}: it needs at least one lower, and both upper and work or neither")
     context_fd = syscalls.fsopen("overlay")
     try:
         _set_options(context_fd, spec)
@@ -145,9 +145,8 @@ def _set_options(context_fd: int, spec: OverlaySpec) -> None:
     syscalls.fsconfig_string(context_fd, "source", b"overlay")
     for key, value in _OPTIONS:
         syscalls.fsconfig_string(context_fd, key, value)
-    syscalls.fsconfig_string(
-        context_fd, "xino", b"on" if spec.xino else b"off"
-    )  # not the default of the kernel's configuration
+    # Set in both cases: the default depends on the kernel's configuration.
+    syscalls.fsconfig_string(context_fd, "xino", b"on" if spec.xino else b"off")
     if spec.context:
         syscalls.fsconfig_string(context_fd, "context", os.fsencode(spec.context))
     if spec.volatile:
@@ -156,7 +155,7 @@ def _set_options(context_fd: int, spec: OverlaySpec) -> None:
 
 @contextmanager
 def _layers_added(context_fd: int, spec: OverlaySpec) -> Iterator[None]:
-    """Set the layers; create the superblock inside the context, while the empty lower exists."""
+    """Add the layers. Create the superblock inside the context, while the empty lower exists."""
     with contextlib.ExitStack() as stack:
         for lower in spec.lowers:
             _add_directory(context_fd, "lowerdir+", lower)
@@ -181,10 +180,10 @@ def _add_directory(context_fd: int, key: str, path: Path) -> None:
 
 
 def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None:
-    """Add a layer by descriptor or, before Linux 6.13, whose options are text only, by the descriptor's name in /proc.
+    """Add a layer by its descriptor. Before Linux 6.13 options are text only: add the descriptor's path in /proc.
 
-    mountinfo shows that text. `mountinfo.is_data_layer` looks for data layers, so these are named by their *path* if it
-    is short enough.
+    mountinfo shows that text. `mountinfo.is_data_layer` looks for data layers by path, so a data layer is added by its
+    *path* if that is short enough.
     """
     try:
         syscalls.fsconfig_fd(context_fd, key, layer_fd)
@@ -199,7 +198,7 @@ def _add_empty_lower(context_fd: int) -> int:
     """Add an empty tmpfs below a single lower, since the kernel refuses one lower without an upper.
 
     Returns:
-        The tmpfs' mount; keep it open until the superblock is created.
+        A descriptor of the tmpfs; keep it open until the superblock is created.
     """
     tmpfs_fd = syscalls.fsopen("tmpfs")
     try:
@@ -215,10 +214,10 @@ def _add_empty_lower(context_fd: int) -> int:
     return empty_fd
 
 
-def _refused(exc: OSError, tried: str) -> GearError:
+def _refused(exc: OSError, action: str) -> GearError:
     path = f" {os.fsdecode(exc.filename)}" if exc.filename else ""
     step = exc.strerror if exc.strerror and exc.strerror != os.strerror(exc.errno or 0) else "looking up"
-    return from_os_error(exc, f"{tried}: {step}{path}")
+    return from_os_error(exc, f"{action}: {step}{path}")
 
 
 def _description(spec: OverlaySpec) -> str:

@@ -1,6 +1,6 @@
-"""Try which features this kernel and this file system have.
+"""Check the features of this kernel and of GEAR_ROOT's file system.
 
-Each check tests one feature that gearworkers needs or profits from. `gear doctor` prints the checks, and Init fails if
+Each check tests one feature that gearworkers needs or benefits from. `gear doctor` prints the checks, and Init fails if
 a needed feature is missing.
 
 Source: Linux Documentation/filesystems/overlayfs.rst, "Data-only lower layers"; statfs(2) for the magic numbers.
@@ -21,7 +21,7 @@ from gearworkers.util import syscalls
 from gearworkers.util.fs import opened_directory
 
 _REDIRECT = b"/\x01a/bcdefghijklmnopqrstu"
-"""As long as an object's path."""
+"""A redirect of the same length as an object's path."""
 
 _FS_NAMES = {
     0xEF53: "extfs",
@@ -39,7 +39,7 @@ _FS_NAMES = {
 }
 _NETWORK_FS_NAMES = frozenset(("nfs", "cifs", "smb2"))
 _DT_UNKNOWN = 0
-_FIRST_KERNEL = (6, 5)
+_MIN_KERNEL = (6, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +49,33 @@ class Check:
     name: str
     ok: bool
     needed: bool
-    """Whether nothing works without the feature; otherwise the lack only costs performance."""
+    """Whether gearworkers cannot work without the feature. Other features only improve performance."""
     found: str
-    """What the check found, or what is wrong."""
+    """The finding, or the problem."""
     advice: str = ""
-    """What to do; empty if ok."""
+    """A way to solve the problem; empty if ok."""
 
 
-def probe(root: Path, *further: Callable[[Path], Check]) -> list[Check]:
+def probe(root: Path, *more_checks: Callable[[Path], Check]) -> list[Check]:
     """Check the kernel and the file system of *root*; leave nothing behind.
 
     Args:
         root: An existing directory: GEAR_ROOT.
-        further: More checks; each receives an empty directory in *root*.
+        more_checks: Each receives an empty directory in *root*.
 
     Raises:
         GearError: *root* is not writable.
 
-    Crash: may leave a directory ``.probe-*`` in *root* with a few files and a mount; both may be removed at any time.
+    Crash: may leave a directory ``.probe-*`` in *root*, with a few files and a mount; both can be removed at any time.
     """
     checks = [_check_kernel(os.uname().release), _check_backing_fs(root)]
-    for check in (_check_xattrs, _check_data_only, *further, _check_d_type, _check_inode_room):
+    for check in (_check_xattrs, _check_data_only, *more_checks, _check_d_type, _check_inode_size):
         checks.append(run_check(check, root))
     return checks
 
 
 def run_check(check: Callable[[Path], Check], root: Path) -> Check:
-    """Run a check in an empty directory of its own in *root*, and remove the directory. Safe to call concurrently.
+    """Run a check in a new directory in *root*, then remove the directory. Safe to call concurrently.
 
     Raises, Crash: As `probe`.
     """
@@ -87,14 +87,18 @@ def run_check(check: Callable[[Path], Check], root: Path) -> Check:
 
 
 def require(checks: list[Check]) -> None:
-    """Raise FailedPrecondition, with all problems, if a needed feature is missing."""
+    """Check that no needed feature is missing.
+
+    Raises:
+        FailedPrecondition: A needed feature is missing; the error lists all problems.
+    """
     missing = [f"{check.name}: {check.found}; {check.advice}" for check in checks if check.needed and not check.ok]
     if missing:
-        raise FailedPrecondition("gearworkers cannot work here: " + " / ".join(missing))
+        raise FailedPrecondition("this host lacks features that gearworkers needs: " + " / ".join(missing))
 
 
 def backing_fs_name(root: Path) -> str:
-    """Return Docker's name of the file system of *root*, such as ``extfs`` or ``xfs``, or its magic number."""
+    """Return Docker's name for the file system of *root*, such as ``extfs`` or ``xfs``, or its magic number."""
     try:
         magic = syscalls.statfs_type(root)
     except OSError as exc:
@@ -112,8 +116,8 @@ def kernel_version(release: str) -> tuple[int, int]:
 
 
 def _check_kernel(release: str) -> Check:
-    """Informative only: the check of data-only layers decides, since some kernels have them as a backport."""
-    ok = kernel_version(release) >= _FIRST_KERNEL
+    """Check the kernel's version; not needed, since `_check_data_only` also accepts kernels with backports."""
+    ok = kernel_version(release) >= _MIN_KERNEL
     advice = "" if ok else "boot Linux 6.5 or newer; on Debian 12, install linux-image from backports"
     return Check("kernel", ok, False, release, advice)
 
@@ -136,11 +140,11 @@ def _check_xattrs(scratch: Path) -> Check:
     except OSError as exc:
         advice = "use ext4, xfs or btrfs, and run as root with CAP_SYS_ADMIN"
         return Check("trusted and user xattrs", False, True, exc.strerror or str(exc), advice)
-    return Check("trusted and user xattrs", True, True, "kept")
+    return Check("trusted and user xattrs", True, True, "supported")
 
 
 def _check_data_only(scratch: Path) -> Check:
-    """Read a file whose content lies in a data-only layer, through two index trees."""
+    """Read a file through two index trees; its content is in a data-only layer."""
     index, below, data = (scratch / name for name in ("index", "below", "data"))
     content = b"probe"
     target = Path(os.fsdecode(os.fsencode(data) + _REDIRECT))
@@ -158,7 +162,7 @@ def _check_data_only(scratch: Path) -> Check:
         return Check("overlay with data-only layers", False, True, exc.strerror or str(exc), advice)
     if seen != content:
         return Check("overlay with data-only layers", False, True, "a file of the layer has wrong content", advice)
-    return Check("overlay with data-only layers", True, True, "read through")
+    return Check("overlay with data-only layers", True, True, "supported")
 
 
 def _check_d_type(scratch: Path) -> Check:
@@ -172,12 +176,12 @@ def _check_d_type(scratch: Path) -> Check:
         False,
         True,
         "not reported",
-        "create the file system again, xfs with ftype=1",
+        "create the file system again; for xfs, with ftype=1",
     )
 
 
-def _check_inode_room(scratch: Path) -> Check:
-    """Check that the two marks of an index file, which has no data, fit into its inode and take no block."""
+def _check_inode_size(scratch: Path) -> Check:
+    """Check that the two xattrs of an index file, which has no data, fit into its inode and take no block."""
     file = scratch / "file"
     try:
         _make_index_file(file, 4096)
@@ -185,7 +189,7 @@ def _check_inode_room(scratch: Path) -> Check:
         return Check("inode size", False, False, exc.strerror or str(exc), "see the check of xattrs")
     used_bytes = file.stat().st_blocks * 512
     if used_bytes == 0:
-        return Check("inode size", True, False, "the marks of an index file fit into its inode")
+        return Check("inode size", True, False, "the xattrs of an index file fit into its inode")
     advice = (
         "create the file system again with larger inodes (mkfs.ext4 -I 256 or more); small inodes cost space and time"
     )

@@ -4,7 +4,7 @@ Glossary: a *project* is a number that files inherit from their directory. The f
 project's files and enforces the project's limit. xfs does so if it is mounted with ``pquota``; ext4 if it was created
 with ``-O project,quota`` and is mounted with ``prjquota``.
 
-Every function receives a descriptor of a directory, not O_PATH, and raises OSError.
+Every function takes the descriptor of a directory, opened without O_PATH. Except `is_enforced`, they raise OSError.
 
 Sources: quotactl(2); linux/quota.h, `struct if_dqblk`; linux/dqblk_xfs.h, `struct fs_quota_statv`; linux/fs.h,
 `struct fsxattr`. The ioctl numbers are those of all architectures except MIPS, PowerPC and SPARC.
@@ -26,7 +26,7 @@ _XGETQSTATV = 0x5808
 _STATV_VERSION = 1
 _STATV_BYTES = 160
 _STATV_FLAGS = struct.Struct("=bxH")
-_PROJECT_LIMITS_HOLD = 1 << 5  # FS_QUOTA_PDQ_ENFD
+_PROJECT_LIMITS_ENFORCED = 1 << 5  # FS_QUOTA_PDQ_ENFD
 _DQBLK = struct.Struct("=8QI4x")
 _DQBLK_SPACE, _DQBLK_INODES = 2, 5
 _BLOCK_BYTES = 1024
@@ -54,7 +54,7 @@ def is_enforced(dir_fd: int) -> bool:
         reply = syscalls.quotactl_fd(dir_fd, _command(_XGETQSTATV), 0, request)
     except OSError:
         return False
-    return bool(_STATV_FLAGS.unpack_from(reply)[1] & _PROJECT_LIMITS_HOLD)
+    return bool(_STATV_FLAGS.unpack_from(reply)[1] & _PROJECT_LIMITS_ENFORCED)
 
 
 def is_used(dir_fd: int, id: int) -> bool:

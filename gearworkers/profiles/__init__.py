@@ -1,4 +1,4 @@
-"""Start-up profiles: the objects that a container reads while it starts, recorded once and fetched ahead of time.
+"""Start-up profiles: the objects that a container reads while it starts, recorded once and then prefetched.
 
 `hooks` is called when layers are applied and containers are mounted. `recordings` starts a `recorder` process for the
 first start of an image; the recorder watches opens by `fanotify`, finds their objects by `resolve`, and saves the

@@ -42,7 +42,7 @@ class OpenedObject(msgspec.Struct, frozen=True, array_like=True):
     digest: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{_HEX_CHARS}}}\Z")]
     size_bytes: Number
     ranges: Annotated[tuple[tuple[Number, Number], ...], msgspec.Meta(max_length=MAX_RANGES)] = ()
-    """(offset, size in bytes) of the reads of a large object, as far as they are known."""
+    """(offset, size in bytes) of the known reads of a large object."""
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -91,7 +91,7 @@ def merged_profiles(old: Profile, new: Profile) -> Profile:
 
 
 def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges of the same bytes in the same order; a range that touches an earlier one is merged into it."""
+    """Return the ranges in the same order; a range that overlaps or touches an earlier range is merged into it."""
     result: list[tuple[int, int]] = []
     for offset, size_bytes in ranges:
         end = offset + size_bytes
@@ -106,7 +106,7 @@ def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def is_worth_adding(old: Profile, new: Profile) -> bool:
-    """Whether the new profile has so many bytes that the old one lacks that a new version is worthwhile."""
+    """Whether the new profile adds enough bytes to the old profile to justify a new version."""
     both = merged_profiles(old, new)
     return _cost_bytes(both) - _cost_bytes(old) > _cost_bytes(old) * _GROWTH_SHARE + _GROWTH_BYTES
 

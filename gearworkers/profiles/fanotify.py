@@ -23,8 +23,8 @@ class Overflow(Exception):
 def opened_files(group_fd: int) -> Iterator[tuple[int, bool]]:
     """Yield each file opened since the last call, in order: a descriptor, and whether the file was executed.
 
-    The descriptor is closed after its turn. The kernel opens each file again for its event, so a read may wait for the
-    server of the file system.
+    Each descriptor is valid until the next step. The kernel opens each file again for its event, so a read may wait for
+    the server of the file system.
 
     Args:
         group_fd: From `syscalls.watch_opens`.

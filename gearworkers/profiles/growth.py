@@ -1,4 +1,4 @@
-"""Extend a profile by the objects that later containers of its image wait for.
+"""Extend a profile with the objects that later containers of its image wait for.
 
 The first start of an image may have done little, for example print a version. So a profile grows with the image's use.
 """
@@ -51,7 +51,7 @@ class ProfileGrowth:
         self._starts: dict[str, dict[bytes, int]] = {}
 
     def begin(self, image: str) -> None:
-        """Begin to collect for a start of the image with this topmost layer."""
+        """Begin to collect objects for a start of the image with this topmost layer."""
         with self._lock:
             if self._remote is None or not self._window_s or image in self._starts:
                 return

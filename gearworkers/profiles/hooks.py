@@ -1,4 +1,4 @@
-"""Start-up profile actions when a layer is applied and when a container is mounted or unmounted."""
+"""Handle start-up profiles when a layer is applied and when a container is mounted or unmounted."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class ProfileHooks:
         self._recordings = recordings
 
     def layer_applied(self, id: str) -> None:
-        """Have the image's profile prefetched if the layer is incomplete; it may be the image's topmost layer."""
+        """Request the prefetch of the image's profile if the layer is incomplete; it may be the topmost layer."""
         if not self._layers.is_complete(id):
             self._report(id, starts=False)
 
     def container_mounted(self, layer: Layer, merged: Path) -> None:
-        """Have the profile of the container's image prefetched, or begin to record one. Call before the start.
+        """Request the prefetch of the image's profile, or begin to record a profile. Call before the start.
 
         Args:
             layer: The container's layer.

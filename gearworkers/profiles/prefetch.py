@@ -21,7 +21,7 @@ from gearworkers.profiles.resolve import image_object_lists, profile_name
 _log = structlog.get_logger(__name__)
 
 SETTLE_S = 0.2
-"""Seconds without a new layer after which a pull is over or pauses; only its topmost layer is an image."""
+"""Seconds without a new layer after which a pull has ended or pauses; only its topmost layer is an image."""
 _MAX_KNOWN = 100
 
 
@@ -53,20 +53,20 @@ class ProfilePrefetcher:
         self._prefetch = prefetch
         self._events: queue.SimpleQueue[ImageEvent | None] = queue.SimpleQueue()
         self._known: dict[str, tuple[str, Profile | None]] = {}
-        self._without: set[str] = set()  # images whose containers have started without a profile
+        self._started_without_profile: set[str] = set()  # ids of images
         self.counts = ProfileCounts()
         self._thread = threading.Thread(target=self._run, name="profiles", daemon=True)
         self._thread.start()
 
     def notify(self, event: ImageEvent) -> ProfileStatus:
-        """Look for the profile of an image after a pull or at a start; return the state known by now."""
+        """Look for the profile of an image after a pull or at a start; return the state that is known now."""
         name, known = self.known(event.layer)
         if known is None or not event.starts:
             self._events.put(event)
         return ProfileStatus.FOUND if known is not None else ProfileStatus.ABSENT if name else ProfileStatus.UNKNOWN
 
     def known(self, layer: str) -> tuple[str, Profile | None]:
-        """Return the document's name, empty if it was not read yet, and the profile of the image."""
+        """Return the name of the image's document, empty if it was not read yet, and the profile."""
         return self._known.get(layer, ("", None))
 
     def close(self) -> None:
@@ -107,11 +107,11 @@ class ProfilePrefetcher:
         found = self.known(image.layer)[1] if image.starts else None
         found = found or self._read_profile(image.layer)
         if found is None:
-            if image.starts and image.layer not in self._without:
-                self._without.add(image.layer)
+            if image.starts and image.layer not in self._started_without_profile:
+                self._started_without_profile.add(image.layer)
                 self.counts.absent += 1
             return
-        self._without.discard(image.layer)
+        self._started_without_profile.discard(image.layer)
         self.counts.found += 1
         parts = _parts(found, image_object_lists(self._layers, image.layer))
         _log.info("a profile is prefetched", image=image.layer, objects=len(parts), named=len(found.objects))

@@ -1,7 +1,7 @@
 """Record which objects a container opens while it starts, and save the profile in the remote.
 
-A process of its own, one per recording: taking an event from the kernel opens the file again, which may wait for the
-lazy file server. So neither that server nor the gateway may take events. The gateway starts this process with the
+Each recording has a process of its own: reading an event from the kernel opens the file again, which may wait for the
+lazy file server. So neither that server nor the gateway may read events. The gateway starts this process with the
 fanotify group on a descriptor, and with a `Recording` on standard input. The end of standard input means that the
 container has ended.
 """
@@ -33,7 +33,7 @@ from gearworkers.util.log import configure_logging
 _log = structlog.get_logger(__name__)
 
 LATE_S = 5.0
-"""Seconds after the window in which queued events are still taken; a busy container may open files faster than that."""
+"""Seconds after the window in which queued events are still read; a busy container may open files endlessly."""
 _MAX_SAVE_S = 60
 _NICE = 10
 
@@ -50,7 +50,7 @@ def record(settings: Settings, image: str, merged: Path, group_fd: int, stop_fd:
         extend: Whether to extend an existing profile. If not, a start without an executed program does not count.
 
     Raises:
-        GearError: A layer is gone, or the remote refuses.
+        GearError: A layer was removed, or the remote refuses.
     """
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
     name = profile_name(layers, image)
@@ -107,7 +107,7 @@ def watch_objects(
 
 
 def main() -> None:
-    """``python -m gearworkers.profiles.recorder GROUP_FD``, with a `Recording` on standard input."""
+    """Run ``python -m gearworkers.profiles.recorder GROUP_FD``, with a `Recording` on standard input."""
     os.nice(_NICE)
     group_fd = int(sys.argv[1])
     size_bytes = int(sys.stdin.buffer.readline())

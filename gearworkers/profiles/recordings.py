@@ -1,4 +1,4 @@
-"""The running recordings of a node: for each a `profiles.recorder` process, watched by a thread."""
+"""Run the recordings of a node: a `profiles.recorder` process for each recording, watched by a thread."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from gearworkers.util.syscalls import watch_opens
 _log = structlog.get_logger(__name__)
 
 MAX_RECORDINGS = 4
-"""The number of recordings at the same time; further starts are not recorded."""
+"""Limit of concurrent recordings; further starts are not recorded."""
 _HEAD_START_S = 1.0
-"""Seconds in which the container has the processors for itself; the kernel queues its opens meanwhile."""
+"""Seconds in which only the container uses the processors; the kernel queues its opens meanwhile."""
 _END_TIMEOUT_S = 5.0
 _RECORDER = (sys.executable, "-m", "gearworkers.profiles.recorder")
 
@@ -44,16 +44,16 @@ class Recording:
 
     def encode(self) -> bytes:
         """Encode for the recorder's standard input."""
-        return msgspec.msgpack.encode(self, enc_hook=_encode_path)
+        return msgspec.msgpack.encode(self, enc_hook=os.fspath)
 
     @classmethod
     def decode(cls, data: bytes) -> Recording:
         """Decode the result of `encode`."""
-        return msgspec.msgpack.decode(data, type=cls, dec_hook=_decode_path)
+        return msgspec.msgpack.decode(data, type=cls, dec_hook=_convert)
 
 
 class Recordings:
-    """The recordings of one process's mounts. Call from any thread. No recording outlives the process for long."""
+    """The recordings of one process's mounts. Call from any thread. All recordings end soon after the process."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Recordings:
         """
         Args:
             watch: Returns a descriptor with the opens of files on the file system mounted at a path.
-            recorder: The command of a recorder; the number of that descriptor is added.
+            recorder: The command of a recorder; the number of that descriptor is appended.
             end_timeout_s: Seconds after which `close` kills a recorder.
         """
         self._watch = watch
@@ -120,7 +120,7 @@ class Recordings:
         """Return a descriptor that watches the mount point, and both ends of a pipe.
 
         Raises:
-            OSError: There is none; nothing is left open.
+            OSError: A descriptor cannot be created; none is left open.
         """
         group_fd = self._watch(merged)
         try:
@@ -190,13 +190,6 @@ def _has_profile(recording: Recording) -> bool:
         return False
 
 
-def _encode_path(value: Any) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise NotImplementedError(type(value))
-
-
-def _decode_path(kind: type, value: Any) -> Path:
-    if kind is Path:
-        return Path(value)
-    raise NotImplementedError(kind)
+def _convert(kind: type, text: str) -> Any:
+    """Make a value of a type that MessagePack lacks: Path is the only one in a recording."""
+    return kind(text)

@@ -1,7 +1,7 @@
 """Find the name of an image's profile, and the object of an opened file.
 
 Every node that has an image knows the name of its profile. The name is derived from the `objects` files of the image's
-layers, which are the same wherever the same layers were applied.
+layers, which are the same on all nodes with these layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RESOLVE = syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
 
 
 def top_image_layer(layers: LayerStore, id: str) -> str:
-    """Return the topmost image layer of the layer chain; empty if there is none.
+    """Return the id of the topmost image layer of the layer chain; empty if the chain has no image layer.
 
     Raises:
         NotFound: A layer is missing.
@@ -91,7 +91,7 @@ class ObjectResolver:
         self._stack.close()
 
     def resolve(self, file_fd: int) -> tuple[bytes, int] | None:
-        """Return (digest, size in bytes) of an open file; None if it is not of the image or was resolved before."""
+        """Return (digest, size in bytes) of an open file; None if it is not in the image or was resolved before."""
         status = os.fstat(file_fd)
         key = status.st_dev, status.st_ino
         if key in self._seen:
@@ -116,7 +116,7 @@ class ObjectResolver:
 
 
 def _redirect(tree_fd: int, path: bytes) -> bytes | None:
-    """Return the redirect of the file at *path* in an index; None if it is not there, empty if it has no object."""
+    """Return the redirect of the file at *path* in an index; None if it does not exist, empty if it has no object."""
     try:
         fd = syscalls.openat2(tree_fd, path, os.O_PATH | os.O_NOFOLLOW, resolve=_RESOLVE)
     except OSError:

@@ -15,7 +15,7 @@ DIR = ord("5")
 FIFO = ord("6")
 
 CONTENTLESS = frozenset((HARDLINK, SYMLINK, CHAR, BLOCK, DIR, FIFO))
-"""Types without content in the archive, whatever their size field says (as in Go's archive/tar)."""
+"""Types without content in the archive; their size field is ignored, as in Go's archive/tar."""
 
 _SHOWN_BYTES = 200
 
@@ -26,11 +26,11 @@ class TarEntry(msgspec.Struct, gc=False):
     `xattrs` has names without the prefix SCHILY.xattr. `sparse` lists the (offset, length) of the data segments of a
     sparse file, in order; the stored content is the concatenation of these segments. `gear` is the (digest, size in
     bytes) of a content that is stored elsewhere; the stored content may then be empty. `guard` marks a hard link
-    without a target, on which programs that do not know `gear` fail; the reader checks it and does not return it.
+    without a target, so that programs without support for `gear` fail; the reader checks it and does not return it.
     """
 
     name: bytes
-    """The name in the archive: long names resolved, not normalised, without NUL."""
+    """The name in the archive: long names are resolved; not normalised; without NUL."""
     type: int = REG
     """REG, HARDLINK, SYMLINK, CHAR, BLOCK, DIR or FIFO."""
     linkname: bytes = b""
@@ -61,9 +61,9 @@ def shown(name: bytes) -> str:
 
 
 def clean_name(name: bytes) -> tuple[bytes, bytes]:
-    """Return parent and last component of *name*, cleaned as a path below the layer's root; ``..`` stops there.
+    """Return the parent and the last component of *name*, a path below the layer's root.
 
-    Both are empty for the root.
+    The result contains no "." or ".."; ".." does not leave the root. Both parts are empty for the root.
     """
     if b"//" in name or b"/." in name or name.startswith(b"."):
         kept: list[bytes] = []

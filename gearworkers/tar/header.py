@@ -101,7 +101,7 @@ def parse_type(block: bytes, offset: int) -> int:
     if not _checksum_matches(block):
         if not offset:
             reject_compressed(block)
-        raise InvalidInput(f"tar header at byte {offset}: the checksum is wrong; this is not a tar or it is damaged")
+        raise InvalidInput(f"tar header at byte {offset}: the checksum is wrong; the stream is damaged or not a tar")
     return block[_TYPE]
 
 
@@ -109,12 +109,13 @@ def reject_compressed(beginning: bytes) -> None:
     """Reject a compressed stream. Call only for a stream that is not a tar: a name in a tar may begin the same way.
 
     Raises:
-        InvalidInput: The stream is compressed; the text names the format.
+        InvalidInput: The stream is compressed; the message names the format.
     """
     for magic, name in _COMPRESSIONS.items():
         if beginning.startswith(magic):
             raise InvalidInput(
-                f"this is not a tar but is compressed with {name}; a layer is a tar, plain, gzip or zstd"
+                f"the data is not a tar, it is compressed with {name}; a layer is a tar, optionally compressed once "
+                "with gzip or zstd"
             )
 
 
@@ -145,7 +146,7 @@ def _parse_format(fields: bytes) -> tuple[int, int, int]:
 
 
 def is_gnu(block: bytes) -> bool:
-    """Whether the header block has GNU tar's own format, the only one with old sparse maps."""
+    """Whether the header block has GNU tar's own format, the only format with old sparse maps."""
     return block[257:265] == _GNU_MAGIC + _GNU_VERSION
 
 
@@ -224,8 +225,8 @@ def _star_extras(entry: TarEntry, block: bytes, prefix: bytes) -> bytes:
 def _gnu_extras(entry: TarEntry, block: bytes, prefix: bytes) -> bytes:
     """Set GNU's access time; return the name's prefix, which is empty in GNU's format.
 
-    Go's writer before 1.8 wrote a prefix in place of GNU's times. If the times are malformed and look like text, they
-    are a prefix.
+    Before version 1.8, Go's writer wrote a prefix in place of GNU's times. Malformed times that are ASCII text are
+    such a prefix.
     """
     try:
         if block[_GNU_ATIME][0]:

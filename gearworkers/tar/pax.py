@@ -39,7 +39,7 @@ def parse_records(data: bytes) -> Records:
     GNU's sparse format 0.0, which repeats keys, is converted to format 0.1: one GNU.sparse.map.
 
     Raises:
-        ValueError: A record is malformed, or a name has a NUL.
+        ValueError: A record is malformed, or a name contains a NUL byte.
     """
     records: Records = {}
     sparse: list[bytes] = []
@@ -68,12 +68,12 @@ def _parse_record(data: bytes, at: int) -> tuple[bytes, bytes, int]:
         raise ValueError("a PAX record's length is wrong, or it has no key")
     key, value = data[space + 1 : equals], data[equals + 1 : end - 1]
     if b"\0" in (value if key in _C_STRINGS else key):
-        raise ValueError(f"a NUL byte stands in the PAX record {key!r}")
+        raise ValueError(f"the PAX record {key!r} contains a NUL byte")
     return key, value, end
 
 
 def merge(entry: TarEntry, records: Records) -> None:
-    """Override the header's fields by *records*. An empty value overrides no field, but is the value of an xattr.
+    """Override the header's fields with *records*. An empty value leaves a field unchanged, but is valid for an xattr.
 
     Raises:
         ValueError: A number, a time or a Gear record is malformed.
@@ -136,7 +136,7 @@ def parse_integer(value: bytes) -> int:
 
 
 def parse_time_ns(value: bytes) -> int:
-    """Parse seconds with an optional fraction, cut to nanoseconds.
+    """Parse seconds with an optional fraction, truncated to nanoseconds.
 
     Raises:
         ValueError: The value is malformed.

@@ -1,10 +1,10 @@
-"""Read the entries of a tar stream, in bounded memory, with every byte accounted for.
+"""Read the entries of a tar stream in bounded memory, and account for every byte.
 
 The reader accepts and rejects the same streams as Go's archive/tar, with which Docker reads layers: v7, ustar, PAX,
-star and GNU headers, sparse files of all of GNU's formats, and an end without zero blocks if no entry is cut. So an
-empty stream is a tar without entries. The reader is stricter in one case: an extended header without an entry at a bare
-end of the stream is an error. It is more lenient in two cases that Docker rejects: contiguous files ('7') and old GNU
-sparse files ('S') are regular files.
+star and GNU headers, sparse files of all of GNU's formats, and an end without zero blocks if no entry is truncated. So
+an empty stream is a tar without entries. The reader is stricter in one case: a stream that ends with an extended header
+and without zero blocks is an error. It is more lenient in two cases that Docker rejects: contiguous files ('7') and old
+GNU sparse files ('S') are regular files.
 """
 
 from __future__ import annotations
@@ -37,29 +37,28 @@ _FILES = CONTENTLESS | {REG}
 _REGULAR = frozenset((_V7_REG, _CONTIGUOUS, _OLD_SPARSE))
 _EXTENSIONS = frozenset((_RECORDS, _GLOBAL_RECORDS, _LONG_NAME, _LONG_LINK))
 
-_NOTHING = memoryview(b"")
+_EMPTY = memoryview(b"")
 
 DEFAULT_BUFFER_BYTES = 1 << 20
 
 
 class Readable(Protocol):
-    """The source of a tar: the blocking raw readinto of a socket or a file."""
+    """The source of a tar: a blocking socket or file."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Fill a part of *buffer*; return the number of bytes, 0 at the clean end."""
+        """Fill a part of *buffer*; return the number of bytes, 0 at the end of the stream."""
 
 
 class TarReader:
     """Reads the entries of one tar, in order, and the stored content of each.
 
     With a *log*, all bytes of the tar are logged in order, so that they can be reproduced. The reader logs headers, and
-    content that the caller does not take. The caller logs the content that `payload` and `chunks` return, exactly these
-    bytes, before the next call of `next` or `finish`: by `log.content` or `log.slice` if the bytes are stored as an
-    object, else by `log.raw`. Otherwise the next call raises RuntimeError.
+    content that the caller does not take. The caller logs exactly the bytes that `payload` and `chunks` return, before
+    it calls `next` or `finish` again: by `log.content` or `log.slice` if the bytes are stored as an object, else by
+    `log.raw`. Otherwise that call raises RuntimeError.
 
-    Errors: InvalidInput for malformed input, IntegrityError for a stream that ends early; both name the entry. Errors
-        of
-    *source* and *log* pass through.
+    InvalidInput (the input is malformed) and IntegrityError (the stream ends early) name the entry. Errors of *source*
+    and *log* pass through.
     """
 
     def __init__(
@@ -148,11 +147,11 @@ class TarReader:
         """
         size_bytes = self._left_bytes
         if not size_bytes:
-            return _NOTHING
+            return _EMPTY
         if size_bytes > len(self._view):
             return None
         if self._filled - self._position < size_bytes and not self._fill(size_bytes):
-            self._cut("its content")
+            self._reject_truncated("its content")
         return self._take(size_bytes)
 
     def chunks(self) -> Iterator[memoryview]:
@@ -163,7 +162,7 @@ class TarReader:
         """
         while self._left_bytes:
             if self._filled == self._position and not self._fill(1):
-                self._cut("its content")
+                self._reject_truncated("its content")
             yield self._take(min(self._left_bytes, self._filled - self._position))
 
     def finish(self) -> None:
@@ -181,7 +180,7 @@ class TarReader:
     # -- the buffer
 
     def _fill(self, wanted_bytes: int) -> bool:
-        """Read until the buffer has *wanted_bytes* after the position; return False if the source ends before."""
+        """Read until the buffer has *wanted_bytes* after the position; return False if the source ends first."""
         self._flush_raw()
         view, kept_bytes = self._view, self._filled - self._position
         view[:kept_bytes] = view[self._position : self._filled]
@@ -218,7 +217,7 @@ class TarReader:
 
     def _raw_block(self) -> bytes:
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
-            self._cut("its header")
+            self._reject_truncated("its header")
         self._position += BLOCK_BYTES
         return bytes(self._view[self._position - BLOCK_BYTES : self._position])
 
@@ -227,11 +226,11 @@ class TarReader:
     def _leave_entry(self) -> None:
         if self._log is not None and self._log.size_bytes != self._base_offset + self._unlogged:
             raise RuntimeError(
-                f"{self._base_offset + self._unlogged} bytes of the tar were handed out, {self._log.size_bytes} logged"
+                f"{self._base_offset + self._unlogged} bytes of the tar were returned, {self._log.size_bytes} logged"
             )
         if self._left_bytes:
             if self._skip(self._left_bytes):
-                self._cut("its content")
+                self._reject_truncated("its content")
             self._left_bytes = 0
         if self._padding_bytes:
             self._skip(self._padding_bytes)
@@ -243,7 +242,7 @@ class TarReader:
             if self._filled != self._position or extended:
                 if not self.offset:
                     reject_compressed(bytes(self._view[: self._filled]))
-                self._cut("a header after it")
+                self._reject_truncated("a header after it")
             self._end()
             return None
         start = self._position
@@ -258,7 +257,7 @@ class TarReader:
     def _second_zero_block(self) -> None:
         if self._filled - self._position < BLOCK_BYTES and not self._fill(BLOCK_BYTES):
             if self._filled != self._position:
-                self._cut("the end mark after it")
+                self._reject_truncated("the zero block after it")
             return
         if self._view[self._position : self._position + BLOCK_BYTES] != ZERO_BLOCK:
             raise InvalidInput(f"tar: a single zero block at byte {self.offset - BLOCK_BYTES}, and more data after it")
@@ -290,7 +289,7 @@ class TarReader:
         content = bytearray()
         while missing_bytes := size_bytes - len(content):
             if self._filled == self._position and not self._fill(1):
-                self._cut("its extended header")
+                self._reject_truncated("its extended header")
             start = self._position
             self._position = min(start + missing_bytes, self._filled)
             content += self._view[start : self._position]
@@ -332,14 +331,13 @@ class TarReader:
 
     def _block_of_content(self, entry: TarEntry) -> bytes:
         if entry.stored_bytes < BLOCK_BYTES:
-            raise ValueError("its sparse map is cut off")
+            raise ValueError("its sparse map is truncated")
         entry.stored_bytes -= BLOCK_BYTES
         return self._raw_block()
 
-    def _cut(self, what: str) -> NoReturn:
-        raise IntegrityError(
-            f"the tar ends early, at byte {self._base_offset + self._filled}: entry {shown(self._name)}: {what} is cut"
-        )
+    def _reject_truncated(self, part: str) -> NoReturn:
+        offset = self._base_offset + self._filled
+        raise IntegrityError(f"the tar ends early, at byte {offset}: entry {shown(self._name)}: {part} is cut short")
 
 
 def _records(content: bytes, block: bytes, offset: int) -> pax.Records:
@@ -359,11 +357,11 @@ def _normalised(entry: TarEntry) -> int:
 
 
 def _check_gear(entry: TarEntry, *, plain: bool) -> None:
-    """Check that Gear records name the file's content, which is whole in the archive or absent."""
+    """Check that the Gear records fit the entry, whose content is complete in the archive or absent."""
     assert entry.gear is not None
     size_bytes = entry.gear[1]
     if not plain or entry.stored_bytes not in (0, size_bytes):
-        raise ValueError(f"its Gear records name {size_bytes} bytes of content, but do not fit the entry")
+        raise ValueError(f"its Gear records name {size_bytes} bytes of content, which do not fit the entry")
     entry.size_bytes = size_bytes
 
 

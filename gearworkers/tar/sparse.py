@@ -1,4 +1,4 @@
-"""Parse GNU's sparse maps, which give the places of the stored content in a file, and expand sparse files.
+"""Parse GNU's sparse maps, which list the data segments of a file, and expand sparse files.
 
 Source: GNU tar manual, "Storing Sparse Files"; validated as in Go's archive/tar.
 """
@@ -45,7 +45,7 @@ def read_old_gnu(entry: TarEntry, block: bytes, next_block: Callable[[], bytes])
 
 
 def read_pax(entry: TarEntry, records: Records, next_block: Callable[[], bytes]) -> Segments | None:
-    """Return the map of formats 0.0 and 0.1 (in the records) or 1.0 (before the content); None if there is none.
+    """Return the map of format 0.0 or 0.1 (in the records) or 1.0 (before the content); None without a map.
 
     Set the entry's real name and size.
 
@@ -60,7 +60,7 @@ def read_pax(entry: TarEntry, records: Records, next_block: Callable[[], bytes])
     name = records.get(b"GNU.sparse.name")
     if name:
         if b"\0" in name:
-            raise ValueError("a NUL byte stands in its GNU.sparse.name")
+            raise ValueError("its GNU.sparse.name contains a NUL byte")
         entry.name = name
     size = records.get(b"GNU.sparse.size") or records.get(b"GNU.sparse.realsize")
     if size:
@@ -73,7 +73,7 @@ def _map_in_records(records: Records) -> Segments:
     text = records.get(SPARSE_MAP, b"")
     numbers = text.split(b",") if text else []
     if len(numbers) != 2 * count:
-        raise ValueError("its sparse map is not as long as its PAX records say")
+        raise ValueError("the length of its sparse map differs from GNU.sparse.numblocks")
     return _paired(map(parse_integer, numbers))
 
 
@@ -83,7 +83,7 @@ def _map_in_content(next_block: Callable[[], bytes]) -> Segments:
     _read_lines(data, 1, next_block)
     count = parse_integer(bytes(data[: data.index(b"\n")]))
     if not 0 <= count <= MAX_SPECIAL_BYTES:
-        raise ValueError("its sparse map has an impossible number of segments")
+        raise ValueError("the number of segments in its sparse map is invalid")
     _read_lines(data, 1 + 2 * count, next_block)
     return _paired(map(parse_integer, bytes(data).split(b"\n")[1 : 1 + 2 * count]))
 
@@ -104,19 +104,19 @@ def _paired(numbers: Iterable[int]) -> Segments:
 
 
 def check(segments: Segments, size_bytes: int, stored_bytes: int) -> None:
-    """Check that the segments are in order, inside the file, and exactly as long as the stored content.
+    """Check that the segments are in order and inside the file, and have the length of the stored content.
 
     Raises:
-        ValueError: They are not.
+        ValueError: One of these conditions does not hold.
     """
     end = total = 0
     for offset, length in segments:
         if offset < end or length < 0 or offset + length > size_bytes:
-            raise ValueError("its sparse segments overlap, are out of order or lie outside the file")
+            raise ValueError("its sparse segments overlap, are out of order or are outside the file")
         end = offset + length
         total += length
     if size_bytes < 0 or total != stored_bytes:
-        raise ValueError(f"its sparse segments make {total} bytes, but {stored_bytes} are stored")
+        raise ValueError(f"its sparse segments have {total} bytes, but {stored_bytes} are stored")
 
 
 def expanded(stored: Iterator[memoryview], segments: Segments | None, size_bytes: int) -> Iterator[memoryview | int]:

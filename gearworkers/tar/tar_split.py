@@ -1,10 +1,10 @@
-"""`stream.zst`: everything of a layer's tar except its file contents, to reproduce the exact bytes.
+"""Write and read `stream.zst`: a layer's tar without the file contents, from which the exact bytes are reproduced.
 
 The file is one zstd frame and a trailer. The frame contains records; each is a tag, lengths as little-endian integers,
 and data. RAW: bytes of the tar. CONTENT: digest and length of a whole object. SLICE: digest, offset and length within
 an object. END: the length of the tar. The trailer has the lengths of frame and tar, so that a truncated file is
-detected before its bytes are used. It also has the frame's checksum, since zstd does not check its own if the mark of
-the last block is lost.
+detected before its bytes are used. It also has the frame's checksum, since zstd does not verify its own checksum if the
+flag of the last block is lost.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TarSplitWriter:
         """Add the next bytes of the tar; they are copied before the call returns."""
         size_bytes = len(data)
         if size_bytes > _MAX_RAW_BYTES:
-            raise ValueError(f"{size_bytes} bytes at once are too many for a record")
+            raise ValueError(f"{size_bytes} bytes do not fit in one record")
         batch = self._batch
         batch += _RAW_RECORD.pack(_RAW, size_bytes)
         batch += data
@@ -117,7 +117,7 @@ class TarSplitWriter:
 
 
 class RawBytes(msgspec.Struct, frozen=True, gc=False):
-    """Bytes of the tar."""
+    """Bytes of the tar that are stored in the stream file."""
 
     data: bytes
 
@@ -193,7 +193,7 @@ class TarSplitReader:
         if self._at < len(self._data) or self._read():
             raise IntegrityError("a layer's stream file is damaged: it has data after its end")
         if not tar_bytes == seen_bytes == self.tar_bytes:
-            raise IntegrityError(f"a layer's stream file makes {seen_bytes} bytes instead of {self.tar_bytes}")
+            raise IntegrityError(f"a layer's stream file has {seen_bytes} bytes of tar instead of {self.tar_bytes}")
 
     def _peek_tag(self) -> int:
         if self._at == len(self._data):
@@ -233,7 +233,7 @@ def _trailer(file: BinaryIO) -> tuple[int, int, int]:
 
 
 class _Frame:
-    """The zstd frame in the file; zstd would read the trailer as another frame."""
+    """The zstd frame in the file. Without this limit, zstd would read the trailer as another frame."""
 
     def __init__(self, file: BinaryIO, size_bytes: int) -> None:
         self._file = file

@@ -14,7 +14,7 @@ PREFIX = b".wh."
 OPAQUE = b".wh..wh..opq"
 META_PREFIX = b".wh..wh."
 
-_NO_NAMES = frozenset((b"", b".", b".."))
+_INVALID_NAMES = frozenset((b"", b".", b".."))
 
 
 def is_opaque(base: bytes) -> bool:
@@ -26,12 +26,12 @@ def removed_name(base: bytes) -> bytes | None:
     """Return the name that the whiteout *base* removes from its directory; None if *base* removes no name.
 
     Raises:
-        InvalidInput: The whiteout would remove its directory or the one above.
+        InvalidInput: The whiteout would remove its own directory or the parent directory.
     """
     if not base.startswith(PREFIX) or base.startswith(META_PREFIX):
         return None
     name = base[len(PREFIX) :]
-    if name in _NO_NAMES:
+    if name in _INVALID_NAMES:
         raise InvalidInput(f"the whiteout {base!r} does not name a file")
     return name
 

@@ -1,7 +1,7 @@
-"""Format entries as tar headers: ustar if all values fit, else a PAX extended header before it.
+"""Format entries as tar headers: a ustar header, after a PAX extended header if a value does not fit.
 
-The same entry always gives the same bytes. Go's archive/tar, GNU tar and bsdtar read them, including names that are not
-UTF-8.
+The same entry always gives the same bytes. Go's archive/tar, GNU tar and bsdtar read these headers, including names
+that are not UTF-8.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Extended Header".
 """
@@ -32,7 +32,7 @@ def header(entry: TarEntry) -> bytes:
     The size is `size_bytes`, or `stored_bytes` if `gear` is set. `sparse` is ignored: write the content expanded.
 
     Raises:
-        InvalidInput: A name is empty or has a NUL, or the name of an xattr has a NUL or "=", which PAX cannot express.
+        InvalidInput: A name is empty or contains a NUL byte, or the name of an xattr contains a NUL byte or "=".
     """
     records = _records(entry)
     blocks = b""

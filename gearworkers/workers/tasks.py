@@ -23,7 +23,7 @@ from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.images import convert
 from gearworkers.images.gear_manifest import finish_conversion
 from gearworkers.images.plan import ConversionPlan, LayerJob
-from gearworkers.images.source import refuse_path
+from gearworkers.images.source import reject_path
 from gearworkers.remote.factory import open_remote, remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import IMAGE_TASK, LAYER_TASK, PROGRESS, RETRIES, TIME_LIMIT_S, retry_delay_s
@@ -81,7 +81,7 @@ def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any
     settings = Settings.from_environ()
     with _retried(self):
         layer = msgspec.convert(job, LayerJob)
-        refuse_path(layer.source)
+        reject_path(layer.source)
         _refuse_other_remote(settings, remote)
         with closing(open_remote(settings)) as opened:
             return _plain(convert.convert_layer(settings, opened, layer, _ProgressReporter(self)))
@@ -93,7 +93,7 @@ def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]
     with _retried(self):
         done = msgspec.convert(layers, list[convert.ConvertedLayer])
         planned = msgspec.convert(plan, ConversionPlan)
-        refuse_path(planned.source)
+        reject_path(planned.source)
         return _plain(finish_conversion(Settings.from_environ().registry, planned, done))
 
 

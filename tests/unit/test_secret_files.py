@@ -1,4 +1,4 @@
-"""Files that hold tokens and credentials, and hold something else: refused in words that show nothing of it."""
+"""Invalid files of tokens and credentials are rejected, with errors that do not show their content."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from tests.support.remotes import manager_thread
 SECRET = "hunter2"
 
 
-def written(data: bytes) -> Callable[[Path], None]:
+def writer(data: bytes) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         path.write_bytes(data)
 
     return write
 
 
-BAD: dict[str, Callable[[Path], None]] = {
-    "not UTF-8": written(b"\xff\xfe" + SECRET.encode()),
-    "a surrogate": written(SECRET.encode() + b"\xed\xa0\x80"),
-    "other letters": written((SECRET + "é").encode()),
-    "two words": written(SECRET.encode() + b" " + SECRET.encode()),
-    "control characters": written(SECRET.encode() + b"\x00\x1b[31m"),
-    "huge": written(SECRET.encode() * 300_000),
+INVALID: dict[str, Callable[[Path], None]] = {
+    "not UTF-8": writer(b"\xff\xfe" + SECRET.encode()),
+    "a surrogate": writer(SECRET.encode() + b"\xed\xa0\x80"),
+    "other letters": writer((SECRET + "é").encode()),
+    "two words": writer(SECRET.encode() + b" " + SECRET.encode()),
+    "control characters": writer(SECRET.encode() + b"\x00\x1b[31m"),
+    "huge": writer(SECRET.encode() * 300_000),
     "a directory": lambda path: path.mkdir(),
 }
-ABSENT: dict[str, Callable[[Path], None]] = {
-    "empty": written(b""),
-    "blank": written(b" \n"),
+EMPTY: dict[str, Callable[[Path], None]] = {
+    "empty": writer(b""),
+    "blank": writer(b" \n"),
     "not there": lambda path: None,
 }
-LINES: dict[str, Callable[[Path], None]] = {"two lines": written(f"{SECRET}\n{SECRET}".encode())}
+LINES: dict[str, Callable[[Path], None]] = {"two lines": writer(f"{SECRET}\n{SECRET}".encode())}
 
 
 @pytest.fixture
@@ -53,50 +53,52 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "secret"
 
 
-def said(error: pytest.ExceptionInfo[GearError], file: Path) -> None:
+def check_error(error: pytest.ExceptionInfo[GearError], file: Path) -> None:
+    """Check that the error names the file in one line and does not show the secret."""
     text = str(error.value)
     assert str(file) in text and SECRET not in text and "\n" not in text
 
 
-@pytest.mark.parametrize("make", [*BAD.values(), *ABSENT.values(), *LINES.values()], ids=[*BAD, *ABSENT, *LINES])
-def test_a_client_with_no_token_to_show_says_so_and_asks_nobody(make: Callable[[Path], None], file: Path) -> None:
+@pytest.mark.parametrize("make", [*INVALID.values(), *EMPTY.values(), *LINES.values()], ids=[*INVALID, *EMPTY, *LINES])
+def test_a_client_without_a_valid_token_fails_without_a_request(make: Callable[[Path], None], file: Path) -> None:
     make(file)
     store = ManagerStore("http://127.0.0.1:1", RemoteSettings(token_file=file), "test")
     for call in (lambda: store.present([bytes(32)]), lambda: store.get_document("layer")):
         with pytest.raises(FailedPrecondition) as error:
             call()
-        said(error, file)
+        check_error(error, file)
 
 
-@pytest.mark.parametrize("make", [*BAD.values(), *ABSENT.values()], ids=[*BAD, *ABSENT])
-def test_a_manager_does_not_start_with_it(make: Callable[[Path], None], file: Path) -> None:
+@pytest.mark.parametrize("make", [*INVALID.values(), *EMPTY.values()], ids=[*INVALID, *EMPTY])
+def test_a_manager_does_not_start_with_an_invalid_token_file(make: Callable[[Path], None], file: Path) -> None:
     make(file)
     for write_tokens, read_tokens in ((file, None), (None, file)):
         with pytest.raises(FailedPrecondition) as error:
             Access(write_tokens=write_tokens, read_tokens=read_tokens)
-        said(error, file)
+        check_error(error, file)
 
 
-def test_a_manager_says_it_in_one_line(file: Path, tmp_path: Path) -> None:
-    BAD["not UTF-8"](file)
+@pytest.mark.slow
+def test_the_manager_command_reports_an_invalid_token_file_in_one_line(file: Path, tmp_path: Path) -> None:
+    INVALID["not UTF-8"](file)
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     environ = {"GEAR_ROOT": str(tmp_path), "GEAR_MANAGER_WRITE_TOKENS_FILE": str(file)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2 and re.fullmatch(rf"gear: {file}: line 1 is not a token.*\n", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("make", BAD.values(), ids=BAD)
-def test_a_manager_whose_file_becomes_one_lets_nobody_in_until_it_is_right(
+@pytest.mark.parametrize("make", INVALID.values(), ids=INVALID)
+def test_a_manager_rejects_all_tokens_while_its_token_file_is_invalid(
     make: Callable[[Path], None], file: Path, tmp_path: Path
 ) -> None:
-    file.write_text("# ünïcödé in a comment is none of its business\ntoken\n")
+    file.write_text("# ünïcödé is allowed in a comment\ntoken\n")
     access = Access(write_tokens=file, read_tokens=None)
     assert access.may_write("Bearer token")
     file.unlink()
     make(file)
     with pytest.raises(Unavailable) as error:
         access.may_write("Bearer token")
-    said(error, file)
+    check_error(error, file)
     file.rename(tmp_path / "old")
     file.write_text("other\r\n")
     assert access.may_write("Bearer other") and not access.may_write("Bearer token")
@@ -105,22 +107,22 @@ def test_a_manager_whose_file_becomes_one_lets_nobody_in_until_it_is_right(
 @pytest.mark.parametrize(
     "make",
     [
-        written(b'{"auths": {"\xff": {"auth": "hunter2"}}}'),
-        written(b'{"auths": {"registry": {"password": "hunter2\xff"}}}'),
-        written(b'{"auths": "hunter2"}'),
-        written(b""),
-        BAD["huge"],
-        BAD["a directory"],
+        writer(b'{"auths": {"\xff": {"auth": "hunter2"}}}'),
+        writer(b'{"auths": {"registry": {"password": "hunter2\xff"}}}'),
+        writer(b'{"auths": "hunter2"}'),
+        writer(b""),
+        INVALID["huge"],
+        INVALID["a directory"],
     ],
 )
-def test_registries_credentials_that_cannot_be_read_are_told(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_unreadable_registry_credentials_are_reported(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "config.json")
     with pytest.raises((FailedPrecondition, InvalidInput)) as error:
         find_credentials(tmp_path, "registry")
-    said(error, tmp_path / "config.json")
+    check_error(error, tmp_path / "config.json")
 
 
-def test_credentials_of_any_letters_are_taken(tmp_path: Path) -> None:
+def test_credentials_may_contain_any_letters(tmp_path: Path) -> None:
     config = {"auths": {"registry": {"username": "ü", "password": "€"}}}
     (tmp_path / "config.json").write_text(json.dumps(config, ensure_ascii=False))
     found = find_credentials(tmp_path, "registry")
@@ -130,27 +132,27 @@ def test_credentials_of_any_letters_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        written(b"[default]\naws_access_key_id = \xff\naws_secret_access_key = hunter2\n"),
-        written(b"[default]\nhunter2\n"),
-        BAD["huge"],
-        BAD["a directory"],
+        writer(b"[default]\naws_access_key_id = \xff\naws_secret_access_key = hunter2\n"),
+        writer(b"[default]\nhunter2\n"),
+        INVALID["huge"],
+        INVALID["a directory"],
     ],
 )
-def test_aws_credentials_that_cannot_be_read_are_told(make: Callable[[Path], None], file: Path) -> None:
+def test_unreadable_aws_credentials_are_reported(make: Callable[[Path], None], file: Path) -> None:
     make(file)
     with pytest.raises(FailedPrecondition) as error:
         open_s3("s3://bucket?endpoint=http://127.0.0.1:1", RemoteSettings(aws_credentials_file=file))
-    said(error, file)
+    check_error(error, file)
 
 
-def test_a_proxys_password_that_no_header_takes_is_not_shown() -> None:
+def test_a_proxy_password_that_does_not_fit_a_header_is_not_shown() -> None:
     with pytest.raises(InvalidInput, match="HTTPS_PROXY") as error:
         open_transport(RegistrySettings(https_proxy="http://user:hunter2€@127.0.0.1:1"), "registry.example.org")
     assert SECRET not in str(error.value)
 
 
-def test_a_question_that_is_not_utf8_is_answered_in_words(tmp_path: Path) -> None:
+def test_a_query_that_is_not_utf8_is_answered_with_an_error_message(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with manager_thread(Settings(gear_root=tmp_path, manager=ManagerSettings(store=str(tmp_path / "store")))) as url:
-        answer = urllib3.request("POST", f"{url}/v1/query", body=b'{"digests": ["\xff"]}', retries=False)
-    assert answer.status == 400 and "utf-8" in answer.json()["error"]
+        response = urllib3.request("POST", f"{url}/v1/query", body=b'{"digests": ["\xff"]}', retries=False)
+    assert response.status == 400 and "utf-8" in response.json()["error"]

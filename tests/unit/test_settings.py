@@ -11,11 +11,11 @@ from gearworkers.errors import InvalidInput
 from gearworkers.settings import Settings, documented
 
 
-def test_who_has_no_home_has_settings_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody(_: int) -> None:
+def test_settings_are_read_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown_user(_: int) -> None:
         raise KeyError
 
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", unknown_user)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("DOCKER_CONFIG", raising=False)
     assert Settings.from_environ().registry.docker_config == Path("/.docker")
@@ -33,7 +33,7 @@ def test_who_has_no_home_has_settings_all_the_same(monkeypatch: pytest.MonkeyPat
         ("GEAR_XINO", "auto"),
     ],
 )
-def test_a_value_that_cannot_be_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_value_is_reported_with_its_setting(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(InvalidInput, match=f"{name}.*{value}"):
         Settings.from_environ()

@@ -115,10 +115,10 @@ def _compare_directory(
     old_dir = None if old_root is None else open_beneath(old_root, path)
     try:
         new_names = [] if new_dir is None else sorted_names(new_dir)
-        gone = set() if old_dir is None else set(sorted_names(old_dir)).difference(new_names)
+        deleted = set() if old_dir is None else set(sorted_names(old_dir)).difference(new_names)
         if path and new_dir is None:
-            gone.clear()  # the directory became a file, which is one MODIFY
-        for name in gone:
+            deleted.clear()  # the directory became a file, which is one MODIFY
+        for name in deleted:
             _record(changes, join(path, name), ChangeKind.DELETE)
         subdirectories = []
         for name in new_names:

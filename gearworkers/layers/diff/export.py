@@ -4,7 +4,7 @@ Every file is read through the merged view. So metadata-only copies and renamed 
 tar contains the files as the container sees them. The upper only determines the names.
 
 The same trees always give the same bytes: names are sorted, access times are omitted, and nothing depends on the clock.
-Only the marker of a private layer comes before all else. Names that begin with ``.wh.`` cannot be expressed in a
+Only the marker of a private layer precedes all other entries. Names that begin with ``.wh.`` cannot be expressed in a
 layer's tar and are omitted. Sockets and paths that are too long are omitted as well.
 """
 
@@ -24,7 +24,7 @@ from gearworkers.layers.diff.upperdir import EntryState, UpperEntry, join, lstat
 from gearworkers.layers.diff.xattrs import kept_xattrs, kept_xattrs_of
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry, shown
-from gearworkers.tar.private_marker import MARK
+from gearworkers.tar.private_marker import MARKER
 from gearworkers.tar.whiteouts import OPAQUE, PREFIX, whiteout_name
 from gearworkers.tar.writer import END, header, padding
 from gearworkers.util.fs import MAX_PATH_BYTES, opened_directory
@@ -66,8 +66,8 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
         out: Receives the tar; its errors pass through unchanged.
         ids: Maps the host's owners to the tar's.
 
-    A file that grows or shrinks meanwhile keeps the length it had when it was opened: it is cut, or padded with zeros.
-    A file that vanishes is omitted.
+    A file that grows or shrinks meanwhile keeps the length that it had when it was opened: its content is truncated or
+    padded with zeros. A file that vanishes is omitted.
 
     Raises:
         NotFound: The object of a file is not in the object store.
@@ -75,7 +75,7 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
     """
     tar = _DiffWriter(out, ids)
     with opened_directory(upper) as upper_fd:
-        if lstat_at(upper_fd, MARK) is not None:
+        if lstat_at(upper_fd, MARKER) is not None:
             tar.add_private_marker(merged_fd)
     for found in _steps(upper, merged_fd, parent_fd):
         if found.state is EntryState.PRESENT and found.status is not None:
@@ -95,7 +95,7 @@ def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: 
     """
     tar = _DiffWriter(out, ids)
     changes = tree_changes(new_fd, old_fd)
-    if new_fd is not None and any(change.path[1:] == MARK for change in changes):
+    if new_fd is not None and any(change.path[1:] == MARKER for change in changes):
         tar.add_private_marker(new_fd)
     for change in changes:
         path = change.path[1:]
@@ -162,7 +162,7 @@ class _DiffWriter:
 
     def add(self, path: bytes, dir_fd: int, name: bytes, status: os.stat_result) -> None:
         """Write the entry *name* of a directory; omit it if a tar cannot contain it or it has vanished."""
-        if b"/" + PREFIX in b"/" + path or (self._has_private_marker and path == MARK) or len(path) > MAX_PATH_BYTES:
+        if b"/" + PREFIX in b"/" + path or (self._has_private_marker and path == MARKER) or len(path) > MAX_PATH_BYTES:
             return
         kind = _TYPES.get(stat.S_IFMT(status.st_mode))
         if kind is None:
@@ -176,11 +176,11 @@ class _DiffWriter:
             self._add_contentless(path, dir_fd, name, kind, status)
 
     def add_private_marker(self, root_fd: int) -> None:
-        """Write the marker of a private layer, if there is one, before all contents."""
-        with _ReadErrors(MARK):
-            status = lstat_at(root_fd, MARK)
+        """Write the marker of a private layer, if it exists, before all contents."""
+        with _ReadErrors(MARKER):
+            status = lstat_at(root_fd, MARKER)
         if status is not None:
-            self.add(MARK, root_fd, MARK, status)
+            self.add(MARKER, root_fd, MARKER, status)
             self._has_private_marker = True
 
     def add_whiteout(self, path: bytes) -> None:
@@ -219,7 +219,7 @@ class _DiffWriter:
                 if kind == SYMLINK:
                     linkname = os.readlink(name, dir_fd=dir_fd)
                 xattrs = kept_xattrs(dir_fd, name)
-        except (NotFound, InvalidInput):  # gone, or no symlink any more
+        except (NotFound, InvalidInput):  # the entry has vanished or is not a symlink any more
             return
         if kind not in (DIR, HARDLINK):
             self._remember(path, status)

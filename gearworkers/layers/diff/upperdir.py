@@ -24,7 +24,7 @@ from gearworkers.digest import OPAQUE_XATTR, REDIRECT_XATTR
 from gearworkers.util import syscalls
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOT_A_DIRECTORY_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
+_NO_DIRECTORY_ERRORS = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
 
 
 class EntryState(Enum):
@@ -37,7 +37,7 @@ class EntryState(Enum):
     OPAQUE = auto()
     """The directory hides all entries of the parent's directory; follows PRESENT of the directory."""
     HIDDEN = auto()
-    """The parent has an entry in a hidden directory, and the layer has none; implied by OPAQUE."""
+    """The parent has an entry in a hidden directory, and the layer does not replace it; implied by OPAQUE."""
 
 
 class UpperEntry(NamedTuple):
@@ -51,7 +51,7 @@ class UpperEntry(NamedTuple):
     merged_dir_fd: int
     """The directory that contains name, in the merged view. For OPAQUE: the directory itself."""
     parent_dir_fd: int | None
-    """The same directory in the parent view; None if there is none."""
+    """The same directory in the parent view; None if it does not exist there."""
     status: os.stat_result | None
     """lstat in the merged view, for PRESENT."""
 
@@ -82,8 +82,8 @@ def walk_upper(upper_fd: int, merged_fd: int, parent_fd: int | None) -> Iterator
 
     Args:
         upper_fd: The upper directory's root.
-        merged_fd: The root of the overlay that it is the upper (or topmost lower) of.
-        parent_fd: The root of the same overlay without the upper; None for nothing.
+        merged_fd: The root of the overlay with the upper as its upper or topmost lower.
+        parent_fd: The root of the same overlay without the upper; None if the layer has no parent.
     """
     pending = [_PendingDirectory(b"", whole=False, hidden=False, has_parent=parent_fd is not None)]
     while pending:
@@ -104,7 +104,7 @@ def open_beneath(root_fd: int, path: bytes) -> int | None:
             root_fd, path or b".", _DIRECTORY, 0, syscalls.Resolve.BENEATH | syscalls.Resolve.NO_SYMLINKS
         )
     except OSError as exc:
-        if exc.errno in _NOT_A_DIRECTORY_THERE:
+        if exc.errno in _NO_DIRECTORY_ERRORS:
             return None
         raise
 

@@ -5,7 +5,7 @@ attribute metacopy, our label, and the inode of the root if it fits), whole dire
 The *area* contains all other inodes. Each inode is followed by its attributes and by small data: a symlink target or
 the tail of a directory. A regular file is one chunk that is a hole.
 
-The number of an EROFS inode is its place in the image, counted in slots of 32 bytes. So the place of the area
+The number of an EROFS inode is its offset in the image, counted in slots of 32 bytes. So the offset of the area
 determines the numbers, and the image is a sparse file: an area that begins at number 2^31 is at 64 GiB.
 
 Source: Linux fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst (on-disk format).
@@ -119,7 +119,7 @@ class ImageWriter:
 
         Args:
             file: A seekable file; its file system should support sparse files.
-            first: A multiple of SLOTS_PER_BLOCK that places the area behind the head; first + slots is at most
+            first: A multiple of SLOTS_PER_BLOCK that places the area after the head; first + slots is at most
                 END_OF_NUMBERS.
 
         Raises:

@@ -15,7 +15,7 @@ from gearworkers.errors import InvalidInput
 BLOCK_BITS = 12
 BLOCK_BYTES = 1 << BLOCK_BITS
 SLOT_BYTES = 32
-"""The number of an inode counts slots of this size from the start of the image."""
+"""An inode number counts slots of this size from the start of the image."""
 SLOTS_PER_BLOCK = BLOCK_BYTES // SLOT_BYTES
 END_OF_NUMBERS = (1 << 39) - 8 * SLOTS_PER_BLOCK
 """Limit of inode numbers: EROFS counts blocks in 32 bits, and the largest file of ext4 has that number of blocks."""
@@ -59,7 +59,7 @@ _PREFIXES = (
 
 
 def offset_of(nid: int) -> int:
-    """Return the place in the image of the inode with this number."""
+    """Return the offset in the image of the inode with this number."""
     return nid * SLOT_BYTES
 
 

@@ -1,7 +1,7 @@
-"""The label of an index: which inode numbers it has, and the digest of the image.
+"""The label of an index: its inode numbers, and the digest of the image.
 
-The label is our own; it is in block 0, in a part that EROFS ignores. The digest covers head and area (see `erofs`), so
-verification does not read the hole between them.
+The label is not part of EROFS; it is in block 0, in a part that EROFS ignores. The digest covers head and area (see
+`erofs`), so verification does not read the hole between them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class IndexLabel(NamedTuple):
     """The content of a label."""
 
     first: int
-    """The least inode number of the area."""
+    """The lowest inode number of the area."""
     slots: int
     """The number of inode numbers that the area takes, a multiple of SLOTS_PER_BLOCK."""
     head_bytes: int
@@ -87,5 +87,5 @@ def _label_in(file: BinaryIO) -> IndexLabel | None:
 
 def _fits(label: IndexLabel, file_bytes: int) -> bool:
     """Whether head and area make up the whole file, so that no hole is read."""
-    ends_well = file_bytes == offset_of(label.first + label.slots)
-    return ends_well and BLOCK_BYTES <= label.head_bytes <= min(_MAX_HEAD_BYTES, offset_of(label.first))
+    end_matches = file_bytes == offset_of(label.first + label.slots)
+    return end_matches and BLOCK_BYTES <= label.head_bytes <= min(_MAX_HEAD_BYTES, offset_of(label.first))

@@ -5,9 +5,9 @@ device. Two files with several names and the same number would become one file. 
 and of an upper on the file system of GEAR_ROOT. So each index takes its numbers from a range of its own, in a window
 above the numbers that the file system uses.
 
-The file `inode-numbers` contains the gap from which the next ranges are cut. When the gap is used up or the file is
-lost, the labels of all indexes show which numbers are taken, and the largest gap between them is used next. So the
-numbers of removed layers are reused at some time, and a range that a crash left unused is lost until then.
+The file `inode-numbers` contains the gap from which the next ranges are taken. When the gap is used up or the file is
+lost, the labels of all indexes show the numbers in use, and the largest gap between them is used next. So the numbers
+of removed layers are reused eventually, and so is a range that a crash left unused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INDEX_FILE = "index.erofs"
 
 _RECORD_BYTES = 48
 _EXT4, _XFS = 0xEF53, 0x58465342
-_LEAST_XFS_INODE_BYTES = 512
+_MIN_XFS_INODE_BYTES = 512
 _32_BITS = 1 << 32
 
 
@@ -51,7 +51,7 @@ class InodeNumbers:
             ResourceExhausted: Not enough numbers are free.
             OSError: The file cannot be written.
 
-        Crash: leaves a part of the file; the numbers stay unused until all labels are read the next time.
+        Crash: leaves a part of the file; the numbers stay unused until all labels are read again.
         """
         with locked_file(self._root / NUMBERS_FILE) as gap_fd:
             first, end = _read_gap(gap_fd)
@@ -72,7 +72,7 @@ class InodeNumbers:
         length, first = max(gaps, default=(0, 0))
         if length < slots:
             raise ResourceExhausted(
-                f"a layer needs {slots} inode numbers in a row, and at most {length} are free; remove images"
+                f"a layer needs {slots} consecutive inode numbers, but at most {length} are free; remove images"
             )
         return first, first + length
 
@@ -88,7 +88,7 @@ class InodeNumbers:
 
 
 def number_window(root: Path) -> tuple[int, int]:
-    """Return the least inode number that layers may have, and the end of the range.
+    """Return the lowest inode number that layers may have, and the end of the range.
 
     The numbers are below 2^32, for programs of 32 bits, if the file system of *root* has no numbers from 2^31 on.
     """
@@ -100,17 +100,17 @@ def number_window(root: Path) -> tuple[int, int]:
 
 
 def _highest_inode(root: Path) -> int:
-    """Return an upper bound of the file system's inode numbers; END_OF_NUMBERS if there is none.
+    """Return an upper bound of the file system's inode numbers; END_OF_NUMBERS if they have no bound.
 
-    ext4 numbers its inodes from 1 on. XFS derives the number from the place on the disk and leaves less than one bit
-    unused. btrfs counts up and uses no number twice while it is mounted; a build host creates 2^31 files in weeks.
+    ext4 numbers its inodes from 1 on. XFS derives the number from the position on the disk and leaves less than one bit
+    unused. btrfs counts up and does not reuse numbers while it is mounted; a build host creates 2^31 files in weeks.
     """
     status = os.statvfs(root)
     kind = syscalls.statfs_type(root)
     if kind == _EXT4:
         return status.f_files
     if kind == _XFS:
-        return 2 * status.f_blocks * status.f_frsize // _LEAST_XFS_INODE_BYTES
+        return 2 * status.f_blocks * status.f_frsize // _MIN_XFS_INODE_BYTES
     return END_OF_NUMBERS
 
 

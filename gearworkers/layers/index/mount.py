@@ -1,4 +1,4 @@
-"""Mount a layer's index, an EROFS image in a file, where overlays find it.
+"""Mount a layer's index, an EROFS image in a file, for use by overlays.
 
 Source: Linux Documentation/filesystems/erofs.rst. Linux 6.12 and newer mount the file directly; older kernels need a
 loop device.
@@ -65,8 +65,8 @@ def _mount(image: Path, target: Path) -> None:
 
 
 def _mount_by_loop(image: Path, target: Path, cause: OSError) -> None:
-    """Mount on a kernel that mounts block devices only. mount(8) sets up a loop device that the unmount releases."""
+    """Mount on a kernel that mounts block devices only: mount(8) sets up a loop device that the unmount releases."""
     command = ["mount", "-t", "erofs", "-o", "ro,loop", str(image), str(target)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise OSError(cause.errno, f"{cause.strerror}; by a loop device: {result.stderr.strip()}")
+        raise OSError(cause.errno, f"{cause.strerror}; with a loop device: {result.stderr.strip()}")

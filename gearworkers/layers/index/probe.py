@@ -79,6 +79,6 @@ def _read_through_index(scratch: Path) -> tuple[str, bytes]:
     try:
         by_loop = os.major(tree.stat().st_dev) == _LOOP_MAJOR
         with detached(OverlaySpec((tree,), (data,))) as root_fd, _open_at("file", root_fd) as file:
-            return "mounted by loop devices" if by_loop else "mounted from their files", file.read()
+            return "mounted through loop devices" if by_loop else "mounted from their files", file.read()
     finally:
         unmount(tree)

@@ -25,7 +25,7 @@ _TREE = "tree"
 
 
 def has_own_inode_numbers(index: Path) -> bool:
-    """Whether the index has inode numbers of its own; True if there is no such file.
+    """Whether the index has inode numbers of its own; True if the file does not exist.
 
     Raises:
         GearError: The file cannot be read.
@@ -42,7 +42,7 @@ def renumber(index: Path, inode_numbers: InodeNumbers, build: Path) -> None:
     """Replace the file *index* by the same tree with numbers that no other layer has. Mounts keep the old file.
 
     Args:
-        index: The old index; nobody else replaces it at the same time.
+        index: The old index; no other process replaces it at the same time.
         inode_numbers: Provides the new numbers.
         build: An empty directory on the same file system.
 

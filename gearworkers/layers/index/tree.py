@@ -26,13 +26,13 @@ from gearworkers.util.fs import MAX_PATH_BYTES
 MAX_INODES = 4_000_000
 """A layer of this size takes about 2 GB of memory."""
 MAX_EXTRA_BYTES = 512 << 20
-"""Limit of extended attributes and symlink targets together; they are in memory up to three times."""
+"""Limit of extended attributes and symlink targets together; memory holds up to three copies of them."""
 MAX_CACHED_DIRECTORIES = 1 << 16
 
 _FORMATS = {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}
 _REDIRECT = b"trusted.overlay.redirect"
 _OPAQUE = b"trusted.overlay.opaque"
-_LONGEST_NAME_BYTES = 255
+_MAX_NAME_BYTES = 255
 _MAX_SYMLINKS = 40
 _NO_ID = (1 << 32) - 1  # chown(2) keeps the owner for this id
 _DEVICE_LIMITS = (1 << 12, 1 << 20)  # majors and minors of Linux
@@ -151,7 +151,7 @@ class LayerTree:
         if entry.xattrs:
             check_xattrs(entry.xattrs)
         name_bytes = len(name) - len(whiteouts.PREFIX) if name.startswith(whiteouts.PREFIX) else len(name)
-        if name_bytes > _LONGEST_NAME_BYTES or len(parent_path) + name_bytes >= MAX_PATH_BYTES:
+        if name_bytes > _MAX_NAME_BYTES or len(parent_path) + name_bytes >= MAX_PATH_BYTES:
             raise InvalidInput("its name is too long for a file system")
         parent = self._known.get(parent_path)
         if parent is None:
@@ -193,14 +193,14 @@ class LayerTree:
     def _count_inode(self, name: bytes) -> None:
         self._inodes += 1
         if self._inodes > MAX_INODES:
-            raise ResourceExhausted(f"tar entry {shown(name)}: a layer has {MAX_INODES} files at most")
+            raise ResourceExhausted(f"tar entry {shown(name)}: a layer can have at most {MAX_INODES} files")
 
     def _count_extra(self, entry: TarEntry) -> None:
         self._extra_bytes += len(entry.linkname)
         self._extra_bytes += sum(len(name) + len(value) for name, value in (entry.xattrs or {}).items())
         if self._extra_bytes > MAX_EXTRA_BYTES:
-            most = f"{MAX_EXTRA_BYTES} bytes of extended attributes and symlinks' targets"
-            raise ResourceExhausted(f"tar entry {shown(entry.name)}: a layer has {most} at most")
+            limit = f"{MAX_EXTRA_BYTES} bytes of extended attributes and symlink targets"
+            raise ResourceExhausted(f"tar entry {shown(entry.name)}: a layer can have at most {limit}")
 
     def _owner(self, entry: TarEntry) -> tuple[int, int]:
         key = entry.uid, entry.gid
@@ -224,12 +224,12 @@ class LayerTree:
     def _remove(self, parent: Inode, name: bytes) -> None:
         """Remove the file that an earlier entry of this name created."""
         assert parent.children is not None
-        gone = parent.children.pop(name, None)
-        if gone is None:
+        removed = parent.children.pop(name, None)
+        if removed is None:
             return
-        if gone.children is not None or gone.target:
+        if removed.children is not None or removed.target:
             self._known = {b"": self._root}
-        stack = [gone]
+        stack = [removed]
         while stack:
             inode = stack.pop()
             inode.nlink -= 1
@@ -283,7 +283,7 @@ class LayerTree:
         if hidden is not None:
             self._reject_reserved(parent, hidden)
             if hidden in parent.children:
-                raise InvalidInput("it is a whiteout of a name that the same layer holds")
+                raise InvalidInput("it is a whiteout of a name in the same layer")
             whiteout = self._inode(entry, stat.S_IFCHR, 0)
             whiteout.attributes = None
             parent.children[hidden] = whiteout
@@ -291,7 +291,7 @@ class LayerTree:
 
     def _reject_reserved(self, parent: Inode, name: bytes) -> None:
         if parent is self._root and name.startswith(RESERVED):
-            raise InvalidInput("a top-level name must not begin with the byte 0x01: it leads to the object store")
+            raise InvalidInput("a top-level name must not begin with the byte 0x01, which leads to the object store")
 
     # -- directories
 
@@ -301,7 +301,7 @@ class LayerTree:
         return directory
 
     def _directory(self, path: bytes, mtime_ns: int) -> Inode:
-        """Return the directory that *path* leads to; create missing directories."""
+        """Return the directory at *path*, whose symlinks are followed; create missing directories."""
         found = self._walk(path, mtime_ns)
         if found is None or found.children is None:
             raise InvalidInput(f"its parent {shown(path)} is not a directory of this layer")
@@ -356,7 +356,7 @@ class LayerTree:
     def _create_implied(self, parent: Inode, name: bytes, mtime_ns: int) -> Inode:
         assert parent.children is not None
         self._reject_reserved(parent, name)
-        if len(name) > _LONGEST_NAME_BYTES:
+        if len(name) > _MAX_NAME_BYTES:
             raise InvalidInput("its name is too long for a file system")
         self._count_inode(name)
         made = parent.children[name] = self._new_directory(0o755, *self._ids.root, mtime_ns)

@@ -1,4 +1,4 @@
-"""GarbageCollector in races with imports."""
+"""The garbage collector in races with imports."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_unreferenced_object_is_removed(root: Root) -> None:
     assert not path.exists()
 
 
-def test_an_object_with_the_ref_of_an_import_stays(root: Root) -> None:
+def test_an_object_with_the_ref_of_an_import_is_kept(root: Root) -> None:
     path = root.stored()
     root.refs.add(DIGEST, len(CONTENT))
     assert root.collect() == 0
@@ -78,7 +78,7 @@ def test_the_half_written_file_of_a_crash_is_removed(root: Root) -> None:
     assert not path.exists()
 
 
-def test_a_hidden_object_replaces_a_half_written_one(root: Root) -> None:
+def test_a_hidden_object_replaces_a_half_written_file(root: Root) -> None:
     path = root.stored()
     hidden = HiddenObjects(root.path / "hidden", root.store)
     hidden.restore()
@@ -89,7 +89,7 @@ def test_a_hidden_object_replaces_a_half_written_one(root: Root) -> None:
     assert root.store.has(DIGEST)
 
 
-def test_a_hidden_object_does_not_replace_a_whole_one(root: Root) -> None:
+def test_a_hidden_object_does_not_replace_a_whole_object(root: Root) -> None:
     path = root.stored()
     hidden = HiddenObjects(root.path / "hidden", root.store)
     hidden.restore()

@@ -87,7 +87,7 @@ def test_a_stalled_import_does_not_block_publishing_a_gear_layer_or_a_repair(dri
     assert driver.engine.layers.get("stalled").new_objects == files
 
 
-def test_forbid_waits_for_the_lock_and_nobody_takes_it_meanwhile(tmp_path: Path) -> None:
+def test_forbid_waits_for_the_lock_and_prevents_new_holders(tmp_path: Path) -> None:
     events: list[str] = []
     with closing(InPlaceLock(tmp_path)) as lock, closing(InPlaceLock(tmp_path)) as other:
         assert lock.acquire() and other.acquire()
@@ -117,6 +117,7 @@ def test_an_import_that_must_not_store_in_place_never_holds_the_lock(tmp_path: P
         forbid(tmp_path)  # would wait for the lock
 
 
+@pytest.mark.slow
 def test_a_gear_layer_does_not_show_the_half_written_file_of_a_killed_import(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
         path = ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)
@@ -125,7 +126,7 @@ def test_a_gear_layer_does_not_show_the_half_written_file_of_a_killed_import(tmp
         assert (node.run("container") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_an_object_that_arrives_while_its_unfinished_file_is_removed_stays(tmp_path: Path) -> None:
+def test_an_object_that_is_stored_while_its_unfinished_file_is_removed_is_kept(tmp_path: Path) -> None:
     store = ObjectStore(tmp_path / "public")
     store.prepare()
     staging_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)

@@ -77,6 +77,7 @@ def start_process(writer: ContentWriter) -> int:
 
 
 @pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.slow
 def test_the_second_process_stores_contents_of_all_sizes(
     store: ObjectStore,
     staging: int,
@@ -162,6 +163,7 @@ def test_a_full_ring_waits_only_for_batches_that_were_sent(staging: int, tmp_pat
     assert writer.stored(bytes([6]) * 32).exists()
 
 
+@pytest.mark.slow
 def test_the_writer_process_queues_new_objects_for_push(
     store: ObjectStore, staging: int, in_place_lock: InPlaceLock, tmp_path: Path
 ) -> None:

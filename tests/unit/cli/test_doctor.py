@@ -40,6 +40,7 @@ def test_the_fuse_check_gives_advice_without_fuse_and_with_an_old_one() -> None:
     assert "6.9" in check_features(InitFlag.PASSTHROUGH).advice
 
 
+@pytest.mark.slow
 def test_the_lazy_file_server_check_reports_a_stopped_server_and_failed_fetches(tmp_path: Path) -> None:
     assert "does not run" in doctor.lazyfs_check(replace(Settings(), run_dir=tmp_path)).found
     with lazy_node(tmp_path) as node:

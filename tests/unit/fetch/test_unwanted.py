@@ -109,7 +109,7 @@ def test_a_large_object_in_a_batch_request_is_not_removed_before_the_request_end
     node.source.release()
     wait_until(is_removed)
     assert node.prefetcher.stats.contents == 9
-    assert not download.claim(15)
+    assert not download.chunks.claim(15)
     node.source.put(missing)
     assert node.read(content, 0, 5) == content[:5]
     node.fetcher.fill_idle(0.0)

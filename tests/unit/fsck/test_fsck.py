@@ -1,4 +1,4 @@
-"""`gear fsck` finds all damage of a layer's files."""
+"""`gear fsck` reports missing and damaged files of layers, and nothing for undamaged layers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def faults(driver: GearDriver) -> list[str]:
     return list(driver.engine.faults(read_data=False, repair=False))
 
 
-def stored_parts(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) of the file's data segments."""
+def data_segments(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the file's data segments."""
     end, size_bytes = 0, path.stat().st_size
     with open(path, "rb") as file:
         while end < size_bytes:
@@ -37,7 +37,7 @@ def stored_parts(path: Path) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def test_an_empty_layer_is_whole_even_as_the_first_of_a_store(tmp_path: Path) -> None:
+def test_empty_layers_are_undamaged_even_in_a_new_store(tmp_path: Path) -> None:
     driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
     driver.prepare()
     for number, tar in enumerate([b"", bytes(1024), tar_of({"file": b"content"}), b""]):
@@ -50,9 +50,9 @@ def test_an_empty_layer_is_whole_even_as_the_first_of_a_store(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["index.erofs", "stream.zst", "objects"])
-def test_one_wrong_bit_anywhere_is_reported_with_the_layer(driver: GearDriver, name: str) -> None:
+def test_a_flipped_bit_or_a_truncated_file_is_reported_with_the_layer(driver: GearDriver, name: str) -> None:
     path = driver.settings.gear_images_path / "layer" / name
-    stored = [at for start, end in stored_parts(path) for at in range(start, end)]
+    stored = [at for start, end in data_segments(path) for at in range(start, end)]
     assert faults(driver) == []
     with open(path, "r+b") as file:
         for at in stored[:: max(len(stored) // 23, 1)]:

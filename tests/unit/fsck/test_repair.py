@@ -1,4 +1,4 @@
-"""`gear fsck --repair`: lost objects are fetched again, and containers never see half of one."""
+"""`gear fsck --repair`: lost objects are fetched again, and containers never see a half-written object."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from gearworkers.engine.engine import Engine
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import LazyNode, lazy_node, until
 from tests.support.tiny import tar_of
+
+pytestmark = pytest.mark.slow
 
 FILES = {"etc/file": b"content " * 100, "etc/other": b"another " * 100}
 DIGEST = hashlib.sha256(FILES["etc/file"]).digest()
@@ -44,12 +46,12 @@ def may_store_in_place(node: LazyNode) -> bool:
 
 
 def test_a_damaged_object_is_fetched_again_when_it_is_opened(node: LazyNode) -> None:
-    """The gateway, which has cached the layer's record, notices that another process has changed it."""
+    """The gateway has cached the layer's record; it notices that another process has changed it."""
     damage(node)
     assert may_store_in_place(node)
     incomplete: list[str] = []
-    told = list(Engine.of(node.settings).faults(read_data=True, repair=True, incomplete=incomplete.append))
-    assert [line.split()[0] for line in told] == ["object", "layer"]
+    faults = list(Engine.of(node.settings).faults(read_data=True, repair=True, on_incomplete=incomplete.append))
+    assert [line.split()[0] for line in faults] == ["object", "layer"]
     assert set(incomplete) == {"image"}
     assert not may_store_in_place(node)
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
@@ -61,23 +63,23 @@ def test_a_damaged_object_is_fetched_again_when_it_is_opened(node: LazyNode) -> 
 
 def test_a_missing_object_makes_its_layer_incomplete(node: LazyNode) -> None:
     ObjectStore(node.settings.gear_public_cache_path).remove(DIGEST)
-    (told,) = Engine.of(node.settings).faults(read_data=False, repair=False)
-    assert "1 of its objects are missing" in told
+    (fault,) = Engine.of(node.settings).faults(read_data=False, repair=False)
+    assert "1 of its objects are missing" in fault
     assert node.status().incomplete_layers == 0
     list(Engine.of(node.settings).faults(read_data=False, repair=True))
     assert node.status().incomplete_layers == 1
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_the_half_written_file_of_a_killed_import_is_not_read_for_a_lost_object(node: LazyNode) -> None:
-    object = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
-    object.unlink()
-    object.write_bytes(FILES["etc/file"][:100])
+def test_a_half_written_file_of_a_killed_import_does_not_replace_a_lost_object(node: LazyNode) -> None:
+    path = Path(os.fsdecode(ObjectStore(node.settings.gear_public_cache_path).path(DIGEST)))
+    path.unlink()
+    path.write_bytes(FILES["etc/file"][:100])
     list(Engine.of(node.settings).faults(read_data=False, repair=True))
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_contents_are_not_stored_in_place_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
+def test_storing_in_place_stays_forbidden_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
     damage(node)
     (node.shelf.root / DIGEST.hex()).unlink()
     list(Engine.of(node.settings).faults(read_data=True, repair=True))

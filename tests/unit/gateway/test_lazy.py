@@ -20,6 +20,8 @@ from tests.support.plugin import Plugin
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.tiny import tar_of
 
+pytestmark = pytest.mark.slow
+
 STARTING = [f"starting{number}" for number in range(64)]
 FILES = {"etc/file": b"content " * 100}
 

@@ -162,6 +162,7 @@ async def read_to_the_end(control: socket.socket) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_running_jobs_end_when_the_pool_closes(settings: Settings, listener: socket.socket) -> None:
     async def close_while_busy() -> None:
         changes = Changes()
@@ -177,6 +178,7 @@ def test_running_jobs_end_when_the_pool_closes(settings: Settings, listener: soc
     asyncio.run(close_while_busy())
 
 
+@pytest.mark.slow
 def test_the_death_of_a_process_ends_no_other(settings: Settings, listener: socket.socket) -> None:
     async def kill_one() -> None:
         loop, changes = asyncio.get_running_loop(), Changes()

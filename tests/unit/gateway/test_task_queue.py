@@ -6,11 +6,14 @@ import asyncio
 import socket
 from pathlib import Path
 
+import pytest
+
 from gearworkers.settings import Settings
 from gearworkers.workers.messages import Push
 from plugin_gateway.dispatch.task_queue import TaskQueue
 
 
+@pytest.mark.slow
 def test_jobs_published_while_the_broker_is_replaced_are_reported_as_unpublished(tmp_path: Path) -> None:
     settings = Settings(broker_url=f"redis+socket://{tmp_path}/redis.sock?virtual_host=0")
     job = Push(gear_root=str(settings.gear_root))

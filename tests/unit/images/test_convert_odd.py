@@ -17,7 +17,7 @@ from gearworkers.errors import InvalidInput, NotFound
 from gearworkers.images import manifest as m
 from gearworkers.images.convert import convert_layer
 from gearworkers.images.gear_manifest import finish_conversion
-from gearworkers.images.image_index import _MOST_INDEXES
+from gearworkers.images.image_index import MAX_NESTED_INDEXES
 from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
@@ -284,10 +284,10 @@ class TestIndexes:
 
     def test_there_may_not_be_too_many_of_them(self, convert_it: Converter, layout: Layout) -> None:
         nested = layout.index(layout.of(AMD64))
-        for number in range(_MOST_INDEXES):
+        for number in range(MAX_NESTED_INDEXES):
             nested = layout.index(nested, annotations={"depth": str(number)})
         convert_it(layout.source(nested))
-        with pytest.raises(InvalidInput, match=f"more than {_MOST_INDEXES} nested indexes"):
+        with pytest.raises(InvalidInput, match=f"more than {MAX_NESTED_INDEXES} nested indexes"):
             convert_it(layout.source(layout.index(nested, annotations={"depth": "one more"})))
 
     @pytest.mark.parametrize("annotated", [False, True])

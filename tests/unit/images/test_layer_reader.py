@@ -40,6 +40,7 @@ def unpack(blob: bytes, content: bytes = CONTENT, step_bytes: int = 1 << 20) -> 
     ids=["plain", "gzip", "zstd", "members", "padded members", "frames"],
 )
 @pytest.mark.parametrize("step_bytes", [37, 1000, 1 << 20])
+@pytest.mark.slow
 def test_what_was_compressed_comes_out(blob: bytes, step_bytes: int) -> None:
     assert unpack(blob, step_bytes=step_bytes) == CONTENT
 

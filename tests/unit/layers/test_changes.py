@@ -36,7 +36,7 @@ def shown(changes: list[Change]) -> list[str]:
     return [f"{LETTERS[change.kind]} {os.fsdecode(change.path)}" for change in changes]
 
 
-def of_upper(overlay: Overlay) -> list[str]:
+def changes_of_upper(overlay: Overlay) -> list[str]:
     return shown(upper_changes(overlay.upper, overlay.merged_fd, overlay.parent_fd))
 
 
@@ -96,7 +96,7 @@ def test_a_change_also_modifies_its_parent_directories(
     change: Callable[[Path], None], expected: list[str], overlay: Overlay
 ) -> None:
     change(overlay.merged)
-    assert of_upper(overlay) == expected
+    assert changes_of_upper(overlay) == expected
 
 
 def test_a_layer_without_a_parent_adds_all_its_files(overlay: Overlay) -> None:
@@ -123,25 +123,25 @@ def test_a_tree_does_not_differ_from_itself(overlay: Overlay) -> None:
     assert tree_changes(overlay.merged_fd, overlay.parent_fd) == []
 
 
-@pytest.mark.parametrize("what", ["uid", "mtime", "size", "target", "capability", "type"])
-def test_two_trees_differ_by(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attribute", ["uid", "mtime", "size", "target", "capability", "type"])
+def test_a_different_attribute_is_a_modification(attribute: str, tmp_path: Path) -> None:
     fds = []
     for number in (1, 2):
         tree = tmp_path / str(number)
         tree.mkdir()
         different = number == 2
         file = tree / "file"
-        if what == "type" and different:
+        if attribute == "type" and different:
             file.mkdir()
-        elif what == "target":
+        elif attribute == "target":
             file.symlink_to("one" if different else "two")
         else:
-            file.write_text("longer" if what == "size" and different else "short")
-        if what == "uid" and different:
+            file.write_text("longer" if attribute == "size" and different else "short")
+        if attribute == "uid" and different:
             os.chown(file, 1, 0)
-        if what == "capability" and different:
+        if attribute == "capability" and different:
             os.setxattr(file, "security.capability", bytes.fromhex("01000002" + "00040000" + "00" * 12))
-        os.utime(file, ns=(1, 1 + (what == "mtime" and different)), follow_symlinks=False)
+        os.utime(file, ns=(1, 1 + (attribute == "mtime" and different)), follow_symlinks=False)
         fds.append(os.open(tree, os.O_RDONLY))
     try:
         assert shown(tree_changes(fds[1], fds[0])) == ["C /file"]
@@ -150,7 +150,7 @@ def test_two_trees_differ_by(what: str, tmp_path: Path) -> None:
             os.close(fd)
 
 
-def test_the_time_and_size_of_a_directory_do_not_count_between_two_trees(tmp_path: Path) -> None:
+def test_the_time_and_size_of_directories_are_ignored_when_trees_are_compared(tmp_path: Path) -> None:
     (tmp_path / "1/dir").mkdir(parents=True)
     (tmp_path / "2/dir").mkdir(parents=True)
     os.utime(tmp_path / "2/dir", ns=(1, 1))
@@ -163,7 +163,7 @@ def test_the_time_and_size_of_a_directory_do_not_count_between_two_trees(tmp_pat
 
 
 @pytest.mark.slow
-def test_trees_deeper_than_the_interpreter_s_stack_are_compared(overlay: Overlay) -> None:
+def test_trees_deeper_than_the_interpreter_stack_are_compared(overlay: Overlay) -> None:
     path = overlay.merged
     for _ in range(1500):
         path = path / "d"

@@ -50,7 +50,7 @@ def objects_of(driver: GearDriver) -> list[Path]:
     return [path for path in driver.settings.gear_public_cache_path.rglob("*") if path.is_file()]
 
 
-def test_the_tar_is_the_same_before_and_after(driver: GearDriver) -> None:
+def test_the_tar_is_the_same_before_and_after_deduplication(driver: GearDriver) -> None:
     built_layer(driver)
     before = tar_of(driver, "step")
     assert driver.engine.dedupe("step") == 3
@@ -93,7 +93,7 @@ def test_a_container_is_never_deduplicated(driver: GearDriver) -> None:
     assert not driver.engine.can_dedupe("container")
 
 
-def test_after_a_crash_before_times_are_restored_the_tar_is_the_same(
+def test_the_tar_is_the_same_after_a_crash_before_times_are_restored(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built_layer(driver)
@@ -115,21 +115,21 @@ def test_after_a_crash_before_times_are_restored_the_tar_is_the_same(
 
 
 def test_the_object_list_is_renamed_under_the_garbage_lock(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the collector may find the list at neither place."""
+    """Otherwise the collector may miss the list while it moves."""
     built_layer(driver)
-    held = []
+    renamed = []
 
     def rename(source: Path, target: Path, **_: int) -> None:
         if Path(os.fsdecode(target)).name == OBJECTS_FILE and Path(os.fsdecode(target)).parent.name == "step":
             with open(driver.settings.gear_root / "gc.lock") as lock, pytest.raises(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.append(target)
+            renamed.append(target)
         real_rename(source, target, **_)
 
     real_rename = os.rename
     monkeypatch.setattr(os, "rename", rename)
     assert driver.engine.dedupe("step") == 3
-    assert len(held) == 1
+    assert len(renamed) == 1
 
 
 def test_deduplication_fails_at_once_while_a_diff_reads_the_layer(driver: GearDriver) -> None:
@@ -141,7 +141,8 @@ def test_deduplication_fails_at_once_while_a_diff_reads_the_layer(driver: GearDr
     assert driver.engine.dedupe("step") == 3
 
 
-def test_a_tree_deeper_than_the_interpreters_stack_is_deduplicated(driver: GearDriver) -> None:
+@pytest.mark.slow
+def test_a_tree_deeper_than_the_interpreter_stack_is_deduplicated(driver: GearDriver) -> None:
     driver.create("step", "")
     deepest = driver.get("step")
     for _ in range(1100):

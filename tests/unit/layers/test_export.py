@@ -1,4 +1,4 @@
-"""A read-write layer as a tar: applied to a copy of the parent it must give what the container saw."""
+"""The tar of a read-write layer: applied to a copy of the parent, it gives the container's view."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def overlay(tmp_path: Path) -> Iterator[Overlay]:
         yield made
 
 
-def the_diff(overlay: Overlay, ids: IdMaps = NO_MAPS) -> bytes:
+def diff_of(overlay: Overlay, ids: IdMaps = NO_MAPS) -> bytes:
     out = io.BytesIO()
     write_diff(overlay.upper, overlay.merged_fd, overlay.parent_fd, out, ids)
     return out.getvalue()
@@ -91,11 +91,11 @@ def added_and_deleted(changes: list[Change]) -> list[Change]:
     return [change for change in changes if change.kind is not ChangeKind.MODIFY]
 
 
-# Each is something a container does to its merged view; its docstring says what the upper then holds.
+# The scenarios: changes that a container makes in its merged view.
 
 
-def nothing(_: Path) -> None:
-    """Nothing at all."""
+def no_change(_: Path) -> None:
+    pass
 
 
 def new_files(root: Path) -> None:
@@ -270,7 +270,7 @@ def touched_the_opaque(root: Path) -> None:
 
 
 SCENARIOS = [
-    nothing, new_files, altered_content, changed_mode, changed_owners, changed_times, changed_xattrs,
+    no_change, new_files, altered_content, changed_mode, changed_owners, changed_times, changed_xattrs,
     renamed_after_chmod, linked_after_chmod, linked_then_written, new_hard_links, renamed_directory,
     renamed_out_of_renamed, renamed_then_modified, renamed_over_whiteout, renamed_and_made_again,
     swapped_directories, renamed_there_and_back, link_across_renamed, renamed_merged_directory, deleted,
@@ -281,17 +281,19 @@ Scenario = Callable[[Path], None]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_tar_of_the_upper_makes_the_merged_view_of_the_parent(
+def test_the_tar_of_the_upper_turns_the_parent_into_the_merged_view(
     scenario: Scenario, overlay: Overlay, tmp_path: Path
 ) -> None:
     scenario(overlay.merged)
-    tar = the_diff(overlay)
+    tar = diff_of(overlay)
     assert applied(overlay.parent_fd, tar, tmp_path / "copy") == snapshot(overlay.merged_fd)
-    assert the_diff(overlay) == tar, "the same tree makes the same bytes"
+    assert diff_of(overlay) == tar, "the same tree gives the same bytes"
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_tar_of_any_two_trees_makes_one_of_the_other(scenario: Scenario, overlay: Overlay, tmp_path: Path) -> None:
+def test_the_tar_of_two_trees_turns_one_tree_into_the_other(
+    scenario: Scenario, overlay: Overlay, tmp_path: Path
+) -> None:
     scenario(overlay.merged)
     forth, back = io.BytesIO(), io.BytesIO()
     write_tree_diff(overlay.merged_fd, overlay.parent_fd, forth, NO_MAPS)
@@ -305,12 +307,12 @@ def test_the_tar_of_any_two_trees_makes_one_of_the_other(scenario: Scenario, ove
 
 
 def without_directory_times(nodes: dict[bytes, Node]) -> dict[bytes, Node]:
-    """A directory whose time alone differs is no change, as in Docker."""
+    """Return the nodes with the times of directories set to 0; as in Docker, they are not compared."""
     return {path: node._replace(mtime_ns=0) if stat.S_ISDIR(node.mode) else node for path, node in nodes.items()}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_walk_of_the_upper_and_the_comparison_of_the_trees_add_and_delete_the_same(
+def test_the_upper_walk_and_the_tree_comparison_find_the_same_additions_and_deletions(
     scenario: Scenario, overlay: Overlay
 ) -> None:
     scenario(overlay.merged)
@@ -321,11 +323,11 @@ def test_the_walk_of_the_upper_and_the_comparison_of_the_trees_add_and_delete_th
     assert of_upper == sorted(of_upper)
 
 
-def test_a_chown_of_everything_copies_no_data_up_but_the_tar_has_it(overlay: Overlay) -> None:
+def test_the_tar_has_the_data_of_files_that_a_chown_copied_up_without_data(overlay: Overlay) -> None:
     changed_owners(overlay.merged)
     big = overlay.upper / "usr/bin/big"
     assert big.stat().st_blocks * 512 < len(BIG) // 10, "the kernel made a metadata-only copy"
-    with tarfile.open(fileobj=io.BytesIO(the_diff(overlay))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(diff_of(overlay))) as archive:
         extracted = archive.extractfile("usr/bin/big")
         assert extracted is not None
         assert extracted.read() == BIG
@@ -346,7 +348,7 @@ def test_a_layer_without_a_parent_is_written_whole(overlay: Overlay, tmp_path: P
 def test_an_opaque_marker_is_written_only_if_the_parent_has_entries_to_hide(overlay: Overlay) -> None:
     deleted_and_made_again(overlay.merged)
     (overlay.merged / "brand-new").mkdir()
-    assert [name for name in names(the_diff(overlay)) if ".opq" in name] == ["usr/lib/.wh..wh..opq"]
+    assert [name for name in names(diff_of(overlay)) if ".opq" in name] == ["usr/lib/.wh..wh..opq"]
 
 
 def test_sockets_and_names_that_a_layer_cannot_contain_are_omitted(overlay: Overlay) -> None:
@@ -357,27 +359,27 @@ def test_sockets_and_names_that_a_layer_cannot_contain_are_omitted(overlay: Over
     (overlay.merged / ".wh.etc").write_text("not a whiteout")
     (overlay.merged / ".wh.dir").mkdir()
     (overlay.merged / ".wh.dir/file").touch()
-    assert names(the_diff(overlay)) == []
+    assert names(diff_of(overlay)) == []
 
 
 def test_xattrs_of_overlay_and_store_are_not_in_the_tar(overlay: Overlay) -> None:
     renamed_then_modified(overlay.merged)
     changed_owners(overlay.merged)
-    assert b"trusted.overlay" not in the_diff(overlay)
-    assert b"trusted.gear" not in the_diff(overlay)
+    assert b"trusted.overlay" not in diff_of(overlay)
+    assert b"trusted.gear" not in diff_of(overlay)
 
 
-def test_a_capability_of_a_user_namespace_becomes_an_ordinary_one(overlay: Overlay) -> None:
+def test_a_capability_of_a_user_namespace_becomes_an_ordinary_capability(overlay: Overlay) -> None:
     revision_3 = CAPABILITY[:3] + b"\x03" + CAPABILITY[4:] + (100_000).to_bytes(4, "little")
     os.setxattr(overlay.merged / "usr/bin/tool", "security.capability", revision_3)
-    assert b"SCHILY.xattr.security.capability=" + CAPABILITY in the_diff(overlay)
+    assert b"SCHILY.xattr.security.capability=" + CAPABILITY in diff_of(overlay)
 
 
-def test_owners_are_those_of_the_container(overlay: Overlay) -> None:
+def test_owners_in_the_tar_are_ids_of_the_container(overlay: Overlay) -> None:
     (overlay.merged / "mine").touch()
     os.chown(overlay.merged / "mine", 100_007, 200_009)
     ids = IdMaps((IDMap(0, 100_000, 65536),), (IDMap(0, 200_000, 65536),))
-    with tarfile.open(fileobj=io.BytesIO(the_diff(overlay, ids))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(diff_of(overlay, ids))) as archive:
         member = archive.getmember("mine")
     assert (member.uid, member.gid) == (7, 9)
 
@@ -385,7 +387,7 @@ def test_owners_are_those_of_the_container(overlay: Overlay) -> None:
 def test_an_owner_outside_the_ranges_is_an_error_that_names_the_file(overlay: Overlay) -> None:
     (overlay.merged / "mine").touch()
     with pytest.raises(InvalidInput, match="mine"):
-        the_diff(overlay, IdMaps((IDMap(0, 100_000, 65536),), (IDMap(0, 100_000, 65536),)))
+        diff_of(overlay, IdMaps((IDMap(0, 100_000, 65536),), (IDMap(0, 100_000, 65536),)))
 
 
 def test_a_changed_file_without_its_object_is_an_error(overlay: Overlay) -> None:
@@ -396,49 +398,49 @@ def test_a_changed_file_without_its_object_is_an_error(overlay: Overlay) -> None
         write_diff(overlay.upper, fresh_fd, overlay.parent_fd, io.BytesIO(), NO_MAPS)
 
 
-def test_a_layer_that_is_not_mounted_is_read_through_a_view_of_its_own(overlay: Overlay) -> None:
+def test_a_detached_mount_gives_the_same_tar_as_the_containers_mount(overlay: Overlay) -> None:
     renamed_then_modified(overlay.merged)
     changed_owners(overlay.merged)
-    while_mounted = the_diff(overlay)
+    while_mounted = diff_of(overlay)
     with detached(overlay.spec) as fresh_fd:
         out = io.BytesIO()
         write_diff(overlay.upper, fresh_fd, overlay.parent_fd, out, NO_MAPS)
     assert out.getvalue() == while_mounted
 
 
-class Meddler(io.BytesIO):
-    """Takes a tar, and does something to the container at its first bytes."""
+class InterferingSink(io.BytesIO):
+    """Receives a tar, and calls *interfere* before the first bytes."""
 
-    def __init__(self, meddle: Callable[[], object]) -> None:
+    def __init__(self, interfere: Callable[[], object]) -> None:
         super().__init__()
-        self._meddle: Callable[[], object] | None = meddle
+        self._interfere: Callable[[], object] | None = interfere
 
     def write(self, data: ReadableBuffer, /) -> int:
-        if self._meddle is not None:
-            self._meddle()
-            self._meddle = None
+        if self._interfere is not None:
+            self._interfere()
+            self._interfere = None
         return super().write(data)
 
 
 @pytest.mark.parametrize("new_size", [10, 5_000_000])
-def test_a_file_that_changes_its_length_meanwhile_keeps_the_length_of_its_header(
+def test_a_file_that_changes_its_length_during_the_diff_keeps_the_length_of_its_header(
     overlay: Overlay, tmp_path: Path, new_size: int
 ) -> None:
     big = overlay.merged / "grows"
     big.write_bytes(BIG)
-    (overlay.merged / "later").write_text("still right")
-    out = Meddler(lambda: os.truncate(big, new_size))
+    (overlay.merged / "later").write_text("unchanged")
+    out = InterferingSink(lambda: os.truncate(big, new_size))
     write_diff(overlay.upper, overlay.merged_fd, overlay.parent_fd, out, NO_MAPS)
     with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as archive:
         assert archive.getmember("grows").size == len(BIG)
         later = archive.extractfile("later")
         assert later is not None
-        assert later.read() == b"still right"
+        assert later.read() == b"unchanged"
 
 
-def test_a_file_that_vanishes_meanwhile_is_omitted(overlay: Overlay) -> None:
+def test_a_file_that_vanishes_during_the_diff_is_omitted(overlay: Overlay) -> None:
     (overlay.merged / "a").write_bytes(BIG)
-    (overlay.merged / "b").write_text("gone soon")
+    (overlay.merged / "b").write_text("removed soon")
     (overlay.merged / "dir").mkdir()
     (overlay.merged / "dir/inside").touch()
 
@@ -446,12 +448,12 @@ def test_a_file_that_vanishes_meanwhile_is_omitted(overlay: Overlay) -> None:
         (overlay.merged / "b").unlink()
         shutil.rmtree(overlay.merged / "dir")
 
-    out = Meddler(vanish)
+    out = InterferingSink(vanish)
     write_diff(overlay.upper, overlay.merged_fd, overlay.parent_fd, out, NO_MAPS)
     assert names(out.getvalue()) == ["a"]
 
 
-def test_a_directory_replaced_by_a_symlink_is_not_followed(overlay: Overlay, tmp_path: Path) -> None:
+def test_a_symlink_that_replaces_a_directory_is_not_followed(overlay: Overlay, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "inside").write_text("of the host")
@@ -463,6 +465,6 @@ def test_a_directory_replaced_by_a_symlink_is_not_followed(overlay: Overlay, tmp
         shutil.rmtree(overlay.merged / "dir")
         (overlay.merged / "dir").symlink_to(secret)
 
-    out = Meddler(swap)
+    out = InterferingSink(swap)
     write_diff(overlay.upper, overlay.merged_fd, overlay.parent_fd, out, NO_MAPS)
     assert b"of the host" not in out.getvalue()

@@ -1,4 +1,4 @@
-"""Ids in containers and on the host."""
+"""Mapping of ids between containers and the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_an_id_is_mapped_and_mapped_back(inside: int, outside: int) -> None:
     assert to_container(outside, TWO_RANGES) == inside
 
 
-def test_without_ranges_ids_are_unchanged() -> None:
+def test_ids_are_unchanged_without_ranges() -> None:
     assert IdMaps().to_host(7, 9) == (7, 9)
     assert IdMaps().to_container(7, 9) == (7, 9)
     assert IdMaps().root == (0, 0)

@@ -1,4 +1,4 @@
-"""A layer's index: the meaning of names, and that the kernel reads the image correctly."""
+"""Layer indexes: names have the same meaning as in Docker, and the kernel reads the images correctly."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_single_name_at_the_end_of_a_directory_is_found(name_bytes: int, tmp_p
             os.lstat(os.fsencode(tree / "dir") + b"/" + name)
 
 
-def test_metadata_are_those_of_the_tar(tmp_path: Path) -> None:
+def test_the_index_has_the_metadata_of_the_tar(tmp_path: Path) -> None:
     index = index_of(
         TarEntry(
             b"f", mode=0o6754, uid=70000, gid=4, size_bytes=5 << 30, mtime_ns=-1_500_000_000, xattrs={b"user.a": b"b"}
@@ -150,7 +150,7 @@ def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
         assert (tree / "d").stat().st_mode & 0o7777 == 0o711
 
 
-def test_owners_are_mapped(tmp_path: Path) -> None:
+def test_the_owners_of_the_tar_are_mapped_to_the_host(tmp_path: Path) -> None:
     ids = IdMaps((IDMap(0, 100000, 65536),), (IDMap(0, 200000, 65536),))
     with mounted(index_of(TarEntry(b"implied/f", uid=1, gid=2), ids=ids), tmp_path) as tree:
         owners = [(path.stat().st_uid, path.stat().st_gid) for path in (tree, tree / "implied", tree / "implied/f")]
@@ -182,7 +182,9 @@ def test_entries_that_docker_rejects_or_that_reach_outside_are_rejected(entries:
         index_of(*entries)
 
 
-def test_a_kernel_that_does_not_mount_files_gets_a_loop_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_mounted_through_a_loop_device_if_the_kernel_does_not_mount_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(fd: int) -> None:
         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
 
@@ -191,23 +193,25 @@ def test_a_kernel_that_does_not_mount_files_gets_a_loop_device(tmp_path: Path, m
         with mounted(index_of(TarEntry(b"a", size_bytes=5)), tmp_path) as tree:
             assert os.major(tree.stat().st_dev) == LOOP_MAJOR
             assert (tree / "a").stat().st_size == 5
-    # Not at once where others look at it too: udev, or a mount namespace that was made meanwhile.
+    # The release is delayed while udev or a new mount namespace still uses the device.
     losetup = ["losetup", "--associated", str(tmp_path / "index.erofs")]
-    wait_until(lambda: not subprocess.run(losetup, capture_output=True, check=True).stdout, "the device is let go")
+    wait_until(
+        lambda: not subprocess.run(losetup, capture_output=True, check=True).stdout, "the loop device is released"
+    )
 
 
 @pytest.mark.parametrize(
-    ("place", "how"), [("/var/tmp", "mounted from their files"), ("/dev/shm", "mounted by loop devices")]
+    ("place", "mode"), [("/var/tmp", "mounted from their files"), ("/dev/shm", "mounted through loop devices")]
 )
-def test_the_check_reports_how_indexes_are_mounted_and_leaves_nothing(place: str, how: str) -> None:
+def test_the_check_reports_the_mount_mode_and_leaves_no_files(place: str, mode: str) -> None:
     """The kernel does not mount files on tmpfs, which `/tmp` is on Debian 13."""
     with tempfile.TemporaryDirectory(dir=place) as name:
         check = next(check for check in probe(Path(name), check_index) if check.name == CHECK_NAME)
-        assert (check.ok, check.found) == (True, how)
+        assert (check.ok, check.found) == (True, mode)
         assert not os.listdir(name)
 
 
-def test_the_check_says_what_to_do_on_a_kernel_without_erofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_gives_advice_on_a_kernel_without_erofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> int:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
@@ -217,7 +221,7 @@ def test_the_check_says_what_to_do_on_a_kernel_without_erofs(tmp_path: Path, mon
     assert "CONFIG_EROFS_FS" in check.advice
 
 
-def test_the_memory_of_attributes_and_targets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_attributes_and_link_targets_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "MAX_EXTRA_BYTES", 1000)
     for many in (
         [TarEntry(b"%d" % number, xattrs={b"user.a": bytes(90)}) for number in range(20)],

@@ -1,4 +1,4 @@
-"""Inode numbers: layers share none with each other or the file system, and old indexes get new ones."""
+"""Inode numbers of indexes: no other layer and no file of the file system has the same number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import unmount
 from gearworkers.tar.entry import TarEntry
 
-LEAST = 1 << 31
+MIN_NUMBER = 1 << 31
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def mounted(layer: Path) -> Iterator[Path]:
         unmount(layer / "tree")
 
 
-def test_every_file_has_a_number_of_its_layers_range(root: Path) -> None:
+def test_every_file_has_a_number_in_its_layers_range(root: Path) -> None:
     for name in ("a", "b"):
         taken = written(root, name, 2000)
         with mounted(root / "images" / name) as tree:
@@ -78,24 +78,26 @@ def test_every_file_has_a_number_of_its_layers_range(root: Path) -> None:
         assert all(number in taken for number in found)
 
 
+@pytest.mark.slow
 def test_ranges_of_more_than_a_thousand_layers_are_disjoint_and_below_2_to_the_32(root: Path) -> None:
     ranges = [written(root, str(number)) for number in range(1100)]
     assert are_disjoint(ranges)
-    assert all(one.start >= LEAST and one.stop <= 1 << 32 for one in ranges)
+    assert all(one.start >= MIN_NUMBER and one.stop <= 1 << 32 for one in ranges)
 
 
 def write_some(root: Path, prefix: str) -> list[range]:
     return [written(root, f"{prefix}-{number}") for number in range(40)]
 
 
-def test_concurrent_processes_share_no_number(root: Path) -> None:
+@pytest.mark.slow
+def test_concurrent_processes_write_disjoint_ranges(root: Path) -> None:
     with ProcessPoolExecutor(4, get_context("spawn")) as pool:
         ranges = [one for done in pool.map(write_some, [root] * 4, "abcd") for one in done]
     assert len(ranges) == 160 and are_disjoint(ranges)
 
 
 @pytest.mark.parametrize("lost", [b"", b"garbage", b"5 9\n", b"9 5\n"])
-def test_without_the_record_of_the_gap_the_labels_show_the_ranges_in_use(root: Path, lost: bytes) -> None:
+def test_ranges_in_use_are_read_from_labels_if_the_record_of_the_gap_is_lost(root: Path, lost: bytes) -> None:
     ranges = [written(root, str(number)) for number in range(3)]
     (root / NUMBERS_FILE).write_bytes(lost)
     assert are_disjoint([*ranges, written(root, "new")])
@@ -109,7 +111,7 @@ def test_numbers_of_removed_layers_are_reused_when_the_gap_is_used_up(root: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gearworkers.layers.index.inode_numbers.number_window", lambda _: (first.start, room[1]))
         assert written(root, "fourth", 4000).start == second.start
-        with pytest.raises(ResourceExhausted, match=r"needs .* inode numbers in a row.* remove images"):
+        with pytest.raises(ResourceExhausted, match=r"needs .* consecutive inode numbers.* remove images"):
             written(root, "fifth", 5000)
 
 
@@ -123,14 +125,16 @@ def test_a_layer_being_built_keeps_its_numbers(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "make", "least"),
+    ("kind", "make", "min_number"),
     [
-        ("ext4", ("mkfs.ext4", "-q", "-F"), LEAST),
+        ("ext4", ("mkfs.ext4", "-q", "-F"), MIN_NUMBER),
         ("xfs", ("mkfs.xfs", "-q", "-f"), 1 << 33),
         ("btrfs", ("mkfs.btrfs", "-q"), END_OF_NUMBERS // 2),
     ],
 )
-def test_the_file_system_uses_none_of_the_numbers(tmp_path: Path, kind: str, make: tuple[str, ...], least: int) -> None:
+def test_the_file_system_uses_none_of_the_numbers(
+    tmp_path: Path, kind: str, make: tuple[str, ...], min_number: int
+) -> None:
     disk, place = tmp_path / "disk", tmp_path / "place"
     disk.touch()
     os.truncate(disk, 2 << 40 if kind == "xfs" else 1 << 30)
@@ -139,7 +143,7 @@ def test_the_file_system_uses_none_of_the_numbers(tmp_path: Path, kind: str, mak
     subprocess.run(["mount", "-o", "loop", str(disk), str(place)], check=True)
     try:
         start, end = number_window(place)
-        assert start == least
+        assert start == min_number
         highest = 0
         for number in range(600):
             (place / f"d{number}").mkdir()  # XFS spreads directories over the disk

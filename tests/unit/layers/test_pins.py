@@ -1,4 +1,4 @@
-"""Pins: which objects they keep, and which names remove them."""
+"""Pins: they keep and fetch objects, and are removed by the image's name or id."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_pin_with_a_damaged_record_keeps_its_objects(node: NodeStore) -> None:
     assert node.pins.all() == [] and node.objects.has(DIGEST)
 
 
-def test_after_a_power_cut_objects_of_pins_are_verified(node: NodeStore) -> None:
+def test_objects_of_pins_are_verified_after_a_power_cut(node: NodeStore) -> None:
     node.pins.add(PIN, "one")
     driver(node).remove("one")
     path = Path(node.objects.path(DIGEST).decode("latin-1"))
@@ -93,50 +93,50 @@ def test_after_a_power_cut_objects_of_pins_are_verified(node: NodeStore) -> None
 
 
 def test_missing_objects_are_requested_at_once_and_when_pins_change(node: NodeStore) -> None:
-    asked: list[dict[bytes, int]] = []
+    requested: list[dict[bytes, int]] = []
     pool = PriorityPool(1, for_background=1)
-    fetcher = PinFetcher(node.pins, node.objects.has, pool, lambda wanted: asked.append(dict(wanted)))
+    fetcher = PinFetcher(node.pins, node.objects.has, pool, lambda wanted: requested.append(dict(wanted)))
     fetcher.check()
     has_looked = threading.Event()
     pool.submit(has_looked.set, Priority.BACKGROUND)
     assert has_looked.wait(60)
     driver(node).create("lazy", "")
-    driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar({"away": b"away" * 1000})))
+    driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar({"missing": b"none" * 1000})))
     node.pins.add(PIN, "lazy")
     fetcher.check()
     fetcher.check()
-    until(lambda: bool(asked), "it is asked for")
+    until(lambda: bool(requested), "the objects are requested")
     pool.close()
-    assert asked == [{hashlib.sha256(b"away" * 1000).digest(): 4000}]
+    assert requested == [{hashlib.sha256(b"none" * 1000).digest(): 4000}]
 
 
 def test_missing_objects_are_requested_again_only_if_none_arrive(node: NodeStore) -> None:
-    contents = {f"file{number}": b"away%d" % number * 1000 for number in range(3)}
+    contents = {f"file{number}": b"missing%d" % number * 1000 for number in range(3)}
     driver(node).create("lazy", "")
     driver(node).apply_diff("lazy", "", io.BytesIO(gear_tar(contents)))
     node.pins.add(PIN, "lazy")
-    asked: list[set[bytes]] = []
-    here: set[bytes] = set()
+    requested: list[set[bytes]] = []
+    present: set[bytes] = set()
     pool = PriorityPool(1, for_background=1)
     fetcher = PinFetcher(
-        node.pins, here.__contains__, pool, lambda wanted: asked.append({digest for digest, _ in wanted})
+        node.pins, present.__contains__, pool, lambda wanted: requested.append({digest for digest, _ in wanted})
     )
     digests = [hashlib.sha256(content).digest() for content in contents.values()]
     fetcher.fetch_missing()
-    here.add(digests[0])
+    present.add(digests[0])
     fetcher.fetch_missing()
-    assert asked == [set(digests)]
+    assert requested == [set(digests)]
     fetcher.fetch_missing()
-    assert asked == [set(digests), set(digests[1:])]
-    here.update(digests)
+    assert requested == [set(digests), set(digests[1:])]
+    present.update(digests)
     fetcher.fetch_missing()
-    here.clear()
+    present.clear()
     fetcher.fetch_missing()
-    assert asked[2:] == [set(digests)]
+    assert requested[2:] == [set(digests)]
     pool.close()
 
 
-def test_a_pin_killed_before_its_rename_does_not_exist_and_leaves_nothing_after_a_start(
+def test_a_process_killed_before_the_rename_adds_no_pin_and_the_next_start_removes_its_files(
     node: NodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = os.fork()

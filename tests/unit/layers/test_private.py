@@ -17,7 +17,7 @@ from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.tar.entry import TarEntry
-from gearworkers.tar.private_marker import starts_with_mark
+from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 from gearworkers.util import syscalls as kernel
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -68,15 +68,17 @@ def test_no_private_object_is_queued_for_push(driver: GearDriver, size: int) -> 
     assert own_object(driver, "marked").stat().st_size == size
 
 
-def test_neither_many_contents_nor_a_sparse_one_are_shared(driver: GearDriver, tmp_path: Path) -> None:
+def test_many_contents_and_a_sparse_content_of_a_private_layer_are_not_shared(
+    driver: GearDriver, tmp_path: Path
+) -> None:
     """A second process stores many contents; a sparse content is stored piece by piece."""
     with open(tmp_path / "sparse", "wb") as sparse:
         sparse.write(SECRET)
         sparse.seek(3 << 20)
         sparse.write(SECRET)
-    made = subprocess.run(["tar", "-cS", "-C", tmp_path, "sparse"], check=True, capture_output=True).stdout
+    sparse_tar = subprocess.run(["tar", "-cS", "-C", tmp_path, "sparse"], check=True, capture_output=True).stdout
     files = {".gear-private": b"", **{f"f{number}": b"secret %d" % number for number in range(1500)}}
-    data = tar_of(files)[: 512 * (1 + 2 * 1500)] + made
+    data = tar_of(files)[: 512 * (1 + 2 * 1500)] + sparse_tar
     apply(driver, "marked", "", data)
     assert not public_objects(driver) and not awaiting_push(driver)
     assert len(list((driver.settings.gear_private_cache_path / "marked").glob("*/*"))) == 1501
@@ -89,7 +91,7 @@ def test_neither_many_contents_nor_a_sparse_one_are_shared(driver: GearDriver, t
     driver.put("marked")
 
 
-def test_a_layer_that_buildkit_writes_on_a_private_one_is_not_deduplicated(driver: GearDriver) -> None:
+def test_a_layer_that_buildkit_writes_on_a_private_layer_is_not_deduplicated(driver: GearDriver) -> None:
     apply(driver, "base", "", tar_of({"base": b"public"}))
     before = public_objects(driver)
     driver.create("step", "base")
@@ -111,7 +113,7 @@ def test_a_layer_that_buildkit_writes_on_a_private_one_is_not_deduplicated(drive
 
 
 def test_a_private_layer_is_read_from_its_own_objects_not_from_the_public_cache(driver: GearDriver) -> None:
-    """An import may be writing the same content in the public cache, or a crash has left half of it."""
+    """The public file may be half-written, because an import is running or has crashed."""
     apply(driver, "marked", "", tar_of({".gear-private": b"", "secret": SECRET}))
     own = own_object(driver, "marked")
     half = driver.settings.gear_public_cache_path / own.parent.name / own.name
@@ -127,7 +129,7 @@ def test_a_private_layer_is_read_from_its_own_objects_not_from_the_public_cache(
 
 
 def test_a_private_store_has_only_the_shards_that_it_needs(driver: GearDriver) -> None:
-    """An open in a container looks into each private store; a missing shard ends the look-up soonest."""
+    """An open in a container searches each private store, and a missing shard makes the search short."""
     apply(driver, "marked", "", tar_of({".gear-private": b""}))
     apply(driver, "above", "marked", tar_of({"secret": SECRET}))
     assert not (driver.settings.gear_private_cache_path / "marked").exists()
@@ -147,9 +149,9 @@ def test_inspect_shows_private_layers_that_buildkit_wrote(driver: GearDriver, mo
     apply(driver, "above", "next", tar_of({"secret": SECRET}))
     image = LocalImage(f"sha256:{'0' * 64}", is_gear=False, top_layer="above")
     monkeypatch.setattr(inspect_image, "local_image", lambda *_: image)
-    told = dict(inspect_image.inspect(driver.settings, "private"))
-    assert told["Layers"] == "4, 4 of them complete"
-    assert told["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
+    shown = dict(inspect_image.inspect(driver.settings, "private"))
+    assert shown["Layers"] == "4, 4 of them complete"
+    assert shown["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
     image = LocalImage(image.id, is_gear=False, top_layer="base")
     assert "Private" not in dict(inspect_image.inspect(driver.settings, "base"))
 
@@ -171,7 +173,7 @@ def test_fsck_reports_a_damaged_and_a_missing_private_object(driver: GearDriver)
     removed, missing = driver.engine.faults(read_data=True, repair=True)
     assert "(removed)" in removed
     assert missing.startswith("layer marked: 1 of its private objects are missing")
-    assert driver.engine.layers.is_complete("marked"), "no remote has it: nobody is to ask for it"
+    assert driver.engine.layers.is_complete("marked"), "no remote has the object, so it must not be requested"
 
 
 @pytest.mark.parametrize("mark", [{".gear-private": b""}, {}], ids=["private", "public"])
@@ -191,10 +193,10 @@ def test_garbage_collection_keeps_private_objects(driver: GearDriver) -> None:
 
 
 def test_private_objects_without_a_layer_are_removed_at_the_next_start(driver: GearDriver) -> None:
-    """A crash between the renames of contents and layer leaves them, or an import that failed."""
+    """A failed import leaves such objects, or a crash between the renames of contents and layer."""
     driver.create("new", "")
     (driver.settings.gear_private_cache_path / "new").mkdir()
-    (driver.settings.gear_private_cache_path / "gone").mkdir()
+    (driver.settings.gear_private_cache_path / "removed").mkdir()
     GearDriver(driver.settings).prepare()
     assert not list(driver.settings.gear_private_cache_path.iterdir())
 
@@ -213,7 +215,7 @@ def test_an_import_whose_layer_is_removed_leaves_nothing(driver: GearDriver) -> 
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
-def test_an_import_whose_layer_is_removed_takes_nothing_from_the_next_layer_of_its_id(
+def test_an_import_whose_layer_is_removed_does_not_affect_a_new_layer_with_its_id(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layer is removed during the sync, which may take long, and is imported again before the sync ends."""
@@ -234,7 +236,7 @@ def test_an_import_whose_layer_is_removed_takes_nothing_from_the_next_layer_of_i
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
-def test_a_gateway_that_starts_while_a_worker_publishes_leaves_a_whole_layer_or_none(
+def test_a_gateway_start_during_a_publish_leaves_a_whole_layer_or_none(
     driver: GearDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the layer's rename everything is removed and the worker fails; after it nothing is removed."""
@@ -279,7 +281,9 @@ def test_an_import_that_cannot_be_synced_leaves_nothing(driver: GearDriver, monk
     assert not list(driver.settings.gear_build_path.iterdir())
 
 
-def test_a_published_layer_keeps_its_private_objects(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_layer_keeps_its_private_objects_after_an_interrupt(
+    driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A signal may raise an exception right after the rename."""
     rename = kernel.renameat2
 
@@ -302,7 +306,7 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
 
 
 def test_a_private_layer_above_an_incomplete_image_is_read(node: LazyNode) -> None:
-    """The kernel finds private objects before it asks the lazy file server, which never hears of them."""
+    """The kernel finds private objects before it asks the lazy file server, which does not know them."""
     node.shelf.put(b"from afar " * 100)
     node.apply(gear_tar({"far": b"from afar " * 100}), "base")
     apply(node.driver, "marked", "base", tar_of({".gear-private": b"", "secret": SECRET}))
@@ -316,8 +320,8 @@ def test_a_private_layer_above_an_incomplete_image_is_read(node: LazyNode) -> No
         node.driver.put("container")
 
 
-def test_objects_that_a_private_layer_only_names_come_from_the_remote(node: LazyNode) -> None:
-    """A content that can be named was shared already."""
+def test_objects_that_a_private_layer_only_names_are_fetched_from_the_remote(node: LazyNode) -> None:
+    """A content that a tar can name has been shared already."""
     digest = node.shelf.put(b"from afar " * 100)
     named = TarEntry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
     apply(node.driver, "marked", "", tar(file(".gear-private"), named, file("secret", SECRET)))
@@ -341,5 +345,5 @@ def test_objects_that_a_private_layer_only_names_come_from_the_remote(node: Lazy
         ({}, False),
     ],
 )
-def test_the_marker_is_searched_before_the_first_content(files: dict[str, bytes], found: bool) -> None:
-    assert starts_with_mark(TarReader(io.BytesIO(tar_of(files)))) is found
+def test_the_marker_is_found_only_before_the_first_content(files: dict[str, bytes], found: bool) -> None:
+    assert starts_with_marker(TarReader(io.BytesIO(tar_of(files)))) is found

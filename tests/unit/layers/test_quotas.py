@@ -1,7 +1,7 @@
-"""`docker run --storage-opt size=…`: enforced by the file system, or refused.
+"""`docker run --storage-opt size=…`: the file system enforces the size, or the call is rejected.
 
-Project quotas need CONFIG_XFS_QUOTA, or for ext4 CONFIG_QFMT_V2; where the kernel lacks them the tests on them are
-left out, and those with an imagined kernel and real project numbers remain.
+Project quotas need CONFIG_XFS_QUOTA, or CONFIG_QFMT_V2 for ext4. On a kernel without them, the tests that need them are
+skipped; the tests with a fake of the kernel's limits and real project numbers still run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_a_malformed_size_is_rejected(text: str) -> None:
         options.container_size({"size": text})
 
 
-def test_without_the_option_there_is_no_size() -> None:
+def test_the_size_is_none_without_the_option() -> None:
     assert options.container_size(None) is options.container_size({}) is None
 
 
@@ -81,7 +81,7 @@ def test_new_files_belong_to_the_project_of_their_directory(xfs: Path) -> None:
         os.rename(xfs / "file", xfs / "renamed/file")
 
 
-def test_on_a_file_system_without_limits_a_size_is_rejected_with_advice(xfs: Path) -> None:
+def test_a_size_is_rejected_with_advice_on_a_file_system_without_limits(xfs: Path) -> None:
     driver = driver_on(xfs)
     for id in ("container", "container-init"):
         with pytest.raises(Refused, match=r"on xfs without project quotas; use xfs mounted with pquota, or ext4"):
@@ -89,7 +89,7 @@ def test_on_a_file_system_without_limits_a_size_is_rejected_with_advice(xfs: Pat
         assert not driver.exists(id)
 
 
-class Kernel:
+class FakeKernel:
     """A fake of the kernel's limits; the projects are real."""
 
     def __init__(self, disk: Path) -> None:
@@ -108,8 +108,8 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(xfs: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    kernel = Kernel(xfs)
+def kernel(xfs: Path, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    kernel = FakeKernel(xfs)
     for name in ("is_enforced", "is_used", "limit"):
         monkeypatch.setattr(quotactl, name, getattr(kernel, name))
     return kernel
@@ -121,7 +121,7 @@ def limited(driver: InProcess, id: str, size: str = "1M") -> int:
     return project_of(driver.settings.gear_containers_path / id).id
 
 
-def test_each_container_has_a_project_until_it_is_removed(xfs: Path, kernel: Kernel) -> None:
+def test_each_container_has_a_project_until_it_is_removed(xfs: Path, kernel: FakeKernel) -> None:
     driver = driver_on(xfs)
     one, two = limited(driver, "one"), limited(driver, "two", "2M")
     assert kernel.limits == {one: MIB, two: 2 * MIB}
@@ -134,7 +134,7 @@ def test_each_container_has_a_project_until_it_is_removed(xfs: Path, kernel: Ker
     assert three == one and len({two, three, four}) == 3
 
 
-def test_init_layers_and_containers_without_a_size_belong_to_no_project(xfs: Path, kernel: Kernel) -> None:
+def test_init_layers_and_containers_without_a_size_belong_to_no_project(xfs: Path, kernel: FakeKernel) -> None:
     driver = driver_on(xfs)
     assert limited(driver, "container-init") == limited(driver, "unlimited", "0") == 0
     driver.create_read_write("plain")
@@ -144,7 +144,7 @@ def test_init_layers_and_containers_without_a_size_belong_to_no_project(xfs: Pat
     assert not kernel.limits
 
 
-def test_the_limit_that_a_crash_left_is_replaced(xfs: Path, kernel: Kernel) -> None:
+def test_a_limit_that_a_crash_left_is_replaced(xfs: Path, kernel: FakeKernel) -> None:
     driver = driver_on(xfs)
     one = limited(driver, "one")
     kernel.limits[one + 1] = 5
@@ -152,14 +152,14 @@ def test_the_limit_that_a_crash_left_is_replaced(xfs: Path, kernel: Kernel) -> N
     assert kernel.limits == {one: MIB, one + 1: MIB}
 
 
-def test_project_numbers_in_use_are_skipped(xfs: Path, kernel: Kernel) -> None:
-    (xfs / "theirs").mkdir()
-    with opened_directory(xfs / "theirs") as dir_fd:
+def test_project_numbers_in_use_are_skipped(xfs: Path, kernel: FakeKernel) -> None:
+    (xfs / "other").mkdir()
+    with opened_directory(xfs / "other") as dir_fd:
         quotactl.assign(dir_fd, quotas.FIRST_PROJECT)
     assert limited(driver_on(xfs), "one") == quotas.FIRST_PROJECT + 1
 
 
-def test_a_root_in_one_project_is_rejected_with_advice(xfs: Path, kernel: Kernel) -> None:
+def test_a_size_is_rejected_with_advice_if_gear_root_is_in_one_project(xfs: Path, kernel: FakeKernel) -> None:
     with opened_directory(xfs) as dir_fd:
         quotactl.assign(dir_fd, 7)
     with pytest.raises(Refused, match=r"project 7; .*chattr -P"):
@@ -210,7 +210,7 @@ def test_a_container_cannot_write_more_than_its_size(limiting: Path) -> None:
         assert (merged / "filler").stat().st_size > MIB // 2
         assert fill(merged, 2 * MIB) <= MIB, "also after a restart"
     driver.remove("limited")
-    limited(driver_on(limiting), "next", "8M")  # xfs may not have given back the number yet
+    limited(driver_on(limiting), "next", "8M")  # xfs may not have released the number yet
     with mounted(driver, "next") as merged:
         assert 7 * MIB < fill(merged, 10 * MIB) <= 8 * MIB
 
@@ -236,7 +236,7 @@ def test_a_call_killed_at_any_step_leaves_the_size_enforced(limiting: Path, call
             limited(driver, "limited")
 
 
-def test_file_systems_that_only_count_are_recognized(limiting: Path) -> None:
+def test_a_file_system_that_counts_projects_without_limits_is_recognized(limiting: Path) -> None:
     with opened_directory(limiting) as dir_fd:
         assert quotactl.is_enforced(dir_fd)
         assert not quotactl.is_used(dir_fd, 5)
@@ -251,7 +251,7 @@ def test_file_systems_that_only_count_are_recognized(limiting: Path) -> None:
 
 
 def test_a_container_is_not_mounted_if_its_size_is_not_enforced(
-    xfs: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+    xfs: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = driver_on(xfs)
     limited(driver, "one")

@@ -36,6 +36,8 @@ from tests.support.answers import Answer, answering
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.remotes import Service, ask, figures, manager_server
 
+pytestmark = pytest.mark.slow
+
 LARGE = random.Random(7).randbytes(3 << 20)
 
 
@@ -241,7 +243,6 @@ def test_too_large_requests_are_rejected(server: Service) -> None:
     assert call(server, "POST", "/v1/query", many)[0] == 400
 
 
-@pytest.mark.slow
 def test_a_stalled_client_is_dropped(tmp_path: Path) -> None:
     beginnings = [
         b"",
@@ -269,7 +270,6 @@ def test_a_client_that_reads_nothing_does_not_delay_others(server: Service) -> N
             client.close()
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_size_of_an_object(tmp_path: Path) -> None:
     with manager_server(tmp_path) as server:
         push(server, LARGE)
@@ -419,7 +419,6 @@ def test_it_serves_tls_and_reloads_a_renewed_certificate(tmp_path: Path) -> None
 # -- its end
 
 
-@pytest.mark.slow
 def test_it_finishes_its_requests_before_it_stops(tmp_path: Path) -> None:
     with manager_server(tmp_path) as server:
         content = LARGE * 8
@@ -492,7 +491,6 @@ def _drip(listener: socket.socket, beginning: bytes) -> None:
             time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_the_command_reports_a_wrong_address_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
     for listen in ("0.0.0.0:2019", "nonsense", "127.0.0.1:99999"):

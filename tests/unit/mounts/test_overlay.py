@@ -39,13 +39,14 @@ def spec(root: Path, layers: int) -> OverlaySpec:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 498])
+@pytest.mark.slow
 def test_index_trees_show_the_contents_of_the_store(root: Path, layers: int) -> None:
     mount(spec(root, layers), root / "merged")
     shown = {path.name: path.read_text() for path in (root / "merged").iterdir()}
     assert shown == {f"file{number}": f"content {number}" for number in range(layers)}
 
 
-def test_layers_are_named_through_proc_if_the_kernel_accepts_no_descriptors(
+def test_layers_are_added_by_their_path_in_proc_if_the_kernel_accepts_no_descriptors(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -58,14 +59,14 @@ def test_layers_are_named_through_proc_if_the_kernel_accepts_no_descriptors(
     assert (root / "upper/new").exists()
 
 
-@pytest.mark.parametrize("takes_descriptors", [True, False])
-def test_a_data_layer_of_an_overlay_is_found_for_any_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes_descriptors: bool
+@pytest.mark.parametrize("accepts_descriptors", [True, False])
+def test_a_data_layer_is_found_at_any_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accepts_descriptors: bool
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EINVAL, "as before Linux 6.13")
 
-    if not takes_descriptors:
+    if not accepts_descriptors:
         monkeypatch.setattr(syscalls, "fsconfig_fd", refuse)
     odd = tmp_path / "a b,c:d\\e\tf"
     for name in ("lower", "public", "public2", "merged"):
@@ -89,7 +90,7 @@ def test_writes_go_to_the_upper(root: Path) -> None:
     assert (root / "upper/new").read_text() == "new"
 
 
-def test_a_directory_is_mounted_from_mount_to_unmount(root: Path) -> None:
+def test_is_mounted_is_true_from_mount_to_unmount(root: Path) -> None:
     assert not is_mounted(root / "merged")
     mount(spec(root, 1), root / "merged")
     assert is_mounted(root / "merged")
@@ -97,7 +98,7 @@ def test_a_directory_is_mounted_from_mount_to_unmount(root: Path) -> None:
     assert not is_mounted(root / "merged")
 
 
-def test_unmounting_does_nothing_if_the_target_is_not_mounted_or_missing(root: Path) -> None:
+def test_unmounting_does_nothing_if_the_target_is_missing_or_not_mounted(root: Path) -> None:
     unmount(root / "merged")
     unmount(root / "nowhere")
     assert not is_mounted(root / "nowhere")
@@ -121,70 +122,74 @@ def test_a_detached_mount_is_invisible_and_read_only(root: Path) -> None:
 
 
 def test_a_detached_mount_shows_the_upper_of_a_mounted_layer(root: Path) -> None:
-    one = spec(root, 2)
-    mount(one, root / "merged")
+    overlay = spec(root, 2)
+    mount(overlay, root / "merged")
     (root / "merged/file0").unlink()
     (root / "merged/file1").rename(root / "merged/renamed")
-    with detached(one) as fd:
+    with detached(overlay) as fd:
         assert os.listdir(fd) == ["renamed"]
         with open(os.open("renamed", os.O_RDONLY, dir_fd=fd)) as file:
             assert file.read() == "content 1"
 
 
 @pytest.mark.parametrize("with_data", [True, False])
-def test_a_single_lower_is_mounted_and_its_whiteouts_apply(root: Path, with_data: bool) -> None:
+def test_whiteouts_apply_in_a_mount_of_a_single_lower(root: Path, with_data: bool) -> None:
     tree = layer(root, 0)
     os.mknod(tree / "whiteout", 0o20000, 0)
     with detached(OverlaySpec((tree,), (root / "public",) if with_data else ())) as fd:
         assert os.listdir(fd) == ["file0"]
 
 
-def test_a_failed_mount_leaves_nothing_and_reports_the_kernels_message(root: Path) -> None:
-    one = spec(root, 1)
-    refused = OverlaySpec(one.lowers, one.data, one.upper, one.upper)
+def test_a_failed_mount_leaves_nothing_and_reports_the_path(root: Path) -> None:
+    overlay = spec(root, 1)
+    refused = OverlaySpec(overlay.lowers, overlay.data, overlay.upper, overlay.upper)
     with pytest.raises(GearError, match="merged"):
         mount(refused, root / "merged")
     assert not is_mounted(root / "merged")
     with pytest.raises(NotFound, match="nowhere"):
         mount(OverlaySpec((root / "nowhere",)), root / "merged")
     with pytest.raises(NotFound, match="absent"):
-        mount(one, root / "absent")
+        mount(overlay, root / "absent")
     assert os.fsencode(root) not in Path("/proc/self/mountinfo").read_bytes()
 
 
 def test_an_upper_without_work_and_a_mount_without_lowers_are_rejected(root: Path) -> None:
-    for wrong in (OverlaySpec(()), OverlaySpec((root / "public",), upper=root / "upper")):
+    for invalid in (OverlaySpec(()), OverlaySpec((root / "public",), upper=root / "upper")):
         with pytest.raises(InvalidInput):
-            mount(wrong, root / "merged")
+            mount(invalid, root / "merged")
 
 
-def test_no_descriptor_is_left_open(root: Path) -> None:
-    one = spec(root, 3)
+def test_mounts_leave_no_descriptor_open(root: Path) -> None:
+    overlay = spec(root, 3)
     before = os.listdir("/proc/self/fd")
-    mount(one, root / "merged")
-    with detached(one), pytest.raises(NotFound):
+    mount(overlay, root / "merged")
+    with detached(overlay), pytest.raises(NotFound):
         mount(OverlaySpec((root / "nowhere",)), root / "merged")
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_a_volatile_upper_is_mounted_again_only_after_its_mark_is_cleared(root: Path) -> None:
-    one = spec(root, 1)
-    volatile = OverlaySpec(one.lowers, one.data, one.upper, one.work, volatile=True)
+    overlay = spec(root, 1)
+    volatile = OverlaySpec(overlay.lowers, overlay.data, overlay.upper, overlay.work, volatile=True)
     mount(volatile, root / "merged")
     (root / "merged/new").write_text("new")
     unmount(root / "merged")
     with pytest.raises(GearError):
-        mount(one, root / "merged")
+        mount(overlay, root / "merged")
     clear_volatile(root / "work")
     clear_volatile(root / "work")
-    mount(one, root / "merged")
+    mount(overlay, root / "merged")
     assert (root / "merged/new").read_text() == "new"
 
 
 def test_a_selinux_label_reaches_the_kernel(root: Path) -> None:
-    one = spec(root, 1)
+    overlay = spec(root, 1)
     labelled = OverlaySpec(
-        one.lowers, one.data, one.upper, one.work, context="system_u:object_r:container_file_t:s0:c1,c2"
+        overlay.lowers,
+        overlay.data,
+        overlay.upper,
+        overlay.work,
+        context="system_u:object_r:container_file_t:s0:c1,c2",
     )
     if Path("/sys/fs/selinux/enforce").exists():
         mount(labelled, root / "merged")
@@ -197,7 +202,7 @@ def test_a_selinux_label_reaches_the_kernel(root: Path) -> None:
 # -- system calls
 
 
-def test_openat2_stays_below_its_directory(root: Path) -> None:
+def test_openat2_does_not_leave_its_directory(root: Path) -> None:
     (root / "jail").mkdir()
     (root / "outside").write_text("secret")
     (root / "jail/out").symlink_to("../outside")
@@ -218,7 +223,7 @@ def test_openat2_stays_below_its_directory(root: Path) -> None:
         os.close(fd)
 
 
-def test_renameat2_keeps_the_target_or_exchanges(root: Path) -> None:
+def test_renameat2_keeps_or_exchanges_an_existing_target(root: Path) -> None:
     (root / "a").write_text("a")
     (root / "b").write_text("b")
     fd = os.open(root, os.O_RDONLY)
@@ -232,7 +237,7 @@ def test_renameat2_keeps_the_target_or_exchanges(root: Path) -> None:
     assert ((root / "a").read_text(), (root / "b").read_text()) == ("b", "a")
 
 
-def test_entry_types_are_those_of_the_directory(root: Path) -> None:
+def test_entry_types_returns_the_type_of_each_entry(root: Path) -> None:
     (root / "file").touch()
     fd = os.open(root, os.O_RDONLY)
     try:

@@ -20,7 +20,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_this_machine_passes_the_checks_and_they_leave_no_files(tmp_path: Path) -> None:
     checks = probe(tmp_path)
     require(checks)
     assert all(check.ok for check in checks if check.needed), checks
@@ -42,7 +42,7 @@ def test_the_kernel_version_is_parsed_from_the_release(release: str, expected: t
     assert kernel_version(release) == expected
 
 
-def test_the_probed_redirect_is_as_long_as_a_real_one() -> None:
+def test_the_redirect_in_the_check_has_the_length_of_an_object_path() -> None:
     assert len(probe_module._REDIRECT) == len(object_path(bytes(32)))
 
 
@@ -59,7 +59,7 @@ def small_inodes(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", target], check=True)
 
 
-def test_inodes_too_small_for_the_marks_are_reported_but_accepted(small_inodes: Path) -> None:
+def test_inodes_too_small_for_the_xattrs_are_reported_but_accepted(small_inodes: Path) -> None:
     checks = probe(small_inodes)
     check = by_name(checks)["inode size"]
     assert not check.ok
@@ -67,7 +67,7 @@ def test_inodes_too_small_for_the_marks_are_reported_but_accepted(small_inodes: 
     require(checks)
 
 
-def test_a_root_on_an_overlay_is_rejected(tmp_path: Path) -> None:
+def test_gear_root_on_an_overlay_is_rejected(tmp_path: Path) -> None:
     for name in ("lower", "upper", "work", "merged"):
         (tmp_path / name).mkdir()
     mount(OverlaySpec((tmp_path / "lower",), (), tmp_path / "upper", tmp_path / "work"), tmp_path / "merged")
@@ -79,7 +79,7 @@ def test_a_root_on_an_overlay_is_rejected(tmp_path: Path) -> None:
         unmount(tmp_path / "merged")
 
 
-def test_a_file_system_without_xattrs_is_rejected_with_advice(tmp_path: Path) -> None:
+def test_a_file_system_without_xattrs_fails_the_checks(tmp_path: Path) -> None:
     target = tmp_path / "mnt"
     target.mkdir()
     subprocess.run(["mount", "-t", "ramfs", "none", target], check=True)

@@ -1,4 +1,4 @@
-"""The documentation names only files, settings, commands and targets that exist, and all settings and commands."""
+"""Names in the documentation exist: files, settings, commands, targets. All settings and commands are documented."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ README_LINES = 150
 
 @cache
 def settings() -> dict[str, str]:
-    """The default of every setting; without systemd's own variable."""
+    """Return the default of every setting, without systemd's own variable."""
     return {setting.name: setting.default for setting in documented() if setting.name != "NOTIFY_SOCKET"}
 
 
 @cache
 def cli_commands() -> dict[str, set[str]]:
-    """The options of every `gear` command, by the command's name."""
+    """Return the options of every `gear` command, by the command's name."""
     return dict(_commands(typer.main.get_command(app), ""))
 
 
 def _commands(command: Any, name: str) -> Iterator[tuple[str, set[str]]]:
-    """Yield the commands below *command*, which is of Click, or of Typer's own copy of it."""
+    """Yield the commands below *command*, an object of Click or of Typer's own copy of Click."""
     if not hasattr(command, "commands"):
         yield name, {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
         return
@@ -52,7 +52,7 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, set[str]]]:
 
 @cache
 def make_targets() -> set[str]:
-    """The targets of the Makefile, with a `bench-NAME` for every benchmark."""
+    """Return the targets of the Makefile, with a `bench-NAME` for every benchmark."""
     targets = set(re.findall(r"^([a-z]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     rows = (CHECKOUT / "bench" / "__main__.py").read_text().partition("ROWS:")[2].partition("}")[0]
     return targets | {f"bench-{name}" for name in re.findall(r'"(\w+)":', rows)}
@@ -64,7 +64,7 @@ def page(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     assert doc_checks.dead_links(page, page.read_text()) == []
 
 
@@ -97,7 +97,7 @@ def test_the_reference_has_every_command_and_option() -> None:
     assert doc_checks.undocumented_commands(REFERENCE.read_text(), cli_commands()) == []
 
 
-def test_links_lead_from_the_readme_to_every_page() -> None:
+def test_every_page_is_reachable_from_the_readme() -> None:
     assert set(PAGES) - doc_checks.reachable(CHECKOUT / "README.md") == set()
 
 
@@ -145,7 +145,7 @@ def test_good_links_are_accepted(tmp_path: Path) -> None:
     assert doc_checks.dead_links(tmp_path / "page.md", text) == []
 
 
-def test_a_page_that_no_link_leads_to_is_found(tmp_path: Path) -> None:
+def test_a_page_without_links_to_it_is_not_reachable(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("[a](linked.md#here)")
     (tmp_path / "linked.md").write_text("")
     (tmp_path / "lost.md").write_text("")

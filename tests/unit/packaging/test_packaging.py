@@ -1,4 +1,4 @@
-"""Their readers accept the files that start gearworkers, and all of these start the same processes."""
+"""Docker Compose, systemd and `make up` accept their files, and all start the same processes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def variables() -> set[str]:
-    """The names of all settings, without systemd's own variable."""
+    """Return the names of all settings, without systemd's own variable."""
     return {setting.name for setting in documented()} - {"NOTIFY_SOCKET"}
 
 
 def procfile() -> dict[str, str]:
-    """The Procfile's processes."""
+    """Return the commands in the Procfile by name."""
     lines = (CHECKOUT / "Procfile").read_text().splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
 
-def test_docker_compose_accepts_its_file_which_has_the_processes_of_the_procfile() -> None:
+@pytest.mark.slow
+def test_docker_compose_starts_the_processes_of_the_procfile() -> None:
     compose = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
     command = [*compose, "-f", str(CHECKOUT / "docker-compose.yml"), "--profile", "manager"]
     done = subprocess.run([*command, "config", "--services"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {*procfile(), "manager"}, (
-        "the manager is not part of a node and has a profile of its own"
+        "the manager is not part of a node, and is in a profile of its own"
     )
 
 
 def test_docker_compose_passes_on_every_setting(variables: set[str]) -> None:
     passed = set(re.findall(r"^ +([A-Z_]+): ", (CHECKOUT / "docker-compose.yml").read_text(), re.MULTILINE))
-    of_docker = {"DOCKER_HOST", "DOCKER_CONFIG"}  # docker-compose itself reads them
-    assert variables - passed == of_docker
+    read_by_compose = {"DOCKER_HOST", "DOCKER_CONFIG"}  # docker-compose itself reads them
+    assert variables - passed == read_by_compose
 
 
-def test_docker_compose_gives_calls_in_progress_the_same_time_as_make_up() -> None:
+def test_docker_compose_and_make_up_give_calls_the_same_time_to_finish() -> None:
     (grace,) = re.findall(r"^GRACE_S = (\d+)$", (CHECKOUT / "packaging" / "up.py").read_text(), re.MULTILINE)
     assert f"\n  stop_grace_period: {grace}s" in (CHECKOUT / "docker-compose.yml").read_text()
 
@@ -58,7 +59,7 @@ def test_systemd_starts_the_commands_of_the_procfile(name: str) -> None:
     assert started.split()[1:] == [word.replace("$GEAR_NODE", "${GEAR_NODE}") for word in words[1:]]
 
 
-def test_the_unit_gives_the_manager_time_to_finish() -> None:
+def test_the_systemd_unit_gives_the_manager_time_to_finish() -> None:
     unit = (CHECKOUT / "packaging" / "systemd" / "gear-manager.service").read_text()
     (seconds,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("TimeoutStopSec=")]
     assert int(seconds) > SHUTDOWN_S
@@ -82,7 +83,7 @@ def test_make_up_reports_an_unusable_root_in_one_line(root: str) -> None:
     assert done.stderr.startswith("make up: ") and root in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_redis_keeps_its_tasks() -> None:
+def test_redis_persists_tasks_and_never_evicts_them() -> None:
     lines = (CHECKOUT / "packaging" / "redis.conf").read_text().splitlines()
     assert "appendonly yes" in lines
     assert "maxmemory-policy noeviction" in lines

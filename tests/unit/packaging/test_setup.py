@@ -1,4 +1,4 @@
-"""Set-up leaves a machine's packages alone: the real apt and dpkg, on a root directory with packages made here."""
+"""Set-up installs missing packages and removes none; with the real apt and dpkg, on a root directory of the test."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gearworkers.cli import doctor
 
 PREPARE = Path(__file__).resolve().parents[3] / "packaging" / "prepare.py"
 DOCKER_CE = ("docker-ce", "docker-ce-cli", "containerd.io")
-ANSWERS_ALL = "exit 0"
-KNOWS_NO_PLUGIN = "exit 1"
+SUCCEEDS = "exit 0"
+FAILS = "exit 1"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What apt and dpkg take for the machine while a test runs; `programs` is its PATH, beside the system's tools."""
+    """The root directory that apt and dpkg manage during a test. Set-up searches `programs` for Docker's programs."""
 
     root: Path
 
@@ -30,7 +30,7 @@ class Machine:
         return self.root / "programs"
 
     def offer(self, name: str, *, conflicts: str = "", program: str = "") -> Path:
-        """A package in its one archive; `program` is a file of it."""
+        """Add a package to the archive of *root*; return its file. *program* is the path of a file in it."""
         made = self.root / "archive" / name
         (made / "DEBIAN").mkdir(parents=True)
         if program:
@@ -47,7 +47,7 @@ class Machine:
         return package
 
     def install(self, package: Path) -> None:
-        """Have it installed already."""
+        """Install the package."""
         subprocess.run(["dpkg", f"--root={self.root}", "-i", package], check=True, stdout=subprocess.DEVNULL)
 
     def installed(self) -> set[str]:
@@ -92,7 +92,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.fixture
 def prepare(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The script's names; it looks for programs on the machine alone."""
+    """Return the names in the script, which searches only `Machine.programs`."""
     names = runpy.run_path(str(PREPARE))
     names["main"].__globals__.update(
         POLICY=machine.root / "policy-rc.d", SYSTEM_PATH=str(machine.programs), debian_release=lambda: 12
@@ -100,7 +100,7 @@ def prepare(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     return names
 
 
-def test_an_installation_that_would_remove_packages_is_refused(
+def test_an_installation_that_would_remove_packages_is_rejected(
     machine: Machine, prepare: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in DOCKER_CE:
@@ -116,60 +116,60 @@ def test_an_installation_that_would_remove_packages_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("release", "programs", "lacking"),
+    ("release", "programs", "missing"),
     [
         (12, {}, {"docker.io", "docker-compose"}),
-        (12, {"dockerd": ANSWERS_ALL, "docker": ANSWERS_ALL}, set()),
-        (12, {"dockerd": ANSWERS_ALL, "docker": KNOWS_NO_PLUGIN, "docker-compose": ANSWERS_ALL}, set()),
+        (12, {"dockerd": SUCCEEDS, "docker": SUCCEEDS}, set()),
+        (12, {"dockerd": SUCCEEDS, "docker": FAILS, "docker-compose": SUCCEEDS}, set()),
         (13, {}, {"docker.io", "docker-cli", "docker-buildx", "docker-compose"}),
-        (13, {"dockerd": ANSWERS_ALL, "docker": ANSWERS_ALL}, set()),
-        (13, {"dockerd": ANSWERS_ALL, "docker": KNOWS_NO_PLUGIN}, {"docker-buildx", "docker-compose"}),
-        (13, {"dockerd": ANSWERS_ALL}, {"docker-cli", "docker-buildx", "docker-compose"}),
+        (13, {"dockerd": SUCCEEDS, "docker": SUCCEEDS}, set()),
+        (13, {"dockerd": SUCCEEDS, "docker": FAILS}, {"docker-buildx", "docker-compose"}),
+        (13, {"dockerd": SUCCEEDS}, {"docker-cli", "docker-buildx", "docker-compose"}),
     ],
 )
-def test_of_docker_only_what_is_not_there_is_wanted(
+def test_only_the_missing_parts_of_docker_are_installed(
     machine: Machine,
     prepare: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     release: int,
     programs: dict[str, str],
-    lacking: set[str],
+    missing: set[str],
 ) -> None:
     for name, script in programs.items():
         machine.add_program(name, script)
     monkeypatch.setenv("PATH", "")
     prepare["main"].__globals__["debian_release"] = lambda: release
-    assert set(prepare["docker_packages"]()) == lacking
+    assert set(prepare["docker_packages"]()) == missing
 
 
 @pytest.mark.parametrize(
-    ("version", "is_noted"), [("19.03.15", True), ("20.10.24+dfsg1", False), ("27.5.1", False), ("28.0.0", True)]
+    ("version", "is_reported"), [("19.03.15", True), ("20.10.24+dfsg1", False), ("27.5.1", False), ("28.0.0", True)]
 )
-def test_a_docker_that_cannot_use_the_driver_is_told_of(
+def test_a_docker_version_that_cannot_use_the_driver_is_reported(
     machine: Machine,
     prepare: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     version: str,
-    is_noted: bool,
+    is_reported: bool,
 ) -> None:
     machine.add_program("dockerd", f"echo Docker version {version}, build 1")
     monkeypatch.setenv("PATH", "")
     prepare["note_docker"]()
-    assert (f"{version}, build 1) cannot use the gear driver" in capfd.readouterr().err) == is_noted
+    assert (f"{version}, build 1) cannot use the gear driver" in capfd.readouterr().err) == is_reported
 
 
-def test_set_up_and_doctor_agree_on_which_docker_will_do(prepare: dict[str, Any]) -> None:
+def test_set_up_and_doctor_accept_the_same_docker_versions(prepare: dict[str, Any]) -> None:
     assert (prepare["FIRST_DOCKER"], prepare["LAST_DOCKER"]) == (doctor.FIRST_DOCKER, doctor.LAST_DOCKER)
 
 
-def test_a_busybox_that_is_there_stays_and_the_static_one_lies_beside(
+def test_an_installed_busybox_is_kept_and_a_static_busybox_is_unpacked(
     machine: Machine, prepare: dict[str, Any]
 ) -> None:
     machine.install(machine.offer("busybox", program="bin/busybox"))
     machine.offer("busybox-static", conflicts="busybox", program="bin/busybox")
-    own = machine.root / "own"
-    prepare["main"].__globals__["BUSYBOX"] = own
+    unpacked = machine.root / "unpacked"
+    prepare["main"].__globals__["BUSYBOX"] = unpacked
     assert "busybox-static" not in prepare["missing_packages"]()
     prepare["unpack_busybox"]()
-    assert (own.read_text(), machine.installed()) == ("busybox-static", {"busybox"})
+    assert (unpacked.read_text(), machine.installed()) == ("busybox-static", {"busybox"})

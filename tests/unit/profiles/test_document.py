@@ -59,7 +59,7 @@ def test_malformed_profiles_are_rejected(data: bytes) -> None:
         document.unpack(data)
 
 
-def test_merged_keeps_the_order_of_the_first_and_joins_ranges() -> None:
+def test_merged_profiles_keep_the_order_of_the_first_and_join_ranges() -> None:
     old = Profile((OpenedObject(A, 5), OpenedObject(B, 100_000, ((0, 10), (50, 10)))))
     new = Profile((OpenedObject(C, 7), OpenedObject(B, 100_000, ((10, 5), (90, 1))), OpenedObject(A, 5)))
     assert document.merged_profiles(old, new) == Profile(
@@ -72,7 +72,7 @@ def test_adjacent_ranges_are_joined() -> None:
     assert document.joined_ranges([(10, 5), (0, 10), (100, 1), (12, 1)]) == [(0, 15), (100, 1)]
 
 
-def test_the_first_recording_stays_unless_it_is_extended(remote: Remote) -> None:
+def test_the_first_profile_is_kept_unless_it_is_extended(remote: Remote) -> None:
     assert document.save_profile(remote, NAME, Profile((OpenedObject(A, 1),)), extend=False)
     assert not document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=False)
     assert document.save_profile(remote, NAME, Profile((OpenedObject(B, 2),)), extend=True)

@@ -84,7 +84,7 @@ def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
     with subprocess.Popen([GEAR, "lazyfs"], env=environ(node) | {"GEAR_PROFILE_WINDOW_S": f"{window_s}"}) as server:
         try:
             wait_until_mounted(node.settings.lazy_mount_path, PATIENCE_S)
-            until(lambda: read_status(node.settings.lazyfs_socket) is not None, "it answers")
+            until(lambda: read_status(node.settings.lazyfs_socket) is not None, "the server answers")
             yield node
         finally:
             node.driver.cleanup()
@@ -108,7 +108,7 @@ def has(node: LazyNode, name: str) -> bool:
 
 
 def put_program(root: Path) -> None:
-    """Install a program that is not of the image. `cp` writes it: a process forked meanwhile would keep it busy."""
+    """Add a program that is not in the image. `cp` writes it, since a fork meanwhile would keep it open for writing."""
     subprocess.run(["cp", "/bin/true", root / "true"], check=True)
 
 
@@ -130,7 +130,7 @@ def read_some(root: Path) -> None:
 
 
 def recorded(remote: Remote, name: str) -> Profile:
-    until(lambda: remote.document(name) is not None, "the profile is there")
+    until(lambda: remote.document(name) is not None, "the profile exists")
     data = remote.document(name)
     assert data is not None
     return profile_document.unpack(data)
@@ -152,13 +152,13 @@ def test_objects_opened_on_one_node_are_prefetched_on_another(start_node: StartN
 
     second = start_node("b")
     second.apply(gear_tar(FILES), "image")
-    until(lambda: all(has(second, name) for name in SMALL), "the small ones are here")
-    until(lambda: second.status().prefetched > len(SMALL), "so is what was read of the large one")
+    until(lambda: all(has(second, name) for name in SMALL), "the small files are present")
+    until(lambda: second.status().prefetched > len(SMALL), "the read parts of the large file are present")
     assert not has(second, "etc/file0")
     lookups = second.status().lookups
     read_some(second.run("c1"))
     status = second.status()
-    assert status.lookups - lookups == 1  # the large one is read through the server
+    assert status.lookups - lookups == 1  # the large file is read through the server
     assert (status.on_demand, status.profiles_found, status.profiles_absent) == (0, 1, 0)
 
 
@@ -179,7 +179,7 @@ def test_a_container_in_its_own_namespaces_is_recorded_including_local_objects(
     """
     subprocess.run(["unshare", "-m", "sh", "-c", script], check=True)
     node.driver.put("c1")
-    until(lambda: remote.document(name) != b"damaged", "it was recorded anew")
+    until(lambda: remote.document(name) != b"damaged", "the profile was recorded again")
     assert [opened.digest for opened in recorded(remote, name).objects] == [*map(digest, SMALL)]
 
 
@@ -212,7 +212,7 @@ def test_objects_that_a_later_start_waits_for_extend_the_profile(start_node: Sta
     root = second.run("c1")
     for path, content in FILES.items():
         assert (root / path).read_bytes() == content
-    until(lambda: recorded(remote, name) != before, "it has grown")
+    until(lambda: recorded(remote, name) != before, "the profile has grown")
     after = recorded(remote, name)
     assert after.objects[: len(SMALL)] == before.objects[: len(SMALL)]
     assert {opened.digest for opened in after.objects} == {*map(digest, FILES)}
@@ -225,7 +225,7 @@ def test_profiles_are_shown_and_extended_by_commands(start_node: StartNode, remo
     none = gear(node, "profile", "show", "image")
     assert none.returncode == 2 and "no start of this image has been recorded" in none.stderr
     with subprocess.Popen([GEAR, "profile", "record", "c1", "--seconds", "60"], env=environ(node)) as recorder:
-        until(lambda: watches(recorder), "it watches")
+        until(lambda: watches(recorder), "the recorder watches")
         assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
         recorder.send_signal(signal.SIGINT)
         assert recorder.wait(60) == 0
@@ -264,7 +264,7 @@ def test_reads_without_a_running_program_are_not_a_start(start_node: StartNode, 
     node.driver.put("copied")
     start(node.run("c1"))
     node.driver.put("c1")
-    until(lambda: not recordings(), "both are over")
+    until(lambda: not recordings(), "both recordings have ended")
     assert len(recorded(remote, document(node)).objects) == len(SMALL) + 1
 
 
@@ -279,10 +279,10 @@ def test_recordings_end_with_the_gateway(start_node: StartNode, remote: Remote) 
     assert is_mounted(root)
 
 
-def test_without_a_window_nothing_is_recorded(start_node: StartNode, remote: Remote) -> None:
+def test_starts_are_not_recorded_without_a_window(start_node: StartNode, remote: Remote) -> None:
     node = start_node("a", window_s=0.0)
     node.apply(gear_tar(FILES), "image")
-    until(lambda: not recordings(), "those of other tests are over")
+    until(lambda: not recordings(), "the recordings of other tests have ended")
     assert (node.run("c1") / SMALL[0]).read_bytes() == FILES[SMALL[0]]
     assert not recordings()
 
@@ -296,7 +296,7 @@ def test_without_a_window_nothing_is_recorded(start_node: StartNode, remote: Rem
         ),
     ],
 )
-def test_a_damaged_or_foreign_profile_does_no_harm(start_node: StartNode, remote: Remote, data: bytes) -> None:
+def test_a_damaged_or_foreign_profile_is_harmless(start_node: StartNode, remote: Remote, data: bytes) -> None:
     node = start_node("a")
     node.apply(gear_tar(FILES), "image")
     remote.put_document(document(node), data)
@@ -305,7 +305,7 @@ def test_a_damaged_or_foreign_profile_does_no_harm(start_node: StartNode, remote
     assert node.status().failures == {}
 
 
-def test_an_unreachable_remote_delays_no_start(tmp_path: Path) -> None:
+def test_an_unreachable_remote_does_not_delay_a_start(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
         node.shelf.behave(away=True, delay_s=30.0)
         began_s = time.monotonic()
@@ -331,7 +331,7 @@ def recorders() -> list[int]:
 
 
 def command_line(pid: str) -> bytes:
-    """Return the file's content; empty if the process has ended meanwhile."""
+    """Return the command line of a process; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Recordings that cannot begin or do not end; they must not block a container or the gateway."""
+"""Recordings that cannot begin or do not end: they do not block a container or the gateway."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def running() -> int:
     return [thread.name for thread in threading.enumerate()].count("recording")
 
 
-def test_a_recording_counts_after_its_container_has_ended_until_it_is_saved(tmp_path: Path) -> None:
+def test_a_recording_counts_towards_the_limit_until_it_is_saved(tmp_path: Path) -> None:
     slow_remote = f"touch {tmp_path}/recorder.$$; while [ ! -e {tmp_path}/saved ]; do sleep 0.05; done"
     until(lambda: not running(), "the recordings of other tests are over")
     recordings = Recordings(watch=always_opens, recorder=("sh", "-c", slow_remote))
@@ -82,7 +82,7 @@ def test_closing_kills_a_recorder_that_does_not_end(tmp_path: Path) -> None:
     until(lambda: not Path("/proc", pid).exists(), "the recorder is killed")
 
 
-def test_a_recording_is_the_same_after_it_was_sent_to_the_recorder(tmp_path: Path) -> None:
+def test_a_decoded_recording_equals_the_encoded_recording(tmp_path: Path) -> None:
     settings = replace(settings_in(tmp_path), node="a", large_object_bytes=1 << 20)
     recording = Recording(settings, "image", tmp_path / "merged")
     assert Recording.decode(recording.encode()) == recording

@@ -35,6 +35,7 @@ def test_concurrent_calls_do_not_exceed_the_limit(store: FakeStore) -> None:
     bounded.close()
 
 
+@pytest.mark.slow
 def test_a_store_that_hangs_is_unavailable_within_the_timeout_and_works_again_later(store: FakeStore) -> None:
     store.held = blobs(3)
     first, *_ = store.held
@@ -61,6 +62,7 @@ def test_a_store_that_hangs_is_unavailable_within_the_timeout_and_works_again_la
     wait_until(is_back, "the store works again")
 
 
+@pytest.mark.slow
 def test_the_timeout_of_a_put_grows_with_its_blobs(store: FakeStore) -> None:
     store.hang = threading.Event()
     bounded = BoundedStore(store, Limits(threads=2, timeout_s=0.5, get_batch=1, put_batch=100))

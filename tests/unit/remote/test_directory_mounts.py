@@ -27,6 +27,8 @@ from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 CONTENT = b"content"
 DIGEST = hashlib.sha256(CONTENT).digest()
 
@@ -155,7 +157,6 @@ def test_errors_of_a_broken_mount_are_retried(settings: Settings, error: int) ->
     assert broken.asked > 2
 
 
-@pytest.mark.slow
 def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     broken = Broken(errno.EIO, times=1 << 30)
     with mounted(Path(settings.remote.url), broken), opened(settings) as remote, pytest.raises(Unavailable):

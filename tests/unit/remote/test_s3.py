@@ -23,6 +23,8 @@ from tests.support.answers import Answer, answering
 from tests.support.processes import wait_until
 from tests.support.remotes import s3_server
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def _recording(keys: list[str]) -> Iterator[str]:

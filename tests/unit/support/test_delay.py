@@ -1,4 +1,4 @@
-"""The slow network of tests and benches is as slow as it says, and not slower."""
+"""The simulated slow network has the configured delay and rate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import pytest
 from tests.support.delay import delayed
 from tests.support.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 SIZE_BYTES = 64 << 20
 
 
 @pytest.fixture
 def echo() -> Iterator[tuple[str, int]]:
-    """A server that sends back what it is sent, each connection on its own."""
+    """Run an echo server; return its address."""
 
     def serve(connection: socket.socket) -> None:
         with connection:
@@ -56,35 +58,35 @@ def _echoed_s(connection: socket.socket, size_bytes: int) -> float:
     return time.monotonic() - began_s
 
 
-def _at_best_s(measure: Callable[[], float], enough_s: float) -> float:
-    """The least of up to 20 measurements, until it is less than *enough_s*: other work on the machine delays some."""
-    best_s = measure()
+def _min_s(measure: Callable[[], float], limit_s: float) -> float:
+    """Return the minimum of up to 20 measurements, since other work delays some; stop below *limit_s*."""
+    min_s = measure()
     for _ in range(19):
-        if best_s < enough_s:
+        if min_s < limit_s:
             break
-        best_s = min(best_s, measure())
-    return best_s
+        min_s = min(min_s, measure())
+    return min_s
 
 
-def test_a_round_trip_takes_two_delays_and_the_first_one_also_the_handshake(echo: tuple[str, int]) -> None:
+def test_a_round_trip_takes_two_delays_and_a_handshake_two_more(echo: tuple[str, int]) -> None:
     with delayed(*echo, delay_s=0.05) as address:
 
         def first_s() -> float:
             with socket.create_connection(address) as connection:
                 return _round_trip_s(connection)
 
-        assert 0.2 <= _at_best_s(first_s, 0.4) < 0.4
+        assert 0.2 <= _min_s(first_s, 0.4) < 0.4
         with socket.create_connection(address) as connection:
             _round_trip_s(connection)
-            assert 0.1 <= _at_best_s(lambda: _round_trip_s(connection), 0.15) < 0.15
+            assert 0.1 <= _min_s(lambda: _round_trip_s(connection), 0.15) < 0.15
 
 
 def test_a_delay_alone_does_not_limit_throughput(echo: tuple[str, int]) -> None:
     with delayed(*echo, delay_s=0.05) as address, socket.create_connection(address) as connection:
-        assert _echoed_s(connection, SIZE_BYTES) < 50.0  # one window of 64 KiB a round trip would be 100 s
+        assert _echoed_s(connection, SIZE_BYTES) < 50.0  # one window of 64 KiB per round trip would take 100 s
 
 
-def test_a_rate_is_shared_by_all_connections(echo: tuple[str, int]) -> None:
+def test_all_connections_share_the_rate(echo: tuple[str, int]) -> None:
     with (
         delayed(*echo, delay_s=0.0, rate_bytes_per_s=10e6) as address,
         socket.create_connection(address) as one,
@@ -100,10 +102,10 @@ def test_a_rate_is_shared_by_all_connections(echo: tuple[str, int]) -> None:
                 thread.join()
             return time.monotonic() - began_s
 
-        assert 0.99 <= _at_best_s(both_s, 3.0) < 3.0
+        assert 0.99 <= _min_s(both_s, 3.0) < 3.0
 
 
-def test_ends_pass_through(echo: tuple[str, int]) -> None:
+def test_the_end_of_a_stream_is_forwarded(echo: tuple[str, int]) -> None:
     with delayed(*echo, delay_s=0.01) as address, socket.create_connection(address) as connection:
         connection.sendall(b"last")
         connection.shutdown(socket.SHUT_WR)
@@ -113,7 +115,7 @@ def test_ends_pass_through(echo: tuple[str, int]) -> None:
         assert received == b"last"
 
 
-def test_a_server_that_refuses_is_seen(echo: tuple[str, int]) -> None:
+def test_a_refused_connection_is_reset(echo: tuple[str, int]) -> None:
     with (
         delayed("127.0.0.1", free_port(), delay_s=0.01) as address,
         socket.create_connection(address) as connection,

@@ -1,4 +1,4 @@
-"""The sandbox takes everything that ran and was mounted in it with it."""
+"""The sandbox ends its processes and mounts, and removes its files, when it ends."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 
 from tests.support.processes import wait_until
 
-# A mount, and then two processes that can be told from others', of which one outlives its parent.
+# A mount and two processes with a distinct command line; one of them outlives its parent.
 BUSY = 'mkdir "$0/m"; mount -t tmpfs tmpfs "$0/m"; touch "$0/f"; setsid tail -f "$0/f" & exec tail -f "$0/f"'
 
 
 @pytest.fixture
 def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
-    """A sandbox in a sandbox, with a mount on tmp_path/m."""
+    """Run BUSY in a sandbox inside the sandbox of the tests, with a mount on tmp_path/m."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     command = [sys.executable, "-m", "tests.support.sandbox", "sh", "-c", BUSY, str(tmp_path)]
     process = subprocess.Popen(command)
-    wait_until(lambda: len(waiting(tmp_path)) == 2, "the sandbox's command")
+    wait_until(lambda: len(busy_processes(tmp_path)) == 2, "the sandbox's command")
     return process
 
 
-def waiting(directory: Path) -> list[str]:
-    """Processes of this PID namespace that are BUSY's, begun with *directory*."""
+def busy_processes(directory: Path) -> list[str]:
+    """Return the processes of this PID namespace that BUSY started with *directory*."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -39,16 +39,16 @@ def waiting(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_nothing_runs_or_is_mounted_after_a_signal(
+def test_a_signal_ends_all_processes_and_mounts(
     busy: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
 ) -> None:
     busy.send_signal(number)
     busy.wait()
-    wait_until(lambda: not waiting(tmp_path), "the sandbox's processes end")
+    wait_until(lambda: not busy_processes(tmp_path), "the sandbox's processes end")
     assert not os.path.ismount(tmp_path / "m")
 
 
-def test_its_scratch_directory_goes_and_one_left_by_a_kill_is_swept(
+def test_scratch_directories_are_removed_including_one_left_by_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -61,5 +61,5 @@ def test_its_scratch_directory_goes_and_one_left_by_a_kill_is_swept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commands_exit_code_is_handed_on() -> None:
+def test_the_sandbox_returns_the_exit_code_of_its_command() -> None:
     assert subprocess.run([sys.executable, "-m", "tests.support.sandbox", "sh", "-c", "exit 7"]).returncode == 7

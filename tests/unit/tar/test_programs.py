@@ -1,4 +1,4 @@
-"""Read the tars of other programs, in all their formats; other programs read ours."""
+"""Compatibility with GNU tar, bsdtar, Python's tarfile and Docker, in both directions."""
 
 from __future__ import annotations
 
@@ -89,15 +89,15 @@ def check(read: ReadTar, tar: bytes, tree: Path, *, nanoseconds: bool) -> None:
             assert entry.linkname == os.readlink(path)
 
 
-@pytest.mark.parametrize("form", ["v7", "oldgnu", "gnu", "ustar", "posix"])
-def test_gnu_tar_is_read(tree: Path, form: str) -> None:
-    if form == "v7":
+@pytest.mark.parametrize("tar_format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_tars_of_gnu_tar_are_read(tree: Path, tar_format: str) -> None:
+    if tar_format == "v7":
         os.unlink(tree / "d" / "fifo")
-    if form not in ("v7", "ustar"):
+    if tar_format not in ("v7", "ustar"):
         add(tree, LONG)
         add(tree, b"d/\xff\xfe")
-    tar = run(tree, "tar", f"--format={form}", "-cf", "-", "d")
-    check(read_tar(tar), tar, tree, nanoseconds=form == "posix")
+    tar = run(tree, "tar", f"--format={tar_format}", "-cf", "-", "d")
+    check(read_tar(tar), tar, tree, nanoseconds=tar_format == "posix")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_gnu_tar_is_read(tree: Path, form: str) -> None:
     ],
     ids=" ".join,
 )
-def test_gnu_tars_sparse_files_are_read_and_replayed(tree: Path, options: list[str]) -> None:
+def test_sparse_files_of_gnu_tar_are_read_and_replayed(tree: Path, options: list[str]) -> None:
     content = add_sparse(tree)
     tar = run(tree, "tar", "-S", *options, "-cf", "-", "d")
     read = read_tar(tar)
@@ -122,40 +122,40 @@ def test_gnu_tars_sparse_files_are_read_and_replayed(tree: Path, options: list[s
     check(read, tar, tree, nanoseconds="--format=posix" in options)
 
 
-@pytest.mark.parametrize("form", ["gnu", "posix"])
-def test_a_sparse_file_beyond_4_gib_has_its_size_and_little_content(tree: Path, form: str) -> None:
+@pytest.mark.parametrize("tar_format", ["gnu", "posix"])
+def test_a_sparse_file_beyond_4_gib_is_read_with_its_size_and_its_segment(tree: Path, tar_format: str) -> None:
     size_bytes = 9 << 30
     with open(tree / "d" / "sparse", "wb") as file:
         file.seek(size_bytes - 4096)
         file.write(b"e" * 4096)
-    tar = run(tree, "tar", "-S", f"--format={form}", "-cf", "-", "d/sparse")
+    tar = run(tree, "tar", "-S", f"--format={tar_format}", "-cf", "-", "d/sparse")
     (entry,) = TarReader(io.BytesIO(tar))
     assert (entry.size_bytes, entry.stored_bytes) == (size_bytes, 4096)
     assert entry.sparse is not None and entry.sparse[0] == (size_bytes - 4096, 4096)
 
 
-@pytest.mark.parametrize("form", ["pax", "ustar", "gnutar", "v7"])
-def test_bsdtar_is_read(tree: Path, form: str) -> None:
-    if form == "v7":
+@pytest.mark.parametrize("tar_format", ["pax", "ustar", "gnutar", "v7"])
+def test_tars_of_bsdtar_are_read(tree: Path, tar_format: str) -> None:
+    if tar_format == "v7":
         os.unlink(tree / "d" / "fifo")
-    if form in ("pax", "gnutar"):
+    if tar_format in ("pax", "gnutar"):
         add(tree, LONG)
-    if form == "pax":
+    if tar_format == "pax":
         add_sparse(tree)
-    tar = run(tree, "bsdtar", "--format", form, "-cf", "-", "d")
-    check(read_tar(tar), tar, tree, nanoseconds=form == "pax")
+    tar = run(tree, "bsdtar", "--format", tar_format, "-cf", "-", "d")
+    check(read_tar(tar), tar, tree, nanoseconds=tar_format == "pax")
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_pythons_tarfile_is_read(tree: Path, form: int) -> None:
-    if form != tarfile.USTAR_FORMAT:
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_pythons_tarfile_are_read(tree: Path, tar_format: int) -> None:
+    if tar_format != tarfile.USTAR_FORMAT:
         add(tree, LONG)
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
         tar.add(tree / "d", "d")
     read = read_tar(file.getvalue())
     assert read.rebuilt() == file.getvalue()
-    if form != tarfile.PAX_FORMAT:
+    if tar_format != tarfile.PAX_FORMAT:
         check(read, file.getvalue(), tree, nanoseconds=False)
     else:  # its times are floats
         assert read.content(LONG) == b"more"
@@ -178,7 +178,7 @@ def docker_layers() -> dict[str, bytes]:
 
 
 def check_against_tarfile(tar: bytes) -> ReadTar:
-    """Check that Python's tarfile reads the same from *tar*."""
+    """Check that Python's tarfile reads the same files from *tar*; return them."""
     read = read_tar(tar)
     assert read.rebuilt() == tar
     with tarfile.open(fileobj=io.BytesIO(tar), errors="surrogateescape", encoding="utf-8") as other:
@@ -196,7 +196,7 @@ def check_against_tarfile(tar: bytes) -> ReadTar:
 
 
 def test_layers_of_docker_save_are_read() -> None:
-    """An image of Docker 20.10 with an imported layer, one of the classic builder and one of BuildKit."""
+    """The image is from Docker 20.10; `docker import`, the classic builder and BuildKit made one layer each."""
     layers = docker_layers()
     assert len(layers) == 3
     reads = [check_against_tarfile(tar) for tar in layers.values()]
@@ -211,10 +211,10 @@ def test_the_outer_tar_of_docker_save_is_read() -> None:
     check_against_tarfile(gzip.decompress((DATA / "docker-save.tar.gz").read_bytes()))
 
 
-# -- what we write
+# -- tars of the writer
 
 
-def written() -> list[tuple[TarEntry, bytes]]:
+def written_files() -> list[tuple[TarEntry, bytes]]:
     return [
         (TarEntry(b"d/", DIR, mode=0o755, mtime_ns=MTIME_NS), b""),
         (TarEntry(b"d/file", mode=0o4755, uid=70_000_000, gid=8, size_bytes=5, mtime_ns=10**9), b"hello"),
@@ -234,21 +234,21 @@ def as_tar(files: list[tuple[TarEntry, bytes]]) -> bytes:
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
-def test_our_reader_reads_the_entries_that_our_writer_wrote() -> None:
-    read = read_tar(as_tar(written()))
-    for (entry, content), (expected, expected_content) in zip(read.files, written(), strict=True):
+def test_the_reader_returns_the_entries_that_the_writer_wrote() -> None:
+    read = read_tar(as_tar(written_files()))
+    for (entry, content), (expected, expected_content) in zip(read.files, written_files(), strict=True):
         entry.header_offset = 0
         expected.stored_bytes = expected.size_bytes
         assert (entry, content) == (expected, expected_content)
 
 
-def test_python_reads_our_tars() -> None:
-    check_against_tarfile(as_tar(written()))
+def test_pythons_tarfile_reads_tars_of_the_writer() -> None:
+    check_against_tarfile(as_tar(written_files()))
 
 
 @pytest.mark.parametrize("program", ["tar", "bsdtar"])
-def test_gnu_tar_and_bsdtar_extract_our_tars(tmp_path: Path, program: str) -> None:
-    files = written()
+def test_gnu_tar_and_bsdtar_extract_tars_of_the_writer(tmp_path: Path, program: str) -> None:
+    files = written_files()
     options = ["--delay-directory-restore"] if program == "tar" else []
     command = [program, *options, "--numeric-owner", "-xpf", "-"]
     subprocess.run(command, cwd=tmp_path, input=as_tar(files), check=True, env={"LC_ALL": "C.UTF-8"})
@@ -263,7 +263,7 @@ def test_gnu_tar_and_bsdtar_extract_our_tars(tmp_path: Path, program: str) -> No
     assert os.lstat(tmp_path / "d" / "null").st_rdev == os.makedev(1, 3)
 
 
-def test_gnu_tar_restores_our_xattrs(tmp_path: Path) -> None:
+def test_gnu_tar_restores_xattrs_that_the_writer_wrote(tmp_path: Path) -> None:
     xattrs = {b"user.binary": bytes(range(256)), b"user.text": b"a=b\nc"}
     tar = as_tar([(TarEntry(b"f", xattrs=xattrs), b"")])
     subprocess.run(["tar", "--xattrs", "--xattrs-include=*", "-xf", "-"], cwd=tmp_path, input=tar, check=True)

@@ -1,4 +1,4 @@
-"""Which tars the reader accepts, and which it rejects with which reason."""
+"""The tars that the reader accepts, and the errors for the tars that it rejects."""
 
 from __future__ import annotations
 
@@ -36,52 +36,52 @@ def extended(*records: tuple[bytes, bytes]) -> bytes:
     return special(b"x", b"".join(pax.format_records({key: value}) for key, value in records))
 
 
-def only(tar: bytes) -> TarEntry:
+def only_entry(tar: bytes) -> TarEntry:
     (entry,) = read_tar(tar).entries
     return entry
 
 
 def test_an_old_header_without_magic_is_read() -> None:
-    entry = only(changed(a_file(), MAGIC, bytes(8)) + END)
+    entry = only_entry(changed(a_file(), MAGIC, bytes(8)) + END)
     assert (entry.name, entry.type, entry.size_bytes) == (b"a", REG, 5)
 
 
 def test_a_v7_name_with_a_slash_at_the_end_is_a_directory() -> None:
-    entry = only(changed(member(TarEntry(b"dir/")), TYPE, b"\0") + END)
+    entry = only_entry(changed(member(TarEntry(b"dir/")), TYPE, b"\0") + END)
     assert (entry.name, entry.type) == (b"dir/", DIR)
 
 
-def test_type_nul_and_contiguous_files_are_regular_files() -> None:
+def test_files_of_type_nul_and_contiguous_files_are_regular_files() -> None:
     tar = changed(a_file(b"old"), TYPE, b"\0") + changed(a_file(b"contiguous"), TYPE, b"7") + END
     assert [(entry.name, entry.type) for entry in read_tar(tar).entries] == [(b"old", REG), (b"contiguous", REG)]
 
 
 def test_a_prefix_applies_in_ustar_but_not_in_gnu_headers() -> None:
-    assert only(changed(a_file(), PREFIX, b"dir") + END).name == b"dir/a"
+    assert only_entry(changed(a_file(), PREFIX, b"dir") + END).name == b"dir/a"
     gnu = changed(changed(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"00000000012\0")
-    assert (only(gnu + END).name, only(gnu + END).atime_ns) == (b"a", 10 * 10**9)
+    assert (only_entry(gnu + END).name, only_entry(gnu + END).atime_ns) == (b"a", 10 * 10**9)
 
 
-def test_the_prefix_that_old_go_wrote_in_gnu_headers_applies() -> None:
+def test_a_prefix_in_a_gnu_header_of_an_old_go_version_applies() -> None:
     gnu = changed(changed(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"some/dir")
-    assert (only(gnu + END).name, only(gnu + END).atime_ns) == (b"some/dir/a", None)
+    assert (only_entry(gnu + END).name, only_entry(gnu + END).atime_ns) == (b"some/dir/a", None)
 
 
 def test_a_star_header_has_a_short_prefix_and_an_access_time() -> None:
     star = changed(changed(a_file(), 508, b"tar\0"), PREFIX, b"dir")
-    entry = only(changed(star, 476, b"00000000012\0") + END)
+    entry = only_entry(changed(star, 476, b"00000000012\0") + END)
     assert (entry.name, entry.atime_ns) == (b"dir/a", 10 * 10**9)
 
 
 def test_binary_numbers_may_be_large_and_negative() -> None:
     tar = changed(a_file(), 108, b"\x80\0\0\0\x01\0\0\0")
     tar = changed(tar, MTIME, b"\xff" * 11 + b"\xfe")
-    entry = only(tar + END)
+    entry = only_entry(tar + END)
     assert (entry.uid, entry.mtime_ns) == (1 << 24, -2 * 10**9)
 
 
-def test_numbers_may_be_padded_with_spaces_and_blank() -> None:
-    entry = only(changed(changed(a_file(), 108, b"    17 \0"), 116, bytes(8)) + END)
+def test_numbers_may_be_blank_or_padded_with_spaces() -> None:
+    entry = only_entry(changed(changed(a_file(), 108, b"    17 \0"), 116, bytes(8)) + END)
     assert (entry.uid, entry.gid) == (0o17, 0)
 
 
@@ -91,7 +91,7 @@ def test_a_signed_checksum_is_accepted() -> None:
     block[148:156] = b" " * 8
     signed = sum(byte - 256 if byte > 127 else byte for byte in block)
     block[148:156] = b"%06o\0 " % signed
-    assert only(bytes(block) + a_file()[512:] + END).name == b"\xff\xfe"
+    assert only_entry(bytes(block) + a_file()[512:] + END).name == b"\xff\xfe"
 
 
 def test_a_link_with_a_size_has_no_content() -> None:
@@ -107,18 +107,18 @@ def test_a_link_with_a_size_has_no_content() -> None:
 def test_gnu_long_names_override_pax_paths_and_end_at_a_nul() -> None:
     tar = special(b"L", b"long/" * 300 + b"\0rest") + special(b"K", b"target\0")
     tar += extended((b"path", b"pax"), (b"linkpath", b"pax")) + member(TarEntry(b"s", SYMLINK, b"t")) + END
-    entry = only(tar)
+    entry = only_entry(tar)
     assert (entry.name, entry.linkname) == (b"long/" * 300, b"target")
 
 
 def test_the_last_of_two_extended_headers_replaces_the_first() -> None:
     tar = extended((b"path", b"first"), (b"uid", b"7")) + extended((b"gid", b"8")) + a_file() + END
-    assert (only(tar).name, only(tar).uid, only(tar).gid) == (b"a", 0, 8)
+    assert (only_entry(tar).name, only_entry(tar).uid, only_entry(tar).gid) == (b"a", 0, 8)
 
 
-def test_global_headers_are_skipped_and_end_the_headers_before_them() -> None:
+def test_a_global_header_is_skipped_and_cancels_earlier_headers() -> None:
     tar = extended((b"path", b"lost")) + special(b"g", b"15 comment=abc\n") + a_file() + END
-    assert only(tar).name == b"a"
+    assert only_entry(tar).name == b"a"
 
 
 def test_pax_records_override_the_header() -> None:
@@ -129,40 +129,40 @@ def test_pax_records_override_the_header() -> None:
         (b"atime", b"1.0000000019"),
         (b"size", b"5"),
     )
-    entry = only(tar + changed(a_file(), SIZE, b"00000000000\0") + END)
+    entry = only_entry(tar + changed(a_file(), SIZE, b"00000000000\0") + END)
     assert (entry.name, entry.uid, entry.size_bytes) == (b"\xff name", 5_000_000_000, 5)
     assert (entry.mtime_ns, entry.atime_ns) == (-1_500_000_000, 1_000_000_001)
 
 
-def test_an_empty_pax_value_overrides_nothing_but_is_an_empty_xattr() -> None:
-    entry = only(extended((b"path", b""), (b"SCHILY.xattr.user.e", b"")) + a_file() + END)
+def test_an_empty_pax_value_changes_no_field_but_sets_an_empty_xattr() -> None:
+    entry = only_entry(extended((b"path", b""), (b"SCHILY.xattr.user.e", b"")) + a_file() + END)
     assert (entry.name, entry.xattrs) == (b"a", {b"user.e": b""})
 
 
 def test_xattr_values_may_contain_any_bytes() -> None:
     value = bytes(range(256))
-    assert only(extended((b"SCHILY.xattr.user.x", value)) + a_file() + END).xattrs == {b"user.x": value}
+    assert only_entry(extended((b"SCHILY.xattr.user.x", value)) + a_file() + END).xattrs == {b"user.x": value}
 
 
 def test_gear_records_name_content_that_is_not_in_the_tar() -> None:
     records = extended((b"GEAR.sha256", b"ab" * 32), (b"GEAR.size", b"7"))
-    entry = only(records + member(TarEntry(b"a")) + END)
+    entry = only_entry(records + member(TarEntry(b"a")) + END)
     assert (entry.gear, entry.size_bytes, entry.stored_bytes) == ((b"\xab" * 32, 7), 7, 0)
 
 
-@pytest.mark.parametrize("nothing", [b"", bytes(512), END, bytes(10240)])
-def test_an_empty_archive_has_no_entries(nothing: bytes) -> None:
-    read = read_tar(nothing)
+@pytest.mark.parametrize("empty", [b"", bytes(512), END, bytes(10240)])
+def test_an_empty_archive_has_no_entries(empty: bytes) -> None:
+    read = read_tar(empty)
     assert read.files == []
-    assert read.rebuilt() == nothing
+    assert read.rebuilt() == empty
 
 
 @pytest.mark.parametrize("name", [b"BZh", b"LZIP", b"]"])
 def test_a_name_may_begin_like_compressed_data(name: bytes) -> None:
-    assert only(a_file(name) + END).name == name
+    assert only_entry(a_file(name) + END).name == name
 
 
-@pytest.mark.parametrize("end", [END, END[:512], b"", END + b"what a tape had behind it" * 1000])
+@pytest.mark.parametrize("end", [END, END[:512], b"", END + b"old data on the tape" * 1000])
 def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
     tar = a_file() + end
     read = read_tar(tar)
@@ -208,10 +208,13 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
         (special(b"L", b"x" * ((1 << 20) + 1)), "larger than"),
         (extended((b"GNU.sparse.map", b"0,9"), (b"GNU.sparse.numblocks", b"1")) + a_file(), "outside the file"),
         (extended((b"GNU.sparse.map", b"0,4"), (b"GNU.sparse.numblocks", b"1")) + a_file(), "are stored"),
-        (extended((b"GNU.sparse.map", b"0,5"), (b"GNU.sparse.numblocks", b"2")) + a_file(), "as long as"),
+        (
+            extended((b"GNU.sparse.map", b"0,5"), (b"GNU.sparse.numblocks", b"2")) + a_file(),
+            "differs from GNU.sparse.numblocks",
+        ),
         (extended((b"GNU.sparse.map", b"3,2,0,3"), (b"GNU.sparse.numblocks", b"2")) + a_file(), "out of order"),
         (extended((b"GNU.sparse.numbytes", b"3")) + a_file(), "out of order"),
-        (extended((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + a_file(), "cut off"),
+        (extended((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + a_file(), "truncated"),
     ],
 )
 def test_malformed_tars_are_rejected_with_the_reason(tar: bytes, why: str) -> None:
@@ -226,7 +229,7 @@ def test_a_sparse_map_in_the_content_is_bounded() -> None:
         read_tar(tar)
     content = b"100000\n" + b"0\n" * 600_000
     tar = extended((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + a_file(content=content) + END
-    with pytest.raises(InvalidInput, match="sparse segments make 0 bytes"):
+    with pytest.raises(InvalidInput, match="sparse segments have 0 bytes"):
         read_tar(tar)
     content = b"1000000\n" + b"0\n" * 600_000
     tar = extended((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + a_file(content=content) + END
@@ -234,7 +237,7 @@ def test_a_sparse_map_in_the_content_is_bounded() -> None:
         read_tar(tar)
 
 
-def test_an_old_sparse_map_without_end_is_rejected() -> None:
+def test_an_endless_old_sparse_map_is_rejected() -> None:
     block = bytearray(changed(changed(a_file(), MAGIC, b"ustar  \0"), TYPE, b"S")[:512])
     block[482] = 1
     tar = with_checksum(block) + (bytes(504) + b"\1" + bytes(7)) * 3000
@@ -248,15 +251,15 @@ def test_a_sparse_directory_is_rejected() -> None:
         read_tar(tar)
 
 
-def test_a_truncated_tar_names_the_entry() -> None:
+def test_the_error_for_a_truncated_tar_names_the_entry() -> None:
     tar = a_file(b"first") + a_file(b"second", b"x" * 5000)
-    with pytest.raises(IntegrityError, match=r"at byte 3000: entry 'second': its content is cut"):
+    with pytest.raises(IntegrityError, match=r"at byte 3000: entry 'second': its content is cut short"):
         read_tar(tar[:3000])
 
 
-def test_every_prefix_of_a_tar_is_an_error_or_ends_after_a_whole_entry() -> None:
+def test_a_truncated_tar_is_an_error_or_ends_after_a_whole_entry() -> None:
     tar = a_file(b"one") + extended((b"path", b"two")) + a_file() + member(TarEntry(b"c", CHAR, devmajor=1)) + END
-    whole = {1: 517, 2: 512 * 5 + 5, 3: 512 * 7}  # where an entry's last byte of content is
+    whole = {1: 517, 2: 512 * 5 + 5, 3: 512 * 7}  # number of entries: end of the last entry's content
     for length in range(1, len(tar)):
         try:
             files = read_tar(tar[:length]).files
@@ -277,7 +280,7 @@ def test_content_larger_than_the_buffer_is_read_in_pieces_only() -> None:
     assert b"".join(pieces) == content
 
 
-def test_content_that_is_not_taken_is_logged_as_raw_bytes() -> None:
+def test_unread_content_is_logged_as_raw_bytes() -> None:
     tar = a_file(content=b"x" * 9000) + a_file(b"b") + END
     file = io.BytesIO()
     log = TarSplitWriter(file)
@@ -292,7 +295,7 @@ def test_a_caller_that_does_not_log_its_content_gets_an_error() -> None:
     reader = TarReader(io.BytesIO(a_file() + END), TarSplitWriter(io.BytesIO()))
     reader.next()
     reader.payload()
-    with pytest.raises(RuntimeError, match="517 bytes of the tar were handed out, 512 logged"):
+    with pytest.raises(RuntimeError, match="517 bytes of the tar were returned, 512 logged"):
         reader.next()
 
 

@@ -23,7 +23,7 @@ def a_stream() -> bytes:
     return file.getvalue()
 
 
-def test_pieces_come_back_in_order() -> None:
+def test_pieces_are_read_in_the_order_of_the_tar() -> None:
     reader = TarSplitReader(io.BytesIO(a_stream()))
     pieces = [
         RawBytes(b"header"),
@@ -32,7 +32,7 @@ def test_pieces_come_back_in_order() -> None:
         ObjectBytes(DIGEST, 5, 7),
     ]
     assert list(reader) == pieces
-    assert list(reader) == pieces, "and again"
+    assert list(reader) == pieces, "a second iteration yields the same"
     assert reader.tar_bytes == (1 << 40) + 7013
 
 
@@ -50,7 +50,7 @@ def test_an_empty_stream_is_valid() -> None:
     assert list(TarSplitReader(file)) == []
 
 
-def test_many_and_large_records_survive_the_batches() -> None:
+def test_many_and_large_records_are_read_as_written() -> None:
     file = io.BytesIO()
     log = TarSplitWriter(file)
     expected = b""
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_detected_before_it_is_used() -> None:
 def test_a_flipped_bit_is_detected() -> None:
     stream = a_stream()
     pieces = list(TarSplitReader(io.BytesIO(stream)))
-    harmless = []
+    undetected = []
     for bit in range(8 * len(stream)):
         altered = bytearray(stream)
         altered[bit // 8] ^= 1 << bit % 8
@@ -86,5 +86,5 @@ def test_a_flipped_bit_is_detected() -> None:
             assert list(TarSplitReader(io.BytesIO(bytes(altered)))) == pieces
         except IntegrityError:
             continue
-        harmless.append(bit)
-    assert not harmless
+        undetected.append(bit)
+    assert not undetected

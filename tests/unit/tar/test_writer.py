@@ -21,7 +21,7 @@ from tests.support.tars import read_tar
         TarEntry(b"l", SYMLINK, b"t" * 100),
     ],
 )
-def test_an_entry_that_fits_into_ustar_is_one_block(entry: TarEntry) -> None:
+def test_an_entry_that_fits_into_ustar_takes_one_block(entry: TarEntry) -> None:
     assert len(header(entry)) == 512
 
 
@@ -49,7 +49,7 @@ def test_an_entry_that_fits_into_ustar_is_one_block(entry: TarEntry) -> None:
         TarEntry(b"a", gear=(bytes(range(32)), 1 << 50), size_bytes=1 << 50),
     ],
 )
-def test_values_that_do_not_fit_are_pax_records(entry: TarEntry) -> None:
+def test_values_that_do_not_fit_into_ustar_become_pax_records(entry: TarEntry) -> None:
     tar = header(entry)
     assert len(tar) >= 1536
     (read,) = read_tar(tar + END).entries
@@ -57,20 +57,20 @@ def test_values_that_do_not_fit_are_pax_records(entry: TarEntry) -> None:
     assert read == entry
 
 
-def test_a_size_beyond_ustars_is_a_pax_record() -> None:
+def test_a_size_above_the_ustar_limit_becomes_a_pax_record() -> None:
     assert b"size=8589934592\n" in header(TarEntry(b"a", size_bytes=1 << 33))
 
 
-def test_a_time_before_1970_is_written_as_go_and_gnu_tar_read_it() -> None:
+def test_a_time_before_1970_is_written_as_a_negative_decimal() -> None:
     assert b"mtime=-1.5\n" in header(TarEntry(b"a", mtime_ns=-1_500_000_000))
 
 
-def test_device_numbers_beyond_octal_survive() -> None:
+def test_device_numbers_above_the_octal_limit_are_read_as_written() -> None:
     (read,) = read_tar(header(TarEntry(b"n", ord("3"), devmajor=1 << 40, devminor=0o7777777)) + END).entries
     assert (read.devmajor, read.devminor) == (1 << 40, 0o7777777)
 
 
-def test_the_order_of_xattrs_does_not_matter() -> None:
+def test_the_order_of_xattrs_does_not_change_the_header() -> None:
     one = TarEntry(b"a", xattrs={b"user.a": b"1", b"user.b": b"2"})
     other = TarEntry(b"a", xattrs={b"user.b": b"2", b"user.a": b"1"})
     assert header(one) == header(other)

@@ -17,6 +17,8 @@ from gearworkers.errors import NotFound
 from gearworkers.util.process import notify_ready
 from tests.support.processes import PATIENCE_S
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def told_at(address: str | bytes) -> Iterator[socket.socket]:

@@ -218,6 +218,7 @@ def _unavailable(engine: Engine) -> int:
     raise Unavailable("the remote is away")
 
 
+@pytest.mark.slow
 def test_a_process_that_celery_no_longer_watches_is_watched_again(app: Any) -> None:
     pool = TaskPool(1, app=app, initargs=(app, "tests"), threads=False)
     hub: Any = Hub()  # type: ignore[no-untyped-call]
