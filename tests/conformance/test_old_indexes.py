@@ -33,7 +33,7 @@ from tests.conformance.layers import (
     whiteout,
     with_xattrs,
 )
-from tests.faults.crashes import Say, killed_at_every_step
+from tests.faults.crashes import Report, killed_at_every_step
 
 ACL = bytes.fromhex("0200000001000600ffffffff02000400e803000004000400ffffffff10000600ffffffff20000400ffffffff")
 FIRST: tuple[File, ...] = (
@@ -142,11 +142,11 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings:
     with old_program():
         wanted = shown(InProcess(settings), layers[1])
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         driver = GearDriver(settings)
         driver.prepare()
         driver.get(layers[1])
-        say(b"mounted")
+        report(b"mounted")
 
     states = []
     for outcome in killed_at_every_step(work):
@@ -157,7 +157,7 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings:
         assert have_numbers(settings, layers) == [True, True]
         assert not list(Engine.of(settings).faults(read_data=True, repair=False))
         driver.cleanup()
-        assert outcome.was_killed or outcome.said
+        assert outcome.was_killed or outcome.reported
         for id, image in old.items():
             path = settings.gear_images_path / id / "index.erofs"
             path.unlink()

@@ -1,4 +1,4 @@
-"""Processes that are killed at their n-th step: a call that changes something on the disk."""
+"""Child processes that are killed before their n-th step. A step is a call that changes the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from gearworkers.util import syscalls as kernel
 
-_CHANGES = frozenset(
+_CHANGING_EVENTS = frozenset(
     (
         "open",
         "os.mkdir",
@@ -41,42 +41,42 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 _Result = TypeVar("_Result")
 
-Say = Callable[[bytes], None]
+Report = Callable[[bytes], None]
 
 
 class Outcome:
-    """The outcome of a child."""
+    """The words that a child reported, and how it ended."""
 
-    def __init__(self, said: bytes, status: int) -> None:
-        self.said = said.split()
+    def __init__(self, reported: bytes, status: int) -> None:
+        self.reported = reported.split()
         self.was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         self.failed = not self.was_killed and os.waitstatus_to_exitcode(status) != 0
 
 
-def killed_at_every_step(work: Callable[[Say], None], *, stride: int = 1) -> Iterator[Outcome]:
-    """Run *work* in a child that dies before its first step, then before a later one, and so on to its end.
+def killed_at_every_step(work: Callable[[Report], None], *, stride: int = 1) -> Iterator[Outcome]:
+    """Run *work* in children that are killed before step 1, 1 + *stride* and so on, until one of them finishes.
 
     Args:
-        work: Gets a function that tells the parent how far it is: a word at a time.
-        stride: How many steps later the next child dies.
+        work: Receives a function that reports a word to the parent.
+        stride: Number of steps between the kills of two children.
     """
     step = 1
     while True:
         outcome = run_child(partial(_work_until, work, step))
-        assert not outcome.failed, f"the child that should die at step {step} failed: {outcome.said}"
+        assert not outcome.failed, f"the child to be killed at step {step} failed: {outcome.reported}"
         yield outcome
         if not outcome.was_killed:
             return
         step += stride
 
 
-def run_child(work: Callable[[Say], None]) -> Outcome:
+def run_child(work: Callable[[Report], None]) -> Outcome:
     """Run *work* in a forked child and wait for its end."""
     pid, reader = start_child(work)
     return finish_child(pid, reader)
 
 
-def start_child(work: Callable[[Say], None]) -> tuple[int, int]:
+def start_child(work: Callable[[Report], None]) -> tuple[int, int]:
     """Fork; return the child's pid and a descriptor with its output."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -86,7 +86,7 @@ def start_child(work: Callable[[Say], None]) -> tuple[int, int]:
     write = os.write
     code = 1
     try:
-        work(lambda word: _say(write, writer, word))
+        work(lambda word: _report(write, writer, word))
         code = 0
     except BaseException as exc:
         write(writer, f" {type(exc).__name__}:{str(exc).replace(' ', '_')}".encode())
@@ -95,41 +95,41 @@ def start_child(work: Callable[[Say], None]) -> tuple[int, int]:
 
 
 def finish_child(pid: int, reader: int) -> Outcome:
-    """Wait for it; return its output and exit status."""
-    said = b""
+    """Wait for the child; return its output and exit status."""
+    reported = b""
     while data := os.read(reader, 65536):
-        said += data
+        reported += data
     os.close(reader)
     _, status = os.waitpid(pid, 0)
-    return Outcome(said, status)
+    return Outcome(reported, status)
 
 
-def has_said(reader: int) -> bool:
-    """Whether there is something to read from a child."""
+def has_output(reader: int) -> bool:
+    """Return whether the child has written output or ended."""
     return bool(select.select([reader], [], [], 0)[0])
 
 
-def _say(write: Callable[[int, bytes], int], writer: int, word: bytes) -> None:
+def _report(write: Callable[[int, bytes], int], writer: int, word: bytes) -> None:
     write(writer, b" " + word)
 
 
-def _work_until(work: Callable[[Say], None], step: int, say: Say) -> None:
-    left = step
+def _work_until(work: Callable[[Report], None], step: int, report: Report) -> None:
+    remaining = step
 
     def count() -> None:
-        nonlocal left
-        left -= 1
-        if not left:
+        nonlocal remaining
+        remaining -= 1
+        if not remaining:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _CHANGES and (event != "open" or _writes(arguments)):
+        if event in _CHANGING_EVENTS and (event != "open" or _writes(arguments)):
             count()
 
     for module, name in _UNAUDITED:
         setattr(module, name, _counted(getattr(module, name), count))
     sys.addaudithook(audit)
-    work(say)
+    work(report)
 
 
 def _counted(call: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:
@@ -146,7 +146,7 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 class Interrupted(Generic[_Result]):
-    """A tar that pauses for something to happen."""
+    """A tar that calls *meanwhile* between its two parts."""
 
     def __init__(self, first: bytes, meanwhile: Callable[[], _Result | None], second: bytes) -> None:
         self._parts = [first, second]

@@ -1,4 +1,4 @@
-"""Conversions by real workers over a real Redis: done, failed, killed in the middle, and done before."""
+"""Conversions by real workers over a real Redis: successful, failed, killed and repeated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.registry import Registry
 from tests.support.stack import Stack
 
 GEAR = [sys.executable, "-c", "from gearworkers.cli.main import main; main()"]
-A_DAY_S = 24 * 3600
+DAY_S = 24 * 3600
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def stack(running: Stack) -> Stack:
-    """Redis and a convert worker, alive."""
+    """Return the stack with Redis and a convert worker running."""
     running.start("redis", "convert")
     return running
 
@@ -75,12 +75,12 @@ def convert(stack: Stack, *arguments: str) -> tuple[int, str, str]:
 
 
 def big_layers(count: int, size_bytes: int = 8 << 20) -> list[bytes]:
-    """Layers that take long enough to be met in the middle."""
+    """Return layers that take long enough to interrupt their conversion."""
     return [tar_of([(f"{at}/{part}", os.urandom(size_bytes // 200)) for part in range(200)]) for at in range(count)]
 
 
-def in_the_middle(stack: Stack, peer: Registry, name: str, layers: int) -> subprocess.Popen[str]:
-    """A conversion to ``gear:NAME`` of so many big layers, one of which is done, and one is with a stopped process."""
+def begin_partial_conversion(stack: Stack, peer: Registry, name: str, layers: int) -> subprocess.Popen[str]:
+    """Begin a conversion of big layers to ``gear:NAME``; return when one is done. One process is stopped before."""
     Image(big_layers(layers), compression="").push(at(peer, name), "v1")
     before = done_layers(stack)
     wait_until(lambda: len(children(stack)) > 1, "the worker has its processes")
@@ -131,7 +131,7 @@ def test_a_caller_with_another_remote_than_the_workers_gets_an_error(
 
 
 def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: Registry, tmp_path: Path) -> None:
-    """Whoever can write to Redis has made it: its remote is a listener, its image a path of the worker's machine."""
+    """The attacker can write to Redis. The task names a foreign remote, or an image on the worker's machine."""
     image = Image([tar_of([("secret", b"secret" * 1000)])])
     image.write_layout(tmp_path / "layout")
     image.push(at(peer, "forged"), "v1")
@@ -149,15 +149,15 @@ def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: 
 
 @contextmanager
 def sending(stack: Stack) -> Iterator[Celery]:
-    """A Celery app that sends tasks to the stack's Redis."""
+    """Yield a Celery app that sends tasks to the stack's Redis."""
     app = make_app(Settings(run_dir=stack.run_dir), with_results=True)
     yield app
     app.close()
 
 
 def test_the_error_of_a_task_is_one_line_and_no_image_is_pushed(stack: Stack, peer: Registry) -> None:
-    late = tar_of([("a", b"a")])[:1024] + b"no tar" * 1000  # nobody reads behind a content ahead of the tasks
-    Image([late, tar_of([("good", b"")])]).push(at(peer, "bad"), "v1")
+    malformed = tar_of([("a", b"a")])[:1024] + b"no tar" * 1000  # the end of a layer is read only by its task
+    Image([malformed, tar_of([("good", b"")])]).push(at(peer, "bad"), "v1")
     code, out, err = convert(stack, f"{peer.host}/bad:v1", f"{peer.host}/gear:bad")
     lines = [line for line in err.splitlines() if not line.startswith("layer ")]
     assert (code, out) == (2, "")
@@ -173,13 +173,13 @@ def tags(peer: Registry) -> str:
 def test_results_expire_after_a_day(stack: Stack) -> None:
     client = redis.Redis(unix_socket_path=str(stack.redis_socket))
     left_s = [client.ttl(key) for key in client.keys("celery-task-meta-*")]
-    assert left_s and all(0 < ttl_s <= A_DAY_S for ttl_s in left_s)
-    wait_until(lambda: client.llen(CONVERT_QUEUE) == 0, "a worker has taken the tasks that a failure left")
+    assert left_s and all(0 < ttl_s <= DAY_S for ttl_s in left_s)
+    wait_until(lambda: client.llen(CONVERT_QUEUE) == 0, "a worker has taken the remaining tasks")
     client.close()
 
 
 def test_only_the_layer_of_a_killed_process_is_converted_again(stack: Stack, peer: Registry) -> None:
-    process = in_the_middle(stack, peer, "killed", 4)
+    process = begin_partial_conversion(stack, peer, "killed", 4)
     for pid in children(stack):
         os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -190,7 +190,7 @@ def test_only_the_layer_of_a_killed_process_is_converted_again(stack: Stack, pee
 
 def test_a_repeated_conversion_finishes_after_worker_and_caller_were_killed(stack: Stack, peer: Registry) -> None:
     before = done_layers(stack)
-    process = in_the_middle(stack, peer, "twice", 4)
+    process = begin_partial_conversion(stack, peer, "twice", 4)
     stack.kill("convert")
     process.kill()
     process.communicate()
@@ -206,7 +206,7 @@ def test_a_repeated_conversion_finishes_after_worker_and_caller_were_killed(stac
 
 
 def test_a_waiting_caller_sends_the_tasks_of_a_lost_worker_again(stack: Stack, peer: Registry) -> None:
-    process = in_the_middle(stack, peer, "lost", 3)
+    process = begin_partial_conversion(stack, peer, "lost", 3)
     stack.kill("convert")
     time.sleep(0.1)
     stack.start("convert")

@@ -1,4 +1,4 @@
-"""SIGKILL at every step of an import, a removal and a garbage collection: leftovers are never wrong and are mended."""
+"""SIGKILL at every step of imports, removals and garbage collections; the next start repairs all leftovers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.conformance.layers import (
     shown,
     tar,
 )
-from tests.faults.crashes import Interrupted, Outcome, Say, killed_at_every_step
+from tests.faults.crashes import Interrupted, Outcome, Report, killed_at_every_step
 from tests.support.overlays import Node
 
 LAYER = "layer"
@@ -51,8 +51,8 @@ def base(settings: Settings) -> str:
 
 
 @pytest.fixture
-def whole(settings: Settings, base: str) -> dict[bytes, Node]:
-    """The tree of the whole layer."""
+def complete_tree(settings: Settings, base: str) -> dict[bytes, Node]:
+    """Return the tree of the complete layer."""
     driver = InProcess(settings)
     id = applied(driver, *FILES, parent=base)
     nodes = shown(driver, id)
@@ -60,8 +60,8 @@ def whole(settings: Settings, base: str) -> dict[bytes, Node]:
     return nodes
 
 
-def recovered(settings: Settings) -> InProcess:
-    """A driver that starts after a crash; nothing is left over and nothing damaged."""
+def restarted_driver(settings: Settings) -> InProcess:
+    """Start a driver after a crash; check that there are no leftovers and no damage."""
     driver = InProcess(settings)
     assert not list(settings.gear_build_path.iterdir())
     assert not list((settings.gear_root / HIDDEN).iterdir())
@@ -71,51 +71,51 @@ def recovered(settings: Settings) -> InProcess:
 
 
 def test_an_import_killed_at_any_step_leaves_a_complete_layer_or_none(
-    settings: Settings, base: str, whole: dict[bytes, Node]
+    settings: Settings, base: str, complete_tree: dict[bytes, Node]
 ) -> None:
     data = tar(*FILES)
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         driver = GearDriver(settings)
         driver.create(LAYER, base)
-        say(b"created")
+        report(b"created")
         driver.apply_diff(LAYER, base, io.BytesIO(data))
-        say(b"applied")
+        report(b"applied")
 
-    ends = []
+    states = []
     for outcome in killed_at_every_step(work):
-        driver = recovered(settings)
-        ends.append(state(driver, whole))
-        check_state(outcome, ends[-1])
-        if ends[-1] == "whole":
+        driver = restarted_driver(settings)
+        states.append(state(driver, complete_tree))
+        check_state(outcome, states[-1])
+        if states[-1] == "complete":
             assert driver.diff(LAYER, base) == data
         driver.remove(LAYER)
         check_only_base(settings, driver, base)
-    assert {"absent", "empty", "unfinished", "whole"} <= set(ends), "the sweep met every state"
+    assert {"absent", "empty", "unfinished", "complete"} <= set(states), "the kills produced every state"
 
 
 def test_a_private_import_killed_at_any_step_leaves_a_complete_layer_or_none(settings: Settings, base: str) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         driver = GearDriver(settings)
         driver.create(LAYER, base)
         driver.apply_diff(LAYER, base, io.BytesIO(PRIVATE))
-        say(b"applied")
+        report(b"applied")
 
-    ends = []
+    states = []
     for outcome in killed_at_every_step(work):
-        driver = recovered(settings)
+        driver = restarted_driver(settings)
         own = list(settings.gear_private_cache_path.glob("*/*/*"))
-        ends.append(len(own))
+        states.append(len(own))
         if own:
             assert driver.diff(LAYER, base) == PRIVATE
-        assert len(own) == 2 if outcome.said else len(own) in (0, 2)
+        assert len(own) == 2 if outcome.reported else len(own) in (0, 2)
         driver.remove(LAYER)
         assert not list(settings.gear_private_cache_path.iterdir())
         check_only_base(settings, driver, base)
-    assert set(ends) == {0, 2}
+    assert set(states) == {0, 2}
 
 
-def state(driver: InProcess, whole: dict[bytes, Node]) -> str:
+def state(driver: InProcess, complete_tree: dict[bytes, Node]) -> str:
     if not driver.exists(LAYER):
         return "absent"
     try:
@@ -124,76 +124,76 @@ def state(driver: InProcess, whole: dict[bytes, Node]) -> str:
         assert "remove it" in str(exc)
         return "unfinished"
     nodes = shown(driver, LAYER)
-    if nodes == whole:
-        return "whole"
+    if nodes == complete_tree:
+        return "complete"
     assert set(nodes) == {b"base", b"shared"}
     return "empty"
 
 
 def check_state(outcome: Outcome, end: str) -> None:
-    match outcome.said:
+    match outcome.reported:
         case []:
             assert end in ("absent", "empty")
         case [b"created"]:
-            assert end in ("empty", "unfinished", "whole")
+            assert end in ("empty", "unfinished", "complete")
         case _:
-            assert end == "whole", "ApplyDiff had answered"
+            assert end == "complete", "ApplyDiff had returned"
 
 
 def check_only_base(settings: Settings, driver: InProcess, base: str) -> None:
-    """The collector finds all that the crash has left, and no more."""
+    """Check that the collector removes all leftovers of the crash and keeps the base."""
     Engine.of(settings).collect_garbage()
     assert set(shown(driver, base)) == {b"base", b"shared"}
     assert object_names(settings) == {object_path(settings, content) for content in (b"only in the base", SHARED)}
 
 
 def test_a_removal_killed_at_any_step_leaves_the_layer_or_nothing(
-    settings: Settings, base: str, whole: dict[bytes, Node]
+    settings: Settings, base: str, complete_tree: dict[bytes, Node]
 ) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         GearDriver(settings).remove(LAYER)
-        say(b"removed")
+        report(b"removed")
 
     data = tar(*FILES)
     GearDriver(settings).create(LAYER, base)
     GearDriver(settings).apply_diff(LAYER, base, io.BytesIO(data))
     for outcome in killed_at_every_step(work):
-        driver = recovered(settings)
-        end = state(driver, whole)
-        assert end == "absent" if outcome.said else end in ("absent", "whole")
+        driver = restarted_driver(settings)
+        end = state(driver, complete_tree)
+        assert end == "absent" if outcome.reported else end in ("absent", "complete")
         if end == "absent":
             driver.create(LAYER, base)
             driver.apply_diff(LAYER, base, data)
 
 
 def test_a_private_removal_killed_at_any_step_leaves_the_layer_or_nothing(settings: Settings, base: str) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         GearDriver(settings).remove(LAYER)
-        say(b"removed")
+        report(b"removed")
 
     def own() -> int:
         return len(list(settings.gear_private_cache_path.glob("*/*/*")))
 
-    ends = []
+    states = []
     driver = InProcess(settings)
     driver.create(LAYER, base)
     driver.apply_diff(LAYER, base, PRIVATE)
     for outcome in killed_at_every_step(work):
-        driver = recovered(settings)
-        ends.append(own())
-        if ends[-1]:
-            assert driver.diff(LAYER, base) == PRIVATE and not outcome.said
+        driver = restarted_driver(settings)
+        states.append(own())
+        if states[-1]:
+            assert driver.diff(LAYER, base) == PRIVATE and not outcome.reported
         else:
             assert not driver.exists(LAYER)
             driver.create(LAYER, base)
             driver.apply_diff(LAYER, base, PRIVATE)
-    assert set(ends) == {0, 2}
+    assert set(states) == {0, 2}
 
 
 def test_a_killed_private_import_is_removed_completely_without_a_restart(settings: Settings, base: str) -> None:
-    """A worker was killed, and the gateway goes on."""
+    """The worker is killed and the gateway keeps running."""
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         driver = GearDriver(settings)
         driver.create(LAYER, base)
         driver.apply_diff(LAYER, base, io.BytesIO(PRIVATE))
@@ -206,12 +206,12 @@ def test_a_killed_private_import_is_removed_completely_without_a_restart(setting
 
 
 def test_a_collection_killed_at_any_step_loses_no_referenced_object(settings: Settings, base: str) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         Engine.of(settings).collect_garbage()
-        say(b"collected")
+        report(b"collected")
 
     for outcome in killed_at_every_step(work):
-        driver = recovered(settings)
+        driver = restarted_driver(settings)
         assert set(shown(driver, base)) == {b"base", b"shared"}
         if not outcome.was_killed:
             assert len(object_names(settings)) == 2
@@ -224,11 +224,11 @@ def make_garbage(settings: Settings) -> None:
 
 
 def test_an_import_survives_a_collector_killed_at_any_step(settings: Settings, base: str) -> None:
-    """The import finds an object, the collector takes it for garbage, hides it and dies; the layer is whole."""
+    """The collector hides an object that the import has found, and is killed; the layer is still complete."""
     make_garbage(settings)
     first, second = tar(*FILES)[:-1024], tar(file("end", b"the end"))
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         Engine.of(settings).collect_garbage()
 
     collector = killed_at_every_step(work)
@@ -238,16 +238,16 @@ def test_an_import_survives_a_collector_killed_at_any_step(settings: Settings, b
         driver.create(id, base)
         paused = Interrupted(first, lambda: next(collector, None), second)
         driver.apply_diff(id, base, paused)
-        assert driver.diff(id, base) == first + second, "every object is there"
+        assert driver.diff(id, base) == first + second, "every object is present"
         assert not list(Engine.of(settings).faults(read_data=True, repair=False))
         driver.remove(id)
         if paused.outcome is None:
             break
-    assert number > 5, "the sweep had steps"
+    assert number > 5, "the collector was killed at several steps"
 
 
 def test_the_driver_starts_when_a_power_cut_emptied_the_record_of_an_unfinished_layer(settings: Settings) -> None:
-    """The record of an empty layer is not synced; its name may have survived beside the container it became."""
+    """The record of an empty layer is not synced. Its name may survive beside the container that replaced the layer."""
     driver = InProcess(settings)
     driver.create(LAYER, "")
     with mounted(driver, LAYER) as merged:

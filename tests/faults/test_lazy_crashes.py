@@ -1,4 +1,4 @@
-"""The lazy file server or its keeper dies while containers run: they notice a pause at most."""
+"""The lazy file server or its keeper is killed while containers run; readers see at most a delay."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def keepers(node: LazyNode) -> list[int]:
 
 
 def holders(node: LazyNode) -> list[int]:
-    """The keepers that have the file system's descriptor."""
+    """Return the keepers that hold the file descriptor of the FUSE connection."""
     return [pid for pid in keepers(node) if holds_fuse(pid)]
 
 
@@ -58,7 +58,7 @@ def holds_fuse(pid: int) -> bool:
     try:
         return any(os.readlink(fd) == os.fspath(DEVICE) for fd in Path(f"/proc/{pid}/fd").iterdir())
     except (FileNotFoundError, ProcessLookupError):
-        return False  # it has ended, or closed one meanwhile
+        return False  # the process has ended or closed a descriptor
 
 
 def has_asked(node: LazyNode, requests: int) -> bool:
@@ -76,7 +76,7 @@ def test_readers_survive_repeated_kills_of_the_server(node: LazyNode) -> None:
 
     with ThreadPoolExecutor(15) as readers:
         results = [readers.submit(read_all, number) for number in range(15)]
-        for requests in (60, 120, 180, 240):  # in all there are more, however late this thread sees them
+        for requests in (60, 120, 180, 240):  # all readers together make more requests than this
             until(partial(has_asked, node, requests), "objects are being fetched")
             node.kill()
             node.start()
@@ -97,8 +97,8 @@ def test_a_pending_request_is_answered_by_the_next_server(node: LazyNode) -> Non
     assert [reader.poll() for reader in readers] == [None, None]
     node.start()
     for reader, content in zip(readers, (SMALL["etc/file1"], LARGE), strict=True):
-        said, _ = reader.communicate(timeout=60)
-        assert said.split()[0] == hashlib.sha256(content).hexdigest().encode()
+        output, _ = reader.communicate(timeout=60)
+        assert output.split()[0] == hashlib.sha256(content).hexdigest().encode()
         assert reader.returncode == 0
 
 
@@ -165,8 +165,8 @@ def test_a_killed_keeper_is_replaced_and_the_mount_survives_the_server(node: Laz
     root = node.run("c1")
     (old,) = keepers(node)
     os.kill(old, signal.SIGKILL)
-    until(lambda: holders(node) not in ([], [old]), "there is another keeper")
-    until(lambda: len(node.status().failures) == 0, "the server is well")
+    until(lambda: holders(node) not in ([], [old]), "a new keeper holds the descriptor")
+    until(lambda: len(node.status().failures) == 0, "the server reports no failures")
     node.kill()
     node.start()
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
@@ -178,11 +178,11 @@ def test_the_server_survives_a_keeper_that_cannot_start_and_retries_it(node: Laz
     socket.mkdir()
     (old,) = keepers(node)
     os.kill(old, signal.SIGKILL)
-    time.sleep(1.5)  # some turns of the server
+    time.sleep(1.5)  # several checks of the server
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
     assert not socket.is_socket()
     socket.rmdir()
-    until(lambda: holders(node) not in ([], [old]), "there is another keeper")
+    until(lambda: holders(node) not in ([], [old]), "a new keeper holds the descriptor")
     node.kill()
     node.start()
     assert (root / "etc/file2").read_bytes() == SMALL["etc/file2"]
@@ -208,16 +208,16 @@ def test_a_complete_file_is_passed_through_before_and_after_a_restart(node: Lazy
     root, second = node.run("c1"), node.run("c2")
     held = open(root / "lib/large", "rb")
     assert held.read() == LARGE
-    until(lambda: node.status().fetched_objects == 1, "it is whole")
+    until(lambda: node.status().fetched_objects == 1, "the file is complete")
     passed = node.settings.run_dir / "lazyfs-passed"
     assert (root / "lib/large").read_bytes() == LARGE
-    assert list(passed.iterdir()) == []  # still open through the server
+    assert list(passed.iterdir()) == []  # the file is still open through the server
     held.close()
-    until(partial(is_passed, root, passed), "it is opened past the server")
-    with open(root / "lib/large", "rb") as open_past:
+    until(partial(is_passed, root, passed), "the file is passed through")
+    with open(root / "lib/large", "rb") as passed_file:
         node.kill()
         Path("/proc/sys/vm/drop_caches").write_text("1")
-        assert open_past.read() == LARGE
+        assert passed_file.read() == LARGE
         node.start()
         assert (root / "lib/large").read_bytes() == LARGE
         assert (second / "lib/large").read_bytes() == LARGE
@@ -229,7 +229,7 @@ def test_a_complete_file_is_served_when_passthrough_cannot_be_recorded(node: Laz
     root = node.run("c1")
     (node.settings.run_dir / "lazyfs-passed").rmdir()
     assert (root / "lib/large").read_bytes() == LARGE
-    until(lambda: node.status().fetched_objects == 1, "it is whole")
+    until(lambda: node.status().fetched_objects == 1, "the file is complete")
     for _ in range(3):
         time.sleep(0.1)  # a close reaches the server a little later
         assert (root / "lib/large").read_bytes() == LARGE
@@ -240,8 +240,8 @@ def test_records_of_a_lost_mount_are_discarded_even_if_the_new_server_is_killed(
     node: LazyNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.stop()
-    note = node.settings.run_dir / "lazyfs-passed" / f"{node_of(hashlib.sha256(LARGE).digest()):016x}"
-    note.write_text("7")
+    record = node.settings.run_dir / "lazyfs-passed" / f"{node_of(hashlib.sha256(LARGE).digest()):016x}"
+    record.write_text("7")
     child = os.fork()
     if not child:
         keep = FdKeeper.keep
@@ -253,6 +253,6 @@ def test_records_of_a_lost_mount_are_discarded_even_if_the_new_server_is_killed(
 
 
 def is_passed(root: Path, passed: Path) -> bool:
-    """Open once more: a close reaches the server a little later."""
+    """Read the file and return whether a node is passed through; a close reaches the server a little later."""
     assert (root / "lib/large").read_bytes() == LARGE
     return any(passed.iterdir())

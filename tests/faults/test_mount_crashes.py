@@ -1,4 +1,4 @@
-"""SIGKILL at every step of Get and Put leaves one mount or none, never two, and keeps a container's files."""
+"""SIGKILL at every step of Get and Put leaves at most one mount and keeps the files of the container."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import applied, file
-from tests.faults.crashes import Say, killed_at_every_step
+from tests.faults.crashes import Report, killed_at_every_step
 from tests.support.lazynode import LazyNode, lazy_node
 
 READ_WRITE = ("container", "container-init")  # the second one is mounted volatile
@@ -30,7 +30,7 @@ def base(settings: Settings) -> str:
 
 
 def layer_of(settings: Settings, kind: str, base: str) -> str:
-    """Make an unmounted layer; a read-write layer has a file of its own."""
+    """Create an unmounted layer; a read-write layer has a file of its own."""
     if kind == "image":
         return base
     driver = InProcess(settings)
@@ -64,9 +64,9 @@ def check_one_user(settings: Settings, id: str) -> None:
 def test_a_get_killed_at_any_step_leaves_no_second_mount(settings: Settings, base: str, kind: str) -> None:
     id = layer_of(settings, kind, base)
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         GearDriver(settings).get(id)
-        say(b"mounted")
+        report(b"mounted")
 
     kills = 0
     for outcome in killed_at_every_step(work):
@@ -84,9 +84,9 @@ def test_a_get_killed_at_any_step_leaves_no_second_mount(settings: Settings, bas
 def test_a_put_killed_at_any_step_can_be_repeated(settings: Settings, base: str, kind: str) -> None:
     id = layer_of(settings, kind, base)
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         GearDriver(settings).put(id)
-        say(b"unmounted")
+        report(b"unmounted")
 
     merged = InProcess(settings).get(id)
     for outcome in killed_at_every_step(work):
@@ -94,18 +94,18 @@ def test_a_put_killed_at_any_step_can_be_repeated(settings: Settings, base: str,
         assert mounts_at(merged) == 0
         check_one_user(settings, id)
         InProcess(settings).get(id)
-        assert outcome.was_killed or outcome.said
+        assert outcome.was_killed or outcome.reported
     InProcess(settings).put(id)
 
 
 def killed_calls(settings: Settings, call: str, id: str) -> Iterator[bool]:
-    """Kill a Get or Put at each of its steps; yield whether it had answered."""
+    """Kill a Get or Put at each of its steps; yield whether it had returned."""
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         getattr(GearDriver(settings), call)(id)
-        say(b"done")
+        report(b"done")
 
-    return (bool(outcome.said) for outcome in killed_at_every_step(work))
+    return (bool(outcome.reported) for outcome in killed_at_every_step(work))
 
 
 @pytest.mark.parametrize("call", ["put", "remove"])
@@ -120,7 +120,7 @@ def test_a_put_or_remove_after_a_killed_get_unmounts(settings: Settings, base: s
         driver.remove("container")
         assert not merged.exists()
         layer_of(settings, "container", base)
-    assert mounted > 1, "some were killed after the mount"
+    assert mounted > 1, "some calls were killed after the mount"
 
 
 def test_a_new_dockerd_counts_no_user_for_a_killed_get(settings: Settings, base: str) -> None:
@@ -164,7 +164,7 @@ def check_one_mount(driver: InProcess, id: str, merged: Path) -> None:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[LazyNode]:
-    """A node that records the starts of containers."""
+    """Yield a node that records the starts of containers."""
     with lazy_node(tmp_path) as node:
         node.settings = replace(node.settings, remote=replace(node.settings.remote, url=str(tmp_path / "remote")))
         node.pull({"base": b"of the base"}, "base")

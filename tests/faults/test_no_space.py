@@ -1,4 +1,4 @@
-"""A GEAR_ROOT without space or inodes left: a clear error, nothing visible, the store whole, and on it goes."""
+"""Imports into a GEAR_ROOT without free space or inodes fail with a clear error and leave a consistent store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import applied, file, mounted, object_names, shown, tar
-from tests.faults.crashes import Interrupted, Say, run_child
+from tests.faults.crashes import Interrupted, Report, run_child
 from tests.support.disk import mount_fresh
 
 MIB = 1 << 20
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 of 24 MiB with some 3,000 inodes."""
+    """Yield a mounted ext4 of 24 MiB with about 3,000 inodes."""
     target = tmp_path / "disk"
     mount_fresh(tmp_path / "image", target, 24 * MIB)
     yield target
@@ -39,8 +39,8 @@ def driver(disk: Path, tmp_path: Path) -> Iterator[InProcess]:
     driver.cleanup()
 
 
-def refused_and_whole(driver: InProcess, data: bytes) -> None:
-    """The import fails by its right name and leaves nothing but garbage."""
+def check_import_fails_cleanly(driver: InProcess, data: bytes) -> None:
+    """Check that the import fails with the right error and leaves only garbage."""
     base = applied(driver, file("base", b"base"))
     driver.create("full", base)
     with pytest.raises(Refused, match=r"[Nn]o space left|are free in"):
@@ -55,31 +55,31 @@ def refused_and_whole(driver: InProcess, data: bytes) -> None:
     Engine.of(driver.settings).collect_garbage()
     assert len(object_names(driver.settings)) == 1, "the failed import's objects are garbage"
     after = applied(driver, file("after", os.urandom(MIB)), parent=base)
-    assert set(shown(driver, after)) == {b"base", b"after"}, "it works again"
+    assert set(shown(driver, after)) == {b"base", b"after"}, "the next import works"
 
 
 def test_an_import_of_too_many_contents_fails_cleanly(driver: InProcess) -> None:
-    refused_and_whole(driver, tar(*(file(f"f{number}", os.urandom(MIB // 2)) for number in range(64))))
+    check_import_fails_cleanly(driver, tar(*(file(f"f{number}", os.urandom(MIB // 2)) for number in range(64))))
 
 
 def test_an_import_of_one_too_large_content_fails_cleanly(driver: InProcess) -> None:
-    refused_and_whole(driver, tar(file("huge", os.urandom(32 * MIB))))
+    check_import_fails_cleanly(driver, tar(file("huge", os.urandom(32 * MIB))))
 
 
 def test_an_import_fails_cleanly_when_an_earlier_content_used_the_space(driver: InProcess, disk: Path) -> None:
     free = os.statvfs(disk)
-    room = free.f_bavail * free.f_frsize
-    contents = [file("first", os.urandom(room // 2)), file("second", os.urandom(room * 2 // 3))]
-    refused_and_whole(driver, tar(*contents))
+    free_bytes = free.f_bavail * free.f_frsize
+    contents = [file("first", os.urandom(free_bytes // 2)), file("second", os.urandom(free_bytes * 2 // 3))]
+    check_import_fails_cleanly(driver, tar(*contents))
 
 
 def test_an_import_of_more_contents_than_inodes_fails_cleanly(driver: InProcess, disk: Path) -> None:
     count = os.statvfs(disk).f_favail + 100
-    refused_and_whole(driver, tar(*(file(f"f{number}", b"content %d" % number) for number in range(count))))
+    check_import_fails_cleanly(driver, tar(*(file(f"f{number}", b"content %d" % number) for number in range(count))))
 
 
 def fill(disk: Path) -> Path:
-    """Leave hardly a block free; the file that has them all."""
+    """Fill the disk with a file; return its path."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file_, pytest.raises(OSError, match="No space"):
         while file_.write(bytes(4096)):
@@ -90,19 +90,19 @@ def fill(disk: Path) -> Path:
 def test_a_disk_that_fills_up_during_an_import_of_known_contents_does_not_kill_the_process(
     driver: InProcess, disk: Path
 ) -> None:
-    """The list of claims is shared memory: a page of it without a block behind would be a SIGBUS."""
+    """The list of claims is shared memory. A write to a page without a disk block would raise SIGBUS."""
     applied(driver, file("known", b"known"))
     driver.create("layer")
     first, second = tar(file("a", b"known")), tar(*(file(f"b{number}", b"known") for number in range(5000)))
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         data = Interrupted(first[:-1024], lambda: fill(disk), second)
         GearDriver(driver.settings).apply_diff("layer", "", data)
 
     outcome = run_child(work)
     (disk / "filler").unlink()
-    assert outcome.failed, "an error and no signal"
-    assert outcome.said[0].startswith(b"ResourceExhausted"), outcome.said
+    assert outcome.failed, "the process ends with an error, not by a signal"
+    assert outcome.reported[0].startswith(b"ResourceExhausted"), outcome.reported
     InProcess(driver.settings).remove("layer")
 
 
@@ -112,14 +112,14 @@ def test_a_full_disk_rejects_a_new_layer_and_keeps_the_old_ones(driver: InProces
     with mounted(driver, "container") as merged:
         filler = fill(disk)
         with pytest.raises(Refused, match="No space"):
-            for id in (f"another{number}" for number in range(20)):  # the file system may have kept some blocks
+            for id in (f"another{number}" for number in range(20)):  # the file system may have a few free blocks
                 driver.create(id, base)
         assert not driver.exists(id)
         assert (merged / "base").read_bytes() == b"base", "existing files can be read"
         with pytest.raises(OSError, match="No space"):
             (merged / "new").write_bytes(os.urandom(MIB))
     with mounted(driver, "container") as merged:
-        assert (merged / "base").read_bytes() == b"base", "also by a container that starts now"
+        assert (merged / "base").read_bytes() == b"base", "a new mount can read them too"
     filler.unlink()
     with mounted(driver, "container") as merged:
         (merged / "new").write_bytes(b"fits")
@@ -127,21 +127,21 @@ def test_a_full_disk_rejects_a_new_layer_and_keeps_the_old_ones(driver: InProces
 
 
 def test_an_import_fails_when_the_end_of_the_stream_file_does_not_fit(driver: InProcess) -> None:
-    """The kernel takes a part of the last write and says no more than how much."""
+    """The kernel accepts only a part of the last write and reports the length, without an error."""
     data = tar(file("a", b"a")) + os.urandom(2 * MIB)
-    whole = driver.settings.gear_images_path / applied_raw(driver, "whole", data) / STREAM_FILE
+    stream = driver.settings.gear_images_path / apply_tar(driver, "whole", data) / STREAM_FILE
 
-    def work(say: Say) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size - 10, resource.RLIM_INFINITY))
-        applied_raw(InProcess(driver.settings), "cut", data)
+    def work(report: Report) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (stream.stat().st_size - 10, resource.RLIM_INFINITY))
+        apply_tar(InProcess(driver.settings), "cut", data)
 
     outcome = run_child(work)
-    assert outcome.failed, "no layer without the end of its stream"
+    assert outcome.failed, "the import fails without the end of the stream"
     with pytest.raises(Refused, match="remove"):
         driver.get("cut")
 
 
-def applied_raw(driver: InProcess, id: str, data: bytes) -> str:
+def apply_tar(driver: InProcess, id: str, data: bytes) -> str:
     driver.create(id)
     driver.apply_diff(id, "", data)
     return id

@@ -27,7 +27,7 @@ from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, new_layer_id
 from tests.conformance.layers import applied, file, mounted, tar
-from tests.faults.crashes import Say, killed_at_every_step, run_child
+from tests.faults.crashes import Report, killed_at_every_step, run_child
 
 CONTENTS = [b"small", b"another", b"large " * 900_000]
 DATA = tar(*(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
@@ -52,7 +52,7 @@ def settings_in(root: Path) -> Settings:
 
 
 def pushed(settings: Settings) -> set[str]:
-    """The CONTENTS that the remote has whole; read as files, since children are forked from here."""
+    """Return the digests of the CONTENTS that the remote holds; read as files, since this process forks children."""
     return {name for name in WANTED if blob_path(settings, name).exists() and content(settings, name) in CONTENTS}
 
 
@@ -68,21 +68,21 @@ def content(settings: Settings, name: str) -> bytes:
 
 
 def push(settings: Settings) -> None:
-    """In a process of its own."""
+    """Push in a child process."""
     outcome = run_child(lambda _: _push(settings))
-    assert not outcome.failed, outcome.said
+    assert not outcome.failed, outcome.reported
 
 
 def _push(settings: Settings) -> None:
     Engine.of(settings).push_pending()
 
 
-def empty(settings: Settings) -> None:
+def empty_remote(settings: Settings) -> None:
     shutil.rmtree(settings.remote.url)
     (Path(settings.remote.url) / "objects").mkdir(parents=True)
 
 
-def waiting(settings: Settings) -> int:
+def pending_count(settings: Settings) -> int:
     return len(list(settings.gear_push_path.iterdir()))
 
 
@@ -96,7 +96,7 @@ def test_new_objects_are_pushed_once(settings: Settings) -> None:
     assert pushed(settings) == WANTED
     applied(driver, file("again", CONTENTS[0]))
     assert Engine.of(settings).push_pending().pushed_objects == 0
-    assert waiting(settings) == 0
+    assert pending_count(settings) == 0
 
 
 def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
@@ -112,26 +112,28 @@ def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
 
 
 def test_a_push_killed_at_any_step_is_finished_by_the_next(settings: Settings) -> None:
-    """In a process that has not used obstore: children forked from one that has cannot."""
+    """The test runs in a new process, since obstore does not work in children of a process that has used it."""
     root = str(settings.gear_root.parent)
     subprocess.run([sys.executable, "-m", "tests.faults.test_push", root], check=True)
 
 
 def push_killed_at_every_step(settings: Settings) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         Engine.of(settings).push_pending()
 
     driver = InProcess(settings)
     driver.create("layer")
     driver.apply_diff("layer", "", DATA)
     for outcome in killed_at_every_step(work):
-        assert len(pushed(settings)) + waiting(settings) >= len(CONTENTS), "each is there or still waits"
+        assert len(pushed(settings)) + pending_count(settings) >= len(CONTENTS), (
+            "each object is in the remote or pending"
+        )
         if not outcome.was_killed:
             break
         push(settings)
         assert pushed(settings) == WANTED
-        assert waiting(settings) == 0
-        empty(settings)
+        assert pending_count(settings) == 0
+        empty_remote(settings)
         driver.remove("layer")
         Engine.of(settings).collect_garbage()
         driver.create("layer")
@@ -140,7 +142,7 @@ def push_killed_at_every_step(settings: Settings) -> None:
 
 
 def test_an_import_killed_at_any_step_and_repeated_is_pushed_completely(settings: Settings) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         driver = GearDriver(settings)
         driver.create("layer", "")
         driver.apply_diff("layer", "", io.BytesIO(DATA))
@@ -155,11 +157,11 @@ def test_an_import_killed_at_any_step_and_repeated_is_pushed_completely(settings
         assert pushed(settings) == WANTED
         driver.remove("layer")
         Engine.of(settings).collect_garbage()
-        empty(settings)
+        empty_remote(settings)
 
 
 def test_an_import_killed_at_any_step_leaves_no_permanent_queue_entry(settings: Settings) -> None:
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         driver = GearDriver(settings)
         driver.create("layer", "")
         driver.apply_diff("layer", "", io.BytesIO(DATA))
@@ -168,18 +170,18 @@ def test_an_import_killed_at_any_step_leaves_no_permanent_queue_entry(settings: 
     for _ in killed_at_every_step(work):
         driver = InProcess(settings)
         driver.remove("layer")
-        waited = waiting(settings)
+        before = pending_count(settings)
         Engine.of(settings).collect_garbage()
-        announced_only += waited - waiting(settings)
+        announced_only += before - pending_count(settings)
         Engine.of(settings).push_pending()
-        assert waiting(settings) == 0
-        empty(settings)
+        assert pending_count(settings) == 0
+        empty_remote(settings)
     assert announced_only
 
 
 @pytest.fixture
 def announced(settings: Settings) -> tuple[PushQueue, ObjectStore, bytes]:
-    """A spool in which an object is announced that is not stored."""
+    """Return a push queue in which an object is announced but not stored."""
     store = ObjectStore(settings.gear_public_cache_path)
     push_queue = PushQueue(settings.gear_push_path, store)
     digest = hashlib.sha256(CONTENTS[0]).digest()
@@ -207,7 +209,7 @@ def test_announcements_of_a_running_import_are_kept(settings: Settings, announce
     claims.close()
     shutil.rmtree(build)
     Engine.of(settings).collect_garbage()
-    assert waiting(settings) == 0
+    assert pending_count(settings) == 0
 
 
 @pytest.mark.parametrize("announces", [True, False])
@@ -217,7 +219,7 @@ def test_an_object_stored_while_its_announcement_is_removed_is_pushed(
     push_queue, store, digest = announced
 
     def importing() -> set[bytes]:
-        """Where the collector reads the claims: another import comes; it announces before, or had done."""
+        """Store the object while the collector reads the refs, with an announcement now or before."""
         if announces:
             push_queue.announce(digest)
         stored(store, digest, settings)
@@ -226,13 +228,13 @@ def test_an_object_stored_while_its_announcement_is_removed_is_pushed(
 
     assert push_queue.remove_unstored(importing) == 0
     Engine.of(settings).collect_garbage()
-    assert waiting(settings) == 1
+    assert pending_count(settings) == 1
     assert Engine.of(settings).push_pending().pushed_objects == 1
     assert pushed(settings) == {digest.hex()}
 
 
 def test_an_object_whose_link_was_set_aside_is_pushed(settings: Settings, announced: Announced) -> None:
-    """The collector took it for an announcement, the import's link replaced that, and the collector was killed."""
+    """The import replaced the announcement by a link, the collector renamed the link and was killed."""
     push_queue, store, digest = announced
     stored(store, digest, settings)
     push_queue.add(digest)
@@ -240,7 +242,7 @@ def test_an_object_whose_link_was_set_aside_is_pushed(settings: Settings, announ
     path.rename(f"{path}.aside")
     push_queue.announce(digest)
     assert push_queue.remove_unstored(set) == 0
-    assert path.stat().st_size == len(CONTENTS[0]) and waiting(settings) == 1
+    assert path.stat().st_size == len(CONTENTS[0]) and pending_count(settings) == 1
 
 
 def test_a_removal_of_announcements_killed_at_any_step_is_finished_by_the_next(
@@ -248,14 +250,14 @@ def test_a_removal_of_announcements_killed_at_any_step_is_finished_by_the_next(
 ) -> None:
     push_queue, _, digest = announced
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         push_queue.remove_unstored(lambda: {digest})
 
     for _ in killed_at_every_step(work):
-        assert waiting(settings) in (1, 2)
+        assert pending_count(settings) in (1, 2)
         assert push_queue.remove_unstored(lambda: {digest}) == 0
         assert list(push_queue.pending()) == [digest]
-    assert push_queue.remove_unstored(set) == 1 and waiting(settings) == 0
+    assert push_queue.remove_unstored(set) == 1 and pending_count(settings) == 0
 
 
 def test_pending_objects_outlive_their_layer_and_the_collector(settings: Settings) -> None:
@@ -267,36 +269,36 @@ def test_pending_objects_outlive_their_layer_and_the_collector(settings: Setting
 
 
 def test_a_remote_receives_all_objects_after_an_outage(settings: Settings) -> None:
-    remote, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
+    remote, moved = Path(settings.remote.url), Path(settings.remote.url + "-moved")
     driver = InProcess(settings)
     driver.create("layer")
-    remote.rename(away)
+    remote.rename(moved)
     remote.write_text("no directory")
     driver.apply_diff("layer", "", DATA)
     with pytest.raises(GearError, match="remote"):
         Engine.of(settings).push_pending()
-    assert waiting(settings) == len(CONTENTS)
+    assert pending_count(settings) == len(CONTENTS)
     remote.unlink()
-    away.rename(remote)
+    moved.rename(remote)
     assert InProcess(settings).exists("layer")
     Engine.of(settings).push_pending()
     assert pushed(settings) == WANTED
-    assert waiting(settings) == 0
+    assert pending_count(settings) == 0
 
 
 def test_a_damaged_object_is_not_pushed_and_does_not_block_others(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
-    damaged = {spoil(settings, content) for content in (CONTENTS[0], CONTENTS[2])}
+    damaged = {damage(settings, content) for content in (CONTENTS[0], CONTENTS[2])}
     report = Engine.of(settings).push_pending()
     assert set(report.refused) == damaged
     assert pushed(settings) == {hashlib.sha256(CONTENTS[1]).hexdigest()}
     assert {path.name for path in settings.gear_push_path.iterdir()} == {digest.hex() for digest in damaged}
-    assert list((Path(settings.remote.url) / "staging").iterdir()) == [], "no temporary file either"
+    assert list((Path(settings.remote.url) / "staging").iterdir()) == [], "there is no temporary file"
 
 
 class Refusing(DirectoryStore):
-    """A remote that takes some blobs for wrong."""
+    """A remote that rejects some blobs as wrong."""
 
     refused: frozenset[bytes] = frozenset()
 
@@ -321,12 +323,12 @@ def test_a_repaired_object_is_pushed_when_it_is_stored_again(settings: Settings)
     driver = InProcess(settings)
     layers = [applied(driver, file(f"f{number}", content)) for number, content in enumerate(CONTENTS[:2])]
     for content in CONTENTS[:2]:
-        spoil(settings, content)
+        damage(settings, content)
     driver.remove(layers[1])
     Engine.of(settings).collect_garbage()
     faults = list(Engine.of(settings).faults(read_data=True, repair=True))
-    assert sum("removed" in fault for fault in faults) == 2, "the spool holds what no layer refers to any more"
-    assert waiting(settings) == 0
+    assert sum("removed" in fault for fault in faults) == 2, "the push queue holds objects of removed layers"
+    assert pending_count(settings) == 0
     applied(driver, file("again", CONTENTS[0]))
     assert Engine.of(settings).push_pending() == PushReport(1, {})
 
@@ -334,7 +336,7 @@ def test_a_repaired_object_is_pushed_when_it_is_stored_again(settings: Settings)
 def test_the_command_lists_objects_that_could_not_be_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
     applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
-    digest = spoil(settings, CONTENTS[0])
+    digest = damage(settings, CONTENTS[0])
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "push"]
     environ = {**os.environ, "GEAR_ROOT": str(settings.gear_root), "GEAR_REMOTE": settings.remote.url}
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
@@ -343,16 +345,12 @@ def test_the_command_lists_objects_that_could_not_be_pushed(settings: Settings) 
     assert "pushed 1 objects, 1 could not be pushed" in done.stdout
 
 
-def spoil(settings: Settings, content: bytes) -> bytes:
-    """Change a byte of an object; its digest."""
+def damage(settings: Settings, content: bytes) -> bytes:
+    """Change a byte of an object; return its digest."""
     digest = hashlib.sha256(content).digest()
     path = Path(os.fsdecode(ObjectStore(settings.gear_public_cache_path).path(digest)))
     path.write_bytes(content[:-1] + b"!")
     return digest
-
-
-if __name__ == "__main__":
-    push_killed_at_every_step(settings_in(Path(sys.argv[1])))
 
 
 def test_foreign_files_in_the_push_directory_do_not_block_pushes(settings: Settings) -> None:
@@ -360,3 +358,7 @@ def test_foreign_files_in_the_push_directory_do_not_block_pushes(settings: Setti
     (settings.gear_push_path / "lost+found").mkdir()
     (settings.gear_push_path / ".nfs000000000001").touch()
     assert Engine.of(settings).push_pending() == PushReport(1, {})
+
+
+if __name__ == "__main__":
+    push_killed_at_every_step(settings_in(Path(sys.argv[1])))

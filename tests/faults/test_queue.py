@@ -1,4 +1,4 @@
-"""A caller of the plugin socket gets a response even if the real Redis or the real workers fail during its call."""
+"""Callers of the plugin socket get a response even if the real Redis or the real workers fail during a call."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def full_disk(stack: Stack, redis: Redis) -> Iterator[None]:
         while True:
             file.write(bytes(1 << 20))
     with suppress(ResponseError):  # the following writes are refused
-        redis.set("what the last page has no room for", bytes(1 << 16))
+        redis.set("filler", bytes(1 << 16))
     try:
         yield
     finally:
@@ -210,7 +210,7 @@ def test_the_gateway_does_the_calls_while_redis_refuses_tasks_and_the_same_worke
         if refusal not in (
             "maxmemory",
             "busy",
-        ):  # with maxmemory tasks are still taken; a busy Redis answers no waiting worker
+        ):  # with maxmemory workers still take tasks; a busy Redis does not answer them
             wait_until(lambda: worker.log_count(b"Trying again in 4") > tried_twice, "the worker tries twice")
     wait_until(lambda: is_served_by_worker(plugin), "a worker takes calls again")
     assert stack.is_running("import") and worker.pid == pid
@@ -222,7 +222,7 @@ def test_a_worker_recovers_when_its_processes_die_just_before_redis(plugin: Plug
     for pid in children(stack):
         os.kill(pid, signal.SIGKILL)
     stack.kill("redis")
-    worker.wait_until(lambda: worker.log_count(b"Cannot connect") > noticed, "the worker has noticed")
+    worker.wait_until(lambda: worker.log_count(b"Cannot connect") > noticed, "the worker reports the lost connection")
     stack.start("redis")
     worker.wait_until(lambda: is_served_by_worker(plugin), "the worker takes calls again")
 
@@ -250,7 +250,7 @@ def test_without_workers_the_gateway_does_the_calls_and_queued_tasks_are_not_rep
 
 
 def test_stalled_callers_block_no_other_call_and_are_served_when_they_continue(plugin: Plugin, stack: Stack) -> None:
-    """There are as many stalled callers as workers and gateway have processes without them."""
+    """There are as many stalled callers as workers and gateway have processes."""
     tar = a_tar()
     stalled = {new_layer_id(): tar[: len(tar) // 2] for _ in range(2 * CORES)} | {
         new_layer_id(): tar[:1] for _ in range(2 * CORES)
@@ -304,7 +304,7 @@ def test_the_rest_of_a_tar_after_the_death_of_a_gateway_is_rejected(plugin: Plug
     rests: dict[str, list[bytes]] = {new_layer_id(): [], new_layer_id(): [bytes(1024)], new_layer_id(): [tiny_tar()]}
     for id in rests:
         plugin.call("Create", ID=id, Parent="")
-    os.killpg(stack.daemons["gateway"].pid, signal.SIGSTOP)  # so no worker learns of the bodies that it receives
+    os.killpg(stack.daemons["gateway"].pid, signal.SIGSTOP)  # so no worker learns of these calls
     with ExitStack() as connections:
         for id in rests:
             connections.enter_context(plugin.begin_apply(id, a_tar()[:10240]))

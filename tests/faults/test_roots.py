@@ -1,4 +1,4 @@
-"""Init names another GEAR_ROOT during other calls: each call uses one root from start to end."""
+"""Init switches GEAR_ROOT during other calls; each call uses one root from start to end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def switch(driver: GearDriver, settings: Settings, root: str) -> None:
 
 
 @pytest.fixture
-def hasty_threads() -> Iterator[None]:
+def fast_thread_switching() -> Iterator[None]:
     """Make threads switch as often as possible."""
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -45,7 +45,7 @@ def hasty_threads() -> Iterator[None]:
 
 @pytest.fixture
 def driver(settings: Settings) -> Iterator[GearDriver]:
-    """A driver of two roots with the same ids; the image of each has a file that names the root, and containers."""
+    """Yield a driver with two roots that have the same layer ids; a file in each image names the root."""
     driver = GearDriver(settings, exclusive=True)
     driver.prepare()
     for root in ROOTS:
@@ -81,7 +81,7 @@ def calls_of_one_thread(driver: GearDriver, settings: Settings, number: int, end
     raise AssertionError
 
 
-@pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.usefixtures("fast_thread_switching")
 def test_each_call_uses_one_root_while_init_switches_back_and_forth(driver: GearDriver, settings: Settings) -> None:
     ended = Event()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -120,17 +120,17 @@ def test_an_import_continues_in_the_root_where_it_began(driver: GearDriver, sett
     driver.create("layer", "")
     whole = tar(file("first", b"1"), file("second", b"2"))
     driver.apply_diff("layer", "", Interrupted(whole[:1024], meanwhile, whole[1024:]))
-    assert not driver.exists("layer"), "dockerd has named the other root"
+    assert not driver.exists("layer"), "the driver now uses the other root"
     switch(driver, settings, "a")
     assert {path.name for path in Path(driver.get("layer")).iterdir()} == {"first", "second"}
 
 
-@pytest.mark.parametrize("spelt", ["a", "link"])
-def test_an_init_does_not_disturb_a_running_import(driver: GearDriver, settings: Settings, spelt: str) -> None:
-    """The import may be for an earlier dockerd; the path may be another name of the same root."""
+@pytest.mark.parametrize("name", ["a", "link"])
+def test_an_init_does_not_disturb_a_running_import(driver: GearDriver, settings: Settings, name: str) -> None:
+    """The import may be for an earlier dockerd; its path may be another name for the same root."""
     settings.gear_root.with_name("link").symlink_to("a")
     switch(driver, settings, "a")
     driver.create("layer", "")
     whole = tar(file("first", b"1"), file("second", b"2"))
-    driver.apply_diff("layer", "", Interrupted(whole[:1024], lambda: switch(driver, settings, spelt), whole[1024:]))
+    driver.apply_diff("layer", "", Interrupted(whole[:1024], lambda: switch(driver, settings, name), whole[1024:]))
     assert {path.name for path in Path(driver.get("layer")).iterdir()} == {"first", "second"}

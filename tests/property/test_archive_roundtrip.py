@@ -1,4 +1,4 @@
-"""Any entries survive the writer and the reader, any tar its stream; no damage raises anything but GearError."""
+"""Entries survive writer and reader, tars are rebuilt from their streams, and damage raises only GearError."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_damaged_tar_raises_only_gear_errors(changes: list[tuple[int, int]], r
     damaged = bytearray(GOLDEN)
     for at, value in changes:
         damaged[at] = value
-        if right_checksums:  # else most damage is met by the checksum, and nothing behind it is tried
+        if right_checksums:  # otherwise the checksum detects most damage first
             start = at // 512 * 512
             damaged[start : start + 512] = with_checksum(damaged[start : start + 512])
     try:

@@ -1,4 +1,4 @@
-"""Any sequence of file operations in a container: its tar, applied to the parent, gives the container's tree."""
+"""The diff of any sequence of file operations, applied to the parent, reproduces the tree of the container."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED = (
     errno.EPERM,
     errno.ELOOP,
 )
-"""Errors of the kernel for an operation that does not fit the tree; the sequence goes on."""
+"""Errors of the kernel for an operation that does not fit the tree. The sequence continues."""
 
 Operation = Callable[[Path], None]
 
@@ -59,14 +59,14 @@ def write(path: Path, text: str) -> Operation:
     def operation(root: Path) -> None:
         target = root / path
         if os.path.lexists(target) and not stat.S_ISREG(target.lstat().st_mode):
-            raise OSError(errno.EINVAL, "a FIFO would wait for its reader, and a device be written to")
+            raise OSError(errno.EINVAL, "writing to a FIFO would block, and writing to a device would reach it")
         target.write_text(text)
 
     return operation
 
 
 def no_symlink(path: Path) -> Path:
-    """The path, unless it is a symlink: nothing is changed through one."""
+    """Return the path; reject a symlink, so that operations do not follow it."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "a symlink")
     return path
@@ -155,7 +155,7 @@ def check(overlay: Overlay, directory: Path) -> None:
     tar = diff(overlay, overlay.merged_fd)
     assert applied(overlay.parent_fd, tar, directory / "copy") == seen
     with detached(overlay.spec) as fresh_fd:
-        assert diff(overlay, fresh_fd) == tar, "the same through a view of its own"
+        assert diff(overlay, fresh_fd) == tar, "a detached mount gives the same diff"
     of_upper = upper_changes(overlay.upper, overlay.merged_fd, overlay.parent_fd)
     of_trees = tree_changes(overlay.merged_fd, overlay.parent_fd)
     both = [[change for change in changes if change.kind is not ChangeKind.MODIFY] for changes in (of_upper, of_trees)]

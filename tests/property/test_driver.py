@@ -1,4 +1,4 @@
-"""The driver returns any tree as it was applied; a commit keeps all changes of a container."""
+"""The driver returns any tree exactly as applied, and a commit keeps all changes of a container."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def trees(draw: st.DrawFn) -> list[File]:
             continue
         taken.add(path)
         kind = draw(KIND)
-        made = _entry(draw, path, kind, plain)
-        files.append(made)
-        if made[0].type == DIR:
+        entry, content = _entry(draw, path, kind, plain)
+        files.append((entry, content))
+        if entry.type == DIR:
             directories.append(path + b"/")
-        elif made[0].type == REG:
-            plain.append(made[0])
+        elif entry.type == REG:
+            plain.append(entry)
     return files
 
 
@@ -145,7 +145,7 @@ def test_any_two_trees_are_merged_and_the_diff_of_two_layers_turns_one_into_the_
 
 
 def unlinked(nodes: dict[bytes, Node]) -> dict[bytes, Node]:
-    """Return *nodes* without links: between two trees a difference of links alone is not a change, as with Docker."""
+    """Return *nodes* without links. As in Docker, two trees that differ only in links have no changes."""
     return {name: node._replace(links=frozenset()) for name, node in nodes.items()}
 
 
@@ -154,17 +154,17 @@ def unlinked(nodes: dict[bytes, Node]) -> dict[bytes, Node]:
 def test_a_commit_keeps_all_changes_of_a_container(
     driver: InProcess, files: list[File], turns: list[list[Operation]]
 ) -> None:
-    made = [applied(driver, *files)]
+    layers = [applied(driver, *files)]
     for operations in turns:
-        parent, id = made[-1], new_layer_id()
+        parent, id = layers[-1], new_layer_id()
         driver.create_read_write(id, parent)
         with mounted(driver, id) as merged:
             for operation in operations:
                 attempt(operation, merged)
         seen = shown(driver, id)
-        made += [id, committed(driver, id, parent)]
-        assert shown(driver, made[-1]) == seen
-    for id in reversed(made):
+        layers += [id, committed(driver, id, parent)]
+        assert shown(driver, layers[-1]) == seen
+    for id in reversed(layers):
         driver.remove(id)
 
 

@@ -23,7 +23,7 @@ from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import applied, file, mounted
-from tests.faults.crashes import Say, killed_at_every_step
+from tests.faults.crashes import Report, killed_at_every_step
 from tests.support.disk import LIMITING, mount_small
 
 MIB = 1 << 20
@@ -220,7 +220,7 @@ def test_a_call_killed_at_any_step_leaves_the_size_enforced(limiting: Path, call
     settings = driver_on(limiting).settings
     arguments = ("", "", {"size": "1M"}) if call == "create_read_write" else ()
 
-    def work(say: Say) -> None:
+    def work(report: Report) -> None:
         getattr(GearDriver(settings), call)("limited", *arguments)
 
     if not arguments:
