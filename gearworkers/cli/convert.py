@@ -50,7 +50,7 @@ def command(
             "--local", help="Convert in processes of this host instead of workers. Paths are always converted here."
         ),
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Convert layers that were converted before as well.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also convert layers that are already converted.")] = False,
     processes: Annotated[
         int, typer.Option(min=1, help="Layers to convert at the same time on this host.")
     ] = os.cpu_count() or 1,
@@ -141,12 +141,12 @@ def _print(report: ConversionReport) -> None:
     kind = "Gear image" if report.private_layers < report.layers else "Image     "
     print(f"{kind}      {report.target}")
     print(f"Digest          {report.digest}")
-    print(f"Layers          {report.layers}, {report.reused_layers} of them converted before")
+    print(f"Layers          {report.layers} ({report.reused_layers} already converted)")
     if report.private_layers:
-        print(f"Private layers  {report.private_layers}, which keep their contents")
-    print(f"Layers' bytes   {before} before, {after} after")
+        print(f"Private layers  {report.private_layers} (not converted)")
+    print(f"Size of layers  {before} before, {after} after")
     print(f"New objects     {report.new_objects}, {decimal(report.new_bytes)}")
-    print(f"Shared objects  {shared}, {decimal(shared_bytes)}")
+    print(f"Already stored  {shared}, {decimal(shared_bytes)}")
 
 
 def _short(digest: str) -> str:

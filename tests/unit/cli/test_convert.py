@@ -67,11 +67,11 @@ def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, 
     read = [line.split()[1] for line in done.stderr.splitlines()]
     assert sorted(read) == sorted(layer["digest"].removeprefix("sha256:")[:12] for layer in layers)
     found = dict(line.split("  ", 1) for line in done.stdout.splitlines())
-    assert found["Layers"].strip() == "2, 0 of them converted before"
+    assert found["Layers"].strip() == "2 (0 already converted)"
     assert found["New objects"].strip() == "2, 6.0 kB"
     before = sum(layer["size"] for layer in layers)
     after = sum(layer["size"] for layer in pull(at(peer, "said"), "v1").manifest["layers"])
-    assert found["Layers' bytes"].strip() == f"{before} bytes before, {after} bytes after"
+    assert found["Size of layers"].strip() == f"{before} bytes before, {after} bytes after"
 
 
 def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source: str, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
     done = convert(remote, many, many, "--local", "--all-platforms")
     assert done.returncode == 2 and f"choose another tag, such as {many}-gear" in done.stderr
     done = convert(remote, many, f"{peer.host}/all:v1", "--local", "--all-platforms")
-    assert done.returncode == 0 and "2, 1 of them converted before" in done.stdout, done.stderr
+    assert done.returncode == 0 and "2 (1 already converted)" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
