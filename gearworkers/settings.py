@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from gearworkers.errors import InvalidInput
 from gearworkers.util.env_fields import (
     Bytes,
     Count,
@@ -140,6 +141,15 @@ class NodeSettings:
     run_dir: Path = setting("GEAR_RUN_DIR", Path("/run/gear"), "Directory of sockets and mount counts.")
     plugin_socket: Path = setting(
         "GEAR_PLUGIN_SOCKET", Path("/run/docker/plugins/gear.sock"), "Socket on which dockerd finds the plugin."
+    )
+    containerd_socket: str = setting(
+        "GEAR_CONTAINERD_SOCKET",
+        "",
+        "Socket on which containerd finds the snapshotter and the differ; off: none.",
+        default_text="containerd.sock in GEAR_RUN_DIR",
+    )
+    containerd_address: Path = setting(
+        "CONTAINERD_ADDRESS", Path("/run/containerd/containerd.sock"), "Socket of the containerd that uses them."
     )
     broker_url: str = setting(
         "GEAR_BROKER_URL", "", "Celery's broker.", default_text="redis.sock in GEAR_RUN_DIR, database 0"
@@ -264,6 +274,20 @@ class NodeSettings:
     def streams_socket(self) -> Path:
         """Socket on which workers claim an ApplyDiff or a Diff from the gateway."""
         return self.run_dir / "streams.sock"
+
+    @property
+    def effective_containerd_socket(self) -> Path | None:
+        """containerd_socket, or the one in run_dir; None if it is off.
+
+        Raises:
+            InvalidInput: It is not an absolute path.
+        """
+        if self.containerd_socket == "off":
+            return None
+        path = Path(self.containerd_socket or self.run_dir / "containerd.sock")
+        if not path.is_absolute():
+            raise InvalidInput(f"GEAR_CONTAINERD_SOCKET={path}: set an absolute path, or off")
+        return path
 
     @property
     def effective_metrics_listen(self) -> str:

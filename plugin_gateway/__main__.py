@@ -14,7 +14,9 @@ import uvloop
 from gearworkers.errors import GearError
 from gearworkers.settings import LOG_LEVELS, Settings
 from gearworkers.util.log import configure_logging
+from plugin_gateway.containerd.door import ContainerdDoor
 from plugin_gateway.dispatch.dispatcher import Dispatcher
+from plugin_gateway.engines import Engines
 from plugin_gateway.gateway import Gateway
 from plugin_gateway.graphdriver.driver import GearDriver
 from plugin_gateway.metrics import GatewayMetrics
@@ -43,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _serve(settings: Settings) -> None:
     metrics = GatewayMetrics()
-    driver = GearDriver(settings, exclusive=True)
-    await Gateway(settings, driver, metrics, Dispatcher(settings, metrics)).serve()
+    engines, dispatcher = Engines(exclusive=True), Dispatcher(settings, metrics)
+    path = settings.effective_containerd_socket
+    containerd = ContainerdDoor(path, settings, engines, dispatcher, metrics) if path is not None else None
+    await Gateway(settings, GearDriver(settings, engines), metrics, dispatcher, containerd).serve()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The gateway's life, from start to SIGTERM: front doors over one dispatcher, and the metrics beside them.
 
-A front door answers one protocol. `GraphDriverServer` answers Docker's graphdriver plugin calls.
+A front door answers one protocol. `GraphDriverServer` answers Docker's graphdriver plugin calls, `ContainerdDoor`
+containerd's snapshots and diff services.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import structlog
 from gearworkers.errors import from_os_error
 from gearworkers.settings import Settings
 from gearworkers.util.process import notify_ready
+from plugin_gateway.containerd.door import ContainerdDoor
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 from plugin_gateway.dispatch.maintenance import Maintenance
 from plugin_gateway.graphdriver.calls import Driver
@@ -30,6 +32,7 @@ class Gateway:
         driver: Answers Docker's light calls.
         metrics: The gateway's.
         dispatcher: Runs the heavy calls and maintenance; counts in the same metrics.
+        containerd: containerd's front door; None to leave it closed.
         light_grace_s: Seconds that light calls in progress have when the gateway stops.
     """
 
@@ -39,12 +42,14 @@ class Gateway:
         driver: Driver,
         metrics: GatewayMetrics,
         dispatcher: Dispatcher,
+        containerd: ContainerdDoor | None = None,
         *,
         light_grace_s: float = LIGHT_GRACE_S,
     ) -> None:
         self._settings = settings
         self._driver = driver
         self._dispatcher = dispatcher
+        self._containerd = containerd
         self._maintenance = Maintenance(dispatcher, lambda: driver.settings, metrics)
         self._docker = GraphDriverServer(
             settings.plugin_socket, driver, dispatcher, self._maintenance, metrics, light_grace_s=light_grace_s
@@ -84,6 +89,8 @@ class Gateway:
         self._dispatcher.use_broker(self._driver.settings)  # a running dockerd may have named another one
         await self._metrics_server.open()
         await self._docker.open()
+        if self._containerd is not None:
+            await self._containerd.open(self._maintenance.layer_removed, self._maintenance.layer_stored)
         self._maintenance.begin()
         _log.info("gateway listens", socket=str(self._settings.plugin_socket), root=str(self._settings.gear_root))
 
@@ -92,6 +99,8 @@ class Gateway:
         if not self._is_bound:
             return
         await self._docker.close()
+        if self._containerd is not None:
+            await self._containerd.close()
         await self._maintenance.close()
         await self._metrics_server.close()
         self._dispatcher.close()

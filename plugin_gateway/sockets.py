@@ -21,12 +21,25 @@ def listen(path: Path) -> socket.socket:
         FailedPrecondition: Another process listens there.
         GearError: The kernel refuses.
     """
+    require_unused(path)
+    try:
+        return _bound(path)
+    except OSError as exc:
+        raise from_os_error(exc, f"listen on {path}") from exc
+
+
+def require_unused(path: Path) -> None:
+    """Make the directory of *path* and remove the socket of a dead process, for a server that binds the path itself.
+
+    Raises:
+        FailedPrecondition: Another process listens there.
+        GearError: The kernel refuses.
+    """
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         if _is_live(path):
             raise FailedPrecondition(f"listen on {path}: another gateway answers there; stop it, or set another path")
         path.unlink(missing_ok=True)
-        return _bound(path)
     except OSError as exc:
         raise from_os_error(exc, f"listen on {path}") from exc
 

@@ -22,7 +22,7 @@ from gearworkers.layers.dedupe import dedupe_layer, locked_for_diff
 from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
 from gearworkers.layers.diff.replay import replay
-from gearworkers.layers.diff.size import changed_size, tree_size
+from gearworkers.layers.diff.size import changed_size, tree_size, tree_usage
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.probe import IndexMountMode
 from gearworkers.layers.record import LayerKind, image_layer, new_layer
@@ -154,25 +154,26 @@ class Engine:
             pass
 
     @layer_call
-    def apply_diff(self, id: str, parent: str, source: Readable) -> int:
+    def apply_diff(self, id: str, parent: str, source: Readable, *, again: bool = False) -> int:
         """Fill an empty layer from a tar.
 
         Args:
             id: A new layer.
             parent: The parent that the layer was created with; empty for none.
             source: The tar; its `readinto` raises if the stream breaks off.
+            again: Whether *source* may repeat the tar of an earlier apply_diff that did not finish.
 
         Returns:
             The layer's size in bytes, as `diff_size`.
 
         Raises:
-            FailedPrecondition: An earlier apply_diff into it did not finish.
+            FailedPrecondition: An earlier apply_diff into it did not finish, and *again* is False.
             InvalidInput, IntegrityError: The tar is malformed; names entry and reason.
             ResourceExhausted: No space left.
 
         Crash: the layer is unfinished and accepts nothing but its removal.
         """
-        layer = self.layers.begin_apply(id, parent)
+        layer = self.layers.begin_apply(id, parent, again=again)
         with self.layers.build_directory(id) as build:
             applied = apply_tar(
                 source,
@@ -187,6 +188,11 @@ class Engine:
             self.layers.publish(build, image_layer(layer, applied))
         self.profile_hooks.layer_applied(id)
         return applied.size_bytes
+
+    @layer_call
+    def rebase(self, id: str, parent: str) -> None:
+        """As `LayerStore.rebase`."""
+        self.layers.rebase(id, parent)
 
     @layer_call
     def diff(self, id: str, parent: str, sink: Writable) -> None:
@@ -235,6 +241,15 @@ class Engine:
             return layer.size_bytes
         with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as own_fd:
             return 0 if own_fd is None else changed_size(own_fd, tree_changes(own_fd, parent_fd))
+
+    @layer_call
+    def usage_of(self, id: str) -> tuple[int, int]:
+        """Return the disk use of the layer without its parents: bytes, and the number of inodes."""
+        layer = self.layers.get(id)
+        if layer.kind is LayerKind.CONTAINER:
+            with opened_directory(self.layers.lower(layer)) as upper_fd:
+                return tree_usage(upper_fd)
+        return layer.size_bytes, layer.objects
 
     # -- deduplication of finished read-write layers
 

@@ -89,6 +89,23 @@ class LayerMounts:
                 self._mount(layer, target, mount_label, volatile, may_wait)
             return target
 
+    def mount_read_only(self, id: str, target: Path, mount_label: str = "") -> None:
+        """Mount a read-only view of the layer at the directory *target* unless one is mounted there.
+
+        Raises:
+            NotFound: There is no such layer.
+            FailedPrecondition: The layer, or one below it, is unfinished; or the kernel refuses.
+        """
+        with self._locks.held(id):
+            if not overlay.is_mounted(target):
+                lowers = self._layers.lowers(id) or (self._settings.gear_root / _EMPTY,)
+                data = self._data(id, self._layers.is_complete(id))
+                overlay.mount(overlay.OverlaySpec(lowers, data, context=mount_label, xino=self._settings.xino), target)
+
+    def unmount_view(self, target: Path) -> None:
+        """Unmount *target*; does nothing if it is not mounted."""
+        _unmount_all(target)
+
     def unmount(self, layer: Layer) -> None:
         """Unmount the layer; does nothing if it is not mounted."""
         with self._locks.held(layer.id):

@@ -89,6 +89,10 @@ class UnpackedLayer:
     """
 
     def __init__(self, blob: Readable, diff_id: str) -> None:
+        self.digest = ""
+        """SHA-256 of the tar, once `readinto` has returned 0."""
+        self.read_bytes = 0
+        """Bytes of the tar that `readinto` has returned."""
         self._blob = blob
         self._diff_id = diff_id
         self._pieces: queue.Queue[bytes | BaseException | None] = queue.Queue(_MAX_QUEUED_PIECES)
@@ -109,6 +113,7 @@ class UnpackedLayer:
         count = min(len(buffer), len(self._piece))
         buffer[:count] = self._piece[:count]
         self._piece = self._piece[count:]
+        self.read_bytes += count
         return count
 
     def close(self) -> None:
@@ -141,20 +146,21 @@ class UnpackedLayer:
                     return
                 hasher.update(piece)
                 self._pieces.put(piece)
-            self._check(f"sha256:{hasher.hexdigest()}")
+            self.digest = f"sha256:{hasher.hexdigest()}"
+            self._check(self.digest)
         except BaseException as exc:
             end = exc
         if not self._stopped:
             self._pieces.put(end)
 
     def _check(self, found: str) -> None:
-        if found != self._diff_id:
+        if self._diff_id and found != self._diff_id:
             raise IntegrityError(f"a layer's tar has the digest {found}, but the image's config names {self._diff_id}")
 
 
 @contextmanager
-def unpacked(blob: Readable, diff_id: str) -> Iterator[UnpackedLayer]:
-    """Yield the tar in *blob*, whose digest must be *diff_id*."""
+def unpacked(blob: Readable, diff_id: str = "") -> Iterator[UnpackedLayer]:
+    """Yield the tar in *blob*; its digest must be *diff_id* unless that is empty."""
     tar = UnpackedLayer(blob, diff_id)
     try:
         yield tar

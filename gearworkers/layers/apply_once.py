@@ -36,8 +36,12 @@ def forbid(directory: Path) -> None:
     (directory / FRESH_FILE).unlink(missing_ok=True)
 
 
-def begin(directory: Path) -> None:
+def begin(directory: Path, *, again: bool = False) -> None:
     """Begin the only ApplyDiff into the layer in *directory*.
+
+    Args:
+        directory: The layer's.
+        again: Also begin after an interrupted ApplyDiff or a restart: the caller has the whole tar.
 
     Raises:
         FailedPrecondition: An ApplyDiff has begun, or the gateway or dockerd was restarted since Create.
@@ -45,6 +49,9 @@ def begin(directory: Path) -> None:
     try:
         os.rename(directory / FRESH_FILE, directory / APPLYING_FILE)
     except FileNotFoundError as exc:
+        if again:
+            (directory / APPLYING_FILE).touch(mode=0o600)
+            return
         raise FailedPrecondition(
             f"layer {directory.name}: a part of its tar may be lost: an ApplyDiff is running or was interrupted, "
             "or the gateway was restarted; remove the layer and start again"

@@ -22,7 +22,7 @@ import msgspec
 from gearworkers.cas import inplace
 from gearworkers.cas.collector import publishing
 from gearworkers.cas.store import ObjectStore
-from gearworkers.errors import AlreadyExists, GearError, InvalidInput, NotFound, from_os_error
+from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.layers import apply_once
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
@@ -36,6 +36,7 @@ from gearworkers.settings import NodeSettings
 from gearworkers.tar.private_marker import MARKER
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
+from gearworkers.util.writing import replace_file
 
 TREE = "tree"
 UPPER = "upper"
@@ -218,8 +219,13 @@ class LayerStore:
         self._discard(self._images / layer.id)
         return container
 
-    def begin_apply(self, id: str, parent: str) -> Layer:
+    def begin_apply(self, id: str, parent: str, *, again: bool = False) -> Layer:
         """Mark the layer as being filled by an ApplyDiff, until that finishes or the layer is removed.
+
+        Args:
+            id: Of the layer.
+            parent: Of the layer.
+            again: As for `apply_once.begin`.
 
         Raises:
             InvalidInput: The layer was created with another parent.
@@ -232,8 +238,24 @@ class LayerStore:
         directory = self.directory(layer)
         if layer.kind is LayerKind.IMAGE or (layer.kind is LayerKind.CONTAINER and any((directory / UPPER).iterdir())):
             raise AlreadyExists(f"layer {id}: it has content; ApplyDiff fills an empty layer only")
-        apply_once.begin(directory)
+        apply_once.begin(directory, again=again)
         return layer
+
+    def rebase(self, id: str, parent: str) -> None:
+        """Give a finished layer without parent the parent *parent*, before another layer has it as parent.
+
+        Raises:
+            NotFound: One of the layers is missing.
+            FailedPrecondition: The layer has a parent, or the new parent is private and the layer is not.
+        """
+        layer = self.get(id)
+        if layer.parent:
+            raise FailedPrecondition(f"layer {id} has the parent {layer.parent}")
+        if self.is_private(parent) and not self._has_marker(layer):
+            raise FailedPrecondition(f"layer {id}: its new parent is private, but its contents are public already")
+        record = msgspec.json.encode(msgspec.structs.replace(layer, parent=parent))
+        replace_file(self.directory(layer) / RECORD_FILE, record, sync=True)
+        self._cached.pop(id, None)
 
     def publish(self, build: Path, layer: Layer) -> None:
         """Replace the empty layer by the finished image layer in *build*, durably.

@@ -12,8 +12,9 @@ import msgspec
 
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
 from gearworkers.settings import DEFAULT_STREAM_IDLE_S
-from gearworkers.workers.http_body import STALLED_S, CallerConnection, RequestBody, ResponseBody
+from gearworkers.workers.http_body import STALLED_S, CallerConnection, RequestBody, ResponseBody, check_gateway
 from gearworkers.workers.messages import (
+    ByteStream,
     Claim,
     Claimant,
     FrameBuffer,
@@ -56,6 +57,15 @@ class ClaimedJob:
         """Return the body of the response to the caller."""
         return ResponseBody(self._http()[1])
 
+    @property
+    def stream(self) -> ByteStream:
+        """The stream of the job, as the gateway describes it."""
+        return self._granted.stream
+
+    def check_wanted(self) -> None:
+        """Raise Unavailable if the gateway is gone or has withdrawn the job."""
+        check_gateway(self._control)
+
     def finish(self, result: JobResult) -> None:
         """Report *result* to the gateway. If the gateway is gone, nobody needs the result.
 
@@ -66,9 +76,10 @@ class ClaimedJob:
             self._control.sendall(frame(result))
 
     def _http(self) -> tuple[HttpConnection, CallerConnection]:
-        if self._granted.stream is None or self._caller is None:
+        stream = self._granted.stream
+        if not isinstance(stream, HttpConnection) or self._caller is None:
             raise GearError(f"{self.job.call}: the gateway handed over no connection")
-        return self._granted.stream, self._caller
+        return stream, self._caller
 
 
 @contextmanager
@@ -140,7 +151,7 @@ def _receive(control: socket.socket, path: Path, fds: list[int]) -> Granted | Re
         buffer.feed(data)
     if not isinstance(message, Granted | Refused):
         raise Unavailable(f"the gateway at {path} answered a claim with {type(message).__name__}")
-    needs_fd = isinstance(message, Granted) and message.stream is not None
+    needs_fd = isinstance(message, Granted) and isinstance(message.stream, HttpConnection)
     if needs_fd != bool(fds):
         raise Unavailable(f"the gateway at {path} did not hand over its caller's connection")
     return message

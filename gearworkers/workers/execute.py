@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gearworkers.engine.root import with_current_root
 from gearworkers.errors import GearError, NotFound, Unavailable, from_os_error
 from gearworkers.settings import Settings
 from gearworkers.workers.claim import ClaimedJob, claim
+from gearworkers.workers.content import new_blob, opened_blob
 from gearworkers.workers.messages import (
     ApplyDiff,
     Claimant,
@@ -21,7 +23,9 @@ from gearworkers.workers.messages import (
     Diff,
     JobResult,
     MaintenanceJob,
+    NewBlob,
     Push,
+    StoredBlob,
     WorkerJob,
 )
 
@@ -71,7 +75,7 @@ def _is_for_this_root(settings: Settings, job: WorkerJob) -> bool:
     except GearError as exc:
         _log.error("job refused", call=job.call, id=job.id, error=str(exc))
         return False
-    if Path(job.gear_root) == root:
+    if Path(job.gear_root) in (root, settings.gear_root):
         return True
     _log.error(
         "job refused: it is for another GEAR_ROOT; a worker needs its gateway's GEAR_ROOT and GEAR_RUN_DIR",
@@ -86,14 +90,14 @@ def _is_for_this_root(settings: Settings, job: WorkerJob) -> bool:
 def _attempt(settings: Settings, job: WorkerJob, run: Callable[[Engine], JobResult]) -> JobResult:
     """Run *job* on the engine; every error becomes a result."""
     try:
-        return run(_engine(with_current_root(settings)))
+        return run(_engine(replace(settings, gear_root=Path(job.gear_root))))
     except GearError as exc:
         _log.warning("job failed", call=job.call, id=job.id, error=str(exc))
-        return JobResult(error=str(exc), retryable=exc.retryable)
+        return JobResult(error=str(exc), retryable=exc.retryable, error_kind=type(exc).__name__)
     except OSError as exc:
         _log.exception("job failed", call=job.call, id=job.id)
         known = from_os_error(exc, f"{job.call} {job.id}".rstrip())
-        return JobResult(error=str(known), retryable=known.retryable)
+        return JobResult(error=str(known), retryable=known.retryable, error_kind=type(known).__name__)
     except Exception as exc:
         _log.exception("job failed: a bug", call=job.call, id=job.id)
         return JobResult(error=f"internal error in {job.call}: {type(exc).__name__}: {exc}; the worker's log has more")
@@ -108,14 +112,31 @@ def _engine(settings: Settings) -> Engine:
 def _claimed_result(claimed: ClaimedJob, engine: Engine) -> JobResult:
     match claimed.job:
         case ApplyDiff() as job:
+            if isinstance(claimed.stream, StoredBlob):
+                return _apply_blob(claimed, claimed.stream, job, engine)
             return JobResult(size_bytes=engine.apply_diff(job.id, job.parent, claimed.request_body()))
         case Diff() as job:
+            if isinstance(claimed.stream, NewBlob):
+                return _diff_to_blob(claimed, claimed.stream, job, engine)
             response = claimed.response_body()
             engine.diff(job.id, job.parent, response)
             response.finish()
             return JobResult()
         case job:
             return _maintenance_result(job, engine)
+
+
+def _apply_blob(claimed: ClaimedJob, stream: StoredBlob, job: ApplyDiff, engine: Engine) -> JobResult:
+    with opened_blob(stream, claimed.check_wanted) as tar:
+        size_bytes = engine.apply_diff(job.id, job.parent, tar, again=True)
+        return JobResult(size_bytes=size_bytes, digest=tar.digest, stream_bytes=tar.read_bytes)
+
+
+def _diff_to_blob(claimed: ClaimedJob, stream: NewBlob, job: Diff, engine: Engine) -> JobResult:
+    with new_blob(stream, claimed.check_wanted) as body:
+        engine.diff(job.id, job.parent, body)
+        stored = body.finish()
+    return JobResult(digest=stored.digest, stream_bytes=stored.size_bytes)
 
 
 def _maintenance_result(job: MaintenanceJob, engine: Engine) -> JobResult:

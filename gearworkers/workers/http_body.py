@@ -90,11 +90,8 @@ class CallerConnection:
         self.send([RESPONSE_HEAD])
 
     def check_gateway(self) -> None:
-        """Raise Unavailable if the gateway is gone: nobody is left to answer the caller."""
-        poller = select.poll()
-        poller.register(self._control, select.POLLIN)
-        if poller.poll(0):
-            raise Unavailable("the gateway is gone or has given the call up")
+        """As the function `check_gateway`."""
+        check_gateway(self._control)
 
     def _poller(self, events: int) -> select.poll:
         poller = select.poll()
@@ -123,6 +120,14 @@ class CallerConnection:
             self._control.sendall(frame(Progress(self._response_begun, stalled)))
         except OSError as exc:
             raise Unavailable(f"the gateway is gone ({exc.strerror})") from exc
+
+
+def check_gateway(control: socket.socket) -> None:
+    """Raise Unavailable if the gateway is gone or has withdrawn the job: nobody waits for its result."""
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    if poller.poll(0):
+        raise Unavailable("the gateway is gone or has given the call up")
 
 
 class RequestBody:

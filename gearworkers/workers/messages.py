@@ -94,12 +94,27 @@ class HttpConnection(msgspec.Struct, frozen=True, tag="http"):
     """The beginning of the body, which the gateway has read already."""
 
 
-ByteStream = HttpConnection | None
-"""The stream of a job; None for a MaintenanceJob.
+class StoredBlob(msgspec.Struct, frozen=True, tag="stored_blob"):
+    """A layer's blob in containerd's content store, compressed or not: an ApplyDiff reads the file."""
 
-The content store of containerd joins this union with containerd's front door: a struct with the digest, the size and
-the media type of a blob, and the address of containerd's socket. No job can use it before.
-"""
+    path: str
+
+
+class NewBlob(msgspec.Struct, frozen=True, tag="new_blob"):
+    """A blob that a Diff writes to containerd's content store."""
+
+    address: str
+    """containerd's socket."""
+    namespace: str
+    ref: str
+    """Identifies the write in containerd; empty for one of our own."""
+    media_type: str
+    """Of a layer; says how it is compressed."""
+    labels: dict[str, str]
+
+
+ByteStream = HttpConnection | StoredBlob | NewBlob | None
+"""The stream of a job; None for a MaintenanceJob."""
 
 
 class Claim(msgspec.Struct, frozen=True, tag=True):
@@ -135,7 +150,13 @@ class JobResult(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
 
     error: str = ""
     retryable: bool = False
+    error_kind: str = ""
+    """The name of the error's class."""
     size_bytes: int = 0
+    digest: str = ""
+    """Of the tar that was read from a StoredBlob, or of the NewBlob."""
+    stream_bytes: int = 0
+    """The length of what *digest* is of."""
     figures: dict[str, int] = {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -20,7 +19,7 @@ from gearworkers.layers.store import WORK
 from gearworkers.mounts.probe import probe, require
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
-from gearworkers.util.locks import sole_process
+from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.mount_counts import MountCounts
 
@@ -42,20 +41,17 @@ class GearDriver:
     GearError; after one, nothing is half done, except the target of an ApplyDiff, which accepts only Remove.
     """
 
-    def __init__(self, settings: Settings, *, exclusive: bool = False) -> None:
+    def __init__(self, settings: Settings, engines: Engines | None = None) -> None:
         """
         Args:
             settings: Of the node.
-            exclusive: Lock each GEAR_ROOT in `prepare` and `init`: a second gateway would take the first one's
-                unfinished work for the leftovers of a crash.
+            engines: Of the gateway; None for engines of this driver alone.
         """
         self._given = settings
-        self._exclusive = exclusive
+        self._engines = engines or Engines()
         self._current = _Current(Engine.of(settings), settings)  # replaced as a whole; a call reads it once
-        self._prepared: dict[Path, Engine] = {}  # one per root: calls may still use the root of an earlier dockerd
         self._counts = MountCounts(settings.run_dir / "mounts")
         self._inits = Lock()
-        self._locks = ExitStack()
 
     @property
     def settings(self) -> Settings:
@@ -83,16 +79,7 @@ class GearDriver:
     def _prepare_root(self, opts: Sequence[str]) -> _Current:
         """Return the engine of the root that *opts* name, and their settings; repairs and locks a root once."""
         settings = options.with_options(self._given, opts)
-        root = settings.gear_root.resolve()
-        if root not in self._prepared:
-            engine = Engine.of(settings)
-            with ExitStack() as locks:
-                if self._exclusive:
-                    locks.enter_context(sole_process(settings.gateway_lock, "a gateway of this GEAR_ROOT"))
-                engine.prepare()
-                self._locks.enter_context(locks.pop_all())
-            self._prepared[root] = engine
-        engine = self._prepared[root]
+        engine = self._engines.open(settings)
         return _Current(engine, replace(settings, gear_root=engine.settings.gear_root))
 
     def _use(self, current: _Current) -> None:
@@ -141,10 +128,8 @@ class GearDriver:
 
     def release(self) -> None:
         """The gateway ends: keep only the mounts of containers."""
-        for engine in self._prepared.values() or (self.engine,):
-            engine.close()
-        self._locks.close()
-        self._prepared.clear()
+        self.engine.close()  # even if it was never prepared
+        self._engines.close()
 
     # -- layers
 

@@ -16,6 +16,7 @@ import pytest
 from gearworkers.errors import NotFound
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.settings import Settings
+from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.layers import file, tar
 from tests.faults.crashes import Interrupted
@@ -46,7 +47,7 @@ def fast_thread_switching() -> Iterator[None]:
 @pytest.fixture
 def driver(settings: Settings) -> Iterator[GearDriver]:
     """Yield a driver with two roots that have the same layer ids; a file in each image names the root."""
-    driver = GearDriver(settings, exclusive=True)
+    driver = GearDriver(settings, Engines(exclusive=True))
     driver.prepare()
     for root in ROOTS:
         switch(driver, settings, root)

@@ -11,6 +11,8 @@ from gearworkers.errors import from_os_error
 from gearworkers.layers.diff.changes import Change, ChangeKind
 from gearworkers.layers.diff.upperdir import directories
 
+_BLOCK_BYTES = 512
+
 
 def tree_size(root_fd: int) -> int:
     """Return the size in bytes of the files below the directory *root_fd*."""
@@ -18,6 +20,15 @@ def tree_size(root_fd: int) -> int:
         return _total(_below(root_fd))
     except OSError as exc:
         raise from_os_error(exc, "measure a layer") from exc
+
+
+def tree_usage(root_fd: int) -> tuple[int, int]:
+    """Return the bytes on disk and the number of inodes of the tree *root_fd*, its top included, each inode once."""
+    try:
+        used = {(status.st_dev, status.st_ino): status.st_blocks for status in _everything(root_fd)}
+    except OSError as exc:
+        raise from_os_error(exc, "measure a layer") from exc
+    return sum(used.values()) * _BLOCK_BYTES, len(used)
 
 
 def changed_size(root_fd: int, changes: Iterable[Change]) -> int:
@@ -39,6 +50,16 @@ def _changed(root_fd: int, changes: Iterable[Change]) -> Iterator[os.stat_result
             continue
         if not stat.S_ISDIR(status.st_mode):
             yield status
+
+
+def _everything(root_fd: int) -> Iterator[os.stat_result]:
+    for _, dir_fd in directories(root_fd):
+        yield os.fstat(dir_fd)
+        with os.scandir(dir_fd) as entries:
+            for found in entries:
+                with suppress(FileNotFoundError):
+                    if not found.is_dir(follow_symlinks=False):
+                        yield found.stat(follow_symlinks=False)
 
 
 def _below(root_fd: int) -> Iterator[os.stat_result]:

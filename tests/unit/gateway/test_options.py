@@ -14,6 +14,7 @@ import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, InvalidInput
 from gearworkers.settings import Settings
+from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
 
@@ -71,9 +72,11 @@ def other_gateway(root: Path) -> Iterator[None]:
     """Run another process that uses GEAR_ROOT *root*; kill it at the end."""
     code = f"""
 from pathlib import Path
+from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver.driver import GearDriver
 from gearworkers.settings import Settings
-driver = GearDriver(Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run")), exclusive=True)
+settings = Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run"))
+driver = GearDriver(settings, Engines(exclusive=True))
 driver.prepare()
 print("prepared", flush=True)
 input()
@@ -91,10 +94,10 @@ def test_a_second_gateway_of_a_root_is_rejected_before_it_repairs_anything(setti
     with other_gateway(settings.gear_root):
         under_way = settings.gear_build_path / "layer.under-way"
         under_way.mkdir()
-        driver = GearDriver(settings, exclusive=True)
+        driver = GearDriver(settings, Engines(exclusive=True))
         with pytest.raises(FailedPrecondition, match="a gateway of this GEAR_ROOT is already running"):
             driver.prepare()
-        own = GearDriver(replace(settings, gear_root=tmp_path / "own"), exclusive=True)
+        own = GearDriver(replace(settings, gear_root=tmp_path / "own"), Engines(exclusive=True))
         own.prepare()
         with pytest.raises(FailedPrecondition, match="is already running"):
             own.init("", [f"gear.root={settings.gear_root}"], (), ())

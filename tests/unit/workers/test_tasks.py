@@ -135,7 +135,7 @@ def test_a_task_takes_only_its_own_kind_of_job(app: Any, root: Path) -> None:
         app.tasks["gearworkers.apply_diff"](**arguments(collecting(root)))
 
 
-def test_maintenance_is_done_for_the_root_that_dockerd_has_named_and_for_no_other(root: Path, tmp_path: Path) -> None:
+def test_maintenance_is_done_for_the_roots_of_dockerd_and_of_the_settings_only(root: Path, tmp_path: Path) -> None:
     settings = Settings.from_environ()
     settings.run_dir.mkdir()
     elsewhere, named = tmp_path / "elsewhere", tmp_path / "named"
@@ -143,11 +143,12 @@ def test_maintenance_is_done_for_the_root_that_dockerd_has_named_and_for_no_othe
     driver.prepare()
     driver.init("", [f"gear.root={named}"], (), ())
     assert options.load(settings.run_dir)
-    for refused in (root, elsewhere, Path("/")):
+    for refused in (elsewhere, Path("/")):
         assert execute(settings, collecting(refused), "worker") is None
     assert not elsewhere.exists()
-    result = execute(settings, collecting(named), "worker")
-    assert result is not None and result.error == ""
+    for accepted in (root, named):
+        result = execute(settings, collecting(accepted), "worker")
+        assert result is not None and result.error == ""
 
 
 def test_redelivered_maintenance_for_another_root_is_rejected(app: Any, root: Path, tmp_path: Path) -> None:

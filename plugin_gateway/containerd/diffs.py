@@ -1,0 +1,145 @@
+"""Apply and Diff: jobs for the node's workers, on the layers of snapshots.
+
+Apply reads a blob from containerd's content directory; Diff stores one in containerd's content store. No byte of a
+layer passes through this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound, Unavailable
+from gearworkers.workers.messages import ApplyDiff, Diff, JobResult, NewBlob, StoredBlob
+from plugin_gateway.containerd.content_root import ContentRoot
+from plugin_gateway.containerd.snapshots import Mount, Snapshots
+from plugin_gateway.dispatch.dispatcher import Dispatcher
+
+_T = TypeVar("_T")
+_TAR = "application/vnd.oci.image.layer.v1.tar"
+_LAYER_TYPE = re.compile(
+    r"application/vnd\.(oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?"
+    r"|docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?)"
+)
+_DIGEST = re.compile(r"(sha256|sha384|sha512):([0-9a-f]{64,128})")
+
+
+class Unsupported(GearError):
+    """Another differ must do this: the mounts are not from here, or the media type is unknown."""
+
+
+class StoredDiff(NamedTuple):
+    """A descriptor of a blob or a tar."""
+
+    media_type: str
+    digest: str
+    size_bytes: int
+
+
+class Diffs:
+    """The differ's calls, from threads other than the event loop's.
+
+    Args:
+        root: GEAR_ROOT.
+        snapshots: Resolves mounts to layers.
+        dispatcher: Runs the jobs.
+        content_root: Finds containerd's content directory.
+        address: containerd's socket, on which Diff stores its blob.
+        loop: The event loop on which jobs run.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        snapshots: Snapshots,
+        dispatcher: Dispatcher,
+        content_root: ContentRoot,
+        address: Path,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._root = root
+        self._snapshots = snapshots
+        self._dispatcher = dispatcher
+        self._content_root = content_root
+        self._address = address
+        self._loop = loop
+
+    def apply(self, media_type: str, digest: str, mounts: Sequence[Mount]) -> StoredDiff:
+        """Fill the layer that *mounts* show from a blob; return the tar's digest (the diff ID) and its size.
+
+        Raises:
+            Unsupported: The mounts are not from here, or the media type is unknown.
+            NotFound: The blob is missing.
+            IntegrityError, InvalidInput: The blob is damaged or not a valid layer.
+        """
+        layer = self._snapshots.layer_of(mounts)
+        if not layer:
+            raise Unsupported("the mounts are not of a snapshot of gearworkers")
+        if not _LAYER_TYPE.fullmatch(media_type):
+            raise Unsupported(f"layers of media type {media_type} are not supported")
+        parsed = _DIGEST.fullmatch(digest)
+        if parsed is None:
+            raise InvalidInput(f"blob digest {digest!r} is not valid")
+        blob = self._content_root.get() / "blobs" / parsed[1] / parsed[2]
+        parent = self._snapshots.prepare_apply(layer)
+        job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
+        result = self._run(self._dispatcher.run(job, StoredBlob(str(blob)))).result
+        _raise_error(result)
+        return StoredDiff(_TAR, result.digest, result.stream_bytes)
+
+    def diff(
+        self,
+        left: Sequence[Mount],
+        right: Sequence[Mount],
+        *,
+        media_type: str,
+        ref: str,
+        labels: Mapping[str, str],
+        namespace: str,
+    ) -> StoredDiff:
+        """Store the difference of two trees in containerd's content store and return the blob.
+
+        Args:
+            left: The older tree.
+            right: The newer one.
+            media_type: Of the blob; empty for a gzip layer.
+            ref: The name of the write; empty for one of our own.
+            labels: For the blob.
+            namespace: containerd's, as the request's metadata has it; empty to take it from the snapshot's name.
+
+        Raises:
+            Unsupported: The mounts are not from here, or the media type is unknown.
+        """
+        older, newer = self._snapshots.layer_of(left), self._snapshots.layer_of(right)
+        if older is None or not newer:
+            raise Unsupported("the mounts are not of snapshots of gearworkers")
+        media_type = media_type or f"{_TAR}+gzip"
+        if not _LAYER_TYPE.fullmatch(media_type):
+            raise Unsupported(f"layers of media type {media_type} are not supported")
+        stream = NewBlob(
+            address=str(self._address),
+            namespace=namespace or self._snapshots.namespace_of(newer),
+            ref=ref,
+            media_type=media_type,
+            labels=dict(labels),
+        )
+        job = Diff(gear_root=str(self._root), id=newer, parent=older)
+        result = self._run(self._dispatcher.run(job, stream)).result
+        _raise_error(result)
+        return StoredDiff(media_type, result.digest, result.stream_bytes)
+
+    def _run(self, job: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(job, self._loop).result()
+
+
+_KINDS: dict[str, type[GearError]] = {
+    kind.__name__: kind for kind in (NotFound, IntegrityError, InvalidInput, Unavailable)
+}
+
+
+def _raise_error(result: JobResult) -> None:
+    if result.error:
+        raise _KINDS.get(result.error_kind, Unavailable if result.retryable else GearError)(result.error)

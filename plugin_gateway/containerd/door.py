@@ -1,0 +1,78 @@
+"""containerd's front door as a whole, for the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from gearworkers.settings import Settings
+from plugin_gateway.containerd.content_root import ContentRoot
+from plugin_gateway.containerd.diffs import Diffs
+from plugin_gateway.containerd.server import ContainerdServer
+from plugin_gateway.containerd.snapshots import Snapshots
+from plugin_gateway.dispatch.dispatcher import Dispatcher
+from plugin_gateway.engines import Engines
+from plugin_gateway.metrics import GatewayMetrics
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class ContainerdDoor:
+    """Serves containerd on one socket, always from the GEAR_ROOT of the settings.
+
+    Args:
+        path: The socket.
+        settings: Of the node.
+        engines: Of the gateway.
+        dispatcher: Runs the heavy calls.
+        metrics: Counts the calls.
+    """
+
+    def __init__(
+        self, path: Path, settings: Settings, engines: Engines, dispatcher: Dispatcher, metrics: GatewayMetrics
+    ) -> None:
+        self._path = path
+        self._settings = settings
+        self._engines = engines
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._snapshots: Snapshots | None = None
+        self._server: ContainerdServer | None = None
+
+    async def open(self, layer_removed: Callable[[], object], layer_stored: Callable[[], object]) -> None:
+        """Open the store and answer calls.
+
+        Args:
+            layer_removed: Called on the event loop after the removal of a snapshot.
+            layer_stored: Called on the event loop after a layer was imported.
+
+        Raises:
+            FailedPrecondition: Another process listens on the socket.
+            GearError: GEAR_ROOT or the socket cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        engine = await asyncio.to_thread(self._engines.open, self._settings)
+        self._snapshots = Snapshots(engine)
+        await asyncio.to_thread(self._snapshots.open)
+        address = self._settings.containerd_address
+        diffs = Diffs(engine.settings.gear_root, self._snapshots, self._dispatcher, ContentRoot(address), address, loop)
+        self._server = ContainerdServer(
+            self._path,
+            self._snapshots,
+            diffs,
+            self._metrics,
+            removed=lambda: loop.call_soon_threadsafe(layer_removed),
+            stored=lambda: loop.call_soon_threadsafe(layer_stored),
+        )
+        self._server.open()
+        _log.info("gateway listens for containerd", socket=str(self._path), root=str(engine.settings.gear_root))
+
+    async def close(self) -> None:
+        """Accept no new calls, let running calls finish within their grace, remove the socket."""
+        if self._server is not None:
+            await self._server.close()
+        if self._snapshots is not None:
+            self._snapshots.close()

@@ -1,0 +1,324 @@
+"""The snapshotter: containerd's snapshots as layers of an engine.
+
+A *snapshot* is active (read-write), a view (read-only) or committed. An active snapshot has a layer of its own, which
+stays when the snapshot is committed: Apply makes it an image layer, the first mount makes it a read-write layer. A view
+has no layer; it is a read-only mount of its parent at `views/NUMBER` in GEAR_ROOT.
+
+Every mount that containerd gets is a bind of a tree that is mounted here. So containerd and BuildKit never see the
+upper directory, whose files may be references to objects (see docs/design/containerd.md).
+
+Order of writes: a layer exists before its row and after it. `repair` removes layers and views without a row, and rows
+without a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+
+from gearworkers.engine.engine import Engine
+from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.layers.record import LayerKind
+from gearworkers.layers.store import MERGED
+from gearworkers.util.keyed_locks import KeyedLocks
+from plugin_gateway.containerd.filters import matcher
+from plugin_gateway.containerd.snapshot_table import (
+    Snapshot,
+    SnapshotKind,
+    SnapshotTable,
+    is_layer_name,
+)
+
+_log = structlog.stdlib.get_logger(__name__)
+
+UNPACK_MOUNT = "gear-layer"
+"""The type of the mount of a layer that waits for Apply. No other differ can mount it, so none writes into it."""
+_UNPACK_KEY = "extract-"
+_TABLE = "snapshots.sqlite"
+_VIEWS = "views"
+_EMPTY = "empty"
+
+
+class Mount(NamedTuple):
+    """A mount as containerd describes it."""
+
+    type: str
+    source: str
+    options: tuple[str, ...]
+
+
+class Usage(NamedTuple):
+    """The disk use of one snapshot, without its parents."""
+
+    size_bytes: int
+    inodes: int
+
+
+class Snapshots:
+    """The snapshots of one GEAR_ROOT; methods may be called from many threads and raise GearError.
+
+    Names and keys are as containerd sends them: NAMESPACE/NUMBER/KEY.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._root = engine.settings.gear_root
+        self._views = self._root / _VIEWS
+        self._locks = KeyedLocks()
+        self._table: SnapshotTable | None = None
+
+    # -- life
+
+    def open(self) -> None:
+        """Open the table and repair the leftovers of a crash; the engine is prepared.
+
+        Raises:
+            GearError: The table cannot be used.
+        """
+        self._views.mkdir(mode=0o700, exist_ok=True)
+        self._table = SnapshotTable(self._root / _TABLE)
+        self._repair()
+
+    def close(self) -> None:
+        """Close the table; mounts stay."""
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+
+    @property
+    def _rows(self) -> SnapshotTable:
+        if self._table is None:
+            raise FailedPrecondition("the snapshots are closed")
+        return self._table
+
+    def _repair(self) -> None:
+        """Make table and layers agree after a crash."""
+        snapshots = self._rows.all()
+        for snapshot in reversed(snapshots):  # children before their parents
+            if snapshot.layer and not self._engine.layers.exists(snapshot.layer):
+                self._forget(snapshot)
+        rows = self._rows.all()
+        layers = {snapshot.layer for snapshot in rows}
+        for id in self._engine.layers.ids():
+            if is_layer_name(id) and id not in layers:
+                _log.info("layer without a snapshot removed", layer=id)
+                self._engine.remove(id)
+        numbers = {str(snapshot.number) for snapshot in rows if snapshot.kind is SnapshotKind.VIEW}
+        for view in self._views.iterdir():
+            if view.name not in numbers:
+                self._remove_view(view)
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        try:
+            with self._rows.transaction() as rows:
+                rows.remove(snapshot.name)
+        except FailedPrecondition as exc:
+            _log.error("snapshot lost its layer", snapshot=snapshot.name, layer=snapshot.layer, error=str(exc))
+        else:
+            _log.warning("snapshot without a layer removed", snapshot=snapshot.name, layer=snapshot.layer)
+
+    # -- creation
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """Make an active snapshot and return its mounts.
+
+        Raises:
+            AlreadyExists: The key is taken.
+            NotFound: The parent does not exist.
+            InvalidInput: The parent is not committed.
+        """
+        created = ""
+        try:
+            with self._rows.transaction() as rows:
+                snapshot = rows.add(SnapshotKind.ACTIVE, key, parent, labels)
+                parent_layer = rows.get(parent).layer if parent else ""
+                self._engine.create(snapshot.layer, parent_layer, LayerKind.NEW)
+                created = snapshot.layer
+        except BaseException:
+            if created:  # and the row could not be written
+                self._engine.remove(created)
+            raise
+        return self._mounts_of_new(snapshot)
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """Make a read-only view of *parent* and return its mounts; errors as `prepare`."""
+        with self._rows.transaction() as rows:
+            snapshot = rows.add(SnapshotKind.VIEW, key, parent, labels)
+        return self._mounts_of_new(snapshot)
+
+    def _mounts_of_new(self, snapshot: Snapshot) -> list[Mount]:
+        try:
+            return self._mounts(snapshot)
+        except BaseException:
+            self.remove(snapshot.name)
+            raise
+
+    # -- mounts
+
+    def mounts(self, key: str) -> list[Mount]:
+        """Mount an active snapshot or a view unless it is mounted; return its mounts.
+
+        Raises:
+            NotFound: There is no such snapshot.
+            FailedPrecondition: The snapshot is committed, or the kernel refuses.
+        """
+        return self._mounts(self._rows.get(key))
+
+    def _mounts(self, snapshot: Snapshot) -> list[Mount]:
+        if snapshot.kind is SnapshotKind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {snapshot.name} is committed, so it has no mounts")
+        with self._locks.held(snapshot.layer):
+            if snapshot.kind is SnapshotKind.VIEW:
+                return [_bind(self._mounted_view(snapshot), "ro")]
+            layer = self._engine.layers.get(snapshot.layer)
+            if layer.kind is LayerKind.NEW and is_unpack_key(snapshot.name):
+                return [Mount(UNPACK_MOUNT, str(self._engine.layers.directory(layer)), ("rw",))]
+            target = self._engine.mount(layer.id)
+            return [_bind(target, "ro" if layer.kind is LayerKind.IMAGE else "rw")]
+
+    def _mounted_view(self, snapshot: Snapshot) -> Path:
+        if not snapshot.layer:
+            return self._root / _EMPTY
+        target = self._views / str(snapshot.number)
+        target.mkdir(mode=0o700, exist_ok=True)
+        self._engine.mounts.mount_read_only(snapshot.layer, target)
+        return target
+
+    def layer_of(self, mounts: Sequence[Mount]) -> str | None:
+        """Return the layer that *mounts* show: empty for the empty tree, None for mounts that are not from here."""
+        if len(mounts) != 1 or mounts[0].type not in ("bind", UNPACK_MOUNT):
+            return None
+        source, settings = Path(mounts[0].source), self._engine.settings
+        if source == self._root / _EMPTY:
+            return ""
+        if source.parent == self._views:
+            return self._rows.numbered(int(source.name)).layer
+        directory = source.parent if source.name == MERGED else source
+        if directory.parent in (settings.gear_images_path, settings.gear_containers_path):
+            return directory.name if is_layer_name(directory.name) else None
+        return None
+
+    def namespace_of(self, layer: str) -> str:
+        """Return containerd's namespace of a layer, from the name of its snapshot."""
+        return next((row.name.partition("/")[0] for row in self._rows.all() if row.layer == layer), "")
+
+    # -- the end of an active snapshot
+
+    def commit(self, key: str, name: str, labels: Mapping[str, str], parent: str = "") -> None:
+        """Commit the active snapshot *key* as *name*, durably.
+
+        Args:
+            key: Of the active snapshot.
+            name: Of the committed one.
+            labels: All labels of the committed one.
+            parent: For a snapshot that was prepared without a parent.
+
+        Raises:
+            NotFound, AlreadyExists, FailedPrecondition, InvalidInput: As `SnapshotRows.commit`.
+        """
+        active = self._rows.get(key)
+        with self._locks.held(active.layer):
+            usage = Usage(0, 0)
+            if active.kind is SnapshotKind.ACTIVE:
+                self._engine.unmount(active.layer)  # also writes the upper directory to the disk
+                usage = self._usage(active)
+            with self._rows.transaction(durable=True) as rows:
+                committed = rows.commit(key, name, labels, *usage, parent=parent)
+                if committed.parent != active.parent:
+                    self._engine.rebase(committed.layer, rows.get(committed.parent).layer)
+
+    def remove(self, key: str) -> None:
+        """Remove a snapshot, mounted or not.
+
+        Raises:
+            NotFound: There is no such snapshot.
+            FailedPrecondition: It has children.
+        """
+        with self._rows.transaction() as rows:
+            snapshot = rows.remove(key)
+        with self._locks.held(snapshot.layer):
+            if snapshot.kind is SnapshotKind.VIEW:
+                self._remove_view(self._views / str(snapshot.number))
+            else:
+                self._engine.remove(snapshot.layer)
+
+    def _remove_view(self, path: Path) -> None:
+        self._engine.mounts.unmount_view(path)
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            pass
+
+    # -- information
+
+    def stat(self, name: str) -> Snapshot:
+        """Return a snapshot; NotFound if there is none."""
+        return self._rows.get(name)
+
+    def list(self, filters: Sequence[str]) -> Iterator[Snapshot]:
+        """Yield the snapshots that match one of *filters*; all if there is no filter. Errors as `filters.matcher`."""
+        return filter(matcher(filters), self._rows.all())
+
+    def usage(self, name: str) -> Usage:
+        """Return the disk use of a snapshot; NotFound if there is none."""
+        snapshot = self._rows.get(name)
+        match snapshot.kind:
+            case SnapshotKind.COMMITTED:
+                return Usage(snapshot.size_bytes, snapshot.inodes)
+            case SnapshotKind.VIEW:
+                return Usage(0, 0)
+            case SnapshotKind.ACTIVE:
+                return self._usage(snapshot)
+
+    def _usage(self, snapshot: Snapshot) -> Usage:
+        return Usage(*self._engine.usage_of(snapshot.layer))
+
+    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
+        """Change the labels of a snapshot and return it.
+
+        Args:
+            name: Of the snapshot.
+            labels: The new labels; an empty value removes a label.
+            paths: The fields to change: ``labels`` or ``labels.KEY``; no path means all labels.
+
+        Raises:
+            NotFound: There is no such snapshot.
+            InvalidInput: A path names an immutable field.
+        """
+        with self._rows.transaction() as rows:
+            changed = dict(rows.get(name).labels)
+            for path in paths or ("labels",):
+                if path == "labels":
+                    changed = dict(labels)
+                elif path.startswith("labels."):
+                    label = path.removeprefix("labels.")
+                    changed[label] = labels.get(label, "")
+                else:
+                    raise InvalidInput(f"cannot update {path!r} field on snapshot {name!r}")
+            return rows.update_labels(name, changed)
+
+    # -- contents
+
+    def prepare_apply(self, id: str) -> str:
+        """Make layer *id* ready for Apply: unmount it. Return the layer of its parent.
+
+        Raises:
+            NotFound: There is no such layer.
+        """
+        self._engine.unmount(id)
+        return self._engine.layers.get(id).parent
+
+
+def is_unpack_key(key: str) -> bool:
+    """Whether a snapshot with this key waits for Apply: containerd names it ``extract-…``.
+
+    Source: containerd's core/snapshots, "UnpackKeyFormat".
+    """
+    return key.rpartition("/")[2].startswith(_UNPACK_KEY)
+
+
+def _bind(source: Path, access: str) -> Mount:
+    return Mount("bind", str(source), ("rbind", access))
