@@ -12,10 +12,9 @@ import subprocess
 from dataclasses import replace
 
 import typer
-from rich.markup import escape
 
 from gearworkers.cli.docker_api import container_names
-from gearworkers.cli.output import EXIT_FAULTS, console
+from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.cli.plugin_call import call_plugin
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import GearError
@@ -41,8 +40,7 @@ def command() -> None:
     Exit 1 if a required part is missing.
     """
     checks = diagnose(command_settings())
-    for check in checks:
-        _print(check)
+    print_checks(checks)
     if any(check.needed and not check.ok for check in checks):
         raise typer.Exit(EXIT_FAULTS)
 
@@ -207,9 +205,3 @@ def _container_names(settings: NodeSettings, layer_ids: list[str]) -> list[str]:
     except GearError:
         names = {}
     return [f"container {names[id]}" if id in names else f"layer {id}" for id in layer_ids]
-
-
-def _print(check: Check) -> None:
-    mark = "[green]ok[/]" if check.ok else ("[red]WRONG[/]" if check.needed else "[yellow]note[/]")
-    advice = f"; {check.advice}" if check.advice else ""
-    console.print(f"{mark:<14} {escape(f'{check.name}: {check.found}{advice}')}")

@@ -32,5 +32,5 @@ class ContentRoot:
         with self._lock:
             if self._found is None:
                 with connected(self._address) as client:
-                    self._found = Path(client.plugin_exports(*_CONTENT_PLUGIN)["root"])
+                    self._found = Path(client.plugin(*_CONTENT_PLUGIN).exports["root"])
             return self._found
