@@ -92,7 +92,7 @@ def _config_checks(dump: dict[str, Any], version: tuple[int, int]) -> list[Check
         return [Check(f"{_NAME} configuration", False, False, "cannot be read", "compare it with the one printed")]
     plugins = dump.get("plugins", {})
     order = plugins.get("io.containerd.service.v1.diff-service", {}).get("default", [])
-    checks = [_order_check(order)]
+    checks = [_order_check(order, version)]
     if version >= (2, 0):
         unpacks = plugins.get("io.containerd.transfer.v1.local", {}).get("unpack_config") or []
         pairs = {(entry.get("snapshotter"), entry.get("differ")) for entry in unpacks}
@@ -103,11 +103,14 @@ def _config_checks(dump: dict[str, Any], version: tuple[int, int]) -> list[Check
     return checks
 
 
-def _order_check(order: list[str]) -> Check:
+def _order_check(order: list[str], version: tuple[int, int]) -> Check:
     from gearworkers.containerd import config
 
     name = f"{_NAME} differs"
     if order[:1] == [config.DIFFER]:
         advice = "while the gateway is down, other snapshotters cannot unpack images either"
         return Check(name, True, False, f"{', '.join(order)}: right for Docker, ctr and CRI 1.7", advice)
-    return Check(name, True, False, f"{', '.join(order) or 'default'}: right for CRI 2.1 and later")
+    found = ", ".join(order) or "default"
+    if version < (2, 1):
+        return Check(name, False, False, f"{found}: {config.DIFFER} is not first", "run `gear containerd-config`")
+    return Check(name, True, False, f"{found}: right for CRI; Docker needs {config.DIFFER} first")
