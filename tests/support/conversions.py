@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 from gearworkers.images import manifest as m
@@ -76,8 +77,8 @@ def converted(
     """Convert an image in this process, one layer after another."""
     wanted = None if all_platforms else platform
     plan = plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
-    remote = open_remote(settings)
-    done = [convert_layer(settings, remote, job, lambda _: None) for job in plan.jobs()]
+    with closing(open_remote(settings)) as remote:
+        done = [convert_layer(settings, remote, job, lambda _: None) for job in plan.jobs()]
     return finish_conversion(settings.registry, plan, done)
 
 

@@ -223,7 +223,7 @@ class TestErrors:
         ("linux/amd64", "linux/arm64", False),
     ],
 )
-def test_an_image_without_a_variant_has_the_default_one(requested: str, found: str, runs: bool) -> None:
+def test_an_image_without_a_variant_has_the_default_variant(requested: str, found: str, runs: bool) -> None:
     assert m.Platform.parse(requested).runs(m.Platform.parse(found)) is runs
 
 

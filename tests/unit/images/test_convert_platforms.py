@@ -131,7 +131,7 @@ class TestPlatforms:
         (tmp_path / "image.tar").write_bytes(image.saved())
         return f"docker-archive:{tmp_path / 'image.tar'}"
 
-    def test_a_platform_other_than_the_only_images_is_rejected(self, converter: Converter, source: str) -> None:
+    def test_a_platform_that_the_only_image_does_not_have_is_rejected(self, converter: Converter, source: str) -> None:
         with pytest.raises(NotFound, match="no image for linux/amd64; it has: linux/arm64"):
             converter(source, AMD64)
         with pytest.raises(NotFound):

@@ -127,7 +127,7 @@ class TestConvertedLayers:
         converted(settings, source, target, again=True)
         assert b"".join(remote.fetch(digest)) == content
 
-    def test_again_converts_a_converted_layer_anew(self, settings: Settings, peer: Registry) -> None:
+    def test_again_converts_a_layer_that_was_converted_before(self, settings: Settings, peer: Registry) -> None:
         source = pushed(settings, peer, Image([BASE]))
         first = converted(settings, source, f"{peer.host}/gear:v1")
         second = converted(settings, source, f"{peer.host}/gear:v1", again=True)

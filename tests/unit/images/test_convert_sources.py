@@ -109,7 +109,7 @@ class TestArchives:
         assert report.layers == 1
 
     @pytest.mark.parametrize("layer", ["../outside", "/dev/zero", "pipe"])
-    def test_an_unpacked_archive_gives_only_regular_files_inside_it(
+    def test_only_regular_files_inside_an_unpacked_archive_are_read(
         self, settings: Settings, tmp_path: Path, layer: str
     ) -> None:
         (tmp_path / "outside").write_bytes(BASE)

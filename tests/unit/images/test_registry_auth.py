@@ -37,7 +37,7 @@ def issuing_token(body: bytes) -> Callable[[Asked], Answer]:
     "body",
     [b'{"token":null,"access_token":"t"}', b'{"token":"t","expires_in":null}', b'{"token":"t","expires_in":299.5}'],
 )
-def test_a_token_is_found_beside_nulls_and_fractional_lifetimes(body: bytes, tmp_path: Path) -> None:
+def test_a_token_is_read_from_responses_with_nulls_and_fractional_lifetimes(body: bytes, tmp_path: Path) -> None:
     with answering(issuing_token(body)) as server:
         assert repository(server.host, tmp_path).manifest("v1") == (b"{}", DOCKER_MANIFEST)
         assert server.asked[-1].headers["Authorization"] == "Bearer t"

@@ -1,4 +1,4 @@
-"""Access to a manager: tokens, listening addresses, TLS."""
+"""Control access to a manager: tokens, listening addresses, TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents, nodes, metrics and the OpenAPI document of a manager."""
+"""Call a manager for documents, nodes, metrics and its OpenAPI document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of a manager: body sizes, stalled clients, memory, open files."""
+"""Reach the limits of a manager: body sizes, stalled clients, memory, open files."""
 
 from __future__ import annotations
 

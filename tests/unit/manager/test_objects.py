@@ -56,8 +56,8 @@ def test_a_wrong_upload_is_rejected_and_leaves_nothing(server: Service) -> None:
         assert status == 422
         assert sha256(content) in json.loads(body)["error"]
         assert call(server, "GET", path)[0] == 404
-    lie = blob_stream.frame(hashlib.sha256(b"truth").digest(), encoding.encode(b"lie"))
-    assert call(server, "POST", "/v1/push", lie)[0] == 422
+    wrong = blob_stream.frame(hashlib.sha256(b"content").digest(), encoding.encode(b"another"))
+    assert call(server, "POST", "/v1/push", wrong)[0] == 422
     assert stored_files(server) == before
 
 
@@ -65,7 +65,7 @@ def test_a_layout_is_accepted_only_if_its_chunks_make_up_the_object(server: Serv
     chunks = [b"a" * 1000, b"b" * 1000]
     layout = [(len(chunk), hashlib.sha256(chunk).digest()) for chunk in chunks]
     whole, other = hashlib.sha256(b"".join(chunks)).digest(), hashlib.sha256(b"other").digest()
-    blob, lie = encoding.encode_layout(whole, layout), encoding.encode_layout(other, layout)
+    blob, wrong = encoding.encode_layout(whole, layout), encoding.encode_layout(other, layout)
     assert call(server, "POST", "/v1/push", blob_stream.frame(whole, blob))[0] == 400, "its chunks are absent"
     sent = b"".join(
         blob_stream.frame(digest, encoding.encode(c)) for (_, digest), c in zip(layout, chunks, strict=True)
@@ -73,7 +73,7 @@ def test_a_layout_is_accepted_only_if_its_chunks_make_up_the_object(server: Serv
     assert call(server, "POST", "/v1/push", sent + blob_stream.frame(other, blob))[0] == 422, (
         "it belongs to another object"
     )
-    assert call(server, "POST", "/v1/push", blob_stream.frame(other, lie))[0] == 422
+    assert call(server, "POST", "/v1/push", blob_stream.frame(other, wrong))[0] == 422
     assert call(server, "HEAD", f"/v1/objects/{other.hex()}")[0] == 404
     assert call(server, "POST", "/v1/push", blob_stream.frame(whole, blob))[0] == 200
     assert call(server, "GET", f"/v1/objects/{whole.hex()}")[2] == b"".join(chunks)
