@@ -48,7 +48,7 @@ class Outcome:
 def run_steps(side: Side) -> Outcome:
     """Import, run, build, run the built image, import a second image that shares most files, run it."""
     outcome, docker = Outcome(), side.dockerd.docker
-    outcome.step("import Debian", lambda: docker("import", str(rootfs.debian()), "first"))
+    outcome.step("import a Debian", lambda: docker("import", str(rootfs.debian()), "first"))
     outcome.step("run a container", lambda: side.dockerd.run("first", "git", "--version"))
     outcome.step("build 4 steps on it", lambda: docker("build", "-t", "built", "-", stdin=_STEPS))
     output = outcome.step("run the built image", lambda: side.dockerd.run("built"))

@@ -29,21 +29,21 @@ _READER = """
 import os, sys, time
 small = sorted("/data/small/" + name for name in os.listdir("/data/small"))
 buffer = bytearray(131072)
-held = os.open("/data/large", os.O_RDONLY)
+large = os.open("/data/large", os.O_RDONLY)
 def read(fd):
     while os.readv(fd, [buffer]):
         pass
-def opened(path):
+def read_path(path):
     fd = os.open(path, os.O_RDONLY)
     read(fd)
     os.close(fd)
-def still_open():
-    os.lseek(held, 0, os.SEEK_SET)
-    read(held)
-def close():
-    os.close(held)
-work = {"small": lambda: [opened(path) for path in small], "anew": lambda: opened("/data/large"),
-        "still open": still_open, "close": close}
+def reread_large():
+    os.lseek(large, 0, os.SEEK_SET)
+    read(large)
+def close_large():
+    os.close(large)
+work = {"small": lambda: [read_path(path) for path in small], "anew": lambda: read_path("/data/large"),
+        "still open": reread_large, "close": close_large}
 for line in sys.stdin:
     begin = time.monotonic()
     work[line.strip()]()
