@@ -24,7 +24,7 @@ from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import applied, file, mounted
 from tests.faults.crashes import Report, killed_at_every_step
-from tests.support.disk import LIMITING, mount_small
+from tests.support.disk import QUOTA_OPTIONS, mount_small
 
 MIB = 1 << 20
 
@@ -166,11 +166,11 @@ def test_a_size_is_rejected_with_advice_if_gear_root_is_in_one_project(xfs: Path
         limited(driver_on(xfs), "one")
 
 
-@pytest.fixture(params=sorted(LIMITING))
+@pytest.fixture(params=sorted(QUOTA_OPTIONS))
 def limiting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system that enforces the limits of projects."""
     try:
-        disk = mount_small(tmp_path, request.param, LIMITING[request.param])
+        disk = mount_small(tmp_path, request.param, QUOTA_OPTIONS[request.param])
     except subprocess.CalledProcessError:
         pytest.skip(f"this kernel has no project quotas on {request.param}")
     yield disk
