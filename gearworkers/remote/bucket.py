@@ -69,7 +69,7 @@ class BucketStore:
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """Put one after the other."""
-        with self._translated(f"put {len(blobs)} blobs into", not_found="there is no such bucket"):
+        with self._translated(f"put {len(blobs)} blobs into", not_found="the bucket does not exist"):
             for digest, blob in blobs:
                 obstore.put(self._store(), blob_name(digest), blob)
 

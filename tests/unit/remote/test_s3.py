@@ -100,7 +100,7 @@ def test_a_missing_bucket_is_reported_to_writers_and_by_the_doctor(tmp_path: Pat
     remote = RemoteSettings(aws_credentials_file=tmp_path / "credentials")
     with s3_server(tmp_path) as server:
         url = f"s3://nobucket?endpoint={server.url}"
-        with pytest.raises(NotFound, match="s3://nobucket: there is no such bucket"):
+        with pytest.raises(NotFound, match="s3://nobucket: the bucket does not exist"):
             open_s3(url, remote).put_many([(bytes(32), b"R")])
         found = remote_check(Settings(gear_root=tmp_path, remote=replace(remote, url=url)))
         assert not found.ok and "404 Not Found" in found.found
