@@ -106,7 +106,7 @@ def show(ours: Outcome, peer: Outcome) -> None:
     logical = f"{logical_bytes(rootfs.debian(), rootfs.debian_variant()) / 1e6:.0f}"
     table.add_row("logical bytes of the two imports, MB", logical, logical)
     table.add_row("stored bytes, all images, MB", f"{ours.stored_bytes / 1e6:.0f}", f"{peer.stored_bytes / 1e6:.0f}")
-    table.add_row("files stored once for several layers", str(ours.shared_files), "–")
+    table.add_row("files shared by several layers", str(ours.shared_files), "–")
     Console(width=90).print(table)
 
 
