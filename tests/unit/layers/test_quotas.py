@@ -22,7 +22,7 @@ from gearworkers.util.fs import opened_directory
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
-from tests.conformance.layers import applied, file, mounted
+from tests.conformance.layers import apply_layer, file, mounted
 from tests.faults.crashes import Report, killed_at_every_step
 from tests.support.disk import QUOTA_OPTIONS, mount_small
 
@@ -192,7 +192,7 @@ def fill(directory: Path, size_bytes: int) -> int:
 
 def test_a_container_cannot_write_more_than_its_size(limiting: Path) -> None:
     driver = driver_on(limiting)
-    base = applied(driver, file("large", os.urandom(2 * MIB)), file("small", b"small"))
+    base = apply_layer(driver, file("large", os.urandom(2 * MIB)), file("small", b"small"))
     driver.create_read_write("limited", base, storage_opt={"size": "1M"})
     driver.create_read_write("free", base)
     with mounted(driver, "limited") as merged:
