@@ -242,13 +242,15 @@ class LayerStore:
         return layer
 
     def rebase(self, id: str, parent: str) -> None:
-        """Give a finished layer without parent the parent *parent*, before another layer has it as parent.
+        """Give a finished layer without parent the parent *parent*, before another layer has it as parent; idempotent.
 
         Raises:
             NotFound: One of the layers is missing.
-            FailedPrecondition: The layer has a parent, or the new parent is private and the layer is not.
+            FailedPrecondition: The layer has another parent, or the new parent is private and the layer is not.
         """
         layer = self.get(id)
+        if layer.parent == parent:
+            return
         if layer.parent:
             raise FailedPrecondition(f"layer {id} has the parent {layer.parent}")
         if self.is_private(parent) and not self._has_marker(layer):

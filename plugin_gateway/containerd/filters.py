@@ -18,7 +18,7 @@ from plugin_gateway.containerd.snapshot_table import Snapshot
 Predicate = Callable[[Snapshot], bool]
 _FIELD = re.compile(r'[A-Za-z]\w*|"(?:[^"\\]|\\.)*"')
 _VALUE = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,]+')
-_EXPRESSION = re.compile(r'"(?:[^"\\]|\\.)*"|/[^/]*/|\|[^|]*\||[^\s,]+')
+_EXPRESSION = re.compile(r'"(?:[^"\\]|\\.)*"|/[^/]*/|\|[^|]*\||[^\s,/|][^\s,]*')
 _OPERATORS: Mapping[str, Callable[[str, str], bool]] = {
     "==": lambda found, wanted: found == wanted,
     "!=": lambda found, wanted: found != wanted,
@@ -50,7 +50,7 @@ def _parsed(text: str) -> list[Predicate]:
         if operator in _OPERATORS:
             value = (_EXPRESSION if operator == "~=" else _VALUE).match(text, at + 2)
             if value is None:
-                raise InvalidInput(f"filter {text!r}: the value after {operator} is missing")
+                raise InvalidInput(f"filter {text!r}: the value after {operator} is missing, or its quote is open")
             at = value.end()
             raw_quotes = "/|" if operator == "~=" else ""
             selectors.append(_selector(text, path, operator, _unquoted(text, value[0], raw_quotes)))

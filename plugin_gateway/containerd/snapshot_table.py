@@ -106,7 +106,7 @@ class SnapshotRows:
         raise NotFound(f"snapshot number {number} does not exist")
 
     def all(self) -> list[Snapshot]:
-        """Return all snapshots, the oldest first, so that parents come before their children."""
+        """Return all snapshots, the oldest first. A parent named at commit may be younger than its child."""
         return list(self._select("ORDER BY number"))
 
     def add(self, kind: SnapshotKind, key: str, parent: str, labels: Mapping[str, str]) -> Snapshot:
@@ -295,7 +295,7 @@ class SnapshotTable:
             raise FailedPrecondition(f"{self._path}: version {version} is newer than {_VERSION}; upgrade gearworkers")
 
     def _translated(self, exc: sqlite3.Error) -> GearError:
-        if exc.sqlite_errorname == "SQLITE_FULL":
+        if getattr(exc, "sqlite_errorname", "") == "SQLITE_FULL":  # errors of the module itself have no name
             return ResourceExhausted(f"{self._path}: {exc}")
         return GearError(f"{self._path}: {exc}")
 

@@ -96,10 +96,7 @@ class Snapshots:
 
     def _repair(self) -> None:
         """Make table and layers agree after a crash."""
-        snapshots = self._rows.all()
-        for snapshot in reversed(snapshots):  # children before their parents
-            if snapshot.layer and not self._engine.layers.exists(snapshot.layer):
-                self._forget(snapshot)
+        self._forget_lost()
         rows = self._rows.all()
         layers = {snapshot.layer for snapshot in rows}
         for id in self._engine.layers.ids():
@@ -111,14 +108,19 @@ class Snapshots:
             if view.name not in numbers:
                 self._remove_view(view)
 
-    def _forget(self, snapshot: Snapshot) -> None:
-        try:
-            with self._rows.transaction() as rows:
-                rows.remove(snapshot.name)
-        except FailedPrecondition as exc:
-            _log.error("snapshot lost its layer", snapshot=snapshot.name, layer=snapshot.layer, error=str(exc))
-        else:
-            _log.warning("snapshot without a layer removed", snapshot=snapshot.name, layer=snapshot.layer)
+    def _forget_lost(self) -> None:
+        """Remove the rows without a layer, children before their parents; a row with other children stays."""
+        lost = {row.name: row for row in self._rows.all() if row.layer and not self._engine.layers.exists(row.layer)}
+        while lost:
+            parents = {row.parent for row in self._rows.all()}
+            childless = [row for row in lost.values() if row.name not in parents]
+            if not childless:
+                _log.error("snapshots lost their layers but have children", snapshots=sorted(lost))
+                return
+            for row in childless:
+                with self._rows.transaction() as rows:
+                    rows.remove(lost.pop(row.name).name)
+                _log.warning("snapshot without a layer removed", snapshot=row.name, layer=row.layer)
 
     # -- creation
 
@@ -218,11 +220,16 @@ class Snapshots:
 
         Raises:
             NotFound, AlreadyExists, FailedPrecondition, InvalidInput: As `SnapshotRows.commit`.
+            FailedPrecondition: An Apply to the snapshot has not finished.
+
+        Crash: may leave an active snapshot whose layer has the parent already; the same commit succeeds.
         """
         active = self._rows.get(key)
         with self._locks.held(active.layer):
             usage = Usage(0, 0)
             if active.kind is SnapshotKind.ACTIVE:
+                if self._engine.layers.get(active.layer).kind is LayerKind.NEW:
+                    self._engine.mount(active.layer)  # makes it an empty read-write layer unless an Apply is unfinished
                 self._engine.unmount(active.layer)  # also writes the upper directory to the disk
                 usage = self._usage(active)
             with self._rows.transaction(durable=True) as rows:

@@ -9,6 +9,7 @@ import pytest
 
 from gearworkers.settings import Settings
 from tests.conformance.drivers import Driver, InProcess, OverSocket
+from tests.support.containerd import SnapshotClient, connected
 from tests.support.sandbox import scratch
 from tests.support.stack import Stack
 
@@ -43,11 +44,30 @@ def stack() -> Iterator[Stack]:
         stack.stop("import", "gateway", "redis")
 
 
+@pytest.fixture(scope="module")
+def client(request: pytest.FixtureRequest) -> Iterator[SnapshotClient]:
+    """Yield containerd's client of a gateway process that the tests of one module share."""
+    name = request.module.__name__.rpartition(".")[2]
+    stack = Stack(scratch() / name, name=name)
+    stack.start("gateway")
+    try:
+        with connected(stack.containerd_socket) as client:
+            yield client
+        check_log(stack, "gateway")
+    finally:
+        stack.stop("gateway")
+
+
 def check_logs(stack: Stack) -> None:
     """Check that the import worker did the calls and survived, and that no log shows a bug."""
     assert stack.is_running("import")
-    logs = {name: stack.daemons[name].log.read_text(errors="replace") for name in ("import", "gateway")}
-    assert "gearworkers.apply_diff" in logs["import"]
-    for name, log in logs.items():
-        for bad in ("exited prematurely", "a bug", "Traceback"):
-            assert bad not in log, f"{name}: {stack.daemons[name].log_tail()}"
+    assert "gearworkers.apply_diff" in check_log(stack, "import")
+    check_log(stack, "gateway")
+
+
+def check_log(stack: Stack, name: str) -> str:
+    """Check that the log of a process shows no bug; return the log."""
+    log = stack.daemons[name].log.read_text(errors="replace")
+    for bad in ("exited prematurely", "a bug", "Traceback"):
+        assert bad not in log, f"{name}: {stack.daemons[name].log_tail()}"
+    return log

@@ -1,4 +1,4 @@
-"""Child processes that are killed before their n-th step. A step is a call that changes the disk."""
+"""Child processes that are killed before their n-th step: a call, or an SQL statement, that changes the disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import os
 import select
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -128,8 +129,21 @@ def _work_until(work: Callable[[Report], None], step: int, report: Report) -> No
 
     for module, name in _UNAUDITED:
         setattr(module, name, _counted(getattr(module, name), count))
+    setattr(sqlite3, "connect", partial(sqlite3.connect, factory=_counting_connection(count)))  # noqa: B010 - typed
     sys.addaudithook(audit)
     work(report)
+
+
+def _counting_connection(count: Callable[[], None]) -> type[sqlite3.Connection]:
+    """Return a connection class that counts the statements of `execute` except queries."""
+
+    class CountingConnection(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if not sql.startswith("SELECT"):
+                count()
+            return super().execute(sql, *values)
+
+    return CountingConnection
 
 
 def _counted(call: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:

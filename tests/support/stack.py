@@ -58,6 +58,11 @@ class Stack:
         return PLUGINS / f"{self.name}.sock"
 
     @property
+    def containerd_socket(self) -> Path:
+        """Where the gateway answers containerd."""
+        return self.run_dir / "containerd.sock"
+
+    @property
     def node(self) -> str:
         """GEAR_NODE."""
         return f"{self.name}-node"
