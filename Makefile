@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup rootfs images newer-docker up demo test check protos bench
+.PHONY: help setup rootfs images containerd up demo test check protos bench
 help:
 	@echo "make setup    install missing Debian packages and build .venv; every other target does so first"
 	@echo "make demo     run the same job on gearworkers and on overlay2 and compare; leaves nothing behind"
@@ -12,7 +12,7 @@ help:
 	@echo "make protos   generate the messages of containerd's API from their .proto files"
 	@echo "make rootfs   make the root file systems that tests and benchmarks use"
 	@echo "make images   make the application images that tests use"
-	@echo "make newer-docker  unpack a newer containerd and Docker, which tests use"
+	@echo "make containerd  unpack a newer containerd and Docker, which tests use"
 	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
 	@echo "              import shared load parallel build save run read chown memory"
 	@echo "              convert many reread lazy local bytes storage second"
@@ -34,10 +34,10 @@ demo: rootfs
 	@exec $(VENV)/python -m bench.demo
 
 # A containerd and a Docker that know containerd's image store, for the tests.
-newer-docker: setup
+containerd: setup
 	@$(VENV)/python -m tests.support.newer_docker
 
-test: rootfs images newer-docker
+test: rootfs images containerd
 	@exec $(VENV)/python -m tests.support.run
 
 check: setup
