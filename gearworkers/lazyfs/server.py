@@ -75,7 +75,7 @@ class LazyServer:
             sources,
             self._pool,
             large_bytes=large_bytes,
-            is_wanted=lambda digest: self._wanted.refer_to(digest) or pins.has(digest),
+            is_referenced=lambda digest: self._wanted.refer_to(digest) or pins.has(digest),
         )
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
@@ -192,7 +192,7 @@ class LazyServer:
         """Remove arrivals that no overlay needs, and partial files that no image wants."""
         if not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
-        self._fetcher.forget_unwanted(self._settings.fill_delay_s)
+        self._fetcher.remove_unreferenced(self._settings.fill_delay_s)
 
     def _forget_collected(self, connection: FuseConnection) -> None:
         for digest in self._contents.collected():
