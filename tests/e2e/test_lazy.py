@@ -9,7 +9,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gearworkers.lazyfs.client import order_prefetch
+from gearworkers.lazyfs.client import request_prefetch
 from tests.support import rootfs
 from tests.support.dockerd import Dockerd
 from tests.support.lazyhost import FILES, LARGE, LazyHost
@@ -121,7 +121,7 @@ def test_all_files_match_the_image_and_complete_layers_do_not_use_the_lazy_file_
     lazy = host.start()
     assert "/lazy/fetch" in _mounts(host)
     layers = [path.name for path in (host.stack.root / "images").iterdir()]
-    order_prefetch(host.stack.lazyfs_socket, layers)
+    request_prefetch(host.stack.lazyfs_socket, layers)
     expected = _debian_files()
     sums = host.dockerd.docker("exec", lazy, "sh", "-c", "find / -xdev -type f -exec sha256sum {} +")
     found = {path: digest for digest, _, path in (line.partition("  ") for line in sums.splitlines())}
