@@ -65,7 +65,7 @@ def test_docker_info_shows_root_kernel_mode_and_counters(dockerd: Dockerd, stack
 
 def test_dockerd_rejects_an_unknown_option_and_names_the_known_ones(own: Stack, disk: Path) -> None:
     dockerd = Dockerd("d3", disk / "unknown", "gear3", ("--storage-opt", "gear.size=1G"))
-    with pytest.raises(NotReady, match=r"gear\.size=1G.*known are gear\.root=…, gear\.broker=…"):
+    with pytest.raises(NotReady, match=r"gear\.size=1G.*expected gear\.root=…, gear\.broker=…"):
         dockerd.start()
 
 
