@@ -1,4 +1,4 @@
-"""Fetches objects into the store: verified, once for all waiting readers, and for readers before background work.
+"""Fetches objects into the store: verifies them, shares one download among readers, and serves readers first.
 
 Crash: leaves files in the directory of partial files, which the next process removes or resumes.
 """
@@ -89,7 +89,7 @@ class Fetcher:
         self._context.chunk_index.prepare()
 
     def close(self) -> None:
-        """Close the chunk index; close the pool before."""
+        """Close the chunk index, after the pool was closed."""
         self._context.chunk_index.close()
 
     @property
@@ -190,7 +190,7 @@ class Fetcher:
                 download.chunks.fill()
 
     def remove_unreferenced(self, idle_s: float) -> None:
-        """Remove the partial files of unreferenced objects whose last read is *idle_s* ago or longer.
+        """Remove the partial files of unreferenced objects that were not read within *idle_s*.
 
         Objects that a batch request is fetching stay until the next call.
 

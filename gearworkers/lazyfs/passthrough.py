@@ -6,7 +6,7 @@ the node is not open, and stays so until the kernel forgets it. A successor must
 each backing file is saved, before the first direct open is answered, in a directory that exists as long as the mount.
 The number of opens through a dead server is lost, so a node that it served stays served.
 
-Crash: leaves a registered backing file that nobody uses, until the file system is unmounted.
+Crash: leaves an unused registered backing file until the file system is unmounted.
 
 Source: Linux Documentation/filesystems/fuse-passthrough.rst; fs/fuse/iomode.c; from 6.9 on.
 """

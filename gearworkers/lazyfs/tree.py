@@ -67,7 +67,7 @@ class ObjectProvider(Protocol):
     """The objects behind the tree; many threads call it at once, and futures complete in any thread."""
 
     def look_up(self, name: bytes) -> Future[LookupResult]:
-        """Fetch the object with this name of 21 characters, or serve it while it arrives; GearError if it cannot."""
+        """Fetch the object with this name of 21 characters, or serve it while it arrives; GearError on failure."""
 
     def is_known(self, name: bytes) -> bool:
         """Return whether a layer has an object of this name."""

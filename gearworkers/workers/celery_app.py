@@ -81,7 +81,7 @@ class RepairPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no
         pool.maintain_pool()
         for process in pool._pool:
             if getattr(process, "_sentinel_poll", None) is None:
-                vars(process).pop("_sentinel_poll", None)  # a missing poll is created anew
+                vars(process).pop("_sentinel_poll", None)  # a missing poll is created again
 
 
 def make_app(

@@ -20,7 +20,7 @@ STALLED_S = 0.5
 _NEXT_CHUNK = re.compile(rb"\r\n([1-9a-f][0-9a-f]{0,13})\r\n")
 """The end of a chunk and the size of the next, in their common form: received together, without extensions."""
 _LINE_LIMIT_BYTES = 4096
-_CHUNK_BYTES = 64 << 10
+_BUFFER_BYTES = 64 << 10
 _SEND_BUFFER_BYTES = 1 << 20
 _MAX_POLL_MS = (1 << 31) - 1
 
@@ -249,7 +249,7 @@ class ResponseBody:
         Raises:
             Unavailable: The caller or the gateway has died, or the caller is idle for too long.
         """
-        if len(self._buffer) + len(data) < _CHUNK_BYTES:
+        if len(self._buffer) + len(data) < _BUFFER_BYTES:
             self._buffer += data
         else:
             self._send_chunk(memoryview(data).cast("B"))

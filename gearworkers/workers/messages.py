@@ -3,7 +3,7 @@
 Glossary
     job      one heavy call or maintenance work, and a token (`WorkerJob`). Redis carries it; it holds no layer's bytes.
     token    identifies the job at the gateway. The first process that presents it gets the job.
-    control  the process's connection to the gateway's streams socket. When one side dies, the other sees its end.
+    control  the process's connection to the gateway's streams socket. Its end shows each side that the other has died.
     stream   the bytes that the job reads or writes (`ByteStream`). The gateway hands them over without copying.
 
 The messages on the control connection, each a frame (4 bytes little-endian length, then MessagePack)::

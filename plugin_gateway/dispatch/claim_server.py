@@ -160,7 +160,7 @@ class ClaimServer:
         except OSError:
             pending.release()
             raise
-        # False if the job was withdrawn meanwhile: the end of the control connection tells the process.
+        # False if the job was withdrawn meanwhile: the process notices that its control connection ends.
         return pending if pending.begin(claim) else None
 
     async def _follow(self, control: socket.socket, frames: FrameBuffer, pending: PendingJob) -> None:

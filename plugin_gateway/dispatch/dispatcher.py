@@ -24,7 +24,7 @@ from plugin_gateway.metrics import GatewayMetrics
 _log = structlog.stdlib.get_logger(__name__)
 
 _LOCAL_ATTEMPTS = 2
-"""At the first attempt, a worker may have claimed the job that dies before it begins."""
+"""At the first attempt, the job may be claimed by a worker that dies before it begins the job."""
 
 
 @dataclass(frozen=True, slots=True)
