@@ -49,7 +49,7 @@ def inspect(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
     try:
         image = local_image(settings, name)
     except Unavailable:
-        image = None  # the registry can be asked without a dockerd
+        image = None  # the registry does not need a dockerd
     if image is not None:
         return _describe_pulled(node, name, image)
     return _describe_remote(node, name, open_source(settings.registry, name))
@@ -58,27 +58,30 @@ def inspect(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
 def _describe_pulled(node: NodeStore, name: str, image: LocalImage) -> Iterable[tuple[str, str]]:
     layers = list(node.layers.layer_chain(image.top_layer))
     complete = sum(layer.complete for layer in layers)
-    yield "Image", f"{name}, pulled"
+    yield "Image", name
+    yield "Pulled", "yes"
     yield "Id", image.id
     yield "Gear image", "yes" if image.is_gear else "no"
-    yield "Layers", f"{len(layers)}, {complete} of them complete"
+    yield "Layers", f"{len(layers)} ({complete} complete)"
     private = node.layers.private_layers(image.top_layer)
     if private:
-        files = f"{sum(one.private_objects for one in private)}, {decimal(sum(one.private_bytes for one in private))}"
-        yield "Private", f"{len(private)} of the layers, with files of their own: {files}"
+        files = sum(layer.private_objects for layer in private)
+        size = decimal(sum(layer.private_bytes for layer in private))
+        yield "Private", f"{len(private)} of the layers, with files of their own: {files}, {size}"
     yield from _describe_objects(node, node.objects_of(image.top_layer))
     is_pinned = any(pin.image == image.id for pin in node.pins.all())
-    yield "Kept whole", "yes, until `gear unpin`" if is_pinned else "no; `gear pin` does"
+    yield "Image pinned", "yes" if is_pinned else "no"
 
 
 def _describe_remote(node: NodeStore, name: str, source: ImageSource) -> Iterable[tuple[str, str]]:
     data, media_type = source.root()
     if media_type in m.INDEXES:
-        (ours,) = images_for(source, data, m.Platform.here(), name)
-        data, _ = source.manifest(ours.descriptor.digest)
+        (entry,) = images_for(source, data, m.Platform.here(), name)
+        data, _ = source.manifest(entry.descriptor.digest)
     manifest = m.decode_manifest(data, name)
     config = m.decode_config(read_config(source, manifest.config), manifest, name)
-    yield "Image", f"{name}, not pulled here"
+    yield "Image", name
+    yield "Pulled", "no"
     yield "Id", manifest.config.digest
     yield "Gear image", "yes" if config.is_gear else "no"
     yield "Layers", f"{len(manifest.layers)}, {decimal(sum(layer.size for layer in manifest.layers))} compressed"
@@ -97,9 +100,9 @@ def _describe_objects(node: NodeStore, objects: Objects) -> Iterable[tuple[str, 
     missing = node.missing(objects)
     pinned = {digest for digest, _ in node.pins.objects()}
     yield "Distinct files", count_and_size(objects)
-    yield "Here", count_and_size({digest: size for digest, size in objects.items() if digest not in missing})
+    yield "On this node", count_and_size({digest: size for digest, size in objects.items() if digest not in missing})
     yield "Missing", count_and_size(missing)
-    yield "Pinned", count_and_size({digest: size for digest, size in objects.items() if digest in pinned})
+    yield "Pinned files", count_and_size({digest: size for digest, size in objects.items() if digest in pinned})
 
 
 def _add_named_objects(source: ImageSource, layer: m.Descriptor, diff_id: str, objects: Objects) -> bool:

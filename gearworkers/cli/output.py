@@ -15,6 +15,6 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print each key with its value behind it, in two columns."""
+    """Print keys and values in two columns."""
     for key, value in pairs:
         console.print(f"{key:<16}{value}", markup=False)

@@ -75,7 +75,7 @@ def plan_conversion(
         target: Name in a registry, with or without a tag, but without a digest.
         platform: As `survey` takes it.
         all_platforms: Convert all images of an index.
-        again: Convert layers that were converted before as well.
+        again: Also convert layers that are already converted.
 
     Raises:
         InvalidInput, IntegrityError: A name is malformed, the image cannot be converted, or *target* would replace it.

@@ -90,8 +90,8 @@ def host(empty_host: Host) -> Host:
 
 def test_inspect_shows_the_files_that_an_unpulled_image_needs(host: Host) -> None:
     told = host.gear("inspect", host.image)
-    assert (told["Image"], told["Gear image"]) == (f"{host.image}, not pulled here", "yes")
-    assert told["Missing"] == told["Distinct files"] and told["Here"].startswith("0,")
+    assert (told["Image"], told["Pulled"], told["Gear image"]) == (host.image, "no", "yes")
+    assert told["Missing"] == told["Distinct files"] and told["On this node"].startswith("0,")
     assert int(told["Distinct files"].split(",")[0]) > 5000
     assert host.gear("inspect", f"{host.registry.host}/debian:v1")["Gear image"] == "no"
 
@@ -100,9 +100,9 @@ def test_a_gear_image_runs_with_the_same_files_and_fetches_only_files_that_are_r
     host: Host, original: Dockerd
 ) -> None:
     host.pull()
-    inline = host.count("Here")
+    inline = host.count("On this node")
     assert host.dockerd.run(host.image, "sh", "-c", TREE) == original.run("debian", "sh", "-c", TREE)
-    assert host.count("Here") - inline < 50, "a look at names has fetched contents"
+    assert host.count("On this node") - inline < 50, "a look at names has fetched contents"
     assert host.dockerd.run(host.image, "sh", "-c", CONTENTS) == original.run("debian", "sh", "-c", CONTENTS)
     assert "git version" in host.dockerd.run(host.image, "git", "--version")
     assert host.count("Missing") > 3000
@@ -110,25 +110,25 @@ def test_a_gear_image_runs_with_the_same_files_and_fetches_only_files_that_are_r
 
 def test_a_pinned_image_is_fetched_completely_and_kept_after_its_removal(host: Host) -> None:
     host.pull()
-    assert host.gear("inspect", host.image)["Kept whole"].startswith("no")
+    assert host.gear("inspect", host.image)["Image pinned"] == "no"
     host.gear("pin", host.image)
     assert host.gear("status")["Pinned:"].startswith(host.image)
     wait_until(lambda: host.count("Missing") == 0, "all of it is here", 120)
     told = host.gear("inspect", host.image)
-    assert told["Pinned"] == told["Here"] == told["Distinct files"] and told["Kept whole"].startswith("yes")
-    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1, 1 of them complete", "the layer is complete")
+    assert told["Pinned files"] == told["On this node"] == told["Distinct files"] and told["Image pinned"] == "yes"
+    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1 (1 complete)", "the layer is complete")
     host.dockerd.docker("rmi", host.image)
     host.gear("gc")
     assert host.count("Missing") == 0
     host.gear("unpin", host.image)
     host.gear("gc")
-    assert host.count("Here") == 0
+    assert host.count("On this node") == 0
 
 
 def test_a_lost_pinned_file_is_fetched_again_and_a_complete_image_needs_no_server(host: Host) -> None:
     host.pull()
     host.gear("pin", host.image)
-    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1, 1 of them complete", "it is complete", 120)
+    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1 (1 complete)", "it is complete", 120)
     objects = [path for path in (host.stack.root / "public").rglob("*") if path.is_file()]
     victim = next(path for path in objects if path.stat().st_size > INLINE_BYTES)  # the remote has no smaller ones
     victim.unlink()
