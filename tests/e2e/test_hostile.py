@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.layers import directory, file, symlink, tar
-from tests.conformance.test_hostile import ACCEPTED, REFUSED
+from tests.conformance.test_hostile import ACCEPTED, REJECTED
 from tests.support.dockerd import Dockerd
 from tests.support.stack import Stack
 
@@ -24,7 +24,7 @@ LOWER = tar(
     symlink("s", "d"),
 )
 """The layer below the hostile one, with files, a directory and a symlink of the same names."""
-HOSTILE = {case: made for case, (made, _) in (REFUSED | ACCEPTED).items()} | {
+HOSTILE = {case: made for case, (made, _) in (REJECTED | ACCEPTED).items()} | {
     "a parent that is a symlink of the layer below": lambda: tar(file("s/a", b"through")),
     "a parent that is a file of the layer below": lambda: tar(file("etc/passwd/a", b"through")),
 }

@@ -135,7 +135,7 @@ def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: 
     image = Image([tar_of([("secret", b"secret" * 1000)])])
     image.write_layout(tmp_path / "layout")
     image.push(at(peer, "forged"), "v1")
-    with answering(lambda asked: Answer(404)) as listener, sending(stack) as app:
+    with answering(lambda _: Answer(404)) as listener, sending(stack) as app:
         for source, remote, refusal in (
             (f"{peer.host}/forged:v1", listener.url, "this conversion is for GEAR_REMOTE="),
             (f"oci:{tmp_path}/layout", stack.settings["GEAR_REMOTE"], "registries only"),
@@ -144,7 +144,7 @@ def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: 
             job = msgspec.to_builtins(plan.jobs()[0])
             with pytest.raises(GearError, match=refusal):
                 app.send_task(LAYER_TASK, (job, remote), queue=CONVERT_QUEUE).get(timeout=60)
-        assert listener.asked == []
+        assert listener.requests == []
 
 
 @contextmanager
