@@ -172,8 +172,8 @@ def test_many_objects_are_put_and_fetched_together(remote: Remote) -> None:
     contents = {sha256(content): content for content in (noise(100 + number, number) for number in range(400))}
     assert remote.put_many(contents.items()) == 400
     assert remote.put_many(contents.items()) == 0
-    wanted = [*contents, sha256(b"absent")]
-    assert dict(remote.fetch_many(wanted)) == contents
+    requested = [*contents, sha256(b"absent")]
+    assert dict(remote.fetch_many(requested)) == contents
     assert list(remote.fetch_many([])) == []
 
 

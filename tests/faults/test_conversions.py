@@ -80,7 +80,7 @@ def big_layers(count: int, size_bytes: int = 8 << 20) -> list[bytes]:
 
 
 def begin_partial_conversion(stack: Stack, peer: Registry, name: str, layers: int) -> subprocess.Popen[str]:
-    """Begin a conversion of big layers to ``gear:NAME``; return when one is done. One process is stopped before."""
+    """Stop one worker process, begin a conversion of big layers to ``gear:NAME``, and return when one layer is done."""
     Image(big_layers(layers), compression="").push(at(peer, name), "v1")
     before = done_layers(stack)
     wait_until(lambda: len(children(stack)) > 1, "the worker has its processes")
