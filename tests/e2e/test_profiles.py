@@ -1,4 +1,4 @@
-"""Start-up profiles with a real dockerd, registry and manager: a start records one, a later pull prefetches its files."""
+"""Start-up profiles with a real dockerd, registry and manager: recorded by a start, prefetched by a later pull."""
 
 from __future__ import annotations
 
