@@ -175,14 +175,14 @@ def test_a_conversion_for_another_remote_is_rejected_and_sends_no_token(
     monkeypatch.setenv("GEAR_REMOTE", "https://user:secret@manager.example.org:2019/")
     monkeypatch.setenv("GEAR_REMOTE_TOKEN", "token")
     job = msgspec.to_builtins(layer_job("127.0.0.1:1/source"))
-    with answering(lambda request: Answer(200)) as listener:
+    with answering(lambda _: Answer(200)) as listener:
         with pytest.raises(FailedPrecondition) as refusal:
             app.tasks[LAYER_TASK](job, listener.url)
-        assert listener.asked == []
-    message = str(refusal.value)
-    assert listener.url in message and "https://manager.example.org:2019 " not in message
-    assert "GEAR_REMOTE=https://manager.example.org:2019;" in message
-    assert "secret" not in message and "--local" in message
+        assert listener.requests == []
+    said = str(refusal.value)
+    assert listener.url in said and "https://manager.example.org:2019 " not in said
+    assert "GEAR_REMOTE=https://manager.example.org:2019;" in said
+    assert "secret" not in said and "--local" in said
 
 
 @pytest.mark.parametrize("kind", ["oci", "docker-archive"])
