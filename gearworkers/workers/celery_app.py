@@ -46,8 +46,8 @@ _MAX_DELAY_S = 300
 def retry_delay_s(retries: int, min_s: float = 0.0) -> int:
     """Return the seconds before the next attempt: 2, 4, 8 … 300; at least *min_s*, up to 300.
 
-    With RETRIES, and the few attempts of the remote itself in each (`util.retry`), a push is retried for about 25
-    minutes. The remaining objects then stay pending for the next push.
+    With RETRIES, and the few attempts of the remote itself in each (`util.retry`), a push is retried for up to
+    36 minutes. The remaining objects then stay pending for the next push.
     """
     return int(min(max(2 << retries, min_s), _MAX_DELAY_S))
 
