@@ -1,4 +1,4 @@
-"""The gateway's life, from start to SIGTERM: front doors over one dispatcher, and the metrics beside them.
+"""The gateway from start to SIGTERM: front doors over one dispatcher, and the metrics server.
 
 A front door answers one protocol. `GraphDriverServer` answers Docker's graphdriver plugin calls, `ContainerdDoor`
 containerd's snapshots and diff services.
@@ -31,9 +31,9 @@ class Gateway:
         settings: Of the node.
         driver: Answers Docker's light calls.
         metrics: The gateway's.
-        dispatcher: Runs the heavy calls and maintenance; counts in the same metrics.
+        dispatcher: Runs the heavy calls and maintenance; uses the same metrics.
         containerd: containerd's front door; None to leave it closed.
-        light_grace_s: Seconds that light calls in progress have when the gateway stops.
+        light_grace_s: Seconds for light calls in progress to end when the gateway stops.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Gateway:
         self._is_prepared = False
 
     async def serve(self) -> None:
-        """Run until SIGTERM or SIGINT; calls in progress then end, or their grace does.
+        """Run until SIGTERM or SIGINT, then finish the calls in progress within their grace.
 
         Raises:
             FailedPrecondition: Another gateway runs here.
@@ -79,7 +79,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Repair the leftovers of a crash, then answer calls; raises as `serve`."""
-        # Both sockets first: they keep a second gateway from repairs that would destroy the first one's work.
+        # Both sockets first: they prevent repairs by a second gateway, which would destroy the first one's work.
         self._docker.bind()
         self._is_bound = True
         self._make_run_dir()
@@ -113,4 +113,4 @@ class Gateway:
         try:
             run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
-            raise from_os_error(exc, f"make GEAR_RUN_DIR {run_dir}") from exc
+            raise from_os_error(exc, f"create GEAR_RUN_DIR {run_dir}") from exc

@@ -58,9 +58,9 @@ class MetricsServer:
 
     Args:
         address: An absolute path for a Unix socket, or host:port.
-        metrics: Returns the text.
-        update: Called before each answer.
-        grace_s: Seconds that requests in progress have when the server closes.
+        metrics: The metrics to serve.
+        update: Called before each response.
+        grace_s: Seconds for requests in progress to end when the server closes.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MetricsServer:
         """Begin to serve.
 
         Raises:
-            FailedPrecondition: Another gateway serves there.
+            FailedPrecondition: Another gateway listens at the address.
             GearError: The address is malformed, or the kernel refuses it.
         """
         await self._runner.setup()
@@ -108,5 +108,5 @@ def _host_and_port(address: str) -> tuple[str, int]:
     try:
         host, port = parse_host_port(address)
     except ValueError as exc:
-        raise InvalidInput(f"GEAR_METRICS_LISTEN={address}: host:port or an absolute path is needed") from exc
+        raise InvalidInput(f"GEAR_METRICS_LISTEN={address}: expected host:port or an absolute path") from exc
     return host or "127.0.0.1", port

@@ -13,12 +13,12 @@ BACKLOG = 4096
 
 
 def listen(path: Path) -> socket.socket:
-    """Return a non-blocking socket that listens at *path*, for root alone; make its directory.
+    """Return a non-blocking socket that listens at *path*, for root only; create its directory.
 
-    A socket file on which no process listens is the leftover of a crash, and is replaced.
+    A socket file without a listener is a leftover of a crash, and is replaced.
 
     Raises:
-        FailedPrecondition: Another process listens there.
+        FailedPrecondition: Another process listens at *path*.
         GearError: The kernel refuses.
     """
     require_unused(path)

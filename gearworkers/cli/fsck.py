@@ -8,7 +8,7 @@ import typer
 
 from gearworkers.cli.node_engine import open_engine
 from gearworkers.cli.output import EXIT_FAULTS, console
-from gearworkers.lazyfs.client import order_prefetch
+from gearworkers.lazyfs.client import request_prefetch
 from gearworkers.util.log import command_settings
 
 
@@ -28,7 +28,7 @@ def command(
         faults += 1
         console.print(fault, markup=False)
     if incomplete:
-        ordered = order_prefetch(settings.lazyfs_socket, sorted(incomplete))
+        ordered = request_prefetch(settings.lazyfs_socket, sorted(incomplete))
         console.print(f"{ordered} objects are being fetched; `gear status` lists those that cannot be fetched.")
         console.print(
             "Containers that have opened a damaged object keep using it: stop and start them "

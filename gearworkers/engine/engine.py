@@ -47,7 +47,7 @@ _Result = TypeVar("_Result")
 def layer_call(
     call: Callable[Concatenate[_Self, str, _Arguments], _Result],
 ) -> Callable[Concatenate[_Self, str, _Arguments], _Result]:
-    """Decorate a method on one layer: errors of the file system become GearError and name method and layer."""
+    """Decorate a method on one layer: OSError becomes a GearError that names the method and the layer."""
 
     @wraps(call)
     def translated(self: _Self, id: str, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
@@ -64,9 +64,9 @@ def layer_call(
 class Engine:
     """The parts of one GEAR_ROOT. They never change, so every call works on one root from start to end.
 
-    Several processes of a node may each have an engine of the same root. One process should have one: its parts hold
-    the locks between the process's threads. Methods may be called from many threads and raise GearError. After an
-    error nothing is half done, except the target of an `apply_diff`, which accepts nothing but its removal.
+    Several processes of a node may each have an engine of the same root. A process should have only one engine per
+    root, since its parts hold the locks between the process's threads. Methods may be called from many threads and
+    raise GearError. An error leaves no partial result, except the target of an `apply_diff`, which can only be removed.
     """
 
     settings: Settings
@@ -80,7 +80,7 @@ class Engine:
 
     @classmethod
     def of(cls, settings: Settings) -> Engine:
-        """Return the engine of the settings' root; touches nothing on the disk."""
+        """Return the engine of the settings' root; does not access the disk."""
         objects = ObjectStore(settings.gear_public_cache_path)
         layers = LayerStore(settings, objects)
         profile_hooks = ProfileHooks(settings, layers, Recordings())
@@ -98,7 +98,7 @@ class Engine:
     # -- life
 
     def prepare(self) -> None:
-        """Make missing directories and repair the leftovers of a crash; no other process may use the root meanwhile.
+        """Create missing directories and repair the leftovers of a crash; no other process may use the root meanwhile.
 
         Raises:
             GearError: The root cannot be used.
@@ -119,14 +119,14 @@ class Engine:
 
     @layer_call
     def create(self, id: str, parent: str, kind: LayerKind, mount_label: str = "", size_limit_bytes: int = 0) -> None:
-        """Make an empty layer on *parent*.
+        """Create an empty layer on *parent*.
 
         Args:
             id: Of the layer.
             parent: Of the layer; empty for none.
             kind: NEW for a layer that `apply_diff` or a mount fills, CONTAINER for a read-write layer.
             mount_label: SELinux label of its mounts.
-            size_limit_bytes: Limit of a read-write layer, for which the caller asks `Quotas.require`; 0 for none.
+            size_limit_bytes: Limit of a read-write layer; 0 for none. The caller checks `Quotas.require` first.
 
         Raises:
             AlreadyExists: The id is taken.
@@ -136,7 +136,7 @@ class Engine:
 
     @layer_call
     def remove(self, id: str) -> None:
-        """Unmount and remove the layer in any state; does nothing if there is none."""
+        """Unmount and remove the layer in any state; do nothing if it does not exist."""
         with self.mounts.unmounted(id):
             self.layers.remove(id)
 
@@ -144,7 +144,7 @@ class Engine:
     def mount(self, id: str, mount_label: str = "", *, volatile: bool = False, may_wait: bool = True) -> Path:
         """Mount the layer unless it is mounted; return its mount point. Arguments and errors as `LayerMounts.mount`.
 
-        The engine counts no users: one `unmount` undoes any number of mounts.
+        The engine does not count users: one `unmount` undoes any number of mounts.
         """
         return self.mounts.mount(self.layers.get(id), mount_label, volatile=volatile, may_wait=may_wait)
 
@@ -166,7 +166,7 @@ class Engine:
 
     @layer_call
     def unmount(self, id: str) -> None:
-        """Unmount the layer; does nothing if it is not mounted or there is none."""
+        """Unmount the layer; do nothing if it is not mounted or does not exist."""
         with self.mounts.unmounted(id):
             pass
 
@@ -177,18 +177,18 @@ class Engine:
         Args:
             id: A new layer.
             parent: The parent that the layer was created with; empty for none.
-            source: The tar; its `readinto` raises if the stream breaks off.
-            again: Whether *source* may repeat the tar of an earlier apply_diff that did not finish.
+            source: The tar; its `readinto` raises if the stream ends early.
+            again: Whether *source* may repeat the tar of an earlier `apply_diff` that did not finish.
 
         Returns:
             The layer's size in bytes, as `diff_size`.
 
         Raises:
-            FailedPrecondition: An earlier apply_diff into it did not finish, and *again* is False.
-            InvalidInput, IntegrityError: The tar is malformed; names entry and reason.
-            ResourceExhausted: No space left.
+            FailedPrecondition: An earlier `apply_diff` into the layer did not finish, and *again* is False.
+            InvalidInput, IntegrityError: The tar is malformed; the error names the entry and the reason.
+            ResourceExhausted: The disk is full.
 
-        Crash: the layer is unfinished and accepts nothing but its removal.
+        Crash: the layer is unfinished and can only be removed.
         """
         layer = self.layers.begin_apply(id, parent, again=again)
         with self.layers.build_directory(id) as build:
@@ -218,11 +218,11 @@ class Engine:
 
     @layer_call
     def diff(self, id: str, parent: str, sink: Writable) -> None:
-        """Write the layer's tar: everything that *parent* lacks or has otherwise.
+        """Write the layer's differences from *parent* as a tar.
 
         Raises:
-            NotFound: There is no such layer, or an object is missing.
-            IntegrityError: Stored data are damaged; a part may have been written.
+            NotFound: The layer or an object is missing.
+            IntegrityError: Stored data are damaged; a part of the tar may have been written.
         """
         layer = self.layers.get(id)
         ids = self.id_maps()
@@ -254,7 +254,7 @@ class Engine:
 
     @layer_call
     def diff_size(self, id: str, parent: str) -> int:
-        """Return the bytes of the layer's files over *parent*, each inode once."""
+        """Return the size in bytes of the layer's files that differ from *parent*; each inode counts once."""
         layer = self.layers.get(id)
         if layer.parent == parent and layer.kind is LayerKind.CONTAINER:
             with opened_directory(self.layers.lower(layer)) as upper_fd:
@@ -276,9 +276,9 @@ class Engine:
     # -- deduplication of finished read-write layers
 
     def can_dedupe(self, id: str) -> bool:
-        """Whether the layer can share its contents: a finished read-write layer that still holds them itself.
+        """Whether `dedupe` has work: for a finished read-write layer that is not private and still holds its contents.
 
-        Its diff was taken, nothing writes it any more, and it is not private.
+        A read-write layer is finished when its diff was taken and it is not mounted any more.
         """
         layer = self.layers.get(id)
         directory = self.layers.directory(layer)
@@ -296,7 +296,7 @@ class Engine:
 
         Raises:
             NotFound: There is no such layer.
-            Unavailable: A diff of it is in progress; retry later.
+            Unavailable: A diff of the layer is in progress; retry later.
         """
         if not self.can_dedupe(id):
             return 0
@@ -330,7 +330,7 @@ class Engine:
         return checker.faults(read_data=read_data, repair=repair, on_incomplete=on_incomplete)
 
     def collect_garbage(self) -> GarbageReport:
-        """Remove unreferenced objects; safe beside imports."""
+        """Remove unreferenced objects; safe during imports."""
         return collect_garbage(self.settings, self.objects)
 
     def push_pending(self) -> PushReport:
@@ -338,7 +338,7 @@ class Engine:
 
         Raises:
             FailedPrecondition: No remote is set.
-            Unavailable: The remote does not answer; the rest stays pending.
+            Unavailable: The remote does not answer; the remaining objects stay pending.
         """
         remote = open_remote(self.settings)
         try:

@@ -1,9 +1,9 @@
-"""Mounts of layers: at `merged/` of each layer for its users, and views that only their holder sees.
+"""Mounts of layers: at `merged/` of each layer for its users, and views without a mount point.
 
-A container is one overlay: the indexes of its layers, then the directories where their contents are looked up: the
-private caches of its private layers, the public cache, and for an incomplete chain the trap of the lazy file server
-(lazyfs.tree). The private caches come first: the public cache may hold half of an object that a private layer has
-whole, since imports store objects in place (cas.inplace).
+A container is one overlay of the indexes of its layers and the directories where their contents are looked up. These
+are the private caches of its private layers, the public cache, and for an incomplete chain the trap of the lazy file
+server (lazyfs.tree). The private caches come first: imports store objects in place (cas.inplace), so the public cache
+may hold a part of an object that a private layer has whole.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from gearworkers.util.keyed_locks import KeyedLocks
 
 _EMPTY = "empty"
 LAZY_TIMEOUT_S = 10.0
-"""When the whole stack starts, a container may be mounted before the lazy file server is up."""
+"""When the whole stack starts, a container may be mounted before the lazy file server runs."""
 
 
 class LazyServerNeeded(Exception):
-    """The mount would wait for the lazy file server, without limit if that hangs."""
+    """The mount would wait for the lazy file server, and without limit if the server hangs."""
 
 
 class LayerMounts:
-    """Mounts at `merged/` of each layer, from any thread of the one process of the node that mounts."""
+    """Mounts layers at their `merged/`. Call from any thread; only one process of the node mounts layers."""
 
     def __init__(self, settings: NodeSettings, layers: LayerStore, profile_hooks: ProfileHooks) -> None:
         self._settings = settings
@@ -48,7 +48,7 @@ class LayerMounts:
         self._watching = threading.Lock()
 
     def prepare(self) -> None:
-        """Make missing directories.
+        """Create missing directories.
 
         Raises:
             GearError: The file system refuses.
@@ -56,12 +56,12 @@ class LayerMounts:
         try:
             (self._settings.gear_root / _EMPTY).mkdir(mode=0o755, exist_ok=True)
             self._old_numbers.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._note_old_numbers()
+            self._record_old_numbers()
         except OSError as exc:
             raise from_os_error(exc, "prepare the directories of mounts") from exc
 
     def mount_point(self, layer: Layer) -> Path:
-        """Return the directory where the layer is mounted; a new layer has another one after its first mount."""
+        """Return the directory where the layer is mounted; the first mount of a new layer changes it."""
         return self._layers.directory(layer) / MERGED
 
     def mount(self, layer: Layer, mount_label: str = "", *, volatile: bool = False, may_wait: bool = True) -> Path:
@@ -71,7 +71,7 @@ class LayerMounts:
             layer: As `LayerStore.get` returned it.
             mount_label: SELinux label; empty for the layer's own.
             volatile: The upper directory need not survive a power cut.
-            may_wait: Whether the caller has time for the lazy file server.
+            may_wait: Whether the call may wait for the lazy file server.
 
         Returns:
             The mount point; read-only for an image layer.
@@ -107,13 +107,13 @@ class LayerMounts:
         _unmount_all(target)
 
     def unmount(self, layer: Layer) -> None:
-        """Unmount the layer; does nothing if it is not mounted."""
+        """Unmount the layer; do nothing if it is not mounted."""
         with self._locks.held(layer.id):
             self._unmount(layer.id, self.mount_point(layer))
 
     @contextmanager
     def unmounted(self, id: str) -> Iterator[None]:
-        """Unmount a layer in any state, readable or not; no other thread mounts it while the context lasts."""
+        """Unmount a layer in any state, even with a damaged record; keep other threads from mounting it meanwhile."""
         check_id(id)
         with self._locks.held(id):
             parents = (self._settings.gear_containers_path, self._settings.gear_images_path)
@@ -122,7 +122,7 @@ class LayerMounts:
 
     @contextmanager
     def view(self, id: str) -> Iterator[int | None]:
-        """Yield a descriptor of the layer's tree, of its mount if there is one; None for the empty id."""
+        """Yield a descriptor of the layer's tree, or of its mount if it is mounted; None for the empty id."""
         if not id:
             yield None
             return
@@ -130,7 +130,7 @@ class LayerMounts:
         merged = self._layers.directory(layer) / MERGED
         if layer.kind is LayerKind.CONTAINER:
             with opened_directory(merged) as fd:
-                # Ask the open descriptor whether it is a mount: the layer may be unmounted by now.
+                # Check the open descriptor, not the path: the layer may be unmounted by now.
                 if os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev:
                     yield fd
                     return
@@ -144,7 +144,7 @@ class LayerMounts:
                 yield fd
 
     def _promoted(self, id: str) -> Layer:
-        """Make a layer whose record said that it is new a read-write layer, unless another thread has done so."""
+        """Turn a new layer into a read-write layer, unless another thread has done so."""
         layer = self._layers.get(id)
         if layer.kind is not LayerKind.NEW:
             return layer
@@ -169,8 +169,8 @@ class LayerMounts:
         if layer.kind is LayerKind.CONTAINER and not layer.dedupable and not volatile:
             self._profile_hooks.container_mounted(layer, target)
 
-    def _note_old_numbers(self) -> None:
-        """Note the mounts whose inode numbers a new mount would not have; `gear doctor` names them until they end."""
+    def _record_old_numbers(self) -> None:
+        """Record the mounts whose inode numbers a new mount would change; `gear doctor` lists them until they end."""
         for directory in (*self._settings.gear_containers_path.iterdir(), *self._settings.gear_images_path.iterdir()):
             if overlay.is_mounted(directory / MERGED) and self._layers.has_shared_inode_numbers(directory.name):
                 (self._old_numbers / directory.name).touch(mode=0o600)
@@ -189,12 +189,12 @@ class LayerMounts:
     def _data(self, id: str, is_complete: bool) -> tuple[Path, ...]:
         """Return the directories where contents are looked up, in order."""
         settings = self._settings
-        here = (*self._layers.private_directories(id), settings.gear_public_cache_path)
+        local = (*self._layers.private_directories(id), settings.gear_public_cache_path)
         if is_complete:
-            return here
+            return local
         self._wait_for_lazy()
         lazy = settings.lazy_mount_path
-        return (*here, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
+        return (*local, lazy / FETCH, settings.gear_arrivals_path, lazy / FAILED)
 
     def _wait_for_lazy(self) -> None:
         """Wait until the lazy file system is mounted; one thread watches the mounts, the others wait for it."""

@@ -1,4 +1,4 @@
-"""Preparation of a GEAR_ROOT at a gateway's start: repairs of a crash's leftovers, and garbage collection."""
+"""Preparation of a GEAR_ROOT at a gateway's start: repair of the leftovers of a crash, and garbage collection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def prepare_root(settings: NodeSettings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
-    """Make missing directories and repair the leftovers of a crash or power cut; no import may run meanwhile.
+    """Create missing directories and repair the leftovers of a crash or power cut; no import may run meanwhile.
 
     Raises:
         GearError: The root cannot be used.
@@ -38,7 +38,7 @@ def prepare_root(settings: NodeSettings, objects: ObjectStore, layers: LayerStor
 
 
 def collect_garbage(settings: NodeSettings, objects: ObjectStore) -> GarbageReport:
-    """Remove unreferenced objects, and pending pushes of objects that were never stored; safe beside imports.
+    """Remove unreferenced objects, and pending pushes of objects that were never stored; safe during imports.
 
     Layers and pins hold references.
 
@@ -61,7 +61,7 @@ def collect_garbage(settings: NodeSettings, objects: ObjectStore) -> GarbageRepo
 
 
 def _remove_unsynced(settings: NodeSettings, objects: ObjectStore, layers: LayerStore, push_queue: PushQueue) -> None:
-    """After a reboot remove the objects that may lack their bytes since a power cut.
+    """After a reboot, remove objects that a power cut may have left without their bytes.
 
     Publishing a layer syncs its objects first. So only two kinds of objects can lack bytes: those that no published
     layer refers to, and those that an incomplete layer received after its publication.

@@ -1,4 +1,4 @@
-"""The GEAR_ROOT that this node's gateway uses: its front door may name another one than the environment does."""
+"""The GEAR_ROOT of this node's gateway: dockerd's options may name another one than the environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILE = "gear-root"
 
 
 def save_root(run_dir: Path, root: Path) -> None:
-    """Record *root* for the workers of this node, until a reboot empties *run_dir*; by one rename.
+    """Record *root* for the workers of this node, until a reboot empties *run_dir*; atomic.
 
     Raises:
         GearError: The file system refuses.

@@ -1,10 +1,10 @@
 """Fetching objects from remotes.
 
 source           the interface of a remote, as fetching sees it
-failover         asks the sources in order, and verifies their answers
+failover         asks the sources in order and verifies their answers
 fetcher          the table of downloads: one for each object, shared by all its readers
 download         the state machine of one download
-download_chunks  the chunks of one download: read, fetched alone, or brought by batch requests
+download_chunks  the chunks of one download: read, fetched alone, or delivered by batch requests
 chunk_table      the state of each chunk, and the callers that wait for chunks
 targets          where a download stores its bytes: one whole file, or a sparse file of chunks
 partial_files    the directory of large objects that are incomplete; downloads resume after a crash

@@ -1,8 +1,9 @@
 """Batch requests: many small objects and chunks in few requests, in order, with the network never idle.
 
-A request asks for a few MiB. The next one is sent before the answer ends. A reader who opens an object that no running
-request brings has it fetched at once, and later requests leave it out. If a running request is about to bring it, the
-reader waits a moment first (`Download`), since it often comes next; after that it is fetched alone, and may come twice.
+A request asks for a few MiB. The next one is sent before the answer ends. When a reader opens an object that no running
+request includes, the object is fetched at once, and later requests leave it out. If a running request includes it, the
+reader waits a moment first (`Download`), since the object often arrives next. After that it is fetched alone, and may
+arrive twice.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ class BatchLimits:
     request_bytes: int = 4 << 20
     request_items: int = 2000
     overlap_bytes: int = 1 << 20
-    """The next request is sent when so many bytes of the current one are left. 1 MiB is more than a link of 100 Mbit/s
-    carries in 20 ms, even after compression to a half."""
+    """The next request is sent when this many bytes of the current one are left. 1 MiB is more than a link of
+    100 Mbit/s carries in 20 ms, even if compression halves it."""
 
 
 DEFAULT_LIMITS = BatchLimits()
 
 
 class BatchItem(Protocol):
-    """One object or chunk of many."""
+    """An object or chunk to request."""
 
     @property
     def digest(self) -> bytes:
@@ -47,17 +48,17 @@ class BatchItem(Protocol):
         """Its approximate size."""
 
     def claim(self) -> bool:
-        """Return whether to request it, right before the request; if so, `deliver` or `miss` follows."""
+        """Return whether to request the item, right before the request; if so, `deliver` or `miss` follows."""
 
     def deliver(self, content: BytesOrLayout) -> bool:
-        """Take the answer; False if it is wrong, and then another `deliver` or `miss` follows.
+        """Store the answer; return False if it is wrong, and then another `deliver` or `miss` follows.
 
         Raises:
-            ResourceExhausted: There is no space; the batch ends.
+            ResourceExhausted: The disk is full; the batch ends.
         """
 
     def miss(self) -> None:
-        """Note that no source has given it."""
+        """Note that no source has delivered the item."""
 
 
 def fetch_in_batches(
@@ -88,7 +89,7 @@ class _Batches:
         self._priority = priority
         self._limits = limits
         self._lock = threading.Lock()
-        self._is_full = False
+        self._is_disk_full = False
 
     def request(self) -> None:
         """Make one request, and start the next one unless the items or the disk space are used up."""
@@ -96,16 +97,16 @@ class _Batches:
         try:
             with self._lock:
                 self._claim(batch)
-            starts_next = bool(batch) and not self._is_full and not self._ask_sources(batch)
+            starts_next = bool(batch) and not self._is_disk_full and not self._ask_sources(batch)
         finally:
             for items in batch.values():
                 for item in items:
                     item.miss()
-        if starts_next and not self._is_full:
+        if starts_next and not self._is_disk_full:
             self._pool.submit(self.request, self._priority)
 
     def _claim(self, batch: dict[bytes, list[BatchItem]]) -> None:
-        """Fill *batch*, by digest, with the next items; the same content is requested once."""
+        """Add the next items to *batch*, by digest; the same content is requested once."""
         batch_bytes = 0
         for item in self._items:
             if item.claim():
@@ -115,7 +116,7 @@ class _Batches:
                     break
 
     def _ask_sources(self, batch: dict[bytes, list[BatchItem]]) -> bool:
-        """Take the items that any source gives out of *batch*; return whether the next request was started."""
+        """Deliver items and remove them from *batch*; return whether the next request was started."""
         is_next_started = False
         left_bytes = sum(item.size_bytes for items in batch.values() for item in items)
         for source in self._sources:
@@ -127,14 +128,14 @@ class _Batches:
         return is_next_started
 
     def _answers(self, source: ObjectSource, batch: dict[bytes, list[BatchItem]]) -> Iterator[int]:
-        """Take the items that *source* gives out of *batch*; yield the bytes of each answer."""
+        """Deliver the items that *source* has and remove them from *batch*; yield the bytes of each answer."""
         try:
-            for digest, content in source.fetch_many(list(batch)) if batch and not self._is_full else ():
+            for digest, content in source.fetch_many(list(batch)) if batch and not self._is_disk_full else ():
                 items = batch.get(digest, [])
                 batch[digest] = [item for item in items if not item.deliver(content)]
                 if not batch[digest]:
                     del batch[digest]
                 yield sum(item.size_bytes for item in items)
         except GearError as exc:
-            self._is_full = self._is_full or isinstance(exc, ResourceExhausted)
+            self._is_disk_full = self._is_disk_full or isinstance(exc, ResourceExhausted)
             _log.warning("a batch request failed", error=str(exc))

@@ -1,7 +1,7 @@
 """An index of the chunks of this host's large objects: a new version of a large file shares many with the old one.
 
-The index is a hint. A chunk found by it is compared with its digest, and a chunk that is not found is fetched. So the
-index is never synced, and an empty one replaces a damaged one.
+The index is a hint. A chunk that it finds is verified, and a chunk that it does not find is fetched. So the index is
+never synced, and an empty one replaces a damaged one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SCHEMA = """
 
 
 class ChunkIndex:
-    """The index of one process; any thread may call all methods. None of them fails: errors are logged.
+    """The index of one process; any thread may call all methods. No method raises: errors are logged.
 
     It takes about 25 bytes per chunk on disk, 40 MB for 100 GB of large objects.
     """
@@ -44,7 +44,7 @@ class ChunkIndex:
     def __init__(self, path: Path, open_object: Callable[[bytes], File | None]) -> None:
         """
         Args:
-            path: The database file; `prepare` makes it.
+            path: The database file; `prepare` creates it.
             open_object: Opens a whole or partial object, given its digest; None if there is none.
         """
         self._path = path
@@ -53,12 +53,12 @@ class ChunkIndex:
         self._db: sqlite3.Connection | None = None
 
     def prepare(self) -> None:
-        """Open the index, or make a new one."""
+        """Open the index, or create a new one."""
         with self._lock:
             self._connect()
 
     def close(self) -> None:
-        """Close the index; from now on it finds nothing."""
+        """Close the index; later searches find nothing."""
         with self._lock:
             if self._db is not None:
                 self._db.close()
@@ -145,7 +145,7 @@ class ChunkIndex:
         try:
             self._db = _open(self._path)
         except sqlite3.Error as exc:
-            _log.warning("cannot make a new chunk index", error=str(exc))
+            _log.warning("cannot create a new chunk index", error=str(exc))
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -20,18 +20,21 @@ _OFFSET = operator.attrgetter("offset")
 
 
 class ChunkState(IntEnum):
-    """
+    """The state of one chunk.
+
     MISSING ──► QUEUED ──► FETCHING ──► STORED
        │  ▲        ▲           │
        │  └────────│───────────┘  failed
-       └► BATCHED ─┘              a reader waits too long, or the batch request lacks it
+       └► BATCHED ─┘              a reader waits too long, or the batch request does not deliver it
+
+    A chunk that a batch request delivers becomes STORED from any state.
     """
 
     MISSING = 0
     QUEUED = 1
     """Waits for a thread."""
     BATCHED = 2
-    """A batch request is about to bring it."""
+    """A batch request is about to deliver it."""
     FETCHING = 3
     """A thread fetches it."""
     STORED = 4
@@ -85,7 +88,7 @@ class ChunkTable:
         return [number for number, state in enumerate(self._states) if state == ChunkState.MISSING]
 
     def request(self, numbers: Iterable[int], priority: Priority, now_s: float) -> list[int]:
-        """Queue chunks that are MISSING; an ON_DEMAND request queues QUEUED ones once more, to overtake.
+        """Queue chunks that are MISSING; an ON_DEMAND request queues QUEUED ones again, at its higher priority.
 
         Returns:
             The numbers to submit to the pool.
@@ -109,19 +112,19 @@ class ChunkTable:
         return self._requested_s.pop(number)
 
     def put_back(self, number: int) -> None:
-        """Make a chunk MISSING again, without an error for anybody."""
+        """Make a chunk MISSING again; report no error to the waiting callers."""
         self._states[number] = ChunkState.MISSING
         self._requested_s.pop(number, None)
 
     def claim(self, number: int) -> bool:
-        """Let a batch request bring a MISSING chunk; return False if it is not MISSING."""
+        """Let a batch request fetch a MISSING chunk; return False if it is not MISSING."""
         if self._states[number] != ChunkState.MISSING:
             return False
         self._states[number] = ChunkState.BATCHED
         return True
 
     def take_from_batch(self, numbers: Iterable[int], now_s: float) -> list[int]:
-        """Queue those of the chunks that are still BATCHED.
+        """Queue the chunks that are still BATCHED.
 
         Returns:
             The numbers to submit to the pool.
@@ -143,12 +146,12 @@ class ChunkTable:
         return bool(missing)
 
     def is_awaited(self, number: int) -> bool:
-        """Return whether anybody waits for the chunk."""
+        """Return whether a caller waits for the chunk."""
         return number in self._waiters
 
     @property
     def has_waiters(self) -> bool:
-        """Whether anybody waits for any chunk."""
+        """Whether a caller waits for any chunk."""
         return bool(self._waiters)
 
     def store(self, number: int) -> list[ChunksDone]:
@@ -164,7 +167,7 @@ class ChunkTable:
         return complete
 
     def fail(self, number: int) -> list[ChunksDone]:
-        """Mark a chunk MISSING; return the callbacks of the requests that waited for it and have not failed yet."""
+        """Mark a chunk MISSING; return the callbacks of the waiting requests that have not failed yet."""
         self.put_back(number)
         failed = [waiter for waiter in self._waiters.pop(number, ()) if waiter.missing > 0]
         for waiter in failed:

@@ -17,7 +17,7 @@ from gearworkers.fetch.stats import FetchStats
 
 @dataclass(frozen=True, slots=True)
 class FetchContext:
-    """Made once by a `fetcher.Fetcher`; any thread may use it."""
+    """The shared parts; created once by a `fetcher.Fetcher`, and used by any thread."""
 
     store: ObjectStore
     """Receives finished objects."""
@@ -31,8 +31,8 @@ class FetchContext:
     pool: PriorityPool
     """Runs all work that blocks."""
     batch_wait: DelayedCalls
-    """Delays a reader's own request for an object or chunk that a batch request is about to bring."""
-    is_wanted: Callable[[bytes], bool]
+    """Delays a reader's own request for an object or chunk that a batch request is about to deliver."""
+    is_referenced: Callable[[bytes], bool]
     """Returns whether an image or a pin still refers to the object with this digest; other objects are not stored."""
     wrong_layouts: set[bytes] = field(default_factory=set)
     """Digests of objects whose layout did not match their content: these are fetched whole."""

@@ -33,7 +33,7 @@ _log = structlog.get_logger(__name__)
 
 
 class DownloadState(Enum):
-    """See the module."""
+    """The state of a download; the module's docstring has the transitions."""
 
     QUEUED = auto()
     OPENING = auto()
@@ -143,7 +143,7 @@ class Download:
         return self.chunks.file.fd
 
     def read(self, offset: int, size_bytes: int) -> Future[bytes]:
-        """Return verified bytes of a readable object, fewer only at the end, as soon as their chunks are stored."""
+        """Return verified bytes of a readable object as soon as their chunks are stored; fewer only at the end."""
         self.last_read_s = time.monotonic()
         return self.chunks.read(offset, size_bytes)
 
@@ -151,8 +151,8 @@ class Download:
         """Fetch all chunks of a readable object.
 
         Returns:
-            Done when the object is in the store. With ON_DEMAND it fails if a chunk cannot be fetched. With another
-            priority it waits: `Fetcher.fill_idle` tries the chunk again.
+            Done when the object is in the store. With ON_DEMAND, it fails if a chunk cannot be fetched. With another
+            priority, it stays pending: `Fetcher.fill_idle` tries the chunk again.
         """
         result: Future[None] = Future()
         with self._context.lock:
@@ -171,14 +171,14 @@ class Download:
         return stored
 
     def require(self) -> None:
-        """Fetch a chunk alone if the batch request that claimed it does not bring it."""
+        """Fetch a chunk alone if the batch request that claimed it does not deliver it."""
         if self._chunks is not None:
             self._chunks.require()
 
     # -- opening
 
     def adopt_layout(self, layout: Sequence[Chunk]) -> None:
-        """Make a QUEUED object readable with a layout that a batch request brought; blocks.
+        """Make a QUEUED object readable with the layout from a batch request; blocks.
 
         If the layout is wrong, the sources are asked for it, provided that a reader waits.
         """
@@ -247,15 +247,15 @@ class Download:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a caller of `open` waits; called under the lock."""
+        """Whether a caller of `open` waits; call it under the lock."""
         return self._opened is not None
 
     def begin_verifying(self) -> None:
-        """Note that the last chunk is stored; called under the lock. `publish` follows."""
+        """Enter VERIFYING, after the last chunk is stored; call it under the lock. `publish` follows."""
         self.state = DownloadState.VERIFYING
 
     def publish(self) -> None:
-        """Verify the object and add it to the store; blocks. In every case the waiting callers get a result."""
+        """Verify the object and add it to the store; blocks. The waiting callers get a result in every case."""
         assert self._target is not None
         try:
             self._target.publish()
@@ -274,18 +274,18 @@ class Download:
         self._end(error)
 
     def drop(self, error: GearError) -> None:
-        """End a download that nobody waits for; called under the lock."""
+        """End a download for which no caller waits; call it under the lock."""
         self._close(error)
 
     # -- the end
 
     def discard_if_idle(self, idle_s: float) -> bool:
-        """End the download of a readable object and remove its files, if nothing uses it.
+        """End the download of a readable object and remove its files, if it is not in use.
 
         Returns:
             False if the object was opened or read within *idle_s*, or a thread or batch request works on it.
         """
-        error = NotFound(f"object {self.digest.hex()}: no image refers to it any more")
+        error = NotFound(f"object {self.digest.hex()}: no image or pin refers to it any more")
         with self._context.lock:
             is_idle = self.last_read_s == math.inf or self.last_read_s <= time.monotonic() - idle_s
             if self.state is not DownloadState.FETCHING or not self.is_readable or not is_idle or self.chunks.is_busy:

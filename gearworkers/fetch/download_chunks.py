@@ -1,4 +1,4 @@
-"""The chunks of one download: each is fetched alone or brought by a batch request, and stored once.
+"""The chunks of one download: each is fetched alone or delivered by a batch request, and stored once.
 
 `Download` has the states of the object, `ChunkTable` those of its chunks.
 """
@@ -34,7 +34,7 @@ class ChunkOwner(Protocol):
         """Whether a caller waits until the object can be read; called under the lock."""
 
     def begin_verifying(self) -> None:
-        """Note that the last chunk is stored; called under the lock. `publish` follows."""
+        """Enter VERIFYING, after the last chunk is stored; called under the lock. `publish` follows."""
 
     def publish(self) -> None:
         """Verify the object and add it to the store; blocks."""
@@ -43,7 +43,7 @@ class ChunkOwner(Protocol):
         """End the download and report *error* to its callers."""
 
     def drop(self, error: GearError) -> None:
-        """End a download that nobody waits for; called under the lock."""
+        """End a download for which no caller waits; called under the lock."""
 
 
 class DownloadChunks:
@@ -51,8 +51,8 @@ class DownloadChunks:
 
     __slots__ = (
         "_context",
+        "_disk_full_s",
         "_error",
-        "_full_s",
         "_is_required",
         "_owner",
         "_read_ahead",
@@ -69,7 +69,7 @@ class DownloadChunks:
         self._read_ahead: ReadAhead | None = None
         self._is_required = False
         self._error: GearError | None = None
-        self._full_s = -math.inf
+        self._disk_full_s = -math.inf
         self.failed_s = -math.inf
         """Monotonic time of the last failure of a chunk."""
 
@@ -86,17 +86,17 @@ class DownloadChunks:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a caller waits for a chunk, or a batch request is about to bring one; under the lock."""
+        """Whether a caller waits for a chunk, or a batch request is about to deliver one; call it under the lock."""
         return self._table.has_waiters or self._table.has_state(ChunkState.BATCHED)
 
     def cancel(self, error: GearError) -> None:
-        """Fetch no more chunks, and fail later reads with *error*; under the lock."""
+        """Fetch no more chunks, and fail later reads with *error*; call it under the lock."""
         self._error = error
 
     # -- for readers
 
     def read(self, offset: int, size_bytes: int) -> Future[bytes]:
-        """Return verified bytes, fewer only at the end, as soon as their chunks are stored."""
+        """Return verified bytes as soon as their chunks are stored; fewer than *size_bytes* only at the end."""
         result: Future[bytes] = Future()
         answer = partial(self._answer_read, offset, size_bytes, result)
         with self._context.lock:
@@ -114,7 +114,7 @@ class DownloadChunks:
         return result
 
     def wait_for_all(self, done: ChunksDone) -> bool:
-        """Fetch all missing chunks on demand, then call *done*; under the lock.
+        """Fetch all missing chunks on demand, then call *done*; call it under the lock.
 
         Returns:
             False if all chunks are stored already; *done* is not called then.
@@ -132,9 +132,9 @@ class DownloadChunks:
         self._submit(queued, Priority.BACKGROUND)
 
     def request(self, numbers: Iterable[int], priority: Priority) -> None:
-        """Fetch missing chunks; under the lock.
+        """Fetch missing chunks; call it under the lock.
 
-        An ON_DEMAND request waits a moment for chunks that a batch request is about to bring.
+        An ON_DEMAND request waits a moment for chunks that a batch request is about to deliver.
         """
         self._submit(self._table.request(numbers, priority, time.monotonic()), priority)
         if priority is Priority.ON_DEMAND and self._table.has_state(ChunkState.BATCHED):
@@ -153,11 +153,11 @@ class DownloadChunks:
         return self._table.chunks[number]
 
     def require(self) -> None:
-        """From now on fetch a chunk alone if the batch request that claimed it does not bring it."""
+        """From now on, fetch a chunk alone if the batch request that claimed it does not deliver it."""
         self._is_required = True
 
     def claim(self, number: int) -> bool:
-        """Let a batch request bring a chunk; may read the disk.
+        """Let a batch request fetch a chunk; may read the disk.
 
         Returns:
             True if the batch request must call `deliver` or `miss`; False if the chunk is stored or requested already.
@@ -180,10 +180,10 @@ class DownloadChunks:
         """Store a claimed chunk; blocks.
 
         Returns:
-            Whether *data* was the chunk; if not, another `deliver` or `miss` follows.
+            Whether *data* matches the chunk; if not, another `deliver` or `miss` follows.
 
         Raises:
-            ResourceExhausted: There is no space to store it.
+            ResourceExhausted: The disk is full.
         """
         if self._table.is_in(ChunkState.STORED, number):
             return True
@@ -201,7 +201,7 @@ class DownloadChunks:
         return True
 
     def miss(self, number: int) -> None:
-        """Give a claimed chunk back: the batch request did not bring it."""
+        """Release a claimed chunk: the batch request did not deliver it."""
         with self._context.lock:
             if self._error is not None or not self._table.is_in(ChunkState.BATCHED, number):
                 return
@@ -232,8 +232,8 @@ class DownloadChunks:
             requested_s = self._table.start(number) if self._error is None else None
             if requested_s is None:
                 return
-            if self._full_s > requested_s and not self._table.is_awaited(number):
-                self._table.put_back(number)  # the disk became full since the request, and nobody waits for this chunk
+            if self._disk_full_s > requested_s and not self._table.is_awaited(number):
+                self._table.put_back(number)  # the disk became full since the request, and no caller waits
                 return
         chunk = self._table.chunks[number]
         try:
@@ -273,7 +273,7 @@ class DownloadChunks:
             if self.is_readable:
                 self.failed_s = time.monotonic()
                 if isinstance(error, ResourceExhausted):
-                    self._full_s = self.failed_s
+                    self._disk_full_s = self.failed_s
                 waiting = self._table.fail(number)
         if not self.is_readable:
             self._owner.fail(error)

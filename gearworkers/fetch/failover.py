@@ -1,4 +1,4 @@
-"""Asks sources in order: if one lacks an object, is unreachable or gives wrong bytes, the next one is asked."""
+"""Asks sources in order: if one lacks an object, is unreachable or returns wrong bytes, the next one is asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Failover:
         self._unreachable: tuple[float, GearError] | None = None
 
     def ask(self, ask_source: Callable[[ObjectSource], T], digest: bytes, requested_s: float) -> T:
-        """Return the first right answer.
+        """Return the first correct answer.
 
         Args:
             ask_source: Asks one source and verifies its answer; raises IntegrityError if it is wrong.
@@ -76,7 +76,7 @@ class Failover:
         """Return the first layout of the right size; None if no source keeps the object in chunks.
 
         Raises:
-            GearError: No source gave a layout, and the last one did not answer.
+            GearError: No source returned a layout, and the last failure was not a wrong layout.
         """
 
         def checked(source: ObjectSource) -> Sequence[Chunk]:
@@ -93,7 +93,7 @@ class Failover:
     def _fail_if_unreachable_since(self, requested_s: float) -> None:
         """Raise the error of the unreachable source if it became unreachable after *requested_s*.
 
-        Otherwise a queue of readers would wait for it one after the other.
+        Otherwise queued readers would wait for that source one after the other.
         """
         unreachable = self._unreachable
         if unreachable is not None and unreachable[0] > requested_s:

@@ -1,4 +1,4 @@
-"""Fetches objects into the store: verified, once however many readers wait, readers before background work.
+"""Fetches objects into the store: verifies them, shares one download among readers, and serves readers first.
 
 Crash: leaves files in the directory of partial files, which the next process removes or resumes.
 """
@@ -49,23 +49,23 @@ class Fetcher:
         pool: PriorityPool,
         *,
         large_bytes: int,
-        is_wanted: Callable[[bytes], bool] = lambda _: True,
+        is_referenced: Callable[[bytes], bool] = lambda _: True,
         batch_wait_s: float = BATCH_WAIT_S,
     ) -> None:
         """
         Args:
             store: Receives the objects.
-            partial_files: A directory of this process alone, on the store's file system.
+            partial_files: A directory that only this process uses, on the store's file system.
             sources: The nearest first.
             pool: Runs the fetches.
-            large_bytes: An object of at least this size is fetched in chunks, if its source keeps it so.
-            is_wanted: Whether an image or a pin still refers to an object, given its digest; other objects are fetched
-                for their readers, but not stored.
+            large_bytes: An object of at least this size is fetched in chunks, if its source keeps it in chunks.
+            is_referenced: Whether an image or a pin still refers to an object, given its digest; other objects are
+                fetched for their readers, but not stored.
             batch_wait_s: How long a reader waits for a batch request before the object is fetched alone.
         """
         self._large_bytes = large_bytes
         self._downloads: dict[bytes, Download] = {}
-        """All downloads that have not ended, by digest; under the lock."""
+        """All downloads that have not ended, by digest; guarded by the lock."""
         self.stats = FetchStats()
         files = PartialFiles(partial_files)
         self._context = FetchContext(
@@ -76,20 +76,20 @@ class Fetcher:
             stats=self.stats,
             pool=pool,
             batch_wait=DelayedCalls(batch_wait_s),
-            is_wanted=is_wanted,
+            is_referenced=is_referenced,
         )
 
     def prepare(self) -> None:
-        """Make the directory of partial files; remove leftovers of a crash, except large objects to resume.
+        """Create the directory of partial files; remove leftovers of a crash, except large objects to resume.
 
         Raises:
-            GearError: It cannot be used.
+            GearError: The directory cannot be used.
         """
         self._context.partial_files.prepare()
         self._context.chunk_index.prepare()
 
     def close(self) -> None:
-        """Close the chunk index; the pool is closed."""
+        """Close the chunk index, after the pool was closed."""
         self._context.chunk_index.close()
 
     @property
@@ -98,7 +98,7 @@ class Fetcher:
         return sum(download.is_arriving for download in self._all_downloads())
 
     def is_here(self, digest: bytes) -> bool:
-        """Return whether nothing is to be fetched; True also if another content stands at the object's name."""
+        """Return whether the object needs no fetch; True also if another content is stored under its name."""
         try:
             return self._context.store.has(digest)
         except GearError as exc:
@@ -106,7 +106,7 @@ class Fetcher:
             return True
 
     def open(self, digest: bytes, size_bytes: int, priority: Priority = Priority.ON_DEMAND) -> Future[Download | None]:
-        """Have an object that is not in the store ready to be read; joins a download that runs already.
+        """Prepare an object that is not in the store for reading; join its download if one runs.
 
         Returns:
             None when the object is in the store, or its download as soon as it can be read while chunks arrive.
@@ -117,11 +117,11 @@ class Fetcher:
             return download.open(priority)
 
     def fetch(self, digest: bytes, size_bytes: int, priority: Priority) -> Future[None]:
-        """Have the object in the store.
+        """Fetch the object into the store, if it is not there.
 
         Returns:
-            Done when it is there; IntegrityError if another content stands at its name, GearError if it cannot be
-            fetched.
+            Done when it is there; IntegrityError if another content is stored under its name, GearError if it cannot
+            be fetched.
         """
         try:
             if self._context.store.has(digest):
@@ -142,16 +142,16 @@ class Fetcher:
         return download if download is not None and download.is_readable else None
 
     def claim(self, digest: bytes, size_bytes: int, *, is_required: bool) -> DownloadChunks | None:
-        """Let a batch request bring a small object.
+        """Let a batch request fetch a small object.
 
         Args:
             digest: SHA-256 of the object.
             size_bytes: Its size.
-            is_required: Whether to fetch the object alone if no batch request brings it, this one or an earlier one.
+            is_required: Whether to fetch the object alone if the batch request, or an earlier one, does not deliver it.
 
         Returns:
-            The chunks of the download, of which the batch request must bring chunk 0; None if the object is stored or
-            requested already.
+            The chunks of the download; the batch request must `deliver` or `miss` chunk 0. None if the object is stored
+            or requested already.
         """
         if self.is_here(digest):
             return None
@@ -165,9 +165,9 @@ class Fetcher:
             return download.chunks if is_new and download.chunks.claim(0) else None
 
     def adopt_layout(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> None:
-        """Make a large object readable by a layout that a batch request brought; nobody has asked for it yet.
+        """Make a large object readable with the layout from a batch request, before its first reader.
 
-        Blocks. Does nothing if the object is downloaded already, or if its layout was found to be wrong.
+        Blocks. Does nothing if the object has a download already, or if its layout was found to be wrong.
         """
         with self._context.lock:
             if digest in self._downloads or digest in self._context.wrong_layouts:
@@ -175,13 +175,13 @@ class Fetcher:
             download = self._add(digest, size_bytes)
         download.adopt_layout(layout)
 
-    # -- for a thread that calls from time to time
+    # -- for periodic maintenance
 
     def fill_idle(self, idle_s: float, *, retry_after_s: float = RETRY_AFTER_S) -> None:
-        """Fetch the rest of the large objects that nobody has read within *idle_s*.
+        """Fetch the rest of the large objects whose last read is *idle_s* ago or longer.
 
-        An object is left alone for *retry_after_s* after one of its chunks failed: the remote may be unreachable, the
-        disk full, or the chunk damaged in the remote.
+        An object is skipped for *retry_after_s* after one of its chunks failed: the remote may be unreachable, the disk
+        full, or the chunk damaged in the remote.
         """
         now_s = time.monotonic()
         for download in self._all_downloads():
@@ -189,17 +189,17 @@ class Fetcher:
             if is_idle and download.chunks.failed_s <= now_s - retry_after_s:
                 download.chunks.fill()
 
-    def forget_unwanted(self, idle_s: float) -> None:
-        """Remove the partial files of objects that no image wants and nobody has read within *idle_s*.
+    def remove_unreferenced(self, idle_s: float) -> None:
+        """Remove the partial files of unreferenced objects that were not read within *idle_s*.
 
-        Objects that a batch request is bringing stay until the next call.
+        Objects that a batch request is fetching stay until the next call.
 
         Raises:
-            IntegrityError: Another content stands at an object's name.
+            IntegrityError: Another content is stored under an object's name.
         """
         context = self._context
         for digest in context.partial_files.digests():
-            if not context.is_wanted(digest):
+            if not context.is_referenced(digest):
                 self._discard(digest, idle_s)
         partial = set(context.partial_files.digests())
         context.chunk_index.remove_missing(lambda digest: digest in partial or context.store.has(digest))
@@ -220,19 +220,19 @@ class Fetcher:
             return list(self._downloads.values())
 
     def _add(self, digest: bytes, size_bytes: int) -> Download:
-        """Make a download; under the lock."""
+        """Create a download; call it under the lock."""
         is_whole = size_bytes < self._large_bytes or digest in self._context.wrong_layouts
         target = WholeFile(self._context, digest, size_bytes) if is_whole else None
         download = self._downloads[digest] = Download(self._context, digest, size_bytes, target, self._forget)
         return download
 
     def _forget(self, download: Download) -> None:
-        """Remove a download that has ended; under the lock."""
+        """Remove a download that has ended; call it under the lock."""
         if self._downloads.get(download.digest) is download:
             del self._downloads[download.digest]
 
     def _open_file(self, digest: bytes) -> File | None:
-        """Open an object that is here or partly here."""
+        """Open a stored or partial object; None if there is none."""
         try:
             return File(self._context.store.open(digest))
         except NotFound:

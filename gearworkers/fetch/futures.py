@@ -1,4 +1,4 @@
-"""Helpers for `concurrent.futures.Future`: results that exist already, and steps that follow a result."""
+"""Helpers for `concurrent.futures.Future`: completed futures, and steps that follow a result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def then(future: Future[T], step: Callable[[T], Future[U] | U]) -> Future[U]:
 
 
 def copy_outcome(done: Future[T], target: Future[T]) -> None:
-    """Give *target* the result or exception of *done*."""
+    """Complete *target* with the result or exception of *done*."""
     error = done.exception()
     if error is not None:
         target.set_exception(error)

@@ -1,7 +1,7 @@
 """The directory of objects that are incomplete.
 
-A small object has a file of any name while it is written. A large one has a sparse file, named by its digest in hex,
-and a file of that name with the suffix `.layout`. A crash leaves both; the next process resumes them.
+A small object has a file with an arbitrary name while it is written. A large object has a sparse file, named by its
+digest in hex, and a layout file with the suffix `.layout`. A crash leaves both, and the next process resumes them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PartialFiles:
         """The descriptor of the directory, after `prepare`."""
 
     def prepare(self) -> None:
-        """Make the directory; remove leftovers of a crash, except large objects that can be resumed.
+        """Create the directory; remove leftovers of a crash, except large objects that can be resumed.
 
         Raises:
             GearError: The directory cannot be used.
@@ -69,7 +69,7 @@ class PartialFiles:
         """
         try:
             records = b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
-            replace_file(self._layout_path(digest), records, sync=False)  # `layout` rejects one that a power cut spoilt
+            replace_file(self._layout_path(digest), records, sync=False)  # a power cut may damage it: `layout` checks
             file = File(os.open(self._file_path(digest), _READ_WRITE, 0o400))
             os.ftruncate(file.fd, size_bytes)
         except OSError as exc:

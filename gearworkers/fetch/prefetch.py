@@ -1,4 +1,4 @@
-"""Fetches objects before a container opens them: those of a start-up profile, and all of a layer or pin."""
+"""Fetches objects before a container opens them: the objects of a start-up profile, or all of a layer or pin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PrefetchObject:
     size_bytes: int
     """Of the whole object."""
     ranges: tuple[tuple[int, int], ...] = ()
-    """(offset, size in bytes) that will be read; used for objects that are served while they arrive."""
+    """(offset, size in bytes) of the expected reads; used for objects that are served while they arrive."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class PrefetchStats:
 
 
 class Prefetcher:
-    """Fetches many objects by few requests, through one fetcher; all methods return at once."""
+    """Fetches many objects with few requests, through one fetcher; all methods return at once."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Prefetcher:
         """
         Args:
             fetcher: Holds the downloads.
-            sources: Those of the fetcher.
+            sources: The fetcher's.
             pool: Runs the requests.
-            large_bytes: That of the fetcher.
+            large_bytes: The fetcher's.
             served_bytes: An object of at least this size is served while it arrives; smaller ones are fetched whole.
             limits: Sizes of the requests.
         """
@@ -68,7 +68,7 @@ class Prefetcher:
         self.stats = PrefetchStats()
 
     def fetch_all(self, objects: Iterable[tuple[bytes, int]]) -> None:
-        """Fetch objects, given as (digest, size in bytes), in the background. Each is retried alone."""
+        """Fetch objects, given as (digest, size in bytes), in the background; missing ones are retried one by one."""
         small: list[BatchItem] = []
         for digest, size_bytes in objects:
             if size_bytes >= self._large_bytes:
@@ -78,9 +78,9 @@ class Prefetcher:
         self._fetch_in_batches(small, Priority.BACKGROUND)
 
     def fetch_soon(self, objects: Sequence[PrefetchObject]) -> None:
-        """Fetch *objects* in this order, before background work. Missing ones are left to their first reader.
+        """Fetch *objects* in this order, before background work. Their first reader fetches those that fail here.
 
-        One request brings the layouts of large objects, then a few long ones bring the contents.
+        One request fetches the layouts of large objects, then a few long ones fetch the contents.
         """
         self._pool.submit(lambda: self._fetch_soon(objects), Priority.READ_AHEAD)
 
@@ -105,7 +105,7 @@ class Prefetcher:
                 yield _SmallObject(self._fetcher, self.stats, object.digest, object.size_bytes, is_required=False)
 
     def _fetch_layouts(self, sizes: dict[bytes, int]) -> None:
-        """Make large objects, given as digest to size in bytes, readable before anybody opens them."""
+        """Make large objects, given as digest to size in bytes, readable before the first open."""
         for source in self._sources:
             unopened = [digest for digest in sizes if self._fetcher.get(digest) is None]
             try:

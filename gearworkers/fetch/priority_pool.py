@@ -59,7 +59,7 @@ class PriorityPool:
             self._other.put((priority, next(self._serial), call))
 
     def close(self) -> None:
-        """Let each thread end after its current call; calls that wait may never run."""
+        """Let each thread end after its current call; queued calls may never run."""
         for _ in self._threads:
             self._on_demand.put(None)
             self._other.put((-1, next(self._serial), None))

@@ -1,4 +1,4 @@
-"""How far to read ahead of a reader of a large object."""
+"""The read-ahead distance for a reader of a large object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ReadAhead:
         self._ahead_bytes = 0
 
     def after(self, offset: int, size_bytes: int) -> int:
-        """Return the number of bytes to fetch behind this read."""
+        """Return the number of bytes to fetch after the end of this read."""
         if offset == self._end and offset:
             self._ahead_bytes = min(max(self._ahead_bytes * 2, MIN_BYTES), MAX_BYTES)
         else:

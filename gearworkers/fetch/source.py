@@ -1,7 +1,7 @@
 """The interface of a remote, as fetching sees it.
 
-Glossary: a *source* is one place that may have objects. Large objects are kept in *chunks*: pieces with a digest of
-their own, so that each can be verified alone. The *layout* of a large object is the list of its chunks.
+Glossary: a *source* is one place that may have objects. Large objects are kept in *chunks*: pieces that have their own
+digests, so that each can be verified alone. The *layout* of a large object is the list of its chunks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def checked_layout(layout: Sequence[Chunk], size_bytes: int) -> Sequence[Chunk]:
     """Return *layout* after checking that its chunks follow each other and add up to *size_bytes*.
 
     Raises:
-        IntegrityError: They do not.
+        IntegrityError: The chunks have a gap or an overlap, or the wrong total size.
     """
     end = 0
     for chunk in layout:
@@ -46,7 +46,7 @@ def checked_layout(layout: Sequence[Chunk], size_bytes: int) -> Sequence[Chunk]:
 class ObjectSource(Protocol):
     """One place that may have objects; many threads call its methods at once.
 
-    A source retries by itself, within bounds. The fetcher verifies everything that a source gives.
+    A source retries by itself, within bounds. The fetcher verifies everything that a source returns.
     """
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
@@ -60,15 +60,15 @@ class ObjectSource(Protocol):
     def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
         """Yield (digest, bytes or layout) of small objects, large objects and chunks, in one request if possible.
 
-        Large objects give their layout, all others their bytes. Missing ones are left out. Any order is allowed;
-        the order of *digests* is preferred.
+        The answer for a large object is its layout, for all others their bytes. Missing ones are left out. Any order
+        is allowed; the order of *digests* is preferred.
         """
 
     def layout(self, digest: bytes) -> Sequence[Chunk] | None:
         """Return the chunks of an object in order of offset; None if the source does not keep it in chunks."""
 
     def chunk(self, digest: bytes) -> bytes:
-        """Return one chunk by its own digest.
+        """Return the bytes of a chunk, given the chunk's own digest.
 
         Raises:
             NotFound, Unavailable: As `fetch`.

@@ -47,6 +47,6 @@ class FetchStats:
         _log.error("cannot fetch an object", object=digest.hex(), error=str(error))
 
     def note_corrupt(self, error: GearError) -> None:
-        """Count and log a wrong answer of a source."""
+        """Count and log wrong bytes or a wrong layout from a source."""
         self.corrupt += 1
-        _log.error("a source gave wrong bytes", error=str(error))
+        _log.error("a source returned wrong data", error=str(error))

@@ -1,4 +1,4 @@
-"""Where the bytes of a download go: one whole file, or a sparse file of chunks."""
+"""Targets of downloads: one whole file, or a sparse file of chunks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Target(Protocol):
         """The file from which chunks can be read before the object is whole; None if there is none."""
 
     def find(self, chunk: Chunk) -> bool:
-        """Return whether the chunk is stored now because this host had it."""
+        """Store the chunk if this host has a copy of it; return whether it is stored."""
 
     def fetch(self, chunk: Chunk, requested_s: float) -> None:
         """Fetch the chunk from the sources and store it.
@@ -43,10 +43,10 @@ class Target(Protocol):
         """
 
     def store(self, chunk: Chunk, data: bytes) -> None:
-        """Verify and store a chunk that a batch request brought.
+        """Verify and store a chunk that a batch request delivered.
 
         Raises:
-            IntegrityError: *data* is not the chunk.
+            IntegrityError: *data* does not match the chunk.
             GearError: It cannot be stored.
         """
 
@@ -54,7 +54,7 @@ class Target(Protocol):
         """Make the object visible in the store, after the last chunk.
 
         Raises:
-            IntegrityError: The chunks make up another object.
+            IntegrityError: The stored chunks do not match the object's digest.
         """
 
 
@@ -67,7 +67,7 @@ def open_target(
         context: Of the fetcher.
         digest: SHA-256 of the object.
         size_bytes: Its size.
-        get_layout: Returns a checked layout, or None; called if an earlier process left none here.
+        get_layout: Returns a checked layout, or None; called if no layout is left here from an earlier process.
 
     Raises:
         GearError: The sources do not answer, or the partial file cannot be created.
@@ -83,9 +83,9 @@ def open_target(
 
 
 class WholeFile:
-    """Receives an object in one piece: its only chunk is itself. The store sees it once it is verified.
+    """Receives an object in one piece, as its only chunk. The store has it once it is verified.
 
-    Crash: leaves a file in the partial files, which the next process removes.
+    Crash: leaves a partial file, which the next process removes.
     """
 
     __slots__ = ("_context", "_digest", "_size_bytes", "chunks")
@@ -128,15 +128,15 @@ class WholeFile:
                     f"object {self._digest.hex()}: received {received_bytes} bytes with SHA-256 {hasher.hexdigest()}, "
                     f"expected {self._size_bytes} bytes"
                 )
-            if context.is_wanted(self._digest) and pending.publish(self._digest):
+            if context.is_referenced(self._digest) and pending.publish(self._digest):
                 context.stats.objects += 1
 
 
 class SparseFile:
     """Receives the chunks of a large object in any order; becomes the object when all are stored.
 
-    Crash: leaves the file and its layout. The next process trusts none of the bytes until it has compared them with
-    the digest of their chunk, which costs less than fetching them.
+    Crash: leaves the file and its layout. The next process verifies each chunk against its digest before it uses the
+    chunk, which costs less than fetching it again.
     """
 
     def __init__(self, context: FetchContext, digest: bytes, file: File, chunks: Sequence[Chunk]) -> None:
@@ -146,7 +146,7 @@ class SparseFile:
         self.chunks = chunks
 
     def find(self, chunk: Chunk) -> bool:
-        """Look for the chunk in this file, as an earlier process left it, then in other large objects."""
+        """Look for the chunk in this file, which an earlier process may have filled, then in other large objects."""
         if self._has(chunk):
             return True
         data = self._context.chunk_index.find(chunk, self._digest)
@@ -165,14 +165,15 @@ class SparseFile:
         self._write(chunk, data)
 
     def publish(self) -> None:
-        """Verify the whole file and make it an object, unless it is not wanted any more.
+        """Verify the whole file and make it an object, unless the object is unreferenced by now.
 
-        A layout that made up another object is not used again: the next download of the object is whole.
+        If the file does not match the object's digest, its layout is not used again: the next download fetches the
+        object whole.
         """
         context, digest = self._context, self._digest
         try:
             verify_file(self.file.fd, digest)
-            if context.is_wanted(digest) and context.store.adopt(
+            if context.is_referenced(digest) and context.store.adopt(
                 self.file.fd, context.partial_files.fd, context.partial_files.name(digest), digest
             ):
                 context.stats.objects += 1

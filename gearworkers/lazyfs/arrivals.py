@@ -1,7 +1,7 @@
 """Hard links to the objects that arrived while incomplete layers are mounted, in a cache behind the trap.
 
-The overlay looks an object up in public/, then in the lazy file system, which makes it arrive, then here. By then the
-link is here, although the object was not in public/ when the overlay looked there.
+The overlay looks up an object in public/, where it is missing, then in the lazy file system, which fetches it, and then
+here, where the link exists by then.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Arrivals:
         self._count = 1  # an earlier process may have left some
 
     def prepare(self) -> None:
-        """Make the missing directories."""
+        """Create missing directories."""
         self._links.prepare()
         (self._links.cache / "replacing").unlink(missing_ok=True)
 
     def link(self, digest: bytes) -> None:
-        """Link an object of the store here; idempotent.
+        """Create a link to an object of the store; idempotent.
 
         Raises:
-            NotFound: It is not in the store.
+            NotFound: The object is not in the store.
         """
         with self._lock:
             self._last_s = time.monotonic()
@@ -61,7 +61,7 @@ class Arrivals:
         os.rename(temporary, link)
 
     def empty(self) -> int:
-        """Remove all links, unless one was made a moment ago; call it while no overlay looks here.
+        """Remove all links, unless one was created recently; call it while no overlay uses this directory.
 
         Returns:
             The number of removed links.

@@ -14,7 +14,7 @@ from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 1.0
-"""The start of a container waits no longer for a server that hangs."""
+"""Limit for calls at a container's start, which would otherwise wait for a server that hangs."""
 
 
 class LazyStatus(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ class LazyStatus(msgspec.Struct, frozen=True):
     on_demand: int
     """Requests with a waiting reader: small objects, layouts and chunks."""
     prefetched: int
-    """Small objects and chunks that batch requests brought."""
+    """Small objects and chunks that batch requests delivered."""
     prefetched_bytes: int
     profiles_found: int
     profiles_absent: int
@@ -55,7 +55,7 @@ class PrefetchReply(msgspec.Struct, frozen=True):
 
 
 class ImageEvent(msgspec.Struct, frozen=True):
-    """A layer was imported, or a container starts whose image's topmost layer it is."""
+    """Reports an imported layer, or the start of a container of the image with this topmost layer."""
 
     layer: str
     starts: bool
@@ -71,7 +71,7 @@ class ProfileStatus(StrEnum):
 
 
 class ReadsRequest(msgspec.Struct, frozen=True):
-    """Asks for the reads of these objects, given in hex, while they arrived."""
+    """Asks for the recent reads of these objects, given in hex."""
 
     objects: list[str]
 
@@ -88,8 +88,8 @@ def read_status(path: Path) -> LazyStatus | None:
         return None
 
 
-def order_prefetch(path: Path, layers: Sequence[str]) -> int:
-    """Have the layers' missing objects fetched in the background; return their number.
+def request_prefetch(path: Path, layers: Sequence[str]) -> int:
+    """Request the layers' missing objects in the background; return their number.
 
     Raises:
         Unavailable: No server runs.
@@ -99,7 +99,7 @@ def order_prefetch(path: Path, layers: Sequence[str]) -> int:
 
 
 def report_image(path: Path, layer: str, *, starts: bool) -> ProfileStatus:
-    """Report a layer, so that the server looks for its profile; at once if a container *starts*.
+    """Report a layer, so that the server looks for its profile; immediately if a container *starts*.
 
     Raises:
         Unavailable: No server runs, or it does not answer within a second.
@@ -109,7 +109,7 @@ def report_image(path: Path, layer: str, *, starts: bool) -> ProfileStatus:
 
 
 def read_ranges(path: Path, objects: Sequence[str]) -> ReadRanges:
-    """Return the reads of these objects, given in hex, through the server.
+    """Return the recent reads of these objects, given in hex, from the server.
 
     Raises:
         Unavailable: No server runs.

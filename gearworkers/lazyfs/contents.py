@@ -1,4 +1,4 @@
-"""The objects behind the tree: found by name, read by node, fetched if they are not here."""
+"""The objects behind the tree: found by name, read by node, fetched if they are missing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LazyContents:
         self,
         store: ObjectStore,
         arrivals: Arrivals,
-        wanted: IncompleteLayers,
+        incomplete: IncompleteLayers,
         fetcher: Fetcher,
         report_miss: Callable[[bytes, int], None],
         *,
@@ -42,18 +42,18 @@ class LazyContents:
     ) -> None:
         """
         Args:
-            store: Holds the objects that are here.
+            store: Holds the objects that have arrived.
             arrivals: Shows them to overlays that are mounted already.
-            wanted: Digest and size of the objects of incomplete layers.
+            incomplete: Has digest and size of the objects of incomplete layers.
             fetcher: Fetches the other objects.
-            report_miss: Called with digest and size in bytes of each object that is looked up and not here.
+            report_miss: Called with digest and size in bytes of each object that is looked up and missing.
             served_bytes: An object of at least this size is served while it arrives.
             read_log: Of large objects.
-            node_of: Number of the node of an object, given its digest.
+            node_of: Returns the node number of an object, given its digest.
         """
         self._store = store
         self._arrivals = arrivals
-        self._wanted = wanted
+        self._incomplete = incomplete
         self._fetcher = fetcher
         self._report_miss = report_miss
         self._served_bytes = served_bytes
@@ -66,10 +66,10 @@ class LazyContents:
         self.lookups = 0
 
     def look_up(self, name: bytes) -> Future[LookupResult]:
-        """Have the object arrive, or be served while it does."""
+        """Fetch the object, or serve it while it arrives."""
         self.lookups += 1
         try:
-            known = self._wanted.find_named(name)
+            known = self._incomplete.find_named(name)
             if known is None:
                 return completed(Unknown())
             digest, size_bytes = known
@@ -80,10 +80,10 @@ class LazyContents:
         self._report_miss(digest, size_bytes)
         return then(self._fetcher.open(digest, size_bytes), partial(self._opened, digest, size_bytes))
 
-    def is_wanted(self, name: bytes) -> bool:
+    def is_known(self, name: bytes) -> bool:
         """Return whether a layer has an object of this name; True if the lists cannot be read."""
         try:
-            return self._wanted.find_named(name) is not None
+            return self._incomplete.find_named(name) is not None
         except GearError:
             return True
 
@@ -92,7 +92,7 @@ class LazyContents:
         return self._object(node)[1]
 
     def read(self, node: int, offset: int, size_bytes: int) -> Future[bytes]:
-        """Read a large object that arrives, or is here."""
+        """Read a large object that is arriving or stored."""
         self.read_log.add(node, offset, size_bytes)
         served = self._served.get(node)
         if served is None or (isinstance(served, Download) and served.state is DownloadState.FAILED):
@@ -126,26 +126,26 @@ class LazyContents:
         self._served.pop(node, None)
         self._digests.pop(node, None)
 
-    def collected(self) -> list[bytes]:
-        """Look for served objects that were removed from the store while the kernel still knows them.
+    def restore_removed(self) -> list[bytes]:
+        """Serve objects again that were removed from the store while the kernel still knows them.
 
-        Objects that an image wants are fetched again.
+        Objects that an incomplete layer refers to are fetched again.
 
         Returns:
-            The digests of the other objects: the kernel must forget them to free their disk space.
+            The digests of the unreferenced objects: the kernel must forget them to free their disk space.
         """
-        unwanted = []
+        unreferenced = []
         for node, digest in list(self._digests.items()):
             served = self._served.get(node)
             if served is None or os.fstat(served.fd).st_nlink:
                 continue
             if self._store.has(digest):
                 self._serve_stored(node, digest)
-            elif self._wanted.refer_to(digest):
+            elif self._incomplete.refer_to(digest):
                 self._serve_again(node)
             else:
-                unwanted.append(digest)
-        return unwanted
+                unreferenced.append(digest)
+        return unreferenced
 
     @property
     def serving(self) -> int:
@@ -173,7 +173,7 @@ class LazyContents:
         Such an object is not served: it is fetched whole and becomes a file of its own.
         """
         try:
-            others = [other for other, _ in self._wanted.objects_between(*digests_from(node)) if other != digest]
+            others = [other for other, _ in self._incomplete.objects_between(*digests_from(node)) if other != digest]
         except GearError:
             return True
         return bool(others) or self._digests.get(node, digest) != digest
@@ -181,7 +181,7 @@ class LazyContents:
     # -- serving
 
     def _serve_again(self, node: int) -> Future[Download | File]:
-        """Serve a node that an earlier process gave out, or whose download failed."""
+        """Serve a node of an earlier process, or one whose download failed."""
         try:
             digest, size_bytes = self._object(node)
             if self._store.has(digest):
@@ -213,7 +213,7 @@ class LazyContents:
             NotFound: No layer has it.
             IntegrityError: Two objects share the node.
         """
-        found = self._wanted.objects_between(*digests_from(node))
+        found = self._incomplete.objects_between(*digests_from(node))
         if not found:
             raise NotFound(f"object {digests_from(node)[0].hex()}…: no incomplete layer has it")
         if len(found) > 1:

@@ -1,7 +1,7 @@
 """The control socket of the lazy file server: HTTP over a Unix socket.
 
 GET  /status      `LazyStatus` as JSON
-GET  /metrics     the same for Prometheus
+GET  /metrics     `LazyStatus` in Prometheus' text format
 POST /prefetch    `PrefetchRequest` → `PrefetchReply`
 POST /image       `ImageEvent` → `ProfileStatus`
 POST /reads       `ReadsRequest` → `ReadRanges`
@@ -70,7 +70,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    """Pending connections, as of containers that start at once; the kernel refuses any more."""
+    """Limit of connections that wait to be accepted, such as those of containers that start at the same time."""
 
 
 def _request_handler(
@@ -106,13 +106,13 @@ def _request_handler(
             self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Log nothing: a request comes every few seconds."""
+            """Log nothing: requests arrive every few seconds."""
 
     return Handler
 
 
 def metrics_page(status: LazyStatus) -> bytes:
-    """Return *status* in the text format of Prometheus."""
+    """Return *status* in Prometheus' text format."""
     gauges = {
         "incomplete_layers": ("Layers that lack objects.", status.incomplete_layers),
         "arriving_objects": ("Objects that are being fetched.", status.arriving),
@@ -127,8 +127,8 @@ def metrics_page(status: LazyStatus) -> bytes:
         "failures": ("Fetches that failed.", status.failed),
         "corrupt": ("Objects, chunks and layouts that did not match their digest.", status.corrupt),
         "on_demand_requests": ("Requests with a waiting reader.", status.on_demand),
-        "prefetched_contents": ("Objects and chunks that batch requests brought.", status.prefetched),
-        "prefetched_bytes": ("Bytes of objects and chunks that batch requests brought.", status.prefetched_bytes),
+        "prefetched_contents": ("Objects and chunks that batch requests delivered.", status.prefetched),
+        "prefetched_bytes": ("Bytes of objects and chunks that batch requests delivered.", status.prefetched_bytes),
         "profiles_found": ("Profiles that were prefetched.", status.profiles_found),
         "profiles_absent": ("Images that started without a profile.", status.profiles_absent),
     }

@@ -35,7 +35,7 @@ class FdKeeper:
         self._socket = _connected(path)
 
     def take(self) -> int | None:
-        """Return a copy of the kept descriptor, None if there is none."""
+        """Return a copy of the kept descriptor; None if there is none."""
         self._socket.send(b"take")
         message, descriptors, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, 1)
         if message == b"here" and descriptors:
@@ -44,7 +44,7 @@ class FdKeeper:
         return None
 
     def keep(self, fuse_fd: int) -> None:
-        """Have the keeper hold *fuse_fd* instead of its current descriptor."""
+        """Make the keeper hold *fuse_fd* instead of its current descriptor."""
         socket.send_fds(self._socket, [b"keep"], [fuse_fd])
         if self._socket.recv(_MESSAGE_BYTES) != b"kept":
             raise Unavailable("the keeper of the lazy file system died right after its start")
@@ -86,7 +86,7 @@ class _Holder:
             for fd, events in self._poll.poll():
                 if fd == self._fuse_fd:
                     if events & select.POLLERR:
-                        return  # its last mount is gone
+                        return  # the file system has no mount left
                 elif fd == self._listener.fileno():
                     client, _ = self._listener.accept()
                     self._clients[client.fileno()] = client

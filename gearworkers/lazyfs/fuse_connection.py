@@ -1,6 +1,6 @@
-"""A mounted FUSE connection: requests in, answers out, from any thread.
+"""A mounted FUSE connection: reads requests and sends answers, from any thread.
 
-Requests that were read and not answered yet are pending. Only the kernel and this process know them: when the process
+Requests that were read and not answered yet are pending. Only the kernel and this process know them. When the process
 dies, the kernel keeps them, and the successor asks for them again (`FuseConnection.resume`).
 """
 
@@ -17,7 +17,7 @@ from gearworkers.lazyfs.fuse_protocol import FuseRequest, Op
 from gearworkers.util import syscalls
 
 DEVICE = Path("/dev/fuse")
-_GONE = (errno.ENODEV, errno.ECONNABORTED)
+_UNMOUNTED = (errno.ENODEV, errno.ECONNABORTED)
 _SIGKILL_BIT = 1 << 8
 
 
@@ -32,7 +32,7 @@ class FuseReply:
         self.pid = pid
 
     def send(self, body: bytes | memoryview = b"") -> bool:
-        """Answer with success, unless an answer was sent; return whether the kernel has taken this one."""
+        """Answer with success, unless an answer was sent; return whether the kernel accepted this answer."""
         return self._connection._answer(self._unique, body, 0)
 
     def fail(self, error: int) -> None:
@@ -70,7 +70,7 @@ class FuseConnection:
             except OSError as exc:
                 if exc.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                     continue  # the kernel withdrew the request
-                if exc.errno in _GONE:
+                if exc.errno in _UNMOUNTED:
                     return
                 raise from_os_error(exc, "read requests of the lazy file system") from exc
             self.dispatch(fuse_protocol.parse(view[:length]))
@@ -88,14 +88,14 @@ class FuseConnection:
                 reply.fail(errno.EINTR)
 
     def invalidate(self, parent: int, name: bytes) -> None:
-        """Make the kernel forget the entry of this name, if it knows it.
+        """Make the kernel forget the entry of this name, if it has one.
 
         Blocks until all pending lookups in *parent* are answered.
         """
         try:
             os.write(self.fuse_fd, fuse_protocol.invalidate_entry(parent, name))
         except OSError as exc:
-            if exc.errno != errno.ENOENT and exc.errno not in _GONE:
+            if exc.errno != errno.ENOENT and exc.errno not in _UNMOUNTED:
                 raise from_os_error(exc, "make the kernel forget an object") from exc
 
     @property
@@ -104,7 +104,7 @@ class FuseConnection:
         return len(self._pending)
 
     def dispatch(self, request: FuseRequest) -> None:
-        """Handle one request that was read."""
+        """Handle one request from the kernel."""
         if request.op == Op.INTERRUPT:
             self._interrupt(request)
             return
@@ -130,8 +130,8 @@ class FuseConnection:
         """
         unique = fuse_protocol.interrupted(request.body)
         if unique not in self._pending:
-            # Another thread is about to handle the request, or has answered it. The kernel knows which, and sends the
-            # interrupt again if needed.
+            # Another thread is about to handle the request, or has answered it. The kernel sends the interrupt again
+            # if the request still has no answer.
             self._write(request.unique, b"", errno.EAGAIN)
             return
         self._interrupted.add(unique)
@@ -148,7 +148,7 @@ class FuseConnection:
         try:
             os.writev(self.fuse_fd, (fuse_protocol.answer(unique, len(body), error), body))
         except OSError as exc:
-            if exc.errno != errno.ENOENT and exc.errno not in _GONE:
+            if exc.errno != errno.ENOENT and exc.errno not in _UNMOUNTED:
                 raise from_os_error(exc, "answer a request of the lazy file system") from exc
             return False
         return True

@@ -14,7 +14,7 @@ _NAME = "FUSE"
 
 
 def check_fuse(device: Path = fuse_connection.DEVICE) -> Check:
-    """Check whether the lazy file server can run, and be replaced after a crash; mounts nothing."""
+    """Check whether the lazy file server can run, and be replaced after a crash; mount nothing."""
     try:
         return check_features(common_features(device))
     except GearError as exc:
@@ -29,8 +29,10 @@ def check_features(features: InitFlag) -> Check:
     if InitFlag.HAS_RESEND not in features:
         advice = "boot Linux 6.9 or later: on older kernels, pending reads never end after `gear lazyfs` dies"
         return Check(_NAME, False, False, "the kernel does not send unanswered requests again", advice)
-    passes = InitFlag.PASSTHROUGH in features
-    found = "unanswered requests are sent again" + (", whole files are read without the server" if passes else "")
+    has_passthrough = InitFlag.PASSTHROUGH in features
+    found = "unanswered requests are sent again"
+    if has_passthrough:
+        found += ", whole files are read without the server"
     return Check(_NAME, True, False, found)
 
 

@@ -142,7 +142,7 @@ def interrupted(body: memoryview) -> int:
 
 
 def released(body: memoryview) -> int:
-    """Return the handle of a RELEASE, as the answer to OPEN gave it."""
+    """Return the handle of a RELEASE, which is that of the answer to OPEN."""
     handle: int = _FORGET.unpack_from(body)[0]
     return handle
 

@@ -1,12 +1,12 @@
-"""Decides how each large file is open: through the server's reads while it arrives, past the server afterwards.
+"""Decides how each large file is opened: through the server while it arrives, directly (FUSE passthrough) afterwards.
 
-The kernel refuses (EIO) to open a node past the server while it is open through the server, and the reverse, and it
-refuses two backing files for one node. So a node begins *served*. It becomes *passed* at an open when the object is
-whole and the node is not open, and stays so until the kernel forgets it. A successor must know the passed nodes: each
-has a file in a directory that lives as long as the mount, written before the first such open is answered. Nobody knows
-how often a node is open through a dead server, so such a node stays served.
+The kernel refuses (EIO) to open a node directly while it is open through the server, and the reverse, and it refuses
+two backing files for one node. So a node begins *served*. It becomes *passed* at an open when the object is whole and
+the node is not open, and stays so until the kernel forgets it. A successor must know the passed nodes. So the id of
+each backing file is saved, before the first direct open is answered, in a directory that exists as long as the mount.
+The number of opens through a dead server is lost, so a node that it served stays served.
 
-Crash: leaves a registered backing file that nobody uses, until the file system is unmounted.
+Crash: leaves an unused registered backing file until the file system is unmounted.
 
 Source: Linux Documentation/filesystems/fuse-passthrough.rst; fs/fuse/iomode.c; from 6.9 on.
 """
@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 
 
 class OpenFile(Protocol):
-    """A file that stays open while it is referred to."""
+    """A file that stays open while it is referenced."""
 
     fd: int
 
@@ -53,7 +53,7 @@ class OpenNodes:
         self._passed: dict[int, int] = {}
 
     def prepare(self, *, is_new: bool) -> None:
-        """Read the notes of a dead server; remove them if the mount is new."""
+        """Load the passed nodes of a dead server; remove them if the mount is new."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if is_new or path.suffix:
@@ -96,7 +96,7 @@ class OpenNodes:
                 self._served[node] -= 1
 
     def forget(self, node: int, lookups: int) -> bool:
-        """Take back lookups; return whether the kernel does not know the node any more."""
+        """Subtract lookups; return whether the kernel has forgotten the node."""
         with self._lock:
             left = self._lookups.get(node, 0) - lookups
             if left > 0:
@@ -111,7 +111,7 @@ class OpenNodes:
             return True
 
     def _pass(self, node: int, whole: OpenFile) -> None:
-        """Register the backing file, unless the kernel refuses it or no note can be left for a successor."""
+        """Register the backing file; do nothing if the kernel refuses it or its id cannot be saved for a successor."""
         try:
             backing = fcntl.ioctl(self._fuse_fd, _BACKING_OPEN, bytearray(_MAP.pack(whole.fd, 0, 0)))
         except OSError:
@@ -119,7 +119,7 @@ class OpenNodes:
         try:
             replace_file(self._path(node), b"%d" % backing, sync=False)  # a reboot ends the mount as well
         except OSError as exc:
-            _log.warning("reading a large object through the server: cannot note its backing file", error=str(exc))
+            _log.warning("cannot save a backing file's id; reading the object through the server", error=str(exc))
             fcntl.ioctl(self._fuse_fd, _BACKING_CLOSE, _ID.pack(backing))
             return
         del self._served[node]

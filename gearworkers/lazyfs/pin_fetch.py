@@ -1,4 +1,4 @@
-"""Fetches the missing objects of pins: at once when an image is pinned, and again until all are here."""
+"""Fetches the missing objects of pins: at once when an image is pinned, and again until none is missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PinFetcher:
         """Objects that were missing at the last search."""
 
     def check(self) -> None:
-        """Start a search if pins changed or the last one is long ago; returns at once."""
+        """Start a search for missing objects if pins changed or the next one is due; return at once."""
         version = self._pins.version()
         if version != self._seen_version or time.monotonic() >= self._next_s:
             self._seen_version = version
@@ -55,14 +55,14 @@ class PinFetcher:
     def fetch_missing(self) -> None:
         """Request the missing objects; blocks.
 
-        Objects that were requested before are requested again only if none of them has come since.
+        Objects that were requested before are requested again only if none of them has arrived since.
         """
         missing = {digest: size_bytes for digest, size_bytes in self._pins.objects() if not self._is_here(digest)}
         if missing:
             self._next_s = time.monotonic() + _RETRY_S
         is_progressing = not self._requested <= missing.keys()
-        wanted = [record for record in missing.items() if not is_progressing or record[0] not in self._requested]
+        due = [record for record in missing.items() if not is_progressing or record[0] not in self._requested]
         self._requested = set(missing)
-        if wanted:
-            _log.info("fetching pinned objects", objects=len(wanted))
-            self._fetch_all(wanted)
+        if due:
+            _log.info("fetching pinned objects", objects=len(due))
+            self._fetch_all(due)

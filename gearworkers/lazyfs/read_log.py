@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 MAX_READS = 2000
-"""Remembered reads of one object."""
+"""Limit of reads per object; later reads are not logged."""
 MAX_OBJECTS = 128
-"""Objects whose reads are remembered; more than an image reads while it starts."""
+"""Limit of objects; more than an image reads while it starts."""
 
 
 class ReadLog:
-    """(offset, size in bytes) of the first reads of the last objects; any thread may call all methods."""
+    """Logs the first reads of recent objects as (offset, size in bytes); any thread may call all methods."""
 
     def __init__(self, *, max_objects: int = MAX_OBJECTS) -> None:
         self._max_objects = max_objects
         self._reads: dict[int, list[tuple[int, int]]] = {}
 
     def add(self, node: int, offset: int, size_bytes: int) -> None:
-        """Remember a read; forget the objects that were read first."""
+        """Log a read; above the limit of objects, drop those that were read first."""
         reads = self._reads.setdefault(node, [])
         if len(reads) < MAX_READS:
             reads.append((offset, size_bytes))
@@ -25,5 +25,5 @@ class ReadLog:
                 self._reads.pop(oldest, None)
 
     def of(self, node: int) -> list[tuple[int, int]]:
-        """Return the reads of a node, in their order."""
+        """Return the reads of a node, in order."""
         return list(self._reads.get(node, ()))

@@ -1,7 +1,7 @@
 """The lazy file server of a node: `gear lazyfs`.
 
-A restart needs no state of the server. A keeper process holds the descriptor of the FUSE connection, and the kernel
-sends the pending requests of a dead server to its successor again, so containers only notice a pause.
+The server can be replaced while containers run, and containers only notice a pause. A keeper process holds the
+descriptor of the FUSE connection, and the kernel sends the pending requests of a dead server to its successor again.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from gearworkers.util.process import notify_ready
 _log = structlog.get_logger(__name__)
 
 _SERVING_THREADS = 3
-_UPKEEP_S = 0.5
-_CLEAN_EVERY = 10
-"""Upkeep turns between two clean-ups of arrivals and partial files."""
+_MAINTENANCE_INTERVAL_S = 0.5
+_CLEAN_UP_EVERY = 10
+"""Maintenance turns between two clean-ups of arrivals and partial files."""
 _LOCK_FILE = "lazyfs.lock"
 _PASSED_NODES = "lazyfs-passed"
 
@@ -63,7 +63,7 @@ class LazyServer:
         self._settings = settings
         self._store = ObjectStore(settings.gear_public_cache_path)
         self._arrivals = Arrivals(settings.gear_arrivals_path, self._store)
-        self._wanted = IncompleteLayers(settings.gear_images_path)
+        self._incomplete = IncompleteLayers(settings.gear_images_path)
         self._pool = PriorityPool(settings.remote.fetch_threads, for_background=settings.remote.fetch_threads // 2)
         served_bytes = settings.large_object_bytes
         large_bytes = min(served_bytes, CHUNKED_BYTES)
@@ -75,7 +75,7 @@ class LazyServer:
             sources,
             self._pool,
             large_bytes=large_bytes,
-            is_wanted=lambda digest: self._wanted.refer_to(digest) or pins.has(digest),
+            is_referenced=lambda digest: self._incomplete.refer_to(digest) or pins.has(digest),
         )
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
@@ -83,7 +83,7 @@ class LazyServer:
             self._fetcher, sources, self._pool, large_bytes=large_bytes, served_bytes=served_bytes
         )
         self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.fetch_soon)
-        self._misses = ProfileGrowth(
+        self._profile_growth = ProfileGrowth(
             layers,
             remote,
             lambda digest: self._contents.reads(digest),
@@ -93,9 +93,9 @@ class LazyServer:
         self._contents = LazyContents(
             self._store,
             self._arrivals,
-            self._wanted,
+            self._incomplete,
             self._fetcher,
-            self._misses.missed,
+            self._profile_growth.missed,
             served_bytes=served_bytes,
         )
         self._pins = PinFetcher(pins, self._fetcher.is_here, self._pool, self._prefetcher.fetch_all)
@@ -120,9 +120,8 @@ class LazyServer:
             for number in range(_SERVING_THREADS):
                 threading.Thread(target=self._serve, args=(connection,), name=f"fuse-{number}", daemon=True).start()
             for name in (FETCH, FAILED):
-                os.stat(
-                    self._settings.lazy_mount_path / name
-                )  # the kernel caches the answer for the time without a server
+                # The kernel caches the answer, so mounts need no server.
+                os.stat(self._settings.lazy_mount_path / name)
             handlers = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, handlers))
             _log.info("serving the lazy file system", at=str(self._settings.lazy_mount_path))
@@ -144,13 +143,13 @@ class LazyServer:
         fuse_fd = keeper.take() if is_mount_point(target) else None
         is_new = fuse_fd is None
         if fuse_fd is None:
-            overlay.unmount(target)  # without its descriptor it answers no request
+            overlay.unmount(target)  # without its descriptor, it cannot answer requests
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
             fuse_fd = fuse.mount(target)
         open_nodes = OpenNodes(fuse_fd, self._settings.run_dir / _PASSED_NODES)
         open_nodes.prepare(is_new=is_new)
         if is_new:
-            keeper.keep(fuse_fd)  # last: a successor trusts the notes of passed nodes
+            keeper.keep(fuse_fd)  # last: a successor relies on the list of passed nodes
         connection = FuseConnection(fuse_fd, Tree(self._contents, open_nodes).handle)
         if not is_new:
             connection.resume()
@@ -168,38 +167,38 @@ class LazyServer:
 
     def _maintain(self, connection: FuseConnection, keeper: FdKeeper) -> None:
         turn = 0
-        while not self._stop.wait(_UPKEEP_S):
+        while not self._stop.wait(_MAINTENANCE_INTERVAL_S):
             turn += 1
             with _logged_errors():
                 connection.fail_killed()
             with _logged_errors():
-                keeper = self._living_keeper(keeper, connection.fuse_fd)
+                keeper = self._live_keeper(keeper, connection.fuse_fd)
             with _logged_errors():
                 self._complete_layers()
-                if turn % _CLEAN_EVERY == 0:
+                if turn % _CLEAN_UP_EVERY == 0:
                     self._clean_up()
-                self._forget_collected(connection)
+                self._restore_or_forget_removed(connection)
 
     def _complete_layers(self) -> None:
-        """Fetch the rest of idle large objects and the objects of pins; mark layers that lack nothing."""
+        """Fetch the rest of idle large objects and the objects of pins; mark the layers that have become complete."""
         self._fetcher.fill_idle(self._settings.fill_delay_s)
         self._pins.check()
-        for id in self._wanted.newly_complete(self._store):
-            if self._wanted.mark_complete(id, self._store):
+        for id in self._incomplete.newly_complete(self._store):
+            if self._incomplete.mark_complete(id, self._store):
                 _log.info("a layer is complete", layer=id)
 
     def _clean_up(self) -> None:
-        """Remove arrivals that no overlay needs, and partial files that no image wants."""
+        """Remove arrivals that no overlay needs, and partial files of unreferenced objects."""
         if not is_data_layer(self._settings.gear_arrivals_path):
             self._arrivals.empty()
-        self._fetcher.forget_unwanted(self._settings.fill_delay_s)
+        self._fetcher.remove_unreferenced(self._settings.fill_delay_s)
 
-    def _forget_collected(self, connection: FuseConnection) -> None:
-        for digest in self._contents.collected():
-            if not connection.pending:  # otherwise in a later turn: the call waits for their answers
+    def _restore_or_forget_removed(self, connection: FuseConnection) -> None:
+        for digest in self._contents.restore_removed():
+            if not connection.pending:  # else in a later turn: `invalidate` waits until they are answered
                 connection.invalidate(*entry_of(digest))
 
-    def _living_keeper(self, keeper: FdKeeper, fuse_fd: int) -> FdKeeper:
+    def _live_keeper(self, keeper: FdKeeper, fuse_fd: int) -> FdKeeper:
         """Return the keeper, or a new one if it has died."""
         if not keeper.is_dead():
             return keeper
@@ -214,7 +213,7 @@ class LazyServer:
     def _status(self) -> client.LazyStatus:
         stats = self._fetcher.stats
         return client.LazyStatus(
-            incomplete_layers=len(self._wanted.ids()),
+            incomplete_layers=len(self._incomplete.ids()),
             lookups=self._contents.lookups,
             arriving=self._fetcher.arriving,
             serving=self._contents.serving,
@@ -234,14 +233,14 @@ class LazyServer:
     def _prefetch(self, body: bytes) -> client.PrefetchReply:
         """Fetch the layers' missing objects in the background, in the order of the lists."""
         ids = msgspec.json.decode(body, type=client.PrefetchRequest).layers
-        wanted = {record[0]: record for id in ids for record in self._wanted.missing(id, self._store)}
-        self._prefetcher.fetch_all(wanted.values())
-        return client.PrefetchReply(len(wanted))
+        missing = {record[0]: record for id in ids for record in self._incomplete.missing(id, self._store)}
+        self._prefetcher.fetch_all(missing.values())
+        return client.PrefetchReply(len(missing))
 
     def _image(self, body: bytes) -> client.ProfileStatus:
         event = msgspec.json.decode(body, type=client.ImageEvent)
         if event.starts:
-            self._misses.begin(event.layer)
+            self._profile_growth.begin(event.layer)
         return self._profiles.notify(event)
 
     def _reads(self, body: bytes) -> client.ReadRanges:
@@ -276,7 +275,7 @@ def open_sources(settings: Settings) -> list[ObjectSource]:
 
 @contextmanager
 def _logged_errors() -> Iterator[None]:
-    """Log an error and go on: the next turn tries again."""
+    """Log an error and continue: the next turn tries again."""
     try:
         yield
     except (GearError, OSError) as exc:

@@ -1,14 +1,14 @@
 """The tree of the lazy file system: directories list nothing, and every object can be looked up.
 
-``fetch/`` has the layout of an object cache, ``\\x01a/bcd…``. A lookup of an object makes it arrive; then the answer is
-ENOENT, and the overlay goes on to arrivals/, where the object is by now (the trap). A lookup of a large object is
-answered with a file instead; its reads wait only for the parts they need.
+``fetch/`` has the layout of an object cache, ``\\x01a/bcd…``. A lookup of an object fetches it. Then the answer is
+ENOENT, and the overlay continues with arrivals/, which has the object by then (the trap). The answer for a large object
+is a file instead, whose reads wait only for the parts that they need.
 
-``failed/`` has the same layout and is the last layer of an overlay. An overlay takes every error of a data layer for a
+``failed/`` has the same layout and is the last layer of an overlay. An overlay treats every error of a data layer as a
 missing object, and reports the error of the last layer. So failed/ answers EIO for an object that should have arrived.
 
-The number of a node identifies it, so the successor of a dead server needs no state: 1 is the root, 2 and 3 are its
-directories, the next 128 are their directories, and an object has the first 63 bits of its digest below a set top bit.
+Node numbers are fixed, so the successor of a dead server needs no state: 1 is the root, 2 and 3 are its directories,
+and the next 128 are their directories. An object's number is a set top bit and the first 63 bits of its digest.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The object is still arriving, and is read through this file system meanwhile."""
+    """The object is still arriving, and is read through this file system until then."""
 
     node: int
     size_bytes: int
@@ -67,26 +67,26 @@ class ObjectProvider(Protocol):
     """The objects behind the tree; many threads call it at once, and futures complete in any thread."""
 
     def look_up(self, name: bytes) -> Future[LookupResult]:
-        """Have the object with this name of 21 characters arrive; GearError if it cannot."""
+        """Fetch the object with this name of 21 characters, or serve it while it arrives; GearError on failure."""
 
-    def is_wanted(self, name: bytes) -> bool:
+    def is_known(self, name: bytes) -> bool:
         """Return whether a layer has an object of this name."""
 
     def size_bytes(self, node: int) -> int:
         """Return the size of the node's object.
 
         Raises:
-            GearError: It is not known.
+            GearError: The size is not known.
         """
 
     def read(self, node: int, offset: int, size_bytes: int) -> Future[bytes]:
         """Return verified bytes of a served object; GearError if they cannot be fetched."""
 
     def whole(self, node: int) -> OpenFile | None:
-        """Return the object's file if all of it is here."""
+        """Return the object's file if the object is in the store, otherwise None."""
 
     def forget(self, node: int) -> None:
-        """Note that the kernel does not know the node any more."""
+        """Release the node: the kernel has forgotten it."""
 
 
 def node_of(digest: bytes) -> int:
@@ -101,7 +101,7 @@ def entry_of(digest: bytes) -> tuple[int, bytes]:
 
 
 def digests_from(node: int) -> tuple[bytes, bytes]:
-    """Return the least and the greatest first eight bytes of the digests that belong to this node."""
+    """Return the lowest and the highest first eight bytes of the digests that belong to this node."""
     bits = (node & ~_OBJECT_BIT) << 1
     return bits.to_bytes(8, "big"), (bits | 1).to_bytes(8, "big")
 
@@ -128,7 +128,7 @@ class Tree:
         }
 
     def handle(self, request: FuseRequest, reply: FuseReply) -> None:
-        """Answer *request*, now or when its object is here."""
+        """Answer *request*, now or when its object has arrived."""
         handler = self._handlers.get(request.op)
         if handler is None:
             reply.fail(errno.ENOSYS)
@@ -145,8 +145,8 @@ class Tree:
             found = self._objects.look_up(_full_name(parent - _FETCH_SHARDS, name))
             found.add_done_callback(partial(self._send_lookup, reply))
         else:
-            is_wanted = self._objects.is_wanted(_full_name(parent - _FAILED_SHARDS, name))
-            reply.fail(errno.EIO if is_wanted else errno.ENOENT)
+            is_known = self._objects.is_known(_full_name(parent - _FAILED_SHARDS, name))
+            reply.fail(errno.EIO if is_known else errno.ENOENT)
 
     def _send_lookup(self, reply: FuseReply, found: Future[LookupResult]) -> None:
         error = found.exception()

@@ -53,7 +53,7 @@ class Check:
     found: str
     """The finding, or the problem."""
     advice: str = ""
-    """A way to solve the problem; empty if ok."""
+    """How to solve the problem; empty if *ok* is true."""
 
 
 def probe(root: Path, *more_checks: Callable[[Path], Check]) -> list[Check]:
@@ -161,7 +161,7 @@ def _check_data_only(scratch: Path) -> Check:
     except OSError as exc:
         return Check("overlay with data-only layers", False, True, exc.strerror or str(exc), advice)
     if seen != content:
-        return Check("overlay with data-only layers", False, True, "a file of the layer has wrong content", advice)
+        return Check("overlay with data-only layers", False, True, "a file of the layer has the wrong content", advice)
     return Check("overlay with data-only layers", True, True, "supported")
 
 

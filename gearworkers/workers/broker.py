@@ -1,9 +1,9 @@
 """Redis as Celery's broker: a refusal counts as a lost connection.
 
-Redis may answer with errors while something outside is wrong: a full disk below its AOF (MISCONF), a failover
-(READONLY), too few replicas (NOREPLICAS), no memory (OOM), a long script (BUSY), a user without permission (NOPERM).
-kombu takes these for mistakes in the call, and Celery ends the worker. Here they are connection errors: the worker
-reconnects with growing delays until Redis takes a write.
+Redis may refuse commands for external reasons: a full disk below its AOF (MISCONF), a failover (READONLY), too few
+replicas (NOREPLICAS), no memory (OOM), a long script (BUSY), a user without permission (NOPERM). kombu treats these
+errors as programming errors, and Celery ends the worker. Here they are connection errors: the worker reconnects with
+growing delays until Redis accepts a write.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _REFUSALS = (ResponseError, InvalidResponse)
 
 
 def require_write(client: Any) -> None:
-    """Check that Redis takes writes, so that it refuses now and not at the first task.
+    """Check that Redis accepts writes, so that a refusal shows now and not at the first task.
 
-    The trial is the command that kombu sends for each taken task, with a task that does not exist. So it changes
-    nothing, and needs no further permission.
+    The check is the command that kombu sends for each taken task, for a task that does not exist. So it changes nothing
+    and needs no further permission.
 
     Args:
         client: A client of redis-py.
@@ -37,7 +37,7 @@ class _Transport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, *_REFUSALS)
 
     def establish_connection(self) -> Any:
-        """Connect to a Redis that takes tasks; raise its refusal, and the caller tries again."""
+        """Connect to a Redis that accepts tasks; raise its refusal, after which the caller tries again."""
         connection = super().establish_connection()  # type: ignore[no-untyped-call] # kombu has few types
         try:
             require_write(self._avail_channels[-1].client)
@@ -53,7 +53,7 @@ class _Connection(Connection):
 
 
 class RedisBroker(AMQP):  # type: ignore[misc] # Celery has no types
-    """The `amqp` argument of an application that treats refusals so."""
+    """The `amqp` argument of an application that treats refusals as lost connections."""
 
     Connection = _Connection
 
@@ -65,5 +65,5 @@ def is_refusal(error: Exception) -> bool:
 
 
 def why_not_taken(error: Exception) -> str:
-    """Return why Redis takes no task, for `docker info`."""
+    """Return the reason why Redis does not accept tasks, for `docker info`."""
     return f"Redis refuses tasks: {error}" if is_refusal(error) else "Redis does not answer"

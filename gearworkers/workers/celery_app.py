@@ -1,6 +1,6 @@
 """The Celery application: queues, acknowledgement, redelivery.
 
-The workers of a node have one process a core for imports, and one process for maintenance::
+The workers of a node have one process per core for imports, and one process for maintenance::
 
     celery -A gearworkers.workers.celery_app worker -n import@$GEAR_NODE -Q import@$GEAR_NODE --concurrency $(nproc) \\
         --without-gossip --without-mingle --without-heartbeat
@@ -11,9 +11,9 @@ The gateway pings them by these names. A worker for conversions of images may ru
 
     nice celery -A gearworkers.workers.celery_app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
 
-The results of a node's jobs come over the streams socket. So the gateway has no result backend, and these tasks ignore
-their results. A conversion waits for the results of its layers' tasks, which Redis keeps for a day. Only these need the
-workers' result backend.
+The results of a node's jobs are sent over the streams socket. So the gateway has no result backend, and these tasks
+ignore their results. A conversion waits for the results of its layers' tasks, which Redis keeps for a day. Only these
+need the workers' result backend.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from gearworkers.workers.broker import RedisBroker
 TIME_LIMIT_S = 3600
 """For push, collect_garbage and dedupe; a heavy job takes as long as its stream."""
 VISIBILITY_TIMEOUT_S = 3 * TIME_LIMIT_S
-"""Redis then hands an unacknowledged task to another worker; longer than every time limit plus every retry's delay."""
+"""Seconds after which Redis redelivers an unacknowledged task; longer than any time limit plus any retry's delay."""
 RETRIES = 10
 CONVERT_QUEUE = "convert"
 LAYER_TASK = "gearworkers.convert_layer"
 IMAGE_TASK = "gearworkers.convert_image"
 PROGRESS = "PROGRESS"
 """The state of a layer's running conversion; its meta is ``{"read_bytes": …}``."""
-_LONGEST_DELAY_S = 300
+_MAX_DELAY_S = 300
 
 
-def retry_delay_s(retries: int, asked_s: float = 0.0) -> int:
-    """Return the seconds before the next attempt: 2, 4, 8 … 300; at least *asked_s*, up to 300.
+def retry_delay_s(retries: int, min_s: float = 0.0) -> int:
+    """Return the seconds before the next attempt: 2, 4, 8 … 300; at least *min_s*, up to 300.
 
-    With RETRIES, and the few attempts of the remote itself in each (`util.retry`), a push is retried for about 25
-    minutes. The remaining objects then stay spooled for the next push.
+    With RETRIES, and the few attempts of the remote itself in each (`util.retry`), a push is retried for up to
+    36 minutes. The remaining objects then stay pending for the next push.
     """
-    return int(min(max(2 << retries, asked_s), _LONGEST_DELAY_S))
+    return int(min(max(2 << retries, min_s), _MAX_DELAY_S))
 
 
 def import_queue(node: str) -> str:
@@ -63,24 +63,25 @@ def push_queue(node: str) -> str:
 
 
 class RepairPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
-    """Repairs the pool after a lost broker, before the worker watches its processes again.
+    """Repairs the process pool after the connection to the broker was lost.
 
-    Celery 5.7 would end the worker with "file descriptor is None" if it no longer watched one of its processes. That
-    happens to a dead process, whose pipe closes a moment before it can be waited for. It also happens to a living one,
-    if its pipe has the number of a dead process's pipe whose event is still pending.
+    It runs before the worker watches its processes again. Celery 5.7 would end the worker with "file descriptor is
+    None" if it no longer watched one of its processes. This happens to a dead process, whose pipe closes a moment
+    before it can be waited for. It also happens to a live process, if its pipe has the number of a dead process's pipe
+    whose event is still pending.
     """
 
     requires = ("celery.worker.consumer:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        """Run when the consumer starts, for the first time or after a lost broker."""
+        """Run when the consumer starts, initially or after a reconnect."""
         pool = consumer.pool._pool
         if not hasattr(pool, "maintain_pool"):
-            return  # its workers are no processes
+            return  # not a pool of processes
         pool.maintain_pool()
         for process in pool._pool:
             if getattr(process, "_sentinel_poll", None) is None:
-                vars(process).pop("_sentinel_poll", None)  # a missing poll is created anew
+                vars(process).pop("_sentinel_poll", None)  # a missing poll is created again
 
 
 def make_app(
@@ -89,7 +90,7 @@ def make_app(
     """Return the application for the broker of *settings*, not yet connected.
 
     Args:
-        settings: With the broker and the format of logs.
+        settings: With the broker.
         transport_options: For kombu's Redis transport, in addition to the visibility timeout.
         with_results: Keep results in the same Redis, so that they can be waited for.
     """
@@ -124,7 +125,7 @@ def _worker_app() -> Celery:
 
 
 def __getattr__(name: str) -> Celery:
-    """Make ``app`` for ``celery -A gearworkers.workers.celery_app`` on its first use, not at import."""
+    """Create ``app`` for ``celery -A gearworkers.workers.celery_app`` on first use, not at import."""
     if name == "app":
         return _worker_app()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,12 +30,12 @@ _GRANT_TIMEOUT_S = 10.0
 
 
 class ClaimedJob:
-    """A job that this process alone does.
+    """A job that only this process does.
 
     Args:
         granted: The job and its stream.
-        control: Connects to the gateway.
-        caller: Connects to the caller, if the stream is an HttpConnection.
+        control: The connection to the gateway.
+        caller: The connection to the caller, if the stream is an HttpConnection.
     """
 
     def __init__(self, granted: Granted, control: socket.socket, caller: CallerConnection | None) -> None:
@@ -45,7 +45,7 @@ class ClaimedJob:
 
     @property
     def job(self) -> WorkerJob:
-        """The job as the gateway has it."""
+        """The job as the gateway granted it."""
         return self._granted.job
 
     def request_body(self) -> RequestBody:
@@ -67,7 +67,7 @@ class ClaimedJob:
         check_gateway(self._control)
 
     def finish(self, result: JobResult) -> None:
-        """Report *result* to the gateway. If the gateway is gone, nobody needs the result.
+        """Report *result* to the gateway, unless the gateway has died.
 
         Question marks replace parts of the error that are not Unicode, such as bytes of a file name.
         """
@@ -78,7 +78,7 @@ class ClaimedJob:
     def _http(self) -> tuple[HttpConnection, CallerConnection]:
         stream = self._granted.stream
         if not isinstance(stream, HttpConnection) or self._caller is None:
-            raise GearError(f"{self.job.call}: the gateway handed over no connection")
+            raise GearError(f"{self.job.call}: the gateway did not hand over a connection")
         return stream, self._caller
 
 
@@ -106,7 +106,7 @@ def claim(
     Raises:
         NotFound, Unavailable: No gateway answers.
 
-    Crash: the gateway sees the end of the control connection, and reports an error to its caller.
+    Crash: the gateway notices that the control connection ended, and reports an error to its caller.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         try:
@@ -123,19 +123,19 @@ def claim(
 
 
 def _ask(control: socket.socket, path: Path, claim: Claim) -> tuple[Granted | Refused, list[int]]:
-    """Send *claim*; return the reply and the descriptors that come with it, which an error closes."""
+    """Send *claim*; return the reply and its descriptors, which are closed on an error."""
     control.settimeout(_GRANT_TIMEOUT_S)
     try:
         control.connect(str(path))
     except FileNotFoundError as exc:
-        raise NotFound(f"connect to the gateway's {path}: it is not there") from exc
+        raise NotFound(f"connect to the gateway's {path}: the socket does not exist") from exc
     control.sendall(frame(claim))
     fds = list[int]()
     try:
         reply = _receive(control, path, fds)
     except BaseException:
         for fd in fds:
-            os.close(fd)  # an open one would hide the gateway's end from the caller
+            os.close(fd)  # an open descriptor would hide the gateway's close from the caller
         raise
     control.settimeout(None)
     return reply, fds
@@ -147,7 +147,7 @@ def _receive(control: socket.socket, path: Path, fds: list[int]) -> Granted | Re
         data, new_fds, _, _ = socket.recv_fds(control, 65536, 1)
         fds += new_fds
         if not data:
-            raise Unavailable(f"the gateway at {path} broke off")
+            raise Unavailable(f"the gateway at {path} closed the connection")
         buffer.feed(data)
     if not isinstance(message, Granted | Refused):
         raise Unavailable(f"the gateway at {path} answered a claim with {type(message).__name__}")

@@ -1,12 +1,12 @@
-"""Conversions on Celery workers: one task a layer in the queue `convert`, then one for config and manifest.
+"""Conversions on Celery workers: one task per layer in the queue `convert`, then one for config and manifest.
 
 Any node with a worker of that queue takes part. It needs the same remote, and credentials for the registries::
 
     celery -A gearworkers.workers.celery_app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
 
 Only these tasks have results, which Redis keeps for a day. Redis would redeliver the task of a killed worker after
-VISIBILITY_TIMEOUT_S. The task expires before, since by then the tag may name something newer. The waiting process
-notices that no worker has the task any more, and sends the unfinished ones again.
+VISIBILITY_TIMEOUT_S. But tasks expire by then, since the tag may name a newer image. Instead, the waiting process
+notices that no worker has the unfinished tasks any more, and sends them again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PING_TIMEOUT_S = 1.0
 _LOST_CHECK_S = 5.0
 _ATTEMPTS = 3
 _FIRST_WORKER_TIMEOUT_S = 5.0
-"""A worker is niced, so on a busy machine it may answer late."""
+"""A worker runs niced, so on a busy machine it may answer late."""
 _RESTARTED_WORKER_TIMEOUT_S = 30.0
 
 Warn = Callable[[str], None]
@@ -51,7 +51,7 @@ Warn = Callable[[str], None]
 
 @dataclass
 class _Attempt:
-    """The tasks of one attempt."""
+    """The tasks of one attempt to convert the image."""
 
     layers: dict[str, AsyncResult]
     """By the layer's digest."""
@@ -71,17 +71,17 @@ class _TasksLost(Exception):
 def convert_on_workers(
     settings: Settings, plan: ConversionPlan, progress: LayerProgress, warn: Warn
 ) -> ConversionReport:
-    """Convert all of *plan* on workers and wait for the end. Workers finish begun tasks even if this process ends.
+    """Convert all of *plan* on workers and wait for the result. Workers finish begun tasks even if this process ends.
 
     Args:
-        settings: With the broker, and the remote, which must be the workers' own.
+        settings: With the broker, and the remote, which must be that of the workers.
         plan: The images and layers.
         progress: Called with each layer's progress, which restarts if the layer is retried.
         warn: Called when a task is retried.
 
     Raises:
         FailedPrecondition: No worker takes tasks from the queue.
-        Unavailable: Redis does not answer, or workers are killed repeatedly.
+        Unavailable: Redis does not answer, or workers were lost repeatedly.
         GearError: The conversion of a layer or of the image failed.
     """
     app = make_app(settings, with_results=True)
@@ -120,7 +120,7 @@ class _Conversion:
             except BaseException:
                 self._app.control.revoke(list(attempt.unfinished()))  # workers finish begun tasks
                 raise
-        raise Unavailable("workers were lost repeatedly; look in their log, and in the system's for a lack of memory")
+        raise Unavailable("workers were lost repeatedly; check their logs, and the system log for a lack of memory")
 
     def _require_worker(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -166,7 +166,7 @@ class _Conversion:
                 attempt.done.add(digest)
 
     def _follow(self, digest: str, result: AsyncResult) -> bool:
-        """ConversionReport a layer's progress and return whether it is done; raise the error of a failed one."""
+        """Report a layer's progress and return whether it is done; raise the error of a failed layer."""
         meta = result.backend.get_task_meta(result.id)
         if meta["status"] in ("FAILURE", "REVOKED"):
             raise _error(result)
@@ -183,8 +183,8 @@ class _Conversion:
         """Check that the tasks still exist.
 
         Raises:
-            _TasksLost: In two checks in a row no task waited and no worker had one of ours. A single such check may
-                fall between a task's leaving the queue and its start.
+            _TasksLost: In two consecutive checks, no task waited and no worker had one of these tasks. A single check
+                may happen after a task has left the queue and before it starts.
         """
         seemed_lost, attempt.seemed_lost = attempt.seemed_lost, not self._is_held(attempt.unfinished())
         if seemed_lost and attempt.seemed_lost and not attempt.image.ready():
@@ -211,4 +211,4 @@ def _error(result: AsyncResult) -> GearError:
         return cause
     if result.state == "REVOKED":
         return Unavailable("a layer waited for hours, and no worker took it")
-    return GearError(f"a conversion's task failed: {type(cause).__name__}: {cause}; the worker's log has more")
+    return GearError(f"a conversion task failed: {type(cause).__name__}: {cause}; the worker's log has more")

@@ -37,12 +37,12 @@ def execute(settings: Settings, job: WorkerJob, by: Claimant) -> JobResult | Non
 
     Args:
         settings: This process's.
-        job: The job as Redis or the pool hands it over. One for another GEAR_ROOT than that of this node's gateway is
-            refused and left unclaimed.
+        job: The job from Redis or the pool. A job for another GEAR_ROOT than that of this node's gateway is refused and
+            not claimed.
         by: The kind of this process.
 
     Returns:
-        The reported result, errors included; None if this process has done nothing.
+        The reported result, including errors; None if this process did not do the job.
 
     Crash: the gateway notices, and reports an error to its caller.
     """
@@ -62,7 +62,7 @@ def execute(settings: Settings, job: WorkerJob, by: Claimant) -> JobResult | Non
 
 
 def execute_alone(settings: Settings, job: MaintenanceJob) -> JobResult | None:
-    """Do *job* without a gateway; None if it is refused, as by `execute`."""
+    """Do *job* without a gateway; return None if it is refused, as in `execute`."""
     if not _is_for_this_root(settings, job):
         return None
     return _attempt(settings, job, partial(_maintenance_result, job))
@@ -81,8 +81,8 @@ def _is_for_this_root(settings: Settings, job: WorkerJob) -> bool:
         "job refused: it is for another GEAR_ROOT; a worker needs its gateway's GEAR_ROOT and GEAR_RUN_DIR",
         call=job.call,
         id=job.id,
-        asked=job.gear_root,
-        ours=str(root),
+        requested=job.gear_root,
+        own=str(root),
     )
     return False
 
@@ -105,7 +105,7 @@ def _attempt(settings: Settings, job: WorkerJob, run: Callable[[Engine], JobResu
 
 @cache
 def _engine(settings: Settings) -> Engine:
-    """Return the process's one engine of that GEAR_ROOT."""
+    """Return the process's only engine for these settings."""
     return Engine.of(settings)
 
 

@@ -1,4 +1,4 @@
-"""The bytes on a caller's HTTP connection that the gateway has handed over: a request's body, or a response's."""
+"""The body of a request or response, on the caller's HTTP connection that the gateway has handed over."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ RESPONSE_HEAD = (
     b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 )
 STALLED_S = 0.5
-"""After waiting for the caller for these seconds, the gateway lets another process use the core."""
+"""Seconds of waiting for the caller after which the gateway lets another process use the core."""
 
 _NEXT_CHUNK = re.compile(rb"\r\n([1-9a-f][0-9a-f]{0,13})\r\n")
 """The end of a chunk and the size of the next, in their common form: received together, without extensions."""
 _LINE_LIMIT_BYTES = 4096
-_GATHER_BYTES = 64 << 10
+_BUFFER_BYTES = 64 << 10
 _SEND_BUFFER_BYTES = 1 << 20
-_LONGEST_POLL_MS = (1 << 31) - 1
+_MAX_POLL_MS = (1 << 31) - 1
 
 
 class CallerConnection:
-    """The caller's connection; each wait for it also watches whether the gateway lives.
+    """The caller's connection; each wait for the caller also ends when the gateway dies.
 
     Args:
         connection: To the caller; non-blocking.
-        control: To the gateway, which learns when the caller stalls.
-        idle_s: After stalling for these seconds the caller is given up.
-        stalled_s: After waiting for these seconds the caller counts as stalled.
+        control: To the gateway, which gets a report when the caller stalls.
+        idle_s: Seconds after which a stalled caller is given up.
+        stalled_s: Seconds of waiting after which the caller counts as stalled.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class CallerConnection:
         self._writable = self._poller(select.POLLOUT)
 
     def receive_into(self, buffer: memoryview) -> int:
-        """Wait for some bytes and return their number; 0 if the caller has closed.
+        """Wait for some bytes and return their number; 0 if the caller has closed the connection.
 
         Raises:
-            Unavailable: The caller or the gateway is gone, or the caller idles.
+            Unavailable: The caller or the gateway has died, or the caller is idle for too long.
         """
         while True:
             try:
@@ -58,13 +58,13 @@ class CallerConnection:
             except BlockingIOError:
                 self._wait(self._readable)
             except OSError as exc:
-                raise Unavailable(f"read the request's body: {exc.strerror}; it broke off") from exc
+                raise Unavailable(f"read the request's body: {exc.strerror}; the caller closed the connection") from exc
 
     def send(self, parts: list[bytes | memoryview]) -> None:
         """Send all of *parts*, waiting as needed.
 
         Raises:
-            Unavailable: The caller or the gateway is gone, or the caller idles.
+            Unavailable: The caller or the gateway has died, or the caller is idle for too long.
         """
         while parts:
             try:
@@ -73,14 +73,14 @@ class CallerConnection:
                 self._wait(self._writable)
                 continue
             except OSError as exc:
-                raise Unavailable(f"write the response: {exc.strerror}; the caller is gone") from exc
+                raise Unavailable(f"write the response: {exc.strerror}; the caller closed the connection") from exc
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if sent:
                 parts[0] = memoryview(parts[0])[sent:]
 
     def begin_response(self) -> None:
-        """Tell the gateway that the response begins, then send its head.
+        """Report to the gateway that the response begins, then send its head.
 
         The send buffer grows, which saves wake-ups on both sides.
         """
@@ -102,11 +102,11 @@ class CallerConnection:
     def _wait(self, poller: select.poll) -> None:
         ready = poller.poll(self._stalled_s * 1000) or self._wait_stalled(poller)
         if any(fd == self._control.fileno() for fd, _ in ready):
-            raise Unavailable("the gateway is gone or has given the call up")
+            raise Unavailable("the gateway has died or has withdrawn the job")
 
     def _wait_stalled(self, poller: select.poll) -> list[tuple[int, int]]:
         self._report(stalled=True)
-        ready = poller.poll(min(self._idle_s * 1000, _LONGEST_POLL_MS))
+        ready = poller.poll(min(self._idle_s * 1000, _MAX_POLL_MS))
         if not ready:
             raise Unavailable(
                 f"the call was given up: its caller has sent or received nothing for {self._idle_s:g} s; "
@@ -119,22 +119,22 @@ class CallerConnection:
         try:
             self._control.sendall(frame(Progress(self._response_begun, stalled)))
         except OSError as exc:
-            raise Unavailable(f"the gateway is gone ({exc.strerror})") from exc
+            raise Unavailable(f"the gateway has died ({exc.strerror})") from exc
 
 
 def check_gateway(control: socket.socket) -> None:
-    """Raise Unavailable if the gateway is gone or has withdrawn the job: nobody waits for its result."""
+    """Raise Unavailable if the gateway has died or has withdrawn the job: it could not answer the caller."""
     poller = select.poll()
     poller.register(control, select.POLLIN)
     if poller.poll(0):
-        raise Unavailable("the gateway is gone or has given the call up")
+        raise Unavailable("the gateway has died or has withdrawn the job")
 
 
 class RequestBody:
     """The body of a request, without its transfer coding; `Readable`.
 
-    Chunks are taken apart in the reader's buffer: each chunk overwrites the framing before it. So a byte is received
-    once and moved at most once.
+    Chunks are decoded in the reader's buffer: the payload of each chunk overwrites the framing before it. So a byte is
+    received once and moved at most once.
 
     Source: RFC 9112, section 7.1, "Chunked Transfer Coding".
     """
@@ -153,7 +153,7 @@ class RequestBody:
         """Fill some of *buffer* and return the number of bytes; 0 only at the proper end of the body.
 
         Raises:
-            Unavailable: The caller broke off, or the gateway is gone.
+            Unavailable: The caller closed the connection too early, or the gateway has died.
             IntegrityError: The chunks are malformed.
         """
         while not self._ended:
@@ -172,7 +172,7 @@ class RequestBody:
             return taken
         received = self._caller.receive_into(buffer)
         if not received:
-            raise Unavailable("the request's body broke off before its end")
+            raise Unavailable("the request's body ended early: the caller closed the connection")
         return received
 
     def _count(self, received: int) -> int:
@@ -241,36 +241,36 @@ class RequestBody:
 
 
 class ResponseBody:
-    """The chunked body of a response; `Writable`. Before the first byte, the gateway can still answer with an error."""
+    """The chunked body of a response; `Writable`. Until its first byte, the gateway can answer with an error."""
 
     def __init__(self, caller: CallerConnection) -> None:
         self._caller = caller
-        self._gathered = bytearray()
+        self._buffer = bytearray()
         self._begun = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Take all of *data*; small pieces are gathered into one chunk.
+        """Write all of *data*; small pieces are buffered and sent as one chunk.
 
         Raises:
-            Unavailable: The caller or the gateway is gone, or the caller idles.
+            Unavailable: The caller or the gateway has died, or the caller is idle for too long.
         """
-        if len(self._gathered) + len(data) < _GATHER_BYTES:
-            self._gathered += data
+        if len(self._buffer) + len(data) < _BUFFER_BYTES:
+            self._buffer += data
         else:
             self._send_chunk(memoryview(data).cast("B"))
 
     def finish(self) -> None:
-        """Write the gathered bytes and the proper end of the body."""
-        if self._gathered:
+        """Write the buffered bytes and the end of the body."""
+        if self._buffer:
             self._send_chunk(memoryview(b""))
         self._begin()
         self._caller.send([b"0\r\n\r\n"])
 
     def _send_chunk(self, data: memoryview) -> None:
         self._begin()
-        gathered, self._gathered = self._gathered, bytearray()
-        size = b"%x\r\n" % (len(gathered) + len(data))
-        self._caller.send([size, memoryview(gathered), data, b"\r\n"])
+        buffered, self._buffer = self._buffer, bytearray()
+        size = b"%x\r\n" % (len(buffered) + len(data))
+        self._caller.send([size, memoryview(buffered), data, b"\r\n"])
 
     def _begin(self) -> None:
         if not self._begun:

@@ -2,16 +2,16 @@
 
 Glossary
     job      one heavy call or maintenance work, and a token (`WorkerJob`). Redis carries it; it holds no layer's bytes.
-    token    identifies the job at the gateway. The first process that shows it gets the job.
-    control  the process's connection to the gateway's streams socket. Its end tells each side that the other has died.
-    stream   the bytes that the job reads or writes (`ByteStream`). The gateway hands it over; it never copies them.
+    token    identifies the job at the gateway. The first process that presents it gets the job.
+    control  the process's connection to the gateway's streams socket. Its end shows each side that the other has died.
+    stream   the bytes that the job reads or writes (`ByteStream`). The gateway hands them over without copying.
 
 The messages on the control connection, each a frame (4 bytes little-endian length, then MessagePack)::
 
     process -> Claim      asks for the job with this token
     gateway -> Granted    hands over the job and its stream, the HTTP connection's descriptor with it; or
                Refused    another process does the job, or the gateway has withdrawn it
-    process -> Progress   the response begins; the caller stalls, or continues
+    process -> Progress   reports that the response begins, or that the caller stalls or continues
     process -> JobResult  ends the job
 
 `claim` is the side of the process, `plugin_gateway.dispatch.claim_server` that of the gateway. `http_body` reads and
@@ -40,7 +40,7 @@ Claimant = Literal["worker", "gateway"]
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="call"):
     gear_root: str
-    """The gateway's GEAR_ROOT. A process with another one leaves the job alone."""
+    """The gateway's GEAR_ROOT. A process with another one does not claim the job."""
     token: str = msgspec.field(default_factory=lambda: secrets.token_hex(16))
     id: str = ""
     """The layer; empty if the job is for the whole GEAR_ROOT."""
@@ -64,11 +64,11 @@ class Diff(_Job, frozen=True, kw_only=True, tag="diff"):
 
 
 class Push(_Job, frozen=True, kw_only=True, tag="push"):
-    """Push the spooled objects to the remote."""
+    """Push the pending objects to the remote."""
 
 
 class CollectGarbage(_Job, frozen=True, kw_only=True, tag="collect_garbage"):
-    """Remove the objects that no layer refers to."""
+    """Remove unreferenced objects."""
 
 
 class Dedupe(_Job, frozen=True, kw_only=True, tag="dedupe"):
@@ -76,22 +76,22 @@ class Dedupe(_Job, frozen=True, kw_only=True, tag="dedupe"):
 
 
 HeavyJob = ApplyDiff | Diff
-"""Docker waits for its end. It needs its stream, so it runs once and only for a gateway."""
+"""Docker waits for its result. It needs its stream, so it runs once and only for a gateway."""
 MaintenanceJob = Push | CollectGarbage | Dedupe
-"""No caller waits for it. It is idempotent, and runs without a gateway too."""
+"""No caller waits for it. It is idempotent, and can also run without a gateway."""
 WorkerJob = HeavyJob | MaintenanceJob
 
 
 class HttpConnection(msgspec.Struct, frozen=True, tag="http"):
     """The caller's own HTTP connection: the job reads the request's body, or writes the response.
 
-    Its descriptor comes with the message (SCM_RIGHTS). It stays non-blocking, since the gateway shares that flag.
+    The message carries its descriptor (SCM_RIGHTS). It stays non-blocking, since the gateway shares that flag.
     """
 
     body_bytes: int = CHUNKED
     """Length of the request's body, or CHUNKED."""
     received: bytes = b""
-    """The beginning of the body, which the gateway has read already."""
+    """The first bytes of the body, which the gateway has read already."""
 
 
 class StoredBlob(msgspec.Struct, frozen=True, tag="stored_blob"):
@@ -126,7 +126,7 @@ class Claim(msgspec.Struct, frozen=True, tag=True):
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):
-    """Hands over a job. The process does this job, not the one from Redis, which others may have changed."""
+    """Hands over a job. The process does this job, not the one from Redis, which other writers may have changed."""
 
     job: WorkerJob
     stream: ByteStream = None
@@ -137,12 +137,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Tells the gateway how the job stands, whenever that changes."""
+    """Reports a change in the progress of the job to the gateway."""
 
     response_begun: bool = False
     """The first byte of the response is being written, so only an aborted connection can report an error now."""
     stalled: bool = False
-    """The process waits for the caller to send or to receive, and uses no core."""
+    """The process waits for the caller to send or receive, and uses no core."""
 
 
 class JobResult(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
@@ -165,13 +165,13 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def frame(message: Message) -> bytes:
-    """Return the message as the control connection carries it."""
+    """Return the message as a frame for the control connection."""
     data = msgspec.msgpack.encode(message)
     return _LENGTH.pack(len(data)) + data
 
 
 class FrameBuffer:
-    """Takes received bytes apart into messages."""
+    """Splits received bytes into messages."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -184,13 +184,13 @@ class FrameBuffer:
         """Return the next message, or None if more bytes are needed.
 
         Raises:
-            InvalidInput: The bytes are no message, or it is too long.
+            InvalidInput: The bytes are not a valid message, or it is too long.
         """
         if len(self._data) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._data)
         if length > _FRAME_LIMIT_BYTES:
-            raise InvalidInput(f"streams socket: a message of {length} bytes")
+            raise InvalidInput(f"streams socket: a message of {length} bytes exceeds the limit")
         end = _LENGTH.size + length
         if len(self._data) < end:
             return None

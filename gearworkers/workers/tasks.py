@@ -1,10 +1,11 @@
 """Celery tasks: thin wrappers around `execute` and the conversion's functions.
 
-Anyone who can write to Redis can create tasks. So a task names no place to read from or write to except references to
-registries. GEAR_ROOT, remote and credentials are the worker's own; the task's values are only compared with them.
+Anyone who can write to Redis can create tasks. So a task cannot choose where a worker reads or writes, except for
+references to registries. GEAR_ROOT, remote and credentials are the worker's own; the task's values are only compared
+with them.
 
-apply_diff and diff are acknowledged when they begin and never come again: their stream is gone with them. push,
-collect_garbage, dedupe and the conversions are idempotent, acknowledged when done, and come again after a crash. Only
+apply_diff and diff are acknowledged when they begin and are never redelivered, since their stream is lost. push,
+collect_garbage, dedupe and the conversions are idempotent, acknowledged when done, and redelivered after a crash. Only
 errors marked retryable are retried.
 """
 
@@ -44,25 +45,25 @@ _MAINTENANCE = {
 
 @shared_task(name="gearworkers.apply_diff", **_HEAVY)
 def apply_diff(job: dict[str, Any]) -> None:
-    """Fill a layer from the stream of its waiting caller."""
+    """Fill a layer from the stream of the waiting caller."""
     _execute_once(msgspec.convert(job, ApplyDiff))
 
 
 @shared_task(name="gearworkers.diff", **_HEAVY)
 def diff(job: dict[str, Any]) -> None:
-    """Write a layer's tar to the stream of its waiting caller."""
+    """Write a layer's tar to the stream of the waiting caller."""
     _execute_once(msgspec.convert(job, Diff))
 
 
 @shared_task(name="gearworkers.push", **_MAINTENANCE)
 def push(self: Task, job: dict[str, Any]) -> None:
-    """Push the spooled objects to the remote."""
+    """Push the pending objects to the remote."""
     _maintain(self, msgspec.convert(job, Push))
 
 
 @shared_task(name="gearworkers.collect_garbage", **_MAINTENANCE)
 def collect_garbage(self: Task, job: dict[str, Any]) -> None:
-    """Remove the objects that no layer refers to."""
+    """Remove unreferenced objects."""
     _maintain(self, msgspec.convert(job, CollectGarbage))
 
 
@@ -74,7 +75,7 @@ def dedupe(self: Task, job: dict[str, Any]) -> None:
 
 @shared_task(name=LAYER_TASK, **{**_MAINTENANCE, "ignore_result": False})
 def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any]:
-    """Convert one layer of an image and return the converted one.
+    """Convert one layer of an image and return the converted layer.
 
     Its contents go to the worker's remote, which must be *remote*.
     """
@@ -82,14 +83,14 @@ def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any
     with _retried(self):
         layer = msgspec.convert(job, LayerJob)
         reject_path(layer.source)
-        _refuse_other_remote(settings, remote)
+        _check_remote(settings, remote)
         with closing(open_remote(settings)) as opened:
             return _plain(convert.convert_layer(settings, opened, layer, _ProgressReporter(self)))
 
 
 @shared_task(name=IMAGE_TASK, **{**_MAINTENANCE, "ignore_result": False})
 def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
-    """Push config and manifest of an image whose layers are done; return the report."""
+    """Push config and manifest of an image whose layers are converted; return the report."""
     with _retried(self):
         done = msgspec.convert(layers, list[convert.ConvertedLayer])
         planned = msgspec.convert(plan, ConversionPlan)
@@ -97,16 +98,17 @@ def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]
         return _plain(finish_conversion(Settings.from_environ().registry, planned, done))
 
 
-def _refuse_other_remote(settings: Settings, asked: str) -> None:
-    """
+def _check_remote(settings: Settings, remote: str) -> None:
+    """Check that the worker uses the caller's remote.
+
     Raises:
-        FailedPrecondition: The caller has another remote, and would not find the contents in it.
+        FailedPrecondition: The remotes differ, so the caller would not find the contents.
     """
-    theirs, ours = remote_name(asked), remote_name(settings.remote.url)
-    if theirs != ours:
+    requested, own = remote_name(remote), remote_name(settings.remote.url)
+    if requested != own:
         raise FailedPrecondition(
-            f"this conversion is for GEAR_REMOTE={theirs}, and the worker on {settings.node} has "
-            f"GEAR_REMOTE={ours}; give both the same remote, or convert here with --local"
+            f"this conversion is for GEAR_REMOTE={requested}, and the worker on {settings.node} has "
+            f"GEAR_REMOTE={own}; set the same remote for both, or convert here with --local"
         )
 
 
@@ -145,7 +147,7 @@ def _execute_once(job: HeavyJob) -> None:
 
 
 def _maintain(task: Task, job: MaintenanceJob) -> None:
-    """Execute *job* by the gateway's grant; after a crash or a retry, when no gateway offers it, without one."""
+    """Execute *job* for the gateway. After a crash or a retry no gateway offers it: execute it without one."""
     again = task.request.retries or (task.request.delivery_info or {}).get("redelivered")
     settings = Settings.from_environ()
     result = execute_alone(settings, job) if again else execute(settings, job, "worker")

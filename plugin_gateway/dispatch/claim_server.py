@@ -1,4 +1,4 @@
-"""The streams socket: it offers jobs, grants each to the process that claims it first, and follows that process."""
+"""The streams socket: grants each offered job to the process that claims it first, and follows that process."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class ClaimServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_open = False
         self.changes = Changes()
-        """Of the jobs' states and progress."""
+        """Notified when the state or the progress of a job changes."""
         self.worker_seen_s = 0.0
-        """When a worker last began, reported on or ended a job, on the monotonic clock."""
+        """Monotonic time when a worker last began, reported on or ended a job."""
 
     def open(self, listener: socket.socket | None = None) -> None:
         """Begin to listen.
 
         Args:
-            listener: The listening socket at the path; None makes it.
+            listener: The listening socket at the path; None creates one.
 
         Raises:
             FailedPrecondition: Another gateway listens there.
@@ -82,7 +82,7 @@ class ClaimServer:
         self._spawn(self._accept(listener))
 
     def close(self) -> None:
-        """Stop listening and disconnect the processes; they notice and give up."""
+        """Stop listening and disconnect the processes, which then abandon their jobs."""
         for task in self._tasks:
             task.cancel()
         if self._is_open:
@@ -93,7 +93,7 @@ class ClaimServer:
         return sum(pending.is_heavy == heavy and pending.by == by for pending in self._running)
 
     def stalled(self, by: Claimant) -> int:
-        """Return the number of these jobs whose processes wait for their callers."""
+        """Return the number of jobs in progress by this kind of process that wait for their callers."""
         return sum(pending.progress.stalled and pending.by == by for pending in self._running)
 
     @contextmanager
@@ -122,7 +122,7 @@ class ClaimServer:
                 try:
                     control, _ = await loop.sock_accept(listener)
                 except OSError as exc:  # no descriptors or memory for now; the claiming process waits
-                    _log.error("claims cannot be accepted", error=str(exc), retry_s=_ACCEPT_RETRY_S)
+                    _log.error("cannot accept claims", error=str(exc), retry_s=_ACCEPT_RETRY_S)
                     await asyncio.sleep(_ACCEPT_RETRY_S)
                     continue
                 control.setblocking(False)
@@ -149,7 +149,7 @@ class ClaimServer:
                 _log.warning("serving a claim failed", error=f"{type(exc).__name__}: {exc}")
 
     async def _grant(self, control: socket.socket, claim: Claim) -> PendingJob | None:
-        """Hand the claimed job over and return it; None if the process may not do it."""
+        """Grant the claimed job and return it; None if the process does not get the job."""
         pending = self._offers.get(claim.token)
         if pending is None or not pending.claim():
             await asyncio.get_running_loop().sock_sendall(control, frame(Refused()))
@@ -160,7 +160,7 @@ class ClaimServer:
         except OSError:
             pending.release()
             raise
-        # False if the job was withdrawn meanwhile: the end of the control connection tells the process.
+        # False if the job was withdrawn meanwhile: the process notices that its control connection ends.
         return pending if pending.begin(claim) else None
 
     async def _follow(self, control: socket.socket, frames: FrameBuffer, pending: PendingJob) -> None:
@@ -192,7 +192,7 @@ class ClaimServer:
 
 
 async def _hand_over(control: socket.socket, pending: PendingJob) -> None:
-    """Send the grant; its first bytes fit the empty socket buffer, and the descriptor goes with them."""
+    """Send the grant; its first bytes fit into the empty socket buffer, and carry the descriptor."""
     grant, sent = frame(Granted(pending.job, pending.stream)), 0
     if pending.fd is not None:
         sent = socket.send_fds(control, [grant], [pending.fd])

@@ -24,7 +24,7 @@ from plugin_gateway.metrics import GatewayMetrics
 _log = structlog.stdlib.get_logger(__name__)
 
 _LOCAL_ATTEMPTS = 2
-"""The first may meet a worker that has claimed the job and dies before it begins."""
+"""At the first attempt, the job may be claimed by a worker that dies before it begins the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class PickupTimeouts:
     """Seconds that the gateway waits for a worker to begin a job before its own pool does it."""
 
     idle_s: float = 2.0
-    """For an idle worker and a heavy job: it needs some 5 ms."""
+    """For a heavy job and an idle worker, which needs about 5 ms."""
     degraded_s: float = 0.2
-    """The same if the last job was not taken, or a worker waits for its caller."""
+    """Used instead of *idle_s* if no worker took the last job, or a worker waits for its caller."""
     busy_s: float = 10.0
     """For a busy worker to become free."""
     maintenance_s: float = 15.0
     expires_s: float = 60.0
-    """After these a worker does not take the task any more."""
+    """Seconds after which workers discard the task."""
 
 
 class Queue(Protocol):
@@ -49,7 +49,7 @@ class Queue(Protocol):
         """Offer *job* to the workers."""
 
     async def state(self) -> QueueState:
-        """Return how the queue and the workers are."""
+        """Return the state of the queues and the workers."""
 
     def close(self) -> None:
         """Release the connections."""
@@ -59,7 +59,7 @@ class Pool(Protocol):
     """The gateway's own processes; `LocalPool`."""
 
     async def run(self, pending: PendingJob) -> None:
-        """Have a process claim and do *pending*."""
+        """Let a process claim and do the job."""
 
     def close(self) -> None:
         """End the processes."""
@@ -71,9 +71,9 @@ class Dispatcher:
     Args:
         settings: Of the node.
         metrics: The gateway's.
-        timeouts: As they are used from now on; may be replaced at any time.
+        timeouts: The first value of the attribute, which may be replaced at any time.
         open_queue: Connects to the broker that the settings name.
-        open_pool: Makes the gateway's own pool.
+        open_pool: Creates the gateway's own pool.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Dispatcher:
             self.health.reset()
 
     async def run(self, job: WorkerJob, stream: ByteStream = None, fd: int | None = None) -> PendingJob:
-        """Get *job* done and return it with its result; failures are results.
+        """Run *job* and return it with its result, which may be an error.
 
         Args:
             job: The work.
             stream: The bytes that it reads or writes.
-            fd: The stream's descriptor; this closes it.
+            fd: The stream's descriptor; closed at the end.
         """
         with self.claims.offer(job, stream, fd) as pending:
             if not await self._begun_by_worker(pending):
@@ -130,7 +130,7 @@ class Dispatcher:
         return pending
 
     async def status(self) -> list[tuple[str, str]]:
-        """Return the lines for `docker info`; asks Redis and the workers."""
+        """Return the lines for `docker info`, after a query of Redis and the workers."""
         queue, claims = await self.check(), self.claims
         running = ", ".join(
             f"{claims.running(by, heavy=True) + claims.running(by, heavy=False)} by {by}"
@@ -142,7 +142,7 @@ class Dispatcher:
         return [("Queue", queue), ("At Work", running), ("Degraded", self.health.summary())]
 
     async def check(self) -> str:
-        """Bring `health` up to date; return the lengths of the queues in words. Calls at the same time share one."""
+        """Update `health`; return the lengths of the queues as text. Concurrent calls share one check."""
         if self._checking is None or self._checking.done():
             self._checking = asyncio.get_running_loop().create_task(self._check())
         return await asyncio.shield(self._checking)
@@ -161,7 +161,7 @@ class Dispatcher:
         return lengths
 
     def _silence(self, worker: str, state: QueueState) -> str:
-        """Return SILENT if no worker of this kind answers; empty if one does, or works: then it may answer late."""
+        """Return SILENT if no worker of this kind answers; empty if one answers, or is busy and may answer late."""
         is_busy = self.claims.running("worker", heavy=worker == "import") > 0
         return SILENT if worker in state.silent and not is_busy else ""
 
@@ -199,7 +199,7 @@ class Dispatcher:
         timeouts = self.timeouts
         if not pending.is_heavy:
             return published_s + timeouts.maintenance_s
-        if self.claims.stalled("worker"):  # until its caller goes on: the pool takes the worker's place
+        if self.claims.stalled("worker"):  # the pool replaces this worker until its caller continues
             return published_s + timeouts.degraded_s
         if self._is_busy(pending):
             return published_s + timeouts.busy_s
@@ -207,11 +207,11 @@ class Dispatcher:
         return max(published_s, self.claims.worker_seen_s) + idle_s
 
     def _is_busy(self, pending: PendingJob) -> bool:
-        """Return whether workers for the job exist and do others."""
+        """Return whether workers of the job's kind are doing other jobs."""
         return self.claims.running("worker", heavy=pending.is_heavy) > 0
 
     async def _run_locally(self, pending: PendingJob) -> None:
-        """Have the pool do the job, unless a worker begins it first."""
+        """Let the pool do the job, unless a worker begins it first."""
         why = ""
         for _ in range(_LOCAL_ATTEMPTS):
             try:

@@ -11,7 +11,7 @@ from plugin_gateway.metrics import GatewayMetrics
 _log = structlog.stdlib.get_logger(__name__)
 
 WORKERS = ("import", "push")
-"""The kinds of workers of a node: the first does heavy jobs, the second maintenance."""
+"""The kinds of workers of a node: import workers do heavy jobs, push workers do maintenance."""
 NOT_TAKEN = "no worker takes tasks"
 SILENT = "no worker answers"
 
@@ -39,9 +39,9 @@ class Health:
         self._metrics.degraded.set(False)
 
     def update(self, reasons: Mapping[str, str]) -> None:
-        """Take the answers of Redis and the workers.
+        """Apply the results of a query of Redis and the workers.
 
-        They do not clear NOT_TAKEN: a worker that answers may still take no tasks. A task that a worker takes does.
+        They do not clear NOT_TAKEN, since a worker that answers may still take no tasks. Only a taken task clears it.
         """
         for worker, reason in reasons.items():
             if reason or self.reason(worker) != NOT_TAKEN:

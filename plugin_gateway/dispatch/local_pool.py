@@ -42,13 +42,13 @@ def execute_locally(settings: Settings, job: WorkerJob) -> None:
 class LocalPool:
     """Runs jobs in processes, each of which claims its job at the streams socket as a worker does.
 
-    For each kind of job one process a core works. A process that waits for its caller makes room for another, up to
-    PROCESSES_PER_CORE. Kinds have separate limits: `docker commit` reads a Diff only as fast as its ApplyDiff takes
-    it, so waiting Diffs must not keep ApplyDiffs out.
+    One process per core works on each kind of job. A process that waits for its caller makes room for another, up to
+    PROCESSES_PER_CORE. Kinds have separate limits: `docker commit` reads a Diff only as fast as its ApplyDiff consumes
+    it, so waiting Diffs must not block ApplyDiffs.
 
     Args:
         settings: Of the node.
-        changes: Of the jobs; notified when a process is free.
+        changes: Notified of changes of the jobs, and by the pool when a process is free.
         cores: The number of processes of one kind that may work at the same time.
         start: Starts a process.
         work: The function that a process calls with each job.
@@ -79,7 +79,7 @@ class LocalPool:
         return len(self._processes)
 
     async def run(self, pending: PendingJob) -> None:
-        """Have *pending* claimed and done when a process is free; return early if nobody has to do it any more.
+        """Let a process claim and do the job once one is free; return early if the job does not need one any more.
 
         Raises:
             BrokenProcessPool: The process died.

@@ -22,14 +22,14 @@ class Debounce:
     """Calls *action* once for many requests.
 
     Args:
-        quiet_s: The call comes these seconds after the last request,
-        at_most_s: and at the latest these seconds after the first.
+        quiet_s: Seconds without a request after which the action is called.
+        max_wait_s: Maximum seconds from the first request to the call.
         action: The function to call.
     """
 
-    def __init__(self, quiet_s: float, at_most_s: float, action: Callable[[], None]) -> None:
+    def __init__(self, quiet_s: float, max_wait_s: float, action: Callable[[], None]) -> None:
         self._quiet_s = quiet_s
-        self._at_most_s = at_most_s
+        self._max_wait_s = max_wait_s
         self._action = action
         self._timer: asyncio.TimerHandle | None = None
         self._latest_s = 0.0
@@ -39,7 +39,7 @@ class Debounce:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         if self._timer is None:
-            self._latest_s = now_s + self._at_most_s
+            self._latest_s = now_s + self._max_wait_s
         else:
             self._timer.cancel()
         self._timer = loop.call_at(min(now_s + self._quiet_s, self._latest_s), self._fire)
@@ -60,10 +60,10 @@ class Maintenance:
 
     Args:
         dispatcher: Runs the jobs.
-        settings: Returns the settings as they are after Init.
+        settings: Returns the current settings, which an Init may change.
         metrics: Counts the results.
-        gc_quiet_s: Seconds without a removal before garbage is collected.
-        gc_at_most_s: Seconds from the first removal to the collection at most.
+        gc_quiet_s: Seconds without a removal after which garbage is collected.
+        gc_max_wait_s: Maximum seconds from the first removal to the collection.
     """
 
     def __init__(
@@ -73,31 +73,31 @@ class Maintenance:
         metrics: GatewayMetrics,
         *,
         gc_quiet_s: float = 5.0,
-        gc_at_most_s: float = 20.0,
+        gc_max_wait_s: float = 20.0,
     ) -> None:
         self._dispatcher = dispatcher
         self._settings = settings
         self._metrics = metrics
-        self._collect = Debounce(gc_quiet_s, gc_at_most_s, partial(self._start, CollectGarbage))
+        self._collect = Debounce(gc_quiet_s, gc_max_wait_s, partial(self._start, CollectGarbage))
         self._push = Debounce(1.0, 5.0, partial(self._start, Push))
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
-        """Collect and push the leftovers of a crash; at the gateway's start."""
+        """Collect garbage and push objects that an earlier gateway left; called at the gateway's start."""
         self._start(CollectGarbage)
         self.layer_stored()
 
     def layer_removed(self) -> None:
-        """Collect garbage soon: a layer is gone, and its objects may be unreferenced."""
+        """Collect garbage soon: a layer was removed, and its objects may be unreferenced."""
         self._collect.request()
 
     def layer_stored(self) -> None:
-        """Push soon, if there is a remote: a layer is stored, and its new objects await push."""
+        """Push soon, if there is a remote: a layer was stored, and its new objects are pending."""
         if self._settings().remote.url:
             self._push.request()
 
     def dedupe(self, id: str) -> None:
-        """Deduplicate the finished read-write layer *id*, whose contents are no objects yet."""
+        """Deduplicate the finished read-write layer *id*, whose contents are not in the object store yet."""
         self._start(Dedupe, id)
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The states of a job at the gateway. All rules about the begin of a job are in this module.
+"""The states of a job at the gateway. This module has all rules for the beginning of a job.
 
 ::
 
@@ -11,13 +11,13 @@
 ========= ================ =============================================================================
 method    from             when
 ========= ================ =============================================================================
-claim     OFFERED          A process shows the job's token.
-release   CLAIMED          The process died, or did not take the grant: another process may claim the job.
+claim     OFFERED          A process presents the job's token.
+release   CLAIMED          The process died, or did not receive the grant: another process may claim the job.
 begin     CLAIMED          The process has the grant. No other process ever gets the job.
 finish    BEGUN            The process reports a result.
 lose      BEGUN            The process ends without a result: an error, and its layer is unfinished.
 give_up   OFFERED          Neither a worker nor the gateway's own pool has begun the job: an error.
-withdraw  any but the ends The gateway stops waiting: a process that comes now finds nothing.
+withdraw  any but DONE     The gateway stops waiting, and refuses later claims.
 ========= ================ =============================================================================
 
 A method called in any other state changes nothing and returns False. So a job begins at most once, whatever the order
@@ -72,7 +72,7 @@ class PendingJob:
         return self._move(JobState.OFFERED, JobState.CLAIMED)
 
     def release(self) -> bool:
-        """Offer the job again: the process that claimed it got nothing."""
+        """Offer the job again: the process that claimed it did not receive the grant."""
         return self._move(JobState.CLAIMED, JobState.OFFERED)
 
     def begin(self, claim: Claim) -> bool:
@@ -82,14 +82,14 @@ class PendingJob:
         return self._move(JobState.CLAIMED, JobState.BEGUN)
 
     def finish(self, result: JobResult) -> bool:
-        """Take the result of the process that has begun the job."""
+        """Record the result from the process that has begun the job."""
         return self._end(JobState.BEGUN, result)
 
     def lose(self) -> bool:
-        """Record that this process ended without a result."""
+        """Record that the process that had begun the job ended without a result."""
         if self._claim is None:
             return False
-        error = f"the {self._claim.by}'s process {self._claim.pid} that did it died; nothing of it is visible"
+        error = f"the {self._claim.by}'s process {self._claim.pid} died during the call; no partial result is visible"
         return self._end(JobState.BEGUN, JobResult(f"{self.name}: {error}; try again", retryable=True))
 
     def give_up(self, error: str) -> bool:
@@ -97,7 +97,7 @@ class PendingJob:
         return self._end(JobState.OFFERED, JobResult(f"{self.name}: {error}", retryable=True))
 
     def withdraw(self) -> bool:
-        """Take the job back."""
+        """Withdraw the job: no process may begin it any more."""
         ended = self.state in (JobState.DONE, JobState.WITHDRAWN)
         return not ended and self._move(self.state, JobState.WITHDRAWN)
 

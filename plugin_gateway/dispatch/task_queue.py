@@ -1,4 +1,4 @@
-"""Publish jobs to Redis through Celery, and ask Redis and the workers how they are; for the event loop."""
+"""Publish jobs to Redis through Celery, and query Redis and the workers, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TRANSPORT = {
 _PUBLISH_TIMEOUT_S = 2.0
 _PING_TIMEOUT_S = 1.5  # workers answer in 20 ms, unless the machine is busy
 _STATE_TIMEOUT_S = _PUBLISH_TIMEOUT_S + _PING_TIMEOUT_S
-_ATTEMPTS = 2  # the first may meet a connection that a restart of Redis has cut
+_ATTEMPTS = 2  # the first may use a connection that a restart of Redis has closed
 
 Result = TypeVar("Result")
 
@@ -55,19 +55,19 @@ class TaskQueue:
     def __init__(self, settings: NodeSettings) -> None:
         self._node = settings.node
         self._app = make_app(settings, _TRANSPORT)
-        # A thread each: kombu's channels cannot be shared, and no publisher may wait for the workers' answers.
+        # One thread each: kombu's channels cannot be shared, and publishing must not wait for the workers' answers.
         self._publishing = ThreadPoolExecutor(1, "queue")
-        self._asking = ThreadPoolExecutor(1, "queue-state")
+        self._querying = ThreadPoolExecutor(1, "queue-state")
 
     async def publish(self, job: WorkerJob, *, expires_s: float) -> None:
-        """Put a heavy job into the node's import queue, another into its push queue.
+        """Put a heavy job into the node's import queue, and any other job into its push queue.
 
         Args:
             job: The work.
-            expires_s: After these seconds no worker begins the job.
+            expires_s: Seconds after which workers discard the job.
 
         Raises:
-            Unavailable: Redis has not confirmed the task.
+            Unavailable: Redis did not confirm the task.
         """
         arguments = {"job": msgspec.to_builtins(job)}
         queue = import_queue(self._node) if isinstance(job, HeavyJob) else push_queue(self._node)
@@ -85,9 +85,9 @@ class TaskQueue:
         Raises:
             Unavailable: Redis does not answer, or refuses tasks.
         """
-        return await _run(self._asking, self._ask, _STATE_TIMEOUT_S)
+        return await _run(self._querying, self._query_state, _STATE_TIMEOUT_S)
 
-    def _ask(self) -> QueueState:
+    def _query_state(self) -> QueueState:
         queues = {"import": import_queue(self._node), "push": push_queue(self._node)}
         with self._app.connection_for_write() as connection:
             client: Any = connection.default_channel.client
@@ -101,7 +101,7 @@ class TaskQueue:
 
     def close(self) -> None:
         """Release the connections; pending calls still end, with a result or an error."""
-        for thread in (self._publishing, self._asking):
+        for thread in (self._publishing, self._querying):
             thread.shutdown(wait=False)  # cancelling futures would cancel the waiting callers
         self._app.close()
 
@@ -110,8 +110,8 @@ async def _run(thread: ThreadPoolExecutor, call: Callable[[], Result], timeout_s
     try:
         future = asyncio.get_running_loop().run_in_executor(thread, _attempt, call)
         return await asyncio.wait_for(future, timeout_s)
-    except Exception as exc:  # kombu and redis-py raise many kinds; each means that Redis has not taken the task
-        _log.info("Redis takes no task", error=f"{type(exc).__name__}: {exc}")
+    except Exception as exc:  # kombu and redis-py raise many kinds; each means that Redis did not confirm the call
+        _log.info("a call to Redis failed", error=f"{type(exc).__name__}: {exc}")
         raise Unavailable(why_not_taken(exc)) from exc
 
 

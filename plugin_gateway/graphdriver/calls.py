@@ -16,13 +16,13 @@ class Driver(Protocol):
 
     @property
     def settings(self) -> Settings:
-        """The settings with the options of the dockerd that runs; current after `prepare` and `init`."""
+        """The settings with the options of the running dockerd; current after `prepare` and `init`."""
 
     def prepare(self) -> None:
         """Repair the leftovers of a crash."""
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
-        """Begin with a dockerd that has started."""
+        """Start to serve a new dockerd."""
 
     def capabilities(self) -> dict[str, bool]:
         """Return the driver's capabilities."""
@@ -46,7 +46,7 @@ class Driver(Protocol):
         """
 
     def put(self, id: str) -> None:
-        """Count one user of the mount less."""
+        """Remove one user of the mount; unmount after the last."""
 
     def exists(self, id: str) -> bool:
         """Whether there is such a layer."""
@@ -58,16 +58,16 @@ class Driver(Protocol):
         """Return names and values for `docker inspect`."""
 
     def cleanup(self) -> None:
-        """Unmount everything: dockerd ends."""
+        """Unmount everything, when dockerd ends."""
 
     def release(self) -> None:
-        """Keep only the mounts of containers: the gateway ends."""
+        """Unmount everything except containers, when the gateway ends."""
 
     def changes(self, id: str, parent: str) -> list[Change]:
         """Return the paths that differ from *parent*."""
 
     def diff_size(self, id: str, parent: str) -> int:
-        """Return the bytes of the layer's files over *parent*."""
+        """Return the size in bytes of the layer's files that differ from *parent*."""
 
     def can_dedupe(self, id: str) -> bool:
         """Whether the layer is a finished read-write layer whose contents are not shared yet."""
@@ -84,7 +84,7 @@ def init(driver: Driver, body: bytes) -> Response:
 
 
 def _layer_call(call: Callable[[Driver, LayerRequest], Response | None]) -> LightCall:
-    """Make a light call of a call on one layer; its response is {} if *call* returns None."""
+    """Return the light call for *call* on one layer; its response is {} if *call* returns None."""
 
     def light(driver: Driver, body: bytes) -> Response:
         return call(driver, decode(body, LayerRequest)) or Response()

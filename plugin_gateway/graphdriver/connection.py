@@ -1,8 +1,8 @@
 """A connection of dockerd: the HTTP server answers light requests, a worker takes the connection over for a heavy one.
 
-dockerd keeps connections open and mixes calls on them. The body of ApplyDiff and the response of Diff have gigabytes,
-which this process would only copy. So the connection examines the first bytes of each request. For these two calls it
-bypasses the HTTP server and stops reading, and the gateway passes the descriptor to the worker.
+dockerd keeps connections open and mixes calls on them. The body of ApplyDiff and the response of Diff may have
+gigabytes, which this process would only copy. So the connection examines the first bytes of each request. For these two
+calls it bypasses the HTTP server and stops reading, and the gateway passes the descriptor to the worker.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HEAD_END = b"\r\n\r\n"
 _HEAD_LIMIT_BYTES = 64 << 10
 _REQUEST_LIMIT_BYTES = 1 << 20
 _BEGIN_BYTES = 32 << 10
-"""Bytes of a body, or all of it, to receive before a worker is occupied; tar itself writes 10 KiB at a time."""
+"""Bytes of a longer body to receive before a worker is occupied; tar itself writes 10 KiB at a time."""
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]+)")
 _DRAIN_S = 30.0
 _REASONS = {200: b"OK", 400: b"Bad Request", 500: b"Internal Server Error"}
@@ -49,7 +49,7 @@ class DockerConnection(asyncio.Protocol):
     """One connection of dockerd.
 
     Args:
-        light: Makes the HTTP server's protocol for the connection.
+        light: Creates the HTTP server's protocol for the connection.
         heavy: Receives each heavy request and this connection, on which reading has stopped. It must end with one call
             of respond, close or abort.
     """
@@ -98,7 +98,7 @@ class DockerConnection(asyncio.Protocol):
     # -- between requests
 
     def light_request_ended(self) -> None:
-        """Expect a new request: the HTTP server has read the last one whole."""
+        """Expect a new request: the HTTP server has read the last one completely."""
         self._receive = self._begin_request
 
     def _begin_request(self, data: bytes) -> None:
@@ -163,7 +163,7 @@ class DockerConnection(asyncio.Protocol):
         self._transport.close()
 
     def abort(self) -> None:
-        """Break the connection at once, so that dockerd does not take a part for the whole."""
+        """Abort the connection at once, so that dockerd does not accept a partial response."""
         self._transport.abort()
 
     def _drop(self, data: bytes) -> None:
@@ -224,5 +224,5 @@ def _first(query: dict[str, list[str]], name: str) -> str:
 
 
 def connection_of(transport: Any) -> DockerConnection:
-    """Return the connection that an HTTP request came over."""
+    """Return the connection on which an HTTP request arrived."""
     return cast(DockerConnection, transport.get_protocol())

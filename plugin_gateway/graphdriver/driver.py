@@ -1,4 +1,4 @@
-"""The Gear driver: the graphdriver protocol's calls by their names, over the engine of one GEAR_ROOT."""
+"""The Gear driver: implements the graphdriver protocol's calls with the engine of a GEAR_ROOT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _INIT_SUFFIX = "-init"
 
 @dataclass(frozen=True, slots=True)
 class _Current:
-    """The engine that new calls use, and the settings as dockerd's options change them."""
+    """The engine that new calls use, and the settings with dockerd's options."""
 
     engine: Engine
     settings: Settings
@@ -37,8 +37,8 @@ class _Current:
 class GearDriver:
     """The driver of one dockerd: its GEAR_ROOT changes when dockerd names another one.
 
-    Calls may come from many threads at the same time. Each finishes on the root that it began with. Errors are
-    GearError; after one, nothing is half done, except the target of an ApplyDiff, which accepts only Remove.
+    Calls may run in many threads at the same time. Each ends on the root on which it began. Errors are GearError. An
+    error leaves no partial result, except the target of an ApplyDiff, which can only be removed.
     """
 
     def __init__(self, settings: Settings, engines: Engines | None = None) -> None:
@@ -47,15 +47,15 @@ class GearDriver:
             settings: Of the node.
             engines: Of the gateway; None for engines of this driver alone.
         """
-        self._given = settings
+        self._node_settings = settings
         self._engines = engines or Engines()
         self._current = _Current(Engine.of(settings), settings)  # replaced as a whole; a call reads it once
         self._counts = MountCounts(settings.run_dir / "mounts")
-        self._inits = Lock()
+        self._init_lock = Lock()
 
     @property
     def settings(self) -> Settings:
-        """The settings as dockerd's options have changed them."""
+        """The settings with dockerd's options."""
         return self._current.settings
 
     @property
@@ -66,30 +66,30 @@ class GearDriver:
     # -- the daemon's life
 
     def prepare(self) -> None:
-        """Make missing directories under GEAR_ROOT and repair the leftovers of a crash; at the gateway's start.
+        """Create missing directories under GEAR_ROOT and repair the leftovers of a crash, at the gateway's start.
 
-        A dockerd that runs already does not repeat its options: those of its `init` are read from the run directory.
+        A running dockerd does not repeat its options, so those of its `init` are read from the run directory.
 
         Raises:
             GearError: GEAR_ROOT cannot be used.
         """
-        with self._inits:
-            self._use(self._prepare_root(options.load(self._given.run_dir)))
+        with self._init_lock:
+            self._use(self._prepare_root(options.load(self._node_settings.run_dir)))
 
     def _prepare_root(self, opts: Sequence[str]) -> _Current:
         """Return the engine of the root that *opts* name, and their settings; repairs and locks a root once."""
-        settings = options.with_options(self._given, opts)
+        settings = options.with_options(self._node_settings, opts)
         engine = self._engines.open(settings)
         return _Current(engine, replace(settings, gear_root=engine.settings.gear_root))
 
     def _use(self, current: _Current) -> None:
-        run_dir = self._given.run_dir
+        run_dir = self._node_settings.run_dir
         self._counts.prepare()
         save_root(run_dir, current.settings.gear_root)
         self._current = current
 
     def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
-        """Begin with a new dockerd: take its options and id maps, count mounts anew.
+        """Start to serve a new dockerd: apply its options and id maps, and reset the mount counts.
 
         Args:
             home: The directory that dockerd suggests; GEAR_ROOT is used instead.
@@ -99,9 +99,9 @@ class GearDriver:
 
         Raises:
             InvalidInput: An option is unknown or malformed.
-            FailedPrecondition: The kernel or the file system lacks a feature, or another gateway has gear.root.
+            FailedPrecondition: The kernel or the file system lacks a feature, or another gateway uses gear.root.
         """
-        with self._inits:
+        with self._init_lock:
             current = self._prepare_root(opts)
             settings = current.engine.settings
             require(probe(settings.gear_root, check_index))
@@ -115,11 +115,11 @@ class GearDriver:
             self._use(current)
 
     def capabilities(self) -> dict[str, bool]:
-        """Diff returns exactly the tar that ApplyDiff received, so dockerd keeps no tar-split."""
+        """Announce that Diff returns exactly the tar that ApplyDiff received, so that dockerd keeps no tar-split."""
         return {"ReproducesExactDiffs": True}
 
     def cleanup(self) -> None:
-        """dockerd ends: unmount everything that is mounted."""
+        """Unmount everything, when dockerd ends."""
         engine = self.engine
         for id in self._counts.ids():
             with self._counts.locked(id), engine.mounts.unmounted(id):
@@ -127,7 +127,7 @@ class GearDriver:
         engine.layers.unmount_indexes()
 
     def release(self) -> None:
-        """The gateway ends: keep only the mounts of containers."""
+        """Unmount everything except containers, when the gateway ends."""
         self.engine.close()  # even if it was never prepared
         self._engines.close()
 
@@ -135,7 +135,7 @@ class GearDriver:
 
     @layer_call
     def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
-        """Make a layer to be filled, by ApplyDiff or through a mount.
+        """Create an empty layer that ApplyDiff or a mount fills.
 
         Raises:
             AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option that only containers have.
@@ -148,9 +148,9 @@ class GearDriver:
     def create_read_write(
         self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None
     ) -> None:
-        """Make the read-write layer of a container.
+        """Create the read-write layer of a container.
 
-        Args: *storage_opt* has ``size``, the container's limit; dockerd's ``-init`` layer has none.
+        The ``size`` in *storage_opt* limits the container; dockerd's ``-init`` layer has no limit.
 
         Raises:
             AlreadyExists, NotFound, InvalidInput: As `LayerStore.create`; or an option is unknown or malformed.
@@ -165,7 +165,7 @@ class GearDriver:
 
     @layer_call
     def remove(self, id: str) -> None:
-        """Remove the layer, mounted or not; does nothing if there is none."""
+        """Remove the layer, mounted or not; do nothing if it does not exist."""
         engine = self.engine
         with self._counts.locked(id), engine.mounts.unmounted(id):
             self._counts.forget(id)
@@ -200,7 +200,7 @@ class GearDriver:
 
     @layer_call
     def put(self, id: str) -> None:
-        """Count one user less; unmount after the last. One too many, or an unknown layer, is fine."""
+        """Remove one user of the mount; unmount after the last. Accept an unmounted or unknown layer."""
         engine = self.engine
         with self._counts.locked(id):
             if engine.layers.exists(id):
@@ -249,5 +249,8 @@ class GearDriver:
 
 
 def _is_init_layer(id: str) -> bool:
-    """dockerd makes a container's ``-init`` layer anew with the container: alone it need not survive a power cut."""
+    """Return whether this is a container's ``-init`` layer, which need not survive a power cut.
+
+    dockerd creates it together with the container's own layer.
+    """
     return id.endswith(_INIT_SUFFIX)

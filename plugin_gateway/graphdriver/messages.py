@@ -37,7 +37,7 @@ class InitRequest(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class WireChange(msgspec.Struct, frozen=True, rename="pascal"):
-    """A path that differs, as JSON carries it."""
+    """A changed path, in JSON."""
 
     path: str
     kind: int
@@ -59,7 +59,7 @@ class Response(msgspec.Struct, frozen=True, rename="pascal", omit_defaults=True)
 
 
 class MalformedRequest(InvalidInput):
-    """The body is not JSON, or has another shape than the call."""
+    """The body is not JSON, or does not have the fields of the call."""
 
 
 Request = TypeVar("Request", LayerRequest, InitRequest)
@@ -69,7 +69,7 @@ def decode(body: bytes, type: type[Request]) -> Request:
     """Return the request in *body*; an empty body is a call without arguments.
 
     Raises:
-        MalformedRequest: The body is not JSON, or has another shape.
+        MalformedRequest: The body is malformed.
     """
     try:
         return msgspec.json.decode(body or b"{}", type=type)

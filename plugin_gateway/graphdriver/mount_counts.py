@@ -1,8 +1,8 @@
-"""Users of each layer's mount: dockerd does not count Get and Put for a plugin.
+"""Counts the users of each layer's mount, since dockerd does not count Get and Put for a plugin.
 
-The counts survive the gateway: they lie beside its sockets, in a directory that a reboot empties like the mounts.
-A count without a mount is 0. A mount without a count has one user, as in overlay2 after a restart. A mount with the
-count 0 belongs to a Get that was killed before it answered: it has no user.
+The counts outlive the gateway. They are stored next to its sockets, in a directory that a reboot empties; a reboot also
+ends the mounts. A count without a mount is 0. A mount without a count has one user, as in overlay2 after a restart. A
+mount with the count 0 was left by a Get that was killed before it answered, and has no user.
 
 Order of writes: Get writes 0, mounts, writes 1. Put unmounts, then removes the count.
 """
@@ -27,7 +27,7 @@ class MountCounts:
         self._locks = KeyedLocks()
 
     def prepare(self) -> None:
-        """Make the directory.
+        """Create the directory.
 
         Raises:
             GearError: The file system refuses.
@@ -35,7 +35,7 @@ class MountCounts:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
-            raise from_os_error(exc, f"make {self._directory}") from exc
+            raise from_os_error(exc, f"create {self._directory}") from exc
 
     def locked(self, id: str) -> AbstractContextManager[None]:
         """Keep other threads from counting users of this layer, mounting and unmounting it."""
@@ -51,7 +51,7 @@ class MountCounts:
             OSError: The count cannot be written; nothing has changed.
         """
         has_mount = is_mounted(target)
-        count = self._counted(id) if has_mount else 0
+        count = self._read(id) if has_mount else 0
         if count:
             self._write(id, count + 1)
             return target
@@ -63,7 +63,7 @@ class MountCounts:
         return mounted
 
     def release(self, id: str, target: Path, unmount: Callable[[], None]) -> None:
-        """Count one user less; call *unmount* after the last."""
+        """Remove one user; call *unmount* after the last."""
         count = self._count(id, target)
         if count > 1:
             self._write(id, count - 1)
@@ -80,15 +80,15 @@ class MountCounts:
         return sorted(path.name for path in self._directory.iterdir())
 
     def restart(self) -> None:
-        """Count anew for a new dockerd: each mount has one user, its container; or none, after a killed Get."""
+        """Reset the counts for a new dockerd: each mount has one user, its container; or none, after a killed Get."""
         for path in self._directory.iterdir():
-            if self._counted(path.name):
+            if self._read(path.name):
                 self._write(path.name, 1)
 
     def _count(self, id: str, target: Path) -> int:
-        return self._counted(id) if is_mounted(target) else 0
+        return self._read(id) if is_mounted(target) else 0
 
-    def _counted(self, id: str) -> int:
+    def _read(self, id: str) -> int:
         try:
             return int((self._directory / id).read_text())
         except (FileNotFoundError, ValueError):

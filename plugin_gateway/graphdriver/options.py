@@ -20,7 +20,7 @@ from gearworkers.util.writing import replace_file
 
 _OPTIONS = ("gear.root", "gear.broker")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgtp])i?)?b?", re.ASCII | re.IGNORECASE)
-_LARGEST_BYTES = (1 << 63) - 1
+_MAX_BYTES = (1 << 63) - 1
 _FILE = "dockerd-options.json"
 
 
@@ -33,11 +33,12 @@ def with_options(settings: Settings, opts: Sequence[str]) -> Settings:
     for option in opts:
         key, _, value = option.partition("=")
         if key not in _OPTIONS or not value:
-            raise InvalidInput(f"storage option {option!r}: known are {', '.join(f'{name}=…' for name in _OPTIONS)}")
+            known = ", ".join(f"{name}=…" for name in _OPTIONS)
+            raise InvalidInput(f"storage option {option!r}: expected {known}")
         if key == "gear.broker":
             settings = replace(settings, broker_url=value)
         elif not os.path.isabs(value):
-            raise InvalidInput(f"storage option {option!r}: an absolute path is needed")
+            raise InvalidInput(f"storage option {option!r}: expected an absolute path")
         else:
             settings = replace(settings, gear_root=Path(value))
     return settings
@@ -54,7 +55,7 @@ def container_size(opts: Mapping[str, str] | None) -> int | None:
     size = None
     for key, value in (opts or {}).items():
         if key.lower() != "size":
-            raise InvalidInput(f"--storage-opt {key}={value}: unknown option {key}; known is size=…")
+            raise InvalidInput(f"--storage-opt {key}={value}: unknown option {key}; expected size=…")
         size = _bytes(value)
     return size
 
@@ -62,19 +63,19 @@ def container_size(opts: Mapping[str, str] | None) -> int | None:
 def _bytes(text: str) -> int:
     found = _SIZE.fullmatch(text)
     size = int(float(found[1]) * (1 << 10 * (1 + "kmgtp".index(found[2].lower()) if found[2] else 0))) if found else -1
-    if not 0 <= size <= _LARGEST_BYTES:
-        raise InvalidInput(f"--storage-opt size={text}: a number of bytes is needed, such as 512M or 10G")
+    if not 0 <= size <= _MAX_BYTES:
+        raise InvalidInput(f"--storage-opt size={text}: expected a number of bytes, such as 512M or 10G")
     return size
 
 
 def save(run_dir: Path, opts: Sequence[str]) -> None:
-    """Save the options of the dockerd that has started, until the next dockerd starts or a reboot; by one rename.
+    """Save the options of a new dockerd, until the next dockerd starts or a reboot; atomic.
 
     Raises:
         GearError: The file system refuses.
     """
     try:
-        replace_file(run_dir / _FILE, msgspec.json.encode(list(opts)), sync=False)  # not for after a reboot
+        replace_file(run_dir / _FILE, msgspec.json.encode(list(opts)), sync=False)  # not needed after a reboot
     except OSError as exc:
         raise from_os_error(exc, f"save dockerd's options in {run_dir}") from exc
 

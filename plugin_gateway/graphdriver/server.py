@@ -1,6 +1,6 @@
-"""The graphdriver door: the HTTP server on the plugin's Unix socket.
+"""The graphdriver front door: the HTTP server on the plugin's Unix socket.
 
-The driver answers light calls, in threads. Heavy calls become jobs for the dispatcher, which hands the connection over.
+The driver answers light calls in threads. Heavy calls become jobs of the dispatcher, which hands the connection over.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from plugin_gateway.sockets import BACKLOG, listen
 _log = structlog.stdlib.get_logger(__name__)
 
 HEAVY_GRACE_S = 20.0
-"""Seconds that heavy calls in progress have when the server closes."""
+"""Seconds for heavy calls in progress to end when the server closes."""
 LIGHT_GRACE_S = 10.0
-"""The same for light calls."""
+"""Seconds for light calls in progress to end when the server closes."""
 
 _REQUEST_LIMIT_BYTES = 1 << 20
 _KEEPALIVE_S = 7 * 86400.0  # dockerd closes idle connections itself; if this side did, it could hit a new request
@@ -48,7 +48,7 @@ class GraphDriverServer:
         path: The plugin's socket.
         driver: Answers the light calls.
         dispatcher: Runs the heavy calls.
-        maintenance: Learns which calls make maintenance due.
+        maintenance: Notified of calls that make maintenance due.
         metrics: Counts the calls.
         light_grace_s: As LIGHT_GRACE_S.
     """
@@ -157,7 +157,7 @@ class GraphDriverServer:
             return 500, failure(_internal(exc))
 
     async def _after_light(self, method: str, body: bytes, response: Response) -> Response:
-        """Do what a successful call makes due; return its response."""
+        """Run the follow-ups of a successful call; return its response."""
         if method == "GraphDriver.Init":
             self._dispatcher.use_broker(self._driver.settings)
         elif method == "GraphDriver.Remove":
@@ -170,7 +170,7 @@ class GraphDriverServer:
         return response
 
     async def _dedupe_if_finished(self, id: str) -> None:
-        """Deduplicate a read-write layer after its Diff and its unmount: it is a snapshot of BuildKit."""
+        """Deduplicate a read-write layer after its Diff and its unmount: then it is a snapshot of BuildKit."""
         if id not in self._dedupe_candidates:
             return
         try:

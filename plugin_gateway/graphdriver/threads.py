@@ -16,7 +16,7 @@ _LAZY_THREADS = 128
 _DISK = frozenset(f"GraphDriver.{name}" for name in ("Init", "Cleanup", "Status", "Put", "Remove"))
 """Calls that wait for the disk: they repair, count objects, remove trees or sync an upper directory."""
 _LAZY = frozenset(f"GraphDriver.{name}" for name in ("Changes", "DiffSize"))
-"""Calls that read files of a layer, which may lie in the lazy file system."""
+"""Calls that read files of a layer, which may be in the lazy file system."""
 _SERIALIZED = frozenset(f"GraphDriver.{name}" for name in ("Get", "Put", "Remove"))
 """Calls that run one after the other for each layer."""
 

@@ -24,12 +24,12 @@ _TIMEOUT_S = 60.0
 _CHUNK_BYTES = 1 << 16
 
 
-class Refused(Exception):
+class DriverError(Exception):
     """The driver returned an error; the text is the message that Docker shows."""
 
 
 class Driver(Protocol):
-    """The calls of the plugin protocol; each raises Refused if the driver returns an error."""
+    """The calls of the plugin protocol; each raises DriverError if the driver returns an error."""
 
     @property
     def settings(self) -> Settings:
@@ -146,7 +146,7 @@ class InProcess:
         try:
             return getattr(self._driver, method)(*arguments)
         except GearError as exc:
-            raise Refused(str(exc)) from exc
+            raise DriverError(str(exc)) from exc
 
 
 class OverSocket:
@@ -196,7 +196,7 @@ class OverSocket:
     def diff(self, id: str, parent: str = "") -> bytes:
         answer, data = self._post("/GraphDriver.Diff", json.dumps({"ID": id, "Parent": parent}).encode())
         if answer.status != http.client.OK:
-            raise Refused(data.decode())
+            raise DriverError(data.decode())
         return data
 
     def changes(self, id: str, parent: str = "") -> list[tuple[str, int]]:
@@ -236,7 +236,7 @@ class OverSocket:
             answer = connection.getresponse()
             return answer, answer.read()
         except http.client.HTTPException as exc:
-            raise Refused(f"the connection broke: {exc!r}") from exc
+            raise DriverError(f"the connection broke: {exc!r}") from exc
         finally:
             connection.close()
 
@@ -245,9 +245,9 @@ def _checked(answer: http.client.HTTPResponse, data: bytes) -> Any:
     try:
         decoded = json.loads(data)
     except ValueError:
-        raise Refused(f"{answer.status}: {data.decode(errors='replace')}") from None
+        raise DriverError(f"{answer.status}: {data.decode(errors='replace')}") from None
     if answer.status != http.client.OK or decoded.get("Err"):
-        raise Refused(decoded.get("Err") or f"{answer.status} without a message")
+        raise DriverError(decoded.get("Err") or f"{answer.status} without a message")
     return decoded  # a missing field has Go's zero value
 
 

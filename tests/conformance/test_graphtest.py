@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.drivers import Driver, Refused, new_layer_id
+from tests.conformance.drivers import Driver, DriverError, new_layer_id
 from tests.conformance.layers import mounted
 
 MODIFY, ADD, DELETE = 0, 1, 2
@@ -99,9 +99,9 @@ def test_changes_lists_all_changes(driver: Driver) -> None:
 def test_create_rejects_an_existing_id_and_a_missing_parent(driver: Driver) -> None:
     id = new_layer_id()
     driver.create(id)
-    with pytest.raises(Refused, match="exists already"):
+    with pytest.raises(DriverError, match="exists already"):
         driver.create(id)
-    with pytest.raises(Refused, match="does not exist"):
+    with pytest.raises(DriverError, match="does not exist"):
         driver.create_read_write(new_layer_id(), parent=new_layer_id())
 
 

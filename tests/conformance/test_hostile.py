@@ -19,7 +19,7 @@ from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
 from gearworkers.tar.entry import CHAR, TarEntry
 from gearworkers.tar.writer import END, header, padding
-from tests.conformance.drivers import Driver, Refused, new_layer_id
+from tests.conformance.drivers import Driver, DriverError, new_layer_id
 from tests.conformance.layers import (
     NET_RAW,
     File,
@@ -64,7 +64,7 @@ def records(pairs: dict[bytes, bytes], name: bytes = b"entry") -> bytes:
     return pax_header(pairs) + header(TarEntry(name, mtime_ns=0)) + END
 
 
-REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+REJECTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a hard link out of the layer": (lambda: tar(hardlink("out", "../../canary")), r"'out'.*not in this layer"),
     "a hard link to an absolute path": (lambda: tar(hardlink("out", "/etc/passwd")), r"'out'.*not in this layer"),
     "a hard link through a symlink out": (
@@ -245,17 +245,17 @@ def check_consistency(settings: Settings) -> None:
     assert not faults
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", REJECTED)
 @pytest.mark.usefixtures("untouched")
 def test_the_error_names_the_entry(driver: Driver, case: str) -> None:
-    make_tar, reason = REFUSED[case]
+    make_tar, reason = REJECTED[case]
     base = apply_layer(driver, file("lower", b"lower"))
     id = new_layer_id()
     driver.create(id, base)
-    with pytest.raises(Refused, match=f"(?s){reason}") as refused:
+    with pytest.raises(DriverError, match=f"(?s){reason}") as refused:
         driver.apply_diff(id, base, make_tar())
     assert "internal error" not in str(refused.value)
-    with pytest.raises(Refused):
+    with pytest.raises(DriverError):
         driver.get(id)
     driver.remove(id)
     after = apply_layer(driver, file("after", b"after"), parent=base)
@@ -358,6 +358,6 @@ def test_xattrs_that_the_kernel_rejects_for_the_file_type_are_omitted(driver: Dr
 def test_a_malformed_capability_is_rejected(driver: Driver, value: bytes) -> None:
     id = new_layer_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"'x'.*capability.*malformed"):
+    with pytest.raises(DriverError, match=r"'x'.*capability.*malformed"):
         driver.apply_diff(id, "", tar(with_xattrs(file("x", b"x"), security__capability=value)))
     driver.remove(id)

@@ -83,11 +83,11 @@ def test_a_restarted_driver_knows_all_layers(driver: Driver, id: str) -> None:
 
 def test_remove_unmounts_and_deletes_a_mounted_layer(driver: Driver, id: str) -> None:
     merged = driver.get(id)
-    with (merged / "lower").open("rb") as held:
+    with (merged / "lower").open("rb") as lower:
         driver.remove(id)
         assert not merged.exists()
         assert not driver.exists(id)
-        assert held.read() == b"lower", "open files stay open, as with overlay2"
+        assert lower.read() == b"lower", "open files stay open, as with overlay2"
 
 
 def test_cleanup_unmounts_everything(driver: Driver, id: str) -> None:

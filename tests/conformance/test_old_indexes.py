@@ -128,8 +128,8 @@ def test_a_running_container_keeps_its_mount_and_doctor_names_it_until_it_ends(
             assert len(numbers(*(other / "d").glob("[ab]?"))) == 2
         assert opened.read() == (merged / "d/a2").read_bytes() == b"first layer"
     InProcess(settings)  # a second start does not change it
-    named = inode_numbers_check(settings)
-    assert not named.ok and "layer running" in named.found and "new" not in named.found
+    check = inode_numbers_check(settings)
+    assert not check.ok and "layer running" in check.found and "new" not in check.found
     driver.put("running")
     assert inode_numbers_check(settings).ok
     merged = Path(driver.get("running"))
@@ -140,7 +140,7 @@ def test_a_running_container_keeps_its_mount_and_doctor_names_it_until_it_ends(
 def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings: Settings, layers: list[str]) -> None:
     old = {id: (settings.gear_images_path / id / "index.erofs").read_bytes() for id in layers}
     with old_program():
-        wanted = shown(InProcess(settings), layers[1])
+        expected = shown(InProcess(settings), layers[1])
 
     def work(report: Report) -> None:
         driver = GearDriver(settings)
@@ -153,7 +153,7 @@ def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_index(settings:
         states.append(have_numbers(settings, layers))
         driver = InProcess(settings)
         assert not list(settings.gear_build_path.iterdir())
-        assert shown(driver, layers[1]) == wanted
+        assert shown(driver, layers[1]) == expected
         assert have_numbers(settings, layers) == [True, True]
         assert not list(Engine.of(settings).faults(read_data=True, repair=False))
         driver.cleanup()

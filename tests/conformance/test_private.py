@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.settings import Settings
-from tests.conformance.drivers import Driver, Refused, new_layer_id
+from tests.conformance.drivers import Driver, DriverError, new_layer_id
 from tests.conformance.layers import (
     File,
     apply_layer,
@@ -107,7 +107,7 @@ def test_a_layer_that_removes_the_mark_stays_private(driver: Driver) -> None:
 def test_a_mark_after_file_contents_is_rejected(driver: Driver, name: str) -> None:
     id = new_layer_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private.* comes after contents, which may have been shared already"):
+    with pytest.raises(DriverError, match=r"\.gear-private.* comes after contents, which may have been shared already"):
         driver.apply_diff(id, "", tar(directory("d"), file("a", b"no longer secret"), file(name)))
     assert not private_files(driver.settings, id)
     driver.remove(id)
@@ -150,7 +150,7 @@ def test_a_mark_created_through_a_symlink_is_rejected(driver: Driver) -> None:
     """Its entry name does not show the mark, so earlier contents were stored as public."""
     id = new_layer_id()
     driver.create(id)
-    with pytest.raises(Refused, match=r"\.gear-private' at its top.* through a symlink"):
+    with pytest.raises(DriverError, match=r"\.gear-private' at its top.* through a symlink"):
         driver.apply_diff(id, "", tar(symlink("here", "."), file("here/.gear-private"), file("a", b"secret")))
     driver.remove(id)
 

@@ -26,7 +26,7 @@ from gearworkers.remote.remote import Remote
 from gearworkers.remote.retry import RetryingStore
 from gearworkers.settings import RemoteSettings, Settings
 from gearworkers.util import retry
-from tests.support.answers import Answer, Asked, answering
+from tests.support.answers import Answer, Request, answering
 from tests.support.remotes import Service, credentials_file, manager_thread, new_bucket, s3_server
 
 KINDS = ["directory", "memory", "memory behind memory", "S3", "manager over directory", "manager over S3"]
@@ -172,8 +172,8 @@ def test_many_objects_are_put_and_fetched_together(remote: Remote) -> None:
     contents = {sha256(content): content for content in (noise(100 + number, number) for number in range(400))}
     assert remote.put_many(contents.items()) == 400
     assert remote.put_many(contents.items()) == 0
-    wanted = [*contents, sha256(b"absent")]
-    assert dict(remote.fetch_many(wanted)) == contents
+    requested = [*contents, sha256(b"absent")]
+    assert dict(remote.fetch_many(requested)) == contents
     assert list(remote.fetch_many([])) == []
 
 
@@ -285,9 +285,9 @@ def test_a_wrong_listing_of_a_document_is_reported(tmp_path: Path, monkeypatch: 
 <Contents><Key>documents/layer/@0000000003</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"e"</ETag>
 <Size>1</Size></Contents></ListBucketResult>"""
 
-    def answer(asked: Asked) -> Answer:
-        assert len(server.asked) < MAX_READS, "too many reads"
-        return Answer(200, body=listing) if "list-type" in asked.path else Answer(404)
+    def answer(request: Request) -> Answer:
+        assert len(server.requests) < MAX_READS, "too many reads"
+        return Answer(200, body=listing) if "list-type" in request.path else Answer(404)
 
     credentials = credentials_file(tmp_path)
     with answering(answer) as server:

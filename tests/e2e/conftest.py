@@ -1,4 +1,4 @@
-"""One dockerd and one stack for all e2e tests, on a fresh ext4; each test gets them running and without containers."""
+"""One dockerd and one stack for all e2e tests, on a fresh ext4. Each test begins without containers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ DISK_BYTES = 24 << 30
 
 
 ONLY_GEAR = {"stack", "session_host", "peers", "original"}
-"""Fixtures of guarantees that Docker's own drivers do not give."""
+"""Fixtures of tests that Docker's own drivers do not pass."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test here as dockerd; on Docker's own driver skip the tests of gearworkers' own guarantees."""
+    """Mark every e2e test as dockerd; on Docker's own driver, deselect the tests with ONLY_GEAR fixtures."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.dockerd)
     if config.getoption("--driver") != "gear":
-        left_out = [item for item in items if ONLY_GEAR.intersection(getattr(item, "fixturenames", ()))]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        deselected = [item for item in items if ONLY_GEAR.intersection(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session")
 def disk() -> Path:
-    """The mounted ext4."""
+    """Mount an ext4; return its path."""
     path = sandbox.scratch() / "disk"
     mount_fresh(sandbox.scratch() / "disk.img", path, DISK_BYTES)
     return path
@@ -43,7 +43,7 @@ def disk() -> Path:
 
 @pytest.fixture(scope="session")
 def session_stack(request: pytest.FixtureRequest, disk: Path) -> Iterator[Stack | None]:
-    """The Procfile's processes; None when Docker's own driver is under test."""
+    """Run the stack; yield None on Docker's own driver."""
     if request.config.getoption("--driver") != "gear":
         yield None
         return
@@ -56,7 +56,7 @@ def session_stack(request: pytest.FixtureRequest, disk: Path) -> Iterator[Stack 
 
 @pytest.fixture(scope="session")
 def session_dockerd(request: pytest.FixtureRequest, disk: Path, session_stack: Stack | None) -> Iterator[Dockerd]:
-    """The dockerd, with the images that tests begin from: `debian` and `tiny`."""
+    """Run a dockerd that has the images `debian` and `tiny`."""
     dockerd = Dockerd("d", disk / "docker", request.config.getoption("--driver"))
     dockerd.start()
     dockerd.docker("import", "-", "debian", stdin=rootfs.debian())
@@ -67,7 +67,7 @@ def session_dockerd(request: pytest.FixtureRequest, disk: Path, session_stack: S
 
 @pytest.fixture
 def dockerd(session_dockerd: Dockerd, session_stack: Stack | None) -> Iterator[Dockerd]:
-    """The dockerd, up, with its stack up; the test's containers are removed after it."""
+    """Yield the running dockerd with its running stack; remove all containers after the test."""
     if session_stack is not None:
         session_stack.start()
     if not session_dockerd.answers():
@@ -83,14 +83,14 @@ def dockerd(session_dockerd: Dockerd, session_stack: Stack | None) -> Iterator[D
 
 @pytest.fixture
 def stack(dockerd: Dockerd, session_stack: Stack | None) -> Stack:
-    """The stack, for gearworkers' own guarantees."""
+    """Return the stack, for tests of guarantees that only gearworkers gives."""
     assert session_stack is not None
     return session_stack
 
 
 @pytest.fixture(scope="session")
 def registry(disk: Path) -> Iterator[Registry]:
-    """A registry on loopback."""
+    """Run a registry on loopback."""
     registry = Registry(disk / "registry")
     registry.start()
     yield registry
@@ -99,20 +99,20 @@ def registry(disk: Path) -> Iterator[Registry]:
 
 @pytest.fixture(scope="session")
 def session_host(disk: Path, registry: Registry) -> Iterator[LazyHost]:
-    """A second host, for Gear images."""
+    """Run a second host, for Gear images."""
     with lazy_host(disk / "lazy", registry) as host:
         yield host
 
 
 @pytest.fixture
 def empty_host(session_host: LazyHost) -> LazyHost:
-    """The host, up, with nothing stored."""
+    """Return the second host, running, without images and objects."""
     session_host.reset()
     return session_host
 
 
 @pytest.fixture
 def host(empty_host: LazyHost) -> LazyHost:
-    """The host with the image's layers, and none of its files."""
+    """Return the second host with the layers of the image, but none of its files."""
     empty_host.pull()
     return empty_host

@@ -1,4 +1,4 @@
-"""Five real images, converted and started on an empty host: each answers and equals the original on overlay2."""
+"""Five real images, converted and started on an empty host, answer and equal the originals on overlay2."""
 
 from __future__ import annotations
 
@@ -23,54 +23,54 @@ from tests.support.stack import Stack
 
 VERSION = "1"
 CONTENTS_OF_EVERY = {"postgres": 4, "python": 4, "node": 4}
-"""In these images, which have many files, every n-th file's contents are compared; in the others all."""
+"""In these images with many files, the contents of only every n-th file are compared."""
 _MADE_BY_DOCKER = {".dockerenv", "etc/hostname", "etc/hosts", "etc/resolv.conf", "etc/mtab"}
 _MOUNTED = {"dev", "proc", "sys"}
 
 Seen = tuple[str, int, int]
-"""Path, size and time of a file."""
+"""Path, size and mtime of a file."""
 
 
 @dataclass
 class Node:
-    """A host of gearworkers with a dockerd."""
+    """A stack with a dockerd."""
 
     stack: Stack
     dockerd: Dockerd
 
     def gear(self, *arguments: str) -> str:
-        """Run a `gear` command about it; its output."""
+        """Run a `gear` command on this node; return its output."""
         done = subprocess.run(
             ["gear", *arguments], env=self.stack.environ(), check=True, capture_output=True, text=True
         )
         return done.stdout
 
-    def objects(self) -> int:
-        """How many objects are here."""
+    def object_count(self) -> int:
+        """Return the number of objects in the node's store."""
         return sum(1 for path in (self.stack.root / "public").glob("*/*") if path.is_file())
 
-    def be_empty(self) -> None:
-        """Forget all images and their objects."""
+    def reset(self) -> None:
+        """Remove all images and their objects."""
         self.dockerd.remove_everything()
         self.gear("gc")
-        assert self.objects() == 0
+        assert self.object_count() == 0
 
 
 @dataclass
 class Peers:
-    """An empty host of ours, Docker's own beside it, and the state shared between images."""
+    """A node of gearworkers, a dockerd with overlay2, and the state shared between images."""
 
     ours: Node
     overlay2: Dockerd
     settings: Settings
-    """Of conversions."""
+    """Settings of conversions."""
     compared: set[Seen] = field(default_factory=set)
-    """Files whose contents have been compared in another image."""
+    """Files whose contents were compared in another image."""
 
 
 @contextmanager
 def node(directory: Path, name: str, remote: str, environ: dict[str, str] | None = None) -> Iterator[Node]:
-    """A running host with *remote* as GEAR_REMOTE."""
+    """Run a node with *remote* as GEAR_REMOTE."""
     stack = Stack(directory / "stack", name, {"GEAR_REMOTE": remote, **(environ or {})})
     dockerd = Dockerd(name, directory / "docker", name)
     try:
@@ -84,7 +84,7 @@ def node(directory: Path, name: str, remote: str, environ: dict[str, str] | None
 
 @pytest.fixture(scope="module")
 def peers(disk: Path) -> Iterator[Peers]:
-    """Both hosts, the objects behind a manager."""
+    """Run both dockerds, and a manager as the remote of gearworkers."""
     directory = disk / "applications"
     directory.mkdir()
     overlay2 = Dockerd("plain", directory / "plain", "overlay2")
@@ -105,14 +105,14 @@ def peers(disk: Path) -> Iterator[Peers]:
 
 @pytest.fixture
 def image(peers: Peers, registry: Registry, request: pytest.FixtureRequest) -> Iterator[tuple[Application, str, str]]:
-    """An application, the original's name and the Gear image's, both in the registry."""
+    """Push an image and its conversion; yield the application, the name of the image and the name of the Gear image."""
     app: Application = request.param
     original, converted = f"{registry.host}/{app.name}:{VERSION}", f"{registry.host}/gear/{app.name}:{VERSION}"
     appimages.push(peers.settings, f"{app.name}:{VERSION}", original)
     appimages.convert(peers.settings, f"{app.name}:{VERSION}", converted)
     yield app, original, converted
     peers.overlay2.remove_everything()
-    peers.ours.be_empty()
+    peers.ours.reset()
 
 
 @pytest.mark.slow
@@ -121,12 +121,12 @@ def test_an_application_answers_on_an_empty_host_and_equals_the_original(
     peers: Peers, image: tuple[Application, str, str]
 ) -> None:
     app, original, converted = image
-    answer = started(peers.ours.dockerd, converted, app)
-    arrived = peers.ours.objects()
-    assert answer == started(peers.overlay2, original, app)
+    answer = first_answer(peers.ours.dockerd, converted, app)
+    fetched = peers.ours.object_count()
+    assert answer == first_answer(peers.overlay2, original, app)
     with root_of(peers.ours.dockerd, converted) as ours, root_of(peers.overlay2, original) as theirs:
         files = compare(ours, theirs, CONTENTS_OF_EVERY.get(app.name, 1), peers.compared)
-    assert 0 < arrived < files / 2, "the start fetched unopened files"
+    assert 0 < fetched < files / 2, "the start fetched unopened files"
 
 
 @pytest.mark.parametrize("image", [NGINX], ids=lambda app: app.name, indirect=True)
@@ -156,11 +156,11 @@ def test_an_application_answers_with_s3_as_the_remote(peers: Peers, registry: Re
         appimages.convert(settings, f"nginx:{VERSION}", name)
         environ = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
         with node(directory, "s3", bucket, environ) as ours:
-            assert b"Definitions and overview" in started(ours.dockerd, name, NGINX)
+            assert b"Definitions and overview" in first_answer(ours.dockerd, name, NGINX)
 
 
-def started(dockerd: Dockerd, name: str, app: Application) -> bytes:
-    """Pull the image and return the application's answer from a new container."""
+def first_answer(dockerd: Dockerd, name: str, app: Application) -> bytes:
+    """Pull the image, run a container and return the application's answer."""
     container = dockerd.docker("run", "-d", "--network=host", name)
     try:
         return app.wait()
@@ -173,7 +173,7 @@ def started(dockerd: Dockerd, name: str, app: Application) -> bytes:
 
 @contextmanager
 def root_of(dockerd: Dockerd, name: str) -> Iterator[Path]:
-    """The root file system of a container that does nothing."""
+    """Run a container that sleeps; yield the path of its root file system."""
     container = dockerd.docker("run", "-d", "--network=none", "--user=0", "--entrypoint=sleep", name, "infinity")
     try:
         yield Path(dockerd.docker("inspect", "-f", "{{.GraphDriver.Data.MergedDir}}", container))
@@ -182,7 +182,7 @@ def root_of(dockerd: Dockerd, name: str) -> Iterator[Path]:
 
 
 def compare(ours: Path, theirs: Path, contents_of_every: int, compared: set[Seen]) -> int:
-    """Both trees hold the same; how many regular files."""
+    """Check that both trees are equal; return the number of regular files."""
     files = 0
     for directory, names, others in os.walk(theirs):
         inside = os.path.relpath(directory, theirs)
@@ -193,13 +193,20 @@ def compare(ours: Path, theirs: Path, contents_of_every: int, compared: set[Seen
         assert found == expected, inside
         for name in expected:
             path = os.path.normpath(os.path.join(inside, name))
-            is_chosen = zlib.crc32(path.encode()) % contents_of_every == 0
-            files += compare_file(ours / path, theirs / path, path, compared if is_chosen else None)
+            compares_content = zlib.crc32(path.encode()) % contents_of_every == 0
+            files += compare_file(ours / path, theirs / path, path, compared if compares_content else None)
     return files
 
 
 def compare_file(ours: Path, theirs: Path, path: str, compared: set[Seen] | None) -> bool:
-    """Both are the same, their contents too unless *compared* is None; whether they are regular files."""
+    """Check that both files are equal; return whether they are regular files.
+
+    Args:
+        ours: Path on gearworkers.
+        theirs: Path on overlay2.
+        path: Path inside the image.
+        compared: Files whose contents were compared before; None to compare no contents.
+    """
     if path in _MADE_BY_DOCKER:
         return False
     found, expected = ours.lstat(), theirs.lstat()
@@ -220,11 +227,11 @@ def compare_file(ours: Path, theirs: Path, path: str, compared: set[Seen] | None
 
 
 def xattrs(path: Path) -> dict[str, bytes]:
-    """All of them."""
+    """Return all xattrs of a file."""
     return {name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)}
 
 
 def digest(path: Path) -> bytes:
-    """SHA-256 of the contents."""
+    """Return the SHA-256 of the contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

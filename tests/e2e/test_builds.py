@@ -1,4 +1,4 @@
-"""`docker build`, the classic builder and BuildKit."""
+"""`docker build` with the classic builder and with BuildKit."""
 
 from __future__ import annotations
 

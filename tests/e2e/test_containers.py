@@ -1,4 +1,4 @@
-"""Containers: run, exec, cp, diff, commit, export, many at once."""
+"""Containers: run, exec, cp, diff, commit and export, also many at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_ONCE = 20
 
 
 def started(dockerd: Dockerd, image: str = "tiny") -> str:
-    """The id of a container that sleeps."""
+    """Start a container that sleeps; return its id."""
     return dockerd.run(image, "sleep", "1000", options=("-d",))
 
 
@@ -58,7 +58,7 @@ def test_a_committed_container_is_an_image_with_its_changes(dockerd: Dockerd) ->
     dockerd.docker("rmi", "committed")
 
 
-def test_an_export_holds_the_merged_tree(dockerd: Dockerd) -> None:
+def test_an_export_contains_the_merged_tree(dockerd: Dockerd) -> None:
     container = dockerd.docker("create", *NO_NETWORK, "tiny", "sh", "-c", "echo mine > /etc/mine; rm /bin/wc")
     dockerd.docker("start", "-a", container)
     exported = dockerd.call("export", container).stdout
@@ -87,6 +87,6 @@ def test_a_stopped_container_keeps_its_files(dockerd: Dockerd) -> None:
 
 def test_twenty_containers_run_at_once(dockerd: Dockerd) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        said = list(pool.map(lambda n: dockerd.run("debian", "sh", "-c", f"echo {n} > /n; cat /n"), range(AT_ONCE)))
-    assert said == [str(n) for n in range(AT_ONCE)]
+        outputs = list(pool.map(lambda n: dockerd.run("debian", "sh", "-c", f"echo {n} > /n; cat /n"), range(AT_ONCE)))
+    assert outputs == [str(n) for n in range(AT_ONCE)]
     assert dockerd.docker("ps", "-aq") == ""

@@ -1,4 +1,4 @@
-"""A real image is converted by real workers, then pulled, run, built upon and pinned on a host that has none of it."""
+"""A real image is converted by real workers, then pulled, run, extended and pinned on an empty host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTENTS = "find /var/lib /usr/bin /usr/share/perl5 -type f | sort | xargs sha25
 
 @dataclass
 class Host:
-    """A node of its own with a dockerd of its own."""
+    """A second node with its own dockerd."""
 
     stack: Stack
     dockerd: Dockerd
@@ -32,32 +32,32 @@ class Host:
 
     @property
     def image(self) -> str:
-        """The Gear image."""
+        """Name of the Gear image."""
         return f"{self.registry.host}/gear/debian:v1"
 
     def gear(self, *arguments: str) -> dict[str, str]:
-        """Run a `gear` command; its lines by their keys."""
+        """Run a `gear` command; return its output lines by key."""
         done = self.stack.gear(*arguments)
         assert done.returncode == 0, done.stderr
         return {line[:16].strip(): line[16:].strip() for line in done.stdout.splitlines()}
 
     def count(self, key: str, image: str | None = None) -> int:
-        """How many files `gear inspect` tells under *key*."""
+        """Return the number of files that `gear inspect` shows under *key*."""
         return int(self.gear("inspect", image or self.image)[key].split(",")[0])
 
     def pull(self) -> None:
-        """Have the image."""
+        """Pull the Gear image."""
         self.dockerd.docker("pull", self.image)
 
-    def forget(self) -> None:
-        """Have nothing of any image any more."""
+    def reset(self) -> None:
+        """Remove all images and their objects."""
         self.dockerd.remove_everything()
         self.gear("gc")
 
 
 @pytest.fixture(scope="module")
 def original(session_dockerd: Dockerd, session_stack: Stack | None, registry: Registry) -> Dockerd:
-    """The session's dockerd; its image `debian` is also in the registry."""
+    """Push the image `debian` to the registry; return the session's dockerd."""
     assert session_stack is not None
     session_stack.start()
     session_dockerd.docker("tag", "debian", f"{registry.host}/debian:v1")
@@ -67,7 +67,7 @@ def original(session_dockerd: Dockerd, session_stack: Stack | None, registry: Re
 
 @pytest.fixture(scope="module")
 def empty_host(original: Dockerd, registry: Registry, disk: Path) -> Iterator[Host]:
-    """Another node, and the image converted by its worker."""
+    """Run a second node; its worker converts the image."""
     remote = disk / "gear-remote"
     remote.mkdir()
     stack = Stack(disk / "empty-host", name="gear3", settings={"GEAR_REMOTE": str(remote)})
@@ -84,15 +84,15 @@ def empty_host(original: Dockerd, registry: Registry, disk: Path) -> Iterator[Ho
 
 @pytest.fixture
 def host(empty_host: Host) -> Host:
-    empty_host.forget()
+    empty_host.reset()
     return empty_host
 
 
 def test_inspect_shows_the_files_that_an_unpulled_image_needs(host: Host) -> None:
-    told = host.gear("inspect", host.image)
-    assert (told["Image"], told["Pulled"], told["Gear image"]) == (host.image, "no", "yes")
-    assert told["Missing"] == told["Distinct files"] and told["On this node"].startswith("0,")
-    assert int(told["Distinct files"].split(",")[0]) > 5000
+    shown = host.gear("inspect", host.image)
+    assert (shown["Image"], shown["Pulled"], shown["Gear image"]) == (host.image, "no", "yes")
+    assert shown["Missing"] == shown["Distinct files"] and shown["On this node"].startswith("0,")
+    assert int(shown["Distinct files"].split(",")[0]) > 5000
     assert host.gear("inspect", f"{host.registry.host}/debian:v1")["Gear image"] == "no"
 
 
@@ -102,7 +102,7 @@ def test_a_gear_image_runs_with_the_same_files_and_fetches_only_files_that_are_r
     host.pull()
     inline = host.count("On this node")
     assert host.dockerd.run(host.image, "sh", "-c", TREE) == original.run("debian", "sh", "-c", TREE)
-    assert host.count("On this node") - inline < 50, "a look at names has fetched contents"
+    assert host.count("On this node") - inline < 50, "listing the tree fetched contents"
     assert host.dockerd.run(host.image, "sh", "-c", CONTENTS) == original.run("debian", "sh", "-c", CONTENTS)
     assert "git version" in host.dockerd.run(host.image, "git", "--version")
     assert host.count("Missing") > 3000
@@ -113,9 +113,9 @@ def test_a_pinned_image_is_fetched_completely_and_kept_after_its_removal(host: H
     assert host.gear("inspect", host.image)["Image pinned"] == "no"
     host.gear("pin", host.image)
     assert host.gear("status")["Pinned:"].startswith(host.image)
-    wait_until(lambda: host.count("Missing") == 0, "all of it is here", 120)
-    told = host.gear("inspect", host.image)
-    assert told["Pinned files"] == told["On this node"] == told["Distinct files"] and told["Image pinned"] == "yes"
+    wait_until(lambda: host.count("Missing") == 0, "all files are fetched", 120)
+    shown = host.gear("inspect", host.image)
+    assert shown["Pinned files"] == shown["On this node"] == shown["Distinct files"] and shown["Image pinned"] == "yes"
     wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1 (1 complete)", "the layer is complete")
     host.dockerd.docker("rmi", host.image)
     host.gear("gc")
@@ -128,13 +128,13 @@ def test_a_pinned_image_is_fetched_completely_and_kept_after_its_removal(host: H
 def test_a_lost_pinned_file_is_fetched_again_and_a_complete_image_needs_no_server(host: Host) -> None:
     host.pull()
     host.gear("pin", host.image)
-    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1 (1 complete)", "it is complete", 120)
+    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "1 (1 complete)", "the layer is complete", 120)
     objects = [path for path in (host.stack.root / "public").rglob("*") if path.is_file()]
-    victim = next(path for path in objects if path.stat().st_size > INLINE_BYTES)  # the remote has no smaller ones
-    victim.unlink()
+    lost = next(path for path in objects if path.stat().st_size > INLINE_BYTES)  # the remote has no smaller objects
+    lost.unlink()
     host.stack.stop("lazyfs")
     host.stack.start("lazyfs")
-    wait_until(victim.exists, "it is here again")
+    wait_until(lost.exists, "the object is fetched again")
     host.stack.stop("lazyfs")
     assert "git version" in host.dockerd.run(host.image, "git", "--version")
     host.stack.start("lazyfs")
@@ -152,7 +152,7 @@ def test_an_image_built_on_a_gear_image_can_be_converted(host: Host) -> None:
     layers = {name: manifest_layers(host.registry, name) for name in ("gear/debian", "built", "gear/built")}
     assert layers["built"][0] == layers["gear/debian"][0] == layers["gear/built"][0]
     assert layers["gear/built"][1]["size"] < 10_000 < layers["built"][1]["size"]
-    host.forget()
+    host.reset()
     host.dockerd.docker("pull", converted)
     assert host.dockerd.run(converted, "cat", "/etc/new") == content
     assert host.dockerd.run(converted, "stat", "-c", "%a", "/usr/bin/git") == "700"
@@ -168,7 +168,7 @@ def test_a_commit_on_a_gear_image_is_saved_and_loaded(host: Host, original: Dock
     assert host.dockerd.run("committed", "sh", "-c", "cat /made; ls /etc/debian_version || true") == "made"
     host.dockerd.docker("save", "-o", str(tmp_path / "saved.tar"), "committed")
     image_id = host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", "committed")
-    host.forget()
+    host.reset()
     host.dockerd.docker("load", "-i", str(tmp_path / "saved.tar"))
     assert host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", "committed") == image_id
     assert host.dockerd.run("committed", "cat", "/made") == "made"

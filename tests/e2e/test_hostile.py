@@ -1,4 +1,4 @@
-"""Hostile tars through a real dockerd: the same result as overlay2, or a refusal that names the entry."""
+"""Hostile tars through a real dockerd give the same result as overlay2, or an error that names the entry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.layers import directory, file, symlink, tar
-from tests.conformance.test_hostile import ACCEPTED, REFUSED
+from tests.conformance.test_hostile import ACCEPTED, REJECTED
 from tests.support.dockerd import Dockerd
 from tests.support.stack import Stack
 
@@ -24,22 +24,22 @@ LOWER = tar(
     symlink("s", "d"),
 )
 """The layer below the hostile one, with files, a directory and a symlink of the same names."""
-HOSTILE = {case: made for case, (made, _) in (REFUSED | ACCEPTED).items()} | {
+HOSTILE = {case: make_tar for case, (make_tar, _) in (REJECTED | ACCEPTED).items()} | {
     "a parent that is a symlink of the layer below": lambda: tar(file("s/a", b"through")),
     "a parent that is a file of the layer below": lambda: tar(file("etc/passwd/a", b"through")),
 }
-PEER_REFUSES = "duplicates of file paths"
-"""The bookkeeping of dockerd that we do without does not know such tars; overlay2 takes the last entry, as we do."""
+PEER_ERROR = "duplicates of file paths"
+"""dockerd's tar-split, which gearworkers replaces, rejects such tars; overlay2 and gearworkers take the last entry."""
 KEPT_TIMES = {"old", "new"}
-"""Before 1970, after 2262: we keep them, Docker sets them to 1970."""
-_OF_DOCKER = ("dev", ".dockerenv", "etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/mtab", "proc", "sys")
+"""Files with times before 1970 or after 2262: gearworkers keeps the times, Docker sets them to 1970."""
+_MADE_BY_DOCKER = ("dev", ".dockerenv", "etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/mtab", "proc", "sys")
 
 Tree = dict[str, tuple[object, ...]]
 
 
 @pytest.fixture(scope="module")
 def peer(disk: Path) -> Iterator[Dockerd]:
-    """A dockerd with overlay2 on the same disk."""
+    """Run a dockerd with overlay2 on the same disk."""
     peer = Dockerd("peer", disk / "peer", "overlay2")
     peer.start()
     yield peer
@@ -47,7 +47,7 @@ def peer(disk: Path) -> Iterator[Dockerd]:
 
 
 def archive(*layers: bytes) -> bytes:
-    """An archive for `docker load`: an image of these layers, with digests."""
+    """Return an archive for `docker load` of an image with these layers."""
     digests = [hashlib.sha256(layer).hexdigest() for layer in layers]
     rootfs = {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]}
     config = json.dumps({"os": "linux", "architecture": "amd64", "config": {"Cmd": ["x"]}, "rootfs": rootfs})
@@ -65,10 +65,10 @@ def archive(*layers: bytes) -> bytes:
 
 
 def outcome(dockerd: Dockerd, image: bytes) -> tuple[str, Tree]:
-    """The error of the load, empty on success; and the files that a container of it shows."""
+    """Load an image; return the error, empty on success, and the files of a container."""
     loaded = dockerd.call("load", stdin=image)
     if loaded.returncode:
-        assert dockerd.call("image", "inspect", "hostile:1").returncode, "a refused image is not there"
+        assert dockerd.call("image", "inspect", "hostile:1").returncode, "a rejected image does not exist"
         return (loaded.stdout + loaded.stderr).decode(errors="surrogateescape"), {}
     container = dockerd.docker("create", "hostile:1")
     exported = dockerd.call("export", container)
@@ -79,14 +79,15 @@ def outcome(dockerd: Dockerd, image: bytes) -> tuple[str, Tree]:
 
 
 def tree(exported: bytes) -> Tree:
-    """Each file's metadata in an export, without dockerd's own files in a container and directories' times,
-    since Docker dates a parent that it makes with the present.
+    """Return the metadata of each file in an export, without the files that dockerd makes in a container.
+
+    Times of directories are omitted: Docker gives the current time to a parent directory that it creates.
     """
     found: Tree = {}
     with tarfile.open(fileobj=io.BytesIO(exported), errors="surrogateescape") as members:
         for info in members:
             name = info.name.rstrip("/")
-            if name.startswith(_OF_DOCKER):
+            if name.startswith(_MADE_BY_DOCKER):
                 continue
             content = b""
             if info.isreg() or info.islnk():
@@ -112,5 +113,5 @@ def test_the_result_equals_that_of_overlay2_or_is_an_error(
         assert "GraphDriver.ApplyDiff" in error and "internal" not in error and "Traceback" not in error
         return
     peer_error, theirs = outcome(peer, image)
-    if PEER_REFUSES not in peer_error:
+    if PEER_ERROR not in peer_error:
         assert (error, ours) == (peer_error, theirs)

@@ -1,4 +1,4 @@
-"""Images come and go: import, save and load, push and pull, removal."""
+"""Images: import, save and load, push and pull, removal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Member = tuple[bytes, int, int, int, int, str, str, str]
 
 
 def members(path: Path) -> dict[str, Member]:
-    """Each file's metadata in a tar: type, mode, owner, time, link, contents; directories' times left out."""
+    """Return type, mode, owner, mtime, link and content of each file in a tar, without the times of directories."""
     with tarfile.open(path) as tar:
         return {info.name.removeprefix("./").rstrip("/"): _member(tar, info) for info in tar}
 
@@ -45,16 +45,16 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
     return kind, info.mode & 0o7777, info.uid, info.gid, mtime_s, link, device, content
 
 
-def test_a_container_holds_exactly_the_imported_files(dockerd: Dockerd, tmp_path: Path) -> None:
+def test_a_container_contains_exactly_the_imported_files(dockerd: Dockerd, tmp_path: Path) -> None:
     container = dockerd.docker("create", "debian", "true")
     dockerd.docker("export", "-o", str(tmp_path / "export.tar"), container)
     expected, found = members(rootfs.debian()), members(tmp_path / "export.tar")
     made_by_docker = {".dockerenv", "etc/hostname", "etc/hosts", "etc/resolv.conf", "etc/mtab", "", "."}
     made_by_docker |= {"dev", "proc", "sys"} | {name for name in found if name.startswith("dev/")}
-    same = set(expected) - made_by_docker
-    assert len(same) > 5000
-    assert set(found) - made_by_docker == same
-    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    common = set(expected) - made_by_docker
+    assert len(common) > 5000
+    assert set(found) - made_by_docker == common
+    assert {name: found[name] for name in common} == {name: expected[name] for name in common}
 
 
 def test_an_image_is_unchanged_after_save_and_load(dockerd: Dockerd, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_image_is_unchanged_after_save_and_load(dockerd: Dockerd, tmp_path: P
 
 
 def saved_layers(path: Path) -> list[str]:
-    """The SHA-256 of each layer's tar in an archive of `docker save`; checked against the image's config."""
+    """Return the SHA-256 of each layer's tar in an archive of `docker save`; check it against the image's config."""
     with tarfile.open(path) as tar:
 
         def read(name: str) -> bytes:
@@ -164,17 +164,17 @@ def test_a_second_image_adds_only_the_differences(dockerd: Dockerd, stack: Stack
 
 def test_contents_of_a_removed_image_are_collected_within_a_minute(dockerd: Dockerd, stack: Stack) -> None:
     dockerd.docker("import", "-", "removed", stdin=tar_of({"big": b"only in this image " * 500_000}))
-    held = tree_bytes(stack.root / "public")
+    before = tree_bytes(stack.root / "public")
     dockerd.docker("rmi", "removed")
-    wait_until(lambda: tree_bytes(stack.root / "public") < held - 9_000_000, "the contents are collected", 60)
+    wait_until(lambda: tree_bytes(stack.root / "public") < before - 9_000_000, "the contents are collected", 60)
     assert dockerd.run("tiny", "echo", "kept") == "kept"
 
 
 def test_gear_gc_removes_the_contents_of_a_removed_image_at_once(dockerd: Dockerd, stack: Stack) -> None:
     dockerd.docker("import", "-", "removed", stdin=tar_of({"big": b"for gear gc " * 500_000}))
-    held = tree_bytes(stack.root / "public")
+    before = tree_bytes(stack.root / "public")
     dockerd.docker("rmi", "removed")
     done = subprocess.run(["gear", "gc"], env=stack.environ(), capture_output=True, text=True)
     assert (done.returncode, done.stdout[:7]) == (0, "removed"), done.stderr
-    assert tree_bytes(stack.root / "public") < held - 5_000_000
+    assert tree_bytes(stack.root / "public") < before - 5_000_000
     assert dockerd.run("tiny", "echo", "kept") == "kept"

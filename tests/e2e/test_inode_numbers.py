@@ -1,7 +1,7 @@
-"""Copies of trees with hard links in their layers keep the links and each file's contents.
+"""Copies of trees with hard links in several layers keep the links and the contents.
 
-Docker's archive code, containerd's copying and BuildKit tell hard links by the inode number alone, so a number that
-files of two layers share gives one of them the contents of the other.
+Docker's archive code, containerd's copy code and BuildKit detect hard links by the inode number alone. If files of two
+layers had the same number, a copy would give one of them the contents of the other.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ SHOW = "cd %s && find . -type f | while read f; do echo $f $(stat -c %%h $f) $(c
 
 @pytest.fixture(scope="session")
 def images(session_dockerd: Dockerd) -> None:
-    """`linked`, with links in two layers, and `other`."""
+    """Build the images `linked`, which has links in several layers, and `other`."""
     for name, dockerfile in (("linked", LINKED), ("other", OTHER)):
         session_dockerd.docker("build", *NO_NETWORK, "-t", name, "-", stdin=dockerfile)
 
 
 @pytest.fixture
 def written(dockerd: Dockerd, images: None) -> str:
-    """A container of `linked` that has made links of its own, and written to files of the image."""
+    """Run a container of `linked` that makes new links and writes to files of the image; return its id."""
     container = dockerd.docker("create", *NO_NETWORK, "linked", "sh", "-c", WRITE)
     dockerd.docker("start", "-a", container)
     return container
 
 
 def in_tar(tar_bytes: bytes) -> Contents:
-    """The contents of the files below d/; in the tar, all names of a file but the first are links."""
+    """Return the contents of the files below d/ by name, hard links included."""
     with tarfile.open(fileobj=io.BytesIO(tar_bytes)) as tar:
         members = [member for member in tar if member.name.startswith("d/") and not member.isdir()]
         return {member.name.removeprefix("d/"): _read(tar, member).decode().strip() for member in members}
 
 
 def links_in_tar(tar_bytes: bytes) -> set[frozenset[str]]:
-    """The names below d/ that the tar makes one file of."""
+    """Return the pairs of names below d/ that the tar links."""
     with tarfile.open(fileobj=io.BytesIO(tar_bytes)) as tar:
         return {frozenset((member.name[2:], member.linkname[2:])) for member in tar if member.islnk()}
 
@@ -78,7 +78,7 @@ def copied_out(dockerd: Dockerd, container: str) -> bytes:
 
 
 def shown(dockerd: Dockerd, image: str, directory: str, *options: str) -> tuple[Contents, list[str]]:
-    """The contents of the files of an image's directory, and which files have two names."""
+    """Return the contents of the files in a directory of an image, and the names of files with two links."""
     lines = dockerd.run(image, "sh", "-c", SHOW % directory, options=("--rm", *options)).splitlines()
     found = [line.removeprefix("./").split(" ", 2) for line in lines]
     return {name: content for name, _, content in found}, sorted(name for name, links, _ in found if links == "2")
@@ -153,12 +153,12 @@ def test_trees_linked_in_two_steps_are_copied_with_the_right_contents(dockerd: D
     dockerfile = b"FROM debian\nRUN mkdir /d && cp -al /usr/share/doc /d/one\nRUN cp -al /usr/share/man /d/two\n"
     dockerd.docker("build", *NO_NETWORK, "-t", "twice", "-", stdin=dockerfile)
     listed = dockerd.run("twice", "sh", "-c", "cd /d && find . -type f -exec sha256sum {} +").splitlines()
-    wanted = {name.removeprefix("./"): digest for digest, name in (line.split("  ", 1) for line in listed)}
+    expected = {name.removeprefix("./"): digest for digest, name in (line.split("  ", 1) for line in listed)}
     copied = copied_out(dockerd, dockerd.docker("create", "twice", "true"))
     with tarfile.open(fileobj=io.BytesIO(copied)) as tar:
         files = [member for member in tar if member.isreg() or member.islnk()]
         found = {member.name.removeprefix("d/"): hashlib.sha256(_read(tar, member)).hexdigest() for member in files}
-    assert len(wanted) > 1000
-    assert {name for name in wanted if found[name] != wanted[name]} == set()
+    assert len(expected) > 1000
+    assert {name for name in expected if found[name] != expected[name]} == set()
     dockerd.docker("rm", *dockerd.docker("ps", "-aq").split())
     dockerd.docker("rmi", "twice")

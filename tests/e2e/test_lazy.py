@@ -9,7 +9,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gearworkers.lazyfs.client import order_prefetch
+from gearworkers.lazyfs.client import request_prefetch
 from tests.support import rootfs
 from tests.support.dockerd import Dockerd
 from tests.support.lazyhost import FILES, LARGE, LazyHost
@@ -20,14 +20,14 @@ REPLACED = {"/etc/hostname", "/etc/hosts", "/etc/resolv.conf"}
 
 
 def test_listing_files_shows_their_real_sizes_and_fetches_nothing(host: LazyHost) -> None:
-    """The looking program itself comes, so it looks twice: the second time nothing may."""
+    """The first listing fetches the programs themselves; the second must fetch nothing."""
     container = host.start()
-    look = (
+    listing = (
         "stat -c '%n %s' /app/*; ls -lR / > /dev/null; du -s --apparent-size -k /app /usr/share; find / -xdev -size +1M"
     )
-    first = host.dockerd.docker("exec", container, "sh", "-c", look)
+    first = host.dockerd.docker("exec", container, "sh", "-c", listing)
     fetched = host.stack.lazy_status().fetched_objects
-    again = host.dockerd.docker("exec", container, "sh", "-c", look)
+    again = host.dockerd.docker("exec", container, "sh", "-c", listing)
     assert again == first
     assert host.stack.lazy_status().fetched_objects == fetched < 40
     sizes = dict(line.split() for line in first.splitlines()[: len(FILES)])
@@ -49,10 +49,10 @@ def test_twenty_containers_on_an_empty_host_fetch_each_object_once(host: LazyHos
     before, inline, inline_bytes = host.stack.lazy_status(), host.object_count(), host.object_bytes()
     script = "cat /app/small* | sha256sum; sha256sum /app/large0"
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        said = set(pool.map(lambda _: host.dockerd.run(host.image, "sh", "-c", script), range(AT_ONCE)))
-    assert len(said) == 1
-    assert hashlib.sha256(LARGE["app/large0"]).hexdigest() in said.pop()
-    wait_until(lambda: host.stack.lazy_status().arriving == 0, "all has arrived", 60.0)
+        outputs = set(pool.map(lambda _: host.dockerd.run(host.image, "sh", "-c", script), range(AT_ONCE)))
+    assert len(outputs) == 1
+    assert hashlib.sha256(LARGE["app/large0"]).hexdigest() in outputs.pop()
+    wait_until(lambda: host.stack.lazy_status().arriving == 0, "all files have arrived", 60.0)
     after = host.stack.lazy_status()
     assert after.fetched_objects - before.fetched_objects == host.object_count() - inline
     assert after.received_bytes - before.received_bytes == host.object_bytes() - inline_bytes
@@ -91,7 +91,7 @@ def test_commit_and_build_on_a_gear_image_make_ordinary_layers(host: LazyHost) -
         assert added <= set().union(*tops)
         assert all("GEAR.sha256" not in info.pax_headers for top in tops for info in top.values())
     sizes = {info.name: info.size for top in _layers_above(dockerd, "built", 2) for info in top.values()}
-    assert sizes["app/large1"] == len(LARGE["app/large1"])  # its owner changed: a tar has it whole
+    assert sizes["app/large1"] == len(LARGE["app/large1"])  # the changed owner puts the whole file into the tar
     check = "tail -n1 /app/small1; ls /app/small2 2>/dev/null; stat -c %a /app/small3; sha256sum < /app/moved"
     words = dockerd.run("committed", "sh", "-c", check).split()
     assert words[:2] == ["more", "600"]
@@ -117,11 +117,11 @@ def _layers_above(dockerd: Dockerd, image: str, below: int) -> list[dict[str, ta
 def test_all_files_match_the_image_and_complete_layers_do_not_use_the_lazy_file_system(
     host: LazyHost,
 ) -> None:
-    """All of a real root file system: by way of docker, while its contents arrive behind and on demand."""
+    """The image is a real root file system, and a prefetch runs while the container reads all files."""
     lazy = host.start()
     assert "/lazy/fetch" in _mounts(host)
     layers = [path.name for path in (host.stack.root / "images").iterdir()]
-    order_prefetch(host.stack.lazyfs_socket, layers)
+    request_prefetch(host.stack.lazyfs_socket, layers)
     expected = _debian_files()
     sums = host.dockerd.docker("exec", lazy, "sh", "-c", "find / -xdev -type f -exec sha256sum {} +")
     found = {path: digest for digest, _, path in (line.partition("  ") for line in sums.splitlines())}
@@ -129,16 +129,16 @@ def test_all_files_match_the_image_and_complete_layers_do_not_use_the_lazy_file_
     assert host.stack.lazy_status().failures == {}
     wait_until(lambda: host.stack.lazy_status().incomplete_layers == 0, "both layers are complete", 120.0)
     host.dockerd.docker("rm", "-f", lazy)
-    whole = host.start()
+    complete = host.start()
     assert "/lazy/fetch" not in _mounts(host)
     host.stack.stop("lazyfs")
-    assert host.dockerd.docker("exec", whole, "cat", "/app/small7") == FILES["app/small7"].decode().strip()
+    assert host.dockerd.docker("exec", complete, "cat", "/app/small7") == FILES["app/small7"].decode().strip()
     assert host.dockerd.run(host.image, "sha256sum", "/app/large2").split()[0] == _digest("app/large2")
     host.stack.start("lazyfs")
 
 
 def _debian_files() -> dict[str, str]:
-    """SHA-256 by path, without the files that docker replaces in a container."""
+    """Return SHA-256 by path, without the files that Docker replaces in a container."""
     expected = {}
     with tarfile.open(rootfs.debian()) as tar:
         for info in tar:

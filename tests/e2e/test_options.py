@@ -1,4 +1,4 @@
-"""dockerd's options that reach the driver: --storage-opt, --userns-remap; and the output of `docker info`."""
+"""dockerd's options --storage-opt and --userns-remap, and the output of `docker info`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.stack import Stack
 from tests.support.tiny import tiny_tar
 
 REMAPPED = 231_000
-"""The host's id of the containers' root."""
+"""Host id of the containers' root user."""
 
 
 @pytest.fixture(scope="module")
 def own(disk: Path) -> Iterator[Stack]:
-    """A stack of its own, since an option applies to all users of the plugin; its workers serve Redis's database 1."""
+    """Run a second stack, since an option applies to all users of a plugin; its workers use database 1 of Redis."""
     own = Stack(disk / "own", "gear3")
     own.start("redis", "gateway")
     own.settings["GEAR_BROKER_URL"] = other_broker(own)
@@ -36,23 +36,23 @@ def own(disk: Path) -> Iterator[Stack]:
 
 
 def other_broker(stack: Stack) -> str:
-    """The database that the stack's gateway was not started with."""
+    """Return the URL of a Redis database other than the one that the gateway starts with."""
     return f"redis+socket://{stack.redis_socket}?virtual_host=1"
 
 
 def info(dockerd: Dockerd) -> dict[str, str]:
-    """The driver's status in `docker info`."""
+    """Return the driver's status in `docker info`."""
     return dict(json.loads(dockerd.docker("info", "-f", "{{json .DriverStatus}}")))
 
 
-def takes_import(dockerd: Dockerd) -> bool:
-    """Whether a worker takes an import; on a busy machine the gateway may not wait for it."""
+def is_imported_by_worker(dockerd: Dockerd) -> bool:
+    """Import an image; return whether a worker did it. On a busy machine the gateway may do it instead."""
     dockerd.docker("import", "-", "taken", stdin=tiny_tar())
     return info(dockerd)["Degraded"] == "no"
 
 
 def test_docker_info_shows_root_kernel_mode_and_counters(dockerd: Dockerd, stack: Stack) -> None:
-    wait_until(lambda: takes_import(dockerd), "a worker takes an import")
+    wait_until(lambda: is_imported_by_worker(dockerd), "a worker takes an import")
     dockerd.docker("rmi", "taken")
     shown = info(dockerd)
     assert shown["Root Dir"] == str(stack.root)
@@ -65,7 +65,7 @@ def test_docker_info_shows_root_kernel_mode_and_counters(dockerd: Dockerd, stack
 
 def test_dockerd_rejects_an_unknown_option_and_names_the_known_ones(own: Stack, disk: Path) -> None:
     dockerd = Dockerd("d3", disk / "unknown", "gear3", ("--storage-opt", "gear.size=1G"))
-    with pytest.raises(NotReady, match=r"gear\.size=1G.*known are gear\.root=…, gear\.broker=…"):
+    with pytest.raises(NotReady, match=r"gear\.size=1G.*expected gear\.root=…, gear\.broker=…"):
         dockerd.start()
 
 
@@ -74,7 +74,7 @@ def test_options_set_root_and_broker(own: Stack, disk: Path) -> None:
     dockerd = Dockerd("d3", disk / "options", "gear3", options)
     dockerd.start()
     try:
-        wait_until(lambda: takes_import(dockerd), "a worker takes an import")
+        wait_until(lambda: is_imported_by_worker(dockerd), "a worker takes an import")
         assert dockerd.run("taken", "echo", "works") == "works"
         assert info(dockerd)["Root Dir"] == f"{disk}/elsewhere"
         assert len(list((disk / "elsewhere" / "images").iterdir())) == 1
@@ -84,9 +84,9 @@ def test_options_set_root_and_broker(own: Stack, disk: Path) -> None:
 
 
 def test_an_unenforceable_size_and_an_unknown_option_are_rejected(dockerd: Dockerd, stack: Stack) -> None:
-    for option, why in (("size=1M", "extfs without project quotas"), ("nope=1", "unknown option nope")):
-        refused = dockerd.call("create", "--storage-opt", option, "tiny", "true")
-        assert refused.returncode and why in refused.stderr.decode()
+    for option, reason in (("size=1M", "extfs without project quotas"), ("nope=1", "unknown option nope")):
+        done = dockerd.call("create", "--storage-opt", option, "tiny", "true")
+        assert done.returncode and reason in done.stderr.decode()
     assert not dockerd.docker("ps", "-aq")
 
 
@@ -101,8 +101,8 @@ def test_a_container_cannot_write_more_than_its_size(own: Stack, disk: Path, tmp
     try:
         dockerd.docker("import", "-", "limited", stdin=tiny_tar())
         fill = ("sh", "-c", "dd if=/dev/zero of=/f bs=64k count=32 2>&1; stat -c %s /f")
-        *told, written = dockerd.run("limited", *fill, options=("--rm", "--storage-opt", "size=1M")).splitlines()
-        assert any("No space left" in line or "quota exceeded" in line.lower() for line in told), told
+        *messages, written = dockerd.run("limited", *fill, options=("--rm", "--storage-opt", "size=1M")).splitlines()
+        assert any("No space left" in line or "quota exceeded" in line.lower() for line in messages), messages
         assert 1 << 19 < int(written) <= 1 << 20
         assert dockerd.run("limited", *fill).splitlines()[-1] == str(2 << 20)
     finally:
@@ -111,9 +111,9 @@ def test_a_container_cannot_write_more_than_its_size(own: Stack, disk: Path, tmp
 
 @pytest.fixture
 def remapped(own: Stack, disk: Path) -> Iterator[Dockerd]:
-    """A dockerd with --userns-remap; the ranges are the sandbox's own."""
+    """Run a dockerd with --userns-remap, with the id ranges of the sandbox."""
     for directory in (sandbox.scratch(), own.directory, own.root):
-        directory.chmod(0o711)  # as any path that leads to a container's root
+        directory.chmod(0o711)  # the remapped root must reach its root directory
     ranges = sandbox.scratch() / "ranges"
     ranges.write_text(f"daemon:{REMAPPED}:65536\n")
     for path in ("/etc/subuid", "/etc/subgid"):
@@ -130,8 +130,8 @@ def test_files_of_a_remapped_container_have_remapped_owners_on_the_host(remapped
     remapped.docker("import", "-", "tiny", stdin=tiny_tar({"etc/owned": b"owned"}))
     text = b"FROM tiny\nRUN chown 7:8 /etc/owned && echo new > /etc/new && chmod 4755 /etc/new\n"
     remapped.docker("build", *NO_NETWORK, "-t", "built", "-", stdin=text)
-    said = remapped.run("built", "stat", "-c", "%u:%g:%a", "/bin/busybox", "/etc/owned", "/etc/new")
-    assert said.split() == ["0:0:755", "7:8:644", "0:0:4755"]
+    output = remapped.run("built", "stat", "-c", "%u:%g:%a", "/bin/busybox", "/etc/owned", "/etc/new")
+    assert output.split() == ["0:0:755", "7:8:644", "0:0:4755"]
     container = remapped.run(
         "built", "sh", "-c", "cat /proc/self/uid_map; echo 1 > /etc/mine; sleep 1000", options=("-d",)
     )
@@ -146,7 +146,7 @@ def test_files_of_a_remapped_container_have_remapped_owners_on_the_host(remapped
 
 
 def saved_owners(archive: bytes) -> dict[str, tuple[int, int]]:
-    """Owner and group of every file in the layers of a `docker save`."""
+    """Return owner and group of every file in the layers of a `docker save`."""
     owners: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         for layer in json.load(outer.extractfile("manifest.json") or io.BytesIO())[0]["Layers"]:

@@ -1,4 +1,4 @@
-"""Private images: built, saved, pushed, pulled, converted and removed, and none of their files is shared or pushed."""
+"""Files of private images are neither shared nor pushed when images are built, saved, pulled, converted or removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.stack import Stack
 
 
 class Traces:
-    """Where a content has been stored."""
+    """Finds the places where a content is stored."""
 
     def __init__(self, root: Path, remote: Path) -> None:
         self._store = ObjectStore(root / "public")
@@ -55,7 +55,7 @@ def private_dockerfile(secret: str, more: str) -> bytes:
 
 @pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
 def test_layers_built_on_the_mark_are_private(dockerd: Dockerd, traces: Traces, buildkit: bool, tmp_path: Path) -> None:
-    """Written, copied from the context, and with BuildKit by way of a cache, which no layer holds."""
+    """Files are written, copied from the context and, with BuildKit, copied from a cache mount."""
     secret, copied, more, public = a_secret(), a_secret(), a_secret(), a_secret()
     step = f"echo {more} > /cache/it && cat /cache/it > /more" if buildkit else f"echo {more} > /more"
     mount = "--mount=type=cache,target=/cache " if buildkit else ""
@@ -83,10 +83,10 @@ def test_an_image_stays_private_when_saved_pushed_and_pulled_and_is_removed_comp
     image_id = dockerd.docker("image", "inspect", "-f", "{{.Id}}", name)
     dockerd.docker("save", "-o", str(tmp_path / "saved.tar"), name)
     dockerd.docker("push", name)
-    for bring in (("load", "-i", str(tmp_path / "saved.tar")), ("pull", name)):
+    for command in (("load", "-i", str(tmp_path / "saved.tar")), ("pull", name)):
         dockerd.docker("rmi", name)
         assert not traces.private()
-        dockerd.docker(*bring)
+        dockerd.docker(*command)
         assert dockerd.docker("image", "inspect", "-f", "{{.Id}}", name) == image_id
         assert dockerd.run(name, "cat", "/secret") == secret
         assert len(traces.private()) == 2 and not traces.is_public(f"{secret}\n")
@@ -105,7 +105,7 @@ def test_an_image_stays_private_when_saved_pushed_and_pulled_and_is_removed_comp
 def test_a_converted_private_image_keeps_its_contents_and_runs_on_an_empty_host(
     dockerd: Dockerd, empty_host: LazyHost, registry: Registry
 ) -> None:
-    """The base comes lazily, the private layers with the image."""
+    """The base is fetched lazily; the private layers come with the pull."""
     secret, more = a_secret(), a_secret()
     name, gear = f"{registry.host}/private:2", f"{registry.host}/gear/private:2"
     text = private_dockerfile(secret, more).replace(b"FROM tiny", b"FROM debian", 1)

@@ -26,7 +26,7 @@ SCRIPT = "cat /app/small1 /app/small7 /app/small3 | wc -c; git --version; dd if=
 
 @pytest.fixture
 def recording_host(empty_host: LazyHost) -> Iterator[LazyHost]:
-    """An empty host that records starts, and no profile anywhere."""
+    """Yield an empty host that records starts; the remote has no profile."""
     _use_window(empty_host, "30")
     fill_delay_s = empty_host.stack.settings["GEAR_FILL_DELAY_S"]
     yield empty_host
@@ -37,13 +37,13 @@ def recording_host(empty_host: LazyHost) -> Iterator[LazyHost]:
 def test_files_opened_by_a_first_start_are_prefetched_on_another_host(recording_host: LazyHost) -> None:
     host = recording_host
     host.pull()
-    said = host.dockerd.run(host.image, "sh", "-c", SCRIPT)
+    output = host.dockerd.run(host.image, "sh", "-c", SCRIPT)
     first = host.stack.lazy_status()
     wait_until(lambda: host.stack.lazy_status().profiles_absent == 1, "the start had no profile")
     assert host.stack.lazy_status().profiles_found == 0
     wait_until(lambda: bool(_profiles(host)), "the start was recorded", 60.0)
     (found,) = _profiles(host)
-    wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of each read file is here", 60.0)
+    wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of each opened file has arrived", 60.0)
 
     host.reset()
     host.stack.set(GEAR_FILL_DELAY_S="600")  # only recorded files are fetched
@@ -51,10 +51,10 @@ def test_files_opened_by_a_first_start_are_prefetched_on_another_host(recording_
     host.pull()
     store = ObjectStore(host.stack.root / "public")
     small = [bytes.fromhex(opened.digest) for opened in found.objects if not opened.ranges]
-    wait_until(lambda: all(map(store.has, small)), "the small objects are here", 60.0)
+    wait_until(lambda: all(map(store.has, small)), "the small objects are prefetched", 60.0)
     contents = _contents(host, found)
-    wait_until(lambda: host.stack.lazy_status().prefetched >= contents, "so are chunks of the large ones", 60.0)
-    assert host.dockerd.run(host.image, "sh", "-c", SCRIPT) == said
+    wait_until(lambda: host.stack.lazy_status().prefetched >= contents, "large objects' chunks are prefetched", 60.0)
+    assert host.dockerd.run(host.image, "sh", "-c", SCRIPT) == output
     status = host.stack.lazy_status()
     assert status.profiles_found >= 1 and not status.failures
     assert status.on_demand <= first.on_demand * 0.05
@@ -74,9 +74,9 @@ def test_profile_record_adds_files_opened_by_a_running_container(empty_host: Laz
         wait_until(lambda: _is_watching(recording.pid), "the recording has begun")
         host.dockerd.docker("exec", container, "git", "--version")
         recording.send_signal(signal.SIGINT)
-        told, _ = recording.communicate()
+        output, _ = recording.communicate()
     assert recording.returncode == 0
-    assert int(told.removesuffix(" objects were opened\n")) > 1  # git and its libraries
+    assert int(output.removesuffix(" objects were opened\n")) > 1  # git and its libraries
     assert host.stack.gear("profile", "record", "nobody").stderr == "gear: dockerd has no container nobody\n"
     host.dockerd.docker("rm", "-f", container)
     host.dockerd.docker("rmi", host.image)
@@ -103,21 +103,21 @@ def _use_window(host: LazyHost, window_s: str) -> None:
 
 
 def _is_watching(pid: int) -> bool:
-    """Whether the process has a fanotify group with a mark."""
+    """Return whether the process has a fanotify group with a mark."""
     try:
         return any("fanotify sdev:" in info.read_text() for info in Path(f"/proc/{pid}/fdinfo").iterdir())
     except FileNotFoundError:
-        return False  # it has closed one meanwhile
+        return False  # the process has closed a descriptor
 
 
 def _profiles(host: LazyHost) -> list[Profile]:
-    """Every version of every profile."""
+    """Return every version of every profile."""
     files = sorted((host.store / "documents" / "profiles").rglob("@*"))
     return [document.unpack(path.read_bytes()) for path in files]
 
 
 def _contents(host: LazyHost, found: Profile) -> int:
-    """How many contents are prefetched by this profile: small objects, and the chunks that were read of large ones."""
+    """Return the number of contents in a profile: small objects, and the recorded chunks of large objects."""
     remote = open_remote(Settings(gear_root=host.stack.root, remote=RemoteSettings(url=str(host.store))))
     contents = 0
     for opened in found.objects:
@@ -133,7 +133,7 @@ def _overlap(chunk: Chunk, offset: int, size_bytes: int) -> bool:
 
 
 def _recorders(host: LazyHost) -> list[int]:
-    """The host's recorders."""
+    """Return the pids of the host's recorders."""
     root = f"GEAR_ROOT={host.stack.root}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -142,5 +142,5 @@ def _recorders(host: LazyHost) -> list[int]:
             if is_recorder and root in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
     return found

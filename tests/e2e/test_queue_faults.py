@@ -1,4 +1,4 @@
-"""Docker goes on when the queue does not: no Redis, no worker, a worker or the gateway killed in the middle."""
+"""Docker keeps working without Redis or workers, and after a worker or the gateway is killed during a call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.tiny import tiny_tar
 
 @dataclass
 class HalfImport:
-    """A `docker import` that has sent the first half of its tar and holds the rest back."""
+    """A `docker import` that has sent only the first half of its tar."""
 
     process: subprocess.Popen[bytes]
     rest: bytes
 
     def finish(self) -> int:
-        """Send the rest; returns docker's exit code."""
+        """Send the rest; return docker's exit code."""
         try:
             self.process.communicate(self.rest, timeout=120)
         except BrokenPipeError:
@@ -36,18 +36,18 @@ class HalfImport:
 
 @pytest.fixture
 def half(dockerd: Dockerd, stack: Stack) -> Iterator[HalfImport]:
-    """An import under way in a worker: the layer's staging exists, half of its bytes were sent."""
+    """Begin an import in a worker: the layer is in staging, and half of its bytes are sent."""
     while True:
-        half = begun(dockerd, stack)
-        if is_by_worker(dockerd):
+        half = begin_import(dockerd, stack)
+        if is_done_by_worker(dockerd):
             break
-        abandon(dockerd, half)  # the machine is so busy that the gateway has not waited for the worker
+        abandon(dockerd, half)  # on a busy machine the gateway may do the call itself
     yield half
     abandon(dockerd, half)
 
 
-def begun(dockerd: Dockerd, stack: Stack) -> HalfImport:
-    """An import under way."""
+def begin_import(dockerd: Dockerd, stack: Stack) -> HalfImport:
+    """Begin an import; return when it is in staging."""
     big = tiny_tar({f"big/{n}": f"{n} {time.time_ns()} ".encode() * 10_000 for n in range(40)})
     process = dockerd.popen("import", "-", "half")
     assert process.stdin is not None
@@ -59,19 +59,19 @@ def begun(dockerd: Dockerd, stack: Stack) -> HalfImport:
 
 
 def abandon(dockerd: Dockerd, half: HalfImport) -> None:
-    """End it if it has not ended, and have nothing of it."""
+    """Kill the import if it runs; remove its image."""
     half.process.kill()
     half.process.communicate()
     dockerd.call("rmi", "half")
 
 
-def is_by_worker(dockerd: Dockerd) -> bool:
-    """Whether a worker is doing the call."""
+def is_done_by_worker(dockerd: Dockerd) -> bool:
+    """Return whether a worker does the current call."""
     return "0 by gateway" in dockerd.docker("info")
 
 
 def assert_imports_runs_and_commits(dockerd: Dockerd, name: str) -> None:
-    """The main calls work, the heavy ones included."""
+    """Check that import, run, commit and save work."""
     dockerd.docker("import", "-", name, stdin=tiny_tar({"etc/name": name.encode()}))
     assert dockerd.run(name, "cat", "/etc/name") == name
     dockerd.run(name, "sh", "-c", "echo b > /b", options=("--name", name))
@@ -98,9 +98,9 @@ def test_docker_works_while_no_worker_is_alive(dockerd: Dockerd, stack: Stack) -
 
 
 def degraded(dockerd: Dockerd) -> str:
-    """The line of `docker info` that says so."""
+    """Return the line of `docker info` that shows the degraded state."""
     lines = dockerd.docker("info").splitlines()
-    return next((line.strip().lower() for line in lines if "degraded" in line.lower()), "not said")
+    return next((line.strip().lower() for line in lines if "degraded" in line.lower()), "")
 
 
 def test_an_import_fails_cleanly_when_its_worker_is_killed(dockerd: Dockerd, stack: Stack, half: HalfImport) -> None:
@@ -143,7 +143,7 @@ def test_a_commits_new_objects_reach_the_remote_in_the_background(dockerd: Docke
     dockerd.docker("commit", "topush", "topush")
     content = "".join(f"{n}\n" for n in range(1, 100_001)).encode()
     digest = hashlib.sha256(content).digest()
-    wait_until(lambda: remote.has([digest]) == [digest], "the file in the remote")
+    wait_until(lambda: remote.has([digest]) == [digest], "the file is in the remote")
     assert b"".join(remote.fetch(digest)) == content
     dockerd.docker("rm", "topush")
     dockerd.docker("rmi", "topush")

@@ -1,4 +1,4 @@
-"""Daemons die and come back; containers live on."""
+"""Containers survive restarts and kills of all daemons."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from tests.support.tiny import tiny_tar
 
 
 @pytest.fixture
-def live(dockerd: Dockerd) -> str:
-    """A running container that has written /mine."""
+def running(dockerd: Dockerd) -> str:
+    """Start a container that has written /mine; return its id."""
     container = started(dockerd, "debian")
     dockerd.docker("exec", container, "sh", "-c", "echo mine > /mine")
     return container
 
 
-def assert_works(dockerd: Dockerd, live: str) -> None:
-    """The old container still reads old and new files, stops and is removed; a new one runs."""
-    assert dockerd.docker("exec", live, "sh", "-c", "cat /mine; ls /usr/bin/git") == "mine\n/usr/bin/git"
-    assert dockerd.docker("diff", live).splitlines() == ["A /mine"]
-    dockerd.docker("restart", "-t", "0", live)
-    assert dockerd.docker("exec", live, "cat", "/mine") == "mine"
-    dockerd.docker("rm", "-f", live)
+def assert_works(dockerd: Dockerd, running: str) -> None:
+    """Check that the running container can read its files, restart and be removed, and that a new one runs."""
+    assert dockerd.docker("exec", running, "sh", "-c", "cat /mine; ls /usr/bin/git") == "mine\n/usr/bin/git"
+    assert dockerd.docker("diff", running).splitlines() == ["A /mine"]
+    dockerd.docker("restart", "-t", "0", running)
+    assert dockerd.docker("exec", running, "cat", "/mine") == "mine"
+    dockerd.docker("rm", "-f", running)
     assert dockerd.run("debian", "cat", "/etc/debian_version") != ""
 
 
-def test_containers_survive_a_restart_of_dockerd(dockerd: Dockerd, live: str) -> None:
+def test_containers_survive_a_restart_of_dockerd(dockerd: Dockerd, running: str) -> None:
     dockerd.restart()
-    assert_works(dockerd, live)
+    assert_works(dockerd, running)
 
 
-def test_containers_survive_a_killed_dockerd(dockerd: Dockerd, live: str) -> None:
+def test_containers_survive_a_killed_dockerd(dockerd: Dockerd, running: str) -> None:
     dockerd.kill()
     dockerd.start()
-    assert_works(dockerd, live)
+    assert_works(dockerd, running)
 
 
-def test_containers_survive_a_killed_gateway(dockerd: Dockerd, stack: Stack, live: str) -> None:
+def test_containers_survive_a_killed_gateway(dockerd: Dockerd, stack: Stack, running: str) -> None:
     stack.kill("gateway")
     stack.start("gateway")
-    assert_works(dockerd, live)
+    assert_works(dockerd, running)
 
 
 def test_docker_waits_for_a_gateway_that_restarts(dockerd: Dockerd, stack: Stack) -> None:
@@ -58,7 +58,7 @@ def test_docker_waits_for_a_gateway_that_restarts(dockerd: Dockerd, stack: Stack
 @pytest.mark.slow
 @pytest.mark.parametrize("order", list(itertools.permutations(("gateway", "redis", "dockerd")))[::2], ids="-".join)
 def test_an_image_runs_after_a_restart_of_everything_in_any_order(
-    dockerd: Dockerd, stack: Stack, live: str, order: tuple[str, ...]
+    dockerd: Dockerd, stack: Stack, running: str, order: tuple[str, ...]
 ) -> None:
     dockerd.docker("import", "-", "fresh", stdin=tiny_tar({"etc/fresh": b"fresh\n"}))
     for name in order:
@@ -71,7 +71,7 @@ def test_an_image_runs_after_a_restart_of_everything_in_any_order(
     stack.start("import", "push")
     assert dockerd.run("fresh", "cat", "/etc/fresh") == "fresh"
     dockerd.docker("rmi", "fresh")
-    assert_works(dockerd, live)
+    assert_works(dockerd, running)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`make up`: the whole stack in the foreground, ended cleanly by one signal, beside another stack."""
+"""`make up` runs the whole stack in the foreground beside another stack and ends cleanly on one signal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_second_stack_starts_serves_a_dockerd_and_ends_cleanly(
     assert process is not None
     process.send_signal(number)
     assert process.wait(90) == 0
-    assert "SIGKILL" not in second.make_up.log.read_text(), "each part ended by itself"
+    assert "SIGKILL" not in second.make_up.log.read_text(), "each process ended in time"
     assert not second.plugin_socket.exists()
     assert not second.redis_socket.exists()
     assert stack.is_running("gateway")

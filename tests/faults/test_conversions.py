@@ -80,7 +80,7 @@ def big_layers(count: int, size_bytes: int = 8 << 20) -> list[bytes]:
 
 
 def begin_partial_conversion(stack: Stack, peer: Registry, name: str, layers: int) -> subprocess.Popen[str]:
-    """Begin a conversion of big layers to ``gear:NAME``; return when one is done. One process is stopped before."""
+    """Stop one worker process, begin a conversion of big layers to ``gear:NAME``, and return when one layer is done."""
     Image(big_layers(layers), compression="").push(at(peer, name), "v1")
     before = done_layers(stack)
     wait_until(lambda: len(children(stack)) > 1, "the worker has its processes")
@@ -135,7 +135,7 @@ def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: 
     image = Image([tar_of([("secret", b"secret" * 1000)])])
     image.write_layout(tmp_path / "layout")
     image.push(at(peer, "forged"), "v1")
-    with answering(lambda asked: Answer(404)) as listener, sending(stack) as app:
+    with answering(lambda _: Answer(404)) as listener, sending(stack) as app:
         for source, remote, refusal in (
             (f"{peer.host}/forged:v1", listener.url, "this conversion is for GEAR_REMOTE="),
             (f"oci:{tmp_path}/layout", stack.settings["GEAR_REMOTE"], "registries only"),
@@ -144,7 +144,7 @@ def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: 
             job = msgspec.to_builtins(plan.jobs()[0])
             with pytest.raises(GearError, match=refusal):
                 app.send_task(LAYER_TASK, (job, remote), queue=CONVERT_QUEUE).get(timeout=60)
-        assert listener.asked == []
+        assert listener.requests == []
 
 
 @contextmanager

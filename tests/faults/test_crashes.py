@@ -12,7 +12,7 @@ from gearworkers.engine.engine import Engine
 from gearworkers.layers.record import RECORD_FILE
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.conformance.drivers import InProcess, Refused
+from tests.conformance.drivers import DriverError, InProcess
 from tests.conformance.layers import (
     File,
     apply_layer,
@@ -120,7 +120,7 @@ def state(driver: InProcess, complete_tree: dict[bytes, Node]) -> str:
         return "absent"
     try:
         driver.get_metadata(LAYER)
-    except Refused as exc:
+    except DriverError as exc:
         assert "remove it" in str(exc)
         return "unfinished"
     nodes = shown(driver, LAYER)
@@ -256,7 +256,7 @@ def test_the_driver_starts_when_a_power_cut_emptied_the_record_of_an_unfinished_
     unfinished.mkdir()
     (unfinished / RECORD_FILE).touch()
     driver = InProcess(settings)
-    with pytest.raises(Refused, match="damaged"):
+    with pytest.raises(DriverError, match="damaged"):
         driver.get(LAYER)
     driver.remove(LAYER)
     assert not driver.exists(LAYER)

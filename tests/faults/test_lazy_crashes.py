@@ -1,4 +1,4 @@
-"""The lazy file server or its keeper is killed while containers run; readers see at most a delay."""
+"""Kills of the lazy file server and of its keeper while containers run; readers see at most a delay."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def holds_fuse(pid: int) -> bool:
         return False  # the process has ended or closed a descriptor
 
 
-def has_asked(node: LazyNode, requests: int) -> bool:
+def has_requests(node: LazyNode, requests: int) -> bool:
     return len(node.source.requests()) >= requests
 
 
@@ -78,7 +78,7 @@ def test_readers_survive_repeated_kills_of_the_server(node: LazyNode) -> None:
     with ThreadPoolExecutor(15) as readers:
         results = [readers.submit(read_all, number) for number in range(15)]
         for requests in (60, 120, 180, 240):  # all readers together make more requests than this
-            wait_until(partial(has_asked, node, requests), "objects are being fetched")
+            wait_until(partial(has_requests, node, requests), "objects are being fetched")
             node.kill()
             node.start()
         assert all(result.result(60) for result in results)
@@ -200,20 +200,20 @@ def test_a_new_server_works_after_server_and_keeper_died_together(node: LazyNode
     assert (node.run("c2") / "etc/file1").read_bytes() == SMALL["etc/file1"]
 
 
-def test_a_second_server_is_refused(node: LazyNode) -> None:
+def test_a_second_server_is_rejected(node: LazyNode) -> None:
     with pytest.raises(FailedPrecondition, match="is already running"):
         LazyServer(node.settings, []).run()
 
 
 def test_a_complete_file_is_passed_through_before_and_after_a_restart(node: LazyNode) -> None:
     root, second = node.run("c1"), node.run("c2")
-    held = open(root / "lib/large", "rb")
-    assert held.read() == LARGE
+    first = open(root / "lib/large", "rb")
+    assert first.read() == LARGE
     wait_until(lambda: node.status().fetched_objects == 1, "the file is complete")
     passed = node.settings.run_dir / "lazyfs-passed"
     assert (root / "lib/large").read_bytes() == LARGE
     assert list(passed.iterdir()) == []  # the file is still open through the server
-    held.close()
+    first.close()
     wait_until(partial(is_passed, root, passed), "the file is passed through")
     with open(root / "lib/large", "rb") as passed_file:
         node.kill()

@@ -52,8 +52,8 @@ def settings_in(root: Path) -> Settings:
 
 
 def pushed(settings: Settings) -> set[str]:
-    """Return the digests of the CONTENTS that the remote holds; read as files, since this process forks children."""
-    return {name for name in WANTED if blob_path(settings, name).exists() and content(settings, name) in CONTENTS}
+    """Return the digests of CONTENTS in the remote; read as files, since this process forks children."""
+    return {name for name in DIGESTS if blob_path(settings, name).exists() and content(settings, name) in CONTENTS}
 
 
 def blob_path(settings: Settings, name: str) -> Path:
@@ -86,14 +86,14 @@ def pending_count(settings: Settings) -> int:
     return len(list(settings.gear_push_path.iterdir()))
 
 
-WANTED = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
+DIGESTS = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
 
 
 def test_new_objects_are_pushed_once(settings: Settings) -> None:
     driver = InProcess(settings)
     apply_layer(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
     assert Engine.of(settings).push_pending().pushed_objects == len(CONTENTS)
-    assert pushed(settings) == WANTED
+    assert pushed(settings) == DIGESTS
     apply_layer(driver, file("again", CONTENTS[0]))
     assert Engine.of(settings).push_pending().pushed_objects == 0
     assert pending_count(settings) == 0
@@ -131,14 +131,14 @@ def push_killed_at_every_step(settings: Settings) -> None:
         if not outcome.was_killed:
             break
         push(settings)
-        assert pushed(settings) == WANTED
+        assert pushed(settings) == DIGESTS
         assert pending_count(settings) == 0
         empty_remote(settings)
         driver.remove("layer")
         Engine.of(settings).collect_garbage()
         driver.create("layer")
         driver.apply_diff("layer", "", DATA)
-    assert pushed(settings) == WANTED
+    assert pushed(settings) == DIGESTS
 
 
 def test_an_import_killed_at_any_step_and_repeated_is_pushed_completely(settings: Settings) -> None:
@@ -154,7 +154,7 @@ def test_an_import_killed_at_any_step_and_repeated_is_pushed_completely(settings
             driver.create("layer")
             driver.apply_diff("layer", "", DATA)
         Engine.of(settings).push_pending()
-        assert pushed(settings) == WANTED
+        assert pushed(settings) == DIGESTS
         driver.remove("layer")
         Engine.of(settings).collect_garbage()
         empty_remote(settings)
@@ -189,7 +189,7 @@ def announced(settings: Settings) -> tuple[PushQueue, ObjectStore, bytes]:
     return push_queue, store, digest
 
 
-def stored(store: ObjectStore, digest: bytes, settings: Settings) -> None:
+def store_object(store: ObjectStore, digest: bytes, settings: Settings) -> None:
     fd = os.open(settings.gear_build_path, os.O_RDONLY)
     assert store.put(digest, memoryview(CONTENTS[0]), fd)
     os.close(fd)
@@ -222,7 +222,7 @@ def test_an_object_stored_while_its_announcement_is_removed_is_pushed(
         """Store the object while the collector reads the refs, with an announcement now or before."""
         if announces:
             push_queue.announce(digest)
-        stored(store, digest, settings)
+        store_object(store, digest, settings)
         push_queue.add(digest)
         return set()
 
@@ -236,7 +236,7 @@ def test_an_object_stored_while_its_announcement_is_removed_is_pushed(
 def test_an_object_whose_link_was_set_aside_is_pushed(settings: Settings, announced: Announced) -> None:
     """The import replaced the announcement by a link, the collector renamed the link and was killed."""
     push_queue, store, digest = announced
-    stored(store, digest, settings)
+    store_object(store, digest, settings)
     push_queue.add(digest)
     path = settings.gear_push_path / digest.hex()
     path.rename(f"{path}.aside")
@@ -282,7 +282,7 @@ def test_a_remote_receives_all_objects_after_an_outage(settings: Settings) -> No
     moved.rename(remote)
     assert InProcess(settings).exists("layer")
     Engine.of(settings).push_pending()
-    assert pushed(settings) == WANTED
+    assert pushed(settings) == DIGESTS
     assert pending_count(settings) == 0
 
 
@@ -297,14 +297,14 @@ def test_a_damaged_object_is_not_pushed_and_does_not_block_others(settings: Sett
     assert list((Path(settings.remote.url) / "staging").iterdir()) == [], "there is no temporary file"
 
 
-class Refusing(DirectoryStore):
+class RejectingStore(DirectoryStore):
     """A remote that rejects some blobs as wrong."""
 
-    refused: frozenset[bytes] = frozenset()
+    rejected: frozenset[bytes] = frozenset()
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        if any(digest in self.refused for digest, _ in blobs):
-            raise IntegrityError("not what it says")
+        if any(digest in self.rejected for digest, _ in blobs):
+            raise IntegrityError("wrong content")
         super().put_many(blobs)
 
 
@@ -313,9 +313,9 @@ def test_an_object_that_the_remote_rejects_does_not_block_later_ones(settings: S
     apply_layer(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
     push_queue = PushQueue(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
     first = next(push_queue.pending())
-    store = Refusing(Path(settings.remote.url))
-    store.refused = frozenset([first])
-    assert push_pending(push_queue, Remote(store)) == PushReport(len(contents) - 1, {first: "not what it says"})
+    store = RejectingStore(Path(settings.remote.url))
+    store.rejected = frozenset([first])
+    assert push_pending(push_queue, Remote(store)) == PushReport(len(contents) - 1, {first: "wrong content"})
     assert list(push_queue.pending()) == [first]
 
 

@@ -146,7 +146,7 @@ def full_disk(stack: Stack, redis: Redis) -> Iterator[None]:
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(1 << 20))
-    with suppress(ResponseError):  # the following writes are refused
+    with suppress(ResponseError):  # Redis rejects the following writes
         redis.set("filler", bytes(1 << 16))
     try:
         yield
@@ -176,7 +176,7 @@ def failed_over(stack: Stack, redis: Redis) -> Iterator[None]:
 
 @contextmanager
 def in_a_script(stack: Stack, redis: Redis) -> Iterator[None]:
-    """Have Redis run a script that does not end."""
+    """Make Redis run an endless script."""
     redis.config_set("busy-reply-threshold", 1)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(stack.redis_socket))

@@ -23,7 +23,7 @@ from tests.support.overlays import Overlay, apply_tar, mounted, snapshot
 NAMES = ("a", "b", "c")
 PATHS = [Path(*parts) for parts in [(x,) for x in NAMES] + [(x, y) for x in NAMES for y in NAMES]]
 PATHS += [Path(x, y, z) for x in NAMES for y in NAMES for z in NAMES]
-REFUSED = (
+REJECTED = (
     errno.ENOENT,
     errno.EEXIST,
     errno.ENOTEMPTY,
@@ -147,7 +147,7 @@ def attempt(operation: Operation, merged: Path) -> None:
     try:
         operation(merged)
     except OSError as exc:
-        assert exc.errno in REFUSED, exc
+        assert exc.errno in REJECTED, exc
 
 
 def check(overlay: Overlay, directory: Path) -> None:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One request."""
 
     method: str
@@ -34,7 +34,7 @@ class Server:
     """A running server and the requests it has received."""
 
     port: int
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
 
     @property
     def host(self) -> str:
@@ -48,7 +48,7 @@ class Server:
 
 
 @contextmanager
-def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
+def answering(answer: Callable[[Request], Answer]) -> Iterator[Server]:
     """Run a server that answers each request with the result of *answer*; yield it."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,9 +56,9 @@ def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-            asked = Asked(self.command, self.path, self.headers, body)
-            running.asked.append(asked)
-            response = answer(asked)
+            request = Request(self.command, self.path, self.headers, body)
+            running.requests.append(request)
+            response = answer(request)
             self.send_response(response.status)
             for name, value in response.headers.items():
                 self.send_header(name, value)

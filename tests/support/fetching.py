@@ -123,7 +123,7 @@ class FetchNode:
         limits: BatchLimits = DEFAULT_LIMITS,
     ) -> None:
         self.source = source
-        self.is_wanted: Callable[[bytes], bool] = lambda _: True
+        self.is_referenced: Callable[[bytes], bool] = lambda _: True
         self.partial_files = root / "fetching"
         self.store = ObjectStore(root / "public")
         self.store.prepare()
@@ -134,7 +134,7 @@ class FetchNode:
             [source],
             self.pool,
             large_bytes=LARGE_BYTES,
-            is_wanted=lambda digest: self.is_wanted(digest),
+            is_referenced=lambda digest: self.is_referenced(digest),
             batch_wait_s=batch_wait_s,
         )
         self.fetcher.prepare()

@@ -73,7 +73,7 @@ class TokenServer:
     directory: Path
     lifetime_s: int = 300
     port: int = field(default_factory=free_port)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     """``METHOD scope scope…`` of each request."""
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class TokenServer:
                 self._answer("POST", form["scope"][0].split(), True)
 
             def _answer(self, method: str, scopes: list[str], all_allowed: bool) -> None:
-                owner.asked.append(" ".join([method, *scopes]))
+                owner.requests.append(" ".join([method, *scopes]))
                 body = {"access_token": owner.token(scopes, all_allowed), "expires_in": owner.lifetime_s}
                 self.send_response(200)
                 self.end_headers()

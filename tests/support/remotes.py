@@ -67,14 +67,14 @@ def manager_server(directory: Path, environ: Mapping[str, str] | None = None) ->
         yield service
 
 
-def figures(server: Service) -> dict[str, float]:
+def read_metrics(server: Service) -> dict[str, float]:
     """Return the manager's metrics by name."""
     with urllib.request.urlopen(f"{server.url}/metrics") as page:
         lines = [line.rpartition(" ") for line in page.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in lines}
 
 
-def ask(server: Service, path: str) -> object:
+def get_json(server: Service, path: str) -> object:
     """Send a GET; return the decoded JSON answer."""
     with urllib.request.urlopen(server.url + path) as page:
         return json.load(page)

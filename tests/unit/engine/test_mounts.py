@@ -1,4 +1,4 @@
-"""The engine's mounts, without a front door: a layer is mounted or not, however often a caller asks."""
+"""The engine's mounts, without a front door: any number of mount calls create one mount."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_second_mount_changes_nothing_and_one_unmount_undoes_both(engine: Engi
     engine.unmount(id)
 
 
-def test_mounts_at_the_same_time_make_one_mount(engine: Engine) -> None:
+def test_concurrent_mount_calls_create_one_mount(engine: Engine) -> None:
     with ThreadPoolExecutor(8) as pool:
         (target,) = set(pool.map(lambda _: engine.mount("container"), range(24)))
     assert mounts_at(target) == 1
@@ -80,6 +80,6 @@ def test_another_engine_of_the_root_finds_the_mount(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("call", ["mount", "unmount", "remove"])
-def test_an_id_that_is_a_path_is_refused(engine: Engine, call: str) -> None:
+def test_an_id_that_is_a_path_is_rejected(engine: Engine, call: str) -> None:
     with pytest.raises(InvalidInput, match="layer id"):
         getattr(engine, call)("../images/image")

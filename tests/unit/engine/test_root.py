@@ -18,7 +18,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(gear_root=tmp_path / "of the environment", run_dir=tmp_path)
 
 
-def test_the_last_recorded_root_replaces_the_one_of_the_environment(settings: Settings, tmp_path: Path) -> None:
+def test_the_last_recorded_root_replaces_the_root_from_the_environment(settings: Settings, tmp_path: Path) -> None:
     assert with_current_root(settings) == settings
     for name in ("first", "two\r\nlines", os.fsdecode(b"not UTF-8 \xff")):
         save_root(settings.run_dir, tmp_path / name)

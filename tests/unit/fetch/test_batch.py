@@ -16,7 +16,7 @@ from tests.support.fetching import CHUNK_BYTES, FetchNode, chunk_of, large_conte
 SHORT_REQUESTS = pytest.mark.parametrize("limits", [BatchLimits(request_bytes=1000, overlap_bytes=0)])
 
 
-def test_many_small_objects_come_in_one_request_in_the_given_order(node: FetchNode) -> None:
+def test_many_small_objects_are_fetched_by_one_request_in_the_given_order(node: FetchNode) -> None:
     digests = node.put_small(300)[::-1]
     node.source.release()
     node.prefetch(digests, 100)
@@ -41,7 +41,7 @@ def test_the_next_request_begins_before_the_last_bytes_of_the_current_one(node: 
 
 
 @pytest.mark.parametrize("batch_wait_s", [100.0])
-def test_a_reader_gets_an_object_from_the_request_that_is_about_to_bring_it(node: FetchNode) -> None:
+def test_a_reader_gets_an_object_from_the_request_that_is_about_to_deliver_it(node: FetchNode) -> None:
     digests = node.put_small(3)
     node.prefetch(digests, 100)
     wait_until(lambda: node.source.batches)
@@ -99,7 +99,7 @@ def test_only_the_chunks_in_the_given_ranges_of_a_large_object_are_prefetched(no
     node.wait_for([digest])
 
 
-def test_wrong_and_missing_answers_of_a_request_are_left_to_readers(node: FetchNode) -> None:
+def test_objects_with_wrong_or_missing_answers_are_left_to_readers(node: FetchNode) -> None:
     digests = node.put_small(5)
     node.source.contents[digests[1]] = b"wrong"
     right = node.source.contents.pop(digests[3])
@@ -143,7 +143,7 @@ def test_a_request_that_fails_unexpectedly_leaves_its_objects_to_readers(
     assert node.read(content, 0, 5) == content[:5]
 
 
-def test_a_required_object_is_fetched_alone_if_the_request_of_a_profile_does_not_bring_it(node: FetchNode) -> None:
+def test_a_required_object_is_fetched_alone_if_the_request_of_a_profile_does_not_deliver_it(node: FetchNode) -> None:
     digests = node.put_small(3)
     late = node.source.contents.pop(digests[0])
     node.prefetch(digests, 100)
@@ -157,7 +157,7 @@ def test_a_required_object_is_fetched_alone_if_the_request_of_a_profile_does_not
     node.wait_for(digests)
 
 
-def test_an_unreachable_source_leaves_nothing_behind(node: FetchNode) -> None:
+def test_a_failed_batch_request_leaves_no_download_behind(node: FetchNode) -> None:
     digests = node.put_small(5)
     node.source.refuses_batches = True
     node.prefetch(digests, 100)

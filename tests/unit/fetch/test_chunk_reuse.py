@@ -21,7 +21,7 @@ from tests.support.fetching import (
 
 
 def versions(node: FetchNode) -> tuple[bytes, bytes]:
-    """Return two versions of a large file; the second has another chunk 7."""
+    """Return two versions of a large file that differ in chunk 7."""
     old = large_content()
     new = old[: 7 * CHUNK_BYTES] + random_bytes(10, CHUNK_BYTES) + old[8 * CHUNK_BYTES :]
     node.source.put(old)
@@ -86,7 +86,7 @@ def test_a_damaged_chunk_of_another_object_is_not_used(node: FetchNode) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"no database", None])
-def test_without_a_chunk_index_all_chunks_are_fetched(node: FetchNode, tmp_path: Path, damage: bytes | None) -> None:
+def test_all_chunks_are_fetched_without_a_chunk_index(node: FetchNode, tmp_path: Path, damage: bytes | None) -> None:
     old, new = versions(node)
     assert node.fetch_whole(old) is None
     node.fetcher.close()
@@ -103,11 +103,11 @@ def test_without_a_chunk_index_all_chunks_are_fetched(node: FetchNode, tmp_path:
     later.close()
 
 
-def test_the_chunk_index_forgets_an_object_that_is_gone(node: FetchNode) -> None:
+def test_the_chunk_index_forgets_a_removed_object(node: FetchNode) -> None:
     old, new = versions(node)
     assert node.fetch_whole(old) is None
     node.store.remove(sha256(old))
-    node.fetcher.forget_unwanted(0.0)
+    node.fetcher.remove_unreferenced(0.0)
     with sqlite3.connect(node.partial_files / "chunks.sqlite") as db:
         assert db.execute("SELECT count(*) FROM chunks").fetchone() == (0,)
     db.close()

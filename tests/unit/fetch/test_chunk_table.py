@@ -21,7 +21,7 @@ def test_a_range_belongs_to_the_chunks_that_hold_it() -> None:
     assert table().numbers_of([(30, 11), (0, 1), (35, 1)]) == [3, 4, 0]
 
 
-def test_a_reader_queues_a_chunk_again_that_waits_in_the_background() -> None:
+def test_an_on_demand_request_queues_a_background_chunk_again() -> None:
     chunks = table()
     assert chunks.request([0, 1], Priority.BACKGROUND, 1.0) == [0, 1]
     assert chunks.request([0, 1, 2], Priority.READ_AHEAD, 2.0) == [2]
@@ -32,29 +32,29 @@ def test_a_reader_queues_a_chunk_again_that_waits_in_the_background() -> None:
 
 
 def test_a_request_is_complete_when_its_last_chunk_is_stored() -> None:
-    chunks, told = table(), list[GearError | None]()
-    assert chunks.wait([1, 2], told.append)
+    chunks, reported = table(), list[GearError | None]()
+    assert chunks.wait([1, 2], reported.append)
     assert chunks.store(1) == []
     (done,) = chunks.store(2)
     done(None)
-    assert told == [None]
-    assert not chunks.wait([1, 2], told.append)
+    assert reported == [None]
+    assert not chunks.wait([1, 2], reported.append)
     assert chunks.missing == 3 and not chunks.has_waiters
 
 
 def test_a_request_fails_once_however_many_of_its_chunks_fail() -> None:
-    chunks, told = table(), list[GearError | None]()
+    chunks, reported = table(), list[GearError | None]()
     chunks.request(range(5), Priority.ON_DEMAND, 1.0)
-    assert chunks.wait(range(5), told.append)
+    assert chunks.wait(range(5), reported.append)
     failed = [done for number in (3, 0, 1) for done in chunks.fail(number)]
     assert len(failed) == 1
     assert [done for number in (2, 4) for done in chunks.store(number)] == []
     assert chunks.is_in(ChunkState.MISSING, 3)
     failed[0](NotFound("none"))
-    assert [type(error) for error in told] == [NotFound]
+    assert [type(error) for error in reported] == [NotFound]
 
 
-def test_a_batch_request_claims_missing_chunks_only_and_can_give_them_back() -> None:
+def test_a_batch_request_claims_only_missing_chunks_and_can_release_them() -> None:
     chunks = table()
     chunks.request([0], Priority.BACKGROUND, 1.0)
     assert [chunks.claim(number) for number in (0, 1)] == [False, True]

@@ -32,7 +32,7 @@ def unexpected(*_: object) -> None:
 
 
 @pytest.mark.parametrize(("fail", "error"), [(broken_disk, Unavailable), (unexpected, GearError)])
-def test_an_error_while_the_whole_is_published_is_reported_and_the_next_fetch_works(
+def test_an_error_while_an_object_is_published_is_reported_and_the_next_fetch_works(
     node: FetchNode, monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None], error: type[GearError]
 ) -> None:
     content = large_content()
@@ -44,7 +44,7 @@ def test_an_error_while_the_whole_is_published_is_reported_and_the_next_fetch_wo
     assert node.store.has(digest)
 
 
-def test_a_failed_download_gives_its_error_to_later_callers(node: FetchNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_reports_its_error_to_later_callers(node: FetchNode, monkeypatch: pytest.MonkeyPatch) -> None:
     content = large_content()
     node.source.put(content)
     assert node.read(content, 0, 1) == content[:1]

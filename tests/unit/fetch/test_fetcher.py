@@ -113,7 +113,7 @@ def test_all_readers_of_an_object_share_one_download(fetcher: Fetcher, source: G
     assert len(source.requested) == 1
 
 
-def test_a_reader_goes_before_the_background_request_that_has_not_claimed_its_object(
+def test_a_reader_is_served_before_a_background_request_that_has_not_claimed_its_object(
     fetcher: Fetcher, pool: PriorityPool, source: GatedSource
 ) -> None:
     prefetcher = Prefetcher(fetcher, [source], pool, large_bytes=LARGE_BYTES)
@@ -139,14 +139,16 @@ def test_a_reader_overtakes_the_background_fetches_of_large_objects(
     assert {outcome(one) for one in [*background, fetched]} == {Unavailable}
 
 
-def test_another_content_at_the_name_of_an_object_fails_its_readers(fetcher: Fetcher, store: ObjectStore) -> None:
+def test_readers_of_an_object_fail_if_another_content_is_stored_under_its_name(
+    fetcher: Fetcher, store: ObjectStore
+) -> None:
     digest, other = list(CONTENTS)[:2]
     with open(store.path(digest), "wb") as file:
         os.setxattr(file.fileno(), DIGEST_XATTR, other)
     assert outcome(fetch(fetcher, digest, LARGE_BYTES)) is IntegrityError
 
 
-def test_a_layout_with_a_gap_or_of_another_size_is_refused() -> None:
+def test_a_layout_with_a_gap_or_a_wrong_size_is_rejected() -> None:
     chunk = Chunk(0, 10, bytes(32))
     assert checked_layout([chunk], 10) == [chunk]
     for layout, size_bytes in (

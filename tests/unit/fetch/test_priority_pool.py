@@ -1,4 +1,4 @@
-"""The threads that fetch."""
+"""PriorityPool: threads that run calls by priority."""
 
 from __future__ import annotations
 

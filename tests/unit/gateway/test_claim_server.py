@@ -47,7 +47,7 @@ async def opened(directory: Path, listener: socket.socket | None = None) -> Asyn
 
 
 async def claim(directory: Path) -> socket.socket:
-    """Return the control connection of a process that has shown the token."""
+    """Return the control connection of a process that has presented the token."""
     control = socket.socket(socket.AF_UNIX)
     control.setblocking(False)
     loop = asyncio.get_running_loop()
@@ -203,7 +203,7 @@ def test_claims_are_accepted_again_after_descriptors_had_run_out(tmp_path: Path)
     run(test())
 
 
-def test_a_process_that_sends_another_message_than_a_claim_is_disconnected(tmp_path: Path) -> None:
+def test_a_process_whose_first_message_is_not_a_claim_is_disconnected(tmp_path: Path) -> None:
     async def test() -> None:
         async with opened(tmp_path):
             with socket.socket(socket.AF_UNIX) as control:

@@ -1,4 +1,4 @@
-"""The dispatcher ends each job with one result, whichever of workers and pool die before they begin."""
+"""The dispatcher ends each job with one result, even if workers or the pool's processes die before they begin."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_pool_does_a_job_whose_worker_dies_before_it_begins(tmp_path: Path) 
     work = do(settings)
 
     async def meet_a_dying_worker(pending: PendingJob) -> None:
-        """Find the job claimed by a worker that dies in the middle of the grant."""
+        """Run while the job is claimed by a worker that dies in the middle of the grant."""
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_UNIX) as worker:
             worker.setblocking(False)

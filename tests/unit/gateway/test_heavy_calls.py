@@ -101,7 +101,7 @@ def test_a_failure_before_dispatch_is_reported_without_breaking_the_connection(
     assert status == 500 and "Too many open files" in answer["Err"]
 
 
-def test_the_worker_gets_an_error_when_the_body_breaks_off(start: Start) -> None:
+def test_the_worker_gets_an_error_when_the_body_ends_early(start: Start) -> None:
     errors: list[str] = []
 
     def note(claimed: ClaimedJob) -> None:
@@ -113,7 +113,7 @@ def test_the_worker_gets_an_error_when_the_body_breaks_off(start: Start) -> None
     _, plugin = start(note)
     plugin.begin_apply("a", BEGUN).close()
     wait_until(lambda: bool(errors), "the worker fails")
-    assert "broke off" in errors[0]
+    assert "ended early" in errors[0]
 
 
 def test_docker_gets_an_error_when_the_worker_dies_during_the_call(start: Start) -> None:

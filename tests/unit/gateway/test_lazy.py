@@ -69,7 +69,7 @@ def running(node: LazyNode, driver: Any) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("how", ["has not started", "was killed"])
-def test_while_64_containers_wait_for_the_lazy_file_server_others_are_served(
+def test_other_calls_are_served_while_64_containers_wait_for_the_lazy_file_server(
     node: LazyNode, driver: RecordingDriver, running: Running, how: str
 ) -> None:
     plugin = Plugin(running.driver.settings.plugin_socket)

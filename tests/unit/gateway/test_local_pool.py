@@ -79,7 +79,7 @@ def with_threads(test: Callable[[Threads], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(run())
 
 
-def test_one_job_a_core_runs_and_the_next_follows() -> None:
+def test_one_job_per_core_runs_and_the_next_one_follows() -> None:
     async def test(threads: Threads) -> None:
         jobs, tasks = zip(*(threads.run(ApplyDiff) for _ in range(CORES + 2)), strict=True)
         await threads.wait_begun(*jobs[:CORES])
@@ -95,21 +95,21 @@ def test_one_job_a_core_runs_and_the_next_follows() -> None:
 
 def test_a_stalled_job_makes_room_for_another_up_to_a_bound() -> None:
     async def test(threads: Threads) -> None:
-        most = CORES * PROCESSES_PER_CORE
-        jobs, tasks = zip(*(threads.run(ApplyDiff) for _ in range(most + 1)), strict=True)
-        for pending in jobs[:most]:
+        maximum = CORES * PROCESSES_PER_CORE
+        jobs, tasks = zip(*(threads.run(ApplyDiff) for _ in range(maximum + 1)), strict=True)
+        for pending in jobs[:maximum]:
             await threads.wait_begun(pending)
             threads.stall(pending)
-        assert not threads.has_begun(jobs[most])
+        assert not threads.has_begun(jobs[maximum])
         threads.finish(jobs[3])
-        await threads.wait_begun(jobs[most])
+        await threads.wait_begun(jobs[maximum])
         threads.finish(*jobs)
         await asyncio.gather(*tasks)
 
     with_threads(test)
 
 
-def test_diffs_and_maintenance_keep_no_apply_diff_waiting() -> None:
+def test_an_apply_diff_does_not_wait_for_diffs_and_maintenance() -> None:
     async def test(threads: Threads) -> None:
         kinds: list[type[WorkerJob]] = [Diff, Push] * (CORES + 1)
         others, tasks = zip(*(threads.run(kind) for kind in kinds), strict=True)
@@ -122,7 +122,7 @@ def test_diffs_and_maintenance_keep_no_apply_diff_waiting() -> None:
 
 
 @pytest.mark.parametrize("how", ["begun by a worker", "withdrawn"])
-def test_a_waiting_job_that_needs_no_process_any_more_gets_none(how: str) -> None:
+def test_a_waiting_job_that_was_begun_by_a_worker_or_withdrawn_gets_no_process(how: str) -> None:
     async def test(threads: Threads) -> None:
         jobs, tasks = zip(*(threads.run(Diff) for _ in range(CORES)), strict=True)
         late, waiting = threads.run(Diff)
@@ -179,7 +179,7 @@ def test_running_jobs_end_when_the_pool_closes(settings: Settings, listener: soc
 
 
 @pytest.mark.slow
-def test_the_death_of_a_process_ends_no_other(settings: Settings, listener: socket.socket) -> None:
+def test_the_death_of_a_process_does_not_end_the_others(settings: Settings, listener: socket.socket) -> None:
     async def kill_one() -> None:
         loop, changes = asyncio.get_running_loop(), Changes()
         pool = LocalPool(settings, changes)

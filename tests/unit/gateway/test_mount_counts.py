@@ -1,4 +1,4 @@
-"""Counts of users of a layer's mount."""
+"""Counts of the users of each layer's mount."""
 
 import subprocess
 from pathlib import Path
@@ -14,7 +14,7 @@ def mounted(spec: OverlaySpec, target: Path) -> Path:
     return target
 
 
-def test_a_full_disk_refuses_a_new_count_and_changes_existing_ones(tmp_path: Path) -> None:
+def test_existing_counts_change_on_a_full_disk_and_new_ones_fail(tmp_path: Path) -> None:
     for name in ("counts", "lower", "public", "merged", "other"):
         (tmp_path / name).mkdir()
     directory, target, other = tmp_path / "counts", tmp_path / "merged", tmp_path / "other"

@@ -65,7 +65,7 @@ def test_a_released_job_can_be_claimed_by_another_process() -> None:
 
 def test_a_process_that_dies_after_the_begin_leaves_a_retryable_error_that_names_it() -> None:
     result = after("claim", "begin", "lose").result
-    assert result.retryable and "apply_diff a: the worker's process 7 that did it died" in result.error
+    assert result.retryable and "apply_diff a: the worker's process 7 died during the call" in result.error
 
 
 def test_a_job_that_no_process_begins_ends_with_the_reason() -> None:
@@ -74,7 +74,7 @@ def test_a_job_that_no_process_begins_ends_with_the_reason() -> None:
 
 
 @given(st.lists(st.sampled_from(sorted(TRANSITIONS)), max_size=30))
-def test_a_job_begins_and_ends_at_most_once_whatever_happens(names: list[str]) -> None:
+def test_a_job_begins_and_ends_at_most_once_in_any_order_of_transitions(names: list[str]) -> None:
     changes: list[None] = []
     pending = offered(lambda: changes.append(None))
     done = [name for name in names if TRANSITIONS[name](pending)]

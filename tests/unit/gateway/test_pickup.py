@@ -87,7 +87,7 @@ def test_the_error_says_why_and_what_to_do_when_no_process_can_begin_the_call(st
     assert "Resource temporarily unavailable" in answer["Err"] and answer["Err"].endswith("try again")
 
 
-def test_a_late_worker_is_refused(start: Start) -> None:
+def test_a_late_claim_is_refused(start: Start) -> None:
     running, plugin = start(workers=0)
     assert plugin.apply_diff("a", [b"abc"]) == (200, {"Size": 3})
     (late,) = published(running, ApplyDiff)

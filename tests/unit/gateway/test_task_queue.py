@@ -1,4 +1,4 @@
-"""Publishing to Redis ends with a confirmation or an error, whatever happens."""
+"""Publishing to Redis ends with a confirmation or an error in every case."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from gearworkers.images import registry, transport
 from gearworkers.images.layer_reader import read_all
 from gearworkers.images.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, digest_of, encode
 from gearworkers.images.registry import Repository
-from tests.support.answers import Answer, Asked, answering
+from tests.support.answers import Answer, Request, answering
 from tests.support.link import linked
 from tests.support.ports import free_port
 from tests.support.registry import Registry
@@ -144,22 +144,22 @@ def test_a_retry_waits_for_the_time_in_retry_after(tmp_path: Path) -> None:
         Answer(429, {"Retry-After": "2"}),
         Answer(200),
     ]  # the first response only shows that it is a registry
-    with answering(lambda asked: answers.pop(0)) as server:
+    with answering(lambda _: answers.pop(0)) as server:
         began_s = time.monotonic()
         assert repository(server.host, tmp_path).has_blob(digest_of(BLOB))
         assert time.monotonic() - began_s >= 2
 
 
 def test_a_long_retry_after_is_raised_without_waiting(tmp_path: Path) -> None:
-    with answering(lambda asked: Answer(503, {"Retry-After": "3600"})) as server:
+    with answering(lambda _: Answer(503, {"Retry-After": "3600"})) as server:
         with pytest.raises(Unavailable, match="503") as caught:
             repository(server.host, tmp_path).has_blob(digest_of(BLOB))
-        assert (len(server.asked), caught.value.after_s) == (2, 3600)
+        assert (len(server.requests), caught.value.after_s) == (2, 3600)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204])
 def test_any_success_status_confirms_a_manifest(status: int, tmp_path: Path) -> None:
-    with answering(lambda asked: Answer(status)) as server:
+    with answering(lambda _: Answer(status)) as server:
         assert repository(server.host, tmp_path).put_manifest("v1", DOCKER_MANIFEST, b"{}") == digest_of(b"{}")
 
 
@@ -171,21 +171,21 @@ class _Uploads:
         self.received = b""
         self.finished = False
 
-    def answer(self, asked: Asked) -> Answer:
+    def answer(self, request: Request) -> Answer:
         location = {"Location": f"/upload/{len(self.received)}"}
-        if asked.method == "HEAD":
+        if request.method == "HEAD":
             return Answer(200 if self.finished else 404)
-        if asked.method == "PUT" and self.finished:
+        if request.method == "PUT" and self.finished:
             return Answer(404)
-        if asked.method == "PATCH":
-            self.received += asked.body
-        self.finished = self.finished or asked.method == "PUT"
-        if self.failures.get(asked.method, 0):
-            self.failures[asked.method] -= 1
+        if request.method == "PATCH":
+            self.received += request.body
+        self.finished = self.finished or request.method == "PUT"
+        if self.failures.get(request.method, 0):
+            self.failures[request.method] -= 1
             return Answer(503)
-        if asked.method == "GET" and asked.path.startswith("/upload"):
+        if request.method == "GET" and request.path.startswith("/upload"):
             return Answer(204, {**location, "Range": f"0-{len(self.received) - 1}"})
-        return Answer({"GET": 200, "PUT": 201}.get(asked.method, 202), location)
+        return Answer({"GET": 200, "PUT": 201}.get(request.method, 202), location)
 
 
 @pytest.mark.parametrize("failures", [{"PATCH": 3}, {"PUT": 1}, {"GET": 2, "PATCH": 1}], ids=str)
@@ -207,31 +207,32 @@ def test_a_registry_without_chunk_support_receives_the_blob_in_one_request(
 ) -> None:
     monkeypatch.setattr(registry, "UPLOAD_CHUNK_BYTES", 300_000)
 
-    def answer(asked: Asked) -> Answer:
-        if asked.method == "PUT" and "Authorization" not in asked.headers:
+    def answer(request: Request) -> Answer:
+        if request.method == "PUT" and "Authorization" not in request.headers:
             return Answer(401, {"WWW-Authenticate": "Basic"})
         known = {"HEAD": 404, "POST": 202, "PUT": 201, "GET": 200}
-        return Answer(known.get(asked.method, status), {"Location": "/upload"})
+        return Answer(known.get(request.method, status), {"Location": "/upload"})
 
     with answering(answer) as server:
         put(repository(server.host, logged_in(tmp_path, server.host)), BLOB)
-    rejected, accepted = (asked.body for asked in server.asked if asked.method == "PUT")
+    rejected, accepted = (request.body for request in server.requests if request.method == "PUT")
     assert rejected == accepted == BLOB
 
 
 def test_a_challenge_after_a_redirect_to_another_host_is_not_answered(tmp_path: Path) -> None:
-    def challenge(asked: Asked) -> Answer:
+    def challenge(request: Request) -> Answer:
         return Answer(401, {"WWW-Authenticate": f'Bearer realm="{elsewhere.url}/token",service="s"'})
 
-    def redirect(asked: Asked) -> Answer:
-        return Answer(200) if asked.path == "/v2/" else Answer(307, {"Location": f"{elsewhere.url}{asked.path}"})
+    def redirect(request: Request) -> Answer:
+        return Answer(200) if request.path == "/v2/" else Answer(307, {"Location": f"{elsewhere.url}{request.path}"})
 
     with answering(challenge) as elsewhere, answering(redirect) as registry:
         target = repository(registry.host, logged_in(tmp_path, registry.host))
         with pytest.raises(FailedPrecondition, match="401"):
             target.has_blob(digest_of(BLOB))
-    assert elsewhere.asked
-    assert not [asked for asked in elsewhere.asked if asked.headers["Authorization"] or "token" in asked.path]
+    assert elsewhere.requests
+    for request in elsewhere.requests:
+        assert not request.headers["Authorization"] and "token" not in request.path
 
 
 def test_urls_with_and_without_the_default_port_have_the_same_server() -> None:
@@ -245,5 +246,5 @@ def test_urls_with_and_without_the_default_port_have_the_same_server() -> None:
 def test_a_malformed_url_from_a_registry_is_an_error(status: int, tmp_path: Path) -> None:
     headers = {"Location": "http://[::1/x", "WWW-Authenticate": 'Bearer realm="http://[::1"'}
     known = {"HEAD": Answer(404), "GET": Answer(200), "POST": Answer(status, headers)}
-    with answering(lambda asked: known[asked.method]) as server, pytest.raises(InvalidInput, match="malformed"):
+    with answering(lambda request: known[request.method]) as server, pytest.raises(InvalidInput, match="malformed"):
         put(repository(server.host, tmp_path), BLOB)

@@ -14,21 +14,21 @@ from gearworkers.images.credentials import Credentials, find_credentials
 from gearworkers.images.layer_reader import read_all
 from gearworkers.images.manifest import DOCKER_MANIFEST, digest_of
 from tests.support import registries
-from tests.support.answers import Answer, Asked, answering
+from tests.support.answers import Answer, Request, answering
 from tests.support.registries import PASSWORD, USER, TokenServer
 from tests.support.registry import Registry
 from tests.support.registry_client import BLOB, logged_in, put, repository
 
 
-def issuing_token(body: bytes) -> Callable[[Asked], Answer]:
+def issuing_token(body: bytes) -> Callable[[Request], Answer]:
     """Return a registry that issues tokens with *body*, and accepts any token."""
 
-    def answer(asked: Asked) -> Answer:
-        if asked.path.startswith("/token"):
+    def answer(request: Request) -> Answer:
+        if request.path.startswith("/token"):
             return Answer(200, body=body)
-        if "Authorization" in asked.headers:
+        if "Authorization" in request.headers:
             return Answer(200, {"Content-Type": DOCKER_MANIFEST}, b"{}")
-        return Answer(401, {"WWW-Authenticate": f'Bearer realm="http://{asked.headers["Host"]}/token"'})
+        return Answer(401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'})
 
     return answer
 
@@ -40,7 +40,7 @@ def issuing_token(body: bytes) -> Callable[[Asked], Answer]:
 def test_a_token_is_read_from_responses_with_nulls_and_fractional_lifetimes(body: bytes, tmp_path: Path) -> None:
     with answering(issuing_token(body)) as server:
         assert repository(server.host, tmp_path).manifest("v1") == (b"{}", DOCKER_MANIFEST)
-        assert server.asked[-1].headers["Authorization"] == "Bearer t"
+        assert server.requests[-1].headers["Authorization"] == "Bearer t"
 
 
 @pytest.mark.parametrize("token", ["secret\\nsecret", "\u20acsecret"])
@@ -142,7 +142,7 @@ class TestTokens:
     ) -> None:
         target = repository(peer.host, logged_in(tmp_path / "docker", peer.host))
         assert read_all(target.blob(put(target, BLOB), len(BLOB))) == BLOB
-        assert tokens.asked == ["GET repository:some/image:pull,push", "GET repository:some/image:pull"]
+        assert tokens.requests == ["GET repository:some/image:pull,push", "GET repository:some/image:pull"]
 
     def test_an_anonymous_user_can_pull_but_not_push(self, peer: Registry, tmp_path: Path) -> None:
         digest = put(repository(peer.host, logged_in(tmp_path / "docker", peer.host)), BLOB)
@@ -157,12 +157,12 @@ class TestTokens:
         config = logged_in(tmp_path / "docker", peer.host)
         digest = put(repository(peer.host, config, "one"), BLOB)
         assert repository(peer.host, config, "other").mount(digest, "one")
-        assert tokens.asked[-1] == "GET repository:other:pull,push repository:one:pull"
+        assert tokens.requests[-1] == "GET repository:other:pull,push repository:one:pull"
 
     def test_an_identity_token_is_exchanged(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
         target = repository(peer.host, logged_in(tmp_path / "docker", peer.host, identitytoken="identity"))
         put(target, BLOB)
-        assert tokens.asked[-1] == "POST repository:some/image:pull,push"
+        assert tokens.requests[-1] == "POST repository:some/image:pull,push"
 
     def test_a_rejected_token_is_requested_again(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
         target = repository(peer.host, tmp_path)
@@ -170,7 +170,7 @@ class TestTokens:
         known = target.registry.authenticator.cached(("repository:some/image:pull,push",))
         target.registry.authenticator.tokens[("repository:some/image:pull,push",)] = (f"{known}x", float("inf"))
         assert not target.has_blob(digest_of(BLOB))
-        assert len(tokens.asked) == 2
+        assert len(tokens.requests) == 2
 
     @pytest.mark.parametrize("server", ["example.org", "localhost:80@example.org"])
     def test_a_password_is_not_sent_to_an_unencrypted_realm(self, server: str, tmp_path: Path) -> None:

@@ -23,17 +23,17 @@ from tests.support.registry_client import BLOB, put, repository
 
 class TestProxy:
     def test_the_proxy_receives_user_and_password(self, tmp_path: Path) -> None:
-        with answering(lambda asked: Answer(407)) as server:
+        with answering(lambda _: Answer(407)) as server:
             settings = Settings(
                 registry=RegistrySettings(docker_config=tmp_path, https_proxy=f"http://gear:of%3Aworkers@{server.host}")
             )
             target = Repository.of(settings.registry, Reference.parse("registry.example.org/some/image"))
             with pytest.raises(Unavailable):
                 target.registry.transport.send("GET", "https://registry.example.org/v2/")
-        (asked,) = server.asked
-        assert (asked.method, asked.path) == ("CONNECT", "registry.example.org:443")
+        (request,) = server.requests
+        assert (request.method, request.path) == ("CONNECT", "registry.example.org:443")
         expected = base64.b64encode(b"gear:of:workers").decode()
-        assert asked.headers.get("Proxy-Authorization") == f"Basic {expected}"
+        assert request.headers.get("Proxy-Authorization") == f"Basic {expected}"
 
     def test_the_proxys_url_may_lack_a_scheme(self) -> None:
         opened = transport.open_transport(

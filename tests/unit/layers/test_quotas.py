@@ -21,7 +21,7 @@ from gearworkers.settings import Settings
 from gearworkers.util.fs import opened_directory
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.conformance.drivers import InProcess, Refused
+from tests.conformance.drivers import DriverError, InProcess
 from tests.conformance.layers import apply_layer, file, mounted
 from tests.faults.crashes import Report, killed_at_every_step
 from tests.support.disk import QUOTA_OPTIONS, mount_small
@@ -84,7 +84,7 @@ def test_new_files_belong_to_the_project_of_their_directory(xfs: Path) -> None:
 def test_a_size_is_rejected_with_advice_on_a_file_system_without_limits(xfs: Path) -> None:
     driver = driver_on(xfs)
     for id in ("container", "container-init"):
-        with pytest.raises(Refused, match=r"on xfs without project quotas; use xfs mounted with pquota, or ext4"):
+        with pytest.raises(DriverError, match=r"on xfs without project quotas; use xfs mounted with pquota, or ext4"):
             driver.create_read_write(id, storage_opt={"size": "1M"})
         assert not driver.exists(id)
 
@@ -162,7 +162,7 @@ def test_project_numbers_in_use_are_skipped(xfs: Path, kernel: FakeKernel) -> No
 def test_a_size_is_rejected_with_advice_if_gear_root_is_in_one_project(xfs: Path, kernel: FakeKernel) -> None:
     with opened_directory(xfs) as dir_fd:
         quotactl.assign(dir_fd, 7)
-    with pytest.raises(Refused, match=r"project 7; .*chattr -P"):
+    with pytest.raises(DriverError, match=r"project 7; .*chattr -P"):
         limited(driver_on(xfs), "one")
 
 
@@ -246,7 +246,7 @@ def test_a_file_system_that_counts_projects_without_limits_is_recognized(limitin
     subprocess.run(["mount", "-o", f"loop,{counting}", str(image), str(limiting)], check=True)
     with opened_directory(limiting) as dir_fd:
         assert not quotactl.is_enforced(dir_fd)
-    with pytest.raises(Refused, match="without project quotas"):
+    with pytest.raises(DriverError, match="without project quotas"):
         limited(driver_on(limiting), "one")
 
 
@@ -256,7 +256,7 @@ def test_a_container_is_not_mounted_if_its_size_is_not_enforced(
     driver = driver_on(xfs)
     limited(driver, "one")
     monkeypatch.setattr(quotactl, "is_enforced", lambda _: False)
-    with pytest.raises(Refused, match="without project quotas; use xfs mounted with pquota"):
+    with pytest.raises(DriverError, match="without project quotas; use xfs mounted with pquota"):
         driver.get("one")
     driver.remove("one")
 

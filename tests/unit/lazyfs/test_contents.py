@@ -76,7 +76,7 @@ def contents(tmp_path: Path) -> Iterator[LazyContents]:
 
 
 def make_layer(root: Path, *, complete: bool) -> None:
-    """Make an image layer that refers to LARGE; replace the previous one."""
+    """Create an image layer that refers to LARGE, or replace it."""
     image = root / "images" / "image"
     image.mkdir(parents=True, exist_ok=True)
     records = b"".join(REF_RECORD.pack(digest, len(content)) for digest, content in sorted(LARGE.items()))
@@ -91,13 +91,13 @@ def look_up(contents: LazyContents, digest: bytes) -> LookupResult:
 def test_unreadable_lists_of_objects_fail_lookups_and_reads_but_not_the_server(
     contents: LazyContents, tmp_path: Path
 ) -> None:
-    (tmp_path / "images").write_text("no directory")
+    (tmp_path / "images").write_text("not a directory")
     for future in (contents.look_up(NAME), contents.read(node_of(bytes(32)), 0, 10)):
         assert isinstance(future.exception(20), GearError)
     with pytest.raises(GearError):
         contents.size_bytes(node_of(bytes(32)))
     assert contents.whole(node_of(bytes(32))) is None
-    assert contents.is_wanted(NAME)
+    assert contents.is_known(NAME)
 
 
 def test_only_one_of_two_large_objects_with_the_same_node_is_served(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_an_object_of_a_layer_that_became_complete_during_the_lookup_arrives(
     assert look_up(contents, bytes(32)) == Unknown()
 
 
-def test_reads_are_remembered(contents: LazyContents, tmp_path: Path) -> None:
+def test_reads_of_large_objects_are_logged(contents: LazyContents, tmp_path: Path) -> None:
     make_layer(tmp_path, complete=False)
     for digest, content in LARGE.items():
         assert contents.read(node_of(digest), 10, 5).result(20) == content[10:15]

@@ -26,18 +26,18 @@ NODE = 1 << 63
 
 @pytest.fixture
 def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    kernels.setblocking(False)
-    with ours, kernels:
-        yield ours, kernels
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kernel.setblocking(False)
+    with ours, kernel:
+        yield ours, kernel
 
 
-def answers(kernels: socket.socket) -> list[tuple[int, int]]:
+def answers(kernel: socket.socket) -> list[tuple[int, int]]:
     """Return (number, errno) of the answers since the last call."""
     found: list[tuple[int, int]] = []
     while True:
         try:
-            _, error, unique = struct.unpack("<IiQ", kernels.recv(100))
+            _, error, unique = struct.unpack("<IiQ", kernel.recv(100))
         except BlockingIOError:
             return found
         found.append((unique, -error))
@@ -57,7 +57,7 @@ class LateObjects:
     def forget(self, node: int) -> None:
         self.forgotten.append(node)
 
-    def is_wanted(self, name: bytes) -> bool:
+    def is_known(self, name: bytes) -> bool:
         raise AssertionError("this test makes lookups only")
 
     def size_bytes(self, node: int) -> int:
@@ -78,42 +78,42 @@ def read(pid: int) -> FuseRequest:
     return FuseRequest(Op.READ, READ_UNIQUE, 5, pid, memoryview(b""))
 
 
-def test_an_interrupt_that_is_read_before_its_request_is_refused_so_that_it_comes_again(
+def test_an_interrupt_that_is_read_before_its_request_is_answered_with_eagain(
     sockets: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, kernels = sockets
+    ours, kernel = sockets
     pending: list[FuseReply] = []
     connection = FuseConnection(ours.fileno(), lambda request, reply: pending.append(reply))
     process = subprocess.Popen(["true"])
     process.wait()
     connection.dispatch(interrupt())
-    assert answers(kernels) == [(INTERRUPT_UNIQUE, errno.EAGAIN)]
+    assert answers(kernel) == [(INTERRUPT_UNIQUE, errno.EAGAIN)]
     connection.dispatch(read(process.pid))
-    assert answers(kernels) == []
+    assert answers(kernel) == []
     connection.dispatch(interrupt())
-    assert answers(kernels) == [(READ_UNIQUE, errno.EINTR)]
+    assert answers(kernel) == [(READ_UNIQUE, errno.EINTR)]
     pending[0].send(b"too late")
-    assert answers(kernels) == []
+    assert answers(kernel) == []
 
 
 def test_an_interrupt_of_a_living_process_does_not_fail_its_request(
     sockets: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, kernels = sockets
+    ours, kernel = sockets
     pending: list[FuseReply] = []
     connection = FuseConnection(ours.fileno(), lambda request, reply: pending.append(reply))
     connection.dispatch(read(os.getpid()))
     connection.dispatch(interrupt())
     connection.fail_killed()
-    assert answers(kernels) == []
+    assert answers(kernel) == []
     pending[0].fail(errno.EIO)
-    assert answers(kernels) == [(READ_UNIQUE, errno.EIO)]
+    assert answers(kernel) == [(READ_UNIQUE, errno.EIO)]
 
 
 def test_a_served_file_is_forgotten_if_its_reader_was_killed_during_the_lookup(
     sockets: tuple[socket.socket, socket.socket], tmp_path: Path
 ) -> None:
-    ours, kernels = sockets
+    ours, kernel = sockets
     objects, open_nodes = LateObjects(), OpenNodes(-1, tmp_path)
     connection = FuseConnection(ours.fileno(), Tree(objects, open_nodes).handle)
     process = subprocess.Popen(["true"])
@@ -123,7 +123,7 @@ def test_a_served_file_is_forgotten_if_its_reader_was_killed_during_the_lookup(
     for request in requests:
         connection.dispatch(request)
     connection.dispatch(interrupt())
-    assert answers(kernels) == [(READ_UNIQUE, errno.EINTR)]
+    assert answers(kernel) == [(READ_UNIQUE, errno.EINTR)]
     objects.lookups[0].set_result(Served(NODE, 5))
     assert objects.forgotten == [NODE]
     objects.lookups[1].set_result(Served(NODE, 5))

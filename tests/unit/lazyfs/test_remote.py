@@ -1,4 +1,4 @@
-"""`gear lazyfs` as it is run: with a real remote, after a reboot, and as `gear status` tells it."""
+"""`gear lazyfs` as a process: with a real remote, with `gear status`, and after a power cut."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = {"etc/small": b"small", "lib/large": random.Random(1).randbytes(3 << 20)
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[LazyNode]:
-    """Its server is `gear lazyfs`, its remote a directory that holds the contents of an image."""
+    """Yield a node whose server is `gear lazyfs` and whose remote is a directory with an image's contents."""
     (tmp_path / "remote").mkdir()
     one = LazyNode(tmp_path)
     one.settings = replace(one.settings, remote=replace(one.settings.remote, url=str(tmp_path / "remote")))
@@ -60,16 +60,16 @@ def environ(node: LazyNode) -> dict[str, str]:
     }
 
 
-def test_files_come_from_the_remote_of_the_settings_and_status_counts_them(node: LazyNode) -> None:
+def test_files_are_fetched_from_the_configured_remote_and_counted_by_status(node: LazyNode) -> None:
     root = node.run("c1")
     for name, content in FILES.items():
         assert (root / name).read_bytes() == content
     wait_until(lambda: node.status().fetched_objects == 2, "both are whole")
-    told = subprocess.run([GEAR, "status"], env=environ(node), capture_output=True, text=True, check=True).stdout
-    assert "2 objects" in told
+    output = subprocess.run([GEAR, "status"], env=environ(node), capture_output=True, text=True, check=True).stdout
+    assert "2 objects" in output
 
 
-def test_after_a_power_cut_an_object_without_its_bytes_is_fetched_again(node: LazyNode) -> None:
+def test_an_object_that_lost_its_bytes_in_a_power_cut_is_fetched_again(node: LazyNode) -> None:
     store = ObjectStore(node.settings.gear_public_cache_path)
     digest = hashlib.sha256(b"small").digest()
     assert (node.run("c1") / "etc/small").read_bytes() == b"small"

@@ -20,7 +20,7 @@ from gearworkers.digest import object_path
 from gearworkers.layers.pins import Pin, Pins
 from gearworkers.layers.record import RECORD_FILE, Layer
 from gearworkers.layers.store import LayerStore
-from gearworkers.lazyfs.client import order_prefetch
+from gearworkers.lazyfs.client import request_prefetch
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node
 from tests.support.processes import wait_until
 
@@ -36,8 +36,8 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
         yield one
 
 
-def incomplete(node: LazyNode, id: str) -> None:
-    """Take back that the layer is complete."""
+def mark_incomplete(node: LazyNode, id: str) -> None:
+    """Mark a complete layer as incomplete again."""
     record = node.settings.gear_images_path / id / RECORD_FILE
     layer = msgspec.json.decode(record.read_bytes(), type=Layer)
     record.with_suffix(".new").write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=False)))
@@ -46,10 +46,11 @@ def incomplete(node: LazyNode, id: str) -> None:
 
 
 def fetches(node: LazyNode, kind: str) -> list[str]:
+    """Return the digests of the source's requests of this kind."""
     return [line.split()[1] for line in node.source.requests() if line.split()[0] == kind]
 
 
-def test_looking_at_files_fetches_nothing_and_tells_their_true_sizes(node: LazyNode) -> None:
+def test_listing_files_fetches_nothing_and_shows_true_sizes(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     root = node.run("c1")
     sizes = {path.name: path.stat().st_size for path in root.rglob("*") if path.is_file()}
@@ -60,7 +61,7 @@ def test_looking_at_files_fetches_nothing_and_tells_their_true_sizes(node: LazyN
     assert node.source.requests() == []
 
 
-def test_what_is_opened_is_what_the_image_holds(node: LazyNode) -> None:
+def test_opened_files_have_the_content_of_the_image(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     root = node.run("c1")
     for name, content in {**SMALL, "lib/large": LARGE}.items():
@@ -79,7 +80,7 @@ def test_a_root_behind_a_symlink_is_served(tmp_path: Path) -> None:
         assert (root / "lib/large").read_bytes() == LARGE
 
 
-def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
+def test_an_object_is_fetched_once_for_all_its_readers(node: LazyNode) -> None:
     node.pull({"one": b"one" * 1000, "lib/large": LARGE})
     node.source.set_faults(delay_s=0.02)
     roots = [node.run(f"c{number}") for number in range(20)]
@@ -101,13 +102,13 @@ def test_the_first_page_of_a_large_file_does_not_wait_for_the_last(node: LazyNod
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     try:
         assert os.pread(fd, 4096, 3 << 20) == LARGE[3 << 20 : (3 << 20) + 4096]
-        asked = fetches(node, "chunk")  # the first of the rest perhaps, which begins to come when nobody reads
-        assert hashlib.sha256(LARGE[3 << 20 : (3 << 20) + CHUNK_BYTES]).hexdigest() in asked[:4]
-        assert len(asked) < len(LARGE) // CHUNK_BYTES
+        requested = fetches(node, "chunk")  # may include the first chunks of the rest, which is fetched when idle
+        assert hashlib.sha256(LARGE[3 << 20 : (3 << 20) + CHUNK_BYTES]).hexdigest() in requested[:4]
+        assert len(requested) < len(LARGE) // CHUNK_BYTES
     finally:
         os.close(fd)
         node.source.set_faults()
-    wait_until(lambda: node.status().fetched_objects == 1, "the rest has arrived behind")
+    wait_until(lambda: node.status().fetched_objects == 1, "the rest has arrived")
     assert len(fetches(node, "chunk")) == len(LARGE) >> 16
 
 
@@ -116,8 +117,8 @@ def test_large_files_are_read_at_random_mapped_and_executed(node: LazyNode) -> N
     assert len(program) > 1 << 20
     node.pull({"large": LARGE, "bin/program": program})
     root = node.run("c1")
-    said = subprocess.run([root / "bin/program", "-c", "echo executed"], capture_output=True, check=True).stdout
-    assert said == b"executed\n"
+    output = subprocess.run([root / "bin/program", "-c", "echo executed"], capture_output=True, check=True).stdout
+    assert output == b"executed\n"
     with open(root / "large", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         chooser = random.Random(2)
         for _ in range(200):
@@ -128,7 +129,7 @@ def test_large_files_are_read_at_random_mapped_and_executed(node: LazyNode) -> N
             assert os.pread(file.fileno(), 70000, at) == LARGE[at : at + 70000]
 
 
-def test_a_complete_layer_is_mounted_without_the_trap_and_nothing_is_left_in_arrivals(node: LazyNode) -> None:
+def test_a_complete_layer_is_mounted_without_the_trap(node: LazyNode) -> None:
     node.pull(SMALL)
     root = node.run("c1")
     for name in SMALL:
@@ -143,16 +144,16 @@ def test_a_complete_layer_is_mounted_without_the_trap_and_nothing_is_left_in_arr
     assert str(node.settings.gear_arrivals_path) not in next(line for line in mounts if "containers/c2/" in line)
 
 
-def test_a_prefetched_layer_arrives_in_one_stream(node: LazyNode) -> None:
+def test_a_prefetched_layer_is_fetched_by_batch_requests(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
-    assert order_prefetch(node.settings.lazyfs_socket, ["image"]) == len(SMALL) + 1
-    wait_until(lambda: node.status().incomplete_layers == 0, "all is here")
+    assert request_prefetch(node.settings.lazyfs_socket, ["image"]) == len(SMALL) + 1
+    wait_until(lambda: node.status().incomplete_layers == 0, "all objects have arrived")
     assert len(fetches(node, "many")) == len(SMALL)
     assert fetches(node, "fetch") == []
 
 
-def test_an_object_that_no_source_has_is_an_io_error_and_named(node: LazyNode) -> None:
-    content = b"nowhere to be had"
+def test_reading_an_object_that_no_source_has_fails_and_the_status_names_it(node: LazyNode) -> None:
+    content = b"in no source"
     node.apply(gear_tar({"file": content}), "image")
     root = node.run("c1")
     with pytest.raises(OSError) as caught:
@@ -164,7 +165,7 @@ def test_an_object_that_no_source_has_is_an_io_error_and_named(node: LazyNode) -
     assert node.status().failures == {}
 
 
-def test_a_remote_that_was_away_is_used_again_when_it_is_back(node: LazyNode) -> None:
+def test_an_unreachable_remote_is_used_again_when_it_is_reachable(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     root = node.run("c1")
     node.source.set_faults(unreachable=True)
@@ -177,7 +178,7 @@ def test_a_remote_that_was_away_is_used_again_when_it_is_back(node: LazyNode) ->
     assert (root / "lib/large").read_bytes() == LARGE
 
 
-def test_wrong_bytes_are_never_seen_and_never_kept(node: LazyNode) -> None:
+def test_wrong_bytes_are_neither_read_nor_stored(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     root = node.run("c1")
     small = hashlib.sha256(SMALL["etc/file1"]).digest()
@@ -193,7 +194,7 @@ def test_wrong_bytes_are_never_seen_and_never_kept(node: LazyNode) -> None:
     assert node.status().corrupt >= 2
 
 
-def test_another_source_is_tried_when_one_gives_wrong_bytes(tmp_path: Path) -> None:
+def test_another_source_is_asked_when_one_returns_wrong_bytes(tmp_path: Path) -> None:
     with lazy_node(tmp_path, sources=2) as node:
         node.pull({**SMALL, "lib/large": LARGE})
         for content in (*SMALL.values(), LARGE):
@@ -206,7 +207,7 @@ def test_another_source_is_tried_when_one_gives_wrong_bytes(tmp_path: Path) -> N
         assert node.status().corrupt == 2
 
 
-def test_a_layout_that_makes_up_another_object_is_found_out_and_the_object_comes_whole(node: LazyNode) -> None:
+def test_an_object_is_fetched_whole_after_its_layout_yielded_other_bytes(node: LazyNode) -> None:
     node.pull({"large": LARGE})
     digest = hashlib.sha256(LARGE).digest()
     other = LARGE[:-1] + bytes([LARGE[-1] ^ 1])
@@ -216,11 +217,11 @@ def test_a_layout_that_makes_up_another_object_is_found_out_and_the_object_comes
     root = node.run("c1")
     with open(root / "large", "rb") as file:
         assert file.read(4096) == LARGE[:4096]
-        wait_until(lambda: node.status().corrupt == 1, "the whole was compared")
+        wait_until(lambda: node.status().corrupt == 1, "the file was verified")
         wait_until(lambda: (root / "large").read_bytes() == LARGE, "the right bytes are read")
 
 
-def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has_arrived(node: LazyNode) -> None:
+def test_copy_file_range_of_a_large_file_fails_with_exdev_until_the_file_has_arrived(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE, "etc/small": b"small" * 100})
     root = node.run("c1")
     with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
@@ -232,7 +233,7 @@ def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has
         assert sum(iter(lambda: os.sendfile(target.fileno(), source.fileno(), None, len(LARGE)), 0)) == len(LARGE)
     assert (root / "sent").read_bytes() == LARGE
     copy_in_kernel(root / "etc/small", root / "copy")
-    wait_until(lambda: node.status().incomplete_layers == 0, "all has arrived")
+    wait_until(lambda: node.status().incomplete_layers == 0, "all objects have arrived")
     node.driver.put("c1")
     root = Path(node.driver.get("c1"))
     copy_in_kernel(root / "lib/large", root / "copy")
@@ -240,13 +241,13 @@ def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has
 
 
 def copy_in_kernel(source: Path, target: Path) -> None:
-    """By copy_file_range, and by nothing else."""
+    """Copy with copy_file_range only."""
     with open(source, "rb") as file, open(target, "wb") as out:
         while os.copy_file_range(file.fileno(), out.fileno(), 1 << 30):
             pass
 
 
-def test_a_large_object_that_was_removed_comes_again_while_an_image_wants_it(node: LazyNode) -> None:
+def test_a_removed_large_object_is_fetched_again_while_an_image_refers_to_it(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
     root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)
     digest = hashlib.sha256(LARGE).digest()
@@ -255,9 +256,9 @@ def test_a_large_object_that_was_removed_comes_again_while_an_image_wants_it(nod
         assert file.read() == LARGE
         wait_until(lambda: store.has(digest), "it is whole")
     store.remove(digest)
-    incomplete(node, "image")
+    mark_incomplete(node, "image")
     assert (node.run("c2") / "lib/large").read_bytes() == LARGE
-    wait_until(lambda: store.has(digest), "it has come again")
+    wait_until(lambda: store.has(digest), "it was fetched again")
 
 
 def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> None:
@@ -273,37 +274,39 @@ def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> Non
     wait_until(lambda: node.status().serving == 0, "the kernel has forgotten it")
 
 
-def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: LazyNode) -> None:
+def test_a_large_object_whose_image_is_removed_while_it_arrives_is_not_stored(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
     node.source.set_faults(delay_s=0.5)
     root, name = node.run("c1"), hashlib.sha256(LARGE).hexdigest()
     with open(root / "lib/large", "rb") as file:
         assert file.read(4096) == LARGE[:4096]
-    wait_until(lambda: len(fetches(node, "chunk")) > 8, "the rest comes behind")
+    wait_until(lambda: len(fetches(node, "chunk")) > 8, "the rest is being fetched")
     for id in ("c1", "image"):
         node.driver.remove(id)
     node.driver.engine.collect_garbage()
     node.source.set_faults()
-    wait_until(lambda: not (node.settings.gear_fetching_path / name).exists(), "it does not come any more")
+    wait_until(lambda: not (node.settings.gear_fetching_path / name).exists(), "the partial file is removed")
     wait_until(lambda: node.status().serving == 0, "the kernel has forgotten it")
     assert not ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(name))
     assert node.status().arriving == 0
 
 
-def test_what_comes_after_its_image_is_removed_is_kept_for_a_pin(node: LazyNode) -> None:
+def test_pinned_objects_that_arrive_after_their_image_was_removed_are_stored(node: LazyNode) -> None:
     content = b"small" * 1000
     node.pull({"lib/large": LARGE, "etc/small": content})
     node.source.set_faults(delay_s=1)
     store = ObjectStore(node.settings.gear_public_cache_path)
     Pins(node.settings, LayerStore(node.settings, store), store).add(Pin("app", "sha256:" + "ab" * 32), "image")
-    wait_until(lambda: bool(node.source.requests()), "it is asked for")
+    wait_until(lambda: bool(node.source.requests()), "objects are requested")
     node.driver.remove("image")
     node.source.set_faults()
-    wait_until(lambda: all(store.has(hashlib.sha256(one).digest()) for one in (LARGE, content)), "all is here")
+    wait_until(
+        lambda: all(store.has(hashlib.sha256(one).digest()) for one in (LARGE, content)), "all objects have arrived"
+    )
 
 
 def kill_reader(path: Path, is_fetched: Callable[[], bool]) -> None:
-    """Somebody reads the file, and is killed while it is being fetched."""
+    """Start a reader of the file, and kill it while the file is being fetched."""
     reader = subprocess.Popen(["cat", path])
     wait_until(is_fetched, "it is being fetched")
     reader.kill()
@@ -318,16 +321,16 @@ def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
     node.source.set_faults()
 
 
-def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNode) -> None:
+def test_a_large_file_is_not_held_open_for_a_killed_reader(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
     node.source.set_faults(delay_s=2.0)
     root = node.run("c1")
     kill_reader(root / "lib/large", lambda: len(fetches(node, "layout")) == 1)
     wait_until(lambda: node.status().arriving == 1, "the layout is here")
-    wait_until(lambda: node.status().serving == 0, "nobody has it open")
+    wait_until(lambda: node.status().serving == 0, "the file is closed")
 
 
-def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:
+def test_names_that_are_not_objects_do_not_exist(node: LazyNode) -> None:
     lazy = node.settings.lazy_mount_path
     for name in (b"a", b"\x01!", b"\x01a/short", b"\x01a/" + b"!" * 20, b"\x01a/" + b"b" * 20, b"\x01a/" + b"b" * 21):
         for tree in (b"fetch", b"failed", b""):

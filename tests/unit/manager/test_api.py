@@ -13,7 +13,7 @@ import pytest
 from gearworkers.manager.server import ManagerServer
 from gearworkers.settings import ManagerSettings, Settings
 from tests.support.manager_calls import call, push, sha256
-from tests.support.remotes import Service, ask, figures
+from tests.support.remotes import Service, get_json, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +33,14 @@ def test_a_document_has_versions(server: Service) -> None:
 def test_nodes_join_and_are_listed(server: Service) -> None:
     assert call(server, "POST", "/v1/join", b'{"node": "alpha"}')[0] == 200
     call(server, "POST", "/v1/query", b'{"digests": []}', {"Gear-Node": "beta"})
-    nodes = ask(server, "/v1/nodes")
+    nodes = get_json(server, "/v1/nodes")
     assert isinstance(nodes, list)
     assert {"alpha", "beta"} <= {node["node"] for node in nodes}
     assert call(server, "POST", "/v1/join", b'{"node": ""}')[0] == 400
 
 
 def test_every_call_is_in_the_openapi_document(server: Service, tmp_path: Path) -> None:
-    described = ask(server, "/openapi.json")
+    described = get_json(server, "/openapi.json")
     assert isinstance(described, dict)
     documented = {(method.upper(), path) for path, calls in described["paths"].items() for method in calls}
     settings = replace(Settings(), gear_root=tmp_path, manager=ManagerSettings(listen="127.0.0.1:0"))
@@ -51,7 +51,7 @@ def test_every_call_is_in_the_openapi_document(server: Service, tmp_path: Path) 
 
 
 def test_the_openapi_document_is_valid_and_describes_the_responses(server: Service) -> None:
-    described = ask(server, "/openapi.json")
+    described = get_json(server, "/openapi.json")
     assert isinstance(described, dict)
     openapi_spec_validator.validate(described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
     push(server, b"documented")
@@ -75,7 +75,7 @@ def test_the_openapi_document_is_valid_and_describes_the_responses(server: Servi
 
 def test_requests_are_counted(server: Service) -> None:
     name = 'gear_manager_requests_total{call="query",status="200"}'
-    before = figures(server).get(name, 0)
+    before = read_metrics(server).get(name, 0)
     call(server, "POST", "/v1/query", b'{"digests": []}')
-    assert figures(server)[name] == before + 1
+    assert read_metrics(server)[name] == before + 1
     assert call(server, "GET", "/healthz")[0] == 200

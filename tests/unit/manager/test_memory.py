@@ -22,7 +22,7 @@ from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings
 from tests.support.manager_calls import peak_bytes
-from tests.support.remotes import Service, figures, manager_server
+from tests.support.remotes import Service, manager_server, read_metrics
 
 MIB = 1 << 20
 CLIENTS = 24
@@ -74,7 +74,7 @@ def put(store: ManagerStore, content: bytes) -> None:
 
 
 def received_bytes(server: Service) -> float:
-    return figures(server)["gear_manager_received_bytes_total"]
+    return read_metrics(server)["gear_manager_received_bytes_total"]
 
 
 class BlockingStore(DirectoryStore):

@@ -12,7 +12,7 @@ import pytest
 from gearworkers.remote import blob_stream, encoding
 from tests.support.manager_calls import LARGE, address, call, push, sha256
 from tests.support.processes import wait_until
-from tests.support.remotes import Service, figures
+from tests.support.remotes import Service, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_an_interrupted_upload_leaves_nothing(server: Service) -> None:
             client.sendall(b"Content-Length: 1000\r\n\r\n" + b"x" * 500)
     cut = blob_stream.frame(hashlib.sha256(b"cut").digest(), encoding.encode(b"cut"))[:-1]
     assert call(server, "POST", "/v1/push", cut)[0] == 400
-    wait_until(lambda: figures(server)["gear_manager_under_way"] <= 1, "the broken uploads have ended")
+    wait_until(lambda: read_metrics(server)["gear_manager_under_way"] <= 1, "the broken uploads have ended")
     assert stored_files(server) == before
 
 

@@ -46,11 +46,11 @@ def test_a_manager_that_sends_too_slowly_is_unavailable(beginning: bytes) -> Non
 
 @pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
 def test_a_redirect_does_not_confirm_a_push(status: int) -> None:
-    with answering(lambda asked: Answer(status, {"Location": "/login"})) as server:
+    with answering(lambda _: Answer(status, {"Location": "/login"})) as server:
         store = ManagerStore(server.url, RemoteSettings(), "test")
         with pytest.raises(FailedPrecondition, match="is not a manager"):
             store.put_many([(hashlib.sha256(b"x").digest(), encoding.encode(b"x"))])
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("content", [b"secret\nsecret two\n", b"secret\xff", "se\u20accret".encode()])

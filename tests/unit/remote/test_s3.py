@@ -82,10 +82,10 @@ def test_the_region_of_the_url_precedes_the_environments(
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     monkeypatch.setenv("AWS_REGION", environ) if environ else monkeypatch.delenv("AWS_REGION", raising=False)
-    with answering(lambda asked: Answer(404)) as server:
+    with answering(lambda _: Answer(404)) as server:
         url = f"s3://b?endpoint={server.url}" + (f"&region={option}" if option else "")
         open_s3(url, RemoteSettings(aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
-        assert f"/{signed}/s3/aws4_request" in server.asked[0].headers["Authorization"]
+        assert f"/{signed}/s3/aws4_request" in server.requests[0].headers["Authorization"]
 
 
 def test_an_unreachable_server_is_unavailable(tmp_path: Path) -> None:

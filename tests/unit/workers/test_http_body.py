@@ -1,4 +1,4 @@
-"""A body arrives over a handed-over connection complete, or as an error; never shorter."""
+"""Bodies on a handed-over connection: each arrives complete, or reading it fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.processes import wait_until
 
 @dataclass
 class Pair:
-    """The sockets of a claimed job, and their far ends."""
+    """The sockets of a claimed job, and their peers."""
 
     caller: socket.socket
     gateway: socket.socket
@@ -96,7 +96,7 @@ def read_all(body: RequestBody, buffer_bytes: int = 4096) -> bytes:
     buffer_bytes=st.integers(1, 64),
     received_bytes=st.integers(0, 400),
 )
-def test_a_chunked_body_is_the_same_wherever_it_is_cut(
+def test_a_chunked_body_is_decoded_wherever_it_is_split(
     parts: list[bytes], buffer_bytes: int, received_bytes: int
 ) -> None:
     pair = connected()
@@ -116,7 +116,7 @@ def test_a_chunked_body_that_ends_early_is_an_error(parts: list[bytes], data: st
         wire = chunked(parts)
         pair.caller.sendall(wire[: data.draw(st.integers(0, len(wire) - 1))])
         pair.caller.close()
-        with pytest.raises(Unavailable, match="broke off"):
+        with pytest.raises(Unavailable, match="ended early"):
             read_all(pair.claimed().request_body())
     finally:
         pair.close()
@@ -152,11 +152,11 @@ def test_an_empty_body_ends(pair: Pair, wire: bytes, body_bytes: int) -> None:
     assert read_all(pair.claimed(body_bytes=body_bytes).request_body()) == b""
 
 
-def test_a_body_with_a_length_ends_there_and_an_earlier_end_is_an_error(pair: Pair) -> None:
+def test_a_body_ends_at_its_length_and_an_earlier_end_is_an_error(pair: Pair) -> None:
     pair.caller.sendall(b"cdef")
     assert read_all(pair.claimed(b"ab", 6).request_body()) == b"abcdef"
     pair.caller.close()
-    with pytest.raises(Unavailable, match="broke off"):
+    with pytest.raises(Unavailable, match="ended early"):
         read_all(pair.claimed(b"ab", 6).request_body())
 
 
@@ -166,14 +166,14 @@ def test_a_waiting_reader_notices_the_death_of_the_gateway(pair: Pair) -> None:
     buffer = memoryview(bytearray(10))
     assert source.readinto(buffer) == 1
     threading.Timer(0.05, pair.gateway.shutdown, (socket.SHUT_RDWR,)).start()
-    with pytest.raises(Unavailable, match="gateway is gone"):
+    with pytest.raises(Unavailable, match="gateway has died"):
         source.readinto(buffer)
 
 
 def test_a_body_that_ends_after_the_death_of_the_gateway_is_an_error(pair: Pair) -> None:
     pair.caller.sendall(chunked([b"abc"]))
     pair.gateway.close()
-    with pytest.raises(Unavailable, match="gateway is gone"):
+    with pytest.raises(Unavailable, match="gateway has died"):
         read_all(pair.claimed().request_body())
 
 
@@ -191,7 +191,7 @@ def test_written_bytes_arrive_as_one_complete_response(pair: Pair) -> None:
     response.close()
 
 
-def test_the_gateway_learns_of_the_response_just_before_its_first_byte(pair: Pair) -> None:
+def test_the_beginning_of_a_response_is_reported_just_before_its_first_byte(pair: Pair) -> None:
     sink = pair.claimed().response_body()
     sink.write(b"small")
     assert pair.reports() == []
@@ -199,7 +199,7 @@ def test_the_gateway_learns_of_the_response_just_before_its_first_byte(pair: Pai
     assert pair.reports() == [Progress(response_begun=True)]
 
 
-def test_the_gateway_learns_that_a_caller_stalls_and_that_it_continues(pair: Pair) -> None:
+def test_a_stall_of_the_caller_and_its_end_are_reported(pair: Pair) -> None:
     reports: list[Message] = []
 
     def has_reported() -> bool:
@@ -207,7 +207,7 @@ def test_the_gateway_learns_that_a_caller_stalls_and_that_it_continues(pair: Pai
         return bool(reports)
 
     def send_late() -> None:
-        wait_until(has_reported, "the gateway learns of it")
+        wait_until(has_reported, "the stall is reported")
         pair.caller.sendall(chunked([b"late"]))
 
     late = threading.Thread(target=send_late)
@@ -234,21 +234,21 @@ def test_the_limit_for_a_stalled_caller_may_be_infinite(pair: Pair) -> None:
     assert read_all(pair.claimed(idle_s=float("inf"), stalled_s=0.01).request_body()) == b"abc"
 
 
-def test_a_writer_whose_caller_is_gone_gets_an_error(pair: Pair) -> None:
+def test_writing_fails_after_the_caller_has_closed_the_connection(pair: Pair) -> None:
     pair.caller.close()
-    with pytest.raises(Unavailable, match="the caller is gone"):
+    with pytest.raises(Unavailable, match="the caller closed the connection"):
         pair.claimed().response_body().write(bytes(100_000))
 
 
 def test_a_waiting_writer_notices_the_death_of_the_gateway(pair: Pair) -> None:
     threading.Timer(0.05, pair.gateway.shutdown, (socket.SHUT_RDWR,)).start()
     sink = pair.claimed().response_body()
-    with pytest.raises(Unavailable, match="gateway is gone"):
+    with pytest.raises(Unavailable, match="gateway has died"):
         for _ in range(1000):
             sink.write(bytes(1 << 16))
 
 
-def test_messages_arrive_complete_wherever_they_are_cut_and_absurd_ones_are_rejected() -> None:
+def test_split_messages_are_decoded_and_malformed_ones_are_rejected() -> None:
     messages: list[Message] = [Granted(ApplyDiff(gear_root="/gear"), HttpConnection(received=b"abc")), Refused()]
     wire = b"".join(frame(message) for message in messages)
     frames = FrameBuffer()
@@ -258,9 +258,9 @@ def test_messages_arrive_complete_wherever_they_are_cut_and_absurd_ones_are_reje
         if (message := frames.next()) is not None:
             found.append(message)
     assert found == messages
-    for absurd, why in ((b"\xff\xff\xff\x7f", "a message of"), (b"\1\0\0\0\x90", "Expected")):
+    for malformed, why in ((b"\xff\xff\xff\x7f", "a message of"), (b"\1\0\0\0\x90", "Expected")):
         frames = FrameBuffer()
-        frames.feed(absurd)
+        frames.feed(malformed)
         with pytest.raises(InvalidInput, match=why):
             frames.next()
 
@@ -278,7 +278,10 @@ def test_a_caller_notices_the_death_of_a_gateway_in_the_middle_of_a_grant(pair: 
         listener.listen()
         gateway = threading.Thread(target=die, args=(listener,))
         gateway.start()
-        with pytest.raises(Unavailable, match="broke off"), claim(tmp_path / "streams.sock", "token", "worker"):
+        with (
+            pytest.raises(Unavailable, match="closed the connection"),
+            claim(tmp_path / "streams.sock", "token", "worker"),
+        ):
             pass
         gateway.join()
     pair.caller.settimeout(60)

@@ -61,7 +61,7 @@ def test_heavy_jobs_are_acknowledged_early_and_maintenance_late(app: Any) -> Non
     assert all(app.tasks[name].acks_late and app.tasks[name].reject_on_worker_lost for name in MAINTENANCE)
 
 
-def test_no_job_keeps_a_result_and_messages_are_json(app: Any) -> None:
+def test_jobs_keep_no_result_and_messages_are_json(app: Any) -> None:
     assert all(app.tasks[name].ignore_result for name in HEAVY + MAINTENANCE)
     assert app.conf.accept_content == ["json"] and app.conf.task_serializer == "json"
     assert app.conf.worker_prefetch_multiplier == 1
@@ -78,7 +78,7 @@ def test_the_delay_between_attempts_doubles_up_to_a_bound() -> None:
     assert [retry_delay_s(attempt) for attempt in range(10)] == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
 
 
-def test_importing_the_module_makes_no_application(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importing_the_module_creates_no_application(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEAR_ROOT", "not absolute: reading it would raise")
     monkeypatch.delitem(sys.modules, "gearworkers.workers.celery_app")
     assert "app" not in vars(importlib.import_module("gearworkers.workers.celery_app"))
@@ -107,7 +107,7 @@ def test_maintenance_without_a_gateway_is_done(app: Any, root: Path) -> None:
     app.tasks["gearworkers.collect_garbage"](**arguments(collecting(root)))
 
 
-def test_a_process_does_the_job_that_the_gateway_grants_and_not_the_one_from_redis(root: Path) -> None:
+def test_a_process_does_the_granted_job_instead_of_the_job_from_redis(root: Path) -> None:
     settings = Settings.from_environ()
     Engine.of(settings).prepare()
     reports: list[bytes] = []
@@ -170,16 +170,16 @@ def layer_job(source: str) -> LayerJob:
     return LayerJob(source, "127.0.0.1:1/target", f"sha256:{'0' * 64}", 1, f"sha256:{'1' * 64}")
 
 
-def test_a_conversion_for_another_remote_is_rejected_and_sends_it_no_token(
+def test_a_conversion_for_another_remote_is_rejected_and_sends_no_token(
     app: Any, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEAR_REMOTE", "https://user:secret@manager.example.org:2019/")
     monkeypatch.setenv("GEAR_REMOTE_TOKEN", "token")
     job = msgspec.to_builtins(layer_job("127.0.0.1:1/source"))
-    with answering(lambda asked: Answer(200)) as listener:
+    with answering(lambda _: Answer(200)) as listener:
         with pytest.raises(FailedPrecondition) as refusal:
             app.tasks[LAYER_TASK](job, listener.url)
-        assert listener.asked == []
+        assert listener.requests == []
     said = str(refusal.value)
     assert listener.url in said and "https://manager.example.org:2019 " not in said
     assert "GEAR_REMOTE=https://manager.example.org:2019;" in said
@@ -216,7 +216,7 @@ def test_a_push_to_an_unreachable_remote_is_retried_and_one_without_a_remote_is_
 
 
 def _unavailable(engine: Engine) -> int:
-    raise Unavailable("the remote is away")
+    raise Unavailable("the remote is unreachable")
 
 
 @pytest.mark.slow

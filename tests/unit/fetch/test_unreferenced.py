@@ -1,4 +1,4 @@
-"""Large objects that nobody reads, and objects that no image wants any more."""
+"""Large objects without readers, and unreferenced objects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gearworkers.fetch.source import BytesOrLayout, Chunk
 from tests.support.fetching import CHUNK_BYTES, FetchNode, chunk_of, large_content, outcome, sha256, wait_until
 
 
-def forget_all(node: FetchNode) -> None:
-    """Remove all partial files, as if no image were left; then images want everything again."""
-    node.is_wanted = lambda _: False
-    node.fetcher.forget_unwanted(0.0)
-    node.is_wanted = lambda _: True
+def remove_all(node: FetchNode) -> None:
+    """Remove all partial files, as if no image were left; afterwards all objects are referenced again."""
+    node.is_referenced = lambda _: False
+    node.fetcher.remove_unreferenced(0.0)
+    node.is_referenced = lambda _: True
 
 
-def test_a_large_object_that_nobody_reads_is_not_fetched_whole(node: FetchNode) -> None:
+def test_a_large_object_without_readers_is_not_fetched_whole(node: FetchNode) -> None:
     content = large_content()
     node.source.put(content)
     node.source.release()
@@ -32,8 +32,8 @@ def test_a_large_object_that_nobody_reads_is_not_fetched_whole(node: FetchNode) 
     assert node.source.single == []
 
 
-def test_partial_files_are_removed_with_their_image_unless_they_were_read_lately(node: FetchNode) -> None:
-    contents = wanted, read, unread = [large_content(seed) for seed in range(3)]
+def test_partial_files_are_removed_with_their_image_unless_they_were_read_recently(node: FetchNode) -> None:
+    contents = referenced, read, unread = [large_content(seed) for seed in range(3)]
     for content in contents:
         node.source.put(content)
     node.source.release()
@@ -41,14 +41,14 @@ def test_partial_files_are_removed_with_their_image_unless_they_were_read_lately
         node.prefetch_ranges(content, (0, 1))
     wait_until(lambda: node.prefetcher.stats.contents == 3)
     node.read(read, 0, 5)
-    node.is_wanted = lambda digest: digest == sha256(wanted)
-    node.fetcher.forget_unwanted(60.0)
+    node.is_referenced = lambda digest: digest == sha256(referenced)
+    node.fetcher.remove_unreferenced(60.0)
     assert [node.is_arriving(content) for content in contents] == [True, True, False]
-    assert node.partial_names() == {sha256(wanted).hex(), sha256(read).hex()}
+    assert node.partial_names() == {sha256(referenced).hex(), sha256(read).hex()}
     assert node.read(unread, 0, 5) == unread[:5]
-    node.fetcher.forget_unwanted(0.0)
+    node.fetcher.remove_unreferenced(0.0)
     assert [node.is_arriving(content) for content in contents] == [True, False, False]
-    assert node.partial_names() == {sha256(wanted).hex()}
+    assert node.partial_names() == {sha256(referenced).hex()}
 
 
 def test_a_download_ends_when_its_image_is_removed_and_starts_again_for_the_next_one(node: FetchNode) -> None:
@@ -59,25 +59,25 @@ def test_a_download_ends_when_its_image_is_removed_and_starts_again_for_the_next
     wait_until(lambda: first in node.source.single)
     download = node.fetcher.get(digest)
     assert download is not None
-    node.is_wanted = lambda _: False
-    node.fetcher.forget_unwanted(0.0)
+    node.is_referenced = lambda _: False
+    node.fetcher.remove_unreferenced(0.0)
     assert outcome(fetched) is NotFound
     held.set()
     node.wait_for_threads()
     assert not node.is_arriving(content) and not node.store.has(digest)
     assert node.partial_names() == set()
     assert outcome(download.read(0, 5)) is NotFound
-    node.is_wanted = lambda _: True
+    node.is_referenced = lambda _: True
     assert node.fetch_whole(content) is None
     assert node.store.has(digest)
 
 
-def test_objects_that_no_image_wants_when_they_arrive_are_not_stored(node: FetchNode) -> None:
+def test_objects_that_are_unreferenced_on_arrival_are_not_stored(node: FetchNode) -> None:
     small = b"small"
     contents = (small, large_content())
     for content in contents:
         node.source.put(content)
-    node.is_wanted = lambda _: False
+    node.is_referenced = lambda _: False
     assert [node.fetch_whole(content) for content in contents] == [None, None]
     node.source.release()
     node.prefetch([sha256(small)], len(small))
@@ -93,7 +93,7 @@ def test_a_large_object_in_a_batch_request_is_not_removed_before_the_request_end
     del node.source.contents[sha256(missing)]
 
     def is_removed() -> bool:
-        forget_all(node)
+        remove_all(node)
         assert node.is_arriving(content) is (node.partial_files / digest.hex()).exists()
         return not node.is_arriving(content)
 
@@ -124,13 +124,13 @@ def test_a_large_object_is_not_removed_while_it_is_published(node: FetchNode) ->
     node.source.release()
     publishing: list[bytes] = []
 
-    def is_wanted(digest: bytes) -> bool:
-        """Called when the whole object is verified."""
+    def is_referenced(digest: bytes) -> bool:
+        """Run when the whole object is verified."""
         publishing.append(digest)
-        forget_all(node)
+        remove_all(node)
         return True
 
-    node.is_wanted = is_wanted
+    node.is_referenced = is_referenced
     node.prefetch_ranges(content, (0, len(content)))
     node.wait_for([digest])
     assert publishing == [digest]
@@ -140,7 +140,7 @@ def test_a_large_object_is_not_removed_while_it_is_published(node: FetchNode) ->
 
 
 class ObservedLayout(list[Chunk]):
-    """A layout that calls back each time somebody goes through it."""
+    """A layout that calls back each time it is iterated."""
 
     def __init__(self, layout: BytesOrLayout, call: Callable[[], object]) -> None:
         super().__init__(chunk for chunk in layout if isinstance(chunk, Chunk))
@@ -158,11 +158,11 @@ def test_a_large_object_is_not_removed_while_its_layout_is_prepared(
     digest = node.source.put(content)
     add = ChunkIndex.add
 
-    def forget_first(index: ChunkIndex, digest: bytes, layout: Sequence[Chunk]) -> None:
-        forget_all(node)
+    def remove_first(index: ChunkIndex, digest: bytes, layout: Sequence[Chunk]) -> None:
+        remove_all(node)
         add(index, digest, layout)
 
-    monkeypatch.setattr(ChunkIndex, "add", forget_first)
+    monkeypatch.setattr(ChunkIndex, "add", remove_first)
     node.source.release()
     node.prefetch_ranges(content, (0, len(content)))
     node.wait_for([digest])
@@ -170,16 +170,16 @@ def test_a_large_object_is_not_removed_while_its_layout_is_prepared(
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_a_reader_that_comes_while_a_prefetched_layout_is_prepared_gets_the_object(
+def test_a_reader_that_arrives_while_a_prefetched_layout_is_prepared_gets_the_object(
     node: FetchNode, is_right: bool
 ) -> None:
     content = large_content()
     digest = node.source.put(content)
-    is_preparing, is_let = threading.Event(), threading.Event()
+    is_preparing, may_continue = threading.Event(), threading.Event()
 
     def wait() -> None:
         is_preparing.set()
-        assert is_let.wait(20)
+        assert may_continue.wait(20)
 
     layout = ObservedLayout(node.source.contents[digest], wait)
     if not is_right:
@@ -188,7 +188,7 @@ def test_a_reader_that_comes_while_a_prefetched_layout_is_prepared_gets_the_obje
     adopting.start()
     assert is_preparing.wait(20)
     opened = node.fetcher.open(digest, len(content))
-    is_let.set()
+    may_continue.set()
     adopting.join(20)
     download = opened.result(20)
     assert download is not None and download is node.fetcher.get(digest)

@@ -1,0 +1,36 @@
+"""The control socket of the lazy file server, without a file system."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from gearworkers.errors import InvalidInput, NotFound
+from gearworkers.lazyfs.client import LazyStatus, request_prefetch
+from gearworkers.lazyfs.control import ControlServer
+
+
+def no_status() -> LazyStatus:
+    raise AssertionError("these tests request no status")
+
+
+def test_connections_that_wait_to_be_accepted_are_not_refused(tmp_path: Path) -> None:
+    with ControlServer(tmp_path / "socket", no_status, {}) as control, ExitStack() as stack:
+        control._server.shutdown()  # it accepts none of them
+        for _ in range(50):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.settimeout(1.0)
+            waiting.connect(str(tmp_path / "socket"))
+
+
+def test_the_error_of_a_request_is_reported_to_its_caller(tmp_path: Path) -> None:
+    def fail(body: bytes) -> None:
+        raise NotFound("layer <a>: there is none")
+
+    path = tmp_path / "socket"
+    with ControlServer(path, no_status, {"/prefetch": fail}), pytest.raises(InvalidInput) as caught:
+        request_prefetch(path, ["a"])
+    assert str(caught.value) == "POST /prefetch: layer <a>: there is none"
