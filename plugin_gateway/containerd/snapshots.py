@@ -196,7 +196,7 @@ class Snapshots:
         source, settings = Path(mounts[0].source), self._engine.settings
         if source == self._root / _EMPTY:
             return ""
-        if source.parent == self._views:
+        if source.parent == self._views and source.name.isdecimal():
             return self._rows.numbered(int(source.name)).layer
         directory = source.parent if source.name == MERGED else source
         if directory.parent in (settings.gear_images_path, settings.gear_containers_path):
@@ -314,7 +314,11 @@ class Snapshots:
 
         Raises:
             NotFound: There is no such layer.
+            FailedPrecondition: It belongs to a committed snapshot.
         """
+        owner = self._rows.owner(id)
+        if owner.kind is not SnapshotKind.ACTIVE:
+            raise FailedPrecondition(f"snapshot {owner.name} is not active, so no blob can be applied to it")
         self._engine.unmount(id)
         return self._engine.layers.get(id).parent
 

@@ -74,6 +74,9 @@ def test_a_view_has_the_layer_of_its_parent(table: SnapshotTable) -> None:
     base = committed(table, "base")
     assert add(table, "view", "base", SnapshotKind.VIEW).layer == base.layer
     assert add(table, "empty", "", SnapshotKind.VIEW).layer == ""
+    assert table.owner(base.layer) == base
+    with pytest.raises(NotFound, match="snapshot-99"):
+        table.owner("snapshot-99")
 
 
 def test_a_committed_snapshot_keeps_number_and_layer(table: SnapshotTable) -> None:
