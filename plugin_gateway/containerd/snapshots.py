@@ -170,9 +170,10 @@ class Snapshots:
         return self._mounts(self._rows.get(key))
 
     def _mounts(self, snapshot: Snapshot) -> list[Mount]:
-        if snapshot.kind is SnapshotKind.COMMITTED:
-            raise FailedPrecondition(f"snapshot {snapshot.name} is committed, so it has no mounts")
         with self._locks.held(snapshot.layer):
+            snapshot = self._rows.numbered(snapshot.number)  # again: it may have been removed or committed meanwhile
+            if snapshot.kind is SnapshotKind.COMMITTED:
+                raise FailedPrecondition(f"snapshot {snapshot.name} is committed, so it has no mounts")
             if snapshot.kind is SnapshotKind.VIEW:
                 return [_bind(self._mounted_view(snapshot), "ro")]
             layer = self._engine.layers.get(snapshot.layer)
