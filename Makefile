@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup rootfs images up demo test check bench
+.PHONY: help setup rootfs images containerd up demo test check protos bench
 help:
 	@echo "make setup    install missing Debian packages and build .venv; every other target does so first"
 	@echo "make demo     run the same job on gearworkers and on overlay2 and compare; leaves nothing behind"
 	@echo "make up       run the stack in the foreground until SIGTERM or Ctrl-C"
 	@echo "make check    run linters, type checks and quick tests"
 	@echo "make test     run all tests, those on a real dockerd included"
+	@echo "make protos   generate the messages of containerd's API from their .proto files"
 	@echo "make rootfs   make the root file systems that tests and benchmarks use"
 	@echo "make images   make the application images that tests use"
+	@echo "make containerd  unpack a newer containerd and Docker, which tests use"
 	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
 	@echo "              import shared load parallel build save run read chown memory"
 	@echo "              convert many reread lazy local bytes storage second"
@@ -31,7 +33,11 @@ up: setup
 demo: rootfs
 	@exec $(VENV)/python -m bench.demo
 
-test: rootfs images
+# A containerd and a Docker that know containerd's image store, for the tests.
+containerd: setup
+	@$(VENV)/python -m tests.support.newer_docker
+
+test: rootfs images containerd
 	@exec $(VENV)/python -m tests.support.run
 
 check: setup
@@ -40,6 +46,9 @@ check: setup
 	$(VENV)/mypy
 	$(VENV)/lint-imports
 	$(VENV)/python -m pytest -q -n auto -m "not dockerd and not slow" tests/unit
+
+protos: setup
+	@$(VENV)/python packaging/protos.py
 
 bench: rootfs
 	@exec $(VENV)/python -m bench

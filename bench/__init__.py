@@ -1,1 +1,1 @@
-"""gearworkers beside Docker's overlay2: the same dockerd, the same disk, in turns."""
+"""Benchmarks of gearworkers against Docker's overlay2: the same dockerd and the same disk, measured in turns."""

@@ -1,4 +1,4 @@
-"""`python -m bench [NAME…]`: measure these rows, all without a name; a table, then JSON lines."""
+"""`python -m bench [NAME…]`: run these benchmarks, or all; print a table, then JSON lines."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "reread": reread,
 }
 IMAGES = {"lazy": (OLD,), "local": (OLD,), "bytes": (OLD,), "second": VERSIONS, "storage": VERSIONS}
-"""Versions of the five images that a row needs; made from the network, so before the sandbox begins."""
+"""Versions of the application images that a benchmark needs; made before the sandbox starts, which has no network."""
 
 
 def main(names: list[str]) -> int:
-    """Measure in a sandbox; returns the exit code, which a missed goal does not make an error."""
+    """Run the benchmarks in a sandbox; return the exit code. A missed goal is not an error."""
     if unknown := set(names) - set(ROWS):
-        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}", file=sys.stderr)
+        print(f"unknown benchmark: {', '.join(sorted(unknown))}; choose from {', '.join(ROWS)}", file=sys.stderr)
         return 2
     if not sandbox.is_inside():
         appimages.make(sorted({version for name in names or ROWS for version in IMAGES.get(name, ())}))

@@ -16,7 +16,7 @@ _HALF_GB = TreeSize(entries=26_000, content_bytes=500_000_000)
 
 
 def build_steps() -> list[Figure]:
-    """`docker build` of ten small steps."""
+    """Measure `docker build` of ten small steps."""
     pairs = Pairs()
     with fresh_disk() as disk, both_sides(disk) as sides:
         for side in sides:
@@ -28,7 +28,7 @@ def build_steps() -> list[Figure]:
 
 
 def save() -> list[Figure]:
-    """`docker save` of an image built in ten steps."""
+    """Measure `docker save` of an image built in ten steps."""
     pairs = Pairs()
     with fresh_disk() as disk, both_sides(disk) as sides:
         for side in sides:
@@ -41,7 +41,7 @@ def save() -> list[Figure]:
 
 
 def chown_tree() -> list[Figure]:
-    """`RUN chown -R` of a tree of 500 MB: time, and bytes that it adds on disk."""
+    """Measure `RUN chown -R` of a tree of 500 MB: time, and bytes added on disk."""
     times, added = Pairs(), Pairs()
     with fresh_disk() as disk:
         tar = disk / "tree.tar"
@@ -62,7 +62,7 @@ def chown_tree() -> list[Figure]:
 
 
 def _context(tar: Path) -> Path:
-    """A build context that holds the tar alone."""
+    """Return a build context that contains only the tar."""
     context = tar.parent / "context"
     context.mkdir(exist_ok=True)
     if not (context / tar.name).exists():

@@ -1,4 +1,4 @@
-"""Containers: start-up, and reading a whole tree, cold and warm."""
+"""Containers: start-up, and reads of a whole tree, cold and warm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PRINT = "; print(time.monotonic()-t)"
 
 
 def run_true() -> list[Figure]:
-    """`docker run --rm` of `true`, warm."""
+    """Measure `docker run --rm` of `true`, warm."""
     pairs = Pairs()
     with fresh_disk() as disk, both_sides(disk) as sides:
         for side in sides:
@@ -37,7 +37,7 @@ def run_true() -> list[Figure]:
 
 
 def read_tree() -> list[Figure]:
-    """A whole tree read in a container, cold and warm; 20,000 files stat'ed, before and after they were read."""
+    """Measure reads of a whole tree in a container, cold and warm, and stat of 20,000 files before and after reads."""
     cold, warm, stats, unread = Pairs(), Pairs(), Pairs(), Pairs()
     stat = _STAT.format(count=_STATS)
     with fresh_disk() as disk:
@@ -64,7 +64,7 @@ def read_tree() -> list[Figure]:
 
 
 def _tree_container(side: Side, disk: Path) -> str:
-    """A running container of Debian with the tree in it."""
+    """Start a Debian container that contains the tree; return its id."""
     context = disk / "context"
     context.mkdir(exist_ok=True)
     if not (context / "tree.tar").exists():
@@ -76,5 +76,5 @@ def _tree_container(side: Side, disk: Path) -> str:
 
 
 def _timed(side: Side, container: str, script: str) -> float:
-    """Seconds that a Python script in the container takes, without docker's own."""
+    """Run a Python script in the container; return its seconds, without those of `docker exec`."""
     return float(side.dockerd.docker("exec", container, "python3", "-c", script + _PRINT))

@@ -1,4 +1,4 @@
-"""Conversion of a layer, against unpacking it: `gunzip -c | tar -x`."""
+"""Conversion of a layer, compared with unpacking it by `gunzip -c | tar -x`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _P = ParamSpec("_P")
 
 
 @dataclass
-class _Taken:
-    """Of each turn, on the clock and of all processors."""
+class _Times:
+    """Wall-clock and CPU seconds of each turn."""
 
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
@@ -40,16 +40,17 @@ class _Taken:
 
 
 def convert() -> list[Figure]:
-    """A Debian layer, and one that shares 96 % of its files with it, from a registry into a directory and a registry.
+    """Measure the conversion of a Debian layer, and of a second layer that shares 96 % of its files with the first.
 
-    The converted layer is durable when it is done. The peer's files are not, except in the figure that says so.
+    The source is a registry; the target is a registry, with the contents in a directory. A converted layer is durable
+    on return. The peer's files are not, except in the figure "with sync".
     """
-    ours, shared, peer, synced = _Taken(), _Taken(), _Taken(), _Taken()
+    ours, shared, peer, synced = _Times(), _Times(), _Times(), _Times()
     with fresh_disk() as disk:
         registry = Registry(disk / "registry")
         registry.start()
         try:
-            jobs = [_pushed(disk, registry, path) for path in (rootfs.debian(), rootfs.debian_variant())]
+            jobs = [_push_layer(disk, registry, path) for path in (rootfs.debian(), rootfs.debian_variant())]
             for turn in range(TURNS):
                 directory = disk / f"turn{turn}"
                 settings = _settings(directory)
@@ -78,8 +79,8 @@ def _settings(directory: Path) -> Settings:
     return Settings(gear_root=directory / "gear", remote=RemoteSettings(url=str(directory / "remote")))
 
 
-def _pushed(disk: Path, registry: Registry, tar: Path) -> LayerJob:
-    """The layer, compressed by gzip, in the registry, and beside it in a file."""
+def _push_layer(disk: Path, registry: Registry, tar: Path) -> LayerJob:
+    """Push the layer, compressed by gzip, and keep it as the file disk/DIGEST too; return its job."""
     blob = disk / f"{tar.stem}.gz"
     with blob.open("wb") as out:
         subprocess.run(["gzip", "-n", "-c", str(tar)], stdout=out, check=True)
@@ -94,7 +95,7 @@ def _pushed(disk: Path, registry: Registry, tar: Path) -> LayerJob:
 
 
 def _push_image(source: str, digest: str, size_bytes: int, diff_id: str) -> None:
-    """So that the source names an image."""
+    """Push a manifest and a config, so that *source* names an image."""
     repository = Repository.of(RegistrySettings(), Reference.parse(source))
     config = m.encode({"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [diff_id]}})
     with open(os.memfd_create("config"), "w+b") as file:
@@ -124,6 +125,6 @@ def _unpack(blob: Path, target: Path, then: str = "") -> None:
 
 
 def _cpu_s() -> float:
-    """User and system time of this process and the children it has waited for."""
+    """Return the user and system time of this process and of the children it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

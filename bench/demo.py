@@ -1,4 +1,4 @@
-"""`make demo`: the main job on real input, on gearworkers and then on overlay2, and a table of both."""
+"""`make demo`: run the same steps on real images, on gearworkers and then on overlay2, and show a table of both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.dockerd import Dockerd
 from tests.support.stack import Stack
 
 RECORD_BYTES = 40
-"""Of a layer's `objects` list: a digest of 32 bytes and a size."""
+"""Length of a record in a layer's `objects` list: a digest of 32 bytes and a size."""
 _STEPS = (
     b"FROM first\n"
     b"RUN mkdir /app && cp -a /usr/lib/git-core /app/git-core\n"
@@ -38,21 +38,21 @@ class Outcome:
     shared_files: int | None = None
 
     def step(self, name: str, work: Callable[[], str]) -> str:
-        """Do one step and keep its time."""
+        """Run one step and record its time; return its output."""
         begin = time.perf_counter()
-        said = work()
+        output = work()
         self.seconds[name] = time.perf_counter() - begin
-        return said
+        return output
 
 
-def job(side: Side) -> Outcome:
+def run_steps(side: Side) -> Outcome:
     """Import, run, build, run the built image, import a second image that shares most files, run it."""
     outcome, docker = Outcome(), side.dockerd.docker
     outcome.step("import a Debian", lambda: docker("import", str(rootfs.debian()), "first"))
     outcome.step("run a container", lambda: side.dockerd.run("first", "git", "--version"))
     outcome.step("build 4 steps on it", lambda: docker("build", "-t", "built", "-", stdin=_STEPS))
-    said = outcome.step("run the built image", lambda: side.dockerd.run("built"))
-    assert said == "done", said
+    output = outcome.step("run the built image", lambda: side.dockerd.run("built"))
+    assert output == "done", output
     outcome.step("import a second Debian", lambda: docker("import", str(rootfs.debian_variant()), "second"))
     outcome.step("run the second", lambda: side.dockerd.run("second", "cat", "/etc/debian_version"))
     outcome.stored_bytes = side.stored_bytes()
@@ -62,7 +62,7 @@ def job(side: Side) -> Outcome:
 
 
 def shared_objects(gear_root: Path) -> int:
-    """Contents that more than one layer refers to."""
+    """Return the number of objects that more than one layer refers to."""
     seen: set[bytes] = set()
     shared: set[bytes] = set()
     for path in gear_root.glob("images/*/objects"):
@@ -74,7 +74,7 @@ def shared_objects(gear_root: Path) -> int:
 
 
 def logical_bytes(*tars: Path) -> int:
-    """The sizes of all files in the tars."""
+    """Return the sum of the sizes of all files in the tars."""
     total = 0
     for path in tars:
         with tarfile.open(path) as tar:
@@ -84,7 +84,7 @@ def logical_bytes(*tars: Path) -> int:
 
 @contextmanager
 def running(disk: Path, driver: str) -> Iterator[Side]:
-    """A dockerd with *driver*; for gearworkers the Procfile's processes, brought up as by `make up`."""
+    """Run a dockerd with *driver*; for gearworkers also the processes of `make up`."""
     stack = Stack(disk / "stack") if driver == "gear" else None
     side = Side(Dockerd(driver, disk / driver, driver), stack)
     try:
@@ -99,7 +99,7 @@ def running(disk: Path, driver: str) -> Iterator[Side]:
 
 
 def show(ours: Outcome, peer: Outcome) -> None:
-    """The table: seconds of each step, bytes logical and stored, files shared."""
+    """Print the table: seconds of each step, logical and stored bytes, shared files."""
     table = Table("", "gearworkers", "overlay2", title="the same steps, the same dockerd, the same disk")
     for name, taken_s in ours.seconds.items():
         table.add_row(f"{name}, s", f"{taken_s:.2f}", f"{peer.seconds[name]:.2f}")
@@ -111,7 +111,7 @@ def show(ours: Outcome, peer: Outcome) -> None:
 
 
 def main() -> int:
-    """Run the job in a sandbox, from which nothing is left."""
+    """Run the steps in a sandbox, which leaves nothing behind."""
     if not sandbox.is_inside():
         return sandbox.run([sys.executable, "-m", "bench.demo"])
     outcomes = []
@@ -119,7 +119,7 @@ def main() -> int:
         for driver in ("gear", "overlay2"):
             print(f"running the steps on {driver}", flush=True)
             with running(disk, driver) as side:
-                outcomes.append(job(side))
+                outcomes.append(run_steps(side))
     show(*outcomes)
     return 0
 

@@ -1,4 +1,4 @@
-"""The frame of every benchmark: two sides on one fresh disk, measured in turns, and figures that are ratios."""
+"""Common code of the benchmarks: two sides on one fresh disk, measured in turns; figures are ratios."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.stack import Stack
 
 DISK_BYTES = 60 << 30
 _P = ParamSpec("_P")
-_WARM_AT_MOST_BYTES = 10 << 30
+_MAX_WARM_BYTES = 10 << 30
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """ours ÷ peer."""
+        """Ours ÷ peer; None without a peer."""
         return None if self.peer is None else self.ours / self.peer
 
     @property
@@ -56,7 +56,7 @@ class Figure:
         return (self.ours if self.ratio is None else self.ratio) <= self.goal
 
     def json(self) -> str:
-        """The figure as one line."""
+        """Return the figure as one line of JSON."""
         ratio = None if self.ratio is None else round(self.ratio, 3)
         peer = None if self.peer is None else round(self.peer, 4)
         fields = {"work": self.work, "ours": round(self.ours, 4), "peer": peer, "ratio": ratio}
@@ -65,7 +65,7 @@ class Figure:
 
 @dataclass
 class Side:
-    """A dockerd with one driver, and for ours the stack that serves it."""
+    """A dockerd with one driver, and for gearworkers the stack that serves it."""
 
     dockerd: Dockerd
     stack: Stack | None
@@ -82,13 +82,13 @@ class Side:
         self.dockerd.start()
 
     def stop(self) -> None:
-        """End both."""
+        """Stop dockerd, then the stack."""
         self.dockerd.stop()
         if self.stack is not None:
             self.stack.stop()
 
     def stored_bytes(self) -> int:
-        """Bytes on disk of its images, containers and bookkeeping."""
+        """Return the bytes on disk of images, containers and metadata."""
         os.sync()
         ours = tree_bytes(self.stack.root) if self.stack is not None else 0
         return ours + tree_bytes(self.dockerd.data_root)
@@ -102,17 +102,17 @@ class Pairs:
     peer: list[float] = field(default_factory=list)
 
     def add(self, side: Side, value: float) -> None:
-        """Keep one value."""
+        """Record one value."""
         (self.ours if side.is_ours else self.peer).append(value)
 
     def figure(self, work: str, goal: float | None) -> Figure:
-        """The medians, as a figure."""
+        """Return the medians as a figure."""
         return Figure(work, statistics.median(self.ours), statistics.median(self.peer), goal)
 
 
 @contextmanager
 def fresh_disk() -> Iterator[Path]:
-    """A new ext4, mounted; gone at the end."""
+    """Mount a new ext4 for the duration of the context; yield its path."""
     image, path = sandbox.scratch() / "bench.img", sandbox.scratch() / "bench"
     mount_fresh(image, path, DISK_BYTES)
     try:
@@ -123,11 +123,11 @@ def fresh_disk() -> Iterator[Path]:
 
 
 def make_sides(directory: Path, settings: Mapping[str, str] | None = None) -> tuple[Side, Side]:
-    """Ours and the peer, with empty data roots below *directory*, not started.
+    """Return gearworkers and the peer, not started, with empty data roots below *directory*.
 
     Args:
-        directory: Made here.
-        settings: Further GEAR_… variables of our stack.
+        directory: Must not exist yet.
+        settings: Further GEAR_… variables of the gearworkers stack.
     """
     directory.mkdir()
     stack = Stack(directory / "stack", "gear", dict(settings or {}))
@@ -137,7 +137,7 @@ def make_sides(directory: Path, settings: Mapping[str, str] | None = None) -> tu
 
 @contextmanager
 def both_sides(disk: Path, turn: int = 0) -> Iterator[tuple[Side, Side]]:
-    """Both sides with empty data roots, running; ours first in even turns, the peer first in odd ones."""
+    """Run both sides with empty data roots; yield gearworkers first in even turns, the peer first in odd ones."""
     ours, peer = make_sides(disk / f"turn{turn}")
     try:
         ours.start()
@@ -149,7 +149,7 @@ def both_sides(disk: Path, turn: int = 0) -> Iterator[tuple[Side, Side]]:
 
 
 def seconds(work: Callable[_P, object], *arguments: _P.args, **options: _P.kwargs) -> float:
-    """How long *work* takes, everything that was dirty before written first."""
+    """Write all dirty pages, then do *work*; return the seconds that *work* took."""
     os.sync()
     begin = time.perf_counter()
     work(*arguments, **options)
@@ -157,22 +157,22 @@ def seconds(work: Callable[_P, object], *arguments: _P.args, **options: _P.kwarg
 
 
 def drop_caches() -> None:
-    """Make the next reads cold."""
+    """Drop the page cache, so that the next reads are cold."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def nothing_arrives(side: Side) -> bool:
-    """Whether all objects that ours has begun to fetch are here."""
+def is_fetching_done(side: Side) -> bool:
+    """Return whether gearworkers has finished all fetches it began."""
     assert side.stack is not None
     return side.stack.lazy_status().arriving == 0
 
 
 def warm_memory() -> None:
-    """Touch free memory once: on a virtual machine the first touch of a page is far slower than all later ones."""
+    """Touch free memory once: on a virtual machine the first touch of a page is far slower than later ones."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free_bytes = int(fields["MemFree"].split()[0]) * 1024
-    with mmap.mmap(-1, min(free_bytes * 3 // 4, _WARM_AT_MOST_BYTES)) as area:
+    with mmap.mmap(-1, min(free_bytes * 3 // 4, _MAX_WARM_BYTES)) as area:
         for offset in range(0, len(area), mmap.PAGESIZE):
             area[offset] = 1
 

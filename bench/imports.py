@@ -1,4 +1,4 @@
-"""Images come in: one large, one that shares, one of many layers, four at once."""
+"""Imports: one large image, one that shares files, one of many layers, four at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYERS_OVER_DEBIAN = 4
 
 
 def import_one() -> list[Figure]:
-    """`docker import` of 1 GB in more than 50,000 entries of which nothing is shared."""
+    """Measure `docker import` of 1 GB in more than 50,000 entries that share nothing."""
     pairs = Pairs()
     with fresh_disk() as disk:
         tar = disk / "tree.tar"
@@ -30,7 +30,7 @@ def import_one() -> list[Figure]:
 
 
 def import_shared() -> list[Figure]:
-    """`docker import` of a second image that shares at least 90 % of its bytes with the first."""
+    """Measure `docker import` of a second image that shares at least 90 % of its bytes with the first."""
     pairs = Pairs()
     with fresh_disk() as disk:
         for turn in range(TURNS):
@@ -43,7 +43,7 @@ def import_shared() -> list[Figure]:
 
 
 def load_layers() -> list[Figure]:
-    """`docker load`, and `docker pull` from a local registry, of an image of five layers."""
+    """Measure `docker load`, and `docker pull` from a local registry, of an image of five layers."""
     loads, pulls = Pairs(), Pairs()
     with fresh_disk() as disk:
         registry = Registry(disk / "registry")
@@ -78,7 +78,7 @@ def _make_layered(disk: Path, name: str) -> None:
 
 
 def import_parallel() -> list[Figure]:
-    """Four different images imported at once."""
+    """Measure the import of four different images at once."""
     pairs = Pairs()
     with fresh_disk() as disk:
         tars = [disk / f"{number}.tar" for number in range(4)]

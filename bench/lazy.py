@@ -1,4 +1,4 @@
-"""Five applications started on an empty host: the time until they answer, and the bytes they fetch."""
+"""Five applications started on an empty host: the time to the first response, and the bytes received."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from bench.frame import Figure, Side, drop_caches, fresh_disk, make_sides, nothing_arrives
-from bench.servers import Held, Servers, far, near
+from bench.frame import Figure, Side, drop_caches, fresh_disk, is_fetching_done, make_sides
+from bench.servers import ServerData, Servers, far, near
 from tests.support.applications import APPLICATIONS, Application
 from tests.support.disk import file_bytes, tree_bytes
 from tests.support.processes import wait_until
@@ -25,47 +25,49 @@ _PROFILES = Path("documents/profiles")
 
 @dataclass(frozen=True)
 class Start:
-    """One start."""
+    """One start of an application."""
 
     seconds: float
-    """From the pull until the first answer."""
+    """From the pull to the first response."""
     received_bytes: int
     answer: bytes
 
 
 @dataclass
 class Starts:
-    """Of one application, by side."""
+    """The starts of one application on each side."""
 
     ours: list[Start] = field(default_factory=list)
     peer: list[Start] = field(default_factory=list)
 
     def figure(self, work: str, goal: float | None, value: Callable[[Start], float]) -> Figure:
-        """Medians of *value*."""
+        """Return the medians of *value* as a figure."""
         ours = statistics.median(value(start) for start in self.ours)
         return Figure(work, ours, statistics.median(value(start) for start in self.peer), goal)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All starts over one network; *cold* ones had no profile of a start elsewhere."""
+    """All starts over one network, by application."""
 
     cold: Mapping[str, Starts]
+    """Starts without a profile."""
     profiled: Mapping[str, Starts]
+    """Starts with a profile of a start on another host."""
 
 
 def lazy() -> list[Figure]:
-    """Seconds over the slow network."""
+    """Measure seconds over the slow network."""
     return _times("100 Mbit/s and 20 ms", _measured_far(), 0.2, statistics.median, "median")
 
 
 def local() -> list[Figure]:
-    """Seconds over loopback."""
+    """Measure seconds over loopback."""
     return _times("loopback", _measure(near), 1.0, max, "slowest")
 
 
 def received() -> list[Figure]:
-    """Bytes over the slow network."""
+    """Measure bytes over the slow network."""
     found = []
     for name, starts in _kinds(_measured_far()):
         figures = [
@@ -78,42 +80,45 @@ def received() -> list[Figure]:
 
 
 def second() -> list[Figure]:
-    """Bytes of versions 2 and 3 on a host where the previous version has answered and its opened files have arrived."""
+    """Measure the bytes of versions 2 and 3 on a host that has run the previous version and fetched its open files."""
     names = [f"{app.name}:{version}" for app in APPLICATIONS for version in VERSIONS]
     received: dict[str, dict[str, float]] = {version: {} for version in VERSIONS}
     with fresh_disk() as disk:
-        held = Held(disk / "held")
-        held.add(names, originals=False)
-        with far(held) as servers:
+        data = ServerData(disk / "data")
+        data.add(names, originals=False)
+        with far(data) as servers:
             for app in APPLICATIONS:
                 for version in VERSIONS:
-                    _record(disk / f"record-{app.name}-{version}", servers, held, app, version)
+                    _record(disk / f"record-{app.name}-{version}", servers, data, app, version)
                 with _running(_sides(disk / app.name, servers, _NO_RECORDING)[0]) as ours:
                     for version in VERSIONS:
                         received[version][app.name] = _megabytes(_start(ours, servers, app, version))
-                        wait_until(lambda: nothing_arrives(ours), "the opened files have arrived", 120.0)
+                        wait_until(lambda: is_fetching_done(ours), "the opened files have arrived", 120.0)
     found = []
-    for version, what in (("2", "all updated but the program"), ("3", "the program updated")):
+    for version, change in (("2", "all updated but the program"), ("3", "the program updated")):
         figures = [
-            Figure(f"second: {name} {version} ({what}) until it answers, to version 1 (MB)", megabytes, first, None)
+            Figure(f"second: {name} {version} ({change}) until it answers, to version 1 (MB)", megabytes, first, None)
             for (name, megabytes), first in zip(received[version].items(), received[OLD].values(), strict=True)
         ]
         ratio = statistics.median(figure.ratio or 0.0 for figure in figures)
-        found += [*figures, Figure(f"second: median of the five ratios, version {version} ({what})", ratio, None, 0.40)]
+        found += [
+            *figures,
+            Figure(f"second: median of the five ratios, version {version} ({change})", ratio, None, 0.40),
+        ]
     return found
 
 
 def storage() -> list[Figure]:
-    """Bytes that three versions of each image take in registry and object store."""
+    """Measure the bytes that three versions of each image take in registry and object store."""
     names = [f"{app.name}:{version}" for version in VERSIONS for app in APPLICATIONS]
     with fresh_disk() as disk:
-        originals, converted = Held(disk / "originals"), Held(disk / "converted")
+        originals, converted = ServerData(disk / "originals"), ServerData(disk / "converted")
         originals.add(names, converted=False)
         converted.add(names, originals=False)
         work = "storage: registry and objects, three versions of each image"
         return [
-            Figure(f"{work}, {what} (MB)", size(converted.directory) / 1e6, size(originals.registry) / 1e6, 0.46)
-            for what, size in (("sizes of files", file_bytes), ("disk blocks of ext4", tree_bytes))
+            Figure(f"{work}, {measure} (MB)", size(converted.directory) / 1e6, size(originals.registry) / 1e6, 0.46)
+            for measure, size in (("sizes of files", file_bytes), ("disk blocks of ext4", tree_bytes))
         ]
 
 
@@ -122,21 +127,21 @@ def storage() -> list[Figure]:
 
 @cache
 def _measured_far() -> Measured:
-    """For two rows, measured once."""
+    """Measure over the slow network, once for two benchmarks."""
     return _measure(far)
 
 
-def _measure(network: Callable[[Held], AbstractContextManager[Servers]]) -> Measured:
+def _measure(network: Callable[[ServerData], AbstractContextManager[Servers]]) -> Measured:
     with fresh_disk() as disk:
-        held = Held(disk / "held")
-        held.add([f"{app.name}:{OLD}" for app in APPLICATIONS])
+        data = ServerData(disk / "data")
+        data.add([f"{app.name}:{OLD}" for app in APPLICATIONS])
         cold = {app.name: Starts() for app in APPLICATIONS}
         profiled = {app.name: Starts() for app in APPLICATIONS}
-        with network(held) as servers:
+        with network(data) as servers:
             for app in APPLICATIONS:
                 for turn in range(TURNS):
-                    _both(disk / f"{app.name}-cold-{turn}", servers, app, turn, cold[app.name])
-                _record(disk / f"{app.name}-record", servers, held, app, OLD)
+                    _start_on_both(disk / f"{app.name}-cold-{turn}", servers, app, turn, cold[app.name])
+                _record(disk / f"{app.name}-record", servers, data, app, OLD)
                 profiled[app.name].peer = cold[app.name].peer
                 for turn in range(TURNS):
                     ours, _ = _sides(disk / f"{app.name}-{turn}", servers, _NO_RECORDING)
@@ -147,20 +152,20 @@ def _measure(network: Callable[[Held], AbstractContextManager[Servers]]) -> Meas
         return Measured(cold, profiled)
 
 
-def _both(directory: Path, servers: Servers, app: Application, turn: int, starts: Starts) -> None:
-    """One start on each side, one after the other, so that neither takes the network from the other."""
+def _start_on_both(directory: Path, servers: Servers, app: Application, turn: int, starts: Starts) -> None:
+    """Start the application on each side, one after the other, so that they do not share the network."""
     sides = _sides(directory, servers, _NO_RECORDING)
     for side in sides if turn % 2 else reversed(sides):
         with _running(side):
             (starts.ours if side.is_ours else starts.peer).append(_start(side, servers, app, OLD))
 
 
-def _record(directory: Path, servers: Servers, held: Held, app: Application, version: str) -> None:
-    """Start it on another host, which keeps the profile of the start."""
-    before = len(list(held.objects.glob(f"{_PROFILES}/**/*")))
+def _record(directory: Path, servers: Servers, data: ServerData, app: Application, version: str) -> None:
+    """Start the application on another host, which publishes a profile of the start."""
+    before = len(list(data.objects.glob(f"{_PROFILES}/**/*")))
     with _running(_sides(directory, servers, {})[0]) as ours:
         _start(ours, servers, app, version)
-        wait_until(lambda: len(list(held.objects.glob(f"{_PROFILES}/**/*"))) > before, "a profile is kept", 60.0)
+        wait_until(lambda: len(list(data.objects.glob(f"{_PROFILES}/**/*"))) > before, "a profile is published", 60.0)
 
 
 def _sides(directory: Path, servers: Servers, settings: Mapping[str, str]) -> tuple[Side, Side]:
@@ -177,7 +182,7 @@ def _running(side: Side) -> Iterator[Side]:
 
 
 def _start(side: Side, servers: Servers, app: Application, version: str) -> Start:
-    """Pull and run; the container is gone afterwards, the image stays."""
+    """Pull the image and run a container until it answers; remove the container, keep the image."""
     image = f"{servers.registry}/{'gear/' if side.is_ours else ''}{app.name}:{version}"
     drop_caches()
     before_bytes, begin_s = servers.received_bytes(), time.perf_counter()
@@ -193,6 +198,7 @@ def _start(side: Side, servers: Servers, app: Application, version: str) -> Star
 
 
 def _kinds(measured: Measured) -> list[tuple[str, Mapping[str, Starts]]]:
+    """Return the measured starts by kind, each with its name."""
     return [
         ("with a profile of a start on another host", measured.profiled),
         ("without a profile", measured.cold),
@@ -200,9 +206,9 @@ def _kinds(measured: Measured) -> list[tuple[str, Mapping[str, Starts]]]:
 
 
 def _times(
-    network: str, measured: Measured, goal: float, over: Callable[[list[float]], float], what: str
+    network: str, measured: Measured, goal: float, over: Callable[[list[float]], float], over_name: str
 ) -> list[Figure]:
-    """A figure an application, none to be slower, and one over the five."""
+    """Return a figure for each application, with the goal not to be slower, and one over all five."""
     found = []
     for name, starts in _kinds(measured):
         figures = [
@@ -212,7 +218,7 @@ def _times(
             for app in APPLICATIONS
         ]
         ratio = over([figure.ratio or 0.0 for figure in figures])
-        found += [*figures, Figure(f"{what} of the five ratios, {network}, {name}", ratio, None, goal)]
+        found += [*figures, Figure(f"{over_name} of the five ratios, {network}, {name}", ratio, None, goal)]
     return found
 
 

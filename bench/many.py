@@ -31,14 +31,14 @@ from tests.support.remotes import manager_server
 OBJECTS = 1_000
 SMALL_BYTES = range(4 << 10, (16 << 10) + 1)
 ONE_WAY_S = 0.020
-"""On each way, so that a round trip takes 40 ms: the harder reading of "20 ms"."""
+"""Each way, so a round trip takes 40 ms: the stricter reading of "20 ms"."""
 LARGE_BYTES = 512 << 20
 TURNS = 5
 _REPOSITORY = "bench"
 
 
 def many() -> list[Figure]:
-    """1,000 files of Debian prefetched by an empty node; one large object pushed and pulled; beside a registry."""
+    """Measure the prefetch of 1,000 files, and push and pull of one large object, against a registry."""
     with fresh_disk() as disk:
         registry = Registry(disk / "registry")
         registry.start()
@@ -49,7 +49,7 @@ def many() -> list[Figure]:
             registry.stop()
 
 
-# -- many small ones
+# -- many small objects
 
 
 def _small(disk: Path, url: str, registry: Registry) -> list[Figure]:
@@ -79,7 +79,7 @@ def _small(disk: Path, url: str, registry: Registry) -> list[Figure]:
 
 
 def _files_of_debian() -> Mapping[bytes, bytes]:
-    """The first distinct ones of the right size."""
+    """Return the first OBJECTS distinct files of SMALL_BYTES in the root file system, by digest."""
     found: dict[bytes, bytes] = {}
     with tarfile.open(rootfs.debian()) as tar:
         for entry in tar:
@@ -90,7 +90,7 @@ def _files_of_debian() -> Mapping[bytes, bytes]:
                 found[hashlib.sha256(content).digest()] = content
             if len(found) == OBJECTS:
                 return found
-    raise AssertionError(f"the root file system has {len(found)} such files only")
+    raise AssertionError(f"the root file system has only {len(found)} files of this size")
 
 
 def _over(url: str, one_way_s: float, work: Callable[[str], float]) -> float:
@@ -100,7 +100,7 @@ def _over(url: str, one_way_s: float, work: Callable[[str], float]) -> float:
 
 
 def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
-    """Seconds from the order until all are in an empty store, verified; with new connections."""
+    """Prefetch all objects into an empty store over new connections; return the seconds until all are verified."""
     settings = replace(Settings(), gear_root=_fresh(node), remote=RemoteSettings(url=url))
     store = ObjectStore(settings.gear_public_cache_path)
     store.prepare()
@@ -113,7 +113,7 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
     began_s = time.perf_counter()
     prefetcher = Prefetcher(fetcher, [remote], pool, large_bytes=large_bytes)
     prefetcher.fetch_all((digest, len(content)) for digest, content in contents.items())
-    wait_until(lambda: fetcher.stats.objects == len(contents), "all objects are here")
+    wait_until(lambda: fetcher.stats.objects == len(contents), "all objects are in the store")
     taken_s = time.perf_counter() - began_s
     assert not fetcher.stats.failures and not fetcher.stats.corrupt
     pool.close()
@@ -123,15 +123,15 @@ def _prefetch(node: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
 
 
 def _curl_all(directory: Path, url: str, contents: Mapping[bytes, bytes]) -> float:
-    """Seconds until curl has all of them in files."""
-    orders = _fresh(directory) / "orders"
+    """Fetch all objects into files with curl; return the seconds."""
+    config = _fresh(directory) / "config"
     lines = [f"url={url}{_blob(digest)}\noutput={directory}/{digest.hex()}" for digest in contents]
-    orders.write_text("\n".join(lines))
-    command = ["curl", "-sS", "--no-progress-meter", "--fail", "--parallel", "--parallel-max", "32", "-K", str(orders)]
+    config.write_text("\n".join(lines))
+    command = ["curl", "-sS", "--no-progress-meter", "--fail", "--parallel", "--parallel-max", "32", "-K", str(config)]
     return seconds(subprocess.run, command, check=True)
 
 
-# -- one large one
+# -- one large object
 
 
 def _large(disk: Path, url: str, registry: Registry) -> list[Figure]:
@@ -154,7 +154,7 @@ def _per_gb(work: str, ours: Sequence[float], peer: Sequence[float]) -> Figure:
 
 
 def _write_half_random(path: Path, seed: int) -> bytes:
-    """A file that compresses to a half, as programs do; its digest."""
+    """Write a file that compresses to half its size, as programs do; return its digest."""
     source = random.Random(seed)
     hasher = hashlib.sha256()
     with path.open("wb") as file:

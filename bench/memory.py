@@ -25,7 +25,7 @@ _MIB = 1 << 20
 
 
 def memory() -> list[Figure]:
-    """Get and Put in ms, resident memory in MiB, bytes on disk of five images that share a base."""
+    """Measure Get and Put in ms, resident memory in MiB, and the bytes on disk of five images that share a base."""
     figures = []
     with fresh_disk() as disk:
         rootfs.write_unshared_tree(disk / "tree.tar", "memory", rootfs.ONE_GB)
@@ -46,7 +46,7 @@ def memory() -> list[Figure]:
 
 @dataclass
 class _Workers:
-    """The import worker's processes, as they were seen while they ran."""
+    """Memory of the import worker's processes while they ran."""
 
     peak_bytes: int = 0
     """The largest process; shared pages counted in full."""
@@ -56,17 +56,17 @@ class _Workers:
 
 @contextmanager
 def _watched(stack: Stack) -> Iterator[_Workers]:
-    """Look at them ten times a second: the one that stores lives no longer than the import."""
+    """Sample the import worker's processes ten times a second: its writer process ends with the import."""
     found, ended = _Workers(), threading.Event()
     leader = stack.daemons["import"].pid
 
-    def look() -> None:
+    def sample() -> None:
         while not ended.wait(0.1):
             sizes = [_sizes(pid) for pid in _session(leader)]
             found.peak_bytes = max(found.peak_bytes, *(resident for resident, _ in sizes))
             found.together_bytes = max(found.together_bytes, sum(share for _, share in sizes))
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield found
@@ -76,7 +76,7 @@ def _watched(stack: Stack) -> Iterator[_Workers]:
 
 
 def _sizes(pid: int) -> tuple[int, int]:
-    """Peak resident bytes, and resident bytes with shared pages divided; zero for a process that has ended."""
+    """Return peak resident bytes, and resident bytes with shared pages divided; zeros for a process that has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         smaps = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -100,7 +100,7 @@ def _resident(stack: Stack, workers: _Workers) -> list[Figure]:
 
 
 def _session(leader: int) -> list[int]:
-    """All processes of a session."""
+    """Return the pids of all processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
@@ -110,7 +110,7 @@ def _session(leader: int) -> list[int]:
 
 
 def _get_and_put(side: Side) -> list[Figure]:
-    """Medians of the plugin's own calls, for a container of an image of ten steps."""
+    """Measure the plugin's Get and Put of a container whose image has ten steps; return the medians."""
     assert side.stack is not None
     steps = "\n".join(["FROM tree", *(f"COPY Dockerfile /{step}" for step in range(10))])
     context = side.dockerd.directory / "context"
@@ -141,7 +141,7 @@ def _call_ms(connection: http.client.HTTPConnection, method: str, arguments: dic
 
 
 def _five_images(side: Side) -> float:
-    """Bytes on disk of five images whose upper layers hold the same dependencies, installed by each anew."""
+    """Build five images that each install the same dependencies; return their bytes on disk."""
     side.dockerd.docker("import", str(rootfs.debian()), "debian")
     for number in range(IMAGES):
         text = f"FROM debian\nRUN mkdir /app{number} && cp -a /usr/lib /app{number}/lib\nRUN echo {number} > /number\n"

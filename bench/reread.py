@@ -1,4 +1,4 @@
-"""Second reads of files: files that arrived in a running container of a Gear image, against overlay2."""
+"""Second reads of files that were fetched in a running container of a Gear image, against overlay2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk, nothing_arrives
+from bench.frame import Figure, Pairs, Side, both_sides, drop_caches, fresh_disk, is_fetching_done
 from gearworkers.images.convert_local import convert_locally
 from gearworkers.images.plan import plan_conversion
 from gearworkers.settings import RemoteSettings, Settings
@@ -19,7 +19,7 @@ from tests.support.processes import wait_until
 from tests.support.registry import Registry
 
 GOAL = 1.031
-"""0.97 of overlay2's throughput."""
+"""At least 0.97 of overlay2's throughput."""
 PASSES = 15
 COLD_PASSES = 5
 _SMALL_FILES = 2000
@@ -29,21 +29,21 @@ _READER = """
 import os, sys, time
 small = sorted("/data/small/" + name for name in os.listdir("/data/small"))
 buffer = bytearray(131072)
-held = os.open("/data/large", os.O_RDONLY)
+large = os.open("/data/large", os.O_RDONLY)
 def read(fd):
     while os.readv(fd, [buffer]):
         pass
-def opened(path):
+def read_path(path):
     fd = os.open(path, os.O_RDONLY)
     read(fd)
     os.close(fd)
-def still_open():
-    os.lseek(held, 0, os.SEEK_SET)
-    read(held)
-def close():
-    os.close(held)
-work = {"small": lambda: [opened(path) for path in small], "anew": lambda: opened("/data/large"),
-        "still open": still_open, "close": close}
+def reread_large():
+    os.lseek(large, 0, os.SEEK_SET)
+    read(large)
+def close_large():
+    os.close(large)
+work = {"small": lambda: [read_path(path) for path in small], "anew": lambda: read_path("/data/large"),
+        "still open": reread_large, "close": close_large}
 for line in sys.stdin:
     begin = time.monotonic()
     work[line.strip()]()
@@ -51,19 +51,19 @@ for line in sys.stdin:
 """
 
 Ask = Callable[[str], float]
-"""Have a container's reader do some work; how many seconds it took."""
+"""Makes the reader in a container do some work; returns the seconds it took."""
 
 
 def reread() -> list[Figure]:
-    """Small files that the trap brought; a large one that is still open as it was when it arrived, then opened anew."""
+    """Measure rereads of small files, and of a large file, first open since its fetch, then opened again."""
     with fresh_disk() as disk, both_sides(disk) as sides, ExitStack() as stack:
         image = _image()
-        readers = [(side, stack.enter_context(_reader(side, _provided(side, disk, image)))) for side in sides]
+        readers = [(side, stack.enter_context(_reader(side, _load_image(side, disk, image)))) for side in sides]
         for side, ask in readers:
             ask("small")
             ask("still open")
             if side.stack is not None:
-                wait_until(lambda side=side: nothing_arrives(side), "all has arrived", 120.0)  # type: ignore[misc]
+                wait_until(lambda side=side: is_fetching_done(side), "all files have arrived", 120.0)  # type: ignore[misc]
         figures = [
             _warm(readers, "small", f"reread of {_SMALL_FILES} small files, warm, s"),
             _warm(readers, "still open", "reread of 128 MB that are still open, warm, s"),
@@ -98,7 +98,7 @@ def _cold(readers: list[tuple[Side, Ask]], work: str, text: str) -> Figure:
 
 
 def _image() -> Image:
-    """Debian, and a layer of files that nobody has."""
+    """Return an image of Debian and a layer of files that are in no other image."""
     noise = hashlib.shake_256(b"reread").digest(_LARGE_BYTES)
     files = [("data/large", noise)]
     for number in range(_SMALL_FILES):
@@ -107,8 +107,8 @@ def _image() -> Image:
     return Image((rootfs.debian().read_bytes(), tar_of(files)), compression="")
 
 
-def _provided(side: Side, disk: Path, image: Image) -> str:
-    """Have *image* on this side; on ours as a Gear image without any of its contents."""
+def _load_image(side: Side, disk: Path, image: Image) -> str:
+    """Load *image*; on gearworkers as a Gear image without contents. Return its name."""
     archive = disk / "image.tar"
     if not archive.exists():
         archive.write_bytes(image.saved("reread:1"))
@@ -136,7 +136,7 @@ def _provided(side: Side, disk: Path, image: Image) -> str:
 
 @contextmanager
 def _reader(side: Side, image: str) -> Iterator[Ask]:
-    """A container that reads when it is asked to."""
+    """Run a container that reads on demand."""
     container = side.dockerd.run(image, "sleep", "100000", options=("-d",))
     command = ("exec", "-i", container, "python3", "-u", "-c", _READER)
     with side.dockerd.popen(*command) as process:

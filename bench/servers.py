@@ -1,8 +1,8 @@
-"""A registry and a manager on another host: behind a network of 100 Mbit/s and 20 ms, or beside us on loopback.
+"""A registry and a manager, behind a network of 100 Mbit/s and 20 ms or on loopback.
 
-The other host is a network namespace. A veth pair leads to it, with tc's token bucket on both ends; a forwarder before
-each server delays every byte by half of the round trip (this kernel has no netem). The number of bytes is read from
-the veth's own counters, headers included. TCP's slow start is not there, for either side.
+The slow network is a veth pair to a network namespace, with tc's token bucket on both ends. A forwarder in front of
+each server delays every byte by half of the round trip (this kernel has no netem). The counters of the veth device give
+the received bytes, headers included. The set-up does not reproduce TCP's slow start, for either side.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Held:
-    """The servers' data on disk, while no server runs."""
+class ServerData:
+    """The data of both servers on disk; changed only while no server runs."""
 
     directory: Path
 
@@ -47,7 +47,7 @@ class Held:
         return self.directory / "objects"
 
     def add(self, names: Sequence[str], *, originals: bool = True, converted: bool = True) -> None:
-        """Push images NAME:VERSION as they are, and as gear/NAME:VERSION converted."""
+        """Push images NAME:VERSION unchanged, and converted as gear/NAME:VERSION."""
         self.objects.mkdir(parents=True, exist_ok=True)
         settings = Settings(
             remote=RemoteSettings(url=str(self.objects)),
@@ -75,7 +75,7 @@ class Servers:
 
     @property
     def registry(self) -> str:
-        """The part of an image's name before the slash."""
+        """The registry's part of an image name."""
         return f"{self.host}:{_REGISTRY_PORT}"
 
     @property
@@ -84,35 +84,35 @@ class Servers:
         return f"http://{self.host}:{_MANAGER_PORT}"
 
     def received_bytes(self) -> int:
-        """Bytes received from them since the device was made."""
+        """Return the bytes received from both servers since the device was made."""
         lines = Path("/proc/self/net/dev").read_text().splitlines()
         fields = next(line for line in lines if line.strip().startswith(f"{self.link}:"))
         return int(fields.partition(":")[2].split()[0])
 
 
 @contextmanager
-def near(held: Held) -> Iterator[Servers]:
-    """The servers on loopback, as fast as they are."""
+def near(data: ServerData) -> Iterator[Servers]:
+    """Run the servers on loopback, without a limit."""
     with ExitStack() as running:
-        _serve(held, (), running)
-        yield _answering(Servers(_LOOPBACK, "lo"))
+        _serve(data, (), running)
+        yield _wait_until_ready(Servers(_LOOPBACK, "lo"))
 
 
 @contextmanager
-def far(held: Held) -> Iterator[Servers]:
-    """The servers behind the slow network."""
+def far(data: ServerData) -> Iterator[Servers]:
+    """Run the servers behind the slow network."""
     with ExitStack() as running:
         inside = _namespace(running)
-        _serve(held, inside, running)
+        _serve(data, inside, running)
         for port in (_REGISTRY_PORT, _MANAGER_PORT):
             command = ["--to", f"{_LOOPBACK}:{port}", "--listen", f"{_FAR}:{port}"]
             delay = ["--delay-ms", str(ROUND_TRIP_S / 2 * 1000)]
-            _start([*inside, sys.executable, "-m", "tests.support.delay", *command, *delay], held, "delay", running)
-        yield _answering(Servers(_FAR, _LINK))
+            _start([*inside, sys.executable, "-m", "tests.support.delay", *command, *delay], data, "delay", running)
+        yield _wait_until_ready(Servers(_FAR, _LINK))
 
 
 def _namespace(running: ExitStack) -> tuple[str, ...]:
-    """Make the other host and the link to it; return the prefix for commands that run there."""
+    """Make a network namespace and the link to it; return the prefix for commands that run in it."""
     holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     running.callback(holder.wait)
     running.callback(holder.kill)
@@ -134,22 +134,22 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def _serve(held: Held, inside: Sequence[str], running: ExitStack) -> None:
-    registry = Registry(held.registry, _REGISTRY_PORT)
-    _start([*inside, *registry.daemon.command], held, "registry", running)
+def _serve(data: ServerData, inside: Sequence[str], running: ExitStack) -> None:
+    registry = Registry(data.registry, _REGISTRY_PORT)
+    _start([*inside, *registry.daemon.command], data, "registry", running)
     gear = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "manager"]
-    _start([*inside, *gear], held, "manager", running)
+    _start([*inside, *gear], data, "manager", running)
 
 
-def _start(command: Sequence[str], held: Held, name: str, running: ExitStack) -> None:
-    environ = {"GEAR_MANAGER_STORE": str(held.objects), "GEAR_MANAGER_LISTEN": f"{_LOOPBACK}:{_MANAGER_PORT}"}
-    daemon = Daemon(command, held.directory / f"{name}.log", {**os.environ, **environ}, CHECKOUT)
+def _start(command: Sequence[str], data: ServerData, name: str, running: ExitStack) -> None:
+    environ = {"GEAR_MANAGER_STORE": str(data.objects), "GEAR_MANAGER_LISTEN": f"{_LOOPBACK}:{_MANAGER_PORT}"}
+    daemon = Daemon(command, data.directory / f"{name}.log", {**os.environ, **environ}, CHECKOUT)
     daemon.start()
     running.callback(daemon.stop)
 
 
-def _answering(servers: Servers) -> Servers:
-    """When both answer."""
+def _wait_until_ready(servers: Servers) -> Servers:
+    """Return *servers* when both answer."""
     for url in (f"http://{servers.registry}/v2/", f"{servers.manager}/metrics"):
         wait_until(lambda url=url: _answers(url), url, 60.0)  # type: ignore[misc]
     return servers

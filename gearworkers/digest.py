@@ -4,7 +4,7 @@ An object's path is a reserved byte and 21 characters (126 bits) of its digest i
 in all. The reserved byte keeps files of lower layers from occupying an object's path: overlayfs looks up an absolute
 redirect in the normal layers first. The path is short enough for the redirect to fit into a 256-byte ext4 inode beside
 the metacopy mark. The full digest is in the object's xattr and in each layer's `objects` list, so two contents with
-the same name are told apart.
+the same name are distinguished.
 """
 
 from __future__ import annotations

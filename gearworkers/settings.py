@@ -114,7 +114,7 @@ class ManagerSettings:
         "GEAR_MANAGER_TLS_CERT_FILE", None, "Certificate chain of the manager, for TLS."
     )
     tls_key_file: Path | None = setting("GEAR_MANAGER_TLS_KEY_FILE", None, "Key of the manager's certificate.")
-    most_object_bytes: Bytes = setting(
+    max_object_bytes: Bytes = setting(
         "GEAR_MANAGER_MOST_OBJECT_BYTES", 64 << 30, "Size of the largest object that the manager accepts."
     )
     client_timeout_s: Seconds = setting(
@@ -227,7 +227,7 @@ class NodeSettings:
 
     @property
     def gear_remotes_path(self) -> Path:
-        """An empty file per directory that this node has seen hold a remote."""
+        """An empty file per directory that has held blobs of a remote."""
         return self.gear_root / "remotes"
 
     @property

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Run Redis for one GEAR_ROOT, on a socket in GEAR_RUN_DIR. A second Redis of the same directory is refused before it
-# touches anything: it would take over the socket and the AOF of the first. redis-server inherits the locks.
+# Run Redis for one GEAR_ROOT, on a socket in GEAR_RUN_DIR. Locks on both directories keep a second Redis from starting:
+# it would take over the socket and the AOF of the first. redis-server inherits the locks.
 set -eu
 
 hold() {

@@ -64,13 +64,13 @@ def command(
         raise InvalidInput("--platform and --all-platforms exclude each other; give one of them")
     settings = command_settings()
     wanted = Platform.parse(platform) if platform else None
-    open_remote(settings).close()  # without a remote nothing is started
+    open_remote(settings).close()  # fails before any other step if no remote is set
     plan = plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
     with _progress_display(plan) as display:
         if local or is_local(source):
             report = convert_locally(settings, plan, processes, display.layer_read)
         else:
-            from gearworkers.workers.conversion import convert_on_workers  # imports Celery, which --local does without
+            from gearworkers.workers.conversion import convert_on_workers  # imports Celery, which --local does not need
 
             report = convert_on_workers(settings, plan, display.layer_read, display.note)
     _print(report)
@@ -124,9 +124,9 @@ class _Lines:
         self._read = dict.fromkeys(self._sizes, 0)
 
     def layer_read(self, digest: str, read_bytes: int) -> None:
-        was_whole = self._read[digest] == self._sizes[digest]
+        was_complete = self._read[digest] == self._sizes[digest]
         self._read[digest] = read_bytes
-        if read_bytes == self._sizes[digest] and not was_whole:
+        if read_bytes == self._sizes[digest] and not was_complete:
             read, total = decimal(sum(self._read.values())), decimal(sum(self._sizes.values()))
             self.note(f"layer {_short(digest)} read, {decimal(self._sizes[digest])}; {read} of {total}")
 

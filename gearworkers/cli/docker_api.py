@@ -1,6 +1,6 @@
 """dockerd's API, for the commands that take the name of an image or a container: it maps names to layers.
 
-dockerd alone knows which layer belongs to which image or container. Its API reveals the layer, since it includes the
+Only dockerd knows which layer belongs to which image or container. Its API reveals the layer, since it includes the
 answer of the driver's GetMetadata.
 
 Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container".
@@ -70,7 +70,7 @@ def image_layer(settings: NodeSettings, name: str) -> str | None:
 
 
 def container_layer(settings: NodeSettings, name: str) -> str | None:
-    """Return the driver's id of the layer of the container *name*, a name or an id; None if dockerd has no such one.
+    """Return the driver's id of the layer of the container *name*, a name or an id; None if dockerd does not know it.
 
     Raises:
         Unavailable, FailedPrecondition, InvalidInput: As `local_image`.
@@ -83,7 +83,7 @@ def container_names(settings: NodeSettings) -> dict[str, str]:
     """Return the names of the running containers in this GEAR_ROOT, by the driver's ids of their layers.
 
     Raises:
-        Unavailable, InvalidInput: As `local_image`.
+        Unavailable, FailedPrecondition, InvalidInput: As `local_image`.
     """
     status, body = _get(settings.docker_host, "/containers/json")
     try:
@@ -107,7 +107,7 @@ def _inspected(settings: NodeSettings, kind: str, name: str) -> _Inspected | Non
             raise InvalidInput(f"dockerd: {name}: {msgspec.json.decode(body)['message']}")
         return msgspec.json.decode(body, type=_Inspected)
     except (msgspec.MsgspecError, KeyError, TypeError) as exc:
-        raise Unavailable(f"{settings.docker_host} does not answer as a dockerd: {exc}") from exc
+        raise Unavailable(f"cannot read the answer of dockerd at {settings.docker_host}: {exc}") from exc
 
 
 def _top_layer(settings: NodeSettings, found: _Inspected, name: str) -> str:

@@ -12,10 +12,9 @@ import subprocess
 from dataclasses import replace
 
 import typer
-from rich.markup import escape
 
 from gearworkers.cli.docker_api import container_names
-from gearworkers.cli.output import EXIT_FAULTS, console
+from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.cli.plugin_call import call_plugin
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import GearError
@@ -41,8 +40,7 @@ def command() -> None:
     Exit 1 if a required part is missing.
     """
     checks = diagnose(command_settings())
-    for check in checks:
-        _print(check)
+    print_checks(checks)
     if any(check.needed and not check.ok for check in checks):
         raise typer.Exit(EXIT_FAULTS)
 
@@ -100,7 +98,7 @@ def workers_check(settings: NodeSettings) -> Check:
     try:
         answers = make_app(settings).control.inspect(timeout=_TIMEOUT_S).active_queues() or {}
     except Exception as exc:  # the broker's library raises errors of many kinds
-        return Check(name, False, False, f"cannot be asked ({type(exc).__name__})", "see Redis first")
+        return Check(name, False, False, f"cannot be queried ({type(exc).__name__})", "check Redis first")
     served = {queue["name"] for found in answers.values() for queue in found}
     missing = ", ".join(sorted(queues - served))
     if missing:
@@ -133,16 +131,17 @@ def lazyfs_check(settings: NodeSettings) -> Check:
 
 
 def inode_numbers_check(settings: NodeSettings) -> Check:
-    """Check that no running container is on layers whose files share inode numbers."""
+    """Check that no running container uses layers whose files share inode numbers."""
     name = "Inode numbers"
     try:
         ids = sorted(path.name for path in settings.old_numbers_path.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         ids = []
     if not ids:
-        return Check(name, True, False, "differ over all layers")
+        return Check(name, True, False, "unique across all layers")
     found = f"shared by several layers in {', '.join(_container_names(settings, ids))}, mounted by gearworkers 0.1"
-    return Check(name, False, False, found, "stop and start them: until then copies of them may mix up hard links")
+    advice = "stop and start them: until then tools may mistake their files for hard links"
+    return Check(name, False, False, found, advice)
 
 
 def remote_check(settings: Settings) -> Check:
@@ -154,11 +153,11 @@ def remote_check(settings: Settings) -> Check:
         remote = open_remote(replace(settings, remote=replace(settings.remote, timeout_s=_REMOTE_TIMEOUT_S)))
         try:
             remote.has([bytes(DIGEST_BYTES)])
-            remote.document("doctor")  # lists: only a listing tells a missing bucket from an empty one
+            remote.document("doctor")  # lists: only a listing distinguishes a missing bucket from an empty one
         finally:
             remote.close()
     except GearError as exc:
-        return Check(name, False, False, str(exc), "until then new objects stay pending")
+        return Check(name, False, False, str(exc), "new objects stay pending until it answers")
     return Check(name, True, False, f"{settings.remote.url.partition('?')[0]} answers")
 
 
@@ -173,7 +172,7 @@ def docker_checks() -> list[Check]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
-        return [Check("Docker", False, False, f"cannot be asked ({exc})", "install docker 20.10 to 27")]
+        return [Check("Docker", False, False, f"cannot be queried ({exc})", "install docker 20.10 to 27")]
     version, _, experimental = done.stdout.strip().partition(" ")
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if done.returncode or numbers is None:
@@ -201,15 +200,9 @@ def _experimental_check(experimental: str) -> Check:
 
 
 def _container_names(settings: NodeSettings, layer_ids: list[str]) -> list[str]:
-    """Return the names of the containers on these layers; the layer's id where dockerd names no container."""
+    """Return the names of the containers on these layers; or the layer's id where dockerd knows no container."""
     try:
         names = container_names(settings)
     except GearError:
         names = {}
     return [f"container {names[id]}" if id in names else f"layer {id}" for id in layer_ids]
-
-
-def _print(check: Check) -> None:
-    mark = "[green]ok[/]" if check.ok else ("[red]WRONG[/]" if check.needed else "[yellow]note[/]")
-    advice = f"; {check.advice}" if check.advice else ""
-    console.print(f"{mark:<14} {escape(f'{check.name}: {check.found}{advice}')}")

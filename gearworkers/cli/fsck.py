@@ -28,8 +28,8 @@ def command(
         faults += 1
         console.print(fault, markup=False)
     if incomplete:
-        coming = order_prefetch(settings.lazyfs_socket, sorted(incomplete))
-        console.print(f"{coming} objects are being fetched; `gear status` lists those that cannot be fetched.")
+        ordered = order_prefetch(settings.lazyfs_socket, sorted(incomplete))
+        console.print(f"{ordered} objects are being fetched; `gear status` lists those that cannot be fetched.")
         console.print(
             "Containers that have opened a damaged object keep using it: stop and start them "
             "(`docker restart` is not enough)."

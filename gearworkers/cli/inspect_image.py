@@ -49,7 +49,7 @@ def inspect(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
     try:
         image = local_image(settings, name)
     except Unavailable:
-        image = None  # the registry can be asked without a dockerd
+        image = None  # the registry does not need a dockerd
     if image is not None:
         return _describe_pulled(node, name, image)
     return _describe_remote(node, name, open_source(settings.registry, name))
@@ -65,8 +65,9 @@ def _describe_pulled(node: NodeStore, name: str, image: LocalImage) -> Iterable[
     yield "Layers", f"{len(layers)} ({complete} complete)"
     private = node.layers.private_layers(image.top_layer)
     if private:
-        files = f"{sum(one.private_objects for one in private)}, {decimal(sum(one.private_bytes for one in private))}"
-        yield "Private", f"{len(private)} of the layers, with files of their own: {files}"
+        files = sum(layer.private_objects for layer in private)
+        size = decimal(sum(layer.private_bytes for layer in private))
+        yield "Private", f"{len(private)} of the layers, with files of their own: {files}, {size}"
     yield from _describe_objects(node, node.objects_of(image.top_layer))
     is_pinned = any(pin.image == image.id for pin in node.pins.all())
     yield "Image pinned", "yes" if is_pinned else "no"
@@ -75,8 +76,8 @@ def _describe_pulled(node: NodeStore, name: str, image: LocalImage) -> Iterable[
 def _describe_remote(node: NodeStore, name: str, source: ImageSource) -> Iterable[tuple[str, str]]:
     data, media_type = source.root()
     if media_type in m.INDEXES:
-        (ours,) = images_for(source, data, m.Platform.here(), name)
-        data, _ = source.manifest(ours.descriptor.digest)
+        (entry,) = images_for(source, data, m.Platform.here(), name)
+        data, _ = source.manifest(entry.descriptor.digest)
     manifest = m.decode_manifest(data, name)
     config = m.decode_config(read_config(source, manifest.config), manifest, name)
     yield "Image", name

@@ -11,6 +11,7 @@ import typer
 
 from gearworkers.cli import (
     collect_garbage,
+    containerd_config,
     convert,
     doctor,
     fsck,
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("doctor", short_help="Check everything that a node needs.")(doctor.command)
 app.command("status", short_help="Show stored data, pending work and pins.")(status.command)
+app.command("containerd-config", short_help="Print the configuration for containerd.")(containerd_config.command)
 app.command("gc", short_help="Remove unreferenced objects now.")(collect_garbage.command)
 app.command("fsck", short_help="Check every object and every layer.")(fsck.command)
 app.command("push", short_help="Push pending objects to GEAR_REMOTE now.")(push.command)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
+
+from gearworkers.mounts.probe import Check
 
 EXIT_FAULTS = 1
 """`gear doctor`, `gear fsck` and `gear push` found faults, and printed one line for each."""
@@ -15,6 +18,14 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print each key with its value behind it, in two columns."""
+    """Print keys and values in two columns."""
     for key, value in pairs:
         console.print(f"{key:<16}{value}", markup=False)
+
+
+def print_checks(checks: Iterable[Check]) -> None:
+    """Print a line for each check."""
+    for check in checks:
+        mark = "[green]ok[/]" if check.ok else ("[red]WRONG[/]" if check.needed else "[yellow]note[/]")
+        advice = f"; {check.advice}" if check.advice else ""
+        console.print(f"{mark:<14} {escape(f'{check.name}: {check.found}{advice}')}")

@@ -32,7 +32,8 @@ def unpin(
 
 
 def _pin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
-    """
+    """Pin an image; yield the result as pairs of a key and a value.
+
     Raises:
         NotFound: The image was not pulled.
         Unavailable: No dockerd answers.
@@ -50,7 +51,8 @@ def _pin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
 
 
 def _unpin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
-    """
+    """Unpin the images with this name or id; yield the result as pairs of a key and a value.
+
     Raises:
         NotFound: No image of this name is pinned.
     """

@@ -35,7 +35,7 @@ def show(
     image: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGE", help="Name or id of a pulled image; without a dockerd, the id of a layer of the driver."
+            metavar="IMAGE", help="Name or id of a pulled image; without a dockerd, the driver's id of a layer."
         ),
     ],
 ) -> None:
@@ -50,7 +50,9 @@ def show(
     finally:
         remote.close()
     if data is None:
-        raise NotFound(f"{name}: no start of this image has been recorded; start a container, or `gear profile record`")
+        raise NotFound(
+            f"{name}: no start of this image has been recorded; start a container, or run `gear profile record`"
+        )
     profile = document.unpack(data)
     table = Table("object", "bytes", "read", box=None)
     for opened in profile.objects:
@@ -65,7 +67,7 @@ def record(
         str,
         typer.Argument(
             metavar="CONTAINER",
-            help="Name or id of a running container; without a dockerd, the id of its layer of the driver.",
+            help="Name or id of a running container; without a dockerd, the driver's id of its layer.",
         ),
     ],
     seconds: Annotated[float, typer.Option(help="Length of the recording. Ctrl-C ends it earlier.", min=1.0)] = 30.0,
@@ -90,7 +92,7 @@ def record(
 
 
 def _read_bytes(opened: document.OpenedObject) -> str:
-    """Return the number of bytes that a start reads of an object; empty if the profile has no ranges for it."""
+    """Return the number of bytes of an object that a start reads; empty if the profile has no ranges for it."""
     return str(sum(size_bytes for _, size_bytes in opened.ranges)) if opened.ranges else ""
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from gearworkers.containerd.api import content_pb2, introspection_pb2, leases_pb2
+from gearworkers.containerd.api import content_pb2, introspection_pb2, leases_pb2, version_pb2
 from gearworkers.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -64,8 +65,14 @@ class Client:
         self._address = address
         self._metadata: tuple[tuple[str, str], ...] = (("containerd-namespace", namespace),) if namespace else ()
 
-    def plugin_exports(self, type: str, id: str) -> dict[str, str]:
-        """Return what a plugin of containerd exports, such as its directory (``root``).
+    def version(self) -> str:
+        """Return containerd's version, such as ``1.7.24`` or ``v2.1.9``; Unavailable if it does not answer."""
+        return self._call(
+            "/containerd.services.version.v1.Version/Version", Empty(), version_pb2.VersionResponse
+        ).version
+
+    def plugin(self, type: str, id: str) -> introspection_pb2.Plugin:
+        """Return the description of a plugin.
 
         Raises:
             Unavailable: containerd does not answer.
@@ -73,9 +80,8 @@ class Client:
         """
         request = introspection_pb2.PluginsRequest(filters=[f"type=={type},id=={id}"])
         call = "/containerd.services.introspection.v1.Introspection/Plugins"
-        found = self._call(call, request, introspection_pb2.PluginsResponse)
-        for plugin in found.plugins:
-            return dict(plugin.exports)
+        for plugin in self._call(call, request, introspection_pb2.PluginsResponse).plugins:
+            return plugin
         raise NotFound(f"containerd at {self._address} has no plugin {type}.{id}")
 
     def create_lease(self) -> str:

@@ -148,6 +148,22 @@ class Engine:
         return self.mounts.mount(self.layers.get(id), mount_label, volatile=volatile, may_wait=may_wait)
 
     @layer_call
+    def make_writable(self, id: str) -> None:
+        """Make a new layer a read-write layer, whose top directory has the owner of its parent's.
+
+        Raises:
+            NotFound: There is no such layer.
+            FailedPrecondition: An apply_diff into it has not finished.
+        """
+        layer = self.layers.get(id)
+        if layer.kind is LayerKind.NEW:
+            owner = None
+            if layer.parent:
+                top = os.stat(self.layers.lower(self.layers.get(layer.parent)))
+                owner = (top.st_uid, top.st_gid)
+            self.layers.promote(layer, self.id_maps(), owner)
+
+    @layer_call
     def unmount(self, id: str) -> None:
         """Unmount the layer; does nothing if it is not mounted or there is none."""
         with self.mounts.unmounted(id):

@@ -112,7 +112,7 @@ class PacedResponse:
 
 
 def abort_started(request: web.Request) -> web.StreamResponse | None:
-    """Abort the connection of a response that has started, so that the client does not take it for complete.
+    """Abort the connection of a response that has started, so that the client does not accept it as complete.
 
     Returns:
         That response; None if none has started.

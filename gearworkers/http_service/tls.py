@@ -21,7 +21,7 @@ class Certificate:
         Args:
             cert: PEM file of the certificate and its chain.
             key: PEM file of the key; None: *cert* contains it.
-            setting: Name of the setting that names *cert*, for the error's text.
+            setting: Name of the setting that names *cert*, for the error message.
 
         Raises:
             FailedPrecondition: The files cannot be used.

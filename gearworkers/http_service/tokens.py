@@ -1,4 +1,4 @@
-"""Read and write access by bearer tokens, which lie in files that may be replaced at any time."""
+"""Read and write access by bearer tokens; the token files may be replaced at any time."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _parse(data: bytes, path: Path) -> Iterator[str]:
     """Yield the tokens of a file.
 
     Raises:
-        FailedPrecondition: A line is malformed. The text has its number, and nothing of its content.
+        FailedPrecondition: A line is malformed. The message has the line's number, but not its content.
     """
     for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
         token = line.strip()

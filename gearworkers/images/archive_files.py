@@ -25,7 +25,7 @@ class FileSlice:
             size_bytes: Length of the slice.
         """
         self._fd = fd
-        self._at = offset
+        self._offset = offset
         self._end = offset + size_bytes
         self.size_bytes = size_bytes
 
@@ -39,10 +39,10 @@ class FileSlice:
             GearError: The file system fails.
         """
         try:
-            count = os.preadv(self._fd, [buffer[: self._end - self._at]], self._at)
+            count = os.preadv(self._fd, [buffer[: self._end - self._offset]], self._offset)
         except OSError as exc:
             raise from_os_error(exc, "read an image's file") from exc
-        self._at += count
+        self._offset += count
         return count
 
 
@@ -63,7 +63,9 @@ class ArchiveFiles(Protocol):
 
 
 def open_archive(text: str) -> tuple[ArchiveFiles, str]:
-    """Split ``PATH[:TAG]`` into the archive and the tag; both may contain colons; the longest existing path is used.
+    """Open the archive of ``PATH[:TAG]``; return it and the tag.
+
+    Both may contain colons: the longest existing path is the archive.
 
     Raises:
         NotFound: No such path exists.

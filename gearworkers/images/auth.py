@@ -28,7 +28,7 @@ _EXPIRY_MARGIN_S = 15
 _SCHEMES = ("bearer", "basic")
 """The supported schemes, in order of preference."""
 _PART = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))|([A-Za-z_][A-Za-z0-9_-]*)')
-"""A parameter, or a scheme, to which the parameters after it belong."""
+"""A parameter, or a scheme; the parameters after a scheme belong to it."""
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -67,14 +67,14 @@ class Authenticator:
     docker_config: Path
     _challenge: Challenge | None = None
     tokens: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
-    """Cached Authorization headers and their ends in monotonic time, by scopes."""
+    """Cached Authorization headers and their expiry in monotonic time, by scopes."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cached(self, scopes: tuple[str, ...]) -> str | None:
         """Return the Authorization header for *scopes* if a valid one is cached."""
         with self._lock:
-            value, end_s = self.tokens.get(scopes, ("", 0.0))
-            return value if time.monotonic() < end_s else None
+            value, expiry_s = self.tokens.get(scopes, ("", 0.0))
+            return value if time.monotonic() < expiry_s else None
 
     def authorize(self, header: str, scopes: tuple[str, ...]) -> str:
         """Return the Authorization header that answers the challenge *header*, and cache it.

@@ -40,7 +40,7 @@ class ConversionReport(msgspec.Struct, frozen=True):
 def finish_conversion(
     settings: RegistrySettings, plan: ConversionPlan, layers: Iterable[ConvertedLayer]
 ) -> ConversionReport:
-    """Push config and manifest of each image, then the index; the tag comes last. Idempotent.
+    """Push config and manifest of each image, then the index; the tag is pushed last. Idempotent.
 
     Args:
         settings: Credentials and proxy.

@@ -80,13 +80,13 @@ class Registry:
         with translated(f"{method} {target.partition('?')[0]}"):
             url = urljoin(base, target)
             is_own_host = server_of(url) == server_of(base)
-        for again in (False, True):
+        for is_retry in (False, True):
             authorization = self.authenticator.cached(scopes) if is_own_host else None
             sent = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
             response = self.transport.send(method, url, headers=sent, body=body, preload_content=not stream)
-            if response.status != 401 or again or server_of(urljoin(url, response.url or "")) != server_of(base):
+            if response.status != 401 or is_retry or server_of(urljoin(url, response.url or "")) != server_of(base):
                 break  # answer only the registry's own challenge, not one of a server that it redirects to
             response.drain_conn()
             self.authenticator.forget(scopes)
@@ -148,7 +148,7 @@ class Repository:
     def blob(self, digest: str, size_bytes: int | None) -> Readable:
         """Return the bytes of a blob, verified as they are read; a broken download resumes where it stopped."""
         return VerifiedBlob(
-            _Download(lambda at: self._open(digest, at), f"blob {digest} of {self.name}"), digest, size_bytes
+            _Download(lambda offset: self._open(digest, offset), f"blob {digest} of {self.name}"), digest, size_bytes
         )
 
     @retried
@@ -217,10 +217,10 @@ class Repository:
         return self.registry.send("GET", self._path(rest), self._pull, (200, 206), headers=plain, stream=True)
 
     @retried
-    def _open(self, digest: str, at: int) -> urllib3.BaseHTTPResponse:
-        """Request the blob from byte *at*; skip the bytes before it if the registry does not support ranges."""
-        response = self._get(f"blobs/{digest}", {"Range": f"bytes={at}-"} if at else {})
-        skipped = at if response.status == 200 else 0
+    def _open(self, digest: str, offset: int) -> urllib3.BaseHTTPResponse:
+        """Request the blob from byte *offset*; skip the bytes before it if the registry does not support ranges."""
+        response = self._get(f"blobs/{digest}", {"Range": f"bytes={offset}-"} if offset else {})
+        skipped = offset if response.status == 200 else 0
         with translated(f"read blob {digest} of {self.name}"):
             while skipped and (data := response.read(min(skipped, 1 << 20))):
                 skipped -= len(data)
@@ -233,7 +233,7 @@ class Repository:
     def _put_in_chunks(self, digest: str, file: BinaryIO, size_bytes: int) -> None:
         """Upload in chunks; after a broken request, continue from the byte that the registry reports."""
         upload = _Upload(retried(self._begin)())
-        while upload.at < size_bytes:
+        while upload.offset < size_bytes:
             self._put_chunk(upload, file, size_bytes)
         self._end_upload(upload, digest)
 
@@ -241,26 +241,26 @@ class Repository:
     def _put_chunk(self, upload: _Upload, file: BinaryIO, size_bytes: int) -> None:
         if upload.is_broken:
             self._resume(upload)
-        file.seek(upload.at)
-        data = file.read(min(UPLOAD_CHUNK_BYTES, size_bytes - upload.at))
+        file.seek(upload.offset)
+        data = file.read(min(UPLOAD_CHUNK_BYTES, size_bytes - upload.offset))
         if not data:
             return  # the registry has the last chunk; only the response was lost
-        headers = {**_OCTETS, "Content-Range": f"{upload.at}-{upload.at + len(data) - 1}"}
+        headers = {**_OCTETS, "Content-Range": f"{upload.offset}-{upload.offset + len(data) - 1}"}
         upload.is_broken = True
         upload.follow(self.registry.send("PATCH", upload.location, self._push, _SUCCESS, headers=headers, body=data))
-        upload.at += len(data)
+        upload.offset += len(data)
 
     def _resume(self, upload: _Upload) -> None:
         """Ask the registry how much it has; restart the upload if the registry lost it, as docker-registry 2.8 may."""
         try:
             response = self.registry.send("GET", upload.location, self._push, (202, 204))
-            upload.at = _received_bytes(response)
+            upload.offset = _received_bytes(response)
             upload.follow(response)
         except NotFound:
             upload.losses += 1
             if upload.losses >= ATTEMPTS:
                 raise
-            upload.location, upload.at, upload.is_broken = self._begin(), 0, False
+            upload.location, upload.offset, upload.is_broken = self._begin(), 0, False
 
     @retried
     def _end_upload(self, upload: _Upload, digest: str) -> None:
@@ -299,7 +299,7 @@ class _Upload:
     """The state of an upload in chunks."""
 
     location: str
-    at: int = 0
+    offset: int = 0
     is_broken: bool = False
     """Whether the last request broke, so that the number of received bytes is unknown."""
     losses: int = 0
@@ -324,13 +324,13 @@ def _received_bytes(response: urllib3.BaseHTTPResponse) -> int:
 
 
 class _Download:
-    """A response body; after a break it is requested again from there, as long as attempts make progress."""
+    """A response body; if the connection breaks, the rest is requested again, as long as attempts make progress."""
 
     def __init__(self, open_at: Callable[[int], urllib3.BaseHTTPResponse], label: str) -> None:
         self._open_at = open_at
         self._label = label
         self._response: urllib3.BaseHTTPResponse | None = None
-        self._at = 0
+        self._offset = 0
         self._breaks = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
@@ -340,7 +340,7 @@ class _Download:
             Unavailable: Too many attempts in a row broke before the first byte.
         """
         while True:
-            self._response = self._response or self._open_at(self._at)
+            self._response = self._response or self._open_at(self._offset)
             try:
                 return self._read(self._response, buffer)
             except Unavailable:
@@ -353,7 +353,7 @@ class _Download:
         with translated(f"read {self._label}"):
             data = response.read(len(buffer), decode_content=False)
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._offset += len(data)
         if data:
             self._breaks = 0
         else:

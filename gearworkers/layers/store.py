@@ -207,12 +207,20 @@ class LayerStore:
                 apply_once.allow(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
-    def promote(self, layer: Layer, ids: IdMaps) -> Layer:
-        """Make a new layer a container layer, which is written through a mount; return its record."""
+    def promote(self, layer: Layer, ids: IdMaps, owner: tuple[int, int] | None = None) -> Layer:
+        """Make a new layer a container layer, which is written through a mount; return its record.
+
+        Args:
+            layer: The new layer.
+            ids: Maps the container's root to the owner of the layer's top directory.
+            owner: User and group of the top directory instead.
+        """
         apply_once.require_finished(self._images / layer.id)
         container = msgspec.structs.replace(layer, kind=LayerKind.CONTAINER)
         with self.build_directory(layer.id) as build:
             self._lay_out(build, container, ids)
+            if owner is not None:
+                os.chown(build / UPPER, *owner)
             if apply_once.is_allowed(self._images / layer.id):
                 apply_once.allow(build)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)

@@ -1,4 +1,4 @@
-"""The remote of the manager, for coroutines: calls that block run in threads, so no client waits for another."""
+"""The remote of the manager, for coroutines: blocking calls run in threads, so clients do not wait for each other."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class AsyncRemote:
 
     async def get_blobs(self, digests: Sequence[bytes]) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """Yield (digest, blob) of the present ones in the order of *digests*, a few MiB at a time."""
-        at, window = 0, _FIRST_WINDOW
-        while at < len(digests):
-            batch = digests[at : at + window]
+        start, window = 0, _FIRST_WINDOW
+        while start < len(digests):
+            batch = digests[start : start + window]
             found = await self.run(lambda batch=batch: dict(self.remote.blobs.get_many(batch)))  # type: ignore[misc]
             yield [(digest, found[digest]) for digest in batch if digest in found]
-            at += len(batch)
+            start += len(batch)
             mean_bytes = sum(map(len, found.values())) // max(len(found), 1)
             window = min(max(_WINDOW_BYTES // max(mean_bytes, 1), _MIN_WINDOW), _MAX_WINDOW)
 

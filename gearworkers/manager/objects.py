@@ -20,7 +20,7 @@ MAX_JSON_BYTES = 2 << 20
 _OCTETS = "application/octet-stream"
 _BLOBS_PER_WRITE = 16
 _MEAN_CHUNK_BYTES = 32 << 10
-_CACHE_FOR_EVER = "public, max-age=31536000, immutable"
+_CACHE_FOREVER = "public, max-age=31536000, immutable"
 
 
 class PushResult(msgspec.Struct, frozen=True):
@@ -160,14 +160,14 @@ def _etag(digest: bytes) -> str:
 
 
 def _immutable_headers(digest: bytes) -> dict[str, str]:
-    return {"ETag": _etag(digest), "Cache-Control": _CACHE_FOR_EVER, "Accept-Ranges": "bytes"}
+    return {"ETag": _etag(digest), "Cache-Control": _CACHE_FOREVER, "Accept-Ranges": "bytes"}
 
 
 def _range(request: web.Request, size_bytes: int) -> tuple[int, int]:
     """Return the offset of the first byte and the end of the requested range.
 
     Raises:
-        HTTPRequestRangeNotSatisfiable: The range lies outside the object.
+        HTTPRequestRangeNotSatisfiable: The range is outside the object.
     """
     try:
         first, end, _ = request.http_range.indices(size_bytes)

@@ -34,7 +34,7 @@ class ManagerServer:
     def __init__(self, settings: Settings) -> None:
         """
         Raises:
-            FailedPrecondition: Without tokens it would listen beyond this machine, or a token file cannot be used.
+            FailedPrecondition: Without tokens, other machines could reach it; or a token file cannot be used.
             InvalidInput: The address or the store is malformed.
         """
         self._settings = settings
@@ -51,7 +51,7 @@ class ManagerServer:
         if not settings.manager.store:
             _make(settings.gear_root / "manager")
         remote = Remote(open_blobs(settings.effective_manager_store, settings))
-        self._remote = AsyncRemote(remote, settings.manager.most_object_bytes)
+        self._remote = AsyncRemote(remote, settings.manager.max_object_bytes)
         client_timeout_s = settings.manager.client_timeout_s
         self.api = ManagerApi(self._remote, access, settings.gear_root / "manager-uploads", client_timeout_s)
         self._runner = limited_runner(self.api.application(), client_timeout_s)

@@ -44,7 +44,7 @@ class Uploads:
 
     @contextmanager
     def open(self) -> Iterator[Upload]:
-        """Yield an Upload; its file is gone after the block."""
+        """Yield an Upload; its file is removed after the block."""
         upload = Upload(self.remote, self._directory)
         try:
             yield upload
@@ -63,7 +63,7 @@ class Uploads:
 
 
 class Upload:
-    """A body on its way in: its start lies in an unnamed file, its end in memory. A crash leaves nothing."""
+    """A body on its way in: its start is in an unnamed file, its end in memory. A crash leaves nothing."""
 
     def __init__(self, remote: AsyncRemote, directory: Path) -> None:
         self._remote = remote
@@ -139,7 +139,7 @@ class Upload:
         return from_file + self._tail[max(start - file_bytes, 0) : max(end - file_bytes, 0)]
 
     def clear(self) -> None:
-        """Forget the received bytes; the file is used again."""
+        """Discard the received bytes and reuse the file."""
         self._tail = bytearray()
         self._file_bytes = 0
 

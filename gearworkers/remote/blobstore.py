@@ -1,9 +1,9 @@
 """The interface that every kind of remote storage and every decorator around it implements.
 
 Glossary:
-    content   Bytes known by their SHA-256: a whole object, or a chunk of a large one.
-    chunk     A piece of a large object, cut where its content says so and stored under its own digest. Objects share
-              chunks.
+    content   Bytes identified by their SHA-256: a whole object, or a chunk of a large one.
+    chunk     A piece of a large object, cut at positions that the content defines and stored under its own digest.
+              Objects share chunks.
     layout    The list of the chunks that make up a large object.
     blob      The bytes stored under a digest: a content, compressed where that makes it smaller, or a layout
               (`encoding`).
@@ -64,13 +64,13 @@ class BlobStore(Protocol):
         """
 
     def get_document(self, name: str) -> Document | None:
-        """Return the newest version, or None."""
+        """Return the newest version; None if there is no such document."""
 
     def put_document(self, name: str, document: Document) -> None:
         """Store *document* under its version; atomic.
 
         Raises:
-            AlreadyExists: That version exists: another writer was faster.
+            AlreadyExists: Another writer has stored that version first.
         """
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ def checked_document_name(name: str) -> str:
     """Return *name* if it is valid: parts of at most 200 letters, digits and ``._:@+-``, joined by slashes.
 
     Raises:
-        InvalidInput: It is not.
+        InvalidInput: The name is invalid.
     """
     if len(name) > MAX_NAME_CHARS or not DOCUMENT_NAME.fullmatch(name):
         raise InvalidInput(f"invalid document name {name[:MAX_NAME_CHARS]!r}")

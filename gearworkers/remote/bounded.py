@@ -27,7 +27,7 @@ class Limits:
     threads: int
     """Calls that run at once."""
     timeout_s: float
-    """For one call, waiting for a thread included; a put has _PUT_EXTRA_S more for each blob."""
+    """Time for one call, including the wait for a thread; a put gets _PUT_EXTRA_S more for each blob."""
     get_batch: int
     """Blobs of one `present` or `get_many` call."""
     put_batch: int
@@ -35,10 +35,10 @@ class Limits:
 
 
 class BoundedStore:
-    """A `BlobStore` that makes a limited number of calls at once, each in bounded time; the threads share many blobs.
+    """A `BlobStore` that makes a limited number of calls at once, each in bounded time; it splits large calls.
 
-    A file system that hangs (NFS without its server) blocks the calling thread for ever; the caller gets Unavailable
-    after the timeout. When all threads hang, each caller waits for the timeout in vain until a thread comes back.
+    A hung file system (NFS without its server) blocks a thread for as long as it hangs; the caller gets Unavailable
+    after the timeout. While all threads are blocked, every call ends this way.
     """
 
     def __init__(self, blobs: BlobStore, limits: Limits) -> None:

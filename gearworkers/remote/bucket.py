@@ -69,7 +69,7 @@ class BucketStore:
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """Put one after the other."""
-        with self._translated(f"put {len(blobs)} blobs into", not_found="there is no such bucket"):
+        with self._translated(f"put {len(blobs)} blobs into", not_found="the bucket does not exist"):
             for digest, blob in blobs:
                 obstore.put(self._store(), blob_name(digest), blob)
 
@@ -104,7 +104,7 @@ class BucketStore:
         try:
             obstore.delete(self._store(), version_name(name, version))
         except (foreign.BaseError, OSError):
-            pass  # it is gone, or the next put removes it
+            pass  # it is already removed, or the next put removes it
 
     def close(self) -> None:
         """Do nothing: obstore's connections end with the object."""
@@ -119,7 +119,7 @@ class BucketStore:
 
         Raises:
             FailedPrecondition: An ancestor of this process used obstore before the fork. The threads of obstore do not
-                exist here, so a call would wait for ever.
+                exist in this process, so a call would never return.
         """
         if BucketStore._used_by not in (0, os.getpid()):
             raise FailedPrecondition(
@@ -136,7 +136,7 @@ def memory_store() -> BucketStore:
 
 @contextmanager
 def translated(tried: str, not_found: str = "not found") -> Iterator[None]:
-    """Raise obstore's errors as ours.
+    """Translate the errors of obstore that the context raises.
 
     Args:
         tried: The attempted call, the first half of the message.
@@ -153,7 +153,7 @@ def translated(tried: str, not_found: str = "not found") -> Iterator[None]:
 
 
 def _from_obstore_error(exc: foreign.BaseError, tried: str) -> GearError:
-    """Keep the message of the store, without its debug output."""
+    """Return our error with the message of the store, without its debug output."""
     message, _, _ = str(exc).partition("\n")
     text = f"{tried}: {message}"
     if isinstance(exc, foreign.AlreadyExistsError | foreign.PreconditionError):

@@ -21,7 +21,7 @@ class BufferedStore:
         """
         Args:
             blobs: Stores the flushed blobs.
-            buffer_bytes: A put that exceeds this size flushes the buffer; other puts wait for it.
+            buffer_bytes: A put that fills the buffer beyond this size flushes it.
         """
         self._blobs = blobs
         self._max_bytes = buffer_bytes
@@ -50,7 +50,7 @@ class BufferedStore:
             self.flush()
 
     def flush(self) -> None:
-        """Put all buffered blobs into the store; after an error no later flush puts anything."""
+        """Put all buffered blobs into the store; after an error all later flushes fail as well."""
         with self._flushing:
             if self._failure is not None:
                 raise self._failure

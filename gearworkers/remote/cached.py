@@ -18,9 +18,10 @@ CACHE_PAUSE_S = 30.0
 
 
 class CachedStore:
-    """A `BlobStore` that reads from a cache first and fills it with every blob that passes; the cache may fail or lie.
+    """A `BlobStore` that reads from a cache first, and adds every blob that it gets or puts to the cache.
 
-    A cache that fails is not used for `pause_s`, so only the first of many readers waits for it.
+    The cache may fail or return wrong bytes. After a failure it is not used for `pause_s`, so only the first of many
+    readers waits for it.
     """
 
     def __init__(self, cache: BlobStore, origin: BlobStore, *, pause_s: float = CACHE_PAUSE_S) -> None:

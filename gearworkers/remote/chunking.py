@@ -2,7 +2,7 @@
 
 Source: Xia et al., "The Design of Fast Content-Defined Chunking for Data Deduplication Based Storage Systems",
 IEEE TPDS 31 (2020); pyfastcdc cuts 3.9 GB/s where SHA-256 takes 1.8 GB/s.
-The parameters are part of the format: with others, new objects would share no chunks with stored ones.
+The parameters are part of the format: with different parameters, new objects would share no chunks with stored ones.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _STAGING = "staging"
 _DATA_DIRECTORIES = ("objects", "documents")
 _STALE_S = 24 * 3600
 _MAX_FSYNCS = 8
-"""Up to this many files are synced one by one; for more, the whole file system is."""
+"""Up to this many files are synced one by one; for more, the whole file system is synced."""
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 _Rename = Callable[[str, str], None]
@@ -117,7 +117,7 @@ class DirectoryStore:
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
-        """Raise OSErrors as ours; a missing file may mean that its file system is not mounted."""
+        """Translate OSErrors; a missing file may mean that its file system is not mounted."""
         try:
             yield
         except FileNotFoundError as exc:
@@ -163,7 +163,7 @@ class DirectoryStore:
             self._made.add(directory)
 
     def _sync(self, paths: Sequence[str]) -> None:
-        """Make files, or directories with the names in them and above, survive a power cut."""
+        """Sync files, or directories and their parents, so that contents and names survive a power cut."""
         if len(paths) > _MAX_FSYNCS:
             _with_open(self.location, kernel.syncfs)
             return
@@ -197,7 +197,7 @@ class DirectoryStore:
 class MountCheck:
     """Detects that the file system of a remote's directory is not mounted.
 
-    Files written to the bare mount point would lie on the local disk, hidden from all other nodes, and reads would find
+    Files written to the bare mount point would be on the local disk, hidden from all other nodes, and reads would find
     nothing. So the directory is never created, and a directory that has held blobs and is empty counts as not mounted.
     """
 
@@ -205,8 +205,8 @@ class MountCheck:
         """
         Args:
             path: The directory.
-            markers: A local directory for the marker file of remotes that have held blobs. None: remember that in
-                memory only.
+            markers: A local directory for the marker file of remotes that have held blobs. None: record that
+                in memory only.
         """
         self._path = path
         self._marker = None if markers is None else markers / hashlib.sha256(os.fsencode(path)).hexdigest()
@@ -222,10 +222,10 @@ class MountCheck:
             if any((self._path / name).is_dir() for name in _DATA_DIRECTORIES):
                 self.mark()
                 return
-            is_there = self._path.is_dir()
+            exists = self._path.is_dir()
         except OSError as exc:
             raise from_os_error(exc, f"look at {self._path}") from exc
-        if not is_there:
+        if not exists:
             raise Unavailable(
                 f"{self._path} does not exist: mount its file system, or create the directory for a new remote"
             )
@@ -236,7 +236,7 @@ class MountCheck:
             )
 
     def mark(self) -> None:
-        """Note that the directory holds blobs; if the marker cannot be written, only this process remembers it."""
+        """Record that the directory holds blobs; if the marker cannot be written, only this process remembers it."""
         if self._is_marked:
             return
         self._is_marked = True
@@ -279,7 +279,7 @@ def _remove(path: str) -> None:
     try:
         os.unlink(path)
     except OSError:
-        pass  # it is gone, or a later run removes it
+        pass  # it is already removed, or a later run removes it
 
 
 def _with_open(path: str, call: Callable[[int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Documents in a directory or bucket: each version has a name of its own, and the newest one counts.
+"""Documents in a directory or bucket: each version has a name of its own, and the newest is the current one.
 
 Order of writes: the new version is created whole; then all versions older than its predecessor are removed. The
 predecessor stays, since a reader may have listed it and not read it yet.
@@ -14,7 +14,7 @@ from gearworkers.remote.blobstore import Document
 
 _MARK = "@"
 _READ_ATTEMPTS = 3
-"""Attempts at a document that others keep replacing."""
+"""Attempts to read a document that others keep replacing."""
 
 
 class VersionStore(Protocol):
@@ -30,18 +30,18 @@ class VersionStore(Protocol):
         """Return the content of a version.
 
         Raises:
-            NotFound: It does not exist (any more).
+            NotFound: The version does not exist, or was removed.
         """
 
     def create_version(self, name: str, document: Document) -> None:
         """Store a new version, durably.
 
         Raises:
-            AlreadyExists: It exists and stays as it is.
+            AlreadyExists: The version exists; it is unchanged.
         """
 
     def remove_version(self, name: str, version: int) -> None:
-        """Remove a version; one that is gone, or cannot be removed, is no error."""
+        """Remove a version; ignore a version that is missing or cannot be removed."""
 
 
 def version_name(name: str, version: int) -> str:
@@ -72,7 +72,7 @@ def newest_version(place: VersionStore, name: str) -> Document | None:
         try:
             return Document(place.read_version(name, version), version)
         except NotFound:
-            continue  # two versions came since the listing, or the listing is wrong
+            continue  # two versions were stored since the listing, or the listing is wrong
     raise Unavailable(
         f"document {name} of {place.location}: version {version} is listed and cannot be read; "
         f"if this persists, remove {version_name(name, version)}"
@@ -83,7 +83,7 @@ def put_version(place: VersionStore, name: str, document: Document) -> None:
     """Store a new version of a document.
 
     Raises:
-        AlreadyExists: It has this version or a later one.
+        AlreadyExists: The document has this version or a later one.
 
     Crash: may leave older versions, which the next put removes.
     """

@@ -71,7 +71,7 @@ def _layout_sum(digest: bytes, records: bytes | memoryview) -> bytes:
 
 
 def is_layout(blob: bytes) -> bool:
-    """Return whether it is the blob of a large object."""
+    """Return whether *blob* is a layout."""
     return blob[:1] == _LAYOUT
 
 
@@ -99,19 +99,19 @@ def decode_layout(digest: bytes, blob: bytes) -> list[Chunk]:
 def iter_layout(digest: bytes, blob: bytes) -> Iterator[Chunk]:
     """Yield the chunks of `decode_layout` one by one, for callers that must not hold a list of a million chunks."""
     records = memoryview(blob)[1 + DIGEST_BYTES :]
-    is_whole = is_layout(blob) and len(records) > 0 and len(records) % _RECORD.size == 0
-    if not is_whole or blob[1 : 1 + DIGEST_BYTES] != _layout_sum(digest, records):
+    is_valid = is_layout(blob) and len(records) > 0 and len(records) % _RECORD.size == 0
+    if not is_valid or blob[1 : 1 + DIGEST_BYTES] != _layout_sum(digest, records):
         raise IntegrityError(f"layout of {digest.hex()}: damaged, {len(blob)} bytes")
-    at = 0
+    offset = 0
     for size_bytes, chunk_digest in _RECORD.iter_unpack(records):
         if not 0 < size_bytes <= MAX_CONTENT_BYTES:
             raise IntegrityError(f"layout of {digest.hex()}: a chunk of {size_bytes} bytes")
-        yield Chunk(at, size_bytes, chunk_digest)
-        at += size_bytes
+        yield Chunk(offset, size_bytes, chunk_digest)
+        offset += size_bytes
 
 
 def verify(digest: bytes, blob: bytes) -> None:
-    """Verify a blob as far as the blob alone allows: a content by its digest, a layout by its checksum.
+    """Verify a blob without reading others: a content by its digest, a layout by its checksum.
 
     Raises:
         IntegrityError: The blob is wrong.

@@ -36,7 +36,7 @@ def open_remote(settings: Settings) -> Remote:
 
     Raises:
         FailedPrecondition: GEAR_REMOTE is not set.
-        InvalidInput: GEAR_REMOTE is of no known kind.
+        InvalidInput: GEAR_REMOTE has an unknown form.
     """
     if not settings.remote.url:
         raise FailedPrecondition(
@@ -64,7 +64,7 @@ def open_blobs(url: str, settings: Settings) -> BlobStore:
     """Return the store at a directory's path or a URL, with retries and limits.
 
     Raises:
-        InvalidInput: *url* is of no known kind.
+        InvalidInput: *url* has an unknown form.
     """
     timeout_s = settings.remote.timeout_s
     if os.path.isabs(url):
@@ -74,10 +74,9 @@ def open_blobs(url: str, settings: Settings) -> BlobStore:
             open_s3(url, settings.remote), Limits(settings.remote.fetch_threads, timeout_s, get_batch=1, put_batch=1)
         )
     if url.startswith(("http://", "https://")):
-        return _stack(
-            ManagerStore(url, settings.remote, settings.node), None
-        )  # its HTTP client limits connections and time
-    raise InvalidInput(f"GEAR_REMOTE={url}: an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT is needed")
+        manager = ManagerStore(url, settings.remote, settings.node)
+        return _stack(manager, None)  # its HTTP client limits connections and time
+    raise InvalidInput(f"GEAR_REMOTE={url}: set an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT")
 
 
 def remote_name(url: str) -> str:

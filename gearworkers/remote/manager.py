@@ -149,13 +149,13 @@ class ManagerStore:
         """
         started_s = time.monotonic()
         parts: list[bytes] = []
-        left_bytes = size_bytes
-        while left_bytes and (data := response.read1(left_bytes)):
+        missing_bytes = size_bytes
+        while missing_bytes and (data := response.read1(missing_bytes)):
             parts.append(data)
-            left_bytes -= len(data)
-            allowed_s = self._timeout_s + (size_bytes - left_bytes) / _MIN_BYTES_PER_S
-            if left_bytes and time.monotonic() - started_s > allowed_s:
-                raise Unavailable(f"{self._url}: {left_bytes} of {size_bytes} bytes missing after {allowed_s:.0f} s")
+            missing_bytes -= len(data)
+            allowed_s = self._timeout_s + (size_bytes - missing_bytes) / _MIN_BYTES_PER_S
+            if missing_bytes and time.monotonic() - started_s > allowed_s:
+                raise Unavailable(f"{self._url}: {missing_bytes} of {size_bytes} bytes missing after {allowed_s:.0f} s")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @contextmanager
@@ -184,7 +184,7 @@ class ManagerStore:
                 decode_content=False,
             )
         try:
-            if not 200 <= response.status < 300:  # a redirect is an error: it has not executed the request
+            if not 200 <= response.status < 300:  # a redirect is an error: the request was not executed
                 raise self._problem(response, f"{method} {path}")
             yield response
         except BaseException:
@@ -199,7 +199,7 @@ class ManagerStore:
             origin = f"GEAR_REMOTE_TOKEN_FILE={file}"
             try:
                 token = read_small(file).decode("latin-1").strip()
-            except NotFound as exc:  # NotFound would say that the remote lacks the object
+            except NotFound as exc:  # NotFound would mean that the remote lacks the object
                 raise FailedPrecondition(f"{origin}: {exc}") from exc
         if not token and file is None:
             return {}

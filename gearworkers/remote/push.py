@@ -59,7 +59,7 @@ def _push(queue: PushQueue, remote: Remote, batch: Sequence[bytes], report: Push
     singly: list[bytes] = []
     try:
         remote.put_many(_small_contents(queue, batch, small, singly, report))
-    except _OBJECT_ERRORS:  # one small object failed, and those behind it were not read
+    except _OBJECT_ERRORS:  # one small object failed, and the rest of the batch was not read
         small, singly = [], [digest for digest in batch if digest not in report.refused]
     yield from small
     for digest in singly:

@@ -21,7 +21,7 @@ _REPLACE_ATTEMPTS = 20
 
 
 class Remote:
-    """Keeps objects and documents for all nodes; implements `fetch.source.Source`. All methods from any thread.
+    """Keeps objects and documents for all nodes; implements `fetch.source.Source`. Any thread may call its methods.
 
     Puts are idempotent. An object is visible only when whole, and durable when the call that put it has returned.
     """
@@ -105,7 +105,7 @@ class Remote:
             raise IntegrityError(f"object {digest.hex()}: its chunks have SHA-256 {hasher.hexdigest()}")
 
     def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
-        """Yield (digest, verified content or layout) of the present ones; damaged ones are logged and left out."""
+        """Yield (digest, verified content or layout) of the present objects; log and skip damaged ones."""
         for digest, blob in self.blobs.get_many(digests):
             try:
                 yield (

@@ -26,7 +26,7 @@ class RetryingStore:
         return self._blobs.get(digest)
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """Ask the store; after an error for the missing blobs only. Each received blob resets the attempts."""
+        """Ask the store; after an error, only for the missing blobs. Each received blob resets the attempts."""
         missing = dict.fromkeys(digests)
         stream: Iterator[tuple[bytes, bytes]] | None = None
 

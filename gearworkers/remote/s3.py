@@ -78,11 +78,11 @@ class SharedCredentials:
         """Return the credentials that obstore uses until it asks again.
 
         Raises:
-            FailedPrecondition: The profile is gone or lacks a key.
+            FailedPrecondition: The profile was removed, or lacks a key.
         """
         section = self._section()
         if section is None:
-            raise FailedPrecondition(f"{self._path} has lost its profile {self._profile}")
+            raise FailedPrecondition(f"{self._path}: profile {self._profile} is missing")
         try:
             return {
                 "access_key_id": section["aws_access_key_id"],

@@ -95,7 +95,7 @@ def read_small(path: Path, max_bytes: int = 1 << 20) -> bytes:
     Raises:
         NotFound: It does not exist.
         FailedPrecondition: It is not a regular file, or exceeds *max_bytes*.
-        GearError: The kernel refuses.
+        GearError: It cannot be read.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:

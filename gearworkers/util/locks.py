@@ -57,7 +57,7 @@ def sole_process(path: Path, program: str) -> Iterator[None]:
 
     Args:
         path: The lock file; its directory is created.
-        program: The program, for the error's text, such as ``a gateway of this GEAR_ROOT``.
+        program: The program, for the error message, such as ``a gateway of this GEAR_ROOT``.
 
     Raises:
         FailedPrecondition: Another process holds it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-_LARGEST_PORT = 65535
+_MAX_PORT = 65535
 
 
 def host_name(host: str) -> str:
@@ -25,12 +25,12 @@ def is_loopback(name: str) -> bool:
 def parse_host_port(text: str) -> tuple[str, int]:
     """Return the host and the port of ``HOST:PORT``, ``:PORT`` or ``PORT``.
 
-    The host comes without the brackets of an IPv6 address; it is empty if *text* names none.
+    The host has no brackets around an IPv6 address; it is empty if *text* names none.
 
     Raises:
         ValueError: The part behind the last colon is not a port.
     """
     host, _, port = text.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > _LARGEST_PORT:
+    if not port.isascii() or not port.isdigit() or int(port) > _MAX_PORT:
         raise ValueError(f"{text}: HOST:PORT is needed")
     return host.strip("[]"), int(port)

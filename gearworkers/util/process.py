@@ -1,4 +1,4 @@
-"""A process's life: end with the parent, notify systemd."""
+"""The lifetime of a process: end with the parent, notify systemd."""
 
 from __future__ import annotations
 

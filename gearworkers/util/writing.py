@@ -31,7 +31,7 @@ def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> No
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
-    """Replace *path* by a file with *data*; readers see the old content or the new one. Any number may call at once.
+    """Replace *path* by a file with *data*; readers see the old content or the new one. Concurrent calls are safe.
 
     Args:
         path: A file, or the name of a new one.
@@ -40,7 +40,7 @@ def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
             the new content or, on some file systems, an empty file.
 
     Raises:
-        OSError: The file system refuses; *path* is unchanged.
+        OSError: The file cannot be written; *path* is unchanged.
 
     Crash: leaves *path* unchanged and may leave a file ``NAME.….new`` beside it.
     """

@@ -33,7 +33,7 @@ class ContentRoot:
         with self._lock:
             if self._found is None:
                 with connected(self._address) as client:
-                    root = client.plugin_exports(*_CONTENT_PLUGIN).get("root")
+                    root = client.plugin(*_CONTENT_PLUGIN).exports.get("root")
                 if not root:
                     raise NotFound(f"containerd at {self._address} has no content directory of its own")
                 self._found = Path(root)

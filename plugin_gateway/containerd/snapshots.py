@@ -179,6 +179,7 @@ class Snapshots:
             layer = self._engine.layers.get(snapshot.layer)
             if layer.kind is LayerKind.NEW and is_unpack_key(snapshot.name):
                 return [Mount(UNPACK_MOUNT, str(self._engine.layers.directory(layer)), ("rw",))]
+            self._engine.make_writable(layer.id)
             target = self._engine.mount(layer.id)
             return [_bind(target, "ro" if layer.kind is LayerKind.IMAGE else "rw")]
 
@@ -229,8 +230,7 @@ class Snapshots:
         with self._locks.held(active.layer):
             usage = Usage(0, 0)
             if active.kind is SnapshotKind.ACTIVE:
-                if self._engine.layers.get(active.layer).kind is LayerKind.NEW:
-                    self._engine.mount(active.layer)  # makes it an empty read-write layer unless an Apply is unfinished
+                self._engine.make_writable(active.layer)  # rejects an unfinished Apply
                 self._engine.unmount(active.layer)  # also writes the upper directory to the disk
                 usage = self._usage(active)
             with self._rows.transaction(durable=True) as rows:

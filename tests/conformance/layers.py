@@ -74,7 +74,7 @@ def tar(*files: File) -> bytes:
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
-def applied(driver: Driver, *files: File, parent: str = "") -> str:
+def apply_layer(driver: Driver, *files: File, parent: str = "") -> str:
     """Create an image layer with these files; return its id."""
     id = new_layer_id()
     driver.create(id, parent)

@@ -9,7 +9,7 @@ import pytest
 
 from gearworkers.layers.idmap import IDMap
 from tests.conformance.drivers import Driver, Refused, new_layer_id
-from tests.conformance.layers import applied, committed, container, directory, file, mounted, shown, tar
+from tests.conformance.layers import apply_layer, committed, container, directory, file, mounted, shown, tar
 
 BAD_IDS = ["../x", "..", ".", "", "a/b", "/etc", "a" * 201, "nul\0", "new\nline", "-\N{BULLET}"]
 
@@ -59,8 +59,8 @@ def test_unsupported_container_options_are_rejected(driver: Driver) -> None:
 
 
 def test_get_metadata_has_overlay2s_keys(driver: Driver) -> None:
-    base = applied(driver, file("a", b"a"))
-    middle = applied(driver, file("b", b"b"), parent=base)
+    base = apply_layer(driver, file("a", b"a"))
+    middle = apply_layer(driver, file("b", b"b"), parent=base)
     id = new_layer_id()
     driver.create_read_write(id, middle)
     metadata = driver.get_metadata(id)
@@ -82,7 +82,7 @@ def test_status_shows_the_root_directory_and_counters(driver: Driver) -> None:
 
 
 def test_a_layer_accepts_one_diff(driver: Driver) -> None:
-    id = applied(driver, file("a", b"a"))
+    id = apply_layer(driver, file("a", b"a"))
     with pytest.raises(Refused, match="has content"):
         driver.apply_diff(id, "", tar(file("b", b"b")))
     assert set(shown(driver, id)) == {b"a"}
@@ -110,7 +110,7 @@ def test_an_incomplete_layer_rejects_all_calls_but_remove(driver: Driver) -> Non
 
 @pytest.mark.parametrize("empty_tar", [b"", bytes(512), bytes(1024), bytes(10240)])
 def test_an_empty_tar_makes_an_empty_layer(driver: Driver, empty_tar: bytes) -> None:
-    base, id = applied(driver, file("a", b"a")), new_layer_id()
+    base, id = apply_layer(driver, file("a", b"a")), new_layer_id()
     driver.create(id, base)
     assert driver.apply_diff(id, base, empty_tar) == 0
     assert driver.diff(id, base) == empty_tar
@@ -144,7 +144,7 @@ def test_a_layer_created_before_a_restart_is_mounted_but_rejects_a_diff(driver: 
 
 
 def test_a_diff_with_another_parent_than_create_is_rejected(driver: Driver) -> None:
-    base, id = applied(driver, file("a", b"a")), new_layer_id()
+    base, id = apply_layer(driver, file("a", b"a")), new_layer_id()
     driver.create(id)
     with pytest.raises(Refused, match="parent"):
         driver.apply_diff(id, base, tar())
@@ -160,9 +160,9 @@ def test_a_written_layer_rejects_a_diff(driver: Driver) -> None:
 
 
 def test_diff_and_changes_work_for_any_pair_of_layers(driver: Driver) -> None:
-    base = applied(driver, directory("d"), file("d/a", b"a"), file("d/b", b"bb"))
-    one = applied(driver, file("d/a", b"other"), parent=base)
-    two = applied(driver, file("d/c", b"ccc"), parent=base)
+    base = apply_layer(driver, directory("d"), file("d/a", b"a"), file("d/b", b"bb"))
+    one = apply_layer(driver, file("d/a", b"other"), parent=base)
+    two = apply_layer(driver, file("d/c", b"ccc"), parent=base)
     assert driver.changes(two, one) == [("/d", 0), ("/d/a", 0), ("/d/c", 1)]
     assert driver.diff_size(two, one) == len(b"a") + len(b"ccc")
     again = new_layer_id()
@@ -177,7 +177,7 @@ def test_diff_and_changes_work_for_any_pair_of_layers(driver: Driver) -> None:
 
 def test_a_mount_label_reaches_the_kernel(driver: Driver) -> None:
     """A kernel without SELinux rejects the label; one with SELinux shows it in mountinfo."""
-    base, id = applied(driver, file("a", b"a")), new_layer_id()
+    base, id = apply_layer(driver, file("a", b"a")), new_layer_id()
     label = "system_u:object_r:container_file_t:s0:c1,c2"
     driver.create_read_write(id, base, label)
     if Path("/sys/fs/selinux/enforce").exists():
@@ -216,7 +216,7 @@ def test_remapped_owners_are_host_ids_in_the_tree_and_container_ids_in_the_diff(
 
 
 def test_a_remapped_container_is_committed_and_read_back(remapped: Driver) -> None:
-    base, id = applied(remapped, file("a", b"a", 0o644, 7, 7)), new_layer_id()
+    base, id = apply_layer(remapped, file("a", b"a", 0o644, 7, 7)), new_layer_id()
     remapped.create_read_write(id, base)
     with mounted(remapped, id) as merged:
         root = merged.lstat()
@@ -234,7 +234,7 @@ def test_the_error_for_an_unmapped_owner_names_the_file(remapped: Driver) -> Non
     remapped.create(id)
     with pytest.raises(Refused, match=r"far.*70000"):
         remapped.apply_diff(id, "", tar(file("far", b"", uid=70_000)))
-    base = applied(remapped, file("a", b"a"))
+    base = apply_layer(remapped, file("a", b"a"))
     with container(remapped, base, id := new_container(remapped, base)) as merged:
         (merged / "hosts").touch()
         with pytest.raises(Refused, match="hosts"):

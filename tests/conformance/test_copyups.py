@@ -14,7 +14,7 @@ import pytest
 from tests.conformance.drivers import Driver, new_layer_id
 from tests.conformance.layers import (
     NET_RAW,
-    applied,
+    apply_layer,
     committed,
     device,
     directory,
@@ -33,7 +33,7 @@ FS_IOC_GETFLAGS = 0x80086601
 
 def image(driver: Driver) -> str:
     """Create an image of two layers; return the id of the upper one."""
-    base = applied(
+    base = apply_layer(
         driver,
         directory("d"),
         file("d/big", BIG, 0o644, 1, 1),
@@ -44,7 +44,7 @@ def image(driver: Driver) -> str:
         file("gone", b"gone"),
         with_xattrs(file("noted", b"noted"), user__note=b"before"),
     )
-    return applied(driver, directory("d"), file("d/upper", b"of the second layer"), parent=base)
+    return apply_layer(driver, directory("d"), file("d/upper", b"of the second layer"), parent=base)
 
 
 def chmod(root: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_capability_of_a_file_with_two_names_is_committed(driver: Driver) -> N
 
 
 def test_a_hard_link_of_the_image_breaks_when_one_name_is_written(driver: Driver) -> None:
-    parent, id = applied(driver, file("a", b"a"), hardlink("b", "a"), device("n", 1, 3)), new_layer_id()
+    parent, id = apply_layer(driver, file("a", b"a"), hardlink("b", "a"), device("n", 1, 3)), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "a").write_text("new")
@@ -244,7 +244,7 @@ def test_an_acl_is_set_on_changed_and_new_files_and_committed(driver: Driver) ->
     acl = bytes.fromhex("0200000001000600ffffffff02000400d204000004000400ffffffff10000600ffffffff20000400ffffffff")
     name = "system.posix_acl_access"
     has_acl = with_xattrs(file("b"), system__posix_acl_access=acl)
-    parent, id = applied(driver, file("a", b"a"), directory("d"), has_acl), new_layer_id()
+    parent, id = apply_layer(driver, file("a", b"a"), directory("d"), has_acl), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         assert os.getxattr(merged / "b", name) == acl
@@ -261,7 +261,7 @@ def test_an_acl_is_set_on_changed_and_new_files_and_committed(driver: Driver) ->
 
 def test_flags_are_readable_only_on_changed_and_new_files(driver: Driver) -> None:
     """The overlay asks the lower file system, and EROFS has no flags; `lsattr` and `chattr` read them first."""
-    parent, id = applied(driver, file("a", b"a"), directory("d")), new_layer_id()
+    parent, id = apply_layer(driver, file("a", b"a"), directory("d")), new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
         (merged / "new").touch()

@@ -23,7 +23,7 @@ from tests.conformance.drivers import Driver, Refused, new_layer_id
 from tests.conformance.layers import (
     NET_RAW,
     File,
-    applied,
+    apply_layer,
     committed,
     device,
     directory,
@@ -249,7 +249,7 @@ def check_consistency(settings: Settings) -> None:
 @pytest.mark.usefixtures("untouched")
 def test_the_error_names_the_entry(driver: Driver, case: str) -> None:
     make_tar, reason = REFUSED[case]
-    base = applied(driver, file("lower", b"lower"))
+    base = apply_layer(driver, file("lower", b"lower"))
     id = new_layer_id()
     driver.create(id, base)
     with pytest.raises(Refused, match=f"(?s){reason}") as refused:
@@ -258,7 +258,7 @@ def test_the_error_names_the_entry(driver: Driver, case: str) -> None:
     with pytest.raises(Refused):
         driver.get(id)
     driver.remove(id)
-    after = applied(driver, file("after", b"after"), parent=base)
+    after = apply_layer(driver, file("after", b"after"), parent=base)
     assert set(shown(driver, after)) == {b"lower", b"after"}, "the driver still works"
 
 
@@ -275,13 +275,13 @@ def test_the_result_equals_that_of_overlay2(driver: Driver, case: str) -> None:
 
 
 def test_whiteouts_in_odd_places_hide_only_in_their_layer(driver: Driver) -> None:
-    base = applied(driver, directory("d"), file("d/a", b"a"), file("keep", b"k"))
-    top = applied(driver, whiteout("../d/a"), whiteout("/x/../not-there"), parent=base)
+    base = apply_layer(driver, directory("d"), file("d/a", b"a"), file("keep", b"k"))
+    top = apply_layer(driver, whiteout("../d/a"), whiteout("/x/../not-there"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"keep"}
 
 
 def test_a_container_removes_a_name_of_255_bytes(driver: Driver) -> None:
-    base, id = applied(driver, file("n" * 255, b"n"), file("kept", b"k")), new_layer_id()
+    base, id = apply_layer(driver, file("n" * 255, b"n"), file("kept", b"k")), new_layer_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
         (merged / ("n" * 255)).unlink()
@@ -290,12 +290,12 @@ def test_a_container_removes_a_name_of_255_bytes(driver: Driver) -> None:
 
 def test_many_long_names_fit_in_one_directory(driver: Driver) -> None:
     names = [b"%d-" % number + b"x" * (number * 7 % 240) for number in range(3000)]
-    id = applied(driver, directory("d"), *(file(b"d/" + name) for name in names))
+    id = apply_layer(driver, directory("d"), *(file(b"d/" + name) for name in names))
     assert set(shown(driver, id)) == {b"d"} | {b"d/" + name for name in names}
 
 
 def test_a_deep_tree_is_imported_and_read(driver: Driver) -> None:
-    id = applied(driver, file("d/" * 1900 + "deepest", b"found"))
+    id = apply_layer(driver, file("d/" * 1900 + "deepest", b"found"))
     with mounted(driver, id) as merged:
         here = os.open(merged, os.O_RDONLY)
         for _ in range(1900):
@@ -312,7 +312,7 @@ def test_directories_deeper_than_the_stack_or_path_limit_are_measured_committed_
     driver: Driver, depth: int, name: str, reached: int
 ) -> None:
     """A commit omits files whose paths are too long to reach, as with overlay2."""
-    base, id = applied(driver, file("a", b"a")), new_layer_id()
+    base, id = apply_layer(driver, file("a", b"a")), new_layer_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
         make_nested_directories(merged, depth, name)
@@ -344,7 +344,7 @@ def make_nested_directories(top: Path, depth: int, name: str) -> None:
 def test_xattrs_that_the_kernel_rejects_for_the_file_type_are_omitted(driver: Driver, entry: File) -> None:
     """Docker ignores the error as well. With these xattrs, containers could not change the file."""
     entry[0].xattrs = {b"user.a": b"1", b"system.posix_acl_default": b"\2\0\0\0", b"trusted.a": b"2"}
-    base, id = applied(driver, entry), new_layer_id()
+    base, id = apply_layer(driver, entry), new_layer_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
         (merged / "x").rename(merged / "renamed")

@@ -11,14 +11,14 @@ import pytest
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
 from tests.conformance.drivers import Driver, InProcess, new_layer_id
-from tests.conformance.layers import applied, committed, container, directory, file, hardlink, mounted, shown, tar
+from tests.conformance.layers import apply_layer, committed, container, directory, file, hardlink, mounted, shown, tar
 
 
 @pytest.fixture
 def id(driver: Driver) -> str:
     """Return a read-write layer on an image."""
     id = new_layer_id()
-    driver.create_read_write(id, applied(driver, file("lower", b"lower")))
+    driver.create_read_write(id, apply_layer(driver, file("lower", b"lower")))
     return id
 
 
@@ -72,7 +72,7 @@ def test_init_sets_the_count_of_each_mount_to_one(driver: Driver, id: str) -> No
 
 
 def test_a_restarted_driver_knows_all_layers(driver: Driver, id: str) -> None:
-    base = applied(driver, file("a", b"a"))
+    base = apply_layer(driver, file("a", b"a"))
     data = driver.diff(base)
     driver.restart()
     assert set(shown(driver, base)) == {b"a"}
@@ -112,7 +112,7 @@ def test_concurrent_gets_share_one_mount(driver: Driver, id: str) -> None:
 
 
 def test_layers_on_one_parent_are_created_and_removed_concurrently(driver: Driver) -> None:
-    base = applied(driver, file("a", b"a"))
+    base = apply_layer(driver, file("a", b"a"))
 
     def run_container(number: int) -> bytes:
         id = new_layer_id()
@@ -134,7 +134,7 @@ def test_an_empty_parent_id_means_no_parent(driver: Driver) -> None:
 
 
 def test_a_layer_mounted_before_its_diff_accepts_the_diff(driver: Driver) -> None:
-    base, id = applied(driver, file("a", b"a")), new_layer_id()
+    base, id = apply_layer(driver, file("a", b"a")), new_layer_id()
     driver.create(id, base)
     with mounted(driver, id) as merged:
         assert (merged / "a").exists()
@@ -154,8 +154,8 @@ def test_a_second_init_keeps_the_layers(driver: Driver, id: str) -> None:
 @pytest.mark.parametrize("xino", [False, True], ids=["off", "on"])
 def test_all_files_have_one_device_and_numbers_beyond_53_bits_with_xino(settings: Settings, xino: bool) -> None:
     driver = InProcess(replace(settings, xino=xino))
-    base = applied(driver, directory("d"), file("d/a1", b"first"), hardlink("d/a2", "d/a1"))
-    parent = applied(driver, directory("d"), file("d/b1", b"second"), hardlink("d/b2", "d/b1"), parent=base)
+    base = apply_layer(driver, directory("d"), file("d/a1", b"first"), hardlink("d/a2", "d/a1"))
+    parent = apply_layer(driver, directory("d"), file("d/b1", b"second"), hardlink("d/b2", "d/b1"), parent=base)
     id = new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:

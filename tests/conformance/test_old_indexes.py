@@ -20,7 +20,7 @@ from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
 from tests.conformance.layers import (
     File,
-    applied,
+    apply_layer,
     device,
     directory,
     fifo,
@@ -86,8 +86,8 @@ def layers(settings: Settings) -> list[str]:
     """Return two layers of an old store."""
     with old_program():
         driver = InProcess(settings)
-        first = applied(driver, *FIRST)
-        second = applied(driver, *SECOND, parent=first)
+        first = apply_layer(driver, *FIRST)
+        second = apply_layer(driver, *SECOND, parent=first)
         with mounted(driver, second) as merged:
             assert numbers(merged / "d/a1", merged / "d/b1") & set(range(200_000)), "the layers share inode numbers"
         driver.cleanup()

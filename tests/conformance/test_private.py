@@ -12,7 +12,7 @@ from gearworkers.settings import Settings
 from tests.conformance.drivers import Driver, Refused, new_layer_id
 from tests.conformance.layers import (
     File,
-    applied,
+    apply_layer,
     committed,
     container,
     device,
@@ -50,12 +50,14 @@ def sha256(content: bytes) -> bytes:
 
 def test_private_contents_are_not_shared_with_other_layers(driver: Driver) -> None:
     before = object_names(driver.settings)
-    base = applied(driver, file("base", b"public"))
-    marked = applied(driver, MARK, file("a", b"secret"), file("again", b"public"), file("large", LARGE), parent=base)
-    above = applied(driver, file("b", b"secret"), parent=marked)
+    base = apply_layer(driver, file("base", b"public"))
+    marked = apply_layer(
+        driver, MARK, file("a", b"secret"), file("again", b"public"), file("large", LARGE), parent=base
+    )
+    above = apply_layer(driver, file("b", b"secret"), parent=marked)
     assert object_names(driver.settings) - before == {object_path(driver.settings, b"public")}
     assert (len(private_files(driver.settings, marked)), len(private_files(driver.settings, above))) == (3, 1)
-    other = applied(driver, file("mine", b"secret"))
+    other = apply_layer(driver, file("mine", b"secret"))
     assert object_path(driver.settings, b"secret") in object_names(driver.settings)
     assert contents(driver, above) == {
         b".gear-private": sha256(b""),
@@ -82,7 +84,7 @@ def test_diff_of_a_private_layer_returns_its_exact_tar(driver: Driver) -> None:
 
 
 def test_private_files_are_read_after_a_restart_and_removed_with_the_layer(driver: Driver) -> None:
-    marked = applied(driver, MARK, file("a", b"secret"))
+    marked = apply_layer(driver, MARK, file("a", b"secret"))
     driver.restart()
     with container(driver, marked) as merged:
         assert (merged / "a").read_bytes() == b"secret"
@@ -94,8 +96,8 @@ def test_private_files_are_read_after_a_restart_and_removed_with_the_layer(drive
 
 
 def test_a_layer_that_removes_the_mark_stays_private(driver: Driver) -> None:
-    marked = applied(driver, MARK)
-    unmarked = applied(driver, whiteout(".gear-private"), file("a", b"still secret"), parent=marked)
+    marked = apply_layer(driver, MARK)
+    unmarked = apply_layer(driver, whiteout(".gear-private"), file("a", b"still secret"), parent=marked)
     assert set(shown(driver, unmarked)) == {b"a"}
     assert len(private_files(driver.settings, unmarked)) == 1
     assert object_path(driver.settings, b"still secret") not in object_names(driver.settings)
@@ -115,7 +117,7 @@ def test_a_mark_after_file_contents_is_rejected(driver: Driver, name: str) -> No
     "other", [file("d/.gear-private"), file(".gear-private2"), file("x.gear-private"), file(b".gear-private\xff")]
 )
 def test_similar_file_names_do_not_mark_a_layer(driver: Driver, other: File) -> None:
-    id = applied(driver, directory("d"), other, file("a", b"public content"))
+    id = apply_layer(driver, directory("d"), other, file("a", b"public content"))
     assert object_path(driver.settings, b"public content") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
 
@@ -136,10 +138,10 @@ def test_similar_file_names_do_not_mark_a_layer(driver: Driver, other: File) -> 
 )
 def test_any_file_type_with_the_right_name_is_a_mark(driver: Driver, mark: list[File]) -> None:
     before = object_names(driver.settings)
-    id = applied(driver, *mark, file("a", b"secret"))
+    id = apply_layer(driver, *mark, file("a", b"secret"))
     assert b".gear-private" in shown(driver, id)
     assert object_names(driver.settings) == before
-    above = applied(driver, opaque(""), file("b", b"secret too"), parent=id)
+    above = apply_layer(driver, opaque(""), file("b", b"secret too"), parent=id)
     assert object_names(driver.settings) == before
     assert len(private_files(driver.settings, above)) == 1
 
@@ -154,13 +156,13 @@ def test_a_mark_created_through_a_symlink_is_rejected(driver: Driver) -> None:
 
 
 def test_a_whiteout_of_a_missing_mark_does_not_make_a_layer_private(driver: Driver) -> None:
-    id = applied(driver, whiteout(".gear-private"), file("a", b"public content"))
+    id = apply_layer(driver, whiteout(".gear-private"), file("a", b"public content"))
     assert object_path(driver.settings, b"public content") in object_names(driver.settings)
     assert not private_files(driver.settings, id)
 
 
 def test_a_commit_writes_the_mark_before_all_contents(driver: Driver) -> None:
-    parent = applied(driver, file("base", b"public"))
+    parent = apply_layer(driver, file("base", b"public"))
     id = new_layer_id()
     driver.create_read_write(id, parent)
     with mounted(driver, id) as merged:
@@ -180,16 +182,16 @@ def test_a_commit_writes_the_mark_before_all_contents(driver: Driver) -> None:
 
 
 def test_many_private_layers_merge_into_one_tree(driver: Driver) -> None:
-    top = applied(driver, MARK)
+    top = apply_layer(driver, MARK)
     for number in range(120):
-        top = applied(driver, file(f"f{number}", b"secret %d" % number), parent=top)
+        top = apply_layer(driver, file(f"f{number}", b"secret %d" % number), parent=top)
     with mounted(driver, top) as merged:
         assert all((merged / f"f{number}").read_bytes() == b"secret %d" % number for number in range(120))
 
 
 def test_a_private_object_is_a_separate_file(driver: Driver) -> None:
-    applied(driver, file("a", b"seen by both"))
-    marked = applied(driver, MARK, file("a", b"seen by both"))
+    apply_layer(driver, file("a", b"seen by both"))
+    marked = apply_layer(driver, MARK, file("a", b"seen by both"))
     (own,) = private_files(driver.settings, marked)
     assert os.stat(own).st_nlink == 1
     assert Path(own).name == Path(object_path(driver.settings, b"seen by both")).name

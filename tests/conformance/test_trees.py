@@ -17,7 +17,7 @@ from tests.conformance.layers import (
     MTIME_NS,
     NET_RAW,
     File,
-    applied,
+    apply_layer,
     device,
     directory,
     fifo,
@@ -38,7 +38,7 @@ GIB = 1 << 30
 
 
 def test_every_kind_of_file_appears_as_in_the_tar(driver: Driver) -> None:
-    id = applied(
+    id = apply_layer(
         driver,
         directory("d", 0o1777, 3, 4),
         file("d/setuid", b"suid", 0o4755, 1000, 1001),
@@ -64,7 +64,7 @@ def test_every_kind_of_file_appears_as_in_the_tar(driver: Driver) -> None:
 
 
 def test_capabilities_and_xattrs_are_kept(driver: Driver) -> None:
-    id = applied(
+    id = apply_layer(
         driver,
         with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW, user__note=b"any\0bytes\xff"),
         with_xattrs(directory("d"), user__note=b"of a directory"),
@@ -78,7 +78,7 @@ def test_capabilities_and_xattrs_are_kept(driver: Driver) -> None:
 
 def test_a_capability_survives_a_hard_link_in_the_tar(driver: Driver) -> None:
     ping = with_xattrs(file("ping", b"elf", 0o755, 5), security__capability=NET_RAW)
-    id = applied(driver, ping, hardlink("ping4", "ping", 0o755, 5))
+    id = apply_layer(driver, ping, hardlink("ping4", "ping", 0o755, 5))
     assert shown(driver, id)[b"ping4"].xattrs == (("security.capability", NET_RAW),)
 
 
@@ -92,28 +92,28 @@ def test_diff_of_an_image_layer_returns_its_exact_tar(driver: Driver) -> None:
 
 
 def test_whiteouts_hide_files_and_trees_of_lower_layers(driver: Driver) -> None:
-    base = applied(driver, directory("d"), file("d/a", b"a"), file("d/b", b"b"), directory("e"), file("e/c", b"c"))
-    top = applied(driver, whiteout("d/a"), whiteout("e"), parent=base)
+    base = apply_layer(driver, directory("d"), file("d/a", b"a"), file("d/b", b"b"), directory("e"), file("e/c", b"c"))
+    top = apply_layer(driver, whiteout("d/a"), whiteout("e"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"d/b"}
     assert driver.changes(top, base) == [("/d", 0), ("/d/a", 2), ("/e", 2)]
 
 
 def test_an_opaque_directory_hides_lower_entries_and_keeps_its_own(driver: Driver) -> None:
-    base = applied(driver, directory("d"), file("d/a", b"a"), directory("d/e"), file("d/e/b", b"b"))
-    top = applied(driver, directory("d"), opaque("d"), file("d/new", b"new"), parent=base)
+    base = apply_layer(driver, directory("d"), file("d/a", b"a"), directory("d/e"), file("d/e/b", b"b"))
+    top = apply_layer(driver, directory("d"), opaque("d"), file("d/new", b"new"), parent=base)
     assert set(shown(driver, top)) == {b"d", b"d/new"}
-    after = applied(driver, directory("d"), file("d/new", b"newer"), opaque("d"), parent=base)
+    after = apply_layer(driver, directory("d"), file("d/new", b"newer"), opaque("d"), parent=base)
     assert set(shown(driver, after)) == {b"d", b"d/new"}, "the marker may come last"
 
 
 def test_files_and_directories_replace_each_other(driver: Driver) -> None:
-    base = applied(driver, directory("was-dir"), file("was-dir/a", b"a"), file("was-file", b"b"))
-    top = applied(driver, file("was-dir", b"file"), directory("was-file"), file("was-file/c", b"c"), parent=base)
+    base = apply_layer(driver, directory("was-dir"), file("was-dir/a", b"a"), file("was-file", b"b"))
+    top = apply_layer(driver, file("was-dir", b"file"), directory("was-file"), file("was-file/c", b"c"), parent=base)
     assert set(shown(driver, top)) == {b"was-dir", b"was-file", b"was-file/c"}
 
 
 def test_the_last_entry_of_a_name_wins(driver: Driver) -> None:
-    id = applied(
+    id = apply_layer(
         driver,
         file("twice", b"first"),
         file("twice", b"second!", 0o600),
@@ -132,7 +132,7 @@ def test_the_last_entry_of_a_name_wins(driver: Driver) -> None:
 def test_equal_contents_with_different_owners_and_modes_share_one_object(driver: Driver) -> None:
     content = os.urandom(100)
     before = object_names(driver.settings)
-    id = applied(driver, file("a", content, 0o755, 1, 1), file("b", content, 0o400, 2, 2))
+    id = apply_layer(driver, file("a", content, 0o755, 1, 1), file("b", content, 0o400, 2, 2))
     assert object_names(driver.settings) - before == {object_path(driver.settings, content)}
     nodes = shown(driver, id)
     assert (nodes[b"a"].mode & 0o7777, nodes[b"a"].uid) == (0o755, 1)
@@ -144,31 +144,31 @@ def test_equal_contents_with_different_owners_and_modes_share_one_object(driver:
 def test_contents_of_many_layers_are_stored_once(driver: Driver) -> None:
     content = os.urandom(5000)
     before = object_names(driver.settings)
-    first = applied(driver, file("a", content))
-    second = applied(driver, file("elsewhere/b", content), parent=first)
+    first = apply_layer(driver, file("a", content))
+    second = apply_layer(driver, file("elsewhere/b", content), parent=first)
     assert len(object_names(driver.settings) - before) == 1
     assert driver.diff_size(second, first) == 5000, "a layer's size counts all its files, already stored or not"
 
 
 def test_missing_parents_are_created(driver: Driver) -> None:
-    id = applied(driver, file("a/b/c", b"deep"))
+    id = apply_layer(driver, file("a/b/c", b"deep"))
     nodes = shown(driver, id)
     assert nodes[b"a/b"].mode == stat.S_IFDIR | 0o755
 
 
 def test_names_of_any_bytes_are_kept(driver: Driver) -> None:
     names = [b"caf\xe9", "grüße".encode(), b"new\nline", b"back\\slash", b" ", b"n" * 255]
-    id = applied(driver, *(file(name, b"content") for name in names))
+    id = apply_layer(driver, *(file(name, b"content") for name in names))
     assert set(shown(driver, id)) == set(names)
 
 
 def test_the_tar_may_begin_with_the_root(driver: Driver) -> None:
-    id = applied(driver, directory("."), directory("./d"), file("./d/a", b"a"))
+    id = apply_layer(driver, directory("."), directory("./d"), file("./d/a", b"a"))
     assert set(shown(driver, id)) == {b"d", b"d/a"}
 
 
 def test_an_image_layer_is_mounted_read_only(driver: Driver) -> None:
-    id = applied(driver, file("a", b"a"))
+    id = apply_layer(driver, file("a", b"a"))
     with mounted(driver, id) as merged, pytest.raises(OSError) as refused:
         (merged / "new").touch()
     assert refused.value.errno == errno.EROFS

@@ -12,7 +12,7 @@ from grpc import StatusCode
 from gearworkers.containerd.api.types_pb2 import Mount
 from gearworkers.mounts.overlay import is_mounted
 from tests.conformance.drivers import OverSocket
-from tests.conformance.layers import applied, file
+from tests.conformance.layers import apply_layer, file
 from tests.conformance.snapshots import active, committed, new_key, shown, tree
 from tests.support.containerd import SnapshotClient, connected, mounted, refused
 from tests.support.fake_containerd import descriptor
@@ -64,7 +64,7 @@ def test_a_new_or_ending_dockerd_keeps_the_mounts_of_snapshots(
 
 
 def test_containerd_does_not_find_the_layers_of_docker(docker: OverSocket, client: SnapshotClient) -> None:
-    id = applied(docker, file("docker"))
+    id = apply_layer(docker, file("docker"))
     with refused(StatusCode.NOT_FOUND, id):
         client.prepare(new_key("active"), id)
     assert id not in {info.name for info in client.list()}
@@ -84,7 +84,7 @@ def test_containerd_does_not_apply_to_the_layers_of_docker(docker: OverSocket, c
 
 def test_a_removal_by_docker_keeps_the_files_of_snapshots(docker: OverSocket, client: SnapshotClient) -> None:
     base = committed(client, "", write_file)
-    docker.remove(applied(docker, file("file", b"of containerd")))
+    docker.remove(apply_layer(docker, file("file", b"of containerd")))
     with mounted(client.mounts(active(client, base))) as top:
         assert set(tree(top)) == {b"file"}
         assert (top / "file").read_text() == "of containerd"

@@ -107,7 +107,7 @@ def session_host(disk: Path, registry: Registry) -> Iterator[LazyHost]:
 @pytest.fixture
 def empty_host(session_host: LazyHost) -> LazyHost:
     """The host, up, with nothing stored."""
-    session_host.empty()
+    session_host.reset()
     return session_host
 
 

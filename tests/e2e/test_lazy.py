@@ -46,7 +46,7 @@ def test_images_and_history_show_the_real_sizes(host: LazyHost) -> None:
 
 
 def test_twenty_containers_on_an_empty_host_fetch_each_object_once(host: LazyHost) -> None:
-    before, inline, inline_bytes = host.stack.lazy_status(), host.objects(), host.object_bytes()
+    before, inline, inline_bytes = host.stack.lazy_status(), host.object_count(), host.object_bytes()
     script = "cat /app/small* | sha256sum; sha256sum /app/large0"
     with ThreadPoolExecutor(AT_ONCE) as pool:
         said = set(pool.map(lambda _: host.dockerd.run(host.image, "sh", "-c", script), range(AT_ONCE)))
@@ -54,7 +54,7 @@ def test_twenty_containers_on_an_empty_host_fetch_each_object_once(host: LazyHos
     assert hashlib.sha256(LARGE["app/large0"]).hexdigest() in said.pop()
     wait_until(lambda: host.stack.lazy_status().arriving == 0, "all has arrived", 60.0)
     after = host.stack.lazy_status()
-    assert after.fetched_objects - before.fetched_objects == host.objects() - inline
+    assert after.fetched_objects - before.fetched_objects == host.object_count() - inline
     assert after.received_bytes - before.received_bytes == host.object_bytes() - inline_bytes
     assert after.failures == {}
 
@@ -160,11 +160,11 @@ def _mounts(host: LazyHost) -> str:
 def test_removing_an_incomplete_image_leaves_no_object(host: LazyHost) -> None:
     container = host.start()
     host.dockerd.docker("exec", container, "sh", "-c", "cat /app/small* /app/large0 > /dev/null")
-    assert host.objects() > 40
+    assert host.object_count() > 40
     assert any((host.stack.root / "arrivals").glob("*/*"))
     host.dockerd.docker("rm", "-f", container)
     host.dockerd.docker("rmi", host.image)
-    wait_until(lambda: host.objects() == 0, "the objects are collected", 60.0, lambda: str(host.objects()))
+    wait_until(lambda: host.object_count() == 0, "the objects are collected", 60.0, lambda: str(host.object_count()))
     wait_until(lambda: not any((host.stack.root / "arrivals").glob("*/*")), "arrivals is empty", 60.0)
     assert host.stack.lazy_status().incomplete_layers == 0
     assert not any((host.stack.root / "images").iterdir())

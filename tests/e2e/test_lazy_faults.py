@@ -119,7 +119,7 @@ def test_a_slow_remote_delays_only_the_requested_bytes(host: LazyHost, container
     assert head == LARGE["app/large1"][:4096]
     assert not host.has(digest_of("app/large1")), "the rest takes some twenty seconds more"
     assert_right(host, container, "app/small3")
-    host.link.heal()
+    host.link.reset()
     assert_right(host, container, "app/large1")
 
 
@@ -128,7 +128,7 @@ def test_truncated_responses_are_retried_and_never_accepted(host: LazyHost, cont
     assert_right(host, container, "app/small4", "app/large1")
     host.link.cut_after_bytes = 10
     assert_io_error(host, container, "app/small5")
-    host.link.heal()
+    host.link.reset()
     assert_right(host, container, "app/small5")
 
 

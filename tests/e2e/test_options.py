@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import sandbox
-from tests.support.disk import LIMITING, mount_small
+from tests.support.disk import QUOTA_OPTIONS, mount_small
 from tests.support.dockerd import NO_NETWORK, Dockerd
 from tests.support.processes import NotReady, wait_until
 from tests.support.stack import Stack
@@ -90,10 +90,10 @@ def test_an_unenforceable_size_and_an_unknown_option_are_rejected(dockerd: Docke
     assert not dockerd.docker("ps", "-aq")
 
 
-@pytest.mark.parametrize("fs", sorted(LIMITING))
+@pytest.mark.parametrize("fs", sorted(QUOTA_OPTIONS))
 def test_a_container_cannot_write_more_than_its_size(own: Stack, disk: Path, tmp_path: Path, fs: str) -> None:
     try:
-        limiting = mount_small(tmp_path, fs, LIMITING[fs])
+        limiting = mount_small(tmp_path, fs, QUOTA_OPTIONS[fs])
     except subprocess.CalledProcessError:
         pytest.skip(f"this kernel has no project quotas on {fs}")
     dockerd = Dockerd("d3", disk / f"limited-{fs}", "gear3", ("--storage-opt", f"gear.root={limiting}/gear"))

@@ -45,7 +45,7 @@ def test_files_opened_by_a_first_start_are_prefetched_on_another_host(recording_
     (found,) = _profiles(host)
     wait_until(lambda: host.stack.lazy_status().arriving == 0, "the rest of each read file is here", 60.0)
 
-    host.empty()
+    host.reset()
     host.stack.set(GEAR_FILL_DELAY_S="600")  # only recorded files are fetched
     host.restart_lazyfs()
     host.pull()

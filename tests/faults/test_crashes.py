@@ -15,7 +15,7 @@ from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
 from tests.conformance.layers import (
     File,
-    applied,
+    apply_layer,
     directory,
     file,
     hardlink,
@@ -47,14 +47,14 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def base(settings: Settings) -> str:
-    return applied(InProcess(settings), file("base", b"only in the base"), file("shared", SHARED))
+    return apply_layer(InProcess(settings), file("base", b"only in the base"), file("shared", SHARED))
 
 
 @pytest.fixture
 def complete_tree(settings: Settings, base: str) -> dict[bytes, Node]:
     """Return the tree of the complete layer."""
     driver = InProcess(settings)
-    id = applied(driver, *FILES, parent=base)
+    id = apply_layer(driver, *FILES, parent=base)
     nodes = shown(driver, id)
     driver.remove(id)
     return nodes
@@ -220,7 +220,7 @@ def test_a_collection_killed_at_any_step_loses_no_referenced_object(settings: Se
 
 def make_garbage(settings: Settings) -> None:
     driver = InProcess(settings)
-    driver.remove(applied(driver, *FILES, *(file(f"g{number}", b"garbage %d" % number) for number in range(3))))
+    driver.remove(apply_layer(driver, *FILES, *(file(f"g{number}", b"garbage %d" % number) for number in range(3))))
 
 
 def test_an_import_survives_a_collector_killed_at_any_step(settings: Settings, base: str) -> None:

@@ -22,7 +22,8 @@ from gearworkers.lazyfs.fuse_connection import DEVICE
 from gearworkers.lazyfs.server import LazyServer
 from gearworkers.lazyfs.tree import node_of
 from gearworkers.mounts.mountinfo import is_mount_point
-from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node, until
+from tests.support.lazynode import CHUNK_BYTES, LazyNode, lazy_node
+from tests.support.processes import wait_until
 
 LARGE = random.Random(1).randbytes(8 << 20)
 SMALL = {f"etc/file{number}": b"content %d" % number * 50 for number in range(200)}
@@ -62,11 +63,11 @@ def holds_fuse(pid: int) -> bool:
 
 
 def has_asked(node: LazyNode, requests: int) -> bool:
-    return len(node.shelf.requests()) >= requests
+    return len(node.source.requests()) >= requests
 
 
 def test_readers_survive_repeated_kills_of_the_server(node: LazyNode) -> None:
-    node.shelf.behave(delay_s=0.05)
+    node.source.set_faults(delay_s=0.05)
     roots = [node.run(f"c{number}") for number in range(5)]
 
     def read_all(number: int) -> bool:
@@ -77,7 +78,7 @@ def test_readers_survive_repeated_kills_of_the_server(node: LazyNode) -> None:
     with ThreadPoolExecutor(15) as readers:
         results = [readers.submit(read_all, number) for number in range(15)]
         for requests in (60, 120, 180, 240):  # all readers together make more requests than this
-            until(partial(has_asked, node, requests), "objects are being fetched")
+            wait_until(partial(has_asked, node, requests), "objects are being fetched")
             node.kill()
             node.start()
         assert all(result.result(60) for result in results)
@@ -85,14 +86,14 @@ def test_readers_survive_repeated_kills_of_the_server(node: LazyNode) -> None:
 
 
 def test_a_pending_request_is_answered_by_the_next_server(node: LazyNode) -> None:
-    node.shelf.behave(delay_s=30)
+    node.source.set_faults(delay_s=30)
     root = node.run("c1")
     readers = [
         subprocess.Popen(["sha256sum", root / name], stdout=subprocess.PIPE) for name in ("etc/file1", "lib/large")
     ]
-    until(lambda: len(node.shelf.requests()) >= 2, "both are being fetched")
+    wait_until(lambda: len(node.source.requests()) >= 2, "both are being fetched")
     node.kill()
-    node.shelf.behave()
+    node.source.set_faults()
     time.sleep(0.2)
     assert [reader.poll() for reader in readers] == [None, None]
     node.start()
@@ -118,16 +119,16 @@ def test_opened_files_stay_readable_while_the_server_is_down(node: LazyNode) -> 
 def test_an_open_large_file_stays_readable_after_a_restart_without_fetching_chunks_again(
     node: LazyNode,
 ) -> None:
-    node.shelf.behave(delay_s=0.05)
+    node.source.set_faults(delay_s=0.05)
     root = node.run("c1")
     with open(root / "lib/large", "rb") as large:
         assert large.read(1 << 20) == LARGE[: 1 << 20]
         node.kill()
         Path("/proc/sys/vm/drop_caches").write_text("1")
-        node.shelf.behave()
+        node.source.set_faults()
         node.start()
         assert os.pread(large.fileno(), len(LARGE), 0) == LARGE
-    chunks = [line for line in node.shelf.requests() if line.startswith("chunk")]
+    chunks = [line for line in node.source.requests() if line.startswith("chunk")]
     under_way = node.settings.remote.fetch_threads
     assert len(chunks) <= len(LARGE) // CHUNK_BYTES + under_way
 
@@ -138,7 +139,7 @@ def test_open_files_of_a_complete_layer_stay_readable_after_a_restart(node: Lazy
         assert large.read() == LARGE
         for name in SMALL:
             (root / name).read_bytes()
-        until(lambda: node.status().incomplete_layers == 0, "the layer is complete")
+        wait_until(lambda: node.status().incomplete_layers == 0, "the layer is complete")
         node.kill()
         Path("/proc/sys/vm/drop_caches").write_text("1")
         node.start()
@@ -158,15 +159,15 @@ def test_a_stopped_server_without_containers_leaves_neither_mount_nor_keeper(nod
     node.driver.remove("c1")
     node.stop()
     assert not is_mount_point(node.settings.lazy_mount_path)
-    until(lambda: keepers(node) == [], "the keeper has ended")
+    wait_until(lambda: keepers(node) == [], "the keeper has ended")
 
 
 def test_a_killed_keeper_is_replaced_and_the_mount_survives_the_server(node: LazyNode) -> None:
     root = node.run("c1")
     (old,) = keepers(node)
     os.kill(old, signal.SIGKILL)
-    until(lambda: holders(node) not in ([], [old]), "a new keeper holds the descriptor")
-    until(lambda: len(node.status().failures) == 0, "the server reports no failures")
+    wait_until(lambda: holders(node) not in ([], [old]), "a new keeper holds the descriptor")
+    wait_until(lambda: len(node.status().failures) == 0, "the server reports no failures")
     node.kill()
     node.start()
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
@@ -182,7 +183,7 @@ def test_the_server_survives_a_keeper_that_cannot_start_and_retries_it(node: Laz
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
     assert not socket.is_socket()
     socket.rmdir()
-    until(lambda: holders(node) not in ([], [old]), "a new keeper holds the descriptor")
+    wait_until(lambda: holders(node) not in ([], [old]), "a new keeper holds the descriptor")
     node.kill()
     node.start()
     assert (root / "etc/file2").read_bytes() == SMALL["etc/file2"]
@@ -194,7 +195,7 @@ def test_a_new_server_works_after_server_and_keeper_died_together(node: LazyNode
     os.kill(keeper, signal.SIGSTOP)
     node.kill()
     os.kill(keeper, signal.SIGKILL)
-    until(lambda: keepers(node) == [], "the keeper is dead")
+    wait_until(lambda: keepers(node) == [], "the keeper is dead")
     node.start()
     assert (node.run("c2") / "etc/file1").read_bytes() == SMALL["etc/file1"]
 
@@ -208,12 +209,12 @@ def test_a_complete_file_is_passed_through_before_and_after_a_restart(node: Lazy
     root, second = node.run("c1"), node.run("c2")
     held = open(root / "lib/large", "rb")
     assert held.read() == LARGE
-    until(lambda: node.status().fetched_objects == 1, "the file is complete")
+    wait_until(lambda: node.status().fetched_objects == 1, "the file is complete")
     passed = node.settings.run_dir / "lazyfs-passed"
     assert (root / "lib/large").read_bytes() == LARGE
     assert list(passed.iterdir()) == []  # the file is still open through the server
     held.close()
-    until(partial(is_passed, root, passed), "the file is passed through")
+    wait_until(partial(is_passed, root, passed), "the file is passed through")
     with open(root / "lib/large", "rb") as passed_file:
         node.kill()
         Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -229,7 +230,7 @@ def test_a_complete_file_is_served_when_passthrough_cannot_be_recorded(node: Laz
     root = node.run("c1")
     (node.settings.run_dir / "lazyfs-passed").rmdir()
     assert (root / "lib/large").read_bytes() == LARGE
-    until(lambda: node.status().fetched_objects == 1, "the file is complete")
+    wait_until(lambda: node.status().fetched_objects == 1, "the file is complete")
     for _ in range(3):
         time.sleep(0.1)  # a close reaches the server a little later
         assert (root / "lib/large").read_bytes() == LARGE

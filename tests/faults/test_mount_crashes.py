@@ -12,7 +12,7 @@ import pytest
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess
-from tests.conformance.layers import applied, file
+from tests.conformance.layers import apply_layer, file
 from tests.faults.crashes import Report, killed_at_every_step
 from tests.support.lazynode import LazyNode, lazy_node
 
@@ -26,7 +26,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def base(settings: Settings) -> str:
-    return applied(InProcess(settings), file("base", b"of the base"))
+    return apply_layer(InProcess(settings), file("base", b"of the base"))
 
 
 def layer_of(settings: Settings, kind: str, base: str) -> str:

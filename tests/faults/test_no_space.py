@@ -15,7 +15,7 @@ from gearworkers.layers.apply import STREAM_FILE
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
-from tests.conformance.layers import applied, file, mounted, object_names, shown, tar
+from tests.conformance.layers import apply_layer, file, mounted, object_names, shown, tar
 from tests.faults.crashes import Interrupted, Report, run_child
 from tests.support.disk import mount_fresh
 
@@ -41,7 +41,7 @@ def driver(disk: Path, tmp_path: Path) -> Iterator[InProcess]:
 
 def check_import_fails_cleanly(driver: InProcess, data: bytes) -> None:
     """Check that the import fails with the right error and leaves only garbage."""
-    base = applied(driver, file("base", b"base"))
+    base = apply_layer(driver, file("base", b"base"))
     driver.create("full", base)
     with pytest.raises(Refused, match=r"[Nn]o space left|are free in"):
         driver.apply_diff("full", base, data)
@@ -54,7 +54,7 @@ def check_import_fails_cleanly(driver: InProcess, data: bytes) -> None:
     driver.remove("full")
     Engine.of(driver.settings).collect_garbage()
     assert len(object_names(driver.settings)) == 1, "the failed import's objects are garbage"
-    after = applied(driver, file("after", os.urandom(MIB)), parent=base)
+    after = apply_layer(driver, file("after", os.urandom(MIB)), parent=base)
     assert set(shown(driver, after)) == {b"base", b"after"}, "the next import works"
 
 
@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_during_an_import_of_known_contents_does_not_kill_t
     driver: InProcess, disk: Path
 ) -> None:
     """The list of claims is shared memory. A write to a page without a disk block would raise SIGBUS."""
-    applied(driver, file("known", b"known"))
+    apply_layer(driver, file("known", b"known"))
     driver.create("layer")
     first, second = tar(file("a", b"known")), tar(*(file(f"b{number}", b"known") for number in range(5000)))
 
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_during_an_import_of_known_contents_does_not_kill_t
 
 
 def test_a_full_disk_rejects_a_new_layer_and_keeps_the_old_ones(driver: InProcess, disk: Path) -> None:
-    base = applied(driver, file("base", b"base"))
+    base = apply_layer(driver, file("base", b"base"))
     driver.create_read_write("container", base)
     with mounted(driver, "container") as merged:
         filler = fill(disk)
@@ -148,7 +148,7 @@ def apply_tar(driver: InProcess, id: str, data: bytes) -> str:
 
 
 def test_garbage_is_collected_when_no_directory_can_grow(driver: InProcess, disk: Path) -> None:
-    id = applied(driver, *(file(f"f{number}", b"content %d" % number) for number in range(2600)))
+    id = apply_layer(driver, *(file(f"f{number}", b"content %d" % number) for number in range(2600)))
     fill(disk)
     driver.remove(id)
     with (disk / "rest").open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space"):

@@ -26,7 +26,7 @@ from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, new_layer_id
-from tests.conformance.layers import applied, file, mounted, tar
+from tests.conformance.layers import apply_layer, file, mounted, tar
 from tests.faults.crashes import Report, killed_at_every_step, run_child
 
 CONTENTS = [b"small", b"another", b"large " * 900_000]
@@ -91,17 +91,17 @@ WANTED = {hashlib.sha256(content).hexdigest() for content in CONTENTS}
 
 def test_new_objects_are_pushed_once(settings: Settings) -> None:
     driver = InProcess(settings)
-    applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
+    apply_layer(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
     assert Engine.of(settings).push_pending().pushed_objects == len(CONTENTS)
     assert pushed(settings) == WANTED
-    applied(driver, file("again", CONTENTS[0]))
+    apply_layer(driver, file("again", CONTENTS[0]))
     assert Engine.of(settings).push_pending().pushed_objects == 0
     assert pending_count(settings) == 0
 
 
 def test_a_commits_new_objects_are_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
-    base, id, image = applied(driver, file("base", b"base")), new_layer_id(), new_layer_id()
+    base, id, image = apply_layer(driver, file("base", b"base")), new_layer_id(), new_layer_id()
     driver.create_read_write(id, base)
     with mounted(driver, id) as merged:
         (merged / "new").write_bytes(CONTENTS[0])
@@ -262,7 +262,7 @@ def test_a_removal_of_announcements_killed_at_any_step_is_finished_by_the_next(
 
 def test_pending_objects_outlive_their_layer_and_the_collector(settings: Settings) -> None:
     driver = InProcess(settings)
-    driver.remove(applied(driver, file("a", CONTENTS[0])))
+    driver.remove(apply_layer(driver, file("a", CONTENTS[0])))
     Engine.of(settings).collect_garbage()
     assert Engine.of(settings).push_pending().pushed_objects == 1
     assert pushed(settings) == {hashlib.sha256(CONTENTS[0]).hexdigest()}
@@ -288,7 +288,7 @@ def test_a_remote_receives_all_objects_after_an_outage(settings: Settings) -> No
 
 def test_a_damaged_object_is_not_pushed_and_does_not_block_others(settings: Settings) -> None:
     driver = InProcess(settings)
-    applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
+    apply_layer(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS)))
     damaged = {damage(settings, content) for content in (CONTENTS[0], CONTENTS[2])}
     report = Engine.of(settings).push_pending()
     assert set(report.refused) == damaged
@@ -310,7 +310,7 @@ class Refusing(DirectoryStore):
 
 def test_an_object_that_the_remote_rejects_does_not_block_later_ones(settings: Settings) -> None:
     contents = [bytes([number]) * 900_000 for number in range(10)]
-    applied(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
+    apply_layer(InProcess(settings), *(file(f"f{number}", content) for number, content in enumerate(contents)))
     push_queue = PushQueue(settings.gear_push_path, ObjectStore(settings.gear_public_cache_path))
     first = next(push_queue.pending())
     store = Refusing(Path(settings.remote.url))
@@ -321,7 +321,7 @@ def test_an_object_that_the_remote_rejects_does_not_block_later_ones(settings: S
 
 def test_a_repaired_object_is_pushed_when_it_is_stored_again(settings: Settings) -> None:
     driver = InProcess(settings)
-    layers = [applied(driver, file(f"f{number}", content)) for number, content in enumerate(CONTENTS[:2])]
+    layers = [apply_layer(driver, file(f"f{number}", content)) for number, content in enumerate(CONTENTS[:2])]
     for content in CONTENTS[:2]:
         damage(settings, content)
     driver.remove(layers[1])
@@ -329,13 +329,13 @@ def test_a_repaired_object_is_pushed_when_it_is_stored_again(settings: Settings)
     faults = list(Engine.of(settings).faults(read_data=True, repair=True))
     assert sum("removed" in fault for fault in faults) == 2, "the push queue holds objects of removed layers"
     assert pending_count(settings) == 0
-    applied(driver, file("again", CONTENTS[0]))
+    apply_layer(driver, file("again", CONTENTS[0]))
     assert Engine.of(settings).push_pending() == PushReport(1, {})
 
 
 def test_the_command_lists_objects_that_could_not_be_pushed(settings: Settings) -> None:
     driver = InProcess(settings)
-    applied(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
+    apply_layer(driver, *(file(f"f{number}", content) for number, content in enumerate(CONTENTS[:2])))
     digest = damage(settings, CONTENTS[0])
     command = [sys.executable, "-c", "from gearworkers.cli.main import main; main()", "push"]
     environ = {**os.environ, "GEAR_ROOT": str(settings.gear_root), "GEAR_REMOTE": settings.remote.url}
@@ -354,7 +354,7 @@ def damage(settings: Settings, content: bytes) -> bytes:
 
 
 def test_foreign_files_in_the_push_directory_do_not_block_pushes(settings: Settings) -> None:
-    applied(InProcess(settings), file("new", CONTENTS[0]))
+    apply_layer(InProcess(settings), file("new", CONTENTS[0]))
     (settings.gear_push_path / "lost+found").mkdir()
     (settings.gear_push_path / ".nfs000000000001").touch()
     assert Engine.of(settings).push_pending() == PushReport(1, {})

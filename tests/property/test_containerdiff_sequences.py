@@ -18,7 +18,7 @@ from gearworkers.layers.diff.changes import ChangeKind, tree_changes, upper_chan
 from gearworkers.layers.diff.export import write_diff
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.mounts.overlay import detached
-from tests.support.overlays import Overlay, applied, mounted, snapshot
+from tests.support.overlays import Overlay, apply_tar, mounted, snapshot
 
 NAMES = ("a", "b", "c")
 PATHS = [Path(*parts) for parts in [(x,) for x in NAMES] + [(x, y) for x in NAMES for y in NAMES]]
@@ -153,7 +153,7 @@ def attempt(operation: Operation, merged: Path) -> None:
 def check(overlay: Overlay, directory: Path) -> None:
     seen = snapshot(overlay.merged_fd)
     tar = diff(overlay, overlay.merged_fd)
-    assert applied(overlay.parent_fd, tar, directory / "copy") == seen
+    assert apply_tar(overlay.parent_fd, tar, directory / "copy") == seen
     with detached(overlay.spec) as fresh_fd:
         assert diff(overlay, fresh_fd) == tar, "a detached mount gives the same diff"
     of_upper = upper_changes(overlay.upper, overlay.merged_fd, overlay.parent_fd)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gearworkers.settings import Settings
 from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from tests.conformance.drivers import InProcess, new_layer_id
-from tests.conformance.layers import File, applied, committed, mounted, shown, tar
+from tests.conformance.layers import File, apply_layer, committed, mounted, shown, tar
 from tests.property.test_containerdiff_sequences import OPERATION, REFUSED, Operation
 from tests.support.overlays import Node
 
@@ -127,11 +127,11 @@ def check_node(node: Node, entry: TarEntry, content: bytes) -> None:
 def test_any_two_trees_are_merged_and_the_diff_of_two_layers_turns_one_into_the_other(
     driver: InProcess, lower: list[File], upper: list[File]
 ) -> None:
-    base = applied(driver, *lower)
-    top = applied(driver, *upper, parent=base)
+    base = apply_layer(driver, *lower)
+    top = apply_layer(driver, *upper, parent=base)
     nodes = shown(driver, top)
     assert {entry.name.rstrip(b"/") for entry, _ in upper} <= set(nodes)
-    alone = applied(driver)
+    alone = apply_layer(driver)
     again = new_layer_id()
     driver.create(again, alone)
     driver.apply_diff(again, alone, driver.diff(top, alone))
@@ -154,7 +154,7 @@ def unlinked(nodes: dict[bytes, Node]) -> dict[bytes, Node]:
 def test_a_commit_keeps_all_changes_of_a_container(
     driver: InProcess, files: list[File], turns: list[list[Operation]]
 ) -> None:
-    layers = [applied(driver, *files)]
+    layers = [apply_layer(driver, *files)]
     for operations in turns:
         parent, id = layers[-1], new_layer_id()
         driver.create_read_write(id, parent)

@@ -1,4 +1,4 @@
-"""An HTTP server with answers from a test."""
+"""An HTTP server whose answers a test provides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """The requests it received."""
+    """An answer to one request."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -31,25 +31,25 @@ class Answer:
 
 @dataclass
 class Server:
-    """One that runs."""
+    """A running server and the requests it has received."""
 
     port: int
     asked: list[Asked] = field(default_factory=list)
 
     @property
     def host(self) -> str:
-        """Where it is."""
+        """HOST:PORT."""
         return f"127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
-        """The same as a URL."""
+        """The base URL."""
         return f"http://{self.host}"
 
 
 @contextmanager
 def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
-    """A server that answers each request with *answer*."""
+    """Run a server that answers each request with the result of *answer*; yield it."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -58,15 +58,15 @@ def answering(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
             asked = Asked(self.command, self.path, self.headers, body)
             running.asked.append(asked)
-            told = answer(asked)
-            self.send_response(told.status)
-            for name, value in told.headers.items():
+            response = answer(asked)
+            self.send_response(response.status)
+            for name, value in response.headers.items():
                 self.send_header(name, value)
-            if told.status not in (204, 304):
-                self.send_header("Content-Length", str(len(told.body)))
+            if response.status not in (204, 304):
+                self.send_header("Content-Length", str(len(response.body)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(told.body)
+                self.wfile.write(response.body)
 
         do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = handle_any
 

@@ -1,14 +1,14 @@
-"""The images of `applications`, made of Debian's packages and kept in an OCI layout outside the checkout.
+"""The images of `applications`, made from Debian's packages and kept in an OCI layout outside the checkout.
 
-`python -m tests.support.appimages [VERSION…]` makes the missing ones; it needs the network, so it runs before a sandbox
-begins. Three versions of each, as they would follow each other in a registry:
+`python -m tests.support.appimages [VERSION…]` makes the missing images. It needs the network, so run it before a
+sandbox starts. Each image has three versions, as a registry would receive them over time:
 
     1  Debian's release
-    2  rebuilt with Debian's updates of everything but the program itself
+    2  rebuilt with Debian's updates of everything except the program itself
     3  the program's own updates as well, and another release of the application's files
 
-Of Debian, versions differ as its security archive stands at the time. Layers are the differences between overlay
-mounts, tars as GNU tar writes them, gzip as `docker push` does.
+The updates are those in Debian's security archive when the images are made. A layer is the difference between two
+overlay mounts, archived by GNU tar and compressed by gzip as in `docker push`.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ from tests.support.rootfs import cache_dir, mirror, suite
 VERSIONS = ("1", "2", "3")
 _RECIPE = "2"
 """Part of the cache's name; raise it when the images change."""
-_INSIDE = "--inside"
-_WORK = "images-making-"
+_INSIDE_OPTION = "--inside"
+_WORK_PREFIX = "images-making-"
 _GZIP_LEVEL = 6
-_OLD = "1"
-_PROGRAM_HELD = "2"
-_NEW_RELEASE = "3"
+_FIRST_RELEASE = "1"
+_PROGRAM_NOT_UPDATED = "2"
+_APPLICATION_RELEASED = "3"
 _APT = (
     "apt-get -q -y -o Dpkg::Options::=--force-unsafe-io -o Dpkg::Options::=--force-confold "
     "-o Dpkg::Use-Pty=0 -o APT::Keep-Downloaded-Packages=true -o Acquire::Languages=none"
 )
 _NET_BIND_SERVICE = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
 """cap_net_bind_service=ep. Source: Linux include/uapi/linux/capability.h, struct vfs_cap_data."""
-_POLICY = "#!/bin/sh\nexit 101\n"
+_NO_SERVICE_STARTS = "#!/bin/sh\nexit 101\n"
 
 
 def layout() -> Path:
-    """The OCI layout that holds the images, each named NAME:VERSION."""
+    """Return the directory of the OCI layout that contains the images, named NAME:VERSION."""
     return cache_dir() / f"images-{_RECIPE}"
 
 
-def made() -> dict[str, m.Document]:
-    """The descriptors of the existing images, by name."""
+def descriptors() -> dict[str, m.Document]:
+    """Return the descriptors of the existing images by name."""
     path = layout() / "index.json"
     if not path.exists():
         return {}
@@ -75,10 +75,10 @@ def made() -> dict[str, m.Document]:
 
 
 def push(settings: Settings, name: str, target: str) -> None:
-    """Push the image NAME:VERSION as it is to *target*, a reference with a tag.
+    """Push the image NAME:VERSION unchanged to *target*, a reference with a tag.
 
     Raises:
-        FileNotFoundError: It was not made yet.
+        FileNotFoundError: The image does not exist; `make images` makes it.
     """
     reference = Reference.parse(target)
     repository = Repository.of(settings.registry, reference)
@@ -92,10 +92,10 @@ def push(settings: Settings, name: str, target: str) -> None:
 
 
 def convert(settings: Settings, name: str, target: str) -> ConversionReport:
-    """Convert the image NAME:VERSION to *target*, its contents to the remote of *settings*.
+    """Convert the image NAME:VERSION to *target*, with its contents in the remote of *settings*.
 
     Raises:
-        FileNotFoundError: It was not made yet.
+        FileNotFoundError: The image does not exist; `make images` makes it.
     """
     _descriptor(name)
     plan = plan_conversion(settings.registry, f"oci:{layout()}:{name}", target, m.Platform.here())
@@ -103,16 +103,16 @@ def convert(settings: Settings, name: str, target: str) -> ConversionReport:
 
 
 def _descriptor(name: str) -> m.Document:
-    descriptor = made().get(name)
+    descriptor = descriptors().get(name)
     if descriptor is None:
         raise FileNotFoundError(f"{layout()} has no {name}: run `make images`")
     return descriptor
 
 
 def make(versions: Iterable[str]) -> None:
-    """Make the missing images of these versions; wait for another process that makes them already.
+    """Make the missing images of these versions; wait if another process is making images.
 
-    Crash: leaves blobs that no name refers to, and a working directory, which the next call removes.
+    Crash: leaves blobs that no image refers to, and a working directory, which the next call removes.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("interrupted"))
@@ -121,7 +121,7 @@ def make(versions: Iterable[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [
-            version for version in versions if any(f"{app.name}:{version}" not in made() for app in APPLICATIONS)
+            version for version in versions if any(f"{app.name}:{version}" not in descriptors() for app in APPLICATIONS)
         ]
         if missing:
             _make(missing)
@@ -131,11 +131,11 @@ def make(versions: Iterable[str]) -> None:
 
 def _make(versions: list[str]) -> None:
     print(f"making images of five applications (once), version {', '.join(versions)}", flush=True)
-    for path in cache_dir().glob(f"{_WORK}*"):
+    for path in cache_dir().glob(f"{_WORK_PREFIX}*"):
         shutil.rmtree(path)
-    # Mounts and whatever a package starts end with these namespaces.
+    # Mounts, and processes that packages start, end with these namespaces.
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
-    done = subprocess.run([*command, sys.executable, "-m", "tests.support.appimages", _INSIDE, *versions])
+    done = subprocess.run([*command, sys.executable, "-m", "tests.support.appimages", _INSIDE_OPTION, *versions])
     if done.returncode != 0:
         sys.exit("the images could not be made")
 
@@ -144,14 +144,14 @@ def _blob(digest: str) -> Path:
     return layout() / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
 
-# -- in the namespaces
+# -- inside the namespaces
 
 
 def _make_inside(versions: list[str]) -> None:
     for path in (layout() / "blobs" / "sha256", cache_dir() / "apt" / "archives" / "partial"):
         path.mkdir(parents=True, exist_ok=True)
     (layout() / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    with tempfile.TemporaryDirectory(prefix=_WORK, dir=cache_dir()) as name, ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=cache_dir()) as name, ThreadPoolExecutor(2) as pool:
         workshop = _Workshop(Path(name), pool)
         for version in versions:
             workshop.make_version(version)
@@ -159,7 +159,7 @@ def _make_inside(versions: list[str]) -> None:
 
 @dataclass
 class _Tree:
-    """A root file system as directories upon each other, the topmost first, and the blob of each layer."""
+    """A root file system: a stack of directories, topmost first, and the blob of each layer."""
 
     directories: tuple[Path, ...]
     layers: tuple[Future[_Layer], ...]
@@ -179,12 +179,12 @@ class _Workshop:
     pool: ThreadPoolExecutor
     debootstrapped: Path | None = None
     built: dict[object, _Tree] = field(default_factory=dict)
-    """By their inputs, so that versions and applications share equal layers."""
+    """Trees by their inputs, so that versions and applications share equal layers."""
     serial: int = 0
 
     def make_version(self, version: str) -> None:
-        """All five applications, and their names in the layout."""
-        base = self._base(with_updates=version != _OLD)
+        """Build all five applications and name them in the layout."""
+        base = self._base(with_updates=version != _FIRST_RELEASE)
         trees = []
         for application in APPLICATIONS:
             tree = base
@@ -195,7 +195,7 @@ class _Workshop:
             _name_image(application, version, tree)
 
     def _base(self, *, with_updates: bool) -> _Tree:
-        """debootstrap's minimal system, or that with the updates, as one layer."""
+        """Return debootstrap's minimal system as one layer, with or without updates."""
         if with_updates in self.built:
             return self.built[with_updates]
         directories: tuple[Path, ...]
@@ -217,14 +217,14 @@ class _Workshop:
             self.debootstrapped = self._directory()
             _run(["debootstrap", "--variant=minbase", suite(), str(self.debootstrapped), *mirror()])
             policy = self.debootstrapped / "usr/sbin/policy-rc.d"
-            policy.write_text(_POLICY)
+            policy.write_text(_NO_SERVICE_STARTS)
             policy.chmod(0o755)
         return self.debootstrapped
 
     def _step(self, below: _Tree, step: Step, application: Application, version: str) -> _Tree:
-        with_updates = version != _OLD
-        held = application.program if version == _PROGRAM_HELD and step is not BUILD_TOOLS else ""
-        release = "2" if version == _NEW_RELEASE else "1"
+        with_updates = version != _FIRST_RELEASE
+        held = application.program if version == _PROGRAM_NOT_UPDATED and step is not BUILD_TOOLS else ""
+        release = "2" if version == _APPLICATION_RELEASED else "1"
         key = (below.directories, step, held, (application.name, release) if step.files else None)
         if key in self.built:
             return self.built[key]
@@ -251,13 +251,13 @@ class _Workshop:
 
     @contextmanager
     def _mounted(self, lowers: tuple[Path, ...], upper: Path, *, with_updates: bool, held: str = "") -> Iterator[Path]:
-        """The root to install into, with the files that only an installation needs; they stay out of the layer.
+        """Mount a root to install into. Mounts that only the installation needs are not part of the layer.
 
         Args:
             lowers: The layers below, topmost first.
             upper: Receives the changes of the installation.
-            with_updates: Whether Debian's updates are to be had, but for the packages of *held*.
-            held: Patterns of packages' names, with spaces between.
+            with_updates: Whether apt installs Debian's updates, except those of *held*.
+            held: Patterns of package names, separated by spaces.
         """
         merged = self._directory()
         lists = cache_dir() / "apt" / f"lists-{'updates' if with_updates else 'release'}"
@@ -287,7 +287,7 @@ class _Workshop:
                     subprocess.run(["umount", "--recursive", "--lazy", str(merged / target)], check=True)
 
     def _as_layer(self, upper: Path) -> Path:
-        """A copy by hard links, the overlay's whiteouts in it as layers write them."""
+        """Return a hard-linked copy of *upper*, with the overlay's whiteouts in the form of OCI layers."""
         copy = self._directory()
         subprocess.run(["cp", "-al", f"{upper}/.", str(copy)], check=True)
         for directory, names, files in os.walk(copy):
@@ -305,15 +305,15 @@ class _Workshop:
         self.serial += 1
         target = self.work / f"{self.serial}.tar"
         options = ["--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*", "--xattrs-exclude=trusted.*"]
-        unwanted = [f"--exclude=./{name}/*" for name in ("dev", "proc", "var/cache/apt", "var/lib/apt/lists", "run")]
-        _run(["tar", "-C", str(root), "--format=posix", *options, *unwanted, "-cf", str(target), "."])
+        excluded = [f"--exclude=./{name}/*" for name in ("dev", "proc", "var/cache/apt", "var/lib/apt/lists", "run")]
+        _run(["tar", "-C", str(root), "--format=posix", *options, *excluded, "-cf", str(target), "."])
         return target
 
 
 def _update_sources() -> str:
-    """Where this host's own apt gets Debian's updates from."""
-    wanted = ["Created-By: Packages", "Origin: Debian", "Component: main"]
-    command = ["apt-get", "indextargets", "--format", "deb $(REPO_URI) $(CODENAME) $(COMPONENT)", *wanted]
+    """Return the sources.list lines from which this host's apt gets Debian's updates."""
+    filters = ["Created-By: Packages", "Origin: Debian", "Component: main"]
+    command = ["apt-get", "indextargets", "--format", "deb $(REPO_URI) $(CODENAME) $(COMPONENT)", *filters]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     lines = (line for line in sorted(set(found)) if f"{suite()}-security" in line or f"{suite()}-updates" in line)
     return "".join(f"{line}\n" for line in lines)
@@ -321,7 +321,7 @@ def _update_sources() -> str:
 
 @contextmanager
 def _overlay(lowers: tuple[Path, ...], upper: Path | None, merged: Path, work: Path) -> Iterator[None]:
-    """An overlay mount; without *upper* read-only."""
+    """Mount an overlay; read-only without *upper*."""
     below = [str(path) for path in lowers] if upper or len(lowers) > 1 else [str(lowers[0]), str(work)]
     options = "lowerdir=" + ":".join(below)
     if upper is not None:
@@ -341,7 +341,7 @@ def _is_opaque(directory: Path) -> bool:
 
 
 def _copy_files(source: Path, root: Path, release: str) -> None:
-    """The application's own files, the release put into them."""
+    """Copy the application's own files, with @RELEASE@ replaced."""
     for path in sorted(source.rglob("*")):
         target = root / path.relative_to(source)
         if path.is_dir():
@@ -364,7 +364,7 @@ def _run(command: list[str], environ: dict[str, str] | None = None) -> None:
 
 
 def _pack(tar: Path) -> _Layer:
-    """Compress *tar* into the layout, and remove it."""
+    """Compress *tar* into a blob of the layout; remove *tar*."""
     compressor = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     diff_id, digest = hashlib.sha256(), hashlib.sha256()
     packed = tar.with_suffix(".gz")
@@ -405,7 +405,7 @@ def _name_image(application: Application, version: str, tree: _Tree) -> None:
     name = f"{application.name}:{version}"
     descriptor = _put(m.encode(manifest), m.DOCKER_MANIFEST)
     descriptor["annotations"] = {"org.opencontainers.image.ref.name": name}
-    named = made() | {name: descriptor}
+    named = descriptors() | {name: descriptor}
     temporary = layout() / "index.json.new"
     temporary.write_bytes(m.encode({"schemaVersion": 2, "manifests": list(named.values())}))
     temporary.rename(layout() / "index.json")
@@ -418,7 +418,7 @@ def _put(data: bytes, media_type: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [_INSIDE]:
+    if sys.argv[1:2] == [_INSIDE_OPTION]:
         _make_inside(sys.argv[2:])
     else:
         make(sys.argv[1:] or VERSIONS)

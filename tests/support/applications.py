@@ -1,7 +1,7 @@
-"""Five applications as people ship them: the contents of their images, and when they answer.
+"""Five typical applications: the contents of their images, and requests that show when they answer.
 
-Each image has the contents of Docker Hub's default tag of that program, from Debian's packages: a base, for
-two of them the build tools of the `python` and `node` images, the program, then the application's own files (`apps/`).
+Each image has the contents of Docker Hub's default tag of that program, from Debian's packages: a base, the program,
+then the application's own files (`apps/`). Two also have the build tools of Docker Hub's `python` and `node` images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 FILES = Path(__file__).parent / "apps"
 HOST = "127.0.0.1"
-"""Containers share the sandbox's network, so that requests come from outside."""
+"""Containers share the sandbox's network, so requests come from outside the container."""
 _PATIENCE_S = 120.0
 _POLL_S = 0.005
 
@@ -26,9 +26,9 @@ class Step:
     """The recipe of one layer.
 
     Args:
-        packages: Debian's names, with spaces between.
-        commands: Shell lines, run in the image's root after packages and files are there.
-        files: Whether the application's own files come with it.
+        packages: Names of Debian packages, separated by spaces.
+        commands: Shell commands, run in the image's root after packages and files are installed.
+        files: Whether the layer includes the application's own files.
         privileged: A program that gets the capability to listen on ports below 1024, which is an xattr.
     """
 
@@ -40,32 +40,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Application:
-    """One of the five."""
+    """An application and its image."""
 
     name: str
     steps: tuple[Step, ...]
     """The layers above the base."""
     program: str
-    """Its Debian packages, as patterns for apt."""
+    """The program's Debian packages, as patterns for apt."""
     config: dict[str, object]
     """The image config's `config`."""
     port: int
     ask: Callable[[int], bytes]
-    """Given the port, return its answer; OSError or HTTPException while it does not answer."""
+    """Sends a request to the port; returns the answer. Raises OSError or HTTPException until there is one."""
 
     def answer(self) -> bytes:
-        """Return its answer now.
+        """Send one request; return the answer.
 
         Raises:
-            OSError, http.client.HTTPException: It does not answer yet.
+            OSError, http.client.HTTPException: The application does not answer yet.
         """
         return self.ask(self.port)
 
     def wait(self, timeout_s: float = _PATIENCE_S) -> bytes:
-        """Its first answer.
+        """Repeat the request until there is an answer; return it.
 
         Raises:
-            TimeoutError: There was none in that time.
+            TimeoutError: The application did not answer in time.
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -78,7 +78,7 @@ class Application:
 
 
 def _get(*paths: str) -> Callable[[int], bytes]:
-    """Ask for pages one after the other over HTTP; all must be 200."""
+    """Return a function that gets pages one after the other over HTTP; each must have status 200."""
 
     def ask(port: int) -> bytes:
         found = []
@@ -98,7 +98,7 @@ def _get(*paths: str) -> Callable[[int], bytes]:
 
 
 def _query(text: str) -> Callable[[int], bytes]:
-    """Ask PostgreSQL; the answer is the protocol's rows.
+    """Return a function that queries PostgreSQL; its answer is the row messages of the protocol.
 
     Source: PostgreSQL documentation, "Frontend/Backend Protocol", message formats.
     """
@@ -119,7 +119,7 @@ def _query(text: str) -> Callable[[int], bytes]:
 
 
 def _messages(read: Callable[[int], bytes]) -> list[tuple[bytes, bytes]]:
-    """All messages up to the one that says that the server is ready."""
+    """Read the messages up to ReadyForQuery."""
     found: list[tuple[bytes, bytes]] = []
     while not found or found[-1][0] != b"Z":
         head = read(5)
@@ -144,7 +144,7 @@ NGINX = Application(
         Step(
             "ca-certificates curl nginx libnginx-mod-http-geoip libnginx-mod-http-image-filter "
             "libnginx-mod-http-xslt-filter libnginx-mod-stream",
-            # As the official image: logs go to where `docker logs` reads them.
+            # As in the official image, `docker logs` shows the logs.
             ("ln -sf /dev/stdout /var/log/nginx/access.log", "ln -sf /dev/stderr /var/log/nginx/error.log"),
         ),
         Step(

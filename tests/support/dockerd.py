@@ -1,4 +1,4 @@
-"""A private dockerd: own socket, data root, exec root, containerd and cgroup; only inside a sandbox."""
+"""A private dockerd with its own socket, data root, exec root, containerd and cgroup; only inside a sandbox."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.support.processes import PATIENCE_S, Daemon
 
 CLIENT = "/usr/bin/docker"
 FAR_NETWORK = "192.0.2.0/24"
-"""Where a bench has servers behind a slow network (RFC 5737: addresses that are nobody's)."""
+"""The network of a benchmark's servers behind a slow link (RFC 5737: reserved for documentation)."""
 NO_NETWORK = ("--network", "none")
-"""A sandbox has no bridge; said explicitly where a container is made."""
+"""Needed for each container: a sandbox has no bridge."""
 
 
 class DockerError(AssertionError):
-    """A docker command failed; the text holds the command and its output."""
+    """A docker command failed; the text contains the command and its output."""
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Dockerd:
     """One dockerd with one storage driver.
 
     Args:
-        name: Distinguishes the daemons of one sandbox; short, since it becomes part of socket paths.
-        directory: Where its data root and log lie.
+        name: Unique among the daemons of one sandbox; short, since socket paths contain it.
+        directory: Contains the data root and the log.
         driver: `gear` (any plugin's name) or `overlay2`.
         options: Further arguments for dockerd.
     """
@@ -45,7 +45,7 @@ class Dockerd:
 
     @property
     def run_dir(self) -> Path:
-        """Sockets and pid files; on the sandbox's own tmpfs, with a short path."""
+        """Directory of sockets and pid files; on the sandbox's tmpfs, with a short path."""
         return Path("/run/docker/private") / self.name
 
     @property
@@ -59,7 +59,7 @@ class Dockerd:
         return self.directory / "data"
 
     def environ(self) -> dict[str, str]:
-        """The environment of dockerd and of its clients; nothing of the user's docker configuration."""
+        """Return the environment of dockerd and its clients, without the user's Docker configuration."""
         return {
             **os.environ,
             "DOCKER_HOST": f"unix://{self.socket}",
@@ -88,32 +88,32 @@ class Dockerd:
         ]
 
     def start(self, timeout_s: float = PATIENCE_S) -> None:
-        """Start it and return when it answers."""
+        """Start dockerd; return when it answers."""
         (self.run_dir / "docker.pid").unlink(missing_ok=True)
         self.daemon.start()
         self.daemon.wait_until(self.answers, "dockerd's API", timeout_s)
 
     def stop(self) -> None:
-        """End it in order; containers live on (--live-restore)."""
+        """Stop dockerd with SIGTERM; containers keep running (--live-restore)."""
         self.daemon.stop()
 
     def kill(self) -> None:
-        """SIGKILL; containers and their containerd live on."""
+        """Kill dockerd; containers and their containerd keep running."""
         self.daemon.kill()
 
     def restart(self) -> None:
-        """stop() and start()."""
+        """Stop and start dockerd."""
         self.stop()
         self.start()
 
     def answers(self) -> bool:
-        """Whether the API is up."""
+        """Return whether the API answers."""
         return self.socket.exists() and self.call("version").returncode == 0
 
     def call(
         self, *arguments: str, stdin: Path | bytes | None = None, buildkit: bool = False, timeout_s: float = 300.0
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a docker command; returns it whatever its outcome."""
+        """Run a docker command; return the completed process, even if it failed."""
         environ = self.environ() | {"DOCKER_BUILDKIT": str(int(buildkit))}
         command = [CLIENT, *arguments]
         if isinstance(stdin, Path):
@@ -127,7 +127,7 @@ class Dockerd:
         """Run a docker command; return its stdout, stripped.
 
         Raises:
-            DockerError: It failed.
+            DockerError: The command failed.
         """
         done = self.call(*arguments, stdin=stdin, buildkit=buildkit, timeout_s=timeout_s)
         if done.returncode != 0:
@@ -138,7 +138,7 @@ class Dockerd:
         return done.stdout.decode(errors="replace").strip()
 
     def run(self, image: str, *command: str, options: tuple[str, ...] = ("--rm",)) -> str:
-        """`docker run` without network; returns its output (the id with `-d` among *options*)."""
+        """Run `docker run` without a network; return its output (the container's id if *options* has `-d`)."""
         return self.docker("run", *NO_NETWORK, *options, image, *command)
 
     def popen(self, *arguments: str, stdin: int = subprocess.PIPE) -> subprocess.Popen[bytes]:

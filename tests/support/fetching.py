@@ -1,4 +1,4 @@
-"""A store that is filled through a fetcher, from a source in memory that the test controls."""
+"""A store that a fetcher fills from a source in memory; the test controls the source."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MemorySource:
         self.refuses_batches = False
         self.refuses_single = False
         self.held: dict[bytes, threading.Event] = {}
-        """A single request for one of these waits for the event."""
+        """A single request for one of these digests waits for the event."""
         self._released = threading.Semaphore(0)
 
     def put(self, content: bytes) -> bytes:
@@ -183,11 +183,11 @@ class FetchNode:
         return Path(self.store.path(sha256(content)).decode("latin-1")).read_bytes()
 
     def partial_names(self) -> set[str]:
-        """Return the names, without suffix, of all partial files but the chunk index."""
+        """Return the names, without suffix, of all partial files except the chunk index."""
         return {path.stem for path in self.partial_files.iterdir()} - {"chunks"}
 
     def wait_for_threads(self, *, busy: int = 0) -> None:
-        """Wait until the background threads, except *busy* blocked ones, have done all earlier calls."""
+        """Wait until the background threads, except *busy* blocked threads, have done all earlier calls."""
         threads = _BACKGROUND_THREADS - busy
         barrier = threading.Barrier(threads + 1)
         for _ in range(threads):
@@ -205,10 +205,10 @@ def outcome(future: Future[T]) -> type[BaseException] | None:
     return type(error) if error is not None else None
 
 
-def wait_until(is_so: Callable[[], object]) -> None:
-    """Return as soon as *is_so* returns a true value."""
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return as soon as *condition* returns a true value."""
     end_s = time.monotonic() + TIMEOUT_S
-    while not is_so():
+    while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.002)
 

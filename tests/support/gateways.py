@@ -62,7 +62,7 @@ class MemoryDriver:
 
     def create(self, id: str, parent: str, mount_label: str = "", storage_opt: Mapping[str, str] | None = None) -> None:
         if id in self.layers:
-            raise AlreadyExists(f"layer {id}: it is there")
+            raise AlreadyExists(f"layer {id} exists already")
         self.layers[id] = parent
 
     create_read_write = create
@@ -72,7 +72,7 @@ class MemoryDriver:
 
     def get(self, id: str, mount_label: str = "", *, may_wait: bool = True) -> str:
         if id not in self.layers:
-            raise NotFound(f"layer {id}: there is none")
+            raise NotFound(f"layer {id} does not exist")
         if id.startswith("gear") and not may_wait:
             self.refused_gets.append(id)
             raise LazyServerNeeded
@@ -135,7 +135,7 @@ class ThreadQueue:
             self._threads.submit(self.take, job)
 
     def take(self, job: WorkerJob, by: Claimant = "worker") -> bool:
-        """Claim *job* and do it; return whether it was granted."""
+        """Claim *job* and do it; return whether the gateway granted the claim."""
         with claim(
             self._settings.streams_socket,
             job.token,
@@ -167,12 +167,12 @@ class ThreadPool:
         await asyncio.to_thread(self._queue.take, pending.job, "gateway")
 
     def close(self) -> None:
-        """End nothing."""
+        """Do nothing: the queue owns the threads."""
 
 
 @dataclass
 class Running:
-    """A gateway that runs until stop."""
+    """A running gateway, until `stop`."""
 
     gateway: Gateway
     dispatcher: Dispatcher
@@ -184,7 +184,7 @@ class Running:
     is_stopped: bool = False
 
     def stop(self) -> None:
-        """Stop the gateway, unless that is done."""
+        """Stop the gateway; do nothing if it has stopped."""
         if self.is_stopped:
             return
         self.is_stopped = True

@@ -1,4 +1,4 @@
-"""Images made for tests, pushed to a registry or written as archives; and Gear images read back."""
+"""Images for tests, pushed to a registry or written as archives; and images pulled back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Member = tuple[str, bytes] | tarfile.TarInfo
 
 
 def tar_of(members: Iterable[Member]) -> bytes:
-    """A PAX tar; a pair is a regular file."""
+    """Return a PAX tar; a pair is a regular file."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for member in members:
@@ -45,7 +45,7 @@ def tar_of(members: Iterable[Member]) -> bytes:
 
 @dataclass(frozen=True)
 class Image:
-    """An image to be: its layers' tars and how they are kept."""
+    """An image: the tars of its layers, their compression and the config."""
 
     tars: Sequence[bytes]
     compression: str = "gzip"
@@ -61,7 +61,7 @@ class Image:
 
     @property
     def config(self) -> bytes:
-        """The config's bytes."""
+        """The bytes of the config."""
         document = {
             "architecture": self.architecture,
             "os": "linux",
@@ -73,12 +73,12 @@ class Image:
 
     @property
     def media_type(self) -> str:
-        """Of the manifest."""
+        """The media type of the manifest."""
         return m.OCI_MANIFEST if self.oci else m.DOCKER_MANIFEST
 
     @property
     def manifest(self) -> bytes:
-        """The manifest's bytes."""
+        """The bytes of the manifest."""
         layers = [COMPRESS[self.compression](tar) for tar in self.tars]
         kind = "application/vnd.oci.image.layer.v1.tar" if self.oci else m.DOCKER_LAYER
         suffix = {"": "", "gzip": "+gzip", "zstd": "+zstd"}[self.compression]
@@ -93,14 +93,14 @@ class Image:
         return m.encode(document)
 
     def push(self, target: Repository, version: str = "") -> str:
-        """Push all of it; the manifest's digest."""
+        """Push blobs and manifest; return the manifest's digest."""
         for digest, data in self.blobs.items():
             if data != self.manifest:
                 target.put_blob(digest, io.BytesIO(data), len(data))
         return target.put_manifest(version or m.digest_of(self.manifest), self.media_type, self.manifest)
 
     def write_layout(self, directory: Path, names: Sequence[str] = ()) -> None:
-        """An OCI layout with the image once under each of *names*, or once without a name."""
+        """Write an OCI layout that has the image under each of *names*, or once without a name."""
         (directory / "blobs" / "sha256").mkdir(parents=True)
         for digest, data in self.blobs.items():
             (directory / "blobs" / "sha256" / digest.removeprefix("sha256:")).write_bytes(data)
@@ -109,19 +109,19 @@ class Image:
         (directory / "index.json").write_bytes(m.encode({"schemaVersion": 2, "manifests": found}))
 
     def saved(self, *tags: str) -> bytes:
-        """The output of `docker save`, with layers compressed as declared."""
+        """Return an archive like that of `docker save`, with compressed layers."""
         layers = [(f"{at}/layer.tar", COMPRESS[self.compression](tar)) for at, tar in enumerate(self.tars)]
         document = [{"Config": "config.json", "RepoTags": list(tags) or None, "Layers": [name for name, _ in layers]}]
         return tar_of([*layers, ("config.json", self.config), ("manifest.json", m.encode(document))])  # type: ignore[arg-type]  # a list of one document
 
 
 def descriptor(data: bytes, media_type: str) -> dict[str, Any]:
-    """The descriptor of *data*."""
+    """Return the descriptor of *data*."""
     return {"mediaType": media_type, "digest": m.digest_of(data), "size": len(data)}
 
 
 def push_index(target: Repository, version: str, images: Sequence[Image], attestations: Sequence[Image] = ()) -> bytes:
-    """An OCI index of *images* by their architecture; its bytes."""
+    """Push an OCI index of *images* by architecture; return its bytes."""
     children = []
     for image in images:
         image.push(target)
@@ -141,7 +141,7 @@ def push_index(target: Repository, version: str, images: Sequence[Image], attest
 
 @dataclass(frozen=True)
 class Pulled:
-    """An image as a registry holds it, every digest checked."""
+    """An image from a registry, with every digest checked."""
 
     manifest: dict[str, Any]
     config: dict[str, Any]
@@ -149,7 +149,7 @@ class Pulled:
 
 
 def pull(source: Repository, version: str) -> Pulled:
-    """Read an image of one platform."""
+    """Pull an image of one platform."""
     data, _ = source.manifest(version)
     manifest = msgspec.json.decode(data)
     config = msgspec.json.decode(_blob(source, manifest["config"]))
@@ -161,17 +161,17 @@ def pull(source: Repository, version: str) -> Pulled:
 
 
 def contents_of(tar: bytes, remote: Remote | None = None) -> list[tuple[TarEntry, bytes]]:
-    """The entries of a tar without a Gear layer's records, and their contents, from *remote* where named."""
-    found = []
+    """Return the entries of a tar with their contents; contents that a Gear layer names come from *remote*."""
+    entries = []
     for entry, content in read_tar(tar).files:
         if entry.gear is not None:
             assert remote is not None and not content
             content = b"".join(remote.fetch(entry.gear[0]))
             assert len(content) == entry.gear[1]
         entry.gear, entry.stored_bytes, entry.header_offset, entry.sparse = None, 0, 0, None
-        found.append((entry, content))
-    return found
+        entries.append((entry, content))
+    return entries
 
 
-def _blob(source: Repository, named: dict[str, Any]) -> bytes:
-    return read_all(source.blob(named["digest"], named["size"]))
+def _blob(source: Repository, blob: dict[str, Any]) -> bytes:
+    return read_all(source.blob(blob["digest"], blob["size"]))

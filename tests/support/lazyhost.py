@@ -1,6 +1,6 @@
-"""A host that runs Gear images with a real dockerd, and the remote it gets their contents from.
+"""A host that runs a Gear image with a real dockerd, and the remote with the image's contents.
 
-The image is a Debian root file system and a layer of an application above it. Its contents lie in a directory, which
+The image has two layers: a Debian root file system and an application. Its contents are in a directory, which
 `gear manager` serves; the host reaches the manager through a `Link`.
 """
 
@@ -39,85 +39,85 @@ HISTORY = ({"created_by": "debootstrap"}, {"created_by": "ENV a=b", "empty_layer
 
 @dataclass
 class LazyHost:
-    """A stack and its dockerd, with nothing in them."""
+    """A stack with its dockerd, and the manager behind a link."""
 
     stack: Stack
     dockerd: Dockerd
     manager: Daemon
     link: Link
     image: str
-    """The Gear image's name."""
+    """Name of the Gear image."""
     tars: list[bytes]
-    """Of its layers."""
+    """Tars of the image's layers."""
     store: Path
-    """What the manager serves; a remote of its own right."""
+    """Directory that the manager serves; usable as a remote itself."""
     url: str
-    """Of the manager, through the link."""
+    """URL of the manager through the link."""
     manager_port: int
 
-    def empty(self) -> None:
-        """Have everything run, and nothing stored."""
-        self.link.heal()
+    def reset(self) -> None:
+        """Start all processes and remove all images and objects."""
+        self.link.reset()
         self.start_manager()
         self.use_remote(self.url)
         self.stack.start()
         if not self.dockerd.answers():
             self.dockerd.start()
         self.dockerd.remove_everything()
-        self.stack.stop("lazyfs")  # nobody looks into its mount: what the kernel knows of it goes too
-        self.stack.gear("gc")  # only now: the rest of a large file may come after its image has gone
+        self.stack.stop("lazyfs")  # drops the kernel's cache of its mount too
+        self.stack.gear("gc")  # only now: the rest of a large file may arrive after its image is removed
         for link in (self.stack.root / "arrivals").glob("*/*"):
-            link.unlink()  # the server does, some seconds later
+            link.unlink()  # the server would remove it some seconds later
         shutil.rmtree(self.stack.root / "nfs" / "objects", ignore_errors=True)
         self.stack.start("lazyfs")
-        assert self.objects() == 0, self.stack.gear("status").stdout
+        assert self.object_count() == 0, self.stack.gear("status").stdout
 
     def pull(self) -> None:
-        """Have the image's layers."""
+        """Pull the image."""
         self.dockerd.docker("pull", self.image)
 
     def start(self, *options: str) -> str:
-        """A running container of the image, that sleeps."""
+        """Start a container of the image that sleeps; return its id."""
         return self.dockerd.run(self.image, "sleep", "100000", options=("-d", *options))
 
-    def objects(self) -> int:
-        """How many objects are here."""
+    def object_count(self) -> int:
+        """Return the number of objects in the host's store."""
         return sum(1 for path in (self.stack.root / "public").glob("*/*") if path.is_file())
 
     def object_bytes(self) -> int:
-        """How many bytes they have."""
+        """Return the size of all objects in the host's store."""
         return sum(path.stat().st_size for path in (self.stack.root / "public").glob("*/*"))
 
     def has(self, digest: bytes) -> bool:
-        """Whether the object is here."""
+        """Return whether the host's store has the object."""
         return ObjectStore(self.stack.root / "public").has(digest)
 
     def metrics(self) -> str:
-        """The lazy file server's."""
+        """Return the metrics of the lazy file server."""
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(self.stack.lazyfs_socket))
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             return b"".join(iter(lambda: client.recv(1 << 16), b"")).decode()
 
     def restart_lazyfs(self) -> None:
-        """End it in order and start it."""
+        """Stop and start the lazy file server."""
         self.stack.stop("lazyfs")
         self.stack.start("lazyfs")
 
     def use_remote(self, remote: str) -> None:
-        """Have the lazy file server, started anew if need be, fetch from there."""
+        """Make the lazy file server fetch from *remote*; restart it if that changes its remote."""
         if self.stack.settings["GEAR_REMOTE"] != remote:
             self.stack.set(GEAR_REMOTE=remote)
             self.restart_lazyfs()
 
     def start_manager(self) -> None:
-        """Unless it runs."""
+        """Start the manager unless it runs; return when it listens."""
         if not self.manager.is_running():
             self.manager.start()
         self.manager.wait_until(self._manager_listens, "the manager's port")
 
     def blob(self, digest: bytes) -> Path:
-        """Where the remote keeps this blob."""
+        """Return the path of a blob in the remote."""
         name = digest.hex()
         return self.store / "objects" / name[:2] / name
 
@@ -128,10 +128,10 @@ class LazyHost:
 
 @contextmanager
 def lazy_host(directory: Path, registry: Registry) -> Iterator[LazyHost]:
-    """The host, its manager and the image; all of it new."""
+    """Run a new host and manager, and push the image; yield the host."""
     store, port = directory / "remote", free_port()
     store.mkdir(parents=True)
-    image, tars = _converted(registry, str(store), directory)
+    image, tars = _convert_image(registry, str(store), directory)
     environ = os.environ | {
         "GEAR_ROOT": str(directory / "manager"),
         "GEAR_MANAGER_LISTEN": f"127.0.0.1:{port}",
@@ -157,8 +157,8 @@ def lazy_host(directory: Path, registry: Registry) -> Iterator[LazyHost]:
             manager.stop()
 
 
-def _converted(registry: Registry, remote: str, work: Path) -> tuple[str, list[bytes]]:
-    """Make the image a Gear image in the registry, its contents in *remote*; its name and its layers' tars."""
+def _convert_image(registry: Registry, remote: str, work: Path) -> tuple[str, list[bytes]]:
+    """Convert the image to a Gear image in the registry, contents in *remote*; return its name and layers' tars."""
     source = Image((rootfs.debian().read_bytes(), tar_of(FILES.items())), compression="", history=HISTORY)
     archive = work / "image.tar"
     archive.write_bytes(source.saved("app:1"))

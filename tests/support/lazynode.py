@@ -1,8 +1,8 @@
-"""A node with an incomplete image and a lazy file server of its own process, fed from a directory that misbehaves.
+"""A node with an incomplete image, and a lazy file server in a process that fetches from a faulty source.
 
-The directory holds objects and chunks under their digest in hex, and these files, which each request reads:
-`delay_s` (before each answer), `away` (nothing answers), `log` (one line a request for objects, written by the source).
-Below `documents` it holds documents.
+The source is a directory. It contains objects and chunks under their digests in hex, documents below `documents`, and
+three control files: `delay_s` (time before each answer), `unreachable` (all requests fail while it exists) and `log`
+(the source appends a line for each request for objects).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +28,13 @@ from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.mounts.overlay import unmount
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.support.processes import PATIENCE_S
+from tests.support.processes import PATIENCE_S, wait_until
 
 CHUNK_BYTES = 64 << 10
 
 
-class Shelf:
-    """The source directory: what it holds, and how it behaves."""
+class DirectorySource:
+    """A source with its contents and simulated faults in a directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -43,7 +43,7 @@ class Shelf:
     # -- for tests
 
     def put(self, content: bytes, *, large_bytes: int = 1 << 20) -> bytes:
-        """Hold an object, in chunks if it is large; its digest."""
+        """Store an object, in chunks if it is large; return its digest."""
         digest = hashlib.sha256(content).digest()
         if len(content) < large_bytes:
             self._file(digest).write_bytes(content)
@@ -56,46 +56,47 @@ class Shelf:
         self._file(digest).with_suffix(".layout").write_text("\n".join(lines))
         return digest
 
-    def behave(self, *, delay_s: float = 0.0, away: bool = False) -> None:
+    def set_faults(self, *, delay_s: float = 0.0, unreachable: bool = False) -> None:
+        """Set the simulated faults; without arguments there are none."""
         (self.root / "delay_s").write_text(str(delay_s))
-        (self.root / "away").unlink(missing_ok=True)
-        if away:
-            (self.root / "away").touch()
+        (self.root / "unreachable").unlink(missing_ok=True)
+        if unreachable:
+            (self.root / "unreachable").touch()
 
-    def spoil(self, digest: bytes) -> None:
-        """Wrong bytes of the right length."""
+    def corrupt(self, digest: bytes) -> None:
+        """Replace the content by wrong bytes of the same length."""
         path = self._file(digest)
         content = path.read_bytes()
         path.write_bytes(bytes(255 - byte for byte in content))
 
     def requests(self) -> list[str]:
-        """``kind digest`` of each, in order."""
+        """Return the requests so far, in order, each as ``KIND DIGEST``."""
         log = self.root / "log"
         return log.read_text().splitlines() if log.exists() else []
 
     # -- as a source
 
     def fetch(self, digest: bytes) -> Iterator[bytes]:
-        self._asked("fetch", digest)
+        self._log_request("fetch", digest)
         content = self._read(digest)
         yield content[: len(content) // 2]
         yield content[len(content) // 2 :]
 
     def fetch_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, BytesOrLayout]]:
-        self._asked("stream", digests[0])
+        self._log_request("stream", digests[0])
         for digest in digests:
-            self._asked("many", digest)
+            self._log_request("many", digest)
             try:
                 yield digest, self._layout(digest) or self._read(digest)
             except NotFound:
                 continue
 
     def layout(self, digest: bytes) -> list[Chunk] | None:
-        self._asked("layout", digest)
+        self._log_request("layout", digest)
         return self._layout(digest)
 
     def document(self, name: str) -> bytes | None:
-        self._suffer()
+        self._simulate_faults()
         path = self.root / "documents" / name
         return path.read_bytes() if path.exists() else None
 
@@ -112,20 +113,20 @@ class Shelf:
         return chunks
 
     def chunk(self, digest: bytes) -> bytes:
-        self._asked("chunk", digest)
+        self._log_request("chunk", digest)
         return self._read(digest)
 
-    def _asked(self, kind: str, digest: bytes) -> None:
+    def _log_request(self, kind: str, digest: bytes) -> None:
         with open(self.root / "log", "a") as log:
             log.write(f"{kind} {digest.hex()}\n")
-        self._suffer()
+        self._simulate_faults()
 
-    def _suffer(self) -> None:
+    def _simulate_faults(self) -> None:
         delay = self.root / "delay_s"
         if delay.exists():
             time.sleep(float(delay.read_text()))
-        if (self.root / "away").exists():
-            raise Unavailable(f"{self.root} is away")
+        if (self.root / "unreachable").exists():
+            raise Unavailable(f"{self.root} is unreachable")
 
     def _read(self, digest: bytes) -> bytes:
         try:
@@ -138,22 +139,22 @@ class Shelf:
 
 
 class LazyNode:
-    """GEAR_ROOT, driver, server process and its sources."""
+    """A GEAR_ROOT with a driver, a server process and its sources."""
 
-    def __init__(self, root: Path, shelves: int = 1) -> None:
+    def __init__(self, root: Path, sources: int = 1) -> None:
         self.settings = replace(
             Settings(), gear_root=root / "gear", run_dir=root / "run", node="test", fill_delay_s=0.3
         )
-        self.shelves = [Shelf(root / f"shelf{number}") for number in range(shelves)]
-        self.shelf = self.shelves[0]
+        self.sources = [DirectorySource(root / f"source{number}") for number in range(sources)]
+        self.source = self.sources[0]
         self.driver = GearDriver(self.settings)
         self.driver.prepare()
         self._server: subprocess.Popen[bytes] | None = None
 
     def pull(self, files: Mapping[str, bytes], id: str = "image") -> None:
-        """Have a Gear image of one layer, which names what the first source holds."""
+        """Store *files* in the first source and apply a Gear layer that names them."""
         for content in files.values():
-            self.shelf.put(content)
+            self.source.put(content)
         self.apply(gear_tar(files), id)
 
     def apply(self, tar: bytes, id: str) -> None:
@@ -161,23 +162,23 @@ class LazyNode:
         self.driver.apply_diff(id, "", io.BytesIO(tar))
 
     def run(self, name: str, image: str = "image") -> Path:
-        """The root directory of a new container."""
+        """Create and mount a container; return its root directory."""
         self.driver.create_read_write(name, image)
         return Path(self.driver.get(name))
 
     def start(self) -> None:
-        """Start the server, and wait until it serves."""
+        """Start the server; return when it answers."""
         command = [sys.executable, "-m", "tests.support.lazynode", str(self.settings.gear_root.parent)]
-        self._server = subprocess.Popen([*command, *(str(shelf.root) for shelf in self.shelves)])
+        self._server = subprocess.Popen([*command, *(str(source.root) for source in self.sources)])
         wait_until_mounted(self.settings.lazy_mount_path, PATIENCE_S)
-        until(lambda: read_status(self.settings.lazyfs_socket) is not None, "the lazy file server answers")
+        wait_until(lambda: read_status(self.settings.lazyfs_socket) is not None, "the lazy file server answers")
 
     def kill(self) -> None:
-        """SIGKILL the server."""
+        """Kill the server with SIGKILL."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGTERM the server."""
+        """Stop the server with SIGTERM."""
         self._end(signal.SIGTERM)
 
     def status(self) -> LazyStatus:
@@ -186,7 +187,7 @@ class LazyNode:
         return status
 
     def close(self) -> None:
-        """End all of it, whatever state it is in."""
+        """Unmount everything and end the server, in any state."""
         self.driver.cleanup()
         self.driver.release()
         if self._server is not None:
@@ -201,9 +202,9 @@ class LazyNode:
 
 
 @contextmanager
-def lazy_node(root: Path, shelves: int = 1) -> Iterator[LazyNode]:
-    """A node whose server runs."""
-    node = LazyNode(root, shelves)
+def lazy_node(root: Path, sources: int = 1) -> Iterator[LazyNode]:
+    """Run a node with its server."""
+    node = LazyNode(root, sources)
     try:
         node.start()
         yield node
@@ -212,7 +213,7 @@ def lazy_node(root: Path, shelves: int = 1) -> Iterator[LazyNode]:
 
 
 def gear_tar(files: Mapping[str, bytes]) -> bytes:
-    """A layer that names the contents of *files* instead of holding them."""
+    """Return the tar of a Gear layer that names the contents of *files*."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():
@@ -223,19 +224,10 @@ def gear_tar(files: Mapping[str, bytes]) -> bytes:
     return sink.getvalue()
 
 
-def until(is_so: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
-    """Return as soon as it is so."""
-    deadline_s = time.monotonic() + timeout_s
-    while not is_so():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"not within {timeout_s} s: {what}")
-        time.sleep(0.01)
-
-
 def _main() -> None:
     root = Path(sys.argv[1])
     settings = replace(Settings(), gear_root=root / "gear", run_dir=root / "run", fill_delay_s=0.3)
-    serve(settings, [Shelf(Path(path)) for path in sys.argv[2:]])
+    serve(settings, [DirectorySource(Path(path)) for path in sys.argv[2:]])
 
 
 if __name__ == "__main__":

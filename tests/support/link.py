@@ -1,4 +1,4 @@
-"""A TCP connection that misbehaves as a network between a node and its remote can."""
+"""A TCP forwarder that simulates a slow or broken network between a node and its remote."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _PIECE_BYTES = 1 << 14
 
 @dataclass
 class Link:
-    """Forwards its own port to another one; the treatment of answers can change at any time."""
+    """Forwards its own port to another one; a test can change the faults at any time."""
 
     port: int
     bytes_per_s: float = 0.0
     """Rate limit of all answers together; 0 for no limit."""
     cut_after_bytes: int = 0
-    """Each connection is broken when so many bytes of answers have passed; 0 for never."""
+    """Break each connection after this many bytes of answers; 0 for never."""
     first_cut_after_bytes: list[int] = field(default_factory=list)
-    """Limits for the next connections, one each; `cut_after_bytes` applies to those after them."""
+    """Limits for the next connections, one each; `cut_after_bytes` applies to later ones."""
     passed_bytes: int = 0
-    """Of answers, since the beginning."""
+    """Bytes of answers forwarded so far."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def heal(self) -> None:
-        """Do nothing to anything."""
+    def reset(self) -> None:
+        """Remove the rate limit and the byte limit."""
         self.bytes_per_s, self.cut_after_bytes = 0.0, 0
 
-    def _answers(self, source: socket.socket, target: socket.socket) -> None:
-        """Forward the far end's bytes."""
+    def _forward_answers(self, source: socket.socket, target: socket.socket) -> None:
+        """Forward bytes from the target to the client."""
         passed_bytes = 0
         own_cut_after_bytes = self.first_cut_after_bytes.pop(0) if self.first_cut_after_bytes else None
         try:
@@ -54,7 +54,7 @@ class Link:
 
 @contextmanager
 def linked(port: int) -> Iterator[tuple[Link, int]]:
-    """A link to the port *port* of loopback, and its own port, while the context lasts."""
+    """Run a link to a port on loopback; yield the link and its own port."""
     link = Link(port)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
         accepting = threading.Thread(target=_accept, args=(server, link), daemon=True)
@@ -75,15 +75,15 @@ def _accept(server: socket.socket, link: Link) -> None:
         except OSError:
             near.close()
             continue
-        threading.Thread(target=_requests, args=(near, far, link), daemon=True).start()
+        threading.Thread(target=_forward_requests, args=(near, far, link), daemon=True).start()
 
 
-def _requests(near: socket.socket, far: socket.socket, link: Link) -> None:
-    """Forward the near end's bytes and the answers; close both."""
+def _forward_requests(near: socket.socket, far: socket.socket, link: Link) -> None:
+    """Forward bytes from the client to the target, and the answers; close both sockets."""
     with near, far:
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        answers = threading.Thread(target=link._answers, args=(far, near), daemon=True)
+        answers = threading.Thread(target=link._forward_answers, args=(far, near), daemon=True)
         answers.start()
         try:
             while data := near.recv(_PIECE_BYTES):

@@ -1,6 +1,6 @@
-"""A machine with systemd as first process: systemd-nspawn on this host's /usr, without its /etc and /var.
+"""A machine that runs systemd: systemd-nspawn with this host's /usr, but its own /etc and /var.
 
-Only inside a sandbox, in its cgroup. It has the checkout at /opt/gearworkers, and the sandbox's network.
+It runs only inside a sandbox, in the sandbox's cgroup and network. The checkout is mounted at /opt/gearworkers.
 """
 
 from __future__ import annotations
@@ -24,58 +24,58 @@ HOME = Path("/opt/gearworkers")
 UNITS = Path("etc/systemd/system")
 USERS = "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n"
 GROUPS = "root:x:0:\ndocker:x:999:\nnogroup:x:65534:\n"
-_LINKED = ("bin", "sbin", "lib", "lib64")
-_MADE = ("usr", "root", "run", "proc", "sys", "dev", "tmp", "opt", "var/lib", "var/log/journal")
+_USR_LINKS = ("bin", "sbin", "lib", "lib64")
+_DIRECTORIES = ("usr", "root", "run", "proc", "sys", "dev", "tmp", "opt", "var/lib", "var/log/journal")
 _POWER_OFF = signal.SIGRTMIN + 4  # systemd(1), "Signals"
 _WRITABLE_CGROUPS = """[Service]
 ExecStartPre=-/bin/mount -o remount,rw /sys/fs/cgroup
 ExecStartPre=-/bin/sh -c 'for controller in /sys/fs/cgroup/*/; do mount -o remount,bind,rw $controller; done'
 """
-"""nspawn leaves the controllers of cgroup v1 read-only."""
+"""nspawn mounts the controllers of cgroup v1 read-only."""
 
 _VISIBLE_CHECKOUT = f"[Service]\nProtectHome=no\nBindReadOnlyPaths={CHECKOUT}\n"
-"""The checkout's Python may be one that lies in a home, the checkout in a /tmp, which a dynamic user has of its own."""
+"""The checkout's Python may be below /home, and the checkout below /tmp; DynamicUser= hides both."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One that is booted; `directory` is its root."""
+    """A booted machine; `directory` is its root."""
 
     directory: Path
     nspawn: Daemon
 
     def call(self, *command: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        """Run a command in it; returns it whatever its outcome."""
+        """Run a command in the machine; return the completed process, even if it failed."""
         enter = ["nsenter", "--all", f"--target={self._init_pid()}", f"--wd={os.sep}"]
         environ = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root"}
         return subprocess.run([*enter, *command], env=environ, input=stdin, capture_output=True, timeout=120)
 
     def run(self, *command: str, stdin: bytes = b"") -> str:
-        """Run a command in it; return its stdout, stripped.
+        """Run a command in the machine; return its stdout, stripped.
 
         Raises:
-            AssertionError: It failed.
+            AssertionError: The command failed.
         """
         done = self.call(*command, stdin=stdin)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout + done.stderr!r}\n{self.journal()}"
         return done.stdout.decode().strip()
 
     def journal(self) -> str:
-        """The end of its log."""
+        """Return the end of the journal."""
         return self.call("journalctl", "--no-pager", "-o", "cat", "-n", "60").stdout.decode(errors="replace")
 
     def stopped_units(self) -> list[str]:
-        """The units that systemd has stopped so far, in that order; may be asked of a machine that is off."""
+        """Return the units that systemd has stopped, in order; works on a machine that is off too."""
         command = ["journalctl", f"--directory={self.directory}/var/log/journal", "-o", "json", "JOB_TYPE=stop"]
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         return [entry["UNIT"] for entry in map(json.loads, lines) if "JOB_RESULT" in entry]
 
     def is_up(self) -> bool:
-        """Whether its dockerd answers."""
+        """Return whether the machine's dockerd answers."""
         return bool(self._children()) and self.call("docker", "version").returncode == 0
 
     def power_off(self) -> None:
-        """Have systemd stop everything in order, and wait."""
+        """Make systemd shut the machine down; return when it is off."""
         os.kill(self._init_pid(), _POWER_OFF)
         assert self.nspawn.process is not None
         assert self.nspawn.process.wait(180) == 0, self.nspawn.log_tail()
@@ -90,10 +90,10 @@ class Machine:
 
 @contextmanager
 def booted(directory: Path) -> Iterator[Machine]:
-    """A machine that has the units of packaging/systemd, gear.target enabled, and a dockerd that runs on it.
+    """Boot a machine with the units of packaging/systemd, gear.target enabled, and a dockerd on the gear driver.
 
     Args:
-        directory: On a disk that gearworkers can use; its root is made there.
+        directory: The machine's root, made here; on a file system that gearworkers can use.
     """
     _make_root(directory)
     _private_run_directory()
@@ -108,9 +108,9 @@ def booted(directory: Path) -> Iterator[Machine]:
 
 
 def _make_root(root: Path) -> None:
-    for name in _MADE:
+    for name in _DIRECTORIES:
         (root / name).mkdir(parents=True)
-    for name in _LINKED:
+    for name in _USR_LINKS:
         if Path("/", name).is_symlink():
             (root / name).symlink_to(f"usr/{name}")
     settings = {"experimental": True, "storage-driver": "gear", "bridge": "none", "iptables": False}
@@ -134,16 +134,16 @@ def _make_root(root: Path) -> None:
 
 
 def _private_run_directory() -> None:
-    """nspawn leaves things in /run/systemd; here they go with the sandbox."""
+    """Mount a tmpfs on /run/systemd: nspawn leaves files there, which end with the sandbox."""
     run = Path("/run/systemd")
     run.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(run)], check=True)
 
 
 def _command(root: Path) -> list[str]:
-    """nspawn in the sandbox's cgroups, without asking the host's systemd."""
+    """Return the command for nspawn in the sandbox's cgroups, without the host's systemd."""
     cgroups = [sandbox.CGROUPS] if (sandbox.CGROUPS / "cgroup.procs").exists() else list(sandbox.CGROUPS.glob("*/"))
-    # A new cpuset of cgroup v1 takes no process before it has been given processors; nspawn needs none of its own.
+    # A new cpuset of cgroup v1 accepts no process until it has processors; nspawn needs no cpuset of its own.
     own = [path / sandbox.scratch().name for path in cgroups if not (path / "cpuset.cpus").exists()]
     moves = [f"mkdir -p {path} && echo $$ > {path}/cgroup.procs" for path in own]
     binds = [f"--bind-ro={path}" for path in {"/usr", str(CHECKOUT), sys.base_prefix}]
@@ -154,5 +154,5 @@ def _command(root: Path) -> list[str]:
 
 
 def _environ() -> dict[str, str]:
-    """dockerd needs keys, /sys and /proc/sys, which nspawn forbids by default."""
+    """Return nspawn's environment: dockerd needs keys, /sys and /proc/sys, which nspawn forbids by default."""
     return {**os.environ, "SYSTEMD_SECCOMP": "0", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "yes"}

@@ -1,4 +1,4 @@
-"""Real overlay mounts of index trees for tests, snapshots of trees, and an independent way to apply a layer's tar."""
+"""Overlay mounts of index trees, snapshots of trees, and an independent implementation of applying a layer's tar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMPARED_XATTRS = ("user.", "trusted.test", "security.capability", "system.posi
 
 
 class Node(NamedTuple):
-    """All that a user can see of one path, but for inode numbers and access times."""
+    """Everything that a user can see of one path, except inode number and access time."""
 
     mode: int
     uid: int
@@ -60,7 +60,7 @@ class Overlay:
 
 @contextlib.contextmanager
 def mounted(root: Path, layers: list[Callable[[Path], None]]) -> Iterator[Overlay]:
-    """An overlay in the empty directory *root*; each of *layers*, the lowest first, fills a plain tree."""
+    """Mount an overlay in the empty directory *root*; each of *layers*, lowest first, fills a plain tree."""
     for name in ("public", "upper", "work", "merged"):
         (root / name).mkdir()
     lowers: list[Path] = []
@@ -85,16 +85,16 @@ def mounted(root: Path, layers: list[Callable[[Path], None]]) -> Iterator[Overla
 
 
 def make_index(tree: Path, objects: Path) -> None:
-    """Turn each file of the plain *tree* into an index inode with an object as its content."""
+    """Turn each file of the plain *tree* into an index inode that redirects to an object."""
     for directory, _, names in os.walk(os.fsencode(tree)):
         for name in names:
             path = os.path.join(directory, name)
             status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode) and status.st_size and not _has_mark(path):
+            if stat.S_ISREG(status.st_mode) and status.st_size and not _is_index_inode(path):
                 _move_content(path, status, objects)
 
 
-def _has_mark(path: bytes) -> bool:
+def _is_index_inode(path: bytes) -> bool:
     return METACOPY_XATTR in os.listxattr(path)
 
 
@@ -104,7 +104,7 @@ def _move_content(path: bytes, status: os.stat_result, objects: Path) -> None:
         content = file.read()
         file.truncate(0)
         file.truncate(status.st_size)
-    for name, value in xattrs.items():  # truncate has taken the capabilities away
+    for name, value in xattrs.items():  # truncate removes capabilities
         os.setxattr(path, name, value)
     redirect = object_path(hashlib.sha256(content).digest())
     target = os.fsencode(objects) + redirect
@@ -117,7 +117,7 @@ def _move_content(path: bytes, status: os.stat_result, objects: Path) -> None:
 
 
 def snapshot(root: int | Path) -> dict[bytes, Node]:
-    """Everything below *root*, by path; the root itself is left out, as a layer's tar leaves it out."""
+    """Return everything below *root* by path, without the root itself, like a layer's tar."""
     top = b"/proc/self/fd/%d/" % root if isinstance(root, int) else os.fsencode(root) + b"/"
     nodes: dict[bytes, Node] = {}
     groups: dict[tuple[int, int], set[bytes]] = {}
@@ -155,8 +155,8 @@ def _node(path: bytes, status: os.stat_result) -> Node:
     )
 
 
-def applied(parent_fd: int, tar: bytes, target: Path) -> dict[bytes, Node]:
-    """The tree that *tar* makes of a full copy of the parent, made in the new directory *target*."""
+def apply_tar(parent_fd: int, tar: bytes, target: Path) -> dict[bytes, Node]:
+    """Copy the parent to the new directory *target* and apply *tar* to it; return a snapshot of the result."""
     target.mkdir()
     source = f"/proc/self/fd/{parent_fd}/."
     subprocess.run(["cp", "-a", "--", source, target], check=True, pass_fds=(parent_fd,))
@@ -217,7 +217,7 @@ def _set_metadata(member: tarfile.TarInfo, path: bytes, times: dict[bytes, int])
     os.chown(path, member.uid, member.gid, follow_symlinks=False)
     if not os.path.islink(path):
         os.chmod(path, member.mode)
-    if not member.islnk():  # a link has its first name's
+    if not member.islnk():  # a hard link has those of its first name
         _replace_xattrs(member, path)
     mtime_ns = int(Decimal(member.pax_headers.get("mtime", member.mtime)) * 1_000_000_000)
     if member.isdir():

@@ -1,4 +1,4 @@
-"""A client of the plugin protocol: dockerd's calls, and malformed ones."""
+"""A client of the plugin protocol: dockerd's calls, and malformed calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S = 60.0
 
 
 def read_metrics(path: Path) -> bytes:
-    """The gateway's Prometheus metrics from the Unix socket *path*."""
+    """Return the gateway's Prometheus metrics from the Unix socket *path*."""
     connection = UnixHTTPConnection(path, TIMEOUT_S)
     try:
         connection.request("GET", "/metrics")
@@ -26,12 +26,12 @@ def read_metrics(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Plugin:
-    """The gateway on the Unix socket *path*; a connection for each call."""
+    """A client of the gateway on the Unix socket *path*; each call opens a connection."""
 
     path: Path
 
     def request(self, method: str, body: bytes | Iterable[bytes], *, chunked: bool = False) -> tuple[int, bytes]:
-        """One POST: HTTP status and body of the answer."""
+        """Send a POST; return HTTP status and body of the answer."""
         connection = UnixHTTPConnection(self.path, TIMEOUT_S)
         try:
             headers = {"Transfer-Encoding": "chunked"} if chunked else {}
@@ -42,20 +42,24 @@ class Plugin:
             connection.close()
 
     def call(self, method: str, **arguments: object) -> Any:
-        """A call of the driver: the decoded answer."""
+        """Call a method of the driver; return the decoded answer."""
         return json.loads(self.request(f"GraphDriver.{method}", json.dumps(arguments).encode())[1])
 
     def apply_diff(self, id: str, body: Iterable[bytes], parent: str = "") -> tuple[int, Any]:
-        """HTTP status and decoded answer."""
+        """Call ApplyDiff; return HTTP status and decoded answer."""
         status, answer = self.request(f"GraphDriver.ApplyDiff?id={id}&parent={parent}", body, chunked=True)
         return status, json.loads(answer)
 
     def diff(self, id: str, parent: str = "") -> tuple[int, bytes]:
-        """HTTP status and answer; http.client.HTTPException if the connection broke."""
+        """Call Diff; return HTTP status and body of the answer.
+
+        Raises:
+            http.client.HTTPException: The connection broke.
+        """
         return self.request("GraphDriver.Diff", json.dumps({"ID": id, "Parent": parent}).encode())
 
     def begin_apply(self, id: str, first_bytes: bytes) -> socket.socket:
-        """The connection of an ApplyDiff that has sent one chunk and holds the rest back."""
+        """Start an ApplyDiff and send only its first chunk; return the connection."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(TIMEOUT_S)
         connection.connect(str(self.path))
@@ -64,7 +68,7 @@ class Plugin:
         return connection
 
     def begin(self, method: str, id: str) -> socket.socket:
-        """The connection of a call that was sent and whose answer is unread."""
+        """Send a call; return the connection without reading the answer."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(TIMEOUT_S)
         connection.connect(str(self.path))
@@ -74,5 +78,5 @@ class Plugin:
         return connection
 
     def status(self) -> dict[str, str]:
-        """The status that `docker info` shows."""
+        """Return the status that `docker info` shows."""
         return dict(self.call("Status")["Status"])

@@ -1,4 +1,4 @@
-"""Ports of loopback for servers that are told theirs."""
+"""Free ports on loopback, for servers that need a port number."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import socket
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, and that nobody is given by chance while this process lives.
+    """Return a free TCP port that the kernel assigns to no other socket while this process lives.
 
-    It stays bound. A server that binds it with SO_REUSEADDR, as all do, may listen there nevertheless; the kernel
-    gives it to no bind of port 0 and to no outgoing connection.
+    The port stays bound, so the kernel gives it to no bind of port 0 and to no outgoing connection. A server that binds
+    it with SO_REUSEADDR, as all do, can still listen on it.
     """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
-    port = int(held.getsockname()[1])
-    held.detach()
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    port = int(reserved.getsockname()[1])
+    reserved.detach()
     return port

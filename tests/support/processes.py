@@ -1,4 +1,4 @@
-"""Daemons of the harness: started with a log file, waited for by a condition, ended for sure."""
+"""Daemons for tests, with a log file; and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 POLL_S = 0.02
 PATIENCE_S = 90.0
-"""An upper bound for a busy machine; the condition is noticed at once."""
+"""A limit for a busy machine; a condition that holds is noticed at once."""
 
 
 class NotReady(AssertionError):
-    """The awaited condition did not come; the text holds the end of the process's log."""
+    """A condition did not hold in time; the text contains the end of the process's log."""
 
 
 def wait_until(
     condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S, found: Callable[[], str] = str
 ) -> None:
-    """Return as soon as *condition* holds; *found* describes the state instead.
+    """Return as soon as *condition* holds; *what* and *found* describe the expected and the actual state.
 
     Raises:
-        NotReady: It did not within *timeout_s*.
+        NotReady: The condition did not hold within *timeout_s*.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -35,14 +35,14 @@ def wait_until(
 
 
 def listens(path: Path) -> bool:
-    """Whether someone accepts connections on the Unix socket *path*."""
+    """Return whether a process listens on the Unix socket *path*."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
 
 
 @dataclass
 class Daemon:
-    """One long-running process; its output goes to *log*, which a restart continues."""
+    """A long-running process; its output goes to *log*, to which a restart appends."""
 
     command: Sequence[str]
     log: Path
@@ -50,20 +50,20 @@ class Daemon:
     cwd: Path | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     log_start_bytes: int = field(default=0, init=False)
-    """Where in the log the present run begins."""
+    """Size of the log when the current run began."""
 
     @property
     def pid(self) -> int:
-        """The running process's id."""
+        """The process id."""
         assert self.process is not None, f"{self.command[0]} was not started"
         return self.process.pid
 
     def is_running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Return whether the process was started and has not ended."""
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
-        """Start it in a session of its own, so that a Ctrl-C reaches only whoever stops it in order."""
+        """Start the process in its own session, so that Ctrl-C does not reach it."""
         with self.log.open("ab") as log:
             self.log_start_bytes = log.tell()
             self.process = subprocess.Popen(
@@ -77,7 +77,11 @@ class Daemon:
             )
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
-        """As the function; fails at once, with the log's end, if the process dies meanwhile."""
+        """Return as soon as *condition* holds; fail at once, with the end of the log, if the process ends.
+
+        Raises:
+            NotReady: The process ended, or the condition did not hold within *timeout_s*.
+        """
 
         def holds() -> bool:
             if not self.is_running():
@@ -90,7 +94,7 @@ class Daemon:
             raise NotReady(f"{exc}\n{self.log_tail()}") from None
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """SIGTERM and wait; SIGKILL when that takes longer than *timeout_s*."""
+        """Send SIGTERM and wait; kill the process after *timeout_s*."""
         if self.process is None:
             return
         self.process.terminate()
@@ -101,16 +105,16 @@ class Daemon:
         self.process = None
 
     def kill(self) -> None:
-        """SIGKILL and wait."""
+        """Send SIGKILL and wait."""
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
         self.process = None
 
     def log_count(self, text: bytes) -> int:
-        """How often the present run has written *text*."""
+        """Return how often the current run has written *text*."""
         return self.log.read_bytes()[self.log_start_bytes :].count(text)
 
     def log_tail(self, size_bytes: int = 4000) -> str:
-        """The end of its log."""
+        """Return the end of the log."""
         return self.log.read_bytes()[-size_bytes:].decode(errors="replace") if self.log.exists() else ""

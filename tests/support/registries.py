@@ -23,29 +23,29 @@ SERVICE = "a registry of tests"
 
 @contextmanager
 def registry(directory: Path, *, auth: str = "", http: str = "") -> Iterator[Registry]:
-    """A running docker-registry.
+    """Run a docker-registry.
 
     Args:
-        directory: Its own.
-        auth: Lines of its config, from ``auth:`` on.
-        http: More lines of its section ``http``, indented by two.
+        directory: Contains config, storage and log.
+        auth: The section ``auth`` of the config.
+        http: Further lines of the section ``http``, indented by two spaces.
     """
-    made = Registry(directory, free_port())
+    server = Registry(directory, free_port())
     config = directory / "config.yml"
     config.write_text(
         "version: 0.1\nlog: {level: warn}\n"
         f"storage:\n  filesystem: {{rootdirectory: {directory / 'storage'}}}\n  delete: {{enabled: true}}\n"
-        f'http:\n  addr: "127.0.0.1:{made.port}"\n{http}{auth}'
+        f'http:\n  addr: "127.0.0.1:{server.port}"\n{http}{auth}'
     )
-    made.start()
+    server.start()
     try:
-        yield made
+        yield server
     finally:
-        made.stop()
+        server.stop()
 
 
 def basic_auth(directory: Path) -> str:
-    """Config of a registry that knows USER by PASSWORD."""
+    """Return the section ``auth`` of a registry that accepts USER with PASSWORD."""
     script = "print crypt($ARGV[0], '$2y$05$abcdefghijklmnopqrstuu')"
     hashed = subprocess.run(["perl", "-e", script, PASSWORD], check=True, capture_output=True, text=True).stdout
     directory.mkdir(exist_ok=True)
@@ -54,7 +54,7 @@ def basic_auth(directory: Path) -> str:
 
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
+    """Make a self-signed certificate for 127.0.0.1; return the paths of certificate and key."""
     directory.mkdir(exist_ok=True)
     certificate, key = directory / "ca.crt", directory / "ca.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=tests"]
@@ -65,7 +65,10 @@ def make_certificate(directory: Path) -> tuple[Path, Path]:
 
 @dataclass
 class TokenServer:
-    """Gives tokens that the registry's own code verifies, to USER for all and to nobody for pulling."""
+    """A token server: it gives USER all requested rights, and anonymous clients the right to pull.
+
+    The registry verifies the tokens.
+    """
 
     directory: Path
     lifetime_s: int = 300
@@ -78,7 +81,7 @@ class TokenServer:
 
     @property
     def auth(self) -> str:
-        """The registry's config."""
+        """The section ``auth`` of the registry's config."""
         return (
             f"auth:\n  token:\n    realm: http://127.0.0.1:{self.port}/token\n    service: {SERVICE}\n"
             f"    issuer: tests\n    rootcertbundle: {self._certificate}\n"
@@ -86,7 +89,7 @@ class TokenServer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Serve."""
+        """Run the token server."""
         server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -98,7 +101,10 @@ class TokenServer:
             server.server_close()
 
     def token(self, scopes: list[str], all_allowed: bool) -> str:
-        """A token as the distribution's specification has it."""
+        """Return a signed token.
+
+        Source: distribution documentation, "Token Authentication Implementation".
+        """
         der = subprocess.run(
             ["openssl", "x509", "-in", str(self._certificate), "-outform", "der"], check=True, capture_output=True
         ).stdout

@@ -1,4 +1,4 @@
-"""A registry on the sandbox's loopback."""
+"""A registry on loopback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ http: {{addr: "127.0.0.1:{port}"}}
 
 @dataclass
 class Registry:
-    """Debian's docker-registry over a directory."""
+    """A docker-registry that stores its data in a directory."""
 
     directory: Path
     port: int = 5000
@@ -34,16 +34,16 @@ class Registry:
 
     @property
     def host(self) -> str:
-        """The part of an image's name before the slash."""
+        """The registry's part of an image name."""
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it and return when it answers."""
+        """Start the registry; return when it listens."""
         self.daemon.start()
         self.daemon.wait_until(self._answers, "the registry's port")
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the registry."""
         self.daemon.stop()
 
     def _answers(self) -> bool:

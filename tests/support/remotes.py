@@ -1,4 +1,4 @@
-"""Remotes for tests: a manager and an S3 server, each a real process."""
+"""Remotes for tests: a manager and an S3 server, each in a process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Service:
 
 @contextmanager
 def s3_server(directory: Path) -> Iterator[Service]:
-    """moto's server, empty."""
+    """Run an empty S3 server (moto)."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, directory / "s3.log", {}, port) as service:
@@ -41,7 +41,7 @@ def s3_server(directory: Path) -> Iterator[Service]:
 
 
 def new_bucket(server: Service) -> str:
-    """The URL, for GEAR_REMOTE, of a prefix in a new bucket."""
+    """Make a bucket; return the URL, for GEAR_REMOTE, of a prefix in it."""
     name = f"bucket-{secrets.token_hex(6)}"
     request = urllib.request.Request(f"{server.url}/{name}", method="PUT")
     request.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=test/20240101/us-east-1/s3/aws4_request")
@@ -50,7 +50,7 @@ def new_bucket(server: Service) -> str:
 
 
 def credentials_file(directory: Path) -> Path:
-    """AWS credentials that moto takes."""
+    """Write a file of AWS credentials that moto accepts; return its path."""
     path = directory / "credentials"
     path.write_text(CREDENTIALS)
     return path
@@ -58,7 +58,7 @@ def credentials_file(directory: Path) -> Path:
 
 @contextmanager
 def manager_server(directory: Path, environ: Mapping[str, str] | None = None) -> Iterator[Service]:
-    """`gear manager`, keeping things below *directory* unless *environ* says otherwise."""
+    """Run `gear manager` with its data below *directory*; *environ* overrides the settings."""
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     settings = {"GEAR_ROOT": str(directory), "GEAR_MANAGER_LISTEN": f"127.0.0.1:{port}", **(environ or {})}
@@ -68,21 +68,21 @@ def manager_server(directory: Path, environ: Mapping[str, str] | None = None) ->
 
 
 def figures(server: Service) -> dict[str, float]:
-    """The manager's metrics."""
+    """Return the manager's metrics by name."""
     with urllib.request.urlopen(f"{server.url}/metrics") as page:
         lines = [line.rpartition(" ") for line in page.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in lines}
 
 
 def ask(server: Service, path: str) -> object:
-    """The answer of a GET, as JSON."""
+    """Send a GET; return the decoded JSON answer."""
     with urllib.request.urlopen(server.url + path) as page:
         return json.load(page)
 
 
 @contextmanager
 def manager_thread(settings: Settings) -> Iterator[str]:
-    """The manager's server in a thread of this process, for speed; its URL."""
+    """Run a manager in a thread, which starts faster than a process; yield its URL."""
     loop = asyncio.new_event_loop()
     server = ManagerServer(replace(settings, manager=replace(settings.manager, listen="127.0.0.1:0")))
     thread = threading.Thread(target=loop.run_forever)

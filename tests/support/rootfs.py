@@ -1,6 +1,7 @@
-"""Real input: root file systems made by debootstrap, and large trees of real files that share nothing.
+"""Realistic input: root file systems made by debootstrap, and large trees of files that share no content.
 
-`python -m tests.support.rootfs` makes the cached ones; it needs the network, so it runs before a sandbox begins.
+`python -m tests.support.rootfs` makes the cached root file systems. It needs the network, so run it before a sandbox
+starts.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from pathlib import Path
 
 PACKAGES = "python3-minimal,git"
 CHANGED_EVERY = 25
-"""In the second root file system every n-th file differs: 4 % of the files, so 96 % are shared."""
+"""Every 25th file of the second root file system differs: 4 % of the files, so 96 % are shared."""
 _RECIPE = "3"
-"""Part of the cache's names; raise it when the trees below change."""
+"""Part of the names in the cache; raise it when the trees change."""
 _STAGING = "making-"
-_ENDING_WHOLE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""Processes and mounts of debootstrap end with it."""
-_UNWANTED = ("./var/cache/apt/*", "./var/lib/apt/lists/*", "./dev/*")
+_IN_NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""Prefix for a command whose processes and mounts all end with it."""
+_EXCLUDED = ("./var/cache/apt/*", "./var/lib/apt/lists/*", "./dev/*")
 
 
 @dataclass(frozen=True)
 class TreeSize:
-    """Files that a tree must hold."""
+    """Minimum size of a tree."""
 
     entries: int
     content_bytes: int
@@ -42,37 +43,37 @@ ONE_GB = TreeSize(entries=52_000, content_bytes=1_000_000_000)
 
 
 def cache_dir() -> Path:
-    """The directory of cached trees, outside the checkout."""
+    """Return the directory of cached files, outside the checkout."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "gearworkers"
 
 
 def debian() -> Path:
-    """The tar of a Debian root file system.
+    """Return the tar of a Debian root file system.
 
     Raises:
-        FileNotFoundError: It was not made yet.
+        FileNotFoundError: The tar does not exist; `make rootfs` makes it.
     """
     return _cached("debian")
 
 
 def debian_variant() -> Path:
-    """The tar of a second root file system that shares all but every 25th file with debian()."""
+    """Return the tar of a second root file system that shares all files with debian() except every 25th."""
     return _cached("debian-variant")
 
 
 def make_all() -> None:
-    """Make the missing cached tars; one process at a time.
+    """Make the missing cached tars; wait if another process is making them.
 
-    Crash: leaves a directory ``making-*`` in the cache directory, which the next call removes; never a short tar.
+    Crash: leaves a directory ``making-*`` in the cache directory, which the next call removes, but no incomplete tar.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("interrupted"))
     cache_dir().mkdir(parents=True, exist_ok=True)
     with open(cache_dir() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in cache_dir().glob(f"{_STAGING}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for leftover in cache_dir().glob(f"{_STAGING}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if not _path("debian").exists():
             print("making a Debian root file system (once)", flush=True)
             _make_debian(_path("debian"))
@@ -81,23 +82,23 @@ def make_all() -> None:
 
 
 def write_unshared_tree(target: Path, seed: str, size: TreeSize) -> None:
-    """Write a tar of about *size* made of the host's own /usr, each file altered so that no two contents are equal.
+    """Write a tar of about *size* from the files of the host's /usr, each altered so that no two contents are equal.
 
-    The mix of sizes is that of /usr; the same host and seed give the same tar.
+    File sizes are distributed as in /usr. The same host and seed give the same tar.
     """
     entries = content_bytes = 0
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
-        for path, info in _paced(size):
+        for path, info in _proportional_entries(size):
             info.name = f"tree/{info.name}"
             tar.addfile(info, _altered(path, seed, info))
             entries += 1
             content_bytes += info.size
     if entries < size.entries or content_bytes < size.content_bytes:
-        raise AssertionError(f"/usr holds too little: {entries} entries, {content_bytes} bytes of {size}")
+        raise AssertionError(f"/usr is too small: {entries} entries, {content_bytes} bytes of {size}")
 
 
-def _paced(size: TreeSize) -> Iterator[tuple[Path, tarfile.TarInfo]]:
-    """Files and directories of /usr, over and over, so chosen that bytes and entries run out together."""
+def _proportional_entries(size: TreeSize) -> Iterator[tuple[Path, tarfile.TarInfo]]:
+    """Yield entries of /usr, repeatedly if needed, so that the numbers of bytes and entries grow in proportion."""
     entries = content_bytes = 0
     per_entry = size.content_bytes / size.entries
     slack = min(size.content_bytes // 20, 16 << 20)
@@ -121,7 +122,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _info(path: Path, name: str) -> tarfile.TarInfo | None:
-    """The tar header for *path*; None unless it is a file, a directory or a symlink."""
+    """Return the tar header for *path*; None unless it is a file, a directory or a symlink."""
     with tarfile.TarFile(fileobj=io.BytesIO(), mode="w") as tar:
         info = tar.gettarinfo(path, name)
     if not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
@@ -132,7 +133,7 @@ def _info(path: Path, name: str) -> tarfile.TarInfo | None:
 
 
 def _altered(path: Path, seed: str, info: tarfile.TarInfo) -> io.BytesIO | None:
-    """The file's bytes with a mark of *seed* and its name over the first ones."""
+    """Return the file's content with a hash of *seed* and its name over the first bytes; None for other types."""
     if not info.isreg():
         return None
     mark = hashlib.sha256(f"{seed}:{info.name}".encode()).digest()
@@ -155,39 +156,31 @@ def _make_debian(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=target.parent, ignore_cleanup_errors=True) as name:
         root = Path(name) / "root"
         command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite(), str(root), *mirror()]
-        command[:0] = [
-            "unshare",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ]  # ends whole, mounts too
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run([*_IN_NAMESPACES, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
             sys.exit(f"debootstrap failed:\n{done.stdout[-3000:]}")
         temporary = Path(name) / "tar"
-        unwanted = [f"--exclude={pattern}" for pattern in _UNWANTED]
-        subprocess.run(["tar", "-C", str(root), "--sort=name", *unwanted, "-cf", str(temporary), "."], check=True)
+        excluded = [f"--exclude={pattern}" for pattern in _EXCLUDED]
+        subprocess.run(["tar", "-C", str(root), "--sort=name", *excluded, "-cf", str(temporary), "."], check=True)
         temporary.rename(target)
 
 
 def suite() -> str:
-    """This host's release of Debian."""
+    """Return the code name of this host's Debian release."""
     fields = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     return fields["VERSION_CODENAME"].strip('"')
 
 
 def mirror() -> list[str]:
-    """Where this host's own apt gets Debian from; nothing, for debootstrap's default, if that cannot be told."""
-    wanted = ["Created-By: Packages", "Origin: Debian", f"Codename: {suite()}", "Component: main"]
-    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]
+    """Return the mirror of this host's apt; an empty list, for debootstrap's default, if it is unknown."""
+    filters = ["Created-By: Packages", "Origin: Debian", f"Codename: {suite()}", "Component: main"]
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *filters]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return [uri for uri in done.stdout.splitlines() if uri.startswith(("http", "file"))][:1]
 
 
 def _make_variant(source: Path, target: Path) -> None:
-    """Copy *source*, a line added to every 25th non-empty file."""
+    """Copy *source*, with a line added to every 25th non-empty file."""
     number = 0
     temporary = target.with_name(f"{_STAGING}variant")
     with tarfile.open(source) as old, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as new:

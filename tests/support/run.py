@@ -1,6 +1,6 @@
-"""`python -m tests.support.run [ARGUMENT…]`: all tests in three parts beside each other, by pytest.
+"""`python -m tests.support.run [ARGUMENT…]`: run all tests in three pytest processes in parallel.
 
-Each waits more than it computes, and has a sandbox of its own.
+Each process has its own sandbox. The tests mostly wait, so running them in parallel saves time even on few cores.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-ON_DOCKERDS = "tests/e2e"
-APART = ("tests/e2e/test_applications.py", "tests/e2e/test_systemd.py")
-"""They share their dockerds with no other test."""
-CRASHES = "tests/faults"
+END_TO_END = "tests/e2e"
+OWN_DOCKERD = ("tests/e2e/test_applications.py", "tests/e2e/test_systemd.py")
+"""End-to-end tests that share their dockerd with no other test."""
+FAULTS = "tests/faults"
 
 
 def parts() -> list[list[str]]:
-    """The arguments of each; none takes much longer than the others."""
-    rest = {str(path.parent) for path in Path("tests").rglob("test_*.py")} - {ON_DOCKERDS, CRASHES}
-    return [[ON_DOCKERDS, *(f"--ignore={path}" for path in APART)], sorted(rest), [CRASHES, *APART]]
+    """Return the pytest arguments of each process; all take about the same time."""
+    rest = {str(path.parent) for path in Path("tests").rglob("test_*.py")} - {END_TO_END, FAULTS}
+    return [[END_TO_END, *(f"--ignore={path}" for path in OWN_DOCKERD)], sorted(rest), [FAULTS, *OWN_DOCKERD]]
 
 
 def main(arguments: list[str]) -> int:
-    """Run all parts at once, print their output one after the other, and return the worst exit code."""
+    """Run all parts in parallel, print their outputs one after the other, and return the highest exit code."""
     with tempfile.TemporaryDirectory(prefix="gear-tests-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
         outputs = [Path(name) / f"output-{number}" for number in range(1, len(parts()))]
         files = [None, *(stack.enter_context(path.open("wb")) for path in outputs)]
@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
             for number, (part, file) in enumerate(zip(parts(), files, strict=True))
         ]
 
-        def pass_on(number: int, _: FrameType | None) -> None:
+        def forward(number: int, _: FrameType | None) -> None:
             for process in running:
                 process.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, pass_on)
+            signal.signal(number, forward)
         codes = [process.wait() for process in running]
         sys.stdout.flush()
         for path in outputs:

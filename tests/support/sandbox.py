@@ -1,10 +1,10 @@
-"""Private namespaces for everything that runs a dockerd, so that nothing stays mounted or running, whatever happens.
+"""A sandbox for tests: private namespaces, so that no mount or process outlives a run.
 
 ``python -m tests.support.sandbox COMMAND…`` runs COMMAND with its own processes, mounts, network (loopback only) and
-IPC, its own empty /run/docker and /run/containerd, and a scratch directory. The process that was started stays
-outside, hands signals in, and clears up behind; should it be killed, the kernel kills the inside with it
-(PR_SET_PDEATHSIG, and the death of a PID namespace's first process), its mounts go with their namespace, and the
-next sandbox sweeps the scratch directory and the cgroups.
+IPC, an empty /run/docker and /run/containerd, and a scratch directory. The process outside forwards signals and removes
+the scratch directory and the cgroups at the end. If it is killed, the kernel kills all processes inside
+(PR_SET_PDEATHSIG, and the end of a PID namespace's first process), the mounts end with their namespace, and the next
+sandbox removes the scratch directory and the cgroups.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,11 @@ from types import FrameType
 from typing import NoReturn
 
 PREFIX = "gear-sandbox-"
-MARK = Path("/run/docker/gear-sandbox")
-"""Exists inside only; holds the scratch directory's path."""
+MARKER = Path("/run/docker/gear-sandbox")
+"""Exists only inside; contains the path of the scratch directory."""
 CGROUPS = Path("/sys/fs/cgroup")
 GRACE_S = 20.0
-"""Seconds that COMMAND has after a signal before it is killed."""
+"""Time after a signal before COMMAND is killed."""
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWIPC = 0x08000000
@@ -40,26 +39,26 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def is_inside() -> bool:
-    """Whether this process runs in a sandbox."""
-    return MARK.exists()
+    """Return whether this process runs in a sandbox."""
+    return MARKER.exists()
 
 
 def scratch() -> Path:
-    """The sandbox's own directory on the host's file system; removed at its end."""
-    return Path(MARK.read_text())
+    """Return the sandbox's directory on the host's file system; removed when the sandbox ends."""
+    return Path(MARKER.read_text())
 
 
 def cgroup_parent() -> str:
-    """The cgroup for all containers of this sandbox."""
+    """Return the cgroup for all containers of this sandbox."""
     return f"/{scratch().name}"
 
 
 def run(command: Sequence[str]) -> int:
-    """Run *command* in a new sandbox; returns its exit code, or 128 + the signal that ended it."""
+    """Run *command* in a new sandbox; return its exit code, or 128 + the signal that ended it."""
     if os.geteuid() != 0:
-        sys.exit("root is needed: namespaces, mounts and a dockerd of its own")
+        sys.exit("cannot make a sandbox: run as root")
     base = Path(os.environ.get("TMPDIR", "/var/tmp"))
-    with _locked(base):  # nobody else's sweep finds the new directory before it is locked
+    with _locked(base):  # no other sandbox's sweep finds the new directory before it is locked
         sweep(base)
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
         lock = _opened(directory)
@@ -72,7 +71,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def sweep(base: Path) -> None:
-    """Remove the leftovers of killed sandboxes: scratch directories without a lock holder, and their cgroups."""
+    """Remove the leftovers of killed sandboxes: unlocked scratch directories, and their cgroups."""
     for directory in base.glob(f"{PREFIX}*"):
         try:
             fd = _opened(directory)
@@ -110,7 +109,7 @@ def _remove(directory: Path) -> None:
 
 
 def _fork_inside(command: Sequence[str], directory: Path) -> int:
-    """Start the first process of a new PID namespace; returns its pid outside."""
+    """Start the first process of a new PID namespace; return its pid outside."""
     _libc_call("unshare", _CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
@@ -123,12 +122,17 @@ def _fork_inside(command: Sequence[str], directory: Path) -> int:
 
 
 def _supervise(pid: int) -> int:
-    """Hand signals in and wait; a second signal, or none of the grace left, kills."""
-    asked_at: list[float] = []
+    """Forward signals and wait for the end; kill after a second signal or after GRACE_S.
+
+    Returns:
+        The exit code, or 128 + the signal that ended the process.
+    """
+    was_signalled = False
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        os.kill(pid, signal.SIGKILL if asked_at else number)
-        asked_at.append(time.monotonic())
+        nonlocal was_signalled
+        os.kill(pid, signal.SIGKILL if was_signalled else number)
+        was_signalled = True
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
     for number in (*_FORWARDED, signal.SIGALRM):
@@ -140,12 +144,12 @@ def _supervise(pid: int) -> int:
 
 
 def _become_init(command: Sequence[str], directory: Path) -> NoReturn:
-    """Lay out the namespaces, run *command*, reap orphans, exit with its exit code."""
+    """Set up the namespaces, run *command*, reap orphans, exit with the exit code of *command*."""
     os.setsid()
     _libc_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
     _libc_call("unshare", _CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWIPC)
-    _refuse_chroot()
-    _lay_out(directory)
+    _reject_chroot()
+    _set_up_mounts(directory)
     child = subprocess.Popen(command)
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -160,11 +164,11 @@ def _become_init(command: Sequence[str], directory: Path) -> NoReturn:
             os._exit(code if code >= 0 else 128 - code)
 
 
-def _refuse_chroot() -> None:
-    """In a chroot `docker exec` would run in the root outside of it: runc enters a container's mounts by setns(2)."""
+def _reject_chroot() -> None:
+    """Fail in a chroot: runc enters a container's mounts by setns(2), so `docker exec` would run outside the chroot."""
     root, here = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in ("/", "."))
     mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-    _libc_call("setns", mounts, _CLONE_NEWNS)  # makes the root of all mounts this process's
+    _libc_call("setns", mounts, _CLONE_NEWNS)  # sets this process's root to the root of the mount namespace
     is_chroot = not os.path.samestat(os.fstat(root), os.stat("/"))
     os.fchdir(root)
     os.chroot(".")
@@ -172,11 +176,11 @@ def _refuse_chroot() -> None:
     for fd in (root, here, mounts):
         os.close(fd)
     if is_chroot:
-        raise RuntimeError("this is a chroot, in which no container may run; use systemd-nspawn, or pivot_root")
+        raise RuntimeError("cannot run containers in a chroot; use systemd-nspawn or pivot_root")
 
 
-def _lay_out(directory: Path) -> None:
-    """Private mounts: /proc of this namespace, empty /run/docker and /run/containerd; loopback up."""
+def _set_up_mounts(directory: Path) -> None:
+    """Mount /proc, an empty /run/docker and /run/containerd; bring loopback up."""
     for path in ("/run/docker", "/run/containerd"):
         Path(path).mkdir(parents=True, exist_ok=True)
     for arguments in (
@@ -187,7 +191,7 @@ def _lay_out(directory: Path) -> None:
         ["ip", "link", "set", "lo", "up"],
     ):
         subprocess.run(arguments, check=True, stdin=subprocess.DEVNULL)
-    MARK.write_text(str(directory))
+    MARKER.write_text(str(directory))
 
 
 def _libc_call(name: str, *arguments: int) -> None:

@@ -1,4 +1,4 @@
-"""The Procfile's processes, one by one, so that a test can stop and kill each of them."""
+"""The processes of the Procfile; a test can stop and kill each of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tests.support.processes import PATIENCE_S, Daemon, listens, wait_until
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PLUGINS = Path("/run/docker/plugins")
 START_ORDER = ("redis", "gateway", "lazyfs", "import", "push")
-"""The default daemons; tests that need others start them."""
+"""The daemons that run by default; tests that need others start them."""
 
 
 @dataclass
 class Stack:
-    """redis, gateway, lazy file server, import and push workers with their own root, run directory and plugin socket.
+    """Redis, gateway, lazy file server and workers with their own root, run directory and plugin socket.
 
     Args:
-        directory: Holds GEAR_ROOT (`gear`) and the logs.
-        name: The plugin's name, hence dockerd's `--storage-driver`.
+        directory: Contains GEAR_ROOT (`gear`) and the logs.
+        name: The plugin's name, for dockerd's `--storage-driver`.
         settings: Further GEAR_… variables.
     """
 
@@ -69,33 +69,33 @@ class Stack:
 
     @property
     def redis_socket(self) -> Path:
-        """Where Redis listens."""
+        """The Unix socket of Redis."""
         return self.run_dir / "redis.sock"
 
     @property
     def lazyfs_socket(self) -> Path:
-        """Where the lazy file server is asked."""
+        """The Unix socket of the lazy file server."""
         return self.run_dir / "lazyfs.sock"
 
     def lazy_status(self) -> LazyStatus:
-        """The counters of the lazy file server."""
+        """Return the status of the lazy file server."""
         status = read_status(self.lazyfs_socket)
         assert status is not None, self.daemons["lazyfs"].log_tail()
         return status
 
     def gear(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a `gear` command about this stack; returns it whatever its outcome."""
+        """Run a `gear` command on this stack; return the completed process, even if it failed."""
         command = [str(Path(sys.executable).with_name("gear")), *arguments]
         return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=240)
 
     def set(self, **settings: str) -> None:
-        """Change variables for daemons and commands that start from now on."""
+        """Set variables for daemons and commands that start from now on."""
         self.settings |= settings
         for daemon in (*self.daemons.values(), self.make_up):
             daemon.environ = self.environ()
 
     def environ(self) -> dict[str, str]:
-        """The environment of all its processes, and of `gear` commands about it."""
+        """Return the environment of the stack's processes and `gear` commands."""
         return {
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -113,7 +113,7 @@ class Stack:
         return Daemon(["/bin/sh", "-c", command], self.directory / f"{name}.log", self.environ(), CHECKOUT)
 
     def start(self, *names: str) -> None:
-        """Start the processes named, all if none is, and return when each is ready for work."""
+        """Start these daemons (default: START_ORDER); return when all are ready."""
         for name in names or START_ORDER:
             if not self.daemons[name].is_running():
                 self.daemons[name].start()
@@ -121,7 +121,7 @@ class Stack:
             self._wait_until_ready(name)
 
     def up(self) -> None:
-        """Start all daemons as `make up` does, and return when they are ready; `make_up.stop()` ends them."""
+        """Start all daemons by `make up`; return when they are ready. `make_up.stop()` stops them."""
         self.make_up.start()
         self.make_up.wait_until(self._is_up, "the stack")
 
@@ -130,20 +130,20 @@ class Stack:
         return sockets and self.make_up.log_count(b" ready.") >= len(("import", "push", "convert"))
 
     def stop(self, *names: str) -> None:
-        """SIGTERM to the processes named, all if none is, in the reverse order."""
+        """Stop these daemons with SIGTERM (default: all, in reverse order)."""
         others = [name for name in self.daemons if name not in START_ORDER]
         for name in names or [*others, *reversed(START_ORDER)]:
             self.daemons[name].stop()
 
     def kill(self, name: str) -> None:
-        """SIGKILL to the whole session of a process: a Celery worker with its children."""
+        """Kill a daemon's whole session, such as a Celery worker with its children."""
         daemon = self.daemons[name]
         if daemon.is_running():
             os.killpg(daemon.pid, signal.SIGKILL)
         daemon.kill()
 
     def is_running(self, name: str) -> bool:
-        """Whether that process is alive."""
+        """Return whether the daemon runs."""
         return self.daemons[name].is_running()
 
     def _wait_until_ready(self, name: str) -> None:
@@ -158,7 +158,7 @@ class Stack:
             daemon.wait_until(lambda: daemon.log_count(b" ready.") > 0, f"the {name} worker")
 
     def logs(self) -> str:
-        """The end of every process's log."""
+        """Return the end of every daemon's log."""
         return "\n".join(f"--- {name}\n{daemon.log_tail()}" for name, daemon in self.daemons.items())
 
     def check_log(self, name: str) -> str:
@@ -169,11 +169,11 @@ class Stack:
         return log
 
     def wait_until_idle(self, timeout_s: float = PATIENCE_S) -> None:
-        """Return when staging is empty: no import is under way and none was left half done."""
+        """Return when staging is empty: no import is in progress, and none was left unfinished."""
         wait_until(lambda: not self.staged(), "staging is empty", timeout_s, lambda: str(self.staged()))
 
     def staged(self) -> list[str]:
-        """All paths below staging."""
+        """Return up to 50 paths below staging."""
         build = self.root / "build"
         return sorted(str(path.relative_to(build)) for path in build.rglob("*"))[:50] if build.exists() else []
 

@@ -1,4 +1,4 @@
-"""Tars for tests: read whole, rebuilt from their stream, and made wrong on purpose."""
+"""Tars for tests: read, rebuilt from their stream, and corrupted on purpose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gearworkers.tar.tar_split import RawBytes, TarSplitReader, TarSplitWriter
 
 @dataclass(frozen=True)
 class ReadTar:
-    """Every entry of a tar with its content, sparse ones expanded, and the stream made meanwhile."""
+    """Every entry of a tar with its content (sparse files expanded), and the stream made from the tar."""
 
     files: list[tuple[TarEntry, bytes]]
     objects: dict[bytes, bytes]
@@ -27,7 +27,7 @@ class ReadTar:
         return next(content for entry, content in self.files if entry.name == name)
 
     def rebuilt(self) -> bytes:
-        """The tar, from nothing but stream and objects."""
+        """Rebuild the tar from stream and objects; return its bytes."""
         pieces = TarSplitReader(io.BytesIO(self.stream))
         return b"".join(
             piece.data
@@ -38,7 +38,7 @@ class ReadTar:
 
 
 class Trickle:
-    """A source that gives only a few bytes at once, as a slow socket does."""
+    """A source that returns only a few bytes per read, like a slow socket."""
 
     def __init__(self, data: bytes, step_bytes: int) -> None:
         self._file = io.BytesIO(data)
@@ -49,7 +49,7 @@ class Trickle:
 
 
 def read_tar(data: bytes, *, buffer_bytes: int = 1 << 16, step_bytes: int = 1 << 20) -> ReadTar:
-    """Read all of *data* as a layer is read: contents become objects, the rest goes into the stream."""
+    """Read the tar *data* as an import does: contents become objects, the rest becomes the stream."""
     file = io.BytesIO()
     log = TarSplitWriter(file)
     reader = TarReader(Trickle(data, step_bytes), log, buffer_bytes=buffer_bytes)
@@ -69,7 +69,7 @@ def read_tar(data: bytes, *, buffer_bytes: int = 1 << 16, step_bytes: int = 1 <<
 
 
 def log_content(log: TarSplitWriter, entry: TarEntry, digest: bytes, stored_bytes: int) -> None:
-    """Tell the stream that the content just read is kept under *digest*."""
+    """Record in the stream that the content just read is the object *digest*."""
     if entry.sparse is None:
         if stored_bytes:
             log.content(digest, stored_bytes)
@@ -79,7 +79,7 @@ def log_content(log: TarSplitWriter, entry: TarEntry, digest: bytes, stored_byte
 
 
 def expand(entry: TarEntry, stored: bytes) -> bytes:
-    """A sparse file's content from its segments."""
+    """Return a sparse file's content from its stored segments."""
     content = bytearray(entry.size_bytes)
     at = 0
     for offset_bytes, length_bytes in entry.sparse or ():
@@ -89,13 +89,13 @@ def expand(entry: TarEntry, stored: bytes) -> bytes:
 
 
 def with_checksum(block: bytes | bytearray) -> bytes:
-    """*block* with the right header checksum."""
+    """Return the header *block* with a correct checksum."""
     block = bytearray(block)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
-def changed(tar: bytes, at: int, new: bytes) -> bytes:
-    """*tar* with *new* at byte *at* of its first header, and the checksum made right again."""
+def with_header_bytes(tar: bytes, at: int, new: bytes) -> bytes:
+    """Return *tar* with *new* at offset *at* of its first header, and a correct checksum."""
     return with_checksum(tar[:at] + new + tar[at + len(new) : 512]) + tar[512:]

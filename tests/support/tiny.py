@@ -1,4 +1,4 @@
-"""A root file system of one file, for tests that are about something else."""
+"""A minimal root file system, for tests that need only a few commands in a container."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-_OWN_BUSYBOX = Path(sys.executable).with_name("busybox")
-BUSYBOX = _OWN_BUSYBOX if _OWN_BUSYBOX.exists() else Path("/usr/bin/busybox")
-"""A static one: set-up has brought it where the machine's own, which is not, is in the way."""
+_VENV_BUSYBOX = Path(sys.executable).with_name("busybox")
+BUSYBOX = _VENV_BUSYBOX if _VENV_BUSYBOX.exists() else Path("/usr/bin/busybox")
+"""A static busybox; set-up puts it into .venv if the system has a dynamic one."""
 APPLETS: tuple[str, ...] = ("sh", "true", "false", "cat", "echo", "sleep", "ls", "rm", "mkdir", "mv", "ln", "chmod")
 APPLETS += ("chown", "touch", "dd", "tar", "find", "stat", "sort", "seq", "test", "cp", "head", "wc")
 
 
 def tiny_tar(files: Mapping[str, bytes] | None = None) -> bytes:
-    """Busybox with its applets as symlinks, /tmp and /etc, and *files*."""
+    """Return a tar of busybox with symlinks for its applets, /tmp, /etc and *files*."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, mode in (("bin", 0o755), ("etc", 0o755), ("tmp", 0o1777)):
@@ -34,7 +34,7 @@ def tiny_tar(files: Mapping[str, bytes] | None = None) -> bytes:
 
 
 def tar_of(files: Mapping[str, bytes]) -> bytes:
-    """A tar of plain files."""
+    """Return a tar of plain files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         _add(tar, files)

@@ -1,4 +1,4 @@
-"""Invalid files of tokens and credentials are rejected, with errors that do not show their content."""
+"""Reject invalid files of tokens and credentials, with errors that do not show their content."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ SECRET = "hunter2"
 
 
 def writer(data: bytes) -> Callable[[Path], None]:
+    """Return a function that writes *data* to a file."""
+
     def write(path: Path) -> None:
         path.write_bytes(data)
 

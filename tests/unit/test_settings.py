@@ -1,4 +1,4 @@
-"""Settings from the environment."""
+"""Read settings from the environment, and document them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.gearworkers/containerd/api/introspection.proto\x12$containerd.services.introspection.v1\"\xb4\x01\n\x06Plugin\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12J\n\x07\x65xports\x18\x05 \x03(\x0b\x32\x39.containerd.services.introspection.v1.Plugin.ExportsEntry\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x1a.\n\x0c\x45xportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x0ePluginsRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"P\n\x0fPluginsResponse\x12=\n\x07plugins\x18\x01 \x03(\x0b\x32,.containerd.services.introspection.v1.Pluginb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.gearworkers/containerd/api/introspection.proto\x12$containerd.services.introspection.v1\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf4\x01\n\x06Plugin\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12J\n\x07\x65xports\x18\x05 \x03(\x0b\x32\x39.containerd.services.introspection.v1.Plugin.ExportsEntry\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12>\n\x08init_err\x18\x07 \x01(\x0b\x32,.containerd.services.introspection.v1.Status\x1a.\n\x0c\x45xportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x0ePluginsRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"P\n\x0fPluginsResponse\x12=\n\x07plugins\x18\x01 \x03(\x0b\x32,.containerd.services.introspection.v1.Pluginb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PLUGIN_EXPORTSENTRY']._loaded_options = None
   _globals['_PLUGIN_EXPORTSENTRY']._serialized_options = b'8\001'
-  _globals['_PLUGIN']._serialized_start=89
-  _globals['_PLUGIN']._serialized_end=269
-  _globals['_PLUGIN_EXPORTSENTRY']._serialized_start=223
-  _globals['_PLUGIN_EXPORTSENTRY']._serialized_end=269
-  _globals['_PLUGINSREQUEST']._serialized_start=271
-  _globals['_PLUGINSREQUEST']._serialized_end=304
-  _globals['_PLUGINSRESPONSE']._serialized_start=306
-  _globals['_PLUGINSRESPONSE']._serialized_end=386
+  _globals['_STATUS']._serialized_start=88
+  _globals['_STATUS']._serialized_end=127
+  _globals['_PLUGIN']._serialized_start=130
+  _globals['_PLUGIN']._serialized_end=374
+  _globals['_PLUGIN_EXPORTSENTRY']._serialized_start=328
+  _globals['_PLUGIN_EXPORTSENTRY']._serialized_end=374
+  _globals['_PLUGINSREQUEST']._serialized_start=376
+  _globals['_PLUGINSREQUEST']._serialized_end=409
+  _globals['_PLUGINSRESPONSE']._serialized_start=411
+  _globals['_PLUGINSRESPONSE']._serialized_end=491
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,4 @@
-"""`gear` as an administrator meets it: an error is one line that says what to do."""
+"""Run `gear` as an administrator does: an error is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 @pytest.fixture(autouse=True)
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node on which nothing has run yet; and the log of the tests stays what it is."""
+    """Set up a node on which nothing has run yet, and keep the logging configuration of the tests."""
     monkeypatch.setattr(log, "configure_logging", lambda settings: None)
     (tmp_path / "remote").mkdir()
     for name, path in (("ROOT", "gear"), ("RUN_DIR", "run"), ("PLUGIN_SOCKET", "gear.sock"), ("REMOTE", "remote")):
@@ -26,18 +26,18 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "gc", "fsck", "push"])
-def test_where_no_store_is_a_command_says_so(
+def test_a_command_without_a_store_prints_one_line_of_advice(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, command)
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"gear: {tmp_path / 'gear'} holds no store; set GEAR_ROOT") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"gear: {tmp_path / 'gear'} holds no store; set GEAR_ROOT") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("found", ["http://[fd00::1]:2019 answers", "/srv/[/x] answers"])
-def test_doctor_prints_what_it_found_to_the_letter(
+def test_doctor_prints_square_brackets_literally(
     found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "diagnose", lambda settings: [Check("Remote", True, False, found)])

@@ -1,4 +1,4 @@
-"""`gear convert` as a user meets it: what it prints, where its errors go, and that any remote does."""
+"""Run `gear convert` as a user does: its output, its errors, and its use of remotes and credentials."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def source(peer: Registry) -> str:
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GEAR_ROOT, where it is noted which remotes were seen."""
+    """Set GEAR_ROOT, which stores the markers of remotes, to a directory of the test."""
     monkeypatch.setenv("GEAR_ROOT", str(tmp_path / "gear"))
 
 
@@ -55,13 +55,15 @@ def at(peer: Registry, name: str) -> Repository:
     return Repository.of(RegistrySettings(), Reference.parse(f"{peer.host}/{name}"))
 
 
-def convert(remote: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"GEAR_REMOTE": remote}
-    return subprocess.run([*GEAR, "convert", *arguments], env=environ, capture_output=True, text=True, timeout=120)
+def convert(remote: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `gear convert` with these additions to the environment."""
+    whole_environ = os.environ | {"GEAR_REMOTE": remote} | environ
+    command = [*GEAR, "convert", *arguments]
+    return subprocess.run(command, env=whole_environ, capture_output=True, text=True, timeout=120)
 
 
-def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, remote: str) -> None:
-    done = convert(remote, source, f"{peer.host}/said:v1", "--local", "--processes", "1")
+def test_the_command_prints_its_progress_and_a_report(peer: Registry, source: str, remote: str) -> None:
+    done = convert(remote, source, f"{peer.host}/gear:v1", "--local", "--processes", "1")
     assert done.returncode == 0, done.stderr
     layers = pull(at(peer, "source"), "v1").manifest["layers"]
     read = [line.split()[1] for line in done.stderr.splitlines()]
@@ -70,11 +72,11 @@ def test_it_says_how_far_it_is_and_what_came_of_it(peer: Registry, source: str, 
     assert found["Layers"].strip() == "2 (0 already converted)"
     assert found["New objects"].strip() == "2, 6.0 kB"
     before = sum(layer["size"] for layer in layers)
-    after = sum(layer["size"] for layer in pull(at(peer, "said"), "v1").manifest["layers"])
+    after = sum(layer["size"] for layer in pull(at(peer, "gear"), "v1").manifest["layers"])
     assert found["Size of layers"].strip() == f"{before} bytes before, {after} bytes after"
 
 
-def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source: str, tmp_path: Path) -> None:
+def test_the_contents_are_stored_in_the_manager_of_gear_remote(peer: Registry, source: str, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with manager_thread(
         Settings(gear_root=tmp_path / "gear", manager=ManagerSettings(store=str(tmp_path / "store")))
@@ -87,7 +89,7 @@ def test_the_contents_are_with_the_manager_that_was_named(peer: Registry, source
     assert found == [contents_of(tar) for tar in TARS]
 
 
-def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
+def test_the_platform_options_select_the_images_to_convert(peer: Registry, remote: str) -> None:
     push_index(at(peer, "many"), "v1", [Image(TARS[:1], architecture="arm64"), Image(TARS[1:])])
     many = f"{peer.host}/many:v1"
     done = convert(remote, many, f"{peer.host}/arm:v1", "--local", "--platform", "linux/arm64")
@@ -102,7 +104,7 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("localhost:1/x", "localhost:1/y"), "localhost:1"),
         (("X", "localhost:1/y"), "'X' is not an image name"),
@@ -112,36 +114,30 @@ def test_platforms_are_chosen(peer: Registry, remote: str) -> None:
         (("oci:" + "long" * 100, "localhost:1/y"), "File name too long"),
     ],
 )
-def test_an_error_is_one_line(remote: str, arguments: tuple[str, ...], said: str) -> None:
+def test_an_error_is_printed_as_one_line(remote: str, arguments: tuple[str, ...], message: str) -> None:
     done = convert(remote, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("gear: ") and done.stderr.count("\n") == 1 and said in done.stderr
+    assert done.stderr.startswith("gear: ") and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-def test_nothing_is_begun_without_a_remote() -> None:
+def test_a_conversion_without_a_remote_is_rejected() -> None:
     done = convert("", "localhost:1/x", "localhost:1/y")
     assert done.returncode == 2 and "GEAR_REMOTE" in done.stderr
 
 
-def test_without_redis_it_says_what_to_do(source: str, peer: Registry, tmp_path: Path) -> None:
-    environ = os.environ | {"GEAR_REMOTE": str(tmp_path), "GEAR_RUN_DIR": str(tmp_path), "GEAR_BROKER_URL": ""}
-    command = [*GEAR, "convert", source, f"{peer.host}/y"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+def test_the_error_for_a_missing_redis_suggests_local(source: str, peer: Registry, tmp_path: Path) -> None:
+    done = convert(str(tmp_path), source, f"{peer.host}/y", GEAR_RUN_DIR=str(tmp_path), GEAR_BROKER_URL="")
     assert done.returncode == 2 and str(tmp_path) in done.stderr and "--local" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_a_broker_that_does_not_answer_is_told_without_its_password(
-    source: str, peer: Registry, tmp_path: Path
-) -> None:
-    environ = os.environ | {"GEAR_REMOTE": str(tmp_path), "GEAR_BROKER_URL": "redis://user:secret@127.0.0.1:1/0"}
-    command = [*GEAR, "convert", source, f"{peer.host}/y"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+def test_the_error_for_an_unreachable_broker_hides_its_password(source: str, peer: Registry, remote: str) -> None:
+    done = convert(remote, source, f"{peer.host}/y", GEAR_BROKER_URL="redis://user:secret@127.0.0.1:1/0")
     assert done.returncode == 2 and "127.0.0.1:1" in done.stderr
     assert "secret" not in done.stderr
 
 
-def test_credentials_are_those_of_docker_login(tmp_path: Path, remote: str) -> None:
+def test_the_command_uses_the_credentials_of_docker_login(tmp_path: Path, remote: str) -> None:
     known = base64.b64encode(f"{registries.USER}:{registries.PASSWORD}".encode()).decode()
     (tmp_path / "docker").mkdir()
     with registries.registry(tmp_path / "closed", auth=registries.basic_auth(tmp_path / "closed")) as closed:
@@ -149,10 +145,8 @@ def test_credentials_are_those_of_docker_login(tmp_path: Path, remote: str) -> N
         (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
         settings = Settings(registry=RegistrySettings(docker_config=tmp_path / "docker"))
         Image(TARS).push(Repository.of(settings.registry, Reference.parse(f"{closed.host}/source")), "v1")
-        command = [*GEAR, "convert", f"{closed.host}/source:v1", f"{closed.host}/gear:v1", "--local"]
-        environ = os.environ | {"GEAR_REMOTE": remote, "DOCKER_CONFIG": str(tmp_path / "docker")}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+        arguments = [f"{closed.host}/source:v1", f"{closed.host}/gear:v1", "--local"]
+        done = convert(remote, *arguments, DOCKER_CONFIG=str(tmp_path / "docker"))
         assert done.returncode == 0, done.stderr
-        environ["DOCKER_CONFIG"] = str(tmp_path / "none")
-        done = subprocess.run([*command, "--again"], env=environ, capture_output=True, text=True, timeout=120)
+        done = convert(remote, *arguments, "--again", DOCKER_CONFIG=str(tmp_path / "none"))
         assert done.returncode == 2 and "docker login" in done.stderr and done.stderr.count("\n") == 1

@@ -21,7 +21,7 @@ from tests.support.processes import Daemon, listens
 
 def test_the_fuse_check_leaves_nothing_mounted(tmp_path_factory: pytest.TempPathFactory) -> None:
     def mounted() -> list[str]:
-        """FUSE mounts, without those of other tests that run at the same time."""
+        """Return the FUSE mounts, without those of concurrent tests."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return [line for line in lines if " - fuse" in line and str(tmp_path_factory.getbasetemp().parent) not in line]
 
@@ -32,7 +32,7 @@ def test_the_fuse_check_leaves_nothing_mounted(tmp_path_factory: pytest.TempPath
     assert mounted() == before
 
 
-def test_the_fuse_check_gives_advice_without_fuse_and_with_an_old_one() -> None:
+def test_the_fuse_check_gives_advice_for_a_missing_and_for_an_old_fuse() -> None:
     check = check_fuse(Path("/dev/no-fuse"))
     assert not check.ok
     assert not check.needed
@@ -44,7 +44,7 @@ def test_the_fuse_check_gives_advice_without_fuse_and_with_an_old_one() -> None:
 def test_the_lazy_file_server_check_reports_a_stopped_server_and_failed_fetches(tmp_path: Path) -> None:
     assert "does not run" in doctor.lazyfs_check(replace(Settings(), run_dir=tmp_path)).found
     with lazy_node(tmp_path) as node:
-        node.apply(gear_tar({"file": b"nowhere"}), "image")
+        node.apply(gear_tar({"file": b"missing in the remote"}), "image")
         assert doctor.lazyfs_check(node.settings).found == "runs, 1 incomplete layers"
         with pytest.raises(OSError, match="Input/output"):
             (node.run("c1") / "file").read_bytes()
@@ -71,7 +71,7 @@ def test_the_redis_check_reports_a_server_that_refuses_writes(tmp_path: Path) ->
     assert not check.ok and check.found.startswith("refuses tasks (NOREPLICAS")
 
 
-def test_the_status_waits_for_a_gateway_that_counts_for_long(tmp_path: Path) -> None:
+def test_the_status_command_waits_for_a_slow_gateway(tmp_path: Path) -> None:
     def count() -> list[tuple[str, str]]:
         time.sleep(0.5)
         return [("Objects", "1000000")]

@@ -14,7 +14,8 @@ from gearworkers.cas.inplace import InPlaceLock
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.engine import Engine
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.support.lazynode import LazyNode, lazy_node, until
+from tests.support.lazynode import LazyNode, lazy_node
+from tests.support.processes import wait_until
 from tests.support.tiny import tar_of
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
     with lazy_node(tmp_path) as one:
         one.apply(tar_of(FILES), "image")
         for content in FILES.values():
-            one.shelf.put(content)
+            one.source.put(content)
         assert (one.run("before") / "etc/file").read_bytes() == FILES["etc/file"]
         yield one
 
@@ -55,7 +56,7 @@ def test_a_damaged_object_is_fetched_again_when_it_is_opened(node: LazyNode) -> 
     assert set(incomplete) == {"image"}
     assert not may_store_in_place(node)
     assert (node.run("after") / "etc/file").read_bytes() == FILES["etc/file"]
-    until(lambda: node.status().incomplete_layers == 0, "the layer is complete again")
+    wait_until(lambda: node.status().incomplete_layers == 0, "the layer is complete again")
     assert not list(Engine.of(node.settings).faults(read_data=True, repair=False))
     GearDriver(node.settings).prepare()
     assert may_store_in_place(node)
@@ -81,7 +82,7 @@ def test_a_half_written_file_of_a_killed_import_does_not_replace_a_lost_object(n
 
 def test_storing_in_place_stays_forbidden_after_a_restart_while_an_object_is_lost(node: LazyNode) -> None:
     damage(node)
-    (node.shelf.root / DIGEST.hex()).unlink()
+    (node.source.root / DIGEST.hex()).unlink()
     list(Engine.of(node.settings).faults(read_data=True, repair=True))
     GearDriver(node.settings).prepare()
     assert not may_store_in_place(node)

@@ -41,7 +41,7 @@ def test_light_calls_reach_the_driver(start: Start) -> None:
 
 def test_driver_errors_become_err_without_a_traceback(start: Start) -> None:
     running, plugin = start()
-    assert plugin.call("Get", ID="none") == {"Err": "layer none: there is none"}
+    assert plugin.call("Get", ID="none") == {"Err": "layer none does not exist"}
     running.driver.broken = InvalidInput("a bad id")
     assert plugin.call("Exists", ID="x") == {"Err": "a bad id"}
     running.driver.broken = ZeroDivisionError("oops")

@@ -19,7 +19,7 @@ from gearworkers.layers.diff.changes import Change, ChangeKind, tree_changes, up
 from gearworkers.layers.diff.export import write_diff, write_tree_diff
 from gearworkers.layers.idmap import IDMap, IdMaps
 from gearworkers.mounts.overlay import detached
-from tests.support.overlays import Node, Overlay, applied, mounted, snapshot
+from tests.support.overlays import Node, Overlay, apply_tar, mounted, snapshot
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -286,7 +286,7 @@ def test_the_tar_of_the_upper_turns_the_parent_into_the_merged_view(
 ) -> None:
     scenario(overlay.merged)
     tar = diff_of(overlay)
-    assert applied(overlay.parent_fd, tar, tmp_path / "copy") == snapshot(overlay.merged_fd)
+    assert apply_tar(overlay.parent_fd, tar, tmp_path / "copy") == snapshot(overlay.merged_fd)
     assert diff_of(overlay) == tar, "the same tree gives the same bytes"
 
 
@@ -298,10 +298,10 @@ def test_the_tar_of_two_trees_turns_one_tree_into_the_other(
     forth, back = io.BytesIO(), io.BytesIO()
     write_tree_diff(overlay.merged_fd, overlay.parent_fd, forth, NO_MAPS)
     write_tree_diff(overlay.parent_fd, overlay.merged_fd, back, NO_MAPS)
-    assert without_directory_times(applied(overlay.parent_fd, forth.getvalue(), tmp_path / "forth")) == (
+    assert without_directory_times(apply_tar(overlay.parent_fd, forth.getvalue(), tmp_path / "forth")) == (
         without_directory_times(snapshot(overlay.merged_fd))
     )
-    assert without_directory_times(applied(overlay.merged_fd, back.getvalue(), tmp_path / "back")) == (
+    assert without_directory_times(apply_tar(overlay.merged_fd, back.getvalue(), tmp_path / "back")) == (
         without_directory_times(snapshot(overlay.parent_fd))
     )
 
@@ -340,7 +340,7 @@ def test_a_layer_without_a_parent_is_written_whole(overlay: Overlay, tmp_path: P
     out = io.BytesIO()
     write_tree_diff(overlay.merged_fd, None, out, NO_MAPS)
     try:
-        assert applied(empty_fd, out.getvalue(), tmp_path / "copy") == snapshot(overlay.merged_fd)
+        assert apply_tar(empty_fd, out.getvalue(), tmp_path / "copy") == snapshot(overlay.merged_fd)
     finally:
         os.close(empty_fd)
 

@@ -18,7 +18,8 @@ from gearworkers.lazyfs.pin_fetch import PinFetcher
 from gearworkers.settings import Settings
 from gearworkers.util import syscalls
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.support.lazynode import gear_tar, until
+from tests.support.lazynode import gear_tar
+from tests.support.processes import wait_until
 from tests.support.tiny import tar_of, tiny_tar
 
 CONTENT = b"content" * 1000
@@ -105,7 +106,7 @@ def test_missing_objects_are_requested_at_once_and_when_pins_change(node: NodeSt
     node.pins.add(PIN, "lazy")
     fetcher.check()
     fetcher.check()
-    until(lambda: bool(requested), "the objects are requested")
+    wait_until(lambda: bool(requested), "the objects are requested")
     pool.close()
     assert requested == [{hashlib.sha256(b"none" * 1000).digest(): 4000}]
 

@@ -307,14 +307,14 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
 
 def test_a_private_layer_above_an_incomplete_image_is_read(node: LazyNode) -> None:
     """The kernel finds private objects before it asks the lazy file server, which does not know them."""
-    node.shelf.put(b"from afar " * 100)
+    node.source.put(b"from afar " * 100)
     node.apply(gear_tar({"far": b"from afar " * 100}), "base")
     apply(node.driver, "marked", "base", tar_of({".gear-private": b"", "secret": SECRET}))
     node.driver.create_read_write("container", "marked")
     merged = Path(node.driver.get("container"))
     try:
         assert (merged / "secret").read_bytes() == SECRET
-        assert not node.shelf.requests()
+        assert not node.source.requests()
         assert (merged / "far").read_bytes() == b"from afar " * 100
     finally:
         node.driver.put("container")
@@ -322,7 +322,7 @@ def test_a_private_layer_above_an_incomplete_image_is_read(node: LazyNode) -> No
 
 def test_objects_that_a_private_layer_only_names_are_fetched_from_the_remote(node: LazyNode) -> None:
     """A content that a tar can name has been shared already."""
-    digest = node.shelf.put(b"from afar " * 100)
+    digest = node.source.put(b"from afar " * 100)
     named = TarEntry(b"far", size_bytes=1000, gear=(digest, 1000)), b""
     apply(node.driver, "marked", "", tar(file(".gear-private"), named, file("secret", SECRET)))
     node.driver.create_read_write("container", "marked")

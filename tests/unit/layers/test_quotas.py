@@ -22,9 +22,9 @@ from gearworkers.util.fs import opened_directory
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.conformance.drivers import InProcess, Refused
-from tests.conformance.layers import applied, file, mounted
+from tests.conformance.layers import apply_layer, file, mounted
 from tests.faults.crashes import Report, killed_at_every_step
-from tests.support.disk import LIMITING, mount_small
+from tests.support.disk import QUOTA_OPTIONS, mount_small
 
 MIB = 1 << 20
 
@@ -166,11 +166,11 @@ def test_a_size_is_rejected_with_advice_if_gear_root_is_in_one_project(xfs: Path
         limited(driver_on(xfs), "one")
 
 
-@pytest.fixture(params=sorted(LIMITING))
+@pytest.fixture(params=sorted(QUOTA_OPTIONS))
 def limiting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system that enforces the limits of projects."""
     try:
-        disk = mount_small(tmp_path, request.param, LIMITING[request.param])
+        disk = mount_small(tmp_path, request.param, QUOTA_OPTIONS[request.param])
     except subprocess.CalledProcessError:
         pytest.skip(f"this kernel has no project quotas on {request.param}")
     yield disk
@@ -192,7 +192,7 @@ def fill(directory: Path, size_bytes: int) -> int:
 
 def test_a_container_cannot_write_more_than_its_size(limiting: Path) -> None:
     driver = driver_on(limiting)
-    base = applied(driver, file("large", os.urandom(2 * MIB)), file("small", b"small"))
+    base = apply_layer(driver, file("large", os.urandom(2 * MIB)), file("small", b"small"))
     driver.create_read_write("limited", base, storage_opt={"size": "1M"})
     driver.create_read_write("free", base)
     with mounted(driver, "limited") as merged:

@@ -19,8 +19,8 @@ from gearworkers.lazyfs.client import read_status
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.remote.factory import open_remote
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.support.lazynode import LazyNode, gear_tar, until
-from tests.support.processes import PATIENCE_S
+from tests.support.lazynode import LazyNode, gear_tar
+from tests.support.processes import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
     with subprocess.Popen([GEAR, "lazyfs"], env=environ(one)) as server:
         try:
             wait_until_mounted(one.settings.lazy_mount_path, PATIENCE_S)
-            until(lambda: read_status(one.settings.lazyfs_socket) is not None, "it answers")
+            wait_until(lambda: read_status(one.settings.lazyfs_socket) is not None, "it answers")
             yield one
         finally:
             one.driver.cleanup()
@@ -64,7 +64,7 @@ def test_files_come_from_the_remote_of_the_settings_and_status_counts_them(node:
     root = node.run("c1")
     for name, content in FILES.items():
         assert (root / name).read_bytes() == content
-    until(lambda: node.status().fetched_objects == 2, "both are whole")
+    wait_until(lambda: node.status().fetched_objects == 2, "both are whole")
     told = subprocess.run([GEAR, "status"], env=environ(node), capture_output=True, text=True, check=True).stdout
     assert "2 objects" in told
 

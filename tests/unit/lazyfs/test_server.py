@@ -21,7 +21,8 @@ from gearworkers.layers.pins import Pin, Pins
 from gearworkers.layers.record import RECORD_FILE, Layer
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import order_prefetch
-from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node, until
+from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node
+from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def incomplete(node: LazyNode, id: str) -> None:
 
 
 def fetches(node: LazyNode, kind: str) -> list[str]:
-    return [line.split()[1] for line in node.shelf.requests() if line.split()[0] == kind]
+    return [line.split()[1] for line in node.source.requests() if line.split()[0] == kind]
 
 
 def test_looking_at_files_fetches_nothing_and_tells_their_true_sizes(node: LazyNode) -> None:
@@ -56,7 +57,7 @@ def test_looking_at_files_fetches_nothing_and_tells_their_true_sizes(node: LazyN
     subprocess.run(["ls", "-lR", root], check=True, capture_output=True)
     subprocess.run(["find", root, "-size", "+1k"], check=True, capture_output=True)
     subprocess.run(["du", "-a", root], check=True, capture_output=True)
-    assert node.shelf.requests() == []
+    assert node.source.requests() == []
 
 
 def test_what_is_opened_is_what_the_image_holds(node: LazyNode) -> None:
@@ -80,7 +81,7 @@ def test_a_root_behind_a_symlink_is_served(tmp_path: Path) -> None:
 
 def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
     node.pull({"one": b"one" * 1000, "lib/large": LARGE})
-    node.shelf.behave(delay_s=0.02)
+    node.source.set_faults(delay_s=0.02)
     roots = [node.run(f"c{number}") for number in range(20)]
     with ThreadPoolExecutor(40) as readers:
         ones = list(readers.map(lambda root: (root / "one").read_bytes(), roots))
@@ -94,7 +95,7 @@ def test_an_object_is_fetched_once_however_many_open_it(node: LazyNode) -> None:
 
 def test_the_first_page_of_a_large_file_does_not_wait_for_the_last(node: LazyNode) -> None:
     node.pull({"large": LARGE})
-    node.shelf.behave(delay_s=1.0)
+    node.source.set_faults(delay_s=1.0)
     root = node.run("c1")
     fd = os.open(root / "large", os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -105,8 +106,8 @@ def test_the_first_page_of_a_large_file_does_not_wait_for_the_last(node: LazyNod
         assert len(asked) < len(LARGE) // CHUNK_BYTES
     finally:
         os.close(fd)
-        node.shelf.behave()
-    until(lambda: node.status().fetched_objects == 1, "the rest has arrived behind")
+        node.source.set_faults()
+    wait_until(lambda: node.status().fetched_objects == 1, "the rest has arrived behind")
     assert len(fetches(node, "chunk")) == len(LARGE) >> 16
 
 
@@ -133,7 +134,7 @@ def test_a_complete_layer_is_mounted_without_the_trap_and_nothing_is_left_in_arr
     for name in SMALL:
         (root / name).read_bytes()
     layer = node.settings.gear_images_path / "image" / "layer.json"
-    until(lambda: b'"complete":false' not in layer.read_bytes(), "the layer is marked complete")
+    wait_until(lambda: b'"complete":false' not in layer.read_bytes(), "the layer is marked complete")
     node.stop()
     second = node.run("c2")
     assert {name: (second / name).read_bytes() for name in SMALL} == SMALL
@@ -145,7 +146,7 @@ def test_a_complete_layer_is_mounted_without_the_trap_and_nothing_is_left_in_arr
 def test_a_prefetched_layer_arrives_in_one_stream(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     assert order_prefetch(node.settings.lazyfs_socket, ["image"]) == len(SMALL) + 1
-    until(lambda: node.status().incomplete_layers == 0, "all is here")
+    wait_until(lambda: node.status().incomplete_layers == 0, "all is here")
     assert len(fetches(node, "many")) == len(SMALL)
     assert fetches(node, "fetch") == []
 
@@ -158,7 +159,7 @@ def test_an_object_that_no_source_has_is_an_io_error_and_named(node: LazyNode) -
         (root / "file").read_bytes()
     assert caught.value.errno == errno.EIO
     assert list(node.status().failures) == [hashlib.sha256(content).hexdigest()]
-    node.shelf.put(content)
+    node.source.put(content)
     assert (root / "file").read_bytes() == content
     assert node.status().failures == {}
 
@@ -166,12 +167,12 @@ def test_an_object_that_no_source_has_is_an_io_error_and_named(node: LazyNode) -
 def test_a_remote_that_was_away_is_used_again_when_it_is_back(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     root = node.run("c1")
-    node.shelf.behave(away=True)
+    node.source.set_faults(unreachable=True)
     for name in ("etc/file1", "lib/large"):
         with pytest.raises(OSError) as caught:
             (root / name).read_bytes()
         assert caught.value.errno == errno.EIO
-    node.shelf.behave()
+    node.source.set_faults()
     assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
     assert (root / "lib/large").read_bytes() == LARGE
 
@@ -180,8 +181,8 @@ def test_wrong_bytes_are_never_seen_and_never_kept(node: LazyNode) -> None:
     node.pull({**SMALL, "lib/large": LARGE})
     root = node.run("c1")
     small = hashlib.sha256(SMALL["etc/file1"]).digest()
-    node.shelf.spoil(small)
-    node.shelf.spoil(hashlib.sha256(LARGE[3 << 20 : (3 << 20) + (64 << 10)]).digest())
+    node.source.corrupt(small)
+    node.source.corrupt(hashlib.sha256(LARGE[3 << 20 : (3 << 20) + (64 << 10)]).digest())
     with pytest.raises(OSError, match="Input/output"):
         (root / "etc/file1").read_bytes()
     with open(root / "lib/large", "rb") as file:
@@ -193,12 +194,12 @@ def test_wrong_bytes_are_never_seen_and_never_kept(node: LazyNode) -> None:
 
 
 def test_another_source_is_tried_when_one_gives_wrong_bytes(tmp_path: Path) -> None:
-    with lazy_node(tmp_path, shelves=2) as node:
+    with lazy_node(tmp_path, sources=2) as node:
         node.pull({**SMALL, "lib/large": LARGE})
         for content in (*SMALL.values(), LARGE):
-            node.shelves[1].put(content)
+            node.sources[1].put(content)
         for content in (SMALL["etc/file1"], LARGE[: 64 << 10]):
-            node.shelf.spoil(hashlib.sha256(content).digest())
+            node.source.corrupt(hashlib.sha256(content).digest())
         root = node.run("c1")
         assert (root / "etc/file1").read_bytes() == SMALL["etc/file1"]
         assert (root / "lib/large").read_bytes() == LARGE
@@ -209,14 +210,14 @@ def test_a_layout_that_makes_up_another_object_is_found_out_and_the_object_comes
     node.pull({"large": LARGE})
     digest = hashlib.sha256(LARGE).digest()
     other = LARGE[:-1] + bytes([LARGE[-1] ^ 1])
-    layout = node.shelf.root / f"{node.shelf.put(other).hex()}.layout"
-    (node.shelf.root / f"{digest.hex()}.layout").write_bytes(layout.read_bytes())
-    (node.shelf.root / digest.hex()).write_bytes(LARGE)
+    layout = node.source.root / f"{node.source.put(other).hex()}.layout"
+    (node.source.root / f"{digest.hex()}.layout").write_bytes(layout.read_bytes())
+    (node.source.root / digest.hex()).write_bytes(LARGE)
     root = node.run("c1")
     with open(root / "large", "rb") as file:
         assert file.read(4096) == LARGE[:4096]
-        until(lambda: node.status().corrupt == 1, "the whole was compared")
-        until(lambda: (root / "large").read_bytes() == LARGE, "the right bytes are read")
+        wait_until(lambda: node.status().corrupt == 1, "the whole was compared")
+        wait_until(lambda: (root / "large").read_bytes() == LARGE, "the right bytes are read")
 
 
 def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has_arrived(node: LazyNode) -> None:
@@ -231,7 +232,7 @@ def test_a_large_file_is_on_another_file_system_for_copy_file_range_until_it_has
         assert sum(iter(lambda: os.sendfile(target.fileno(), source.fileno(), None, len(LARGE)), 0)) == len(LARGE)
     assert (root / "sent").read_bytes() == LARGE
     copy_in_kernel(root / "etc/small", root / "copy")
-    until(lambda: node.status().incomplete_layers == 0, "all has arrived")
+    wait_until(lambda: node.status().incomplete_layers == 0, "all has arrived")
     node.driver.put("c1")
     root = Path(node.driver.get("c1"))
     copy_in_kernel(root / "lib/large", root / "copy")
@@ -252,39 +253,39 @@ def test_a_large_object_that_was_removed_comes_again_while_an_image_wants_it(nod
     node.pull({"other": b"keeps the image incomplete"}, "other")
     with open(root / "lib/large", "rb") as file:
         assert file.read() == LARGE
-        until(lambda: store.has(digest), "it is whole")
+        wait_until(lambda: store.has(digest), "it is whole")
     store.remove(digest)
     incomplete(node, "image")
     assert (node.run("c2") / "lib/large").read_bytes() == LARGE
-    until(lambda: store.has(digest), "it has come again")
+    wait_until(lambda: store.has(digest), "it has come again")
 
 
 def test_a_large_object_of_a_removed_image_takes_no_space(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE, "other": b"keeps the image incomplete"})
     root, store = node.run("c1"), ObjectStore(node.settings.gear_public_cache_path)
     assert (root / "lib/large").read_bytes() == LARGE
-    until(lambda: store.has(hashlib.sha256(LARGE).digest()), "it is whole")
+    wait_until(lambda: store.has(hashlib.sha256(LARGE).digest()), "it is whole")
     assert (root / "lib/large").read_bytes() == LARGE
     for id in ("c1", "image"):
         node.driver.remove(id)
     node.driver.engine.collect_garbage()
     assert not store.has(hashlib.sha256(LARGE).digest())
-    until(lambda: node.status().serving == 0, "the kernel has forgotten it")
+    wait_until(lambda: node.status().serving == 0, "the kernel has forgotten it")
 
 
 def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
-    node.shelf.behave(delay_s=0.5)
+    node.source.set_faults(delay_s=0.5)
     root, name = node.run("c1"), hashlib.sha256(LARGE).hexdigest()
     with open(root / "lib/large", "rb") as file:
         assert file.read(4096) == LARGE[:4096]
-    until(lambda: len(fetches(node, "chunk")) > 8, "the rest comes behind")
+    wait_until(lambda: len(fetches(node, "chunk")) > 8, "the rest comes behind")
     for id in ("c1", "image"):
         node.driver.remove(id)
     node.driver.engine.collect_garbage()
-    node.shelf.behave()
-    until(lambda: not (node.settings.gear_fetching_path / name).exists(), "it does not come any more")
-    until(lambda: node.status().serving == 0, "the kernel has forgotten it")
+    node.source.set_faults()
+    wait_until(lambda: not (node.settings.gear_fetching_path / name).exists(), "it does not come any more")
+    wait_until(lambda: node.status().serving == 0, "the kernel has forgotten it")
     assert not ObjectStore(node.settings.gear_public_cache_path).has(bytes.fromhex(name))
     assert node.status().arriving == 0
 
@@ -292,38 +293,38 @@ def test_a_large_object_whose_image_is_removed_while_it_comes_is_not_kept(node: 
 def test_what_comes_after_its_image_is_removed_is_kept_for_a_pin(node: LazyNode) -> None:
     content = b"small" * 1000
     node.pull({"lib/large": LARGE, "etc/small": content})
-    node.shelf.behave(delay_s=1)
+    node.source.set_faults(delay_s=1)
     store = ObjectStore(node.settings.gear_public_cache_path)
     Pins(node.settings, LayerStore(node.settings, store), store).add(Pin("app", "sha256:" + "ab" * 32), "image")
-    until(lambda: bool(node.shelf.requests()), "it is asked for")
+    wait_until(lambda: bool(node.source.requests()), "it is asked for")
     node.driver.remove("image")
-    node.shelf.behave()
-    until(lambda: all(store.has(hashlib.sha256(one).digest()) for one in (LARGE, content)), "all is here")
+    node.source.set_faults()
+    wait_until(lambda: all(store.has(hashlib.sha256(one).digest()) for one in (LARGE, content)), "all is here")
 
 
 def kill_reader(path: Path, is_fetched: Callable[[], bool]) -> None:
     """Somebody reads the file, and is killed while it is being fetched."""
     reader = subprocess.Popen(["cat", path])
-    until(is_fetched, "it is being fetched")
+    wait_until(is_fetched, "it is being fetched")
     reader.kill()
     reader.wait(60)
 
 
 def test_a_killed_reader_does_not_wait_for_its_object(node: LazyNode) -> None:
     node.pull(SMALL)
-    node.shelf.behave(delay_s=120)
+    node.source.set_faults(delay_s=120)
     root = node.run("c1")
     kill_reader(root / "etc/file1", lambda: len(fetches(node, "fetch")) == 1)
-    node.shelf.behave()
+    node.source.set_faults()
 
 
 def test_a_large_file_is_not_held_open_for_a_reader_that_was_killed(node: LazyNode) -> None:
     node.pull({"lib/large": LARGE})
-    node.shelf.behave(delay_s=2.0)
+    node.source.set_faults(delay_s=2.0)
     root = node.run("c1")
     kill_reader(root / "lib/large", lambda: len(fetches(node, "layout")) == 1)
-    until(lambda: node.status().arriving == 1, "the layout is here")
-    until(lambda: node.status().serving == 0, "nobody has it open")
+    wait_until(lambda: node.status().arriving == 1, "the layout is here")
+    wait_until(lambda: node.status().serving == 0, "nobody has it open")
 
 
 def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:
@@ -332,4 +333,4 @@ def test_names_that_are_no_objects_are_not_there(node: LazyNode) -> None:
         for tree in (b"fetch", b"failed", b""):
             assert not os.path.exists(os.path.join(os.fsencode(lazy), tree, name))
     assert os.listdir(lazy) == []
-    assert node.shelf.requests() == []
+    assert node.source.requests() == []

@@ -1,4 +1,4 @@
-"""The memory of a manager while many clients push slowly."""
+"""Limit the memory of a manager while many clients push slowly."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings
+from tests.support.manager_calls import peak_bytes
 from tests.support.remotes import Service, figures, manager_server
 
 MIB = 1 << 20
@@ -30,7 +31,7 @@ MAX_GROWTH_BYTES = 64 * MIB
 
 
 def begun(server: Service, head: str, before: bytes = b"") -> socket.socket:
-    """Return a client that has sent nearly all of a large body, and then stalls."""
+    """Return a client that sends all but the last byte of a large body, and then stalls."""
     parts = urlsplit(server.url)
     client = socket.create_connection((parts.hostname or "", parts.port or 0))
     head = f"{head} HTTP/1.1\r\nHost: m\r\nContent-Length: {len(before) + SENT_BYTES + 1}\r\n\r\n"
@@ -48,7 +49,7 @@ def document_begun(server: Service) -> socket.socket:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begin", [layout_begun, document_begun])
-def test_slow_clients_with_large_bodies_cost_no_memory_and_delay_nobody(
+def test_slow_clients_with_large_bodies_use_little_memory_and_do_not_delay_others(
     begin: Callable[[Service], socket.socket], tmp_path: Path
 ) -> None:
     with manager_server(tmp_path) as server, ExitStack() as clients:
@@ -70,13 +71,6 @@ def put(store: ManagerStore, content: bytes) -> None:
     digest = hashlib.sha256(content).digest()
     store.put_many([(digest, encoding.encode(content))])
     assert store.present([digest])
-
-
-def peak_bytes(server: Service) -> int:
-    """Return the peak of the resident memory."""
-    status = Path(f"/proc/{server.daemon.pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) << 10
 
 
 def received_bytes(server: Service) -> float:
@@ -149,28 +143,28 @@ def test_a_too_large_content_is_rejected_before_it_is_read(tmp_path: Path) -> No
     store.close()
 
 
-def test_reservations_are_granted_in_turn_and_a_too_large_one_gets_the_whole_budget() -> None:
+def test_reservations_are_granted_in_turn_and_a_too_large_reservation_gets_the_whole_budget() -> None:
     async def take() -> list[str]:
-        budget, told, end = MemoryBudget(10), list[str](), asyncio.Event()
+        budget, events, end = MemoryBudget(10), list[str](), asyncio.Event()
 
         async def taker(name: str, size_bytes: int) -> None:
             async with budget.reserved(size_bytes):
-                told.append(name)
+                events.append(name)
                 await end.wait()
-            told.append(f"{name} ended")
+            events.append(f"{name} ended")
 
         tasks = [asyncio.ensure_future(taker(name, size)) for name, size in (("a", 6), ("all", 1000), ("b", 1))]
         for _ in range(10):
             await asyncio.sleep(0)
-        assert told == ["a"], "b would fit, but does not overtake the waiting one"
+        assert events == ["a"], "b would fit, but does not overtake the pending reservation"
         tasks[1].cancel()
         for _ in range(10):
             await asyncio.sleep(0)
-        assert told == ["a", "b"], "a cancelled reservation delays nobody"
+        assert events == ["a", "b"], "a cancelled reservation does not delay others"
         end.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         async with budget.reserved(1000):
             pass
-        return told
+        return events
 
     assert asyncio.run(take()) == ["a", "b", "a ended", "b ended"]

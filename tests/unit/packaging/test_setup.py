@@ -155,7 +155,7 @@ def test_a_docker_version_that_cannot_use_the_driver_is_reported(
 ) -> None:
     machine.add_program("dockerd", f"echo Docker version {version}, build 1")
     monkeypatch.setenv("PATH", "")
-    prepare["note_docker"]()
+    prepare["warn_about_docker"]()
     assert (f"{version}, build 1) cannot use the gear driver" in capfd.readouterr().err) == is_reported
 
 

@@ -31,8 +31,8 @@ from gearworkers.remote.factory import open_remote
 from gearworkers.remote.remote import Remote
 from gearworkers.settings import RemoteSettings, Settings
 from plugin_gateway.graphdriver.driver import GearDriver
-from tests.support.lazynode import LazyNode, gear_tar, lazy_node, until
-from tests.support.processes import PATIENCE_S
+from tests.support.lazynode import LazyNode, gear_tar, lazy_node
+from tests.support.processes import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def _node(root: Path, remote: Path, window_s: float) -> Iterator[LazyNode]:
     with subprocess.Popen([GEAR, "lazyfs"], env=environ(node) | {"GEAR_PROFILE_WINDOW_S": f"{window_s}"}) as server:
         try:
             wait_until_mounted(node.settings.lazy_mount_path, PATIENCE_S)
-            until(lambda: read_status(node.settings.lazyfs_socket) is not None, "the server answers")
+            wait_until(lambda: read_status(node.settings.lazyfs_socket) is not None, "the server answers")
             yield node
         finally:
             node.driver.cleanup()
@@ -130,7 +130,7 @@ def read_some(root: Path) -> None:
 
 
 def recorded(remote: Remote, name: str) -> Profile:
-    until(lambda: remote.document(name) is not None, "the profile exists")
+    wait_until(lambda: remote.document(name) is not None, "the profile exists")
     data = remote.document(name)
     assert data is not None
     return profile_document.unpack(data)
@@ -152,8 +152,8 @@ def test_objects_opened_on_one_node_are_prefetched_on_another(start_node: StartN
 
     second = start_node("b")
     second.apply(gear_tar(FILES), "image")
-    until(lambda: all(has(second, name) for name in SMALL), "the small files are present")
-    until(lambda: second.status().prefetched > len(SMALL), "the read parts of the large file are present")
+    wait_until(lambda: all(has(second, name) for name in SMALL), "the small files are present")
+    wait_until(lambda: second.status().prefetched > len(SMALL), "the read parts of the large file are present")
     assert not has(second, "etc/file0")
     lookups = second.status().lookups
     read_some(second.run("c1"))
@@ -179,7 +179,7 @@ def test_a_container_in_its_own_namespaces_is_recorded_including_local_objects(
     """
     subprocess.run(["unshare", "-m", "sh", "-c", script], check=True)
     node.driver.put("c1")
-    until(lambda: remote.document(name) != b"damaged", "the profile was recorded again")
+    wait_until(lambda: remote.document(name) != b"damaged", "the profile was recorded again")
     assert [opened.digest for opened in recorded(remote, name).objects] == [*map(digest, SMALL)]
 
 
@@ -190,11 +190,11 @@ def test_a_recorded_container_can_be_removed_at_any_time_and_leaves_nothing(
     node.apply(gear_tar(FILES), "image")
     root = node.run("c1")
     assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
-    until(lambda: bool(recorders()), "the recorder runs")
+    wait_until(lambda: bool(recorders()), "the recorder runs")
     node.driver.remove("c1")
     node.driver.remove("image")
     assert not is_mounted(root)
-    until(lambda: not recorders(), "the recorder has ended")
+    wait_until(lambda: not recorders(), "the recorder has ended")
     assert not node.settings.gear_images_path.joinpath("image").exists()
 
 
@@ -212,7 +212,7 @@ def test_objects_that_a_later_start_waits_for_extend_the_profile(start_node: Sta
     root = second.run("c1")
     for path, content in FILES.items():
         assert (root / path).read_bytes() == content
-    until(lambda: recorded(remote, name) != before, "the profile has grown")
+    wait_until(lambda: recorded(remote, name) != before, "the profile has grown")
     after = recorded(remote, name)
     assert after.objects[: len(SMALL)] == before.objects[: len(SMALL)]
     assert {opened.digest for opened in after.objects} == {*map(digest, FILES)}
@@ -225,7 +225,7 @@ def test_profiles_are_shown_and_extended_by_commands(start_node: StartNode, remo
     none = gear(node, "profile", "show", "image")
     assert none.returncode == 2 and "no start of this image has been recorded" in none.stderr
     with subprocess.Popen([GEAR, "profile", "record", "c1", "--seconds", "60"], env=environ(node)) as recorder:
-        until(lambda: watches(recorder), "the recorder watches")
+        wait_until(lambda: watches(recorder), "the recorder watches")
         assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
         recorder.send_signal(signal.SIGINT)
         assert recorder.wait(60) == 0
@@ -264,7 +264,7 @@ def test_reads_without_a_running_program_are_not_a_start(start_node: StartNode, 
     node.driver.put("copied")
     start(node.run("c1"))
     node.driver.put("c1")
-    until(lambda: not recordings(), "both recordings have ended")
+    wait_until(lambda: not recordings(), "both recordings have ended")
     assert len(recorded(remote, document(node)).objects) == len(SMALL) + 1
 
 
@@ -273,7 +273,7 @@ def test_recordings_end_with_the_gateway(start_node: StartNode, remote: Remote) 
     node.apply(gear_tar(FILES), "image")
     root = node.run("c1")
     assert (root / SMALL[0]).read_bytes() == FILES[SMALL[0]]
-    until(lambda: bool(recorders()), "the recorder runs")
+    wait_until(lambda: bool(recorders()), "the recorder runs")
     node.driver.release()
     assert not recorders()
     assert is_mounted(root)
@@ -282,7 +282,7 @@ def test_recordings_end_with_the_gateway(start_node: StartNode, remote: Remote) 
 def test_starts_are_not_recorded_without_a_window(start_node: StartNode, remote: Remote) -> None:
     node = start_node("a", window_s=0.0)
     node.apply(gear_tar(FILES), "image")
-    until(lambda: not recordings(), "the recordings of other tests have ended")
+    wait_until(lambda: not recordings(), "the recordings of other tests have ended")
     assert (node.run("c1") / SMALL[0]).read_bytes() == FILES[SMALL[0]]
     assert not recordings()
 
@@ -307,15 +307,15 @@ def test_a_damaged_or_foreign_profile_is_harmless(start_node: StartNode, remote:
 
 def test_an_unreachable_remote_does_not_delay_a_start(tmp_path: Path) -> None:
     with lazy_node(tmp_path) as node:
-        node.shelf.behave(away=True, delay_s=30.0)
+        node.source.set_faults(unreachable=True, delay_s=30.0)
         began_s = time.monotonic()
         node.pull(FILES)
         root = node.run("c1")
         assert time.monotonic() - began_s < 30.0
-        node.shelf.behave(away=True)
+        node.source.set_faults(unreachable=True)
         with pytest.raises(OSError):
             (root / SMALL[0]).read_bytes()
-        node.shelf.behave()
+        node.source.set_faults()
         read_some(root)
 
 

@@ -19,7 +19,7 @@ from gearworkers.profiles import recorder
 from gearworkers.profiles.recordings import MAX_RECORDINGS, Recording, Recordings
 from gearworkers.profiles.resolve import ObjectResolver
 from gearworkers.settings import Settings
-from tests.support.lazynode import until
+from tests.support.processes import wait_until
 
 
 def test_a_recording_that_fails_to_begin_leaves_no_descriptor_open(
@@ -51,7 +51,7 @@ def running() -> int:
 
 def test_a_recording_counts_towards_the_limit_until_it_is_saved(tmp_path: Path) -> None:
     slow_remote = f"touch {tmp_path}/recorder.$$; while [ ! -e {tmp_path}/saved ]; do sleep 0.05; done"
-    until(lambda: not running(), "the recordings of other tests are over")
+    wait_until(lambda: not running(), "the recordings of other tests are over")
     recordings = Recordings(watch=always_opens, recorder=("sh", "-c", slow_remote))
     recording = Recording(settings_in(tmp_path), "image", tmp_path)
 
@@ -60,15 +60,15 @@ def test_a_recording_counts_towards_the_limit_until_it_is_saved(tmp_path: Path) 
 
     for number in range(MAX_RECORDINGS + 1):
         recordings.begin(f"c{number}", recording)
-    until(lambda: begun() == MAX_RECORDINGS, "the recorders run")
+    wait_until(lambda: begun() == MAX_RECORDINGS, "the recorders run")
     for number in range(MAX_RECORDINGS):
         recordings.end(f"c{number}")
     recordings.begin("c0", recording)
     assert running() == MAX_RECORDINGS
     (tmp_path / "saved").touch()
-    until(lambda: not running(), "the recordings are saved")
+    wait_until(lambda: not running(), "the recordings are saved")
     recordings.begin("c0", recording)
-    until(lambda: begun() == MAX_RECORDINGS + 1, "another recorder runs")
+    wait_until(lambda: begun() == MAX_RECORDINGS + 1, "another recorder runs")
     recordings.close()
 
 
@@ -76,10 +76,10 @@ def test_closing_kills_a_recorder_that_does_not_end(tmp_path: Path) -> None:
     ignores_sigterm = f"trap '' TERM; echo $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/pid; exec sleep 100"
     recordings = Recordings(watch=always_opens, recorder=("sh", "-c", ignores_sigterm), end_timeout_s=0.2)
     recordings.begin("c1", Recording(settings_in(tmp_path), "image", tmp_path))
-    until((tmp_path / "pid").exists, "the recorder runs")
+    wait_until((tmp_path / "pid").exists, "the recorder runs")
     recordings.close()
     pid = (tmp_path / "pid").read_text().strip()
-    until(lambda: not Path("/proc", pid).exists(), "the recorder is killed")
+    wait_until(lambda: not Path("/proc", pid).exists(), "the recorder is killed")
 
 
 def test_a_decoded_recording_equals_the_encoded_recording(tmp_path: Path) -> None:

@@ -6,11 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 
-from gearworkers.errors import (
-    GearError,
-    NotFound,
-    Unavailable,
-)
+from gearworkers.errors import GearError, NotFound, Unavailable
 from gearworkers.remote import encoding
 from gearworkers.remote.blobstore import Document
 
@@ -19,7 +15,7 @@ class FakeStore:
     """A `BlobStore` in memory that records its calls and fails or hangs on demand."""
 
     def __init__(self) -> None:
-        self.held: dict[bytes, bytes] = {}
+        self.stored: dict[bytes, bytes] = {}
         self.documents: dict[str, Document] = {}
         self.errors: list[GearError] = []
         self.break_after: int | None = None
@@ -30,25 +26,25 @@ class FakeStore:
 
     def present(self, digests: Sequence[bytes]) -> set[bytes]:
         self._record(digests)
-        return {digest for digest in digests if digest in self.held}
+        return {digest for digest in digests if digest in self.stored}
 
     def get(self, digest: bytes) -> bytes:
         self._record([digest])
-        if digest not in self.held:
+        if digest not in self.stored:
             raise NotFound(digest.hex())
-        return self.held[digest]
+        return self.stored[digest]
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
         self._record(digests)
         for number, digest in enumerate(digests):
             if number == self.break_after:
-                raise Unavailable("broken off")
-            if digest in self.held:
-                yield digest, self.held[digest]
+                raise Unavailable("interrupted")
+            if digest in self.stored:
+                yield digest, self.stored[digest]
 
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         self._record([digest for digest, _ in blobs])
-        self.held.update(blobs)
+        self.stored.update(blobs)
 
     def get_document(self, name: str) -> Document | None:
         self._record([])
@@ -76,5 +72,6 @@ class FakeStore:
 
 
 def blobs(count: int) -> dict[bytes, bytes]:
+    """Return the blobs of *count* different contents, by digest."""
     contents = [b"content %d" % number for number in range(count)]
     return {hashlib.sha256(content).digest(): encoding.encode(content) for content in contents}

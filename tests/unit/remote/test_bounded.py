@@ -1,4 +1,4 @@
-"""Limits on the number and the time of a store's calls."""
+"""Limit the number and the time of a store's calls."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import threading
 
 import pytest
 
-from gearworkers.errors import (
-    Unavailable,
-)
+from gearworkers.errors import Unavailable
 from gearworkers.remote.bounded import BoundedStore, Limits
 from tests.support.processes import wait_until
 from tests.unit.remote.fake_store import FakeStore, blobs
@@ -24,21 +22,21 @@ def test_concurrent_calls_do_not_exceed_the_limit(store: FakeStore) -> None:
         wait_until(lambda: store.running == 4, "four calls run")
         hang.set()
 
-    store.held = blobs(40)
+    store.stored = blobs(40)
     store.hang = threading.Event()
     bounded = BoundedStore(store, Limits(threads=4, timeout_s=60, get_batch=1, put_batch=1))
-    opener = threading.Timer(0.3, release_when_full, (store.hang,))
-    opener.start()
-    assert dict(bounded.get_many(list(store.held))) == store.held
-    opener.join()
+    releaser = threading.Timer(0.3, release_when_full, (store.hang,))
+    releaser.start()
+    assert dict(bounded.get_many(list(store.stored))) == store.stored
+    releaser.join()
     assert store.max_running == 4
     bounded.close()
 
 
 @pytest.mark.slow
 def test_a_store_that_hangs_is_unavailable_within_the_timeout_and_works_again_later(store: FakeStore) -> None:
-    store.held = blobs(3)
-    first, *_ = store.held
+    store.stored = blobs(3)
+    first, *_ = store.stored
     store.hang = threading.Event()
     bounded = BoundedStore(store, Limits(threads=2, timeout_s=0.2, get_batch=1, put_batch=1))
     for ask in (
@@ -51,11 +49,11 @@ def test_a_store_that_hangs_is_unavailable_within_the_timeout_and_works_again_la
             ask()
     store.hang.set()
     other = BoundedStore(store, Limits(threads=2, timeout_s=60, get_batch=1, put_batch=1))
-    assert other.get(first) == store.held[first]
+    assert other.get(first) == store.stored[first]
 
     def is_back() -> bool:
         try:
-            return bounded.get(first) == store.held[first]
+            return bounded.get(first) == store.stored[first]
         except Unavailable:  # a busy machine may exceed the short timeout
             return False
 

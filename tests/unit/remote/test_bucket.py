@@ -1,13 +1,11 @@
-"""Errors of obstore."""
+"""Translate the errors of obstore."""
 
 from __future__ import annotations
 
 import pytest
 from obstore import exceptions as foreign
 
-from gearworkers.errors import (
-    GearError,
-)
+from gearworkers.errors import GearError
 from gearworkers.remote import bucket
 
 
@@ -16,4 +14,4 @@ def test_every_error_of_obstore_is_translated() -> None:
     assert len(kinds) > 8
     for kind in kinds:
         with pytest.raises(GearError), bucket.translated("get"):
-            raise kind("said")
+            raise kind("message")

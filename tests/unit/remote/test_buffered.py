@@ -1,4 +1,4 @@
-"""Buffered puts."""
+"""Buffer puts, and flush them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RecordingStore:
     def put_many(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         if self.failures:
             self.failures -= 1
-            raise Unavailable("away")
+            raise Unavailable("unreachable")
         self.calls.append([digest for digest, _ in blobs])
         self.blobs.put_many(blobs)
 
@@ -67,7 +67,7 @@ def test_a_full_buffer_is_flushed() -> None:
     assert recording.calls == [[CHUNK], [OBJECT]]
 
 
-def test_after_an_error_no_layout_is_stored_whose_chunks_may_be_missing() -> None:
+def test_a_layout_is_not_stored_after_an_error_that_lost_its_chunks() -> None:
     recording = RecordingStore()
     store = buffered(recording)
     store.put_many([(CHUNK, encoding.encode(b"chunk"))])

@@ -1,4 +1,4 @@
-"""Blobs in a directory."""
+"""Store blobs in a directory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import (
-    FailedPrecondition,
-    GearError,
-    IntegrityError,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-)
+from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, NotFound, ResourceExhausted, Unavailable
 from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.remote import Remote
 

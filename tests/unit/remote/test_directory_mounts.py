@@ -1,4 +1,4 @@
-"""A remote in a mounted directory: not mounted, hung, or failing like a broken NFS."""
+"""Use a remote whose file system is not mounted, hangs, or fails like a broken NFS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-# -- nothing is mounted
+# -- not mounted
 
 
 @contextmanager
@@ -52,13 +52,13 @@ def opened(settings: Settings) -> Iterator[Remote]:
 
 
 def test_a_missing_directory_is_not_created(settings: Settings) -> None:
-    once = Remote(DirectoryStore(Path(settings.remote.url)))
+    direct = Remote(DirectoryStore(Path(settings.remote.url)))
     for ask in (
-        lambda: once.put_many([(DIGEST, CONTENT)]),
-        lambda: once.has([DIGEST]),
-        lambda: list(once.fetch(DIGEST)),
-        lambda: once.put_document("name", b""),
-        lambda: once.document("name"),
+        lambda: direct.put_many([(DIGEST, CONTENT)]),
+        lambda: direct.has([DIGEST]),
+        lambda: list(direct.fetch(DIGEST)),
+        lambda: direct.put_document("name", b""),
+        lambda: direct.document("name"),
     ):
         with pytest.raises(Unavailable, match="does not exist: mount"):
             ask()
@@ -86,12 +86,12 @@ def test_a_removed_subdirectory_is_created_again(settings: Settings) -> None:
             assert remote.document("a/name") == b"2"
 
 
-def test_an_empty_mount_point_is_not_taken_for_its_remote(settings: Settings) -> None:
-    path, away = Path(settings.remote.url), Path(settings.remote.url + "-away")
+def test_an_empty_mount_point_is_unavailable(settings: Settings) -> None:
+    path, moved = Path(settings.remote.url), Path(settings.remote.url + "-moved")
     path.mkdir()
     with opened(settings) as before:
         before.put_many([(DIGEST, CONTENT)])
-        path.rename(away)
+        path.rename(moved)
         path.mkdir()
         with pytest.raises(Unavailable, match="held objects and is empty"):
             list(before.fetch(DIGEST))
@@ -100,7 +100,7 @@ def test_an_empty_mount_point_is_not_taken_for_its_remote(settings: Settings) ->
             another.put_many([(hashlib.sha256(b"new").digest(), b"new")])
         assert list(path.iterdir()) == []
         path.rmdir()
-        away.rename(path)
+        moved.rename(path)
         assert list(before.fetch(DIGEST)) == [CONTENT]
         shutil.rmtree(path)
         (path / "objects").mkdir(parents=True)  # the advice of the error
@@ -108,7 +108,7 @@ def test_an_empty_mount_point_is_not_taken_for_its_remote(settings: Settings) ->
             list(before.fetch(DIGEST))
 
 
-# -- something is
+# -- mounted, but broken
 
 
 class Broken:
@@ -116,8 +116,8 @@ class Broken:
 
     def __init__(self, error: int, times: int) -> None:
         self.error = error
-        self.left = times
-        self.asked = 0
+        self.failures_left = times
+        self.lookups = 0
 
     def __call__(self, request: FuseRequest, reply: FuseReply) -> None:
         if request.op in (Op.FORGET, Op.BATCH_FORGET):
@@ -125,9 +125,9 @@ class Broken:
         if request.op == Op.GETATTR and request.node == ROOT_NODE:
             reply.send(fuse_protocol.attributes_body(fuse_protocol.directory(ROOT_NODE)))
         elif request.op == Op.LOOKUP:
-            self.asked += 1
-            self.left -= 1
-            reply.fail(self.error if self.left >= 0 else errno.ENOENT)
+            self.lookups += 1
+            self.failures_left -= 1
+            reply.fail(self.error if self.failures_left >= 0 else errno.ENOENT)
         else:
             reply.fail(errno.ENOSYS)
 
@@ -154,14 +154,14 @@ def test_errors_of_a_broken_mount_are_retried(settings: Settings, error: int) ->
     broken = Broken(error, times=2)
     with mounted(Path(settings.remote.url), broken), opened(settings) as remote:
         assert remote.has([DIGEST]) == []
-    assert broken.asked > 2
+    assert broken.lookups > 2
 
 
 def test_a_mount_that_stays_broken_is_unavailable(settings: Settings) -> None:
     broken = Broken(errno.EIO, times=1 << 30)
     with mounted(Path(settings.remote.url), broken), opened(settings) as remote, pytest.raises(Unavailable):
         remote.has([DIGEST])
-    assert broken.asked > 2
+    assert broken.lookups > 2
 
 
 def test_a_hung_mount_is_unavailable_within_the_timeout(settings: Settings) -> None:

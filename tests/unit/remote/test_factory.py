@@ -1,4 +1,4 @@
-"""The remote that the settings name."""
+"""Open the remote that the settings name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import (
-    FailedPrecondition,
-    InvalidInput,
-)
+from gearworkers.errors import FailedPrecondition, InvalidInput
 from gearworkers.remote.factory import open_remote, uses_nfs
 from gearworkers.settings import RemoteSettings, Settings
 
@@ -41,6 +38,6 @@ def test_a_remote_of_an_unknown_kind_is_rejected(url: str, tmp_path: Path) -> No
         open_remote(replace(Settings(), gear_root=tmp_path, remote=RemoteSettings(url=url)))
 
 
-def test_a_missing_remote_setting_is_named(tmp_path: Path) -> None:
+def test_the_error_without_a_remote_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="GEAR_REMOTE"):
         open_remote(replace(Settings(), gear_root=tmp_path))

@@ -1,4 +1,4 @@
-"""Contents over a store of blobs."""
+"""Put and fetch verified contents over a store of blobs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.errors import (
-    IntegrityError,
-    NotFound,
-)
+from gearworkers.errors import IntegrityError, NotFound
 from gearworkers.remote import encoding
 from gearworkers.remote.bucket import memory_store
 from gearworkers.remote.remote import Remote
@@ -31,21 +28,21 @@ def test_large_objects_share_chunks_in_the_store(store: FakeStore, tmp_path: Pat
         path.write_bytes(data)
         with path.open("rb") as file:
             remote.put(hashlib.sha256(data).digest(), file.fileno())
-    assert sum(map(len, store.held.values())) < len(content) * 1.2
+    assert sum(map(len, store.stored.values())) < len(content) * 1.2
 
 
 def test_a_layout_of_another_object_is_rejected(store: FakeStore) -> None:
     piece = b"piece" * 100
     digest = hashlib.sha256(piece).digest()
-    lie = hashlib.sha256(b"what was promised").digest()
-    store.held = {digest: encoding.encode(piece), lie: encoding.encode_layout(lie, [(len(piece), digest)] * 3)}
+    other = hashlib.sha256(b"another object").digest()
+    store.stored = {digest: encoding.encode(piece), other: encoding.encode_layout(other, [(len(piece), digest)] * 3)}
     with pytest.raises(IntegrityError):
-        list(Remote(store).fetch(lie))
+        list(Remote(store).fetch(other))
 
 
 def test_a_missing_chunk_is_not_found(store: FakeStore) -> None:
     whole = hashlib.sha256(b"whole").digest()
-    store.held = {whole: encoding.encode_layout(whole, [(100, hashlib.sha256(b"gone").digest())])}
+    store.stored = {whole: encoding.encode_layout(whole, [(100, hashlib.sha256(b"missing").digest())])}
     with pytest.raises(NotFound):
         list(Remote(store).fetch(whole))
 

@@ -1,17 +1,10 @@
-"""Retries of a store's calls."""
+"""Retry a store's calls."""
 
 from __future__ import annotations
 
 import pytest
 
-from gearworkers.errors import (
-    FailedPrecondition,
-    GearError,
-    IntegrityError,
-    InvalidInput,
-    NotFound,
-    Unavailable,
-)
+from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput, NotFound, Unavailable
 from gearworkers.remote.retry import RetryingStore
 from gearworkers.util.retry import ATTEMPTS
 from tests.unit.remote.fake_store import FakeStore, blobs
@@ -23,10 +16,10 @@ def store() -> FakeStore:
 
 
 def test_retryable_errors_are_retried(store: FakeStore) -> None:
-    store.held = blobs(1)
-    (digest,) = store.held
+    store.stored = blobs(1)
+    (digest,) = store.stored
     store.errors = [Unavailable("once"), Unavailable("twice")]
-    assert RetryingStore(store).get(digest) == store.held[digest]
+    assert RetryingStore(store).get(digest) == store.stored[digest]
     assert len(store.calls) == 3
 
 
@@ -47,7 +40,7 @@ def test_other_errors_are_not_retried(store: FakeStore, error: GearError) -> Non
 
 
 def test_an_interrupted_stream_resumes_with_the_missing_blobs(store: FakeStore) -> None:
-    store.held = blobs(7)
+    store.stored = blobs(7)
     store.break_after = 3
-    assert dict(RetryingStore(store).get_many(list(store.held))) == store.held
+    assert dict(RetryingStore(store).get_many(list(store.stored))) == store.stored
     assert [len(asked) for asked in store.calls] == [7, 4, 1]

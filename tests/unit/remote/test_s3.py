@@ -1,4 +1,4 @@
-"""Blobs in S3."""
+"""Store blobs in S3: credentials, regions, errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli.doctor import remote_check
-from gearworkers.errors import (
-    FailedPrecondition,
-    NotFound,
-    Unavailable,
-)
+from gearworkers.errors import FailedPrecondition, NotFound, Unavailable
 from gearworkers.remote.s3 import SharedCredentials, open_s3
 from gearworkers.settings import RemoteSettings, Settings
 from tests.support.answers import Answer, answering
@@ -77,17 +73,17 @@ def test_requests_are_signed_with_changed_credentials(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "environ", "signed"),
+    ("option", "environ", "signed"),
     [("", "", "us-east-1"), ("", "eu-west-1", "eu-west-1"), ("eu-x", "eu-west-1", "eu-x")],
 )
 def test_the_region_of_the_url_precedes_the_environments(
-    said: str, environ: str, signed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, environ: str, signed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = x\naws_secret_access_key = x\n")
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     monkeypatch.setenv("AWS_REGION", environ) if environ else monkeypatch.delenv("AWS_REGION", raising=False)
     with answering(lambda asked: Answer(404)) as server:
-        url = f"s3://b?endpoint={server.url}" + (f"&region={said}" if said else "")
+        url = f"s3://b?endpoint={server.url}" + (f"&region={option}" if option else "")
         open_s3(url, RemoteSettings(aws_credentials_file=tmp_path / "credentials")).present([bytes(32)])
         assert f"/{signed}/s3/aws4_request" in server.asked[0].headers["Authorization"]
 
@@ -104,7 +100,7 @@ def test_a_missing_bucket_is_reported_to_writers_and_by_the_doctor(tmp_path: Pat
     remote = RemoteSettings(aws_credentials_file=tmp_path / "credentials")
     with s3_server(tmp_path) as server:
         url = f"s3://nobucket?endpoint={server.url}"
-        with pytest.raises(NotFound, match="s3://nobucket: there is no such bucket"):
+        with pytest.raises(NotFound, match="s3://nobucket: the bucket does not exist"):
             open_s3(url, remote).put_many([(bytes(32), b"R")])
         found = remote_check(Settings(gear_root=tmp_path, remote=replace(remote, url=url)))
         assert not found.ok and "404 Not Found" in found.found

@@ -15,7 +15,7 @@ from gearworkers.tar.entry import CHAR, DIR, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.reader import TarReader
 from gearworkers.tar.tar_split import TarSplitWriter
 from gearworkers.tar.writer import END, header, padding
-from tests.support.tars import changed, read_tar, with_checksum
+from tests.support.tars import read_tar, with_checksum, with_header_bytes
 
 NAME, SIZE, MTIME, TYPE, MAGIC, PREFIX = 0, 124, 136, 156, 257, 345
 
@@ -29,7 +29,7 @@ def a_file(name: bytes = b"a", content: bytes = b"hello", **fields: object) -> b
 
 
 def special(kind: bytes, content: bytes) -> bytes:
-    return changed(a_file(b"special", content), TYPE, kind)
+    return with_header_bytes(a_file(b"special", content), TYPE, kind)
 
 
 def extended(*records: tuple[bytes, bytes]) -> bytes:
@@ -42,46 +42,46 @@ def only_entry(tar: bytes) -> TarEntry:
 
 
 def test_an_old_header_without_magic_is_read() -> None:
-    entry = only_entry(changed(a_file(), MAGIC, bytes(8)) + END)
+    entry = only_entry(with_header_bytes(a_file(), MAGIC, bytes(8)) + END)
     assert (entry.name, entry.type, entry.size_bytes) == (b"a", REG, 5)
 
 
 def test_a_v7_name_with_a_slash_at_the_end_is_a_directory() -> None:
-    entry = only_entry(changed(member(TarEntry(b"dir/")), TYPE, b"\0") + END)
+    entry = only_entry(with_header_bytes(member(TarEntry(b"dir/")), TYPE, b"\0") + END)
     assert (entry.name, entry.type) == (b"dir/", DIR)
 
 
 def test_files_of_type_nul_and_contiguous_files_are_regular_files() -> None:
-    tar = changed(a_file(b"old"), TYPE, b"\0") + changed(a_file(b"contiguous"), TYPE, b"7") + END
+    tar = with_header_bytes(a_file(b"old"), TYPE, b"\0") + with_header_bytes(a_file(b"contiguous"), TYPE, b"7") + END
     assert [(entry.name, entry.type) for entry in read_tar(tar).entries] == [(b"old", REG), (b"contiguous", REG)]
 
 
 def test_a_prefix_applies_in_ustar_but_not_in_gnu_headers() -> None:
-    assert only_entry(changed(a_file(), PREFIX, b"dir") + END).name == b"dir/a"
-    gnu = changed(changed(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"00000000012\0")
+    assert only_entry(with_header_bytes(a_file(), PREFIX, b"dir") + END).name == b"dir/a"
+    gnu = with_header_bytes(with_header_bytes(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"00000000012\0")
     assert (only_entry(gnu + END).name, only_entry(gnu + END).atime_ns) == (b"a", 10 * 10**9)
 
 
 def test_a_prefix_in_a_gnu_header_of_an_old_go_version_applies() -> None:
-    gnu = changed(changed(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"some/dir")
+    gnu = with_header_bytes(with_header_bytes(a_file(), MAGIC, b"ustar  \0"), PREFIX, b"some/dir")
     assert (only_entry(gnu + END).name, only_entry(gnu + END).atime_ns) == (b"some/dir/a", None)
 
 
 def test_a_star_header_has_a_short_prefix_and_an_access_time() -> None:
-    star = changed(changed(a_file(), 508, b"tar\0"), PREFIX, b"dir")
-    entry = only_entry(changed(star, 476, b"00000000012\0") + END)
+    star = with_header_bytes(with_header_bytes(a_file(), 508, b"tar\0"), PREFIX, b"dir")
+    entry = only_entry(with_header_bytes(star, 476, b"00000000012\0") + END)
     assert (entry.name, entry.atime_ns) == (b"dir/a", 10 * 10**9)
 
 
 def test_binary_numbers_may_be_large_and_negative() -> None:
-    tar = changed(a_file(), 108, b"\x80\0\0\0\x01\0\0\0")
-    tar = changed(tar, MTIME, b"\xff" * 11 + b"\xfe")
+    tar = with_header_bytes(a_file(), 108, b"\x80\0\0\0\x01\0\0\0")
+    tar = with_header_bytes(tar, MTIME, b"\xff" * 11 + b"\xfe")
     entry = only_entry(tar + END)
     assert (entry.uid, entry.mtime_ns) == (1 << 24, -2 * 10**9)
 
 
 def test_numbers_may_be_blank_or_padded_with_spaces() -> None:
-    entry = only_entry(changed(changed(a_file(), 108, b"    17 \0"), 116, bytes(8)) + END)
+    entry = only_entry(with_header_bytes(with_header_bytes(a_file(), 108, b"    17 \0"), 116, bytes(8)) + END)
     assert (entry.uid, entry.gid) == (0o17, 0)
 
 
@@ -95,7 +95,7 @@ def test_a_signed_checksum_is_accepted() -> None:
 
 
 def test_a_link_with_a_size_has_no_content() -> None:
-    link = changed(member(TarEntry(b"l", HARDLINK, b"a")), SIZE, b"00000000005\0")
+    link = with_header_bytes(member(TarEntry(b"l", HARDLINK, b"a")), SIZE, b"00000000005\0")
     entries = read_tar(a_file() + link + a_file(b"b") + END).entries
     assert [(entry.name, entry.size_bytes, entry.stored_bytes) for entry in entries] == [
         (b"a", 5, 5),
@@ -129,7 +129,7 @@ def test_pax_records_override_the_header() -> None:
         (b"atime", b"1.0000000019"),
         (b"size", b"5"),
     )
-    entry = only_entry(tar + changed(a_file(), SIZE, b"00000000000\0") + END)
+    entry = only_entry(tar + with_header_bytes(a_file(), SIZE, b"00000000000\0") + END)
     assert (entry.name, entry.uid, entry.size_bytes) == (b"\xff name", 5_000_000_000, 5)
     assert (entry.mtime_ns, entry.atime_ns) == (-1_500_000_000, 1_000_000_001)
 
@@ -179,14 +179,14 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
         (bz2.compress(a_file()), "compressed with bzip2"),
         (a_file()[:-1] + b"\0" * 512 + a_file(), "checksum"),
         (END[:512] + a_file(), "single zero block"),
-        (changed(a_file(), SIZE, b"-0000000005\0"), "not octal"),
-        (changed(a_file(), SIZE, b"00000000_05\0"), "not octal"),
-        (changed(a_file(), SIZE, b"00000000009\0"), "not octal"),
-        (changed(a_file(), SIZE, b"\xff" * 12), "'a' at byte 0: its size is negative"),
-        (changed(a_file(), SIZE, b"\x80\0\0\xff" + bytes(8)), "64 bits"),
-        (changed(a_file(), TYPE, b"V"), "unhandled tar header type 86"),
-        (changed(a_file(), TYPE, b"X"), "unhandled tar header type 88"),
-        (changed(a_file(), TYPE, b"S"), "not GNU's"),
+        (with_header_bytes(a_file(), SIZE, b"-0000000005\0"), "not octal"),
+        (with_header_bytes(a_file(), SIZE, b"00000000_05\0"), "not octal"),
+        (with_header_bytes(a_file(), SIZE, b"00000000009\0"), "not octal"),
+        (with_header_bytes(a_file(), SIZE, b"\xff" * 12), "'a' at byte 0: its size is negative"),
+        (with_header_bytes(a_file(), SIZE, b"\x80\0\0\xff" + bytes(8)), "64 bits"),
+        (with_header_bytes(a_file(), TYPE, b"V"), "unhandled tar header type 86"),
+        (with_header_bytes(a_file(), TYPE, b"X"), "unhandled tar header type 88"),
+        (with_header_bytes(a_file(), TYPE, b"S"), "not GNU's"),
         (special(b"x", b"no record"), "length"),
         (special(b"x", b"99 a=b\n"), "length"),
         (special(b"x", b"7 abcd\n"), "length"),
@@ -238,7 +238,7 @@ def test_a_sparse_map_in_the_content_is_bounded() -> None:
 
 
 def test_an_endless_old_sparse_map_is_rejected() -> None:
-    block = bytearray(changed(changed(a_file(), MAGIC, b"ustar  \0"), TYPE, b"S")[:512])
+    block = bytearray(with_header_bytes(with_header_bytes(a_file(), MAGIC, b"ustar  \0"), TYPE, b"S")[:512])
     block[482] = 1
     tar = with_checksum(block) + (bytes(504) + b"\1" + bytes(7)) * 3000
     with pytest.raises(InvalidInput, match="longer than"):

@@ -1,4 +1,4 @@
-"""Hosts and ports in settings."""
+"""Parse hosts and ports in settings."""
 
 from __future__ import annotations
 

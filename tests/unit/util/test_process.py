@@ -1,4 +1,4 @@
-"""Notification of systemd."""
+"""Notify systemd when a process is ready."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def told_at(address: str | bytes) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.settimeout(PATIENCE_S)
-        line.bind(address)
-        yield line
+def listening_at(address: str | bytes) -> Iterator[socket.socket]:
+    """Listen on systemd's socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(PATIENCE_S)
+        systemd.bind(address)
+        yield systemd
 
 
 @pytest.mark.parametrize("is_abstract", [False, True])
 def test_systemd_is_notified_at_its_socket(tmp_path: Path, is_abstract: bool) -> None:
     path = str(tmp_path / "notify")
-    with told_at(b"\0" + path.encode() if is_abstract else path) as line:
+    with listening_at(b"\0" + path.encode() if is_abstract else path) as systemd:
         notify_ready("@" + path if is_abstract else path)
-        assert line.recv(100) == b"READY=1"
+        assert systemd.recv(100) == b"READY=1"
 
 
-def test_without_a_socket_nothing_is_notified() -> None:
+def test_an_empty_socket_name_sends_no_notification() -> None:
     notify_ready("")
 
 
@@ -64,9 +65,9 @@ def test_a_process_notifies_readiness_when_it_answers(
         "GEAR_MANAGER_LISTEN": "127.0.0.1:0",
         "NOTIFY_SOCKET": str(tmp_path / "notify"),
     }
-    with told_at(str(tmp_path / "notify")) as line, subprocess.Popen(command, env=environ) as process:
+    with listening_at(str(tmp_path / "notify")) as systemd, subprocess.Popen(command, env=environ) as process:
         try:
-            assert line.recv(100) == b"READY=1"
+            assert systemd.recv(100) == b"READY=1"
             if answers_at:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(str(tmp_path / answers_at))

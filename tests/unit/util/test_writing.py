@@ -1,4 +1,4 @@
-"""Replacing files by one rename, and writing all of a buffer."""
+"""Replace files by one rename, and write all of a buffer."""
 
 from __future__ import annotations
 

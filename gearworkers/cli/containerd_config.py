@@ -1,0 +1,116 @@
+"""`gear containerd-config`: containerd's configuration for gearworkers."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from typing import Annotated, Any
+
+import typer
+
+from gearworkers.cli.output import EXIT_FAULTS, print_checks
+from gearworkers.errors import FailedPrecondition, GearError, NotFound
+from gearworkers.mounts.probe import Check
+from gearworkers.settings import NodeSettings
+from gearworkers.util.log import command_settings
+
+_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
+_DIFFER_TYPE = "io.containerd.differ.v1"
+_TIMEOUT_S = 10.0
+_NAME = "containerd"
+
+
+def command(
+    cri: Annotated[bool, typer.Option("--cri", help="For Kubernetes' CRI. Default: Docker, ctr and nerdctl.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check the running containerd instead.")] = False,
+) -> None:
+    """Print the configuration that the running containerd needs to use gearworkers.
+
+    Add the text to containerd's config.toml, and restart containerd. Exit 1 if --check finds a fault.
+    """
+    from gearworkers.containerd import config  # these modules need gRPC, and no other command does
+    from gearworkers.containerd.client import connected
+
+    settings = command_settings()
+    socket = settings.effective_containerd_socket
+    if socket is None:
+        raise FailedPrecondition("GEAR_CONTAINERD_SOCKET is off: the gateway does not serve containerd")
+    if check:
+        checks = containerd_checks(settings)
+        print_checks(checks)
+        if any(not one.ok for one in checks):
+            raise typer.Exit(EXIT_FAULTS)
+        return
+    with connected(settings.containerd_address) as client:
+        version = config.Version.parse(client.version())
+    print(config.snippet(version, socket, settings.gear_root, cri=cri), end="")
+
+
+def containerd_checks(settings: NodeSettings) -> list[Check]:
+    """Check the running containerd: version, both plugins, the order of differs, unpack_config and dockerd."""
+    from gearworkers.containerd import config
+    from gearworkers.containerd.client import connected
+
+    try:
+        with connected(settings.containerd_address) as client:
+            text = client.version()
+            version = config.Version.parse(text)
+            config.require_supported(version)
+            checks = [Check(_NAME, True, False, text)]
+            for type, id in ((_SNAPSHOTTER_TYPE, config.SNAPSHOTTER), (_DIFFER_TYPE, config.DIFFER)):
+                checks.append(_plugin_check(client, type, id))
+    except GearError as exc:
+        return [Check(_NAME, False, False, str(exc), "start containerd, or set CONTAINERD_ADDRESS")]
+    return [*checks, *_config_checks(_config_dump(), version)]
+
+
+def _plugin_check(client: Any, type: str, id: str) -> Check:
+    name = f"{_NAME} plugin {id}"
+    try:
+        plugin = client.plugin(type, id)
+    except NotFound:
+        return Check(name, False, False, "not configured", "run `gear containerd-config`")
+    if plugin.init_err.message:
+        return Check(name, False, False, plugin.init_err.message, "read containerd's log")
+    return Check(name, True, False, "ok")
+
+
+def _config_dump() -> dict[str, Any]:
+    """Return containerd's configuration file with its defaults; empty if it cannot be read."""
+    try:
+        done = subprocess.run(["containerd", "config", "dump"], capture_output=True, timeout=_TIMEOUT_S, check=False)
+        return tomllib.loads(done.stdout.decode(errors="replace"))
+    except (OSError, subprocess.TimeoutExpired, tomllib.TOMLDecodeError):
+        return {}
+
+
+def _config_checks(dump: dict[str, Any], version: tuple[int, int]) -> list[Check]:
+    """Check the order of the differs, and that the transfer service uses ours for our snapshotter only."""
+    from gearworkers.containerd import config
+
+    if not dump:
+        return [Check(f"{_NAME} configuration", False, False, "cannot be read", "compare it with the one printed")]
+    plugins = dump.get("plugins", {})
+    order = plugins.get("io.containerd.service.v1.diff-service", {}).get("default", [])
+    checks = [_order_check(order, version)]
+    if version >= (2, 0):
+        unpacks = plugins.get("io.containerd.transfer.v1.local", {}).get("unpack_config") or []
+        pairs = {(entry.get("snapshotter"), entry.get("differ")) for entry in unpacks}
+        is_listed = (config.SNAPSHOTTER, config.DIFFER) in pairs
+        found = "lists gear with gear-diff" if is_listed else "does not list gear with gear-diff"
+        advice = "" if is_listed else "run `gear containerd-config`"
+        checks.append(Check(f"{_NAME} unpack_config", is_listed, False, found, advice))
+    return checks
+
+
+def _order_check(order: list[str], version: tuple[int, int]) -> Check:
+    from gearworkers.containerd import config
+
+    name = f"{_NAME} differs"
+    if order[:1] == [config.DIFFER]:
+        advice = "while the gateway is down, other snapshotters cannot unpack images either"
+        return Check(name, True, False, f"{', '.join(order)}: right for Docker, ctr and CRI 1.7", advice)
+    found = ", ".join(order) or "default"
+    if version < (2, 1):
+        return Check(name, False, False, f"{found}: {config.DIFFER} is not first", "run `gear containerd-config`")
+    return Check(name, True, False, f"{found}: right for CRI; Docker needs {config.DIFFER} first")

@@ -1,0 +1,123 @@
+"""containerd's configuration for gearworkers: the text to add, and checks of a running containerd.
+
+Source: containerd's docs/PLUGINS.md "Proxy Plugins", docs/cri/config.md and docs/transfer.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from gearworkers.errors import FailedPrecondition, InvalidInput
+
+SNAPSHOTTER = "gear"
+DIFFER = "gear-diff"
+FIRST_VERSION = (1, 7)
+"""containerd 1.6 crashes at its start if a proxy plugin is a differ."""
+
+
+class Version(NamedTuple):
+    """The version of a containerd."""
+
+    major: int
+    minor: int
+
+    @classmethod
+    def parse(cls, text: str) -> Version:
+        """Return the version of text such as ``1.7.24~ds1`` or ``v2.1.9``.
+
+        Raises:
+            InvalidInput: The text is not a version.
+        """
+        found = re.match(r"v?(\d+)\.(\d+)", text)
+        if found is None:
+            raise InvalidInput(f"containerd reports the version {text!r}")
+        return cls(int(found[1]), int(found[2]))
+
+
+def require_supported(version: Version) -> None:
+    """Check that this containerd can use gearworkers.
+
+    Raises:
+        FailedPrecondition: It is too old.
+    """
+    if version < FIRST_VERSION:
+        raise FailedPrecondition(
+            f"containerd {version.major}.{version.minor} crashes with a differ as proxy plugin; use 1.7 or later"
+        )
+
+
+def snippet(version: Version, socket: Path, root: Path, *, cri: bool) -> str:
+    """Return the text for containerd's config.toml.
+
+    Args:
+        version: Of the containerd.
+        socket: Where the gateway listens.
+        root: GEAR_ROOT.
+        cri: For Kubernetes' CRI; otherwise for Docker, ctr and nerdctl.
+
+    Raises:
+        FailedPrecondition: containerd is too old.
+    """
+    require_supported(version)
+    parts = [_proxy_plugins(version, socket, root)]
+    if not cri or version < (2, 1):
+        parts.append(_diff_service())
+    if cri:
+        parts.append(_cri(version))
+    if version >= (2, 0):
+        parts.append(_unpack_config())
+    return "\n".join(parts)
+
+
+def _proxy_plugins(version: Version, socket: Path, root: Path) -> str:
+    exports = f"""  [proxy_plugins.{SNAPSHOTTER}.exports]
+    root = "{root}"
+    enable_remote_snapshot_annotations = "true"
+"""
+    return f"""version = {3 if version >= (2, 0) else 2}
+
+[proxy_plugins.{SNAPSHOTTER}]
+  type = "snapshot"
+  address = "{socket}"
+{exports if version >= (2, 0) else ""}[proxy_plugins.{DIFFER}]
+  type = "diff"
+  address = "{socket}"
+"""
+
+
+def _diff_service() -> str:
+    name = "io.containerd.service.v1.diff-service"
+    return f"""[plugins."{name}"]
+  default = ["{DIFFER}", "walking"]
+"""
+
+
+def _cri(version: Version) -> str:
+    if version >= (2, 0):
+        return f"""[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "{SNAPSHOTTER}"
+"""
+    return f"""[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "{SNAPSHOTTER}"
+  disable_snapshot_annotations = false
+"""
+
+
+def _unpack_config() -> str:
+    entry = """[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "{platform}"
+  snapshotter = "{snapshotter}"
+  differ = "{differ}"
+"""
+    platform = f"linux/{_architecture()}"
+    pairs = ((SNAPSHOTTER, DIFFER), ("overlayfs", "walking"))
+    return "".join(entry.format(platform=platform, snapshotter=name, differ=differ) for name, differ in pairs)
+
+
+def _architecture() -> str:
+    """Return this host's architecture as Go names it."""
+    machine = os.uname().machine
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)

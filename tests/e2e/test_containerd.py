@@ -1,0 +1,223 @@
+"""containerd and a current Docker use gearworkers as their snapshotter and differ."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import rootfs
+from tests.support.containerd_host import Containerd, ContainerdDocker
+from tests.support.images import Image
+from tests.support.processes import wait_until
+from tests.support.registry import Registry
+from tests.support.stack import Stack
+from tests.support.tiny import tar_of, tiny_tar
+
+FILES = {"etc/hello": b"hello\n" * 1000, "data/large": bytes(range(256)) * 40_000}
+NAME = "docker.io/library/two:1"
+TREE = "find / -xdev -type f -exec sha256sum {} + | sort -k2"
+
+
+@pytest.fixture(scope="module")
+def stack(disk: Path) -> Iterator[Stack]:
+    stack = Stack(disk / "containerd-stack", "gearc")
+    stack.set(CONTAINERD_ADDRESS="/run/docker/private/gearc-ctr/containerd.sock")
+    stack.start()
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture(scope="module")
+def containerd(disk: Path, stack: Stack) -> Iterator[Containerd]:
+    containerd = Containerd(disk / "containerd", stack)
+    containerd.start()
+    yield containerd
+    containerd.stop()
+
+
+@pytest.fixture(scope="module")
+def session_docker(containerd: Containerd) -> Iterator[ContainerdDocker]:
+    docker = ContainerdDocker(containerd)
+    docker.start()
+    yield docker
+    docker.stop()
+
+
+@pytest.fixture
+def docker(session_docker: ContainerdDocker) -> Iterator[ContainerdDocker]:
+    yield session_docker
+    session_docker.remove_everything()
+
+
+@pytest.fixture(scope="module")
+def archive(disk: Path) -> Path:
+    """An archive of an image with two layers."""
+    path = disk / "two.tar"
+    path.write_bytes(Image([tiny_tar(), tar_of(FILES)]).saved(NAME))
+    return path
+
+
+@pytest.fixture
+def imported(containerd: Containerd, archive: Path) -> Iterator[str]:
+    """The image in containerd's namespace `default`."""
+    containerd.ctr("images", "import", "--snapshotter", "gear", str(archive))
+    yield NAME
+    containerd.ctr("images", "rm", "--sync", NAME)
+
+
+def layers(stack: Stack) -> list[str]:
+    """The layers of snapshots in the store."""
+    parents = (stack.root / "images", stack.root / "containers")
+    return sorted(path.name for parent in parents for path in parent.iterdir() if path.name.startswith("snapshot-"))
+
+
+# -- ctr
+
+
+def test_ctr_imports_and_runs_an_image(containerd: Containerd, imported: str) -> None:
+    shown = containerd.ctr("run", "--rm", "--snapshotter", "gear", imported, "one", "cat", "/etc/hello")
+    assert shown == (FILES["etc/hello"]).decode().strip()
+
+
+def test_the_layers_are_applied_by_a_worker(containerd: Containerd, stack: Stack, imported: str) -> None:
+    status = stack.gear("status").stdout
+    assert "Degraded:            no" in status, status
+    assert len(layers(stack)) == 2
+
+
+def test_two_namespaces_have_the_same_image(containerd: Containerd, stack: Stack, archive: Path, imported: str) -> None:
+    containerd.ctr("images", "import", "--snapshotter", "gear", str(archive), namespace="other")
+    shown = containerd.ctr("run", "--rm", "--snapshotter", "gear", NAME, "one", "true", namespace="other")
+    assert shown == ""
+    containerd.ctr("images", "rm", "--sync", NAME, namespace="other")
+    assert containerd.snapshots("other") == []
+    assert containerd.ctr("run", "--rm", "--snapshotter", "gear", imported, "two", "cat", "/etc/hello")
+
+
+def test_a_container_survives_a_killed_gateway(containerd: Containerd, stack: Stack, imported: str) -> None:
+    containerd.ctr("run", "-d", "--snapshotter", "gear", imported, "lives", "sleep", "1000")
+    stack.daemons["gateway"].kill()
+    assert containerd.ctr("task", "exec", "--exec-id", "a", "lives", "cat", "/etc/hello").startswith("hello")
+    stack.start("gateway")
+    assert containerd.ctr("task", "exec", "--exec-id", "b", "lives", "cat", "/etc/hello").startswith("hello")
+    containerd.ctr("task", "kill", "-s", "KILL", "lives")
+    wait_until(lambda: "STOPPED" in containerd.ctr("task", "ls"), "the container has stopped")
+    containerd.ctr("task", "rm", "lives")
+    containerd.ctr("container", "rm", "lives")
+
+
+def test_containerd_starts_and_uses_other_snapshotters_while_the_gateway_is_down(
+    containerd: Containerd, stack: Stack
+) -> None:
+    stack.daemons["gateway"].stop()
+    containerd.stop()
+    containerd.start()
+    assert containerd.call("snapshots", "--snapshotter", "native", "prepare", "other").returncode == 0
+    containerd.ctr("snapshots", "--snapshotter", "native", "rm", "other")
+    prepare = ("snapshots", "--snapshotter", "gear", "prepare", "probe")
+    assert b"unavailable" in containerd.call(*prepare).stderr.lower()
+    stack.start("gateway")
+    wait_until(lambda: containerd.call(*prepare).returncode == 0, "containerd is connected again")
+    containerd.ctr("snapshots", "--snapshotter", "gear", "rm", "probe")
+
+
+def test_removing_the_image_removes_its_layers_and_objects(containerd: Containerd, stack: Stack, archive: Path) -> None:
+    containerd.ctr("images", "import", "--snapshotter", "gear", str(archive))
+    assert layers(stack) and containerd.snapshots()
+    containerd.ctr("images", "rm", "--sync", NAME)
+    assert (layers(stack), containerd.snapshots()) == ([], [])
+    wait_until(lambda: not any(path.is_file() for path in (stack.root / "public").rglob("*")), "no object is left")
+
+
+# -- Docker on containerd's image store
+
+
+def test_docker_runs_a_real_image_with_the_right_files(docker: ContainerdDocker) -> None:
+    docker.docker("import", "-", "debian", stdin=rootfs.debian())
+    with tarfile.open(rootfs.debian()) as tar:
+        names = {member.name.removeprefix(".") for member in tar if member.isreg() or member.islnk()}
+    shown = docker.run("debian", "sh", "-c", TREE)
+    found = {line.split(None, 1)[1] for line in shown.splitlines()}
+    made_by_docker = {"/.dockerenv", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
+    assert found - made_by_docker == names - made_by_docker
+
+
+def test_docker_diff_cp_commit_save_and_export_show_a_containers_changes(docker: ContainerdDocker, disk: Path) -> None:
+    docker.docker("import", "-", "tiny", stdin=tiny_tar({"etc/old": b"old"}))
+    docker.run("tiny", "sh", "-c", "echo new > /etc/new; rm /etc/old; mkdir /d", options=("--name", "changed"))
+    diff = set(docker.docker("diff", "changed").splitlines())
+    assert {"A /etc/new", "D /etc/old", "A /d"} <= diff
+    docker.docker("cp", "changed:/etc/new", str(disk / "copied"))
+    assert (disk / "copied").read_bytes() == b"new\n"
+    docker.docker("commit", "changed", "committed")
+    assert docker.run("committed", "sh", "-c", "cat /etc/new; ls /etc/old /d 2>&1 || true").startswith("new")
+    exported = docker.call("export", "changed").stdout
+    with tarfile.open(fileobj=io.BytesIO(exported)) as tar:
+        assert {"etc/new", "d"} <= {name.rstrip("/") for name in tar.getnames()} - {"etc/old"}
+    saved = docker.call("save", "committed").stdout
+    docker.remove_everything()
+    docker.docker("load", stdin=saved)
+    assert docker.run("committed", "cat", "/etc/new") == "new"
+
+
+@pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
+def test_docker_builds_an_image(docker: ContainerdDocker, tmp_path: Path, buildkit: bool) -> None:
+    docker.docker("import", "-", "tiny", stdin=tiny_tar())
+    steps = ["FROM tiny AS one", "RUN mkdir /made && echo a > /made/a", "COPY x /x", "RUN mv /made /moved", "RUN rm /x"]
+    steps += ["FROM tiny", "COPY --from=one /moved /copied", "COPY x /y", "RUN echo b >> /copied/a"]
+    (tmp_path / "Dockerfile").write_text("\n".join(steps))
+    (tmp_path / "x").write_text("x")
+    docker.docker("build", "--network", "host", "-t", "built", str(tmp_path), buildkit=buildkit)
+    assert docker.run("built", "sh", "-c", "cat /copied/a /y; ls /moved 2>&1 || true").splitlines()[:2] == ["a", "b"]
+
+
+def test_docker_pushes_and_pulls_an_image_with_the_same_digest(docker: ContainerdDocker, disk: Path) -> None:
+    registry = Registry(disk / "containerd-registry", 5010)
+    registry.start()
+    try:
+        name = f"{registry.host}/tiny:1"
+        docker.docker("import", "-", name, stdin=tiny_tar(FILES))
+        docker.docker("push", name)
+        digest = json.loads(docker.docker("image", "inspect", name))[0]["RepoDigests"]
+        docker.remove_everything()
+        docker.docker("pull", name)
+        assert json.loads(docker.docker("image", "inspect", name))[0]["RepoDigests"] == digest
+        assert docker.run(name, "cat", "/etc/hello").startswith("hello")
+    finally:
+        registry.stop()
+
+
+def test_twenty_containers_run_at_once(docker: ContainerdDocker) -> None:
+    docker.docker("import", "-", "tiny", stdin=tiny_tar())
+    started = [
+        docker.run("tiny", "sh", "-c", f"echo {number} > /number; sleep 1000", options=("-d",)) for number in range(20)
+    ]
+    for number, container in enumerate(started):
+        shown = docker.docker("exec", container, "cat", "/number")
+        assert shown == str(number)
+
+
+def test_pruning_leaves_no_layer(docker: ContainerdDocker, stack: Stack) -> None:
+    docker.docker("import", "-", "tiny", stdin=tiny_tar())
+    docker.run("tiny", "true", options=())
+    docker.remove_everything()
+    wait_until(lambda: layers(stack) == [], "all layers are removed")
+
+
+def test_containers_survive_restarts_of_all_daemons(docker: ContainerdDocker, stack: Stack) -> None:
+    docker.docker("import", "-", "tiny", stdin=tiny_tar())
+    container = docker.run("tiny", "sleep", "1000", options=("-d",))
+    for stop, start in (
+        (docker.stop, docker.start),
+        (docker.containerd.stop, docker.containerd.start),
+        (stack.daemons["gateway"].kill, lambda: stack.start("gateway")),
+    ):
+        stop()
+        start()
+        wait_until(lambda: docker.call("exec", container, "touch", "/touched").returncode == 0, "exec works")
+    assert "A /touched" in docker.docker("diff", container)

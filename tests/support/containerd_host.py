@@ -1,0 +1,206 @@
+"""A private containerd, and a Docker on its image store; only inside a sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support import sandbox
+from tests.support.newer_docker import programs
+from tests.support.processes import Daemon
+from tests.support.stack import Stack
+
+_CONFIG = """\
+version = 2
+root = "{directory}/root"
+state = "{run_dir}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "{socket}"
+[ttrpc]
+  address = "{socket}.ttrpc"
+[proxy_plugins.gear]
+  type = "snapshot"
+  address = "{gateway}"
+[proxy_plugins.gear-diff]
+  type = "diff"
+  address = "{gateway}"
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["gear-diff", "walking"]
+"""
+
+
+@dataclass
+class Containerd:
+    """One containerd that uses a stack as its snapshotter and differ.
+
+    Args:
+        directory: Of its root and log.
+        stack: Its gateway serves this containerd.
+    """
+
+    directory: Path
+    stack: Stack
+    daemon: Daemon = field(init=False)
+
+    def __post_init__(self) -> None:
+        for path in (self.directory, self.run_dir):
+            path.mkdir(parents=True, exist_ok=True)
+        config = self.directory / "config.toml"
+        config.write_text(
+            _CONFIG.format(
+                directory=self.directory,
+                run_dir=self.run_dir,
+                socket=self.socket,
+                gateway=self.stack.run_dir / "containerd.sock",
+            )
+        )
+        command = [str(programs() / "containerd"), "--config", str(config)]
+        self.daemon = Daemon(command, self.directory / "containerd.log", environ())
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets and state; short paths."""
+        return Path("/run/docker/private") / f"{self.stack.name}-ctr"
+
+    @property
+    def socket(self) -> Path:
+        """containerd's API."""
+        return self.run_dir / "containerd.sock"
+
+    def start(self) -> None:
+        """Start containerd and return when it answers."""
+        self.daemon.start()
+        self.daemon.wait_until(lambda: self.call("version").returncode == 0, "containerd's API")
+
+    def stop(self) -> None:
+        """End containerd in order; containers live on."""
+        self.daemon.stop()
+
+    def call(self, *arguments: str, namespace: str = "default") -> subprocess.CompletedProcess[bytes]:
+        """Run `ctr` with these arguments; return the result whatever the outcome."""
+        command = [str(programs() / "ctr"), "-a", str(self.socket), "-n", namespace, *arguments]
+        return subprocess.run(command, env=environ(), capture_output=True, timeout=120)
+
+    def ctr(self, *arguments: str, namespace: str = "default") -> str:
+        """Run `ctr`; return its stdout, stripped.
+
+        Raises:
+            AssertionError: The command failed.
+        """
+        done = self.call(*arguments, namespace=namespace)
+        output = (done.stdout + done.stderr).decode(errors="replace")
+        assert done.returncode == 0, f"ctr {' '.join(arguments)}: {output}\n{self.daemon.log_tail()}"
+        return done.stdout.decode(errors="replace").strip()
+
+    def snapshots(self, namespace: str = "default") -> list[str]:
+        """The names of all snapshots of gear."""
+        lines = self.ctr("snapshots", "--snapshotter", "gear", "ls", namespace=namespace).splitlines()
+        return [line.split()[0] for line in lines[1:]]
+
+
+@dataclass
+class ContainerdDocker:
+    """One dockerd on the image store of a `Containerd`."""
+
+    containerd: Containerd
+    daemon: Daemon = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        plugins = self.directory / "config" / "cli-plugins"
+        plugins.mkdir(parents=True, exist_ok=True)
+        if not (plugins / "docker-buildx").exists():
+            (plugins / "docker-buildx").symlink_to((programs() / "docker-buildx").resolve())
+        settings = {
+            "features": {"containerd-snapshotter": True},
+            "storage-driver": "gear",
+            "containerd": str(self.containerd.socket),
+            "data-root": str(self.directory / "data"),
+            "exec-root": str(self.run_dir / "exec"),
+            "pidfile": str(self.run_dir / "docker.pid"),
+            "hosts": [f"unix://{self.socket}"],
+            "cgroup-parent": sandbox.cgroup_parent(),
+            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "bridge": "none",
+            "iptables": False,
+            "live-restore": True,
+            "insecure-registries": ["127.0.0.1"],
+        }
+        (self.directory / "daemon.json").write_text(json.dumps(settings))
+        command = [str(programs() / "dockerd"), "--config-file", str(self.directory / "daemon.json")]
+        self.daemon = Daemon(command, self.directory / "dockerd.log", environ())
+
+    @property
+    def directory(self) -> Path:
+        """Data root, configuration and log."""
+        return self.containerd.directory / "docker"
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets and pid file."""
+        return self.containerd.run_dir / "docker"
+
+    @property
+    def socket(self) -> Path:
+        """dockerd's API."""
+        return self.run_dir / "docker.sock"
+
+    def start(self) -> None:
+        """Start dockerd and return when it answers."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "docker.pid").unlink(missing_ok=True)
+        self.daemon.start()
+        self.daemon.wait_until(lambda: self.call("version").returncode == 0, "dockerd's API")
+
+    def stop(self) -> None:
+        """End dockerd in order; containers live on."""
+        self.daemon.stop()
+
+    def call(
+        self, *arguments: str, stdin: bytes | Path = b"", buildkit: bool = True
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run `docker` with these arguments; return the result whatever the outcome."""
+        ours = {
+            "DOCKER_HOST": f"unix://{self.socket}",
+            "DOCKER_CONFIG": str(self.directory / "config"),
+            "DOCKER_BUILDKIT": str(int(buildkit)),
+        }
+        command = [str(programs() / "docker"), *arguments]
+        if isinstance(stdin, Path):
+            with stdin.open("rb") as file:
+                return subprocess.run(command, env=environ() | ours, stdin=file, capture_output=True, timeout=300)
+        return subprocess.run(command, env=environ() | ours, input=stdin, capture_output=True, timeout=300)
+
+    def docker(self, *arguments: str, stdin: bytes | Path = b"", buildkit: bool = True) -> str:
+        """Run `docker`; return its stdout, stripped.
+
+        Raises:
+            AssertionError: The command failed.
+        """
+        done = self.call(*arguments, stdin=stdin, buildkit=buildkit)
+        output = (done.stdout + done.stderr).decode(errors="replace")
+        assert done.returncode == 0, f"docker {' '.join(arguments)}: {output}\n{self.daemon.log_tail()}"
+        return done.stdout.decode(errors="replace").strip()
+
+    def run(self, image: str, *command: str, options: tuple[str, ...] = ("--rm",)) -> str:
+        """`docker run` without a network; return its output."""
+        return self.docker("run", "--network", "none", *options, image, *command)
+
+    def remove_everything(self) -> None:
+        """Remove all containers, images and build caches."""
+        if containers := self.docker("ps", "-aq").split():
+            self.docker("rm", "-f", *containers)
+        self.docker("system", "prune", "-af")
+        self.docker("builder", "prune", "-af")
+
+
+def environ() -> dict[str, str]:
+    """The environment of the daemons: the programs first in PATH, for the shim."""
+    path = os.pathsep.join([str(programs()), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    assert shutil.which("runc", path=path), "runc is missing"
+    return {**os.environ, "PATH": path, "TMPDIR": str(sandbox.scratch())}
