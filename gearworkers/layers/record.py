@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.layers.apply import Applied
+from gearworkers.util.writing import write_synced
 
 RECORD_FILE = "layer.json"
 
@@ -93,6 +94,10 @@ def read_record(directory: Path) -> Layer:
     return msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Layer)
 
 
-def write_record(directory: Path, layer: Layer) -> None:
-    """Write `layer.json` into the new directory of a layer."""
-    (directory / RECORD_FILE).write_bytes(msgspec.json.encode(layer))
+def write_record(directory: Path, layer: Layer, *, sync: bool = False) -> None:
+    """Write `layer.json` into the new directory of a layer; its bytes survive a power cut if *sync* is set."""
+    data = msgspec.json.encode(layer)
+    if sync:
+        write_synced(directory / RECORD_FILE, data)
+    else:
+        (directory / RECORD_FILE).write_bytes(data)

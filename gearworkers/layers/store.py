@@ -36,7 +36,7 @@ from gearworkers.settings import NodeSettings
 from gearworkers.tar.private_marker import MARKER
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory, remove_tree
-from gearworkers.util.writing import replace_file
+from gearworkers.util.writing import replace_file, sync_directory
 
 TREE = "tree"
 UPPER = "upper"
@@ -267,8 +267,13 @@ class LayerStore:
         replace_file(self.directory(layer) / RECORD_FILE, record, sync=True)
         self._cached.pop(id, None)
 
-    def publish(self, build: Path, layer: Layer) -> None:
+    def publish(self, build: Path, layer: Layer, *, is_synced: bool = False) -> None:
         """Replace the empty layer by the finished image layer in *build*, durably.
+
+        Args:
+            build: The layer's directory.
+            layer: Its record.
+            is_synced: Whether the layer's files and objects are on the disk already, all except the record.
 
         Raises:
             NotFound: The empty layer was removed meanwhile; nothing is visible.
@@ -278,11 +283,14 @@ class LayerStore:
         """
         for name in (TREE, MERGED):
             (build / name).mkdir(mode=0o700)
-        write_record(build, layer)
+        write_record(build, layer, sync=is_synced)
         target = self._images / layer.id
         with opened_directory(self._images) as images_fd:
             with self.private_stores.moved_into_place(build, layer.id) if layer.private_objects else nullcontext():
-                kernel.syncfs(images_fd)
+                if is_synced:
+                    sync_directory(build)
+                else:
+                    kernel.syncfs(images_fd)
                 if not layer.complete:
                     inplace.forbid(self._root)
                 with publishing(self._root, self._objects):

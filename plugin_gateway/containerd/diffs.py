@@ -24,6 +24,7 @@ from gearworkers.errors import (
 )
 from gearworkers.workers.messages import ApplyDiff, Diff, JobResult, NewBlob, StoredBlob
 from plugin_gateway.containerd.content_root import ContentRoot
+from plugin_gateway.containerd.snapshot_table import AppliedBlob
 from plugin_gateway.containerd.snapshots import Mount, Snapshots
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 
@@ -94,12 +95,16 @@ class Diffs:
         parsed = _DIGEST.fullmatch(digest)
         if parsed is None:
             raise InvalidInput(f"blob digest {digest!r} is not valid")
-        blob = self._content_root.get() / "blobs" / parsed[1] / parsed[2]
         parent = self._snapshots.prepare_apply(layer)
-        job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
-        result = self._run(self._dispatcher.run(job, StoredBlob(str(blob)))).result
-        _raise_error(result)
-        return StoredDiff(_TAR, result.digest, result.stream_bytes)
+        applied = self._snapshots.copy_applied(layer, digest)
+        if applied is None:
+            path = self._content_root.get() / "blobs" / parsed[1] / parsed[2]
+            job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
+            result = self._run(self._dispatcher.run(job, StoredBlob(str(path)))).result
+            _raise_error(result)
+            applied = AppliedBlob(digest, layer, result.digest, result.stream_bytes)
+        self._snapshots.note_applied(applied)
+        return StoredDiff(_TAR, applied.diff_id, applied.tar_bytes)
 
     def diff(
         self,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -40,6 +41,14 @@ CREATE TABLE snapshots (
     inodes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX children ON snapshots (parent);
+CREATE TABLE blobs (
+    digest TEXT NOT NULL,
+    layer TEXT NOT NULL,
+    diff_id TEXT NOT NULL,
+    tar_bytes INTEGER NOT NULL,
+    PRIMARY KEY (digest, layer)
+) STRICT;
+CREATE INDEX layers ON blobs (layer);
 """
 _COLUMNS = "number, name, parent, kind, labels, created_ns, updated_ns, layer, size_bytes, inodes"
 _LAYER_PREFIX = "snapshot-"
@@ -70,6 +79,16 @@ class Snapshot(msgspec.Struct, frozen=True):
     """The engine's layer: the snapshot's own, or that of a view's parent; empty for a view of nothing."""
     size_bytes: int
     inodes: int
+
+
+class AppliedBlob(NamedTuple):
+    """A layer that was filled from a blob."""
+
+    digest: str
+    """Of the blob, as it is in containerd's content store."""
+    layer: str
+    diff_id: str
+    tar_bytes: int
 
 
 def layer_name(number: int) -> str:
@@ -205,7 +224,22 @@ class SnapshotRows:
         if self._connection.execute("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (name,)).fetchone():
             raise FailedPrecondition(f"cannot remove snapshot {name} with child")
         self._connection.execute("DELETE FROM snapshots WHERE name = ?", (name,))
+        if found.kind is not SnapshotKind.VIEW:
+            self._connection.execute("DELETE FROM blobs WHERE layer = ?", (found.layer,))
         return found
+
+    def note_blob(self, blob: AppliedBlob) -> None:
+        """Note that a layer was filled from a blob."""
+        self._connection.execute(
+            "INSERT OR REPLACE INTO blobs (digest, layer, diff_id, tar_bytes) VALUES (?, ?, ?, ?)", blob
+        )
+
+    def layers_of(self, digest: str) -> list[AppliedBlob]:
+        """Return the layers that were filled from the blob *digest*."""
+        rows = self._connection.execute(
+            "SELECT digest, layer, diff_id, tar_bytes FROM blobs WHERE digest = ?", (digest,)
+        )
+        return [AppliedBlob(*row) for row in rows]
 
     def _committed(self, name: str, otherwise: type[GearError]) -> Snapshot:
         found = self.get(name)

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import structlog
 
 from gearworkers.engine.engine import Engine
-from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
 from gearworkers.layers.record import LayerKind
 from gearworkers.layers.store import MERGED
 from gearworkers.util.keyed_locks import KeyedLocks
 from plugin_gateway.containerd.filters import matcher
 from plugin_gateway.containerd.snapshot_table import (
+    AppliedBlob,
     Snapshot,
     SnapshotKind,
     SnapshotTable,
@@ -309,6 +310,24 @@ class Snapshots:
             return rows.update_labels(name, changed)
 
     # -- contents
+
+    def copy_applied(self, id: str, digest: str) -> AppliedBlob | None:
+        """Fill the empty layer *id* from a layer that the blob *digest* has filled; None if there is no such layer."""
+        with self._rows.transaction() as rows:
+            candidates = rows.layers_of(digest)
+        parent = self._engine.layers.get(id).parent
+        for blob in candidates:
+            try:
+                self._engine.copy_layer(id, parent, blob.layer)
+            except (NotFound, FailedPrecondition):
+                continue
+            return blob._replace(layer=id)
+        return None
+
+    def note_applied(self, blob: AppliedBlob) -> None:
+        """Note the blob that has filled a layer, so that the next Apply of it copies the layer."""
+        with self._rows.transaction() as rows:
+            rows.note_blob(blob)
 
     def prepare_apply(self, id: str) -> str:
         """Make layer *id* ready for Apply: unmount it. Return the layer of its parent.
