@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from gearworkers.containerd.client import connected
+from gearworkers.errors import NotFound
 
 _CONTENT_PLUGIN = ("io.containerd.content.v1", "content")
 
@@ -32,5 +33,8 @@ class ContentRoot:
         with self._lock:
             if self._found is None:
                 with connected(self._address) as client:
-                    self._found = Path(client.plugin(*_CONTENT_PLUGIN).exports["root"])
+                    root = client.plugin(*_CONTENT_PLUGIN).exports.get("root")
+                if not root:
+                    raise NotFound(f"containerd at {self._address} has no content directory of its own")
+                self._found = Path(root)
             return self._found

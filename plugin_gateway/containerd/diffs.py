@@ -12,7 +12,16 @@ from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from gearworkers.errors import GearError, IntegrityError, InvalidInput, NotFound, Unavailable
+from gearworkers.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    GearError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from gearworkers.workers.messages import ApplyDiff, Diff, JobResult, NewBlob, StoredBlob
 from plugin_gateway.containerd.content_root import ContentRoot
 from plugin_gateway.containerd.snapshot_table import AppliedBlob
@@ -74,6 +83,8 @@ class Diffs:
         Raises:
             Unsupported: The mounts are not from here, or the media type is unknown.
             NotFound: The blob is missing.
+            AlreadyExists: The layer has content.
+            FailedPrecondition: The mounts are not of an active snapshot.
             IntegrityError, InvalidInput: The blob is damaged or not a valid layer.
         """
         layer = self._snapshots.layer_of(mounts)
@@ -141,7 +152,16 @@ class Diffs:
 
 
 _KINDS: dict[str, type[GearError]] = {
-    kind.__name__: kind for kind in (NotFound, IntegrityError, InvalidInput, Unavailable)
+    kind.__name__: kind
+    for kind in (
+        NotFound,
+        AlreadyExists,
+        FailedPrecondition,
+        InvalidInput,
+        IntegrityError,
+        Unavailable,
+        ResourceExhausted,
+    )
 }
 
 

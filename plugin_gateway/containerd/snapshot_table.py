@@ -124,6 +124,12 @@ class SnapshotRows:
             return row
         raise NotFound(f"snapshot number {number} does not exist")
 
+    def owner(self, layer: str) -> Snapshot:
+        """Return the active or committed snapshot that has the engine's layer; errors as `get`."""
+        for row in self._select("WHERE layer = ? AND kind != ?", layer, SnapshotKind.VIEW):
+            return row
+        raise NotFound(f"the snapshot of layer {layer} does not exist")
+
     def all(self) -> list[Snapshot]:
         """Return all snapshots, the oldest first. A parent named at commit may be younger than its child."""
         return list(self._select("ORDER BY number"))
@@ -306,6 +312,11 @@ class SnapshotTable:
         """As `SnapshotRows.numbered`."""
         with self._reading() as rows:
             return rows.numbered(number)
+
+    def owner(self, layer: str) -> Snapshot:
+        """As `SnapshotRows.owner`."""
+        with self._reading() as rows:
+            return rows.owner(layer)
 
     def all(self) -> list[Snapshot]:
         """As `SnapshotRows.all`."""

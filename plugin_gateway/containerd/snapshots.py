@@ -171,9 +171,10 @@ class Snapshots:
         return self._mounts(self._rows.get(key))
 
     def _mounts(self, snapshot: Snapshot) -> list[Mount]:
-        if snapshot.kind is SnapshotKind.COMMITTED:
-            raise FailedPrecondition(f"snapshot {snapshot.name} is committed, so it has no mounts")
         with self._locks.held(snapshot.layer):
+            snapshot = self._rows.numbered(snapshot.number)  # again: it may have been removed or committed meanwhile
+            if snapshot.kind is SnapshotKind.COMMITTED:
+                raise FailedPrecondition(f"snapshot {snapshot.name} is committed, so it has no mounts")
             if snapshot.kind is SnapshotKind.VIEW:
                 return [_bind(self._mounted_view(snapshot), "ro")]
             layer = self._engine.layers.get(snapshot.layer)
@@ -198,7 +199,7 @@ class Snapshots:
         source, settings = Path(mounts[0].source), self._engine.settings
         if source == self._root / _EMPTY:
             return ""
-        if source.parent == self._views:
+        if source.parent == self._views and source.name.isdecimal():
             return self._rows.numbered(int(source.name)).layer
         directory = source.parent if source.name == MERGED else source
         if directory.parent in (settings.gear_images_path, settings.gear_containers_path):
@@ -333,7 +334,11 @@ class Snapshots:
 
         Raises:
             NotFound: There is no such layer.
+            FailedPrecondition: It belongs to a committed snapshot.
         """
+        owner = self._rows.owner(id)
+        if owner.kind is not SnapshotKind.ACTIVE:
+            raise FailedPrecondition(f"snapshot {owner.name} is not active, so no blob can be applied to it")
         self._engine.unmount(id)
         return self._engine.layers.get(id).parent
 

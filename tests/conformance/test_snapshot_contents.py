@@ -190,6 +190,14 @@ def test_everybody_may_enter_the_top_directory(client: SnapshotClient, on_a_pare
     assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o755, 0, 0)
 
 
+def test_the_top_directory_keeps_its_owner_in_children(client: SnapshotClient) -> None:
+    base = committed(client, "", lambda top: os.chown(top, 1000, 2000))
+    view = new_key("view")
+    for mounts in (client.view(view, base), client.mounts(active(client, base))):
+        with mounted(mounts) as top:
+            assert (top.stat().st_uid, top.stat().st_gid) == (1000, 2000)
+
+
 # -- chains
 
 

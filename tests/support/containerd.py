@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 @contextmanager
-def refused(code: grpc.StatusCode, match: str = "") -> Iterator[None]:
+def refused(code: grpc.StatusCode, match: str | None = None) -> Iterator[None]:
     """Check that a call in the context is refused with *code* and a message that contains the pattern *match*."""
     with pytest.raises(Refused, match=match) as caught:
         yield

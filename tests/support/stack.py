@@ -161,6 +161,13 @@ class Stack:
         """Return the end of every daemon's log."""
         return "\n".join(f"--- {name}\n{daemon.log_tail()}" for name, daemon in self.daemons.items())
 
+    def check_log(self, name: str) -> str:
+        """Check that the log of a process shows no bug; return the log."""
+        log = self.daemons[name].log.read_text(errors="replace")
+        for bad in ("exited prematurely", "a bug", "Traceback"):
+            assert bad not in log, f"{name}: {self.daemons[name].log_tail()}"
+        return log
+
     def wait_until_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Return when staging is empty: no import is in progress, and none was left unfinished."""
         wait_until(lambda: not self.staged(), "staging is empty", timeout_s, lambda: str(self.staged()))
