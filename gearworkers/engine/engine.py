@@ -217,8 +217,14 @@ class Engine:
         self.layers.rebase(id, parent)
 
     @layer_call
-    def diff(self, id: str, parent: str, sink: Writable) -> None:
+    def diff(self, id: str, parent: str, sink: Writable, *, max_mtime_ns: int | None = None) -> None:
         """Write the layer's differences from *parent* as a tar.
+
+        Args:
+            id: The layer.
+            parent: The older layer; empty for none.
+            sink: Receives the tar.
+            max_mtime_ns: As for `write_diff`. The tar of an image layer is then not the one that it was filled from.
 
         Raises:
             NotFound: The layer or an object is missing.
@@ -226,7 +232,7 @@ class Engine:
         """
         layer = self.layers.get(id)
         ids = self.id_maps()
-        if layer.kind is LayerKind.IMAGE and layer.parent == parent:
+        if layer.kind is LayerKind.IMAGE and layer.parent == parent and max_mtime_ns is None:
             replay(self.layers.directory(layer), self.layers.object_store(layer), sink)
         elif layer.kind is LayerKind.CONTAINER and layer.parent == parent:
             upper = self.layers.lower(layer)
@@ -236,10 +242,10 @@ class Engine:
                 self.mounts.view(id) as merged_fd,
             ):
                 assert merged_fd is not None
-                write_diff(upper, merged_fd, parent_fd, sink, ids)
+                write_diff(upper, merged_fd, parent_fd, sink, ids, max_mtime_ns)
         else:
             with self.mounts.view(parent) as parent_fd, self.mounts.view(id) as own_fd:
-                write_tree_diff(own_fd, parent_fd, sink, ids)
+                write_tree_diff(own_fd, parent_fd, sink, ids, max_mtime_ns)
 
     @layer_call
     def changes(self, id: str, parent: str) -> list[Change]:

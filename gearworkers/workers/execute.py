@@ -134,7 +134,7 @@ def _apply_blob(claimed: ClaimedJob, stream: StoredBlob, job: ApplyDiff, engine:
 
 def _diff_to_blob(claimed: ClaimedJob, stream: NewBlob, job: Diff, engine: Engine) -> JobResult:
     with new_blob(stream, claimed.check_wanted) as body:
-        engine.diff(job.id, job.parent, body)
+        engine.diff(job.id, job.parent, body, max_mtime_ns=stream.max_mtime_ns)
         stored = body.finish()
     return JobResult(digest=stored.digest, stream_bytes=stored.size_bytes)
 

@@ -111,6 +111,8 @@ class NewBlob(msgspec.Struct, frozen=True, tag="new_blob"):
     media_type: str
     """Of a layer; says how it is compressed."""
     labels: dict[str, str]
+    max_mtime_ns: int | None = None
+    """As for `Engine.diff`."""
 
 
 ByteStream = HttpConnection | StoredBlob | NewBlob | None

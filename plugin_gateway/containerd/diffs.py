@@ -115,6 +115,7 @@ class Diffs:
         ref: str,
         labels: Mapping[str, str],
         namespace: str,
+        max_mtime_ns: int | None = None,
     ) -> StoredDiff:
         """Store the difference of two trees in containerd's content store and return the blob.
 
@@ -124,6 +125,7 @@ class Diffs:
             media_type: Of the blob; empty for a gzip layer.
             ref: The name of the write; empty for one of our own.
             labels: For the blob.
+            max_mtime_ns: As for `Engine.diff`.
             namespace: containerd's, as the request's metadata has it; empty to take it from the snapshot's name.
 
         Raises:
@@ -141,6 +143,7 @@ class Diffs:
             ref=ref,
             media_type=media_type,
             labels=dict(labels),
+            max_mtime_ns=max_mtime_ns,
         )
         job = Diff(gear_root=str(self._root), id=newer, parent=older)
         result = self._run(self._dispatcher.run(job, stream)).result

@@ -243,6 +243,7 @@ class ContainerdServer:
             ref=request.ref,
             labels=request.labels,
             namespace=metadata.get("containerd-namespace", ""),
+            max_mtime_ns=request.source_date_epoch.ToNanoseconds() if request.HasField("source_date_epoch") else None,
         )
         descriptor = types_pb2.Descriptor(media_type=stored.media_type, digest=stored.digest, size=stored.size_bytes)
         return diff_pb2.DiffResponse(diff=descriptor)

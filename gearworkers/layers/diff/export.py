@@ -56,7 +56,9 @@ class Writable(Protocol):
         ...
 
 
-def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable, ids: IdMaps) -> None:
+def write_diff(
+    upper: Path, merged_fd: int, parent_fd: int | None, out: Writable, ids: IdMaps, max_mtime_ns: int | None = None
+) -> None:
     """Write the tar of the read-write layer *upper* against its parent.
 
     Args:
@@ -65,6 +67,7 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
         parent_fd: Root of the overlay without the upper; None if the layer has no parent.
         out: Receives the tar; its errors pass through unchanged.
         ids: Maps the host's owners to the tar's.
+        max_mtime_ns: Later times become this one, and whiteouts get it (SOURCE_DATE_EPOCH); None keeps all times.
 
     A file that grows or shrinks meanwhile keeps the length that it had when it was opened: its content is truncated or
     padded with zeros. A file that vanishes is omitted.
@@ -73,7 +76,7 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
         NotFound: The object of a file is not in the object store.
         GearError: A file cannot be read, or an owner is outside the id ranges. The tar is then unfinished.
     """
-    tar = _DiffWriter(out, ids)
+    tar = _DiffWriter(out, ids, max_mtime_ns)
     with opened_directory(upper) as upper_fd:
         if lstat_at(upper_fd, MARKER) is not None:
             tar.add_private_marker(merged_fd)
@@ -87,13 +90,15 @@ def write_diff(upper: Path, merged_fd: int, parent_fd: int | None, out: Writable
     tar.finish()
 
 
-def write_tree_diff(new_fd: int | None, old_fd: int | None, out: Writable, ids: IdMaps) -> None:
+def write_tree_diff(
+    new_fd: int | None, old_fd: int | None, out: Writable, ids: IdMaps, max_mtime_ns: int | None = None
+) -> None:
     """Write the tar that turns the old tree into the new one, for any two trees; None is an empty tree.
 
     Changed files are written whole, and missing files become whiteouts. `tree_changes` determines the changes. Other
     arguments and errors are as for `write_diff`.
     """
-    tar = _DiffWriter(out, ids)
+    tar = _DiffWriter(out, ids, max_mtime_ns)
     changes = tree_changes(new_fd, old_fd)
     if new_fd is not None and any(change.path[1:] == MARKER for change in changes):
         tar.add_private_marker(new_fd)
@@ -151,9 +156,10 @@ class _ReadErrors:
 class _DiffWriter:
     """Writes one tar and keeps the hard links in it."""
 
-    def __init__(self, out: Writable, ids: IdMaps) -> None:
+    def __init__(self, out: Writable, ids: IdMaps, max_mtime_ns: int | None) -> None:
         self._out = out
         self._ids = ids
+        self._max_mtime_ns = max_mtime_ns
         self._buffered = bytearray()
         self._buffer = memoryview(bytearray(PIECE_BYTES))
         self._has_private_marker = False
@@ -186,7 +192,7 @@ class _DiffWriter:
     def add_whiteout(self, path: bytes) -> None:
         """Write a whiteout or an opaque marker: an empty file."""
         if len(path) <= MAX_PATH_BYTES + len(PREFIX):
-            self._put(header(TarEntry(path, REG, mode=_WHITEOUT_MODE)))
+            self._put(header(TarEntry(path, REG, mode=_WHITEOUT_MODE, mtime_ns=self._max_mtime_ns or 0)))
 
     def finish(self) -> None:
         """Write the end of the tar."""
@@ -239,7 +245,7 @@ class _DiffWriter:
             uid, gid = self._ids.to_container(status.st_uid, status.st_gid)
         except InvalidInput as exc:
             raise InvalidInput(f"the owner of {shown(path)}: {exc}") from exc
-        is_device = kind in (CHAR, BLOCK)
+        is_device, limit_ns = kind in (CHAR, BLOCK), self._max_mtime_ns
         return TarEntry(
             path,
             kind,
@@ -248,7 +254,7 @@ class _DiffWriter:
             uid,
             gid,
             size_bytes=status.st_size if kind == REG else 0,
-            mtime_ns=status.st_mtime_ns,
+            mtime_ns=status.st_mtime_ns if limit_ns is None else min(status.st_mtime_ns, limit_ns),
             devmajor=os.major(status.st_rdev) if is_device else 0,
             devminor=os.minor(status.st_rdev) if is_device else 0,
             xattrs=xattrs or None,
