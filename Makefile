@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup rootfs images containerd up demo test check protos bench
+.PHONY: help setup rootfs images containerd up demo test test-matrix check protos bench
 help:
 	@echo "make setup    install missing Debian packages and build .venv; every other target does so first"
 	@echo "make demo     run the same job on gearworkers and on overlay2 and compare; leaves nothing behind"
@@ -10,6 +10,7 @@ help:
 	@echo "make check    run linters, type checks and quick tests"
 	@echo "make test     run all tests, those on a real dockerd included"
 	@echo "make protos   generate the messages of containerd's API from their .proto files"
+	@echo "make test-matrix  run the tests of containerd's door on Debian testing's containerd and Docker"
 	@echo "make rootfs   make the root file systems that tests and benchmarks use"
 	@echo "make images   make the application images that tests use"
 	@echo "make containerd  unpack a newer containerd and Docker, which tests use"
@@ -46,6 +47,11 @@ check: setup
 	$(VENV)/mypy
 	$(VENV)/lint-imports
 	$(VENV)/python -m pytest -q -n auto -m "not dockerd and not slow" tests/unit
+
+# The tests of containerd's door on Debian testing's containerd and Docker.
+test-matrix: rootfs
+	@DOCKER_OF_DEBIAN=testing $(VENV)/python -m tests.support.newer_docker
+	@DOCKER_OF_DEBIAN=testing $(VENV)/python -m pytest tests/e2e/test_containerd.py
 
 protos: setup
 	@$(VENV)/python packaging/protos.py

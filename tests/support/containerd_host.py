@@ -9,28 +9,20 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gearworkers.containerd.config import Version, snippet
 from tests.support import sandbox
 from tests.support.newer_docker import programs
 from tests.support.processes import Daemon
 from tests.support.stack import Stack
 
-_CONFIG = """\
-version = 2
+_PATHS = """\
 root = "{directory}/root"
 state = "{run_dir}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri"]
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"]
 [grpc]
   address = "{socket}"
 [ttrpc]
   address = "{socket}.ttrpc"
-[proxy_plugins.gear]
-  type = "snapshot"
-  address = "{gateway}"
-[proxy_plugins.gear-diff]
-  type = "diff"
-  address = "{gateway}"
-[plugins."io.containerd.service.v1.diff-service"]
-  default = ["gear-diff", "walking"]
 """
 
 
@@ -51,14 +43,9 @@ class Containerd:
         for path in (self.directory, self.run_dir):
             path.mkdir(parents=True, exist_ok=True)
         config = self.directory / "config.toml"
-        config.write_text(
-            _CONFIG.format(
-                directory=self.directory,
-                run_dir=self.run_dir,
-                socket=self.socket,
-                gateway=self.stack.run_dir / "containerd.sock",
-            )
-        )
+        paths = _PATHS.format(directory=self.directory, run_dir=self.run_dir, socket=self.socket)
+        head, rest = self.snippet().split("\n", 1)
+        config.write_text(f"{head}\n{paths}{rest}")
         command = [str(programs() / "containerd"), "--config", str(config)]
         self.daemon = Daemon(command, self.directory / "containerd.log", environ())
 
@@ -71,6 +58,13 @@ class Containerd:
     def socket(self) -> Path:
         """containerd's API."""
         return self.run_dir / "containerd.sock"
+
+    def snippet(self) -> str:
+        """The text that `gear containerd-config` prints for this containerd."""
+        command = [str(programs() / "containerd"), "--version"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        version = Version.parse(text.split()[2])
+        return snippet(version, self.stack.run_dir / "containerd.sock", self.stack.root, cri=False)
 
     def start(self) -> None:
         """Start containerd and return when it answers."""

@@ -1,11 +1,12 @@
-"""A containerd of 1.7 or later and a Docker of 26 or later: this host's own, or those of Debian 13 in the cache.
+"""A containerd of 1.7 or later and a Docker of 26 or later: this host's own, or those of a newer Debian in the cache.
 
-`make_all` needs the network, so it runs before a sandbox begins. The programs of Debian 13's packages also run on
-Debian 12.
+`python -m tests.support.newer_docker` makes the directory of the programs. It needs the network, so it runs before a
+sandbox begins. The programs of newer Debian packages also run on Debian 12.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from gearworkers.util.locks import locked_file
 from tests.support.rootfs import cache_dir, mirror
 
-_RELEASE = "trixie"
+RELEASE = os.environ.get("DOCKER_OF_DEBIAN", "")
+"""The release of Debian to use; empty for this host's programs, or those of Debian 13 if these are too old."""
+_FALLBACK = "trixie"
 _PACKAGES = ("containerd", "docker.io", "docker-cli", "docker-buildx")
 _PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2", "dockerd", "docker")
 _BUILDX = Path("usr/libexec/docker/cli-plugins/docker-buildx")
@@ -31,9 +34,9 @@ def programs() -> Path:
     Raises:
         FileNotFoundError: It was not made yet.
     """
-    path = cache_dir() / f"docker-{_RELEASE}"
+    path = _directory()
     if not path.exists():
-        raise FileNotFoundError(f"{path}: run `make rootfs`")
+        raise FileNotFoundError(f"{path}: run `make containerd`")
     return path
 
 
@@ -44,19 +47,22 @@ def make_all() -> None:
     """
     cache_dir().mkdir(parents=True, exist_ok=True)
     with locked_file(cache_dir() / "lock"):
-        target = cache_dir() / f"docker-{_RELEASE}"
-        if not target.exists():
-            _make(target)
+        if not _directory().exists():
+            _make(_directory())
+
+
+def _directory() -> Path:
+    return cache_dir() / f"docker-{RELEASE or 'default'}"
 
 
 def _make(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="making-", dir=cache_dir()) as name:
         made = Path(name) / "bin"
         made.mkdir()
-        if all(_has_version(program, version) for program, version in _MIN_VERSIONS.items()):
+        if not RELEASE and all(_has_version(program, version) for program, version in _MIN_VERSIONS.items()):
             _link_own(made)
         else:
-            print("unpacking Debian 13's containerd and Docker (once)", flush=True)
+            print(f"unpacking containerd and Docker of Debian {RELEASE or _FALLBACK} (once)", flush=True)
             _unpack(Path(name), made)
         made.rename(target)
 
@@ -79,13 +85,13 @@ def _link_own(target: Path) -> None:
 
 
 def _unpack(directory: Path, target: Path) -> None:
-    """Download the packages of Debian 13 with apt's checks of signatures, and take their programs."""
+    """Download the packages with apt's checks of signatures, and take their programs."""
     for name in ("state/lists/partial", "cache/archives/partial", "debs", "root"):
         (directory / name).mkdir(parents=True)
     mirrors = mirror()
     if not mirrors:
         sys.exit("apt names no mirror of Debian")
-    (directory / "sources.list").write_text(f"deb [signed-by={_KEYRING}] {mirrors[0]} {_RELEASE} main\n")
+    (directory / "sources.list").write_text(f"deb [signed-by={_KEYRING}] {mirrors[0]} {RELEASE or _FALLBACK} main\n")
     options = {
         "Dir::Etc::sourcelist": directory / "sources.list",
         "Dir::Etc::sourceparts": "-",
