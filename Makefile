@@ -16,7 +16,7 @@ help:
 	@echo "make containerd  unpack a newer containerd and Docker, which tests use"
 	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
 	@echo "              import shared load parallel build save run read chown memory"
-	@echo "              convert many reread lazy local bytes storage second"
+	@echo "              convert many reread unpack lazy local bytes storage second"
 
 setup:
 	@$(PYTHON) packaging/prepare.py
@@ -56,8 +56,8 @@ test-matrix: rootfs
 protos: setup
 	@$(VENV)/python packaging/protos.py
 
-bench: rootfs
+bench: rootfs containerd
 	@exec $(VENV)/python -m bench
 
-bench-%: rootfs
+bench-%: rootfs containerd
 	@exec $(VENV)/python -m bench $*

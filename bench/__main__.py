@@ -14,6 +14,7 @@ from bench.lazy import OLD, VERSIONS, lazy, local, received, second, storage
 from bench.many import many
 from bench.memory import memory
 from bench.reread import reread
+from bench.unpack import unpack
 from tests.support import appimages, sandbox
 
 ROWS: Mapping[str, Callable[[], list[Figure]]] = {
@@ -35,6 +36,7 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "second": second,
     "many": many,
     "reread": reread,
+    "unpack": unpack,
 }
 IMAGES = {"lazy": (OLD,), "local": (OLD,), "bytes": (OLD,), "second": VERSIONS, "storage": VERSIONS}
 """Versions of the application images that a benchmark needs; made before the sandbox starts, which has no network."""

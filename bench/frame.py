@@ -103,7 +103,11 @@ class Pairs:
 
     def add(self, side: Side, value: float) -> None:
         """Record one value."""
-        (self.ours if side.is_ours else self.peer).append(value)
+        self.add_value(side.is_ours, value)
+
+    def add_value(self, is_ours: bool, value: float) -> None:
+        """Record one value of gearworkers or of the peer."""
+        (self.ours if is_ours else self.peer).append(value)
 
     def figure(self, work: str, goal: float | None) -> Figure:
         """Return the medians as a figure."""

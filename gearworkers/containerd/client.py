@@ -91,6 +91,24 @@ class Client:
         call = "/containerd.services.leases.v1.Leases/Create"
         return self._call(call, request, leases_pb2.CreateResponse).lease.id
 
+    def list_content(self, filter: str) -> list[str]:
+        """Return the digests of the blobs that match *filter*, in containerd's syntax.
+
+        Raises:
+            Unavailable: containerd does not answer.
+        """
+        call = self._channel.unary_stream(
+            "/containerd.services.content.v1.Content/List",
+            request_serializer=content_pb2.ListContentRequest.SerializeToString,
+            response_deserializer=content_pb2.ListContentResponse.FromString,
+        )
+        request = content_pb2.ListContentRequest(filters=[filter])
+        try:
+            responses = call(request, timeout=_TIMEOUT_S, metadata=self._metadata)
+            return [info.digest for response in responses for info in response.info]
+        except grpc.RpcError as exc:
+            raise self._translated(exc, "Content.List") from exc
+
     def write_content(
         self, requests: Iterator[content_pb2.WriteContentRequest], lease: str
     ) -> Iterator[content_pb2.WriteContentResponse]:

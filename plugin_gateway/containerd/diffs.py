@@ -23,7 +23,8 @@ from gearworkers.errors import (
     Unavailable,
 )
 from gearworkers.workers.messages import ApplyDiff, Diff, JobResult, NewBlob, StoredBlob
-from plugin_gateway.containerd.content_root import ContentRoot
+from plugin_gateway.containerd.ahead import AheadApplies
+from plugin_gateway.containerd.image_blobs import ImageBlobs
 from plugin_gateway.containerd.snapshot_table import AppliedBlob
 from plugin_gateway.containerd.snapshots import Mount, Snapshots
 from plugin_gateway.dispatch.dispatcher import Dispatcher
@@ -34,7 +35,6 @@ _LAYER_TYPE = re.compile(
     r"application/vnd\.(oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?"
     r"|docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?)"
 )
-_DIGEST = re.compile(r"(sha256|sha384|sha512):([0-9a-f]{64,128})")
 
 
 class Unsupported(GearError):
@@ -56,7 +56,8 @@ class Diffs:
         root: GEAR_ROOT.
         snapshots: Resolves mounts to layers.
         dispatcher: Runs the jobs.
-        content_root: Finds containerd's content directory.
+        blobs: Finds containerd's blobs.
+        ahead: Applies the layers of an image ahead of their turn.
         address: containerd's socket, on which Diff stores its blob.
         loop: The event loop on which jobs run.
     """
@@ -66,14 +67,16 @@ class Diffs:
         root: Path,
         snapshots: Snapshots,
         dispatcher: Dispatcher,
-        content_root: ContentRoot,
+        blobs: ImageBlobs,
+        ahead: AheadApplies,
         address: Path,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._root = root
         self._snapshots = snapshots
         self._dispatcher = dispatcher
-        self._content_root = content_root
+        self._blobs = blobs
+        self._ahead = ahead
         self._address = address
         self._loop = loop
 
@@ -92,19 +95,30 @@ class Diffs:
             raise Unsupported("the mounts are not of a snapshot of gearworkers")
         if not _LAYER_TYPE.fullmatch(media_type):
             raise Unsupported(f"layers of media type {media_type} are not supported")
-        parsed = _DIGEST.fullmatch(digest)
-        if parsed is None:
-            raise InvalidInput(f"blob digest {digest!r} is not valid")
+        path = self._blobs.path(digest)
         parent = self._snapshots.prepare_apply(layer)
-        applied = self._snapshots.copy_applied(layer, digest)
-        if applied is None:
-            path = self._content_root.get() / "blobs" / parsed[1] / parsed[2]
-            job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
-            result = self._run(self._dispatcher.run(job, StoredBlob(str(path)))).result
-            _raise_error(result)
-            applied = AppliedBlob(digest, layer, result.digest, result.stream_bytes)
+        applied = self._snapshots.copy_applied(layer, digest) or self._run(self._apply(layer, parent, digest, path))
         self._snapshots.note_applied(applied)
         return StoredDiff(_TAR, applied.diff_id, applied.tar_bytes)
+
+    async def _apply(self, layer: str, parent: str, digest: str, path: Path) -> AppliedBlob:
+        """Fill *layer* from a blob, or from the layer that was filled ahead of its turn."""
+        self._ahead.begin(digest, *self._snapshots.place_of(layer))
+        found = await self._ahead.take(digest)
+        if found is not None:
+            try:
+                if await asyncio.to_thread(self._snapshots.copy, layer, found):
+                    return found._replace(layer=layer)
+            finally:
+                await self._ahead.remove(found)
+        job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
+        await self._ahead.cores.occupy()
+        try:
+            result = (await self._dispatcher.run(job, StoredBlob(str(path)))).result
+        finally:
+            await self._ahead.cores.release()
+        _raise_error(result)
+        return AppliedBlob(digest, layer, result.digest, result.stream_bytes)
 
     def diff(
         self,

@@ -9,8 +9,10 @@ from pathlib import Path
 import structlog
 
 from gearworkers.settings import Settings
+from plugin_gateway.containerd.ahead import AheadApplies
 from plugin_gateway.containerd.content_root import ContentRoot
 from plugin_gateway.containerd.diffs import Diffs
+from plugin_gateway.containerd.image_blobs import ImageBlobs
 from plugin_gateway.containerd.server import ContainerdServer
 from plugin_gateway.containerd.snapshots import Snapshots
 from plugin_gateway.dispatch.dispatcher import Dispatcher
@@ -40,6 +42,7 @@ class ContainerdDoor:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._snapshots: Snapshots | None = None
+        self._ahead: AheadApplies | None = None
         self._server: ContainerdServer | None = None
 
     async def open(self, layer_removed: Callable[[], object], layer_stored: Callable[[], object]) -> None:
@@ -58,7 +61,10 @@ class ContainerdDoor:
         self._snapshots = Snapshots(engine)
         await asyncio.to_thread(self._snapshots.open)
         address = self._settings.containerd_address
-        diffs = Diffs(engine.settings.gear_root, self._snapshots, self._dispatcher, ContentRoot(address), address, loop)
+        blobs = ImageBlobs(address, ContentRoot(address))
+        self._ahead = AheadApplies(engine, self._dispatcher, blobs, self._snapshots.is_applied)
+        root = engine.settings.gear_root
+        diffs = Diffs(root, self._snapshots, self._dispatcher, blobs, self._ahead, address, loop)
         self._server = ContainerdServer(
             self._path,
             self._snapshots,
@@ -74,5 +80,7 @@ class ContainerdDoor:
         """Accept no new calls, let running calls finish within their grace, remove the socket."""
         if self._server is not None:
             await self._server.close()
+        if self._ahead is not None:
+            await self._ahead.close()
         if self._snapshots is not None:
             self._snapshots.close()

@@ -52,6 +52,7 @@ CREATE INDEX layers ON blobs (layer);
 """
 _COLUMNS = "number, name, parent, kind, labels, created_ns, updated_ns, layer, size_bytes, inodes"
 _LAYER_PREFIX = "snapshot-"
+_AHEAD_PREFIX = "ahead-"
 
 
 class SnapshotKind(IntEnum):
@@ -91,14 +92,19 @@ class AppliedBlob(NamedTuple):
     tar_bytes: int
 
 
+def ahead_name(number: int) -> str:
+    """Return the id of the engine's layer for a blob that is applied ahead of its turn."""
+    return f"{_AHEAD_PREFIX}{number}"
+
+
 def layer_name(number: int) -> str:
     """Return the id of the engine's layer for an active snapshot."""
     return f"{_LAYER_PREFIX}{number}"
 
 
 def is_layer_name(id: str) -> bool:
-    """Whether the engine's layer belongs to a snapshot; Docker's ids are hexadecimal."""
-    return id.startswith(_LAYER_PREFIX)
+    """Whether the engine's layer is of containerd's door; Docker's ids are hexadecimal."""
+    return id.startswith((_LAYER_PREFIX, _AHEAD_PREFIX))
 
 
 class SnapshotRows:

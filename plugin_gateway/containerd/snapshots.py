@@ -315,14 +315,24 @@ class Snapshots:
         """Fill the empty layer *id* from a layer that the blob *digest* has filled; None if there is no such layer."""
         with self._rows.transaction() as rows:
             candidates = rows.layers_of(digest)
-        parent = self._engine.layers.get(id).parent
-        for blob in candidates:
-            try:
-                self._engine.copy_layer(id, parent, blob.layer)
-            except (NotFound, FailedPrecondition):
-                continue
-            return blob._replace(layer=id)
-        return None
+        return next((blob._replace(layer=id) for blob in candidates if self.copy(id, blob)), None)
+
+    def is_applied(self, digest: str) -> bool:
+        """Whether the blob *digest* has filled a layer."""
+        with self._rows.transaction() as rows:
+            return bool(rows.layers_of(digest))
+
+    def copy(self, id: str, blob: AppliedBlob) -> bool:
+        """Fill the empty layer *id* from the layer of *blob*; return False if that cannot be copied."""
+        try:
+            self._engine.copy_layer(id, self._engine.layers.get(id).parent, blob.layer)
+        except (NotFound, FailedPrecondition):
+            return False
+        return True
+
+    def place_of(self, layer: str) -> tuple[int, str]:
+        """Return the number of layers below a snapshot's layer, and containerd's namespace."""
+        return sum(1 for _ in self._engine.layers.layer_chain(layer)) - 1, self.namespace_of(layer)
 
     def note_applied(self, blob: AppliedBlob) -> None:
         """Note the blob that has filled a layer, so that the next Apply of it copies the layer."""

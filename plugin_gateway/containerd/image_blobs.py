@@ -1,0 +1,69 @@
+"""The blobs of an image in containerd's content store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from gearworkers.containerd.client import connected
+from gearworkers.errors import InvalidInput, NotFound
+from gearworkers.images.manifest import decode_manifest
+from gearworkers.util.fs import read_small
+from plugin_gateway.containerd.content_root import ContentRoot
+
+_MAX_MANIFEST_BYTES = 4 << 20
+_LAYER_LABEL = "containerd.io/gc.ref.content.l"
+"""containerd labels a manifest's blob with the digest of each layer, by its number."""
+
+
+class BlobFile(NamedTuple):
+    """A blob as containerd stores it."""
+
+    digest: str
+    size_bytes: int
+    path: Path
+    """The file does not exist while the blob is downloaded."""
+
+
+class ImageBlobs:
+    """Finds the layers of an image through one of them.
+
+    Args:
+        address: containerd's socket.
+        content_root: Finds the content directory.
+    """
+
+    def __init__(self, address: Path, content_root: ContentRoot) -> None:
+        self._address = address
+        self._content_root = content_root
+
+    def path(self, digest: str) -> Path:
+        """Return the path of a blob.
+
+        Raises:
+            Unavailable: containerd does not answer.
+            InvalidInput: The digest is malformed.
+        """
+        algorithm, _, encoded = digest.partition(":")
+        if not (algorithm.isalnum() and encoded.isalnum()):
+            raise InvalidInput(f"blob digest {digest!r} is not valid")
+        return self._content_root.get() / "blobs" / algorithm / encoded
+
+    def of_image(self, digest: str, position: int, namespace: str) -> list[BlobFile]:
+        """Return the image's layers from *digest* to the topmost.
+
+        Args:
+            digest: Of a layer.
+            position: The number of layers below it.
+            namespace: containerd's.
+
+        Raises:
+            NotFound: No manifest in the content store has this layer at this position.
+            GearError: containerd does not answer, or the manifest is malformed.
+        """
+        with connected(self._address, namespace) as client:
+            for manifest in client.list_content(f'labels."{_LAYER_LABEL}.{position}"=={digest}'):
+                data = read_small(self.path(manifest), _MAX_MANIFEST_BYTES)
+                layers = decode_manifest(data, f"manifest {manifest}").layers[position:]
+                return [BlobFile(layer.digest, layer.size, self.path(layer.digest)) for layer in layers]
+        raise NotFound(f"no manifest has layer {digest}")

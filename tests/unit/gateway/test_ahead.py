@@ -1,0 +1,229 @@
+"""Layers of an image are applied ahead of their turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gearworkers.errors import NotFound
+from gearworkers.settings import Settings
+from gearworkers.workers.messages import ApplyDiff, JobResult, StoredBlob
+from plugin_gateway.containerd import ahead as module
+from plugin_gateway.containerd.ahead import AheadApplies
+from plugin_gateway.containerd.image_blobs import BlobFile
+from tests.support.images import tar_of
+
+BASE = "sha256:base"
+BIG = bytes(module.MIN_BLOB_BYTES)
+
+
+class Layers:
+    """An engine whose layers are names."""
+
+    def __init__(self, root: Path) -> None:
+        self.settings = Settings(gear_root=root)
+        self.names: set[str] = set()
+
+    def create(self, id: str, parent: str, kind: object) -> None:
+        self.names.add(id)
+
+    def remove(self, id: str) -> None:
+        self.names.discard(id)
+
+
+class Jobs:
+    """A dispatcher whose jobs end when `go` is set; it records them and the largest number at one time."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.paths: list[str] = []
+        self.running = self.max_running = 0
+        self.error = ""
+
+    async def run(self, job: ApplyDiff, stream: StoredBlob) -> SimpleNamespace:
+        self.paths.append(Path(stream.path).name)
+        self.running += 1
+        self.max_running = max(self.max_running, self.running)
+        await self.go.wait()
+        self.running -= 1
+        return SimpleNamespace(result=JobResult(error=self.error, digest=f"diff of {job.id}", stream_bytes=7))
+
+
+class Image:
+    """The blobs of one image, base first."""
+
+    def __init__(self, directory: Path, layers: int) -> None:
+        self.blobs = [BlobFile(BASE, len(BIG), directory / "base")]
+        self.blobs += [BlobFile(f"sha256:{n}", len(BIG), directory / str(n)) for n in range(1, layers)]
+        for blob in self.blobs:
+            blob.path.write_bytes(tar_of([("file", BIG)]))
+
+    def of_image(self, digest: str, position: int, namespace: str) -> list[BlobFile]:
+        if digest != BASE:
+            raise NotFound("no manifest")
+        return self.blobs
+
+
+class Node:
+    """The parts of one test, on the loop that runs it."""
+
+    def __init__(self, directory: Path, *, layers: int = 4, cores: int = 2) -> None:
+        self.image, self.layers, self.jobs = Image(directory, layers), Layers(directory), Jobs()
+        self.known: set[str] = set()
+        parts: Any = (self.layers, self.jobs, self.image, self.known.__contains__)
+        self.ahead = AheadApplies(*parts, cores=cores)
+
+    async def begin(self) -> None:
+        self.ahead.begin(BASE, 0, "default")
+        await settle()
+
+
+async def settle() -> None:
+    """Let the tasks do everything that they can do now."""
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
+def test_layers_above_the_first_are_applied_on_free_cores(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.begin()
+        assert node.jobs.paths == ["1", "2"]
+        node.jobs.go.set()
+        await settle()
+        assert (node.jobs.paths, node.jobs.max_running) == (["1", "2", "3"], 2)
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_an_apply_in_its_turn_leaves_one_core_less(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.ahead.cores.occupy()
+        await node.begin()
+        assert node.jobs.paths == ["1"]
+        await node.ahead.cores.release()
+        await settle()
+        assert node.jobs.paths == ["1", "2"]
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_a_turn_waits_for_a_running_apply_and_takes_its_layer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.begin()
+        turn = asyncio.create_task(node.ahead.take("sha256:1"))
+        await settle()
+        assert not turn.done()
+        node.jobs.go.set()
+        taken = await turn
+        assert taken is not None and (taken.diff_id, taken.tar_bytes) == (f"diff of {taken.layer}", 7)
+        assert taken.layer in node.layers.names
+        await node.ahead.remove(taken)
+        assert taken.layer not in node.layers.names
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_a_turn_does_not_wait_for_an_apply_that_has_not_begun(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.begin()
+        assert await node.ahead.take("sha256:3") is None
+        node.jobs.go.set()
+        await settle()
+        assert node.jobs.paths == ["1", "2"]
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_a_layer_waits_until_its_blob_is_downloaded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        data = node.image.blobs[2].path.read_bytes()
+        node.image.blobs[2].path.unlink()
+        await node.begin()
+        assert node.jobs.paths == ["1"]
+        node.image.blobs[2].path.write_bytes(data)
+        await asyncio.sleep(0.3)
+        assert node.jobs.paths == ["1", "2"]
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_no_layer_above_a_private_one_is_applied(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, cores=8)
+        node.image.blobs[2].path.write_bytes(tar_of([(".gear-private", b""), ("file", BIG)]))
+        await node.begin()
+        assert node.jobs.paths == ["1"]
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_known_and_small_layers_are_left_to_their_turn(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, cores=8)
+        node.known.add("sha256:1")
+        node.image.blobs[2] = node.image.blobs[2]._replace(size_bytes=100)
+        await node.begin()
+        assert node.jobs.paths == ["3"]
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_a_failed_apply_leaves_the_layer_to_its_turn(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, layers=2)
+        node.jobs.error = "damaged"
+        node.jobs.go.set()
+        await node.begin()
+        assert await node.ahead.take("sha256:1") is None
+        assert node.layers.names == set()
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_layers_whose_turn_does_not_come_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEEP_S", 0.05)
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.jobs.go.set()
+        await node.begin()
+        await asyncio.sleep(0.2)
+        assert (len(node.jobs.paths), node.layers.names) == (3, set())
+        assert await node.ahead.take("sha256:1") is None
+        await node.ahead.close()
+
+    run(scenario())
+
+
+def test_closing_removes_the_layers_that_were_not_taken(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.jobs.go.set()
+        await node.begin()
+        assert node.layers.names
+        await node.ahead.close()
+        assert node.layers.names == set()
+
+    run(scenario())
