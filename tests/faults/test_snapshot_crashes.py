@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 from gearworkers.engine.engine import Engine
 from gearworkers.mounts.overlay import unmount
 from gearworkers.settings import Settings
-from plugin_gateway.containerd.snapshot_table import Snapshot, SnapshotKind
+from plugin_gateway.containerd.snapshot_table import AppliedBlob, Snapshot, SnapshotKind
 from plugin_gateway.containerd.snapshots import Mount, Snapshots
+from tests.conformance.layers import file, tar
 from tests.faults.crashes import Report, killed_at_every_step
 
 BASE, KEY, NAME = "test/1/base", "test/2/key", "test/3/name"
 UNPACK_KEY = "test/2/extract-1 sha256:0"
+DIGEST = "sha256:" + "0" * 64
 OWN = b"of the snapshot itself"
 
 
@@ -209,6 +212,35 @@ def make(snapshots: Snapshots, kind: SnapshotKind) -> None:
         case SnapshotKind.COMMITTED:
             write(snapshots.prepare(KEY, BASE, {}), "own")
             snapshots.commit(KEY, NAME, {})
+
+
+def test_a_killed_copy_leaves_an_empty_or_a_filled_snapshot(settings: Settings) -> None:
+    def copy(snapshots: Snapshots) -> None:
+        layer = snapshots.layer_of(snapshots.mounts(UNPACK_KEY))
+        assert layer
+        snapshots.prepare_apply(layer)
+        copied = snapshots.copy_applied(layer, DIGEST)
+        assert copied
+        snapshots.note_applied(copied)
+
+    with opened(settings) as snapshots:
+        layer = snapshots.layer_of(snapshots.prepare("test/2/extract-first", "", {}))
+        assert layer
+        Engine.of(settings).apply_diff(layer, "", io.BytesIO(tar(file("own", OWN))))
+        snapshots.note_applied(AppliedBlob(DIGEST, layer, DIGEST, 10))
+        snapshots.prepare(UNPACK_KEY, BASE, {})
+    states = []
+    for outcome in killed_at_every_step(calling(settings, copy)):
+        with opened(settings) as snapshots:
+            states.append(snapshots.mounts(UNPACK_KEY)[0].type == "bind")
+            assert states[-1] or not outcome.reported
+            if not states[-1]:
+                copy(snapshots)
+            assert files(snapshots.mounts(UNPACK_KEY)) == {"base", "own"}
+            assert not list(Engine.of(settings).faults(read_data=True, repair=False))
+            snapshots.remove(UNPACK_KEY)
+            snapshots.prepare(UNPACK_KEY, BASE, {})
+    assert set(states) == {False, True}
 
 
 def test_a_start_removes_snapshots_that_lost_their_layers(settings: Settings) -> None:
