@@ -41,6 +41,12 @@ class GatewayMetrics:
         self.refused = Gauge(
             "gear_push_refused_objects", "Objects that the last push could not push", registry=self._registry
         )
+        self.applies = Counter(
+            "gear_containerd_applies",
+            "Layers that containerd had applied: in their turn, ahead of it, or copied from the same blob",
+            ["how"],
+            registry=self._registry,
+        )
         self.degraded = Gauge("gear_degraded", "1 while the gateway does the workers' jobs", registry=self._registry)
 
     def observe(self, method: str, seconds: float, failed: bool) -> None:

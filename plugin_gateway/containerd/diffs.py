@@ -28,6 +28,7 @@ from plugin_gateway.containerd.image_blobs import ImageBlobs
 from plugin_gateway.containerd.snapshot_table import AppliedBlob
 from plugin_gateway.containerd.snapshots import Mount, Snapshots
 from plugin_gateway.dispatch.dispatcher import Dispatcher
+from plugin_gateway.metrics import GatewayMetrics
 
 _T = TypeVar("_T")
 _TAR = "application/vnd.oci.image.layer.v1.tar"
@@ -60,6 +61,7 @@ class Diffs:
         ahead: Applies the layers of an image ahead of their turn.
         address: containerd's socket, on which Diff stores its blob.
         loop: The event loop on which jobs run.
+        metrics: Counts the applied layers.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Diffs:
         ahead: AheadApplies,
         address: Path,
         loop: asyncio.AbstractEventLoop,
+        metrics: GatewayMetrics,
     ) -> None:
         self._root = root
         self._snapshots = snapshots
@@ -79,6 +82,7 @@ class Diffs:
         self._ahead = ahead
         self._address = address
         self._loop = loop
+        self._metrics = metrics
 
     def apply(self, media_type: str, digest: str, mounts: Sequence[Mount]) -> StoredDiff:
         """Fill the layer that *mounts* show from a blob; return the tar's digest (the diff ID) and its size.
@@ -97,7 +101,11 @@ class Diffs:
             raise Unsupported(f"layers of media type {media_type} are not supported")
         path = self._blobs.path(digest)
         parent = self._snapshots.prepare_apply(layer)
-        applied = self._snapshots.copy_applied(layer, digest) or self._run(self._apply(layer, parent, digest, path))
+        applied = self._snapshots.copy_applied(layer, digest)
+        if applied is not None:
+            self._metrics.applies.labels("copied").inc()
+        else:
+            applied = self._run(self._apply(layer, parent, digest, path))
         self._snapshots.note_applied(applied)
         return StoredDiff(_TAR, applied.diff_id, applied.tar_bytes)
 
@@ -108,6 +116,7 @@ class Diffs:
         if found is not None:
             try:
                 if await asyncio.to_thread(self._snapshots.copy, layer, found):
+                    self._metrics.applies.labels("ahead").inc()
                     return found._replace(layer=layer)
             finally:
                 await self._ahead.remove(found)
@@ -118,6 +127,7 @@ class Diffs:
         finally:
             await self._ahead.cores.release()
         _raise_error(result)
+        self._metrics.applies.labels("turn").inc()
         return AppliedBlob(digest, layer, result.digest, result.stream_bytes)
 
     def diff(

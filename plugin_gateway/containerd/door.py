@@ -64,7 +64,8 @@ class ContainerdDoor:
         blobs = ImageBlobs(address, ContentRoot(address))
         self._ahead = AheadApplies(engine, self._dispatcher, blobs, self._snapshots.is_applied)
         root = engine.settings.gear_root
-        diffs = Diffs(root, self._snapshots, self._dispatcher, blobs, self._ahead, address, loop)
+        parts = (root, self._snapshots, self._dispatcher, blobs, self._ahead, address, loop, self._metrics)
+        diffs = Diffs(*parts)
         self._server = ContainerdServer(
             self._path,
             self._snapshots,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.support import rootfs
 from tests.support.containerd_host import Containerd, ContainerdDocker
 from tests.support.images import Image
+from tests.support.plugin import read_metrics
 from tests.support.processes import wait_until
 from tests.support.registry import Registry
 from tests.support.stack import Stack
@@ -88,6 +90,25 @@ def test_the_layers_are_applied_by_a_worker(containerd: Containerd, stack: Stack
     status = stack.gear("status").stdout
     assert "Degraded:            no" in status, status
     assert len(layers(stack)) == 2
+
+
+def test_layers_are_applied_ahead_of_their_turn(containerd: Containerd, stack: Stack, disk: Path) -> None:
+    def applies(how: str) -> float:
+        text = read_metrics(stack.run_dir / "metrics.sock").decode()
+        name = f'gear_containerd_applies_total{{how="{how}"}} '
+        return sum(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
+
+    tars = [tar_of({f"file{number}": os.urandom(4 << 20)}) for number in range(6)]
+    archive, name = disk / "many.tar", "docker.io/library/many:1"
+    archive.write_bytes(Image(tars).saved(name))
+    before = applies("ahead"), applies("turn")
+    containerd.ctr("images", "import", "--snapshotter", "gear", str(archive))
+    ahead, turn = applies("ahead") - before[0], applies("turn") - before[1]
+    assert ahead + turn == 6 and ahead >= 1, (ahead, turn)
+    assert not list((stack.root / "images").glob("ahead-*"))
+    shown = containerd.ctr("snapshots", "--snapshotter", "gear", "usage")
+    assert shown.count("4.0 MiB") == 6, shown
+    containerd.ctr("images", "rm", "--sync", name)
 
 
 def test_two_namespaces_have_the_same_image(containerd: Containerd, stack: Stack, archive: Path, imported: str) -> None:
