@@ -21,7 +21,9 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self.calls = Counter("gear_calls", "Calls of Docker", ["method", "outcome"], registry=self._registry)
+        self.calls = Counter(
+            "gear_calls", "Calls of Docker and containerd", ["method", "outcome"], registry=self._registry
+        )
         self.seconds = Histogram(
             "gear_call_seconds", "Duration of calls", ["method"], buckets=_SECONDS, registry=self._registry
         )
@@ -50,7 +52,7 @@ class GatewayMetrics:
         self.degraded = Gauge("gear_degraded", "1 while the gateway does the workers' jobs", registry=self._registry)
 
     def observe(self, method: str, seconds: float, failed: bool) -> None:
-        """Count one call of Docker."""
+        """Count one call of Docker or containerd."""
         self.calls.labels(method, "error" if failed else "ok").inc()
         self.seconds.labels(method).observe(seconds)
 

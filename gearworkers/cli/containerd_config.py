@@ -18,6 +18,7 @@ _SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 _DIFFER_TYPE = "io.containerd.differ.v1"
 _TIMEOUT_S = 10.0
 _NAME = "containerd"
+NOT_CONFIGURED = "not configured"
 
 
 def command(
@@ -69,7 +70,7 @@ def _plugin_check(client: Any, type: str, id: str) -> Check:
     try:
         plugin = client.plugin(type, id)
     except NotFound:
-        return Check(name, False, False, "not configured", "run `gear containerd-config`")
+        return Check(name, False, False, NOT_CONFIGURED, "run `gear containerd-config`")
     if plugin.init_err.message:
         return Check(name, False, False, plugin.init_err.message, "read containerd's log")
     return Check(name, True, False, "ok")

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import typer
 
+from gearworkers.cli import containerd_config
 from gearworkers.cli.docker_api import container_names
 from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.cli.plugin_call import call_plugin
@@ -30,6 +31,7 @@ FIRST_DOCKER = (20, 10)
 LAST_DOCKER = 27
 """Docker 28 has no graphdriver plugins; 27 has them behind an environment variable."""
 
+_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 _TIMEOUT_S = 3.0
 _REMOTE_TIMEOUT_S = 10.0
 
@@ -59,6 +61,7 @@ def diagnose(settings: Settings) -> list[Check]:
         lazyfs_check(settings),
         inode_numbers_check(settings),
         remote_check(settings),
+        *containerd_checks(settings),
         *docker_checks(),
     ]
 
@@ -161,23 +164,44 @@ def remote_check(settings: Settings) -> Check:
     return Check(name, True, False, f"{settings.remote.url.partition('?')[0]} answers")
 
 
+def containerd_checks(settings: NodeSettings) -> list[Check]:
+    """Check the containerd that uses gearworkers; one line if it does not."""
+    name = "containerd"
+    if settings.effective_containerd_socket is None:
+        return [Check(name, True, False, "not served: GEAR_CONTAINERD_SOCKET is off")]
+    checks = containerd_config.containerd_checks(settings)
+    if len(checks) < 2 or checks[1].found == containerd_config.NOT_CONFIGURED:
+        return [Check(name, True, False, "does not use gearworkers; see `gear containerd-config`")]
+    return checks
+
+
 def docker_checks() -> list[Check]:
-    """Check dockerd's version and that its experimental features are on."""
+    """Check dockerd: its version, and the way in which it uses gearworkers."""
     try:
         done = subprocess.run(
-            ["docker", "version", "--format", "{{.Server.Version}} {{.Server.Experimental}}"],
+            ["docker", "info", "--format", "{{.ServerVersion}} {{.ExperimentalBuild}} {{.Driver}} {{.DriverStatus}}"],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S * 3,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
-        return [Check("Docker", False, False, f"cannot be queried ({exc})", "install docker 20.10 to 27")]
-    version, _, experimental = done.stdout.strip().partition(" ")
+        return [Check("Docker", False, False, f"cannot be queried ({exc})", "install Docker")]
+    version, experimental, driver, status = [*done.stdout.strip().split(" ", 3), "", "", ""][:4]
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if done.returncode or numbers is None:
         return [Check("Docker", False, False, "no daemon answers", "start dockerd with --experimental -s gear")]
+    if _SNAPSHOTTER_TYPE in status:
+        return [docker_snapshotter_check(version, driver)]
     return [docker_version_check(version, int(numbers[1]), int(numbers[2])), _experimental_check(experimental)]
+
+
+def docker_snapshotter_check(version: str, snapshotter: str) -> Check:
+    """Check that a dockerd with containerd's image store uses our snapshotter."""
+    found = f"{version} with containerd's image store, snapshotter {snapshotter}"
+    if snapshotter == "gear":
+        return Check("Docker", True, True, found)
+    return Check("Docker", False, False, found, 'set "storage-driver": "gear" in its configuration')
 
 
 def docker_version_check(version: str, major: int, minor: int) -> Check:
@@ -185,7 +209,8 @@ def docker_version_check(version: str, major: int, minor: int) -> Check:
     if (major, minor) < FIRST_DOCKER:
         return Check("Docker", False, True, f"{version} is older than the versions tested", "use 20.10 to 27")
     if major > LAST_DOCKER:
-        return Check("Docker", False, True, f"{version} has no graphdriver plugins", "use 20.10 to 27")
+        advice = "use containerd's image store: see `gear containerd-config`"
+        return Check("Docker", False, True, f"{version} has no graphdriver plugins", advice)
     if major == LAST_DOCKER:
         advice = "set DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1 in its environment"
         return Check("Docker", True, True, f"{version}; graphdriver plugins are off by default", advice)

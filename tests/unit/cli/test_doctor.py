@@ -101,3 +101,9 @@ def test_the_status_command_waits_for_a_slow_gateway(tmp_path: Path) -> None:
 def test_the_docker_check_names_the_problem_of_a_version(version: str, ok: bool, words: str) -> None:
     check = doctor.docker_version_check(version, *map(int, version.split(".")))
     assert check.ok == ok and words in f"{check.found}; {check.advice}"
+
+
+@pytest.mark.parametrize(("snapshotter", "ok"), [("gear", True), ("overlayfs", False)])
+def test_the_docker_check_names_the_snapshotter_of_containerds_image_store(snapshotter: str, ok: bool) -> None:
+    check = doctor.docker_snapshotter_check("28.5.2", snapshotter)
+    assert check.ok == ok and snapshotter in check.found
