@@ -109,7 +109,7 @@ class Engine:
     def close(self) -> None:
         """End recordings and unmount the indexes; mounts of containers stay."""
         self.profile_hooks.close()
-        self.layers.unmount_indexes()
+        self.mounts.unmount_indexes()
 
     def id_maps(self) -> IdMaps:
         """Return the mapping from ids in containers to ids on the disk."""

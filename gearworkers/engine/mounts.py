@@ -8,14 +8,15 @@ may hold a part of an object that a private layer has whole.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from gearworkers.errors import from_os_error
+from gearworkers.errors import NotFound, from_os_error
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.record import Layer, LayerKind
 from gearworkers.layers.store import MERGED, UPPER, WORK, LayerStore, check_id
@@ -26,8 +27,10 @@ from gearworkers.profiles.hooks import ProfileHooks
 from gearworkers.settings import NodeSettings
 from gearworkers.util.fs import opened_directory
 from gearworkers.util.keyed_locks import KeyedLocks
+from gearworkers.util.locks import locked_file
 
 _EMPTY = "empty"
+_INDEX_LOCK = "indexes.lock"
 LAZY_TIMEOUT_S = 10.0
 """When the whole stack starts, a container may be mounted before the lazy file server runs."""
 
@@ -44,6 +47,7 @@ class LayerMounts:
         self._layers = layers
         self._profile_hooks = profile_hooks
         self._old_numbers = settings.old_numbers_path
+        self._index_lock = settings.gear_root / _INDEX_LOCK
         self._locks = KeyedLocks()
         self._watching = threading.Lock()
 
@@ -98,9 +102,11 @@ class LayerMounts:
         """
         with self._locks.held(id):
             if not overlay.is_mounted(target):
-                lowers = self._layers.lowers(id) or (self._settings.gear_root / _EMPTY,)
                 data = self._data(id, self._layers.is_complete(id))
-                overlay.mount(overlay.OverlaySpec(lowers, data, context=mount_label, xino=self._settings.xino), target)
+                with self._indexes_stay_mounted():
+                    lowers = self._layers.lowers(id) or (self._settings.gear_root / _EMPTY,)
+                    spec = overlay.OverlaySpec(lowers, data, context=mount_label, xino=self._settings.xino)
+                    overlay.mount(spec, target)
 
     def unmount_view(self, target: Path) -> None:
         """Unmount *target*; does nothing if it is not mounted."""
@@ -139,9 +145,23 @@ class LayerMounts:
             with self.view(layer.parent) as parent_view:
                 yield parent_view
         else:
-            spec = overlay.OverlaySpec(self._layers.lowers(id), self._data(id, self._layers.is_complete(id)))
-            with overlay.detached(spec) as fd:
+            data = self._data(id, self._layers.is_complete(id))
+            with ExitStack() as stack:
+                with self._indexes_stay_mounted():
+                    fd = stack.enter_context(overlay.detached(overlay.OverlaySpec(self._layers.lowers(id), data)))
                 yield fd
+
+    def unmount_indexes(self) -> None:
+        """Unmount all indexes; containers keep their mounts. Waits for mounts in progress, in all processes."""
+        if self._settings.gear_root.exists():
+            with locked_file(self._index_lock):
+                self._layers.unmount_indexes()
+
+    @contextmanager
+    def _indexes_stay_mounted(self) -> Iterator[None]:
+        """Keep indexes mounted while an overlay is made of them; else it would have an empty directory as a lower."""
+        with locked_file(self._index_lock, fcntl.LOCK_SH):
+            yield
 
     def _promoted(self, id: str) -> Layer:
         """Turn a new layer into a read-write layer, unless another thread has done so."""
@@ -162,21 +182,22 @@ class LayerMounts:
             raise LazyServerNeeded
         if volatile:
             overlay.clear_volatile(target.parent / WORK)  # the last unmount may have been a crash
-        spec = self._spec(layer, mount_label, volatile, is_complete)
+        data = self._data(layer.id, is_complete)
         quotas = self._layers.quotas
-        with quotas.raised_limit(layer.project, layer.size_limit_bytes) if layer.project else nullcontext():
-            overlay.mount(spec, target)
+        limit = quotas.raised_limit(layer.project, layer.size_limit_bytes) if layer.project else nullcontext()
+        with self._indexes_stay_mounted(), limit:
+            overlay.mount(self._spec(layer, data, mount_label, volatile), target)
         if layer.kind is LayerKind.CONTAINER and not layer.dedupable and not volatile:
             self._profile_hooks.container_mounted(layer, target)
 
     def _record_old_numbers(self) -> None:
         """Record the mounts whose inode numbers a new mount would change; `gear doctor` lists them until they end."""
         for directory in (*self._settings.gear_containers_path.iterdir(), *self._settings.gear_images_path.iterdir()):
-            if overlay.is_mounted(directory / MERGED) and self._layers.has_shared_inode_numbers(directory.name):
-                (self._old_numbers / directory.name).touch(mode=0o600)
+            with suppress(NotFound):  # a layer below it is lost: `gear fsck` reports it
+                if overlay.is_mounted(directory / MERGED) and self._layers.has_shared_inode_numbers(directory.name):
+                    (self._old_numbers / directory.name).touch(mode=0o600)
 
-    def _spec(self, layer: Layer, mount_label: str, volatile: bool, is_complete: bool) -> overlay.OverlaySpec:
-        data = self._data(layer.id, is_complete)
+    def _spec(self, layer: Layer, data: tuple[Path, ...], mount_label: str, volatile: bool) -> overlay.OverlaySpec:
         label = mount_label or layer.mount_label
         xino = self._settings.xino
         if layer.kind is LayerKind.IMAGE:

@@ -383,7 +383,7 @@ class LayerStore:
                 unmount(path / TREE)
 
     def unmount_indexes(self) -> None:
-        """Unmount all indexes. Running containers keep their mounts; `lower` mounts an index again."""
+        """Unmount all indexes; only for `LayerMounts.unmount_indexes`, which waits for mounts in progress."""
         for path in self._images.glob("*"):
             unmount(path / TREE)
 

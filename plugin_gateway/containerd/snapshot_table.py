@@ -235,9 +235,11 @@ class SnapshotRows:
         return found
 
     def note_blob(self, blob: AppliedBlob) -> None:
-        """Note that a layer was filled from a blob."""
+        """Note that a layer was filled from a blob; do nothing if its snapshot was removed meanwhile."""
         self._connection.execute(
-            "INSERT OR REPLACE INTO blobs (digest, layer, diff_id, tar_bytes) VALUES (?, ?, ?, ?)", blob
+            "INSERT OR REPLACE INTO blobs (digest, layer, diff_id, tar_bytes) SELECT ?, ?, ?, ? "
+            "WHERE EXISTS (SELECT 1 FROM snapshots WHERE layer = ?)",
+            (*blob, blob.layer),
         )
 
     def layers_of(self, digest: str) -> list[AppliedBlob]:

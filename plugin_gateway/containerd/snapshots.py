@@ -132,7 +132,10 @@ class Snapshots:
             AlreadyExists: The key is taken.
             NotFound: The parent does not exist.
             InvalidInput: The parent is not committed.
+            FailedPrecondition: A dockerd with --userns-remap uses the same GEAR_ROOT.
         """
+        if self._engine.id_maps().uids:
+            raise FailedPrecondition(f"{self._root} belongs to a dockerd with --userns-remap; set another GEAR_ROOT")
         created = ""
         try:
             with self._rows.transaction() as rows:

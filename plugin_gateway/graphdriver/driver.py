@@ -124,7 +124,7 @@ class GearDriver:
         for id in self._counts.ids():
             with self._counts.locked(id), engine.mounts.unmounted(id):
                 self._counts.forget(id)
-        engine.layers.unmount_indexes()
+        engine.mounts.unmount_indexes()
 
     def release(self) -> None:
         """Unmount everything except containers, when the gateway ends."""

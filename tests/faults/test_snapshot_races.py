@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,12 @@ import pytest
 
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError
+from gearworkers.layers.record import LayerKind
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
 from plugin_gateway.containerd.snapshots import Snapshots
 from tests.faults.test_snapshot_crashes import check_agreement
+from tests.support.tiny import tar_of
 
 BASE, KEY = "test/1/base", "test/2/key"
 ROUNDS = 120
@@ -89,6 +92,22 @@ def test_a_commit_leaves_no_mount_beside_mounts(settings: Settings, snapshots: S
     assert beside(lambda: snapshots.mounts(KEY), rounds)
     assert not list(filter(is_mounted, sources)), "nobody writes into a committed snapshot"
     check_agreement(settings, snapshots)
+
+
+def test_no_view_lacks_files_when_indexes_are_unmounted_beside_it(settings: Settings, snapshots: Snapshots) -> None:
+    engine = Engine.of(settings)
+    engine.create("snapshot-1000", "", LayerKind.NEW)
+    engine.apply_diff("snapshot-1000", "", io.BytesIO(tar_of({"file": b"content"})))
+    target = settings.gear_root / "view"
+    target.mkdir()
+
+    def rounds() -> None:
+        for _ in range(ROUNDS):
+            engine.mounts.mount_read_only("snapshot-1000", target)
+            assert (target / "file").read_bytes() == b"content"
+            engine.mounts.unmount_view(target)
+
+    assert beside(engine.mounts.unmount_indexes, rounds)
 
 
 def succeeds(call: Callable[..., object], *arguments: object) -> bool:
