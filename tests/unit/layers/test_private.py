@@ -150,7 +150,7 @@ def test_inspect_shows_private_layers_that_buildkit_wrote(driver: GearDriver, mo
     image = LocalImage(f"sha256:{'0' * 64}", is_gear=False, top_layer="above")
     monkeypatch.setattr(inspect_image, "local_image", lambda *_: image)
     shown = dict(inspect_image.inspect(driver.settings, "private"))
-    assert shown["Layers"] == "4, 4 of them complete"
+    assert shown["Layers"] == "4 (4 complete)"
     assert shown["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
     image = LocalImage(image.id, is_gear=False, top_layer="base")
     assert "Private" not in dict(inspect_image.inspect(driver.settings, "base"))
