@@ -90,7 +90,7 @@ class Gateway:
         await self._metrics_server.open()
         await self._docker.open()
         if self._containerd is not None:
-            await self._containerd.open(self._maintenance.layer_removed, self._maintenance.layer_stored)
+            await self._containerd.open()
         self._maintenance.begin()
         _log.info("gateway listens", socket=str(self._settings.plugin_socket), root=str(self._settings.gear_root))
 

@@ -62,7 +62,7 @@ class ClaimedJob:
         """The stream of the job, as the gateway describes it."""
         return self._granted.stream
 
-    def check_wanted(self) -> None:
+    def check_not_withdrawn(self) -> None:
         """Raise Unavailable if the gateway is gone or has withdrawn the job."""
         check_gateway(self._control)
 

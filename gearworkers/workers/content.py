@@ -46,7 +46,7 @@ class BlobFile:
     Args:
         fd: Of the file.
         path: Its path, for errors.
-        check: Called before each read; raises if the job is not wanted any more.
+        check: Called before each read; raises if the job was withdrawn.
     """
 
     def __init__(self, fd: int, path: Path, check: Callable[[], None]) -> None:
@@ -77,7 +77,7 @@ def opened_blob(stream: StoredBlob, check: Callable[[], None]) -> Iterator[Unpac
 
     Args:
         stream: Names the blob.
-        check: Raises if the job is not wanted any more.
+        check: Raises if the job was withdrawn.
 
     Raises:
         NotFound: The blob is missing.
@@ -101,7 +101,7 @@ class NewBlobBody:
     Args:
         stream: Describes the blob.
         content: Sends its bytes.
-        check: Called now and then; raises if the job is not wanted any more.
+        check: Called now and then; raises if the job was withdrawn.
     """
 
     def __init__(self, stream: NewBlob, content: ContentWriter, check: Callable[[], None]) -> None:
@@ -116,7 +116,7 @@ class NewBlobBody:
         """Write all of *data*.
 
         Raises:
-            GearError: containerd refuses, or the job is not wanted any more.
+            GearError: containerd refuses, or the job was withdrawn.
         """
         self._unchecked_bytes += len(data)
         if self._unchecked_bytes >= _CHECK_BYTES:

@@ -127,13 +127,13 @@ def _claimed_result(claimed: ClaimedJob, engine: Engine) -> JobResult:
 
 
 def _apply_blob(claimed: ClaimedJob, stream: StoredBlob, job: ApplyDiff, engine: Engine) -> JobResult:
-    with opened_blob(stream, claimed.check_wanted) as tar:
+    with opened_blob(stream, claimed.check_not_withdrawn) as tar:
         size_bytes = engine.apply_diff(job.id, job.parent, tar, again=True)
         return JobResult(size_bytes=size_bytes, digest=tar.digest, stream_bytes=tar.read_bytes)
 
 
 def _diff_to_blob(claimed: ClaimedJob, stream: NewBlob, job: Diff, engine: Engine) -> JobResult:
-    with new_blob(stream, claimed.check_wanted) as body:
+    with new_blob(stream, claimed.check_not_withdrawn) as body:
         engine.diff(job.id, job.parent, body, max_mtime_ns=stream.max_mtime_ns)
         stored = body.finish()
     return JobResult(digest=stored.digest, stream_bytes=stored.size_bytes)

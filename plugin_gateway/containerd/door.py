@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -13,9 +12,10 @@ from plugin_gateway.containerd.ahead import AheadApplies
 from plugin_gateway.containerd.content_root import ContentRoot
 from plugin_gateway.containerd.diffs import Diffs
 from plugin_gateway.containerd.image_blobs import ImageBlobs
-from plugin_gateway.containerd.server import ContainerdServer
+from plugin_gateway.containerd.server import ContainerdServer, SnapshotEvents
 from plugin_gateway.containerd.snapshots import Snapshots
 from plugin_gateway.dispatch.dispatcher import Dispatcher
+from plugin_gateway.dispatch.maintenance import Maintenance
 from plugin_gateway.engines import Engines
 from plugin_gateway.metrics import GatewayMetrics
 
@@ -41,16 +41,13 @@ class ContainerdDoor:
         self._engines = engines
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._maintenance = Maintenance(dispatcher, lambda: settings, metrics)
         self._snapshots: Snapshots | None = None
         self._ahead: AheadApplies | None = None
         self._server: ContainerdServer | None = None
 
-    async def open(self, layer_removed: Callable[[], object], layer_stored: Callable[[], object]) -> None:
+    async def open(self) -> None:
         """Open the store and answer calls.
-
-        Args:
-            layer_removed: Called on the event loop after the removal of a snapshot.
-            layer_stored: Called on the event loop after a layer was imported.
 
         Raises:
             FailedPrecondition: Another process listens on the socket.
@@ -71,8 +68,11 @@ class ContainerdDoor:
             self._snapshots,
             diffs,
             self._metrics,
-            removed=lambda: loop.call_soon_threadsafe(layer_removed),
-            stored=lambda: loop.call_soon_threadsafe(layer_stored),
+            SnapshotEvents(
+                removed=lambda: loop.call_soon_threadsafe(self._maintenance.layer_removed),
+                applied=lambda: loop.call_soon_threadsafe(self._maintenance.layer_stored),
+                written=lambda layer: loop.call_soon_threadsafe(self._maintenance.dedupe, layer),
+            ),
         )
         self._server.open()
         _log.info("gateway listens for containerd", socket=str(self._path), root=str(engine.settings.gear_root))
@@ -81,6 +81,7 @@ class ContainerdDoor:
         """Accept no new calls, let running calls finish within their grace, remove the socket."""
         if self._server is not None:
             await self._server.close()
+        await self._maintenance.close()
         if self._ahead is not None:
             await self._ahead.close()
         if self._snapshots is not None:

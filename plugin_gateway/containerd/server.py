@@ -69,6 +69,17 @@ class _Call(NamedTuple):
     """Whether the answer is an iterator of messages."""
 
 
+class SnapshotEvents(NamedTuple):
+    """Functions that are called after calls of containerd, from any thread."""
+
+    removed: Callable[[], object]
+    """After the removal of a snapshot."""
+    applied: Callable[[], object]
+    """After an Apply."""
+    written: Callable[[str], object]
+    """After the commit of a layer that was written through a mount."""
+
+
 class ContainerdServer:
     """Answers containerd.
 
@@ -77,8 +88,7 @@ class ContainerdServer:
         snapshots: Answers the snapshotter's calls.
         diffs: Answers the differ's calls.
         metrics: Counts the calls.
-        removed: Called from any thread after the removal of a snapshot.
-        stored: Called from any thread after a layer was imported.
+        events: Learn which calls make maintenance due.
     """
 
     def __init__(
@@ -87,15 +97,13 @@ class ContainerdServer:
         snapshots: Snapshots,
         diffs: Diffs,
         metrics: GatewayMetrics,
-        removed: Callable[[], object],
-        stored: Callable[[], object],
+        events: SnapshotEvents,
     ) -> None:
         self._path = path
         self._snapshots = snapshots
         self._diffs = diffs
         self._metrics = metrics
-        self._removed = removed
-        self._stored = stored
+        self._events = events
         self._server: grpc.Server | None = None
 
     def open(self) -> None:
@@ -196,12 +204,13 @@ class ContainerdServer:
         return snapshots_pb2.MountsResponse(mounts=_mounts(self._snapshots.mounts(request.key)))
 
     def _commit(self, request: snapshots_pb2.CommitSnapshotRequest, _: Mapping[str, str]) -> Message:
-        self._snapshots.commit(request.key, request.name, request.labels, request.parent)
+        if written := self._snapshots.commit(request.key, request.name, request.labels, request.parent):
+            self._events.written(written)
         return Empty()
 
     def _remove(self, request: snapshots_pb2.RemoveSnapshotRequest, _: Mapping[str, str]) -> Message:
         self._snapshots.remove(request.key)
-        self._removed()
+        self._events.removed()
         return Empty()
 
     def _stat(self, request: snapshots_pb2.StatSnapshotRequest, _: Mapping[str, str]) -> Message:
@@ -223,7 +232,7 @@ class ContainerdServer:
         return snapshots_pb2.UsageResponse(size=usage.size_bytes, inodes=usage.inodes)
 
     def _cleanup(self, _: snapshots_pb2.CleanupRequest, __: Mapping[str, str]) -> Message:
-        self._removed()
+        self._events.removed()
         return Empty()
 
     # -- diffs
@@ -231,7 +240,7 @@ class ContainerdServer:
     def _apply(self, request: diff_pb2.ApplyRequest, _: Mapping[str, str]) -> Message:
         blob = request.diff
         applied = self._diffs.apply(blob.media_type, blob.digest, _mounts_of(request.mounts))
-        self._stored()
+        self._events.applied()
         descriptor = types_pb2.Descriptor(media_type=applied.media_type, digest=applied.digest, size=applied.size_bytes)
         return diff_pb2.ApplyResponse(applied=descriptor)
 

@@ -215,7 +215,7 @@ class Snapshots:
 
     # -- the end of an active snapshot
 
-    def commit(self, key: str, name: str, labels: Mapping[str, str], parent: str = "") -> None:
+    def commit(self, key: str, name: str, labels: Mapping[str, str], parent: str = "") -> str:
         """Commit the active snapshot *key* as *name*, durably.
 
         Args:
@@ -223,6 +223,9 @@ class Snapshots:
             name: Of the committed one.
             labels: All labels of the committed one.
             parent: For a snapshot that was prepared without a parent.
+
+        Returns:
+            The layer if it was written through a mount; empty if Apply has filled it.
 
         Raises:
             NotFound, AlreadyExists, FailedPrecondition, InvalidInput: As `SnapshotRows.commit`.
@@ -241,6 +244,8 @@ class Snapshots:
                 committed = rows.commit(key, name, labels, *usage, parent=parent)
                 if committed.parent != active.parent:
                     self._engine.rebase(committed.layer, rows.get(committed.parent).layer)
+            is_written = self._engine.layers.get(committed.layer).kind is LayerKind.CONTAINER
+            return committed.layer if is_written else ""
 
     def remove(self, key: str) -> None:
         """Remove a snapshot, mounted or not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.cas.store import ObjectStore
 from tests.support import rootfs
 from tests.support.containerd_host import Containerd, ContainerdDocker
 from tests.support.images import Image
@@ -205,6 +207,19 @@ def test_docker_builds_an_image(docker: ContainerdDocker, tmp_path: Path, buildk
     (tmp_path / "x").write_text("x")
     docker.docker("build", "--network", "host", "-t", "built", str(tmp_path), buildkit=buildkit)
     assert docker.run("built", "sh", "-c", "cat /copied/a /y; ls /moved 2>&1 || true").splitlines()[:2] == ["a", "b"]
+
+
+def test_files_that_a_build_writes_become_objects(docker: ContainerdDocker, stack: Stack, tmp_path: Path) -> None:
+    docker.docker("import", "-", "tiny", stdin=tiny_tar())
+    steps = ["FROM tiny", "RUN seq 100000 > /one && cp /one /two", "RUN cat /one /two | wc -l > /lines"]
+    (tmp_path / "Dockerfile").write_text("\n".join(steps))
+    docker.docker("build", "--network", "host", "-t", "built", str(tmp_path))
+    content = b"".join(b"%d\n" % number for number in range(1, 100_001))
+    digest = hashlib.sha256(content).digest()
+    wait_until(lambda: ObjectStore(stack.root / "public").has(digest), "the file is an object")
+    uppers = (stack.root / "containers").glob("*/upper/one")
+    wait_until(lambda: all(path.lstat().st_blocks == 0 for path in uppers), "the layer holds no copy")
+    assert docker.run("built", "sh", "-c", "sort -n /one /two | wc -l; cat /lines").split() == ["200000", "200000"]
 
 
 def test_docker_pushes_and_pulls_an_image_with_the_same_digest(docker: ContainerdDocker, disk: Path) -> None:
