@@ -14,7 +14,6 @@ import uvloop
 from gearworkers.errors import GearError
 from gearworkers.settings import LOG_LEVELS, Settings
 from gearworkers.util.log import configure_logging
-from plugin_gateway.containerd.door import ContainerdDoor
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 from plugin_gateway.engines import Engines
 from plugin_gateway.gateway import Gateway
@@ -46,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _serve(settings: Settings) -> None:
     metrics = GatewayMetrics()
     engines, dispatcher = Engines(exclusive=True), Dispatcher(settings, metrics)
-    path = settings.effective_containerd_socket
-    containerd = ContainerdDoor(path, settings, engines, dispatcher, metrics) if path is not None else None
+    containerd = None
+    if (path := settings.effective_containerd_socket) is not None:
+        from plugin_gateway.containerd.door import ContainerdDoor  # gRPC takes memory, also in the pool's processes
+
+        containerd = ContainerdDoor(path, settings, engines, dispatcher, metrics)
     await Gateway(settings, GearDriver(settings, engines), metrics, dispatcher, containerd).serve()
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Protocol
 
 import structlog
 
 from gearworkers.errors import from_os_error
 from gearworkers.settings import Settings
 from gearworkers.util.process import notify_ready
-from plugin_gateway.containerd.door import ContainerdDoor
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 from plugin_gateway.dispatch.maintenance import Maintenance
 from plugin_gateway.graphdriver.calls import Driver
@@ -24,8 +24,18 @@ from plugin_gateway.metrics import GatewayMetrics, MetricsServer
 _log = structlog.stdlib.get_logger(__name__)
 
 
+class FrontDoor(Protocol):
+    """A server of one protocol."""
+
+    async def open(self) -> None:
+        """Answer calls; GearError if the socket or GEAR_ROOT cannot be used."""
+
+    async def close(self) -> None:
+        """Finish running calls within their grace; do nothing if the door is not open."""
+
+
 class Gateway:
-    """Runs the front door, the dispatcher, maintenance and the metrics server.
+    """Runs the front doors, the dispatcher, maintenance and the metrics server.
 
     Args:
         settings: Of the node.
@@ -42,7 +52,7 @@ class Gateway:
         driver: Driver,
         metrics: GatewayMetrics,
         dispatcher: Dispatcher,
-        containerd: ContainerdDoor | None = None,
+        containerd: FrontDoor | None = None,
         *,
         light_grace_s: float = LIGHT_GRACE_S,
     ) -> None:
