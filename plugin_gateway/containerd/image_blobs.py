@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from gearworkers.images.manifest import decode_manifest
 from gearworkers.util.fs import read_small
 from plugin_gateway.containerd.content_root import ContentRoot
 
+_DIGEST = re.compile(r"(sha256|sha384|sha512):([0-9a-f]{64,128})")
 _MAX_MANIFEST_BYTES = 4 << 20
 _LAYER_LABEL = "containerd.io/gc.ref.content.l"
 """containerd labels a manifest's blob with the digest of each layer, by its number."""
@@ -44,10 +46,10 @@ class ImageBlobs:
             Unavailable: containerd does not answer.
             InvalidInput: The digest is malformed.
         """
-        algorithm, _, encoded = digest.partition(":")
-        if not (algorithm.isalnum() and encoded.isalnum()):
+        parsed = _DIGEST.fullmatch(digest)
+        if parsed is None:
             raise InvalidInput(f"blob digest {digest!r} is not valid")
-        return self._content_root.get() / "blobs" / algorithm / encoded
+        return self._content_root.get() / "blobs" / parsed[1] / parsed[2]
 
     def of_image(self, digest: str, position: int, namespace: str) -> list[BlobFile]:
         """Return the image's layers from *digest* to the topmost.
