@@ -101,10 +101,10 @@ class LocalPool:
         """End the processes and their jobs."""
         for timer in self._idle.values():
             timer.cancel()
-        for process in self._processes:
-            process.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():  # the gateway has no others
             child.terminate()
+        for process in self._processes:
+            process.shutdown(cancel_futures=True)  # waits: else Python's exit may use the process's closed pipe
 
     def _has_capacity(self, kind: str) -> bool:
         stalled = [pending.progress.stalled for pending in self._running if _kind(pending) == kind]
