@@ -18,7 +18,7 @@ from gearworkers.engine.recovery import collect_garbage, prepare_root
 from gearworkers.errors import from_os_error
 from gearworkers.fsck.repair import StoreChecker
 from gearworkers.layers.apply import apply_tar
-from gearworkers.layers.copy import copy_layer
+from gearworkers.layers.copy_layer import copy_layer
 from gearworkers.layers.dedupe import dedupe_layer, locked_for_diff
 from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
@@ -208,7 +208,7 @@ class Engine:
 
     @layer_call
     def copy_layer(self, id: str, parent: str, source_id: str) -> None:
-        """Fill the empty layer from the image layer *source_id*. Arguments and errors as `layers.copy.copy_layer`."""
+        """Fill the empty layer from the image layer *source_id*. Arguments and errors as `layers.copy_layer`."""
         copy_layer(self.layers, self.layers.get(source_id), id, parent)
 
     @layer_call

@@ -2,8 +2,8 @@
 
 containerd asks for one layer after the other. When a layer's turn comes, the other layers of its image are found
 through the image's manifest. Each is applied on a free worker, into a layer of its own without a parent
-(`ahead-<number>`), as soon as its blob is complete. In its turn it becomes hard links (`layers.copy`), and the layer of
-its own is removed.
+(`ahead-<number>`), as soon as its blob is complete. In its turn it becomes hard links (`layers.copy_layer`), and the
+layer of its own is removed.
 
 Contents above a private layer must not become public objects. So a layer is applied ahead only after the beginnings of
 all layers below it have been read, and none has the marker of private layers.
