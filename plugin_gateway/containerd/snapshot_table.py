@@ -102,6 +102,11 @@ def layer_name(number: int) -> str:
     return f"{_LAYER_PREFIX}{number}"
 
 
+def is_snapshot_layer(id: str) -> bool:
+    """Whether the engine's layer is that of a snapshot."""
+    return id.startswith(_LAYER_PREFIX)
+
+
 def is_layer_name(id: str) -> bool:
     """Whether the engine's layer is of containerd's door; Docker's ids are hexadecimal."""
     return id.startswith((_LAYER_PREFIX, _AHEAD_PREFIX))

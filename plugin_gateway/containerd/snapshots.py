@@ -7,7 +7,7 @@ has no layer; it is a read-only mount of its parent at `views/NUMBER` in GEAR_RO
 Every mount that containerd gets is a bind of a tree that is mounted here. So containerd and BuildKit never see the
 upper directory, whose files may be references to objects (see docs/design/containerd.md).
 
-Order of writes: a layer exists before its row and after it. `repair` removes layers and views without a row, and rows
+Order of writes: a layer exists before its row and after it. `_repair` removes layers and views without a row, and rows
 without a layer.
 """
 
@@ -31,6 +31,7 @@ from plugin_gateway.containerd.snapshot_table import (
     SnapshotKind,
     SnapshotTable,
     is_layer_name,
+    is_snapshot_layer,
 )
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -77,11 +78,22 @@ class Snapshots:
         """Open the table and repair the leftovers of a crash; the engine is prepared.
 
         Raises:
+            FailedPrecondition: The table is lost, but layers of snapshots exist: a repair would remove them all.
             GearError: The table cannot be used.
         """
+        self._require_table()
         self._views.mkdir(mode=0o700, exist_ok=True)
         self._table = SnapshotTable(self._root / _TABLE)
         self._repair()
+
+    def _require_table(self) -> None:
+        path = self._root / _TABLE
+        layers = [id for id in self._engine.layers.ids() if is_snapshot_layer(id)]
+        if layers and not path.exists():
+            raise FailedPrecondition(
+                f"{path} is missing, but {len(layers)} layers of containerd's snapshots exist: restore the file, or "
+                "remove images/snapshot-* and containers/snapshot-* in GEAR_ROOT, whose data are then lost"
+            )
 
     def close(self) -> None:
         """Close the table; mounts stay."""
