@@ -18,6 +18,8 @@ from plugin_gateway.containerd.ahead import AheadApplies
 from plugin_gateway.containerd.image_blobs import BlobFile
 from tests.support.images import tar_of
 
+pytestmark = pytest.mark.slow
+
 BASE = "sha256:base"
 BIG = bytes(module.MIN_BLOB_BYTES)
 

@@ -22,6 +22,8 @@ from tests.support.gateways import run_gateway
 from tests.support.plugin import TIMEOUT_S, Plugin
 from tests.support.processes import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_worker_receives_the_body_and_returns_its_size(start: Start) -> None:
     running, plugin = start()

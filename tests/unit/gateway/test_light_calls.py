@@ -14,6 +14,8 @@ from gearworkers.workers.messages import JobResult
 from tests.support.gateway_jobs import Start
 from tests.support.processes import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def test_activate_announces_a_graph_driver(start: Start) -> None:
     _, plugin = start()

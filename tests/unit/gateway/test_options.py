@@ -75,6 +75,8 @@ from pathlib import Path
 from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver.driver import GearDriver
 from gearworkers.settings import Settings
+
+pytestmark = pytest.mark.slow
 settings = Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run"))
 driver = GearDriver(settings, Engines(exclusive=True))
 driver.prepare()

@@ -22,6 +22,8 @@ from tests.support.gateway_jobs import BEGUN, LONG, SHORT, Start, published, wor
 from tests.support.plugin import read_metrics
 from tests.support.processes import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_gateway_does_the_jobs_and_reports_it_while_redis_does_not_answer(start: Start) -> None:
     running, plugin = start()

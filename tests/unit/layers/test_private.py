@@ -25,6 +25,8 @@ from tests.conformance.layers import file, tar
 from tests.support.lazynode import LazyNode, gear_tar, lazy_node
 from tests.support.tiny import tar_of
 
+pytestmark = pytest.mark.slow
+
 SECRET = b"a secret " * 100
 
 
