@@ -18,6 +18,8 @@ from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver import options
 from plugin_gateway.graphdriver.driver import GearDriver
 
+pytestmark = pytest.mark.slow
+
 BROKER = "redis://elsewhere/0"
 
 
@@ -75,8 +77,6 @@ from pathlib import Path
 from plugin_gateway.engines import Engines
 from plugin_gateway.graphdriver.driver import GearDriver
 from gearworkers.settings import Settings
-
-pytestmark = pytest.mark.slow
 settings = Settings(gear_root=Path({str(root)!r}), run_dir=Path({str(root)!r} + "-run"))
 driver = GearDriver(settings, Engines(exclusive=True))
 driver.prepare()
