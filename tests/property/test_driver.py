@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -123,6 +123,7 @@ def check_node(node: Node, entry: TarEntry, content: bytes) -> None:
 
 
 @EXAMPLES
+@example([(TarEntry(b"a/", DIR), b"")], [(TarEntry(b"a/", DIR, mtime_ns=1), b"")])
 @given(trees(), trees())
 def test_any_two_trees_are_merged_and_the_diff_of_two_layers_turns_one_into_the_other(
     driver: InProcess, lower: list[File], upper: list[File]

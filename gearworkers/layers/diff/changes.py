@@ -72,8 +72,8 @@ def upper_changes(upper: Path, merged_fd: int, parent_fd: int | None) -> list[Ch
 def tree_changes(new_fd: int | None, old_fd: int | None) -> list[Change]:
     """Return the differences between any two trees, sorted by path; None is an empty tree.
 
-    The comparison covers type, mode, owner, device number, the xattrs that a tar contains, the target of a symlink and,
-    except for directories, size and time. As in Docker, a change of content that keeps size and time is not noticed.
+    The comparison covers type, mode, owner, device number, time, the xattrs that a tar contains, the target of a symlink
+    and, except for directories, size. As in Docker, a change of content that keeps size and time is not noticed.
 
     Raises:
         GearError: A directory cannot be read.
@@ -97,14 +97,9 @@ def _kind_of(found: UpperEntry) -> ChangeKind | None:
     if old is None:
         return ChangeKind.ADD
     if stat.S_ISDIR(old.st_mode) and stat.S_ISDIR(found.status.st_mode):
-        return ChangeKind.MODIFY if _is_directory_changed(found, found.status, old) else None
+        is_changed = _differs(found.merged_dir_fd, found.parent_dir_fd, found.name, found.status, old)
+        return ChangeKind.MODIFY if is_changed else None
     return ChangeKind.MODIFY
-
-
-def _is_directory_changed(found: UpperEntry, new: os.stat_result, old: os.stat_result) -> bool:
-    if new.st_mtime_ns != old.st_mtime_ns:
-        return True
-    return _differs(found.merged_dir_fd, found.parent_dir_fd, found.name, new, old)
 
 
 def _compare_directory(
@@ -140,9 +135,9 @@ def _compare_directory(
 
 
 def _differs(new_dir: int | None, old_dir: int | None, name: bytes, new: os.stat_result, old: os.stat_result) -> bool:
-    if _identity(new) != _identity(old):
+    if _identity(new) != _identity(old) or new.st_mtime_ns != old.st_mtime_ns:
         return True
-    if not stat.S_ISDIR(new.st_mode) and (new.st_size, new.st_mtime_ns) != (old.st_size, old.st_mtime_ns):
+    if not stat.S_ISDIR(new.st_mode) and new.st_size != old.st_size:
         return True
     if new_dir is None or old_dir is None or os.path.samestat(new, old):
         return False

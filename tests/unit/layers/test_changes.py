@@ -150,13 +150,19 @@ def test_a_different_attribute_is_a_modification(attribute: str, tmp_path: Path)
             os.close(fd)
 
 
-def test_the_time_and_size_of_directories_are_ignored_when_trees_are_compared(tmp_path: Path) -> None:
-    (tmp_path / "1/dir").mkdir(parents=True)
-    (tmp_path / "2/dir").mkdir(parents=True)
-    os.utime(tmp_path / "2/dir", ns=(1, 1))
+def test_another_time_of_a_directory_is_a_modification_and_another_size_is_not(tmp_path: Path) -> None:
+    for tree in ("1", "2"):
+        for name in ("touched", "shrunk"):
+            (tmp_path / tree / name).mkdir(parents=True)
+            os.utime(tmp_path / tree / name, ns=(1, 2 if name == "touched" and tree == "2" else 1))
+    for number in range(300):  # a directory of ext4 keeps its blocks when its entries are gone
+        (tmp_path / "2/shrunk" / f"{number}-{'x' * 200}").touch()
+    for file in (tmp_path / "2/shrunk").iterdir():
+        file.unlink()
+    os.utime(tmp_path / "2/shrunk", ns=(1, 1))
     fds = [os.open(tmp_path / name, os.O_RDONLY) for name in ("1", "2")]
     try:
-        assert tree_changes(*fds) == []
+        assert shown(tree_changes(fds[1], fds[0])) == ["C /touched"]
     finally:
         for fd in fds:
             os.close(fd)
