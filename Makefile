@@ -16,7 +16,8 @@ help:
 	@echo "make containerd  unpack a newer containerd and Docker, which tests use"
 	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
 	@echo "              import shared load parallel build save run read chown memory"
-	@echo "              convert many reread unpack lazy local bytes storage second"
+	@echo "              convert many reread lazy local bytes storage second"
+	@echo "              unpack unpack-one snapshots containerd (containerd's front door)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py
@@ -31,7 +32,7 @@ images: setup
 up: setup
 	@exec $(VENV)/python packaging/up.py
 
-demo: rootfs
+demo: rootfs containerd
 	@exec $(VENV)/python -m bench.demo
 
 # A containerd and a Docker that know containerd's image store, for the tests.

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from bench.builds import build_steps, chown_tree, save
+from bench.containerd_docker import containerd_docker
 from bench.containers import read_tree, run_true
 from bench.conversions import convert
 from bench.frame import Figure, show, warm_memory
@@ -14,7 +15,8 @@ from bench.lazy import OLD, VERSIONS, lazy, local, received, second, storage
 from bench.many import many
 from bench.memory import memory
 from bench.reread import reread
-from bench.unpack import unpack
+from bench.snapshot_calls import snapshot_calls
+from bench.unpack import unpack, unpack_one
 from tests.support import appimages, sandbox
 
 ROWS: Mapping[str, Callable[[], list[Figure]]] = {
@@ -37,6 +39,9 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "many": many,
     "reread": reread,
     "unpack": unpack,
+    "unpack-one": unpack_one,
+    "containerd": containerd_docker,
+    "snapshots": snapshot_calls,
 }
 IMAGES = {"lazy": (OLD,), "local": (OLD,), "bytes": (OLD,), "second": VERSIONS, "storage": VERSIONS}
 """Versions of the application images that a benchmark needs; made before the sandbox starts, which has no network."""

@@ -1,4 +1,4 @@
-"""`make demo`: run the same steps on real images, on gearworkers and then on overlay2, and show a table of both."""
+"""`make demo`: run the same steps on real images with both front doors, each beside overlayfs, and show the figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.containerd_sides import containerd_sides
 from bench.frame import Side, fresh_disk
 from tests.support import rootfs, sandbox
 from tests.support.dockerd import Dockerd
@@ -27,6 +29,17 @@ _STEPS = (
     b"RUN rm -r /usr/share/doc && echo done > /app/done\n"
     b'CMD ["cat", "/app/done"]\n'
 )
+_BUILD = ("build", "--network", "host", "-t", "built", "-")
+
+
+class Docker(Protocol):
+    """A dockerd, whatever its image store."""
+
+    def docker(self, *arguments: str, stdin: bytes = b"") -> str:
+        """Run a docker command; return its output."""
+
+    def run(self, image: str, *command: str) -> str:
+        """Run a container and remove it; return its output."""
 
 
 @dataclass
@@ -34,7 +47,7 @@ class Outcome:
     """The results of one side."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    stored_bytes: int = 0
+    stored_bytes: float = 0
     shared_files: int | None = None
 
     def step(self, name: str, work: Callable[[], str]) -> str:
@@ -45,20 +58,45 @@ class Outcome:
         return output
 
 
-def run_steps(side: Side) -> Outcome:
+def run_steps(host: Docker) -> Outcome:
     """Import, run, build, run the built image, import a second image that shares most files, run it."""
-    outcome, docker = Outcome(), side.dockerd.docker
-    outcome.step("import a Debian", lambda: docker("import", str(rootfs.debian()), "first"))
-    outcome.step("run a container", lambda: side.dockerd.run("first", "git", "--version"))
-    outcome.step("build 4 steps on it", lambda: docker("build", "-t", "built", "-", stdin=_STEPS))
-    output = outcome.step("run the built image", lambda: side.dockerd.run("built"))
+    outcome = Outcome()
+    outcome.step("import a Debian", lambda: host.docker("import", str(rootfs.debian()), "first"))
+    outcome.step("run a container", lambda: host.run("first", "git", "--version"))
+    outcome.step("build 4 steps on it", lambda: host.docker(*_BUILD, stdin=_STEPS))
+    output = outcome.step("run the built image", lambda: host.run("built"))
     assert output == "done", output
-    outcome.step("import a second Debian", lambda: docker("import", str(rootfs.debian_variant()), "second"))
-    outcome.step("run the second", lambda: side.dockerd.run("second", "cat", "/etc/debian_version"))
-    outcome.stored_bytes = side.stored_bytes()
-    if side.stack is not None:
-        outcome.shared_files = shared_objects(side.stack.root)
+    outcome.step("import a second Debian", lambda: host.docker("import", str(rootfs.debian_variant()), "second"))
+    outcome.step("run the second", lambda: host.run("second", "cat", "/etc/debian_version"))
     return outcome
+
+
+def graphdriver_outcomes(disk: Path) -> list[Outcome]:
+    """Run the steps on this host's Docker: gearworkers as graphdriver plugin, then overlay2."""
+    outcomes = []
+    for driver in ("gear", "overlay2"):
+        print(f"Docker, storage driver {driver}", flush=True)
+        with running(disk, driver) as side:
+            outcome = run_steps(side.dockerd)
+            outcome.stored_bytes = side.stored_bytes()
+            if side.stack is not None:
+                outcome.shared_files = shared_objects(side.stack.root)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def containerd_outcomes(disk: Path) -> list[Outcome]:
+    """Run the steps on a newer Docker with containerd's image store: snapshotter gear, then overlayfs."""
+    outcomes = []
+    with containerd_sides(disk, docker=True) as sides:
+        for side in sides:
+            print(f"containerd, snapshotter {side.snapshotter}", flush=True)
+            outcome = run_steps(side.docker)
+            outcome.stored_bytes = side.stored_bytes()
+            if side.containerd.stack is not None:
+                outcome.shared_files = shared_objects(side.containerd.stack.root)
+            outcomes.append(outcome)
+    return outcomes
 
 
 def shared_objects(gear_root: Path) -> int:
@@ -98,9 +136,10 @@ def running(disk: Path, driver: str) -> Iterator[Side]:
             stack.make_up.stop()
 
 
-def show(ours: Outcome, peer: Outcome) -> None:
-    """Print the table: seconds of each step, logical and stored bytes, shared files."""
-    table = Table("", "gearworkers", "overlay2", title="the same steps, the same dockerd, the same disk")
+def show(title: str, peer_name: str, outcomes: list[Outcome]) -> None:
+    """Print a table: seconds of each step, logical and stored bytes, shared files."""
+    ours, peer = outcomes
+    table = Table("", "gearworkers", peer_name, title=title)
     for name, taken_s in ours.seconds.items():
         table.add_row(f"{name}, s", f"{taken_s:.2f}", f"{peer.seconds[name]:.2f}")
     logical = f"{logical_bytes(rootfs.debian(), rootfs.debian_variant()) / 1e6:.0f}"
@@ -114,13 +153,10 @@ def main() -> int:
     """Run the steps in a sandbox, which leaves nothing behind."""
     if not sandbox.is_inside():
         return sandbox.run([sys.executable, "-m", "bench.demo"])
-    outcomes = []
     with fresh_disk() as disk:
-        for driver in ("gear", "overlay2"):
-            print(f"running the steps on {driver}", flush=True)
-            with running(disk, driver) as side:
-                outcomes.append(run_steps(side))
-    show(*outcomes)
+        graphdriver, containerd = graphdriver_outcomes(disk), containerd_outcomes(disk)
+    show("Docker with a graphdriver plugin", "overlay2", graphdriver)
+    show("Docker with containerd's image store (stored bytes without its compressed blobs)", "overlayfs", containerd)
     return 0
 
 

@@ -34,7 +34,7 @@ class Figure:
     Args:
         work: The measured work, with the unit.
         ours: gearworkers' median.
-        peer: overlay2's median; None where the goal is absolute.
+        peer: The median of overlay2, or of containerd's overlayfs; None where the goal is absolute.
         goal: The highest ratio (the highest value, without a peer) that meets the goal; None if there is none.
     """
 
@@ -183,7 +183,7 @@ def warm_memory() -> None:
 
 def show(figures: list[Figure]) -> None:
     """Print a table, then one JSON line for each figure."""
-    table = Table("work", "gearworkers", "overlay2", "ratio", "goal", "met")
+    table = Table("work", "gearworkers", "overlayfs", "ratio", "goal", "met")
     for figure in figures:
         peer = "" if figure.peer is None else f"{figure.peer:.4g}"
         ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"

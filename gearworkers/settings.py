@@ -139,13 +139,15 @@ class NodeSettings:
 
     gear_root: Path = setting("GEAR_ROOT", Path("/var/lib/gear"), "Directory of layers and objects.")
     run_dir: Path = setting("GEAR_RUN_DIR", Path("/run/gear"), "Directory of sockets and mount counts.")
-    plugin_socket: Path = setting(
-        "GEAR_PLUGIN_SOCKET", Path("/run/docker/plugins/gear.sock"), "Socket on which dockerd finds the plugin."
+    plugin_socket: str = setting(
+        "GEAR_PLUGIN_SOCKET",
+        "/run/docker/plugins/gear.sock",
+        "Socket on which dockerd finds the graphdriver plugin; off: dockerd does not find it.",
     )
     containerd_socket: str = setting(
         "GEAR_CONTAINERD_SOCKET",
         "",
-        "Socket on which containerd finds the snapshotter and the differ; off: none.",
+        "Socket on which containerd finds the snapshotter and the differ; off: no socket.",
         default_text="containerd.sock in GEAR_RUN_DIR",
     )
     containerd_address: Path = setting(
@@ -276,6 +278,17 @@ class NodeSettings:
         return self.run_dir / "streams.sock"
 
     @property
+    def effective_plugin_socket(self) -> Path:
+        """plugin_socket; if it is off, a socket in run_dir for `gear status`, where dockerd does not look for plugins.
+
+        Raises:
+            InvalidInput: It is not an absolute path.
+        """
+        if self.plugin_socket == "off":
+            return self.run_dir / "plugin.sock"
+        return _absolute("GEAR_PLUGIN_SOCKET", self.plugin_socket)
+
+    @property
     def effective_containerd_socket(self) -> Path | None:
         """containerd_socket, or the one in run_dir; None if it is off.
 
@@ -284,10 +297,7 @@ class NodeSettings:
         """
         if self.containerd_socket == "off":
             return None
-        path = Path(self.containerd_socket or self.run_dir / "containerd.sock")
-        if not path.is_absolute():
-            raise InvalidInput(f"GEAR_CONTAINERD_SOCKET={path}: set an absolute path, or off")
-        return path
+        return _absolute("GEAR_CONTAINERD_SOCKET", self.containerd_socket or str(self.run_dir / "containerd.sock"))
 
     @property
     def effective_metrics_listen(self) -> str:
@@ -298,6 +308,12 @@ class NodeSettings:
     def effective_broker_url(self) -> str:
         """broker_url, or the Redis socket in run_dir."""
         return self.broker_url or f"redis+socket://{self.run_dir}/redis.sock?virtual_host=0"
+
+
+def _absolute(variable: str, value: str) -> Path:
+    if not value.startswith("/"):
+        raise InvalidInput(f"{variable}={value}: set an absolute path, or off")
+    return Path(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "GEAR_ROOT": str(settings.gear_root),
         "GEAR_RUN_DIR": str(settings.run_dir),
-        "GEAR_PLUGIN_SOCKET": str(settings.plugin_socket),
+        "GEAR_PLUGIN_SOCKET": settings.plugin_socket,
         "GEAR_BROKER_URL": settings.effective_broker_url,
         "GEAR_NODE": settings.node,
     }

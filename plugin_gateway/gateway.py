@@ -61,8 +61,9 @@ class Gateway:
         self._dispatcher = dispatcher
         self._containerd = containerd
         self._maintenance = Maintenance(dispatcher, lambda: driver.settings, metrics)
+        socket = settings.effective_plugin_socket
         self._docker = GraphDriverServer(
-            settings.plugin_socket, driver, dispatcher, self._maintenance, metrics, light_grace_s=light_grace_s
+            socket, driver, dispatcher, self._maintenance, metrics, light_grace_s=light_grace_s
         )
         self._metrics_server = MetricsServer(
             settings.effective_metrics_listen, metrics, dispatcher.check, light_grace_s
@@ -89,10 +90,10 @@ class Gateway:
 
     async def start(self) -> None:
         """Repair the leftovers of a crash, then answer calls; raises as `serve`."""
+        self._make_run_dir()
         # Both sockets first: they prevent repairs by a second gateway, which would destroy the first one's work.
         self._docker.bind()
         self._is_bound = True
-        self._make_run_dir()
         self._dispatcher.open()
         await asyncio.to_thread(self._driver.prepare)
         self._is_prepared = True
@@ -102,7 +103,8 @@ class Gateway:
         if self._containerd is not None:
             await self._containerd.open()
         self._maintenance.begin()
-        _log.info("gateway listens", socket=str(self._settings.plugin_socket), root=str(self._settings.gear_root))
+        settings = self._settings
+        _log.info("gateway listens", socket=str(settings.effective_plugin_socket), root=str(settings.gear_root))
 
     async def stop(self) -> None:
         """Accept no new connections, finish the calls in progress within their grace, remove the sockets."""

@@ -113,12 +113,13 @@ def workers_check(settings: NodeSettings) -> Check:
 def gateway_check(settings: NodeSettings) -> Check:
     """Check that the gateway answers."""
     name = "Gateway"
+    socket = settings.effective_plugin_socket
     try:
-        call_plugin(settings.plugin_socket, "Plugin.Activate", _TIMEOUT_S)
+        call_plugin(socket, "Plugin.Activate", _TIMEOUT_S)
     except (OSError, ValueError, http.client.HTTPException) as exc:
         advice = "start it: python -m plugin_gateway"
-        return Check(name, False, True, f"{settings.plugin_socket} does not answer ({exc})", advice)
-    return Check(name, True, True, f"answers on {settings.plugin_socket}")
+        return Check(name, False, True, f"{socket} does not answer ({exc})", advice)
+    return Check(name, True, True, f"answers on {socket}")
 
 
 def lazyfs_check(settings: NodeSettings) -> Check:

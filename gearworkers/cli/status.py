@@ -30,7 +30,7 @@ def command() -> None:
 def gateway_status(settings: NodeSettings, timeout_s: float = STATUS_TIMEOUT_S) -> list[tuple[str, str]] | None:
     """Return the running gateway's answer to GraphDriver.Status; None if no gateway answers."""
     try:
-        answer = call_plugin(settings.plugin_socket, "GraphDriver.Status", timeout_s)
+        answer = call_plugin(settings.effective_plugin_socket, "GraphDriver.Status", timeout_s)
     except (OSError, ValueError, http.client.HTTPException):
         return None
     return [(key, value) for key, value in answer.get("Status") or []]

@@ -219,7 +219,7 @@ class OverSocket:
         return _checked(*self._post(f"/GraphDriver.{method}", json.dumps(arguments).encode()))
 
     def _post(self, path: str, body: bytes | Iterator[bytes]) -> tuple[http.client.HTTPResponse, bytes]:
-        connection = UnixHTTPConnection(self._settings.plugin_socket, _TIMEOUT_S)
+        connection = UnixHTTPConnection(self._settings.effective_plugin_socket, _TIMEOUT_S)
         chunked = not isinstance(body, bytes)
         headers = {
             "Host": "plugin.moby.localhost",

@@ -32,11 +32,11 @@ class Containerd:
 
     Args:
         directory: Of its root and log.
-        stack: Its gateway serves this containerd.
+        stack: Its gateway serves this containerd; None for a containerd without gearworkers.
     """
 
     directory: Path
-    stack: Stack
+    stack: Stack | None
     daemon: Daemon = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Containerd:
             path.mkdir(parents=True, exist_ok=True)
         config = self.directory / "config.toml"
         paths = _PATHS.format(directory=self.directory, run_dir=self.run_dir, socket=self.socket)
-        head, rest = self.snippet().split("\n", 1)
+        head, rest = (self.snippet() if self.stack else "version = 2\n").split("\n", 1)
         config.write_text(f"{head}\n{paths}{rest}")
         command = [str(programs() / "containerd"), "--config", str(config)]
         self.daemon = Daemon(command, self.directory / "containerd.log", environ())
@@ -52,7 +52,7 @@ class Containerd:
     @property
     def run_dir(self) -> Path:
         """Sockets and state; short paths."""
-        return Path("/run/docker/private") / f"{self.stack.name}-ctr"
+        return Path("/run/docker/private") / f"{self.stack.name if self.stack else self.directory.name}-ctr"
 
     @property
     def socket(self) -> Path:
@@ -61,6 +61,7 @@ class Containerd:
 
     def snippet(self) -> str:
         """The text that `gear containerd-config` prints for this containerd."""
+        assert self.stack is not None
         command = [str(programs() / "containerd"), "--version"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         version = Version.parse(text.split()[2])
@@ -112,7 +113,7 @@ class ContainerdDocker:
             (plugins / "docker-buildx").symlink_to((programs() / "docker-buildx").resolve())
         settings = {
             "features": {"containerd-snapshotter": True},
-            "storage-driver": "gear",
+            "storage-driver": "gear" if self.containerd.stack else "overlayfs",
             "containerd": str(self.containerd.socket),
             "data-root": str(self.directory / "data"),
             "exec-root": str(self.run_dir / "exec"),

@@ -23,6 +23,7 @@ from pathlib import Path
 PACKAGES = "python3-minimal,git"
 CHANGED_EVERY = 25
 """Every 25th file of the second root file system differs: 4 % of the files, so 96 % are shared."""
+_VARIES_EVERY = 10
 _RECIPE = "3"
 """Part of the names in the cache; raise it when the trees change."""
 _STAGING = "making-"
@@ -81,16 +82,17 @@ def make_all() -> None:
             _make_variant(_path("debian"), _path("debian-variant"))
 
 
-def write_unshared_tree(target: Path, seed: str, size: TreeSize) -> None:
+def write_unshared_tree(target: Path, seed: str, size: TreeSize, variant: str = "") -> None:
     """Write a tar of about *size* from the files of the host's /usr, each altered so that no two contents are equal.
 
-    File sizes are distributed as in /usr. The same host and seed give the same tar.
+    File sizes are distributed as in /usr. The same host, seed and variant give the same tar. Two variants of a seed
+    share all files except every tenth.
     """
     entries = content_bytes = 0
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
         for path, info in _proportional_entries(size):
             info.name = f"tree/{info.name}"
-            tar.addfile(info, _altered(path, seed, info))
+            tar.addfile(info, _altered(path, seed if entries % _VARIES_EVERY else seed + variant, info))
             entries += 1
             content_bytes += info.size
     if entries < size.entries or content_bytes < size.content_bytes:

@@ -72,8 +72,9 @@ def upper_changes(upper: Path, merged_fd: int, parent_fd: int | None) -> list[Ch
 def tree_changes(new_fd: int | None, old_fd: int | None) -> list[Change]:
     """Return the differences between any two trees, sorted by path; None is an empty tree.
 
-    The comparison covers type, mode, owner, device number, time, the xattrs that a tar contains, the target of a symlink
-    and, except for directories, size. As in Docker, a change of content that keeps size and time is not noticed.
+    The comparison covers type, mode, owner, device number, time, the xattrs that a tar contains, the target of a
+    symlink and, except for directories, size. As in Docker, a change of content that keeps size and time is not
+    noticed.
 
     Raises:
         GearError: A directory cannot be read.

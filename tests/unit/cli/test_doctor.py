@@ -76,7 +76,7 @@ def test_the_status_command_waits_for_a_slow_gateway(tmp_path: Path) -> None:
         time.sleep(0.5)
         return [("Objects", "1000000")]
 
-    settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", plugin_socket=tmp_path / "gear.sock")
+    settings = Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run", plugin_socket="off")
     running = run_gateway(settings, lambda claimed: None)
     running.driver.status = count  # type: ignore[method-assign]
     try:

@@ -19,7 +19,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(
         gear_root=tmp_path / "gear",
         run_dir=tmp_path / "run",
-        plugin_socket=tmp_path / "plugins" / "gear.sock",
+        plugin_socket=str(tmp_path / "plugins" / "gear.sock"),
         node="n",
     )
 
@@ -31,7 +31,7 @@ def start(settings: Settings) -> Iterator[Start]:
     def begin(work: Work = work, *, workers: int = 1, **options: Any) -> tuple[Running, Plugin]:
         timeouts = LONG if workers else SHORT
         started.append(run_gateway(settings, work, workers=workers, timeouts=timeouts, **options))
-        return started[-1], Plugin(settings.plugin_socket)
+        return started[-1], Plugin(settings.effective_plugin_socket)
 
     yield begin
     for running in started:

@@ -20,7 +20,7 @@ from plugin_gateway.metrics import GatewayMetrics
 from plugin_gateway.sockets import listen
 from tests.support.gateway_jobs import BEGUN, LONG, Start, work
 from tests.support.gateways import MemoryDriver, run_gateway
-from tests.support.plugin import read_metrics
+from tests.support.plugin import Plugin, read_metrics
 from tests.support.processes import wait_until
 
 
@@ -53,10 +53,19 @@ def test_an_unusable_run_directory_is_reported(settings: Settings, tmp_path: Pat
 
 def test_sockets_admit_root_only_and_are_removed_at_the_stop(start: Start, settings: Settings) -> None:
     running, _ = start()
-    sockets = [settings.plugin_socket, settings.streams_socket, Path(settings.effective_metrics_listen)]
+    sockets = [settings.effective_plugin_socket, settings.streams_socket, Path(settings.effective_metrics_listen)]
     assert [stat.S_IMODE(path.stat().st_mode) for path in sockets] == [0o600] * 3
     running.stop()
     assert not any(path.exists() for path in sockets)
+
+
+def test_a_gateway_without_dockers_door_reports_its_status(settings: Settings) -> None:
+    running = run_gateway(replace(settings, plugin_socket="off"), work)
+    try:
+        assert not settings.effective_plugin_socket.exists()
+        assert Plugin(settings.run_dir / "plugin.sock").status()["Degraded"] == "no"
+    finally:
+        running.stop()
 
 
 def test_the_gateway_finishes_running_calls_before_it_stops(start: Start) -> None:
@@ -127,7 +136,7 @@ def test_a_restarted_gateway_publishes_to_the_broker_of_the_running_dockerd(sett
 def test_a_gateway_replaces_the_socket_of_a_dead_gateway_and_rejects_a_second_one(
     start: Start, settings: Settings
 ) -> None:
-    dead = listen_and_die(settings.plugin_socket)
+    dead = listen_and_die(settings.effective_plugin_socket)
     assert dead.exists()
     start()
     with pytest.raises(FailedPrecondition, match="another gateway"):
@@ -157,13 +166,14 @@ def test_a_gateway_with_a_full_backlog_counts_as_running(tmp_path: Path) -> None
 def test_a_rejected_gateway_does_not_touch_the_running_one(settings: Settings, tmp_path: Path, shared: str) -> None:
     settings = replace(settings, metrics_listen=str(tmp_path / "metrics.sock"))
     running = run_gateway(settings, work, timeouts=LONG)
-    others = {name: tmp_path / f"other-{name}" for name in ("gear_root", "run_dir", "plugin_socket") if name != shared}
-    second = MemoryDriver(replace(settings, **others))  # type: ignore[arg-type]
+    others = {name: tmp_path / f"other-{name}" for name in ("gear_root", "run_dir") if name != shared}
+    plugin_socket = str(tmp_path / "other-plugin")
+    second = MemoryDriver(replace(settings, plugin_socket=plugin_socket, **others))  # type: ignore[arg-type]
     try:
         with pytest.raises(FailedPrecondition, match="another gateway"):
             asyncio.run(gateway_of(second).serve())
         assert settings.streams_socket.exists() and Path(settings.effective_metrics_listen).exists()
-        assert not second.settings.plugin_socket.exists()
+        assert not second.settings.effective_plugin_socket.exists()
         assert second.is_prepared == second.is_released == (shared != "run_dir")
     finally:
         running.stop()

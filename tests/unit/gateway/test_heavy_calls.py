@@ -130,7 +130,7 @@ def test_docker_gets_an_error_when_the_worker_dies_during_the_call(start: Start)
 
 def test_a_stalled_caller_gets_an_error_after_the_idle_limit(settings: Settings) -> None:
     running = run_gateway(replace(settings, stream_idle_s=0.01), work, timeouts=LONG, stalled_s=0.01)
-    plugin = Plugin(settings.plugin_socket)
+    plugin = Plugin(settings.effective_plugin_socket)
     try:
         with plugin.begin_apply("a", BEGUN) as connection:
             answer = http.client.HTTPResponse(connection)

@@ -62,7 +62,7 @@ def driver(node: LazyNode) -> RecordingDriver:
 
 @pytest.fixture
 def running(node: LazyNode, driver: Any) -> Iterator[Running]:
-    settings = replace(node.settings, plugin_socket=node.settings.run_dir / "plugin.sock")
+    settings = replace(node.settings, plugin_socket="off")
     running = run_gateway(settings, lambda claimed: None, workers=0, driver=driver)
     yield running
     running.stop()
@@ -72,7 +72,7 @@ def running(node: LazyNode, driver: Any) -> Iterator[Running]:
 def test_other_calls_are_served_while_64_containers_wait_for_the_lazy_file_server(
     node: LazyNode, driver: RecordingDriver, running: Running, how: str
 ) -> None:
-    plugin = Plugin(running.driver.settings.plugin_socket)
+    plugin = Plugin(running.driver.settings.effective_plugin_socket)
     if how == "was killed":
         node.start()
         node.kill()

@@ -1,0 +1,75 @@
+"""Two containerds on one fresh disk: gearworkers' snapshotter and overlayfs, each with a Docker on its image store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.containerd_host import Containerd, ContainerdDocker
+from tests.support.disk import tree_bytes
+from tests.support.stack import Stack
+
+_PEER = "overlayfs"
+
+
+@dataclass
+class ContainerdSide:
+    """A containerd, a Docker on it, and for gearworkers the stack that serves it."""
+
+    containerd: Containerd
+    docker: ContainerdDocker
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is gearworkers."""
+        return self.containerd.stack is not None
+
+    @property
+    def snapshotter(self) -> str:
+        """The snapshotter's name in containerd."""
+        return "gear" if self.is_ours else _PEER
+
+    @property
+    def data_root(self) -> Path:
+        """The directory of the layers, without containerd's content store."""
+        stack = self.containerd.stack
+        return stack.root if stack else self.containerd.directory / f"root/io.containerd.snapshotter.v1.{_PEER}"
+
+    def stored_bytes(self) -> int:
+        """Return the bytes on disk of the layers and their metadata, without containerd's content store."""
+        os.sync()
+        return tree_bytes(self.data_root)
+
+
+@contextmanager
+def containerd_sides(
+    disk: Path, turn: int = 0, docker: bool = False
+) -> Iterator[tuple[ContainerdSide, ContainerdSide]]:
+    """Run both sides with empty roots; yield gearworkers first in even turns, the peer first in odd ones.
+
+    Args:
+        disk: Where the roots are made.
+        turn: Part of the directories' names.
+        docker: Start the dockerds too.
+    """
+    with ExitStack() as stops:
+        stack = Stack(disk / f"stack{turn}", f"ours{turn}")
+        stack.set(CONTAINERD_ADDRESS=f"/run/docker/private/{stack.name}-ctr/containerd.sock")
+        stops.callback(stack.stop)
+        stack.start()
+        ours, peer = (_side(disk / f"{name}{turn}", of) for name, of in (("ours", stack), ("peer", None)))
+        for side in (ours, peer):
+            stops.callback(side.containerd.stop)
+            side.containerd.start()
+            if docker:
+                stops.callback(side.docker.stop)
+                side.docker.start()
+        yield (peer, ours) if turn % 2 else (ours, peer)
+
+
+def _side(directory: Path, stack: Stack | None) -> ContainerdSide:
+    containerd = Containerd(directory, stack)
+    return ContainerdSide(containerd, ContainerdDocker(containerd))
