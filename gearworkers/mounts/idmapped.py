@@ -56,7 +56,7 @@ def user_namespace(owners: OwnerMap) -> Iterator[int]:
     A child process holds the namespace until the maps are written. It ends with this context, or with this process.
 
     Raises:
-        OSError: The kernel refuses the namespace or the maps.
+        OSError: The kernel refuses the namespace, or the maps, which take CAP_SETUID and CAP_SETGID.
     """
     pipe = subprocess.PIPE
     with subprocess.Popen(["unshare", "--user", "cat"], bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe) as holder:
@@ -67,8 +67,11 @@ def user_namespace(owners: OwnerMap) -> Iterator[int]:
             reason = holder.stderr.read().decode(errors="replace").strip()
             raise OSError(errno.EPERM, f"make a user namespace: {reason}")
         for name, text in zip(("uid_map", "gid_map"), owners, strict=True):
-            with open(f"/proc/{holder.pid}/{name}", "wb", buffering=0) as file:  # the kernel wants a single write
-                file.write(text)
+            try:
+                with open(f"/proc/{holder.pid}/{name}", "wb", buffering=0) as file:  # the kernel wants a single write
+                    file.write(text)
+            except OSError as exc:
+                raise OSError(exc.errno, f"write the {name} of a user namespace") from exc
         userns_fd = os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield userns_fd

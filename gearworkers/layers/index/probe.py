@@ -48,7 +48,7 @@ def check_idmapped(scratch: Path) -> Check:
     Args:
         scratch: As for `check_index`.
     """
-    advice = "boot Linux 6.5 or newer, and put GEAR_ROOT on ext4, xfs or btrfs"
+    advice = "run as root with CAP_SETUID and CAP_SETGID, and put GEAR_ROOT on ext4, xfs or btrfs"
     below = scratch / "below"
     try:
         with _trial_index(scratch) as (tree, data):
