@@ -118,7 +118,9 @@ def test_a_mount_shows_the_parents_files_with_mapped_owners(client: SnapshotClie
 def test_root_in_the_container_may_do_what_root_may(client: SnapshotClient, image: str) -> None:
     (mount,) = mounts = client.prepare(new_key("mapped"), image, LABELS)
     with mounted(mounts) as top:
-        script = "echo new > new; chmod 600 file; chown 5:6 setuid; cat of-user/secret; stat -c %u:%g new file written"
+        script = (
+            "echo new > new; chmod 600 file; chown 5:6 setuid; cat of-user/secret; stat -c ' %u:%g' new file written"
+        )
         assert run_as_root(script, top).split() == ["secret", "0:0", "0:0", "0:0"]
         assert owners(top)["new"] == (mapped(0), mapped(0))
         assert owners(top)["setuid"] == (mapped(5), mapped(6))
