@@ -201,9 +201,9 @@ def test_a_container_in_a_user_namespace_sees_its_own_ids(
             "secret /new 0:0 644",
             "/roots 0:0 640",
             "/secret 1000:1001 600",
-            "/setuid 33:34 4755",
+            f"/setuid 33:34 {4755 if labels else 755}",  # containerd's chown clears the bit
         ]
-        made = sorted(set(layers(stack)) - before)
+        made = sorted(set(layers(stack)) - before, key=lambda id: int(id.rpartition("-")[2]))
         assert len(made) == (1 if labels else 2), "containerd makes a layer with the owners only without labels"
         upper = stack.root / "containers" / made[-1] / "upper"
         assert (upper / "new").stat().st_uid == (upper / "roots").stat().st_uid == 100_000
