@@ -10,11 +10,11 @@ import typer
 
 from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.errors import FailedPrecondition, GearError, NotFound
-from gearworkers.mounts.probe import Check
+from gearworkers.layers.index.probe import check_idmapped
+from gearworkers.mounts.probe import Check, run_check
 from gearworkers.settings import NodeSettings
 from gearworkers.util.log import command_settings
 
-_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 _DIFFER_TYPE = "io.containerd.differ.v1"
 _TIMEOUT_S = 10.0
 _NAME = "containerd"
@@ -44,11 +44,12 @@ def command(
         return
     with connected(settings.containerd_address) as client:
         version = config.Version.parse(client.version())
-    print(config.snippet(version, socket, settings.gear_root, cri=cri), end="")
+    remap_ids = _idmapped_check(settings).ok
+    print(config.snippet(version, socket, settings.gear_root, cri=cri, remap_ids=remap_ids), end="")
 
 
 def containerd_checks(settings: NodeSettings) -> list[Check]:
-    """Check the running containerd: version, both plugins, the order of differs, unpack_config and dockerd."""
+    """Check the running containerd: version, both plugins, user namespaces, the order of differs, unpack_config."""
     from gearworkers.containerd import config
     from gearworkers.containerd.client import connected
 
@@ -58,11 +59,40 @@ def containerd_checks(settings: NodeSettings) -> list[Check]:
             version = config.Version.parse(text)
             config.require_supported(version)
             checks = [Check(_NAME, True, False, text)]
-            for type, id in ((_SNAPSHOTTER_TYPE, config.SNAPSHOTTER), (_DIFFER_TYPE, config.DIFFER)):
+            for type, id in ((config.SNAPSHOTTER_TYPE, config.SNAPSHOTTER), (_DIFFER_TYPE, config.DIFFER)):
                 checks.append(_plugin_check(client, type, id))
+            if checks[1].ok:
+                capabilities = client.plugin(config.SNAPSHOTTER_TYPE, config.SNAPSHOTTER).capabilities
+                checks.append(remap_check(_idmapped_check(settings), config.REMAP_IDS in capabilities))
     except GearError as exc:
         return [Check(_NAME, False, False, str(exc), "start containerd, or set CONTAINERD_ADDRESS")]
     return [*checks, *_config_checks(_config_dump(), version)]
+
+
+def remap_check(idmapped: Check, is_claimed: bool) -> Check:
+    """Check that containerd expects mounts that map ids only if this host can make them.
+
+    Args:
+        idmapped: Whether it can.
+        is_claimed: Whether containerd's configuration has the capability.
+    """
+    name = f"{_NAME} user namespaces"
+    if idmapped.ok and is_claimed:
+        return Check(name, True, False, "mounts map the ids")
+    if idmapped.ok:
+        advice = "run `gear containerd-config` for the capability"
+        return Check(name, False, False, "containerd changes the owners of all files itself, which is slow", advice)
+    if is_claimed:
+        advice = f"remove the capability from containerd's configuration, or {idmapped.advice}"
+        return Check(name, False, False, f"containers in one cannot start: {idmapped.found}", advice)
+    return Check(name, True, False, f"containerd changes the owners of all files itself: {idmapped.found}")
+
+
+def _idmapped_check(settings: NodeSettings) -> Check:
+    root = settings.gear_root
+    while not root.exists():
+        root = root.parent
+    return run_check(check_idmapped, root)
 
 
 def _plugin_check(client: Any, type: str, id: str) -> Check:

@@ -15,6 +15,7 @@ import typer
 
 from gearworkers.cli import containerd_config
 from gearworkers.cli.docker_api import container_names
+from gearworkers.cli.mount_namespaces import mount_namespace_check
 from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.cli.plugin_call import call_plugin
 from gearworkers.digest import DIGEST_BYTES
@@ -168,12 +169,13 @@ def remote_check(settings: Settings) -> Check:
 def containerd_checks(settings: NodeSettings) -> list[Check]:
     """Check the containerd that uses gearworkers; one line if it does not."""
     name = "containerd"
-    if settings.effective_containerd_socket is None:
+    socket = settings.effective_containerd_socket
+    if socket is None:
         return [Check(name, True, False, "not served: GEAR_CONTAINERD_SOCKET is off")]
     checks = containerd_config.containerd_checks(settings)
     if len(checks) < 2 or checks[1].found == containerd_config.NOT_CONFIGURED:
         return [Check(name, True, False, "does not use gearworkers; see `gear containerd-config`")]
-    return checks
+    return [*checks, mount_namespace_check(settings.gear_root, socket, settings.containerd_address)]
 
 
 def docker_checks() -> list[Check]:

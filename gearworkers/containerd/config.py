@@ -13,7 +13,10 @@ from typing import NamedTuple
 from gearworkers.errors import FailedPrecondition, InvalidInput
 
 SNAPSHOTTER = "gear"
+SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 DIFFER = "gear-diff"
+REMAP_IDS = "remap-ids"
+"""The capability of a snapshotter whose mounts map ids, so that containerd need not change the owners of files."""
 FIRST_VERSION = (1, 7)
 """containerd 1.6 crashes at its start if a proxy plugin is a differ."""
 
@@ -49,7 +52,7 @@ def require_supported(version: Version) -> None:
         )
 
 
-def snippet(version: Version, socket: Path, root: Path, *, cri: bool) -> str:
+def snippet(version: Version, socket: Path, root: Path, *, cri: bool, remap_ids: bool = True) -> str:
     """Return the text for containerd's config.toml.
 
     Args:
@@ -57,12 +60,13 @@ def snippet(version: Version, socket: Path, root: Path, *, cri: bool) -> str:
         socket: Where the gateway listens.
         root: GEAR_ROOT.
         cri: For Kubernetes' CRI; otherwise for Docker, ctr and nerdctl.
+        remap_ids: Whether this host can make mounts that map ids: `check_idmapped`.
 
     Raises:
         FailedPrecondition: containerd is too old.
     """
     require_supported(version)
-    parts = [_proxy_plugins(version, socket, root)]
+    parts = [_proxy_plugins(version, socket, root, remap_ids)]
     if not cri or version < (2, 1):
         parts.append(_diff_service())
     if cri:
@@ -72,7 +76,8 @@ def snippet(version: Version, socket: Path, root: Path, *, cri: bool) -> str:
     return "\n".join(parts)
 
 
-def _proxy_plugins(version: Version, socket: Path, root: Path) -> str:
+def _proxy_plugins(version: Version, socket: Path, root: Path, remap_ids: bool) -> str:
+    capabilities = f'  capabilities = ["{REMAP_IDS}"]\n' if remap_ids else ""
     exports = f"""  [proxy_plugins.{SNAPSHOTTER}.exports]
     root = "{root}"
     enable_remote_snapshot_annotations = "true"
@@ -82,7 +87,7 @@ def _proxy_plugins(version: Version, socket: Path, root: Path) -> str:
 [proxy_plugins.{SNAPSHOTTER}]
   type = "snapshot"
   address = "{socket}"
-{exports if version >= (2, 0) else ""}[proxy_plugins.{DIFFER}]
+{capabilities}{exports if version >= (2, 0) else ""}[proxy_plugins.{DIFFER}]
   type = "diff"
   address = "{socket}"
 """

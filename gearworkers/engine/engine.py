@@ -15,7 +15,7 @@ from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.mounts import LayerMounts
 from gearworkers.engine.recovery import collect_garbage, prepare_root
-from gearworkers.errors import from_os_error
+from gearworkers.errors import InvalidInput, from_os_error
 from gearworkers.fsck.repair import StoreChecker
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.copy_layer import copy_layer
@@ -24,9 +24,9 @@ from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
 from gearworkers.layers.diff.replay import replay
 from gearworkers.layers.diff.size import changed_size, tree_size, tree_usage
-from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.idmap import NO_MAPS, IdMaps
 from gearworkers.layers.index.probe import IndexMountMode
-from gearworkers.layers.record import LayerKind, image_layer, new_layer
+from gearworkers.layers.record import Layer, LayerKind, image_layer, new_layer
 from gearworkers.layers.store import MERGED, LayerStore
 from gearworkers.layers.usage import UsageMeter
 from gearworkers.mounts.overlay import is_mounted
@@ -118,7 +118,15 @@ class Engine:
     # -- layers
 
     @layer_call
-    def create(self, id: str, parent: str, kind: LayerKind, mount_label: str = "", size_limit_bytes: int = 0) -> None:
+    def create(
+        self,
+        id: str,
+        parent: str,
+        kind: LayerKind,
+        mount_label: str = "",
+        size_limit_bytes: int = 0,
+        mount_ids: IdMaps = NO_MAPS,
+    ) -> None:
         """Create an empty layer on *parent*.
 
         Args:
@@ -127,12 +135,13 @@ class Engine:
             kind: NEW for a layer that `apply_diff` or a mount fills, CONTAINER for a read-write layer.
             mount_label: SELinux label of its mounts.
             size_limit_bytes: Limit of a read-write layer; 0 for none. The caller checks `Quotas.require` first.
+            mount_ids: As `Layer.mount_ids`, for a NEW layer.
 
         Raises:
             AlreadyExists: The id is taken.
             NotFound: The parent is missing.
         """
-        self.layers.create(new_layer(id, parent, kind, mount_label, size_limit_bytes), self.id_maps())
+        self.layers.create(new_layer(id, parent, kind, mount_label, size_limit_bytes, mount_ids), self.id_maps())
 
     @layer_call
     def remove(self, id: str) -> None:
@@ -158,11 +167,18 @@ class Engine:
         """
         layer = self.layers.get(id)
         if layer.kind is LayerKind.NEW:
-            owner = None
-            if layer.parent:
-                top = os.stat(self.layers.lower(self.layers.get(layer.parent)))
-                owner = (top.st_uid, top.st_gid)
-            self.layers.promote(layer, self.id_maps(), owner)
+            self.layers.promote(layer, layer.mount_ids or self.id_maps(), self._top_owner(layer))
+
+    def _top_owner(self, layer: Layer) -> tuple[int, int] | None:
+        """Return the owner of the parent's top directory as the layer shows it; None if the layer has no parent."""
+        if not layer.parent:
+            return None
+        parent = self.layers.get(layer.parent)
+        top = os.stat(self.layers.lower(parent))
+        try:
+            return layer.mount_ids.to_host(*parent.mount_ids.to_container(top.st_uid, top.st_gid))
+        except InvalidInput:  # outside the ranges: the container's root owns the top
+            return layer.mount_ids.root
 
     @layer_call
     def unmount(self, id: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from gearworkers.errors import NotFound, from_os_error
-from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.idmap import NO_MAPS, IdMaps
 from gearworkers.layers.record import Layer, LayerKind
 from gearworkers.layers.store import MERGED, UPPER, WORK, LayerStore, check_id
 from gearworkers.lazyfs.tree import FAILED, FETCH
@@ -93,8 +93,10 @@ class LayerMounts:
                 self._mount(layer, target, mount_label, volatile, may_wait)
             return target
 
-    def mount_read_only(self, id: str, target: Path, mount_label: str = "") -> None:
+    def mount_read_only(self, id: str, target: Path, ids: IdMaps) -> None:
         """Mount a read-only view of the layer at the directory *target* unless one is mounted there.
+
+        The view shows a container's ids as *ids* maps them.
 
         Raises:
             NotFound: There is no such layer.
@@ -104,9 +106,8 @@ class LayerMounts:
             if not overlay.is_mounted(target):
                 data = self._data(id, self._layers.is_complete(id))
                 with self._indexes_stay_mounted():
-                    lowers = self._layers.lowers(id) or (self._settings.gear_root / _EMPTY,)
-                    spec = overlay.OverlaySpec(lowers, data, context=mount_label, xino=self._settings.xino)
-                    overlay.mount(spec, target)
+                    lowers = self._layers.mapped_lowers(id, ids) or (self._settings.gear_root / _EMPTY,)
+                    overlay.mount(overlay.OverlaySpec(lowers, data, xino=self._settings.xino), target)
 
     def unmount_view(self, target: Path) -> None:
         """Unmount *target*; does nothing if it is not mounted."""
@@ -128,13 +129,16 @@ class LayerMounts:
 
     @contextmanager
     def view(self, id: str) -> Iterator[int | None]:
-        """Yield a descriptor of the layer's tree, or of its mount if it is mounted; None for the empty id."""
+        """Yield a descriptor of the layer's tree, or of its mount if it is mounted; None for the empty id.
+
+        The tree has the container's ids. So it is not the mount if that maps them.
+        """
         if not id:
             yield None
             return
         layer = self._layers.get(id)
         merged = self._layers.directory(layer) / MERGED
-        if layer.kind is LayerKind.CONTAINER:
+        if layer.kind is LayerKind.CONTAINER and not layer.mount_ids:
             with opened_directory(merged) as fd:
                 # Check the open descriptor, not the path: the layer may be unmounted by now.
                 if os.fstat(fd).st_dev != os.lstat(merged.parent).st_dev:
@@ -148,7 +152,8 @@ class LayerMounts:
             data = self._data(id, self._layers.is_complete(id))
             with ExitStack() as stack:
                 with self._indexes_stay_mounted():
-                    fd = stack.enter_context(overlay.detached(overlay.OverlaySpec(self._layers.lowers(id), data)))
+                    lowers = self._layers.mapped_lowers(id, NO_MAPS)
+                    fd = stack.enter_context(overlay.detached(overlay.OverlaySpec(lowers, data)))
                 yield fd
 
     def unmount_indexes(self) -> None:
@@ -201,9 +206,10 @@ class LayerMounts:
         label = mount_label or layer.mount_label
         xino = self._settings.xino
         if layer.kind is LayerKind.IMAGE:
-            return overlay.OverlaySpec(self._layers.lowers(layer.id), data, context=label, xino=xino)
+            lowers = self._layers.mapped_lowers(layer.id, layer.mount_ids)
+            return overlay.OverlaySpec(lowers, data, context=label, xino=xino)
         directory = self._layers.directory(layer)
-        lowers = self._layers.lowers(layer.parent) or (self._settings.gear_root / _EMPTY,)
+        lowers = self._layers.mapped_lowers(layer.parent, layer.mount_ids) or (self._settings.gear_root / _EMPTY,)
         upper, work = directory / UPPER, directory / WORK
         return overlay.OverlaySpec(lowers, data, upper, work, context=label, volatile=volatile, xino=xino)
 

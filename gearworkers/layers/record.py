@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from gearworkers.layers.apply import Applied
+from gearworkers.layers.idmap import NO_MAPS, IdMaps
 from gearworkers.util.writing import write_synced
 
 RECORD_FILE = "layer.json"
@@ -32,6 +33,8 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     created_s: float = 0.0
     dedupable: bool = msgspec.field(default=False, name="absorbable")
     """Whether the layer was created as a new layer. It does not change after it is written and its Diff is taken."""
+    mount_ids: IdMaps = NO_MAPS
+    """How the layer's mount shows the owners of the layers below it. The files in its upper have the shown owners."""
     size_limit_bytes: int = 0
     """Size limit of a container; 0 for no limit."""
     project: int = 0
@@ -51,7 +54,14 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     """SHA-256 of an index without a label. An index with a label contains its digest."""
 
 
-def new_layer(id: str, parent: str, kind: LayerKind, mount_label: str, size_limit_bytes: int = 0) -> Layer:
+def new_layer(
+    id: str,
+    parent: str,
+    kind: LayerKind,
+    mount_label: str,
+    size_limit_bytes: int = 0,
+    mount_ids: IdMaps = NO_MAPS,
+) -> Layer:
     """Return the record of a layer that is created now."""
     return Layer(
         id=id,
@@ -61,11 +71,12 @@ def new_layer(id: str, parent: str, kind: LayerKind, mount_label: str, size_limi
         created_s=time.time(),
         dedupable=kind is LayerKind.NEW,
         size_limit_bytes=size_limit_bytes,
+        mount_ids=mount_ids,
     )
 
 
 def image_layer(layer: Layer, applied: Applied) -> Layer:
-    """Return the record of *layer* after a tar has filled it."""
+    """Return the record of *layer* after a tar has filled it. The index has the tar's owners, so it maps no ids."""
     return Layer(
         id=layer.id,
         parent=layer.parent,

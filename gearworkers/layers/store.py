@@ -24,13 +24,14 @@ from gearworkers.cas.collector import publishing
 from gearworkers.cas.store import ObjectStore
 from gearworkers.errors import AlreadyExists, FailedPrecondition, GearError, InvalidInput, NotFound, from_os_error
 from gearworkers.layers import apply_once
-from gearworkers.layers.idmap import IdMaps
+from gearworkers.layers.idmap import IdMaps, shown_tree
 from gearworkers.layers.index.inode_numbers import INDEX_FILE, InodeNumbers
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.renumber import has_own_inode_numbers, renumber
 from gearworkers.layers.private import PrivateStores
 from gearworkers.layers.quotas import Quotas
 from gearworkers.layers.record import RECORD_FILE, Layer, LayerKind, read_record, write_record
+from gearworkers.mounts.idmapped import MappedTree
 from gearworkers.mounts.overlay import is_mounted, unmount
 from gearworkers.settings import NodeSettings
 from gearworkers.tar.private_marker import MARKER
@@ -142,6 +143,10 @@ class LayerStore:
             FailedPrecondition: A layer is unfinished.
         """
         return tuple(self.lower(layer) for layer in self.layer_chain(id))
+
+    def mapped_lowers(self, id: str, ids: IdMaps) -> tuple[Path | MappedTree, ...]:
+        """Return the lowers, as `lowers`, so that a mount shows all owners as *ids* maps the container's ids."""
+        return tuple(shown_tree(self.lower(layer), layer.mount_ids, ids) for layer in self.layer_chain(id))
 
     def layer_chain(self, id: str) -> Iterator[Layer]:
         """Yield the layer, its parent, and so on; nothing for the empty id."""

@@ -1,6 +1,8 @@
-"""Find mounts in /proc/self/mountinfo, without accessing the mounted file system.
+"""Find mounts in /proc/PID/mountinfo, without accessing the mounted file system.
 
 If the server of the lazy file system is dead, stat would wait for the next server.
+
+Source: proc_pid_mountinfo(5).
 """
 
 from __future__ import annotations
@@ -10,11 +12,22 @@ import re
 import select
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from gearworkers.errors import FailedPrecondition
 
 _MOUNTINFO = "/proc/self/mountinfo"
 _MOUNT_POINT_FIELD = 4
+_FIRST_TAG_FIELD = 6
+
+
+class Propagation(NamedTuple):
+    """Where the mounts below a mount propagate."""
+
+    group: int
+    """The peer group of the mount, from and to which mounts propagate; 0 for none."""
+    masters: tuple[int, ...]
+    """The peer groups from which it receives mounts."""
 
 
 def is_mount_point(target: Path) -> bool:
@@ -43,6 +56,24 @@ def wait_until_mounted(target: Path, timeout_s: float) -> None:
             changes.poll(left_s * 1000)
 
 
+def propagation_at(path: Path, pid: int) -> Propagation:
+    """Return the propagation of the mount that contains the absolute *path* for the process *pid*.
+
+    Raises:
+        OSError: There is no such process.
+    """
+    wanted = os.fsencode(_resolved(path))
+    found, length = Propagation(0, ()), -1
+    with open(f"/proc/{pid}/mountinfo", "rb") as mounts:
+        for line in mounts:
+            fields = line.partition(b" - ")[0].split()
+            point = _unescaped(fields[_MOUNT_POINT_FIELD]).rstrip(b"/")
+            # A later mount covers an earlier one at the same place.
+            if (wanted + b"/").startswith(point + b"/") and len(point) >= length:
+                found, length = _propagation(fields[_FIRST_TAG_FIELD:]), len(point)
+    return found
+
+
 def is_data_layer(path: Path) -> bool:
     """Whether an overlay in this process's mount namespace has *path* as a data layer.
 
@@ -52,6 +83,12 @@ def is_data_layer(path: Path) -> bool:
     with open(_MOUNTINFO, "rb") as mounts:
         options = (option for line in mounts for option in line.rstrip().partition(b" - overlay ")[2].split(b","))
         return any(_unescaped(option) in texts for option in options)
+
+
+def _propagation(tags: list[bytes]) -> Propagation:
+    values = {name: int(number) for name, _, number in (tag.partition(b":") for tag in tags) if number}
+    masters = (values[name] for name in (b"master", b"propagate_from") if name in values)
+    return Propagation(values.get(b"shared", 0), tuple(masters))
 
 
 def _resolved(path: Path) -> Path:

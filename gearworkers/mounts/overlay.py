@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.errors import GearError, InvalidInput, from_os_error
+from gearworkers.mounts.idmapped import MappedTree, mapped_clone, user_namespace
 from gearworkers.util import syscalls
 
 _OPTIONS = (
@@ -33,10 +34,10 @@ _LAYER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 class OverlaySpec:
     """The description of an overlay; paths are existing directories."""
 
-    lowers: tuple[Path, ...]
+    lowers: tuple[Path | MappedTree, ...]
     """Read-only trees, the topmost first."""
     data: tuple[Path, ...] = ()
-    """Data-only layers, searched in this order for an absolute redirect."""
+    """Data-only layers, searched in this order for an absolute redirect. Their files' owners are irrelevant."""
     upper: Path | None = None
     work: Path | None = None
     """On upper's file system. Upper and work are both set or both None."""
@@ -155,10 +156,15 @@ def _set_options(context_fd: int, spec: OverlaySpec) -> None:
 
 @contextmanager
 def _layers_added(context_fd: int, spec: OverlaySpec) -> Iterator[None]:
-    """Add the layers. Create the superblock inside the context, while the empty lower exists."""
+    """Add the layers. Create the superblock inside the context, while the empty lower and mapped clones exist."""
     with contextlib.ExitStack() as stack:
+        maps = {lower.owners for lower in spec.lowers if isinstance(lower, MappedTree)}
+        namespaces = {owners: stack.enter_context(user_namespace(owners)) for owners in maps}
         for lower in spec.lowers:
-            _add_directory(context_fd, "lowerdir+", lower)
+            if isinstance(lower, MappedTree):
+                stack.callback(os.close, _add_mapped_tree(context_fd, lower, namespaces[lower.owners]))
+            else:
+                _add_directory(context_fd, "lowerdir+", lower)
         if spec.upper is None and len(spec.lowers) + len(spec.data) == 1:
             stack.callback(os.close, _add_empty_lower(context_fd))
         for data in spec.data:
@@ -177,6 +183,20 @@ def _add_directory(context_fd: int, key: str, path: Path) -> None:
         raise OSError(exc.errno, exc.strerror, os.fspath(path)) from None
     finally:
         os.close(layer_fd)
+
+
+def _add_mapped_tree(context_fd: int, lower: MappedTree, userns_fd: int) -> int:
+    """Add a tree with mapped owners; return its mount. Keep it open until the superblock is created."""
+    try:
+        mount_fd = mapped_clone(lower.path, userns_fd)
+    except OSError as exc:
+        raise OSError(exc.errno, f"map the owners: {exc.strerror}", os.fspath(lower.path)) from None
+    try:
+        _add_fd(context_fd, "lowerdir+", mount_fd)
+    except OSError:
+        os.close(mount_fd)
+        raise
+    return mount_fd
 
 
 def _add_fd(context_fd: int, key: str, layer_fd: int, path: bytes = b"") -> None:
@@ -221,5 +241,6 @@ def _refused(exc: OSError, action: str) -> GearError:
 
 
 def _description(spec: OverlaySpec) -> str:
-    top = spec.upper or (spec.lowers[0] if spec.lowers else None)
+    top: Path | MappedTree | None = spec.upper or (spec.lowers[0] if spec.lowers else None)
+    top = top.path if isinstance(top, MappedTree) else top
     return f"an overlay of {len(spec.lowers)} lower and {len(spec.data)} data layers under {top}"

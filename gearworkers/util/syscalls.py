@@ -3,7 +3,7 @@
 Every function raises OSError with the errno, the attempted call as its text and, for calls with a path, the path.
 For fsconfig and fsmount the text ends with the kernel's messages in the file system context.
 
-Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), umount2(2), openat2(2),
+Sources: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2), mount_setattr(2), umount2(2), openat2(2),
 renameat2(2), fanotify_init(2), fanotify_mark(2), syncfs(2), statfs(2), getdents64(2), quotactl(2).
 System call numbers from 424 on are the same on all architectures.
 """
@@ -24,11 +24,13 @@ UMOUNT_NOFOLLOW = 8
 MOUNT_ATTR_RDONLY = 1
 MAX_OPTION_BYTES = 255
 
+_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
 _SYS_OPENAT2 = 437
+_SYS_MOUNT_SETATTR = 442
 _SYS_QUOTACTL_FD = 443
 
 _FSOPEN_CLOEXEC = 1
@@ -40,6 +42,9 @@ _FAN_OPEN = 0x20
 _FAN_OPEN_EXEC = 0x1000
 _FSMOUNT_CLOEXEC = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_OPEN_TREE_CLONE = 1
+_AT_EMPTY_PATH = 0x1000
+_MOUNT_ATTR_IDMAP = 0x100000
 _OPENAT2_RACES = 64
 """Attempts of openat2 when concurrent renames make it fail with EAGAIN."""
 
@@ -103,6 +108,18 @@ def move_mount(mount_fd: int, target: Path) -> None:
     """Attach a detached mount at *target*."""
     path = os.fsencode(target)
     _syscall("move_mount", _SYS_MOVE_MOUNT, mount_fd, b"", AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH, path=path)
+
+
+def clone_mount(path: Path) -> int:
+    """Return a detached mount of the tree at *path*, without mounts below it, as an O_PATH descriptor."""
+    raw = os.fsencode(path)
+    return _syscall("open_tree", _SYS_OPEN_TREE, AT_FDCWD, raw, _OPEN_TREE_CLONE | os.O_CLOEXEC, path=raw)
+
+
+def map_owners(mount_fd: int, userns_fd: int) -> None:
+    """Make a new detached mount show each owner as the user namespace maps it; the namespace may then end."""
+    attributes = struct.pack("QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, userns_fd)
+    _syscall("mount_setattr", _SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, attributes, len(attributes))
 
 
 def umount2(target: Path, flags: int = MNT_DETACH | UMOUNT_NOFOLLOW) -> None:

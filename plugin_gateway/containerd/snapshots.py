@@ -33,6 +33,7 @@ from plugin_gateway.containerd.snapshot_table import (
     is_layer_name,
     is_snapshot_layer,
 )
+from plugin_gateway.containerd.user_namespaces import UserNamespaces, id_maps, only_id_maps, without_id_maps
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -68,6 +69,7 @@ class Snapshots:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._root = engine.settings.gear_root
+        self._user_namespaces = UserNamespaces(self._root, engine.settings.containerd_address)
         self._views = self._root / _VIEWS
         self._locks = KeyedLocks()
         self._table: SnapshotTable | None = None
@@ -143,9 +145,11 @@ class Snapshots:
         Raises:
             AlreadyExists: The key is taken.
             NotFound: The parent does not exist.
-            InvalidInput: The parent is not committed.
-            FailedPrecondition: A dockerd with --userns-remap uses the same GEAR_ROOT.
+            InvalidInput: The parent is not committed, or the labels for a user namespace are malformed.
+            FailedPrecondition: A dockerd with --userns-remap uses the same GEAR_ROOT; or this host cannot make the
+                mounts for a user namespace that containerd expects.
         """
+        labels = self._user_namespaces.accepted(labels)
         if self._engine.id_maps().uids:
             raise FailedPrecondition(f"{self._root} belongs to a dockerd with --userns-remap; set another GEAR_ROOT")
         created = ""
@@ -153,7 +157,7 @@ class Snapshots:
             with self._rows.transaction() as rows:
                 snapshot = rows.add(SnapshotKind.ACTIVE, key, parent, labels)
                 parent_layer = rows.get(parent).layer if parent else ""
-                self._engine.create(snapshot.layer, parent_layer, LayerKind.NEW)
+                self._engine.create(snapshot.layer, parent_layer, LayerKind.NEW, mount_ids=id_maps(labels))
                 created = snapshot.layer
         except BaseException:
             if created:  # and the row could not be written
@@ -163,6 +167,7 @@ class Snapshots:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Make a read-only view of *parent* and return its mounts; errors as `prepare`."""
+        labels = self._user_namespaces.accepted(labels)
         with self._rows.transaction() as rows:
             snapshot = rows.add(SnapshotKind.VIEW, key, parent, labels)
         return self._mounts_of_new(snapshot)
@@ -204,7 +209,7 @@ class Snapshots:
             return self._root / _EMPTY
         target = self._views / str(snapshot.number)
         target.mkdir(mode=0o700, exist_ok=True)
-        self._engine.mounts.mount_read_only(snapshot.layer, target)
+        self._engine.mounts.mount_read_only(snapshot.layer, target, id_maps(snapshot.labels))
         return target
 
     def layer_of(self, mounts: Sequence[Mount]) -> str | None:
@@ -310,7 +315,7 @@ class Snapshots:
 
         Args:
             name: Of the snapshot.
-            labels: The new labels; an empty value removes a label.
+            labels: The new labels; an empty value removes a label. The labels for a user namespace never change.
             paths: The fields to change: ``labels`` or ``labels.KEY``; no path means all labels.
 
         Raises:
@@ -318,7 +323,8 @@ class Snapshots:
             InvalidInput: A path names an immutable field.
         """
         with self._rows.transaction() as rows:
-            changed = dict(rows.get(name).labels)
+            current = rows.get(name).labels
+            changed = dict(current)
             for path in paths or ("labels",):
                 if path == "labels":
                     changed = dict(labels)
@@ -327,7 +333,7 @@ class Snapshots:
                     changed[label] = labels.get(label, "")
                 else:
                     raise InvalidInput(f"cannot update {path!r} field on snapshot {name!r}")
-            return rows.update_labels(name, changed)
+            return rows.update_labels(name, without_id_maps(changed) | only_id_maps(current))
 
     # -- contents
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
+from gearworkers.digest import METACOPY_XATTR
+from tests.conformance.layers import file, tar
 from tests.support import rootfs
 from tests.support.containerd_host import Containerd, ContainerdDocker
 from tests.support.images import Image
@@ -165,6 +167,67 @@ def test_removing_the_image_removes_its_layers_and_objects(containerd: Container
     containerd.ctr("images", "rm", "--sync", NAME)
     assert (layers(stack), containerd.snapshots()) == ([], [])
     wait_until(lambda: not any(path.is_file() for path in (stack.root / "public").rglob("*")), "no object is left")
+
+
+# -- user namespaces
+
+MAPPED = ("--snapshotter", "gear", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536")
+
+
+@pytest.fixture
+def owned(containerd: Containerd, disk: Path) -> Iterator[str]:
+    """An image with files of several owners and modes."""
+    name, archive = "docker.io/library/owned:1", disk / "owned.tar"
+    files = tar(
+        file("roots", b"roots" * 1000),
+        file("secret", b"secret", 0o600, 1000, 1001),
+        file("setuid", b"#!/bin/sh", 0o4755, 33, 34),
+    )
+    archive.write_bytes(Image([tiny_tar(), files]).saved(name))
+    containerd.ctr("images", "import", "--snapshotter", "gear", str(archive))
+    yield name
+    containerd.ctr("images", "rm", "--sync", name)
+
+
+@pytest.mark.parametrize("labels", [("--remap-labels",), ()], ids=["mapped mounts", "owners changed by containerd"])
+def test_a_container_in_a_user_namespace_sees_its_own_ids(
+    containerd: Containerd, stack: Stack, owned: str, labels: tuple[str, ...]
+) -> None:
+    before, snapshots = set(layers(stack)), set(containerd.snapshots())
+    script = "echo new > /new; chmod 640 /roots; cat /secret; stat -c ' %n %u:%g %a' /new /roots /secret /setuid"
+    shown = containerd.ctr("run", *MAPPED, *labels, owned, "mapped", "sh", "-c", script)
+    try:
+        *others, setuid = [line.strip() for line in shown.splitlines()]
+        assert others == ["secret /new 0:0 644", "/roots 0:0 640", "/secret 1000:1001 600"]
+        assert setuid == "/setuid 33:34 4755" or not labels, "the chown of containerd 1.7 clears the bit"
+        made = sorted(set(layers(stack)) - before, key=lambda id: int(id.rpartition("-")[2]))
+        assert len(made) == (1 if labels else 2), "containerd makes a layer with the owners only without labels"
+        upper = stack.root / "containers" / made[-1] / "upper"
+        assert (upper / "new").stat().st_uid == (upper / "roots").stat().st_uid == 100_000
+        if labels:
+            assert METACOPY_XATTR in os.listxattr(upper / "roots")
+            check_mapped_diff(containerd)
+    finally:
+        containerd.ctr("container", "rm", "mapped")
+        for snapshot in set(containerd.snapshots()) - snapshots - {"mapped"}:
+            containerd.ctr("snapshots", "--snapshotter", "gear", "rm", snapshot)
+
+
+def check_mapped_diff(containerd: Containerd) -> None:
+    """Check that the container's changes have its own ids."""
+    blob = containerd.call("snapshots", "--snapshotter", "gear", "diff", "mapped")
+    assert blob.returncode == 0, blob.stderr
+    with tarfile.open(fileobj=io.BytesIO(blob.stdout)) as found:
+        owners = {member.name: (member.uid, member.gid) for member in found}
+    assert owners["new"] == owners["roots"] == (0, 0) and "secret" not in owners
+
+
+def test_containerd_knows_that_mounts_map_ids(containerd: Containerd, stack: Stack) -> None:
+    printed = stack.gear("containerd-config").stdout
+    assert 'capabilities = ["remap-ids"]' in printed
+    found = stack.gear("doctor").stdout
+    assert "containerd user namespaces: mounts map the ids" in found, found
+    assert "containerd mounts: containerd is in the gateway's mount namespace" in found, found
 
 
 # -- Docker on containerd's image store

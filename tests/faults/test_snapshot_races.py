@@ -14,6 +14,7 @@ import pytest
 
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError
+from gearworkers.layers.idmap import NO_MAPS
 from gearworkers.layers.record import LayerKind
 from gearworkers.mounts.overlay import is_mounted
 from gearworkers.settings import Settings
@@ -103,7 +104,7 @@ def test_no_view_lacks_files_when_indexes_are_unmounted_beside_it(settings: Sett
 
     def rounds() -> None:
         for _ in range(ROUNDS):
-            engine.mounts.mount_read_only("snapshot-1000", target)
+            engine.mounts.mount_read_only("snapshot-1000", target, NO_MAPS)
             assert (target / "file").read_bytes() == b"content"
             engine.mounts.unmount_view(target)
 

@@ -1,4 +1,4 @@
-"""A containerd that has only a content directory, and an introspection service that names it."""
+"""A containerd that has only a content directory, a proxy snapshotter, and an introspection service."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import grpc
 
 from gearworkers.containerd.api import introspection_pb2
 from gearworkers.containerd.api.types_pb2 import Descriptor
+from gearworkers.containerd.config import REMAP_IDS, SNAPSHOTTER, SNAPSHOTTER_TYPE
 
 _SERVICE = "containerd.services.introspection.v1.Introspection"
-_FILTER = "type==io.containerd.content.v1,id==content"
+_CONTENT = ("io.containerd.content.v1", "content")
+_SNAPSHOTTER = (SNAPSHOTTER_TYPE, SNAPSHOTTER)
 
 
 class FakeContainerd:
-    """Answers which directory its content store has.
+    """Answers which directory its content store has, and which capabilities our snapshotter has.
 
     Args:
         socket: Where it listens after `start`.
@@ -27,6 +29,8 @@ class FakeContainerd:
     def __init__(self, socket: Path, content: Path) -> None:
         self.exports: Mapping[str, str] = {"root": str(content)}
         """The exports of the content plugin."""
+        self.capabilities: list[str] | None = [REMAP_IDS]
+        """The capabilities of our snapshotter in the configuration; None if it is not there."""
         self._socket = socket
         self._content = content
         self._server: grpc.Server | None = None
@@ -65,9 +69,13 @@ class FakeContainerd:
     def _plugins(
         self, request: introspection_pb2.PluginsRequest, _: grpc.ServicerContext
     ) -> introspection_pb2.PluginsResponse:
-        assert list(request.filters) == [_FILTER]
-        plugin = introspection_pb2.Plugin(type="io.containerd.content.v1", id="content", exports=self.exports)
-        return introspection_pb2.PluginsResponse(plugins=[plugin])
+        plugins = [introspection_pb2.Plugin(type=_CONTENT[0], id=_CONTENT[1], exports=self.exports)]
+        if self.capabilities is not None:
+            type, id = _SNAPSHOTTER
+            plugins.append(introspection_pb2.Plugin(type=type, id=id, capabilities=self.capabilities))
+        (filter,) = request.filters
+        found = [plugin for plugin in plugins if filter == f"type=={plugin.type},id=={plugin.id}"]
+        return introspection_pb2.PluginsResponse(plugins=found)
 
 
 def descriptor(data: bytes, media_type: str) -> Descriptor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.layers.idmap import IDMap, IdMaps, to_container, to_host
+from gearworkers.layers.idmap import IDMap, IdMaps, parse_ranges, to_container, to_host
 
 TWO_RANGES = (IDMap(0, 100_000, 1000), IDMap(1000, 500_000, 10))
 
@@ -34,3 +34,25 @@ def test_an_id_outside_all_ranges_is_rejected_with_its_number(outside: int) -> N
         to_container(outside, TWO_RANGES)
     with pytest.raises(InvalidInput, match="1010"):
         to_host(1010, TWO_RANGES)
+
+
+def test_ranges_are_parsed() -> None:
+    assert parse_ranges("0:100000:1000,1000:500000:10") == TWO_RANGES
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a:1:1", "0:1", "0:1:1:1", "0:1:0", "0:4294967295:1", "0:5:2,1:9:1", "0:5:2,9:6:1"]
+)
+def test_malformed_ranges_are_rejected(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_ranges(text)
+
+
+def test_maps_are_inverted_and_composed() -> None:
+    maps, other = IdMaps(TWO_RANGES, ()), IdMaps((IDMap(0, 300_000, 1005),), (IDMap(0, 7, 1),))
+    assert maps.inverse.uids == (IDMap(100_000, 0, 1000), IDMap(500_000, 1000, 10))
+    composed = other.after(maps.inverse)
+    assert composed.uids == (IDMap(100_000, 300_000, 1000), IDMap(500_000, 301_000, 5))
+    assert composed.gids == other.gids
+    for stored, shown in ((100_999, 300_999), (500_004, 301_004)):
+        assert composed.to_host(stored, 0) == (shown, 7)
