@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from gearworkers.cli.local_images import LocalImage
+from gearworkers.containerd.config import SNAPSHOTTER
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from gearworkers.images.manifest import chain_id
 from gearworkers.images.reference import Reference
@@ -110,14 +111,13 @@ def snapshot_layer(settings: NodeSettings, namespace: str, key: str, name: str) 
         name: Of the image or container, for messages.
 
     Raises:
-        Unavailable: The gateway does not answer.
-        FailedPrecondition: Another snapshotter has the image or container, or another GEAR_ROOT.
+        FailedPrecondition: Another snapshotter or GEAR_ROOT has the image or container, or the gateway does not answer.
     """
     if not key:
         return ""
     socket = settings.effective_containerd_socket
-    if socket is None or not _exists(socket):
-        raise Unavailable(f"the gateway does not serve containerd at {socket or 'GEAR_CONTAINERD_SOCKET=off'}")
+    if socket is None:
+        raise FailedPrecondition(f"{name} is in containerd, but GEAR_CONTAINERD_SOCKET is off")
     from gearworkers.containerd.client import GATEWAY, connected
 
     try:
@@ -125,8 +125,10 @@ def snapshot_layer(settings: NodeSettings, namespace: str, key: str, name: str) 
             found = gateway.find_layer(key)
     except NotFound as exc:
         raise FailedPrecondition(
-            f"{name} is in containerd's namespace {namespace}, but another snapshotter than gear has unpacked it"
+            f"{name} is in containerd's namespace {namespace}, but the snapshotter {SNAPSHOTTER} has not unpacked it"
         ) from exc
+    except Unavailable as exc:
+        raise FailedPrecondition(f"{name} is in containerd's namespace {namespace}, but {exc}") from exc
     if Path(found.root).resolve() != settings.gear_root.resolve():
         raise FailedPrecondition(f"{name} is stored in {found.root}, not in GEAR_ROOT={settings.gear_root}")
     return found.layer
