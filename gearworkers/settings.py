@@ -153,6 +153,9 @@ class NodeSettings:
     containerd_address: Path = setting(
         "CONTAINERD_ADDRESS", Path("/run/containerd/containerd.sock"), "Socket of the containerd that uses them."
     )
+    containerd_namespace: str = setting(
+        "CONTAINERD_NAMESPACE", "default", "containerd's namespace for `gear`: moby for Docker, k8s.io for Kubernetes."
+    )
     broker_url: str = setting(
         "GEAR_BROKER_URL", "", "Celery's broker.", default_text="redis.sock in GEAR_RUN_DIR, database 0"
     )

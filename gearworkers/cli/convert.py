@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from gearworkers.cli.image_names import NamespaceOption, in_namespace, plain_name
+from gearworkers.cli.local_source import opened_source
 from gearworkers.errors import InvalidInput
 from gearworkers.images.convert_local import convert_locally
 from gearworkers.images.gear_manifest import ConversionReport
@@ -20,6 +22,7 @@ from gearworkers.images.manifest import Platform
 from gearworkers.images.plan import ConversionPlan, plan_conversion
 from gearworkers.images.source import is_local
 from gearworkers.remote.factory import open_remote
+from gearworkers.settings import Settings
 from gearworkers.util.log import command_settings
 
 _SHOWN_DIGITS = 12
@@ -30,7 +33,8 @@ def command(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Image to convert: [HOST/]NAME[:TAG][@DIGEST], oci:PATH[:TAG] or docker-archive:PATH[:TAG].",
+            help="Image to convert: [HOST/]NAME[:TAG][@DIGEST] in a registry, docker:NAME, containerd:NAME, "
+            "oci:PATH[:TAG] or docker-archive:PATH[:TAG].",
         ),
     ],
     target: Annotated[
@@ -47,13 +51,16 @@ def command(
     local: Annotated[
         bool,
         typer.Option(
-            "--local", help="Convert in processes of this host instead of workers. Paths are always converted here."
+            "--local",
+            help="Convert in processes of this host instead of workers. "
+            "Paths and images of this host's daemons are always converted so.",
         ),
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Also convert layers that are already converted.")] = False,
     processes: Annotated[
         int, typer.Option(min=1, help="Layers to convert at the same time on this host.")
     ] = os.cpu_count() or 1,
+    namespace: NamespaceOption = "",
 ) -> None:
     """Convert an image to a Gear image: file contents go to GEAR_REMOTE, the rest to TARGET's registry.
 
@@ -62,18 +69,26 @@ def command(
     """
     if all_platforms and platform:
         raise InvalidInput("--platform and --all-platforms exclude each other; give one of them")
-    settings = command_settings()
+    settings, source = in_namespace(command_settings(), source, namespace)
     wanted = Platform.parse(platform) if platform else None
     open_remote(settings).close()  # fails before any other step if no remote is set
-    plan = plan_conversion(settings.registry, source, target, wanted, all_platforms=all_platforms, again=again)
-    with _progress_display(plan) as display:
-        if local or is_local(source):
-            report = convert_locally(settings, plan, processes, display.layer_read)
-        else:
-            from gearworkers.workers.conversion import convert_on_workers  # imports Celery, which --local does not need
-
-            report = convert_on_workers(settings, plan, display.layer_read, display.note)
+    with opened_source(settings, source) as opened:
+        name = plain_name(source)
+        plan = plan_conversion(
+            settings.registry, opened, target, wanted, all_platforms=all_platforms, again=again, name=name
+        )
+        report = _convert(settings, plan, processes if local or is_local(opened) else 0)
     _print(report)
+
+
+def _convert(settings: Settings, plan: ConversionPlan, processes: int) -> ConversionReport:
+    """Carry out the plan in *processes* of this host; on workers if that is 0."""
+    with _progress_display(plan) as display:
+        if processes:
+            return convert_locally(settings, plan, processes, display.layer_read)
+        from gearworkers.workers.conversion import convert_on_workers  # imports Celery, which --local does not need
+
+        return convert_on_workers(settings, plan, display.layer_read, display.note)
 
 
 class _Display(Protocol):

@@ -1,30 +1,42 @@
 """dockerd's API, for the commands that take the name of an image or a container: it maps names to layers.
 
 Only dockerd knows which layer belongs to which image or container. Its API reveals the layer, since it includes the
-answer of the driver's GetMetadata.
+answer of the driver's GetMetadata. If dockerd uses containerd's image store, it reveals the names of the snapshots:
+the chain ID of an image, the id of a container.
 
-Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container".
+Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container", "Get system information", "Export an image".
 """
 
 from __future__ import annotations
 
 import http.client
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from gearworkers.errors import FailedPrecondition, InvalidInput, Unavailable
-from gearworkers.images.manifest import RunConfig
+from gearworkers.cli.containerd_images import snapshot_layer
+from gearworkers.cli.local_images import LocalImage
+from gearworkers.containerd.config import SNAPSHOTTER
+from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
+from gearworkers.images.manifest import RunConfig, chain_id, decode
 from gearworkers.settings import NodeSettings
 from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 30.0
+_SAVE_TIMEOUT_S = 600.0
+"""dockerd writes the layers to its own disk before it sends the first byte."""
+_COPY_BYTES = 1 << 20
+_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
+_T = TypeVar("_T")
 
 
 class _Driver(msgspec.Struct, frozen=True):
     name: str = msgspec.field(name="Name", default="")
-    data: dict[str, str] | None = msgspec.field(name="Data", default=None)
+    data: dict[str, str] = msgspec.field(name="Data", default_factory=dict)
 
 
 class _ListedContainer(msgspec.Struct, frozen=True):
@@ -32,114 +44,170 @@ class _ListedContainer(msgspec.Struct, frozen=True):
     names: list[str] = msgspec.field(name="Names", default_factory=list)
 
 
+class _RootFs(msgspec.Struct, frozen=True):
+    layers: tuple[str, ...] = msgspec.field(name="Layers", default=())
+    """Diff IDs."""
+
+
+class _Namespaces(msgspec.Struct, frozen=True):
+    containers: str = msgspec.field(name="Containers", default="moby")
+
+
+class _Containerd(msgspec.Struct, frozen=True):
+    namespaces: _Namespaces = msgspec.field(name="Namespaces", default_factory=_Namespaces)
+
+
+class _Info(msgspec.Struct, frozen=True):
+    driver: str = msgspec.field(name="Driver", default="")
+    driver_status: tuple[tuple[str, str], ...] = msgspec.field(name="DriverStatus", default=())
+    containerd: _Containerd = msgspec.field(name="Containerd", default_factory=_Containerd)
+    """From API 1.46 on."""
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
 class _Inspected(msgspec.Struct, frozen=True):
     id: str = msgspec.field(name="Id")
+    rootfs: _RootFs = msgspec.field(name="RootFS", default_factory=_RootFs)
     driver: _Driver = msgspec.field(name="GraphDriver", default_factory=_Driver)
     config: RunConfig | None = msgspec.field(name="Config", default=None)
 
 
-class LocalImage(msgspec.Struct, frozen=True):
-    """An image that dockerd has stored in this node's GEAR_ROOT."""
+class Dockerd:
+    """The dockerd at DOCKER_HOST; a `local_images.Daemon`.
 
-    id: str
-    """``sha256:…`` of the image's config."""
-    is_gear: bool
-    top_layer: str
-    """The driver's id of the topmost layer; empty for an image without layers."""
-
-
-def local_image(settings: NodeSettings, name: str) -> LocalImage | None:
-    """Return the image that dockerd knows by *name*, a reference or an id; None if it has none.
-
-    Raises:
-        Unavailable: No dockerd answers.
-        FailedPrecondition: The image is not stored in this GEAR_ROOT.
-        InvalidInput: dockerd rejects the name, or DOCKER_HOST is malformed.
+    It has the driver's layers, or containerd's snapshots if it uses containerd's image store.
     """
-    found = _inspected(settings, "images", name)
-    if found is None:
-        return None
-    is_gear = found.config is not None and found.config.is_gear
-    return LocalImage(found.id, is_gear, _top_layer(settings, found, name))
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self._settings = settings
+        self._host = settings.docker_host
+
+    def __str__(self) -> str:
+        return f"dockerd at {self._host}"
+
+    def image(self, name: str) -> LocalImage | None:
+        """As `Daemon.image`."""
+        found = self._inspected("images", name)
+        if found is None:
+            return None
+        is_gear = found.config is not None and found.config.is_gear
+        return LocalImage(found.id, is_gear, self._layer(found, name, chain_id(found.rootfs.layers)))
+
+    def container_layer(self, name: str) -> str | None:
+        """As `Daemon.container_layer`."""
+        found = self._inspected("containers", name)
+        return None if found is None else self._layer(found, name, found.id)
+
+    def container_names(self) -> dict[str, str]:
+        """Return the names of the running containers, by the engine's ids of their layers; errors as `Daemon`."""
+        listed = self._answer("/containers/json", tuple[_ListedContainer, ...]) or ()
+        names = {}
+        for container in listed:
+            layer = self.container_layer(container.id)
+            if layer:
+                names[layer] = container.names[0].removeprefix("/") if container.names else container.id[:12]
+        return names
+
+    def save(self, name: str, file: BinaryIO) -> None:
+        """Write the image *name* to *file*, as `docker save` does.
+
+        Raises:
+            NotFound: dockerd does not have it.
+            Unavailable, InvalidInput: As `Daemon`.
+            OSError: The file cannot be written.
+        """
+        with self._response(f"/images/{_in_path(name)}/get", _SAVE_TIMEOUT_S) as response:
+            if response.status == http.HTTPStatus.NOT_FOUND:
+                raise NotFound(f"{self} does not have {name}")
+            if response.status != http.HTTPStatus.OK:
+                raise InvalidInput(f"dockerd: {name}: {self._read(response).decode(errors='replace')}")
+            while piece := self._read(response, _COPY_BYTES):
+                file.write(piece)
+        file.flush()
+
+    def _layer(self, found: _Inspected, name: str, snapshot: str) -> str:
+        """Return the id of the layer of an image or a container.
+
+        The graphdriver's answer includes ``UpperDir``, a directory inside the layer's.
+
+        Args:
+            found: dockerd's answer.
+            name: Of the image or container, for messages.
+            snapshot: The name of containerd's snapshot, if dockerd uses containerd's image store.
+        """
+        upper = found.driver.data.get("UpperDir")
+        if not upper:
+            return self._layer_of_snapshot(snapshot, name)
+        layer = Path(upper).parent
+        if layer.parent not in (self._settings.gear_images_path, self._settings.gear_containers_path):
+            raise FailedPrecondition(
+                f"{name} is stored by driver {found.driver.name} at {upper}, not in GEAR_ROOT="
+                f"{self._settings.gear_root}; set DOCKER_HOST to the dockerd that uses gearworkers, and GEAR_ROOT to "
+                "its directory"
+            )
+        return layer.name
+
+    def _layer_of_snapshot(self, snapshot: str, name: str) -> str:
+        info = self._answer("/info", _Info) or _Info()
+        if _SNAPSHOTTER_TYPE not in dict(info.driver_status).values():
+            return ""  # the graphdriver has no layer for an image without layers
+        if info.driver != SNAPSHOTTER:
+            raise FailedPrecondition(f"{name} is stored by dockerd's snapshotter {info.driver}, not by {SNAPSHOTTER}")
+        return snapshot_layer(self._settings, info.containerd.namespaces.containers, snapshot, name)
+
+    def _inspected(self, kind: str, name: str) -> _Inspected | None:
+        return self._answer(f"/{kind}/{_in_path(name)}/json", _Inspected, name)
+
+    def _answer(self, path: str, of: type[_T], name: str = "") -> _T | None:
+        """Return the answer to a request; None if dockerd does not have what it names."""
+        with self._response(path, _TIMEOUT_S) as response:
+            body = self._read(response)
+        if response.status == http.HTTPStatus.NOT_FOUND:
+            return None
+        if response.status != http.HTTPStatus.OK:
+            raise InvalidInput(f"dockerd: {name or path}: {self._decoded(body, _Refusal).message}")
+        return self._decoded(body, of)
+
+    def _decoded(self, body: bytes, of: type[_T]) -> _T:
+        try:
+            return decode(body, of, f"cannot read the answer of {self}")
+        except InvalidInput as exc:
+            raise Unavailable(str(exc)) from exc
+
+    @contextmanager
+    def _response(self, path: str, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
+        connection = _connection(self._host, timeout_s)
+        try:
+            with self._errors_translated():
+                connection.request("GET", path)
+                response = connection.getresponse()
+            yield response
+        finally:
+            connection.close()
+
+    def _read(self, response: http.client.HTTPResponse, size_bytes: int | None = None) -> bytes:
+        with self._errors_translated():
+            return response.read(size_bytes)
+
+    @contextmanager
+    def _errors_translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as exc:
+            raise Unavailable(f"no dockerd answers at {self._host}: {exc}") from exc
 
 
-def image_layer(settings: NodeSettings, name: str) -> str | None:
-    """Return the driver's id of the image's topmost layer; None and errors as `local_image`."""
-    image = local_image(settings, name)
-    return None if image is None else image.top_layer
+def _in_path(name: str) -> str:
+    return quote(name, safe="/:@")
 
 
-def container_layer(settings: NodeSettings, name: str) -> str | None:
-    """Return the driver's id of the layer of the container *name*, a name or an id; None if dockerd does not know it.
-
-    Raises:
-        Unavailable, FailedPrecondition, InvalidInput: As `local_image`.
-    """
-    found = _inspected(settings, "containers", name)
-    return None if found is None else _top_layer(settings, found, name)
-
-
-def container_names(settings: NodeSettings) -> dict[str, str]:
-    """Return the names of the running containers in this GEAR_ROOT, by the driver's ids of their layers.
-
-    Raises:
-        Unavailable, FailedPrecondition, InvalidInput: As `local_image`.
-    """
-    status, body = _get(settings.docker_host, "/containers/json")
-    try:
-        listed = msgspec.json.decode(body, type=list[_ListedContainer]) if status == http.HTTPStatus.OK else []
-    except msgspec.MsgspecError as exc:
-        raise Unavailable(f"cannot read the answer of dockerd at {settings.docker_host}: {exc}") from exc
-    names = {}
-    for container in listed:
-        layer = container_layer(settings, container.id)
-        if layer:
-            names[layer] = container.names[0].removeprefix("/") if container.names else container.id[:12]
-    return names
-
-
-def _inspected(settings: NodeSettings, kind: str, name: str) -> _Inspected | None:
-    status, body = _get(settings.docker_host, f"/{kind}/{quote(name, safe='/:@')}/json")
-    if status == http.HTTPStatus.NOT_FOUND:
-        return None
-    try:
-        if status != http.HTTPStatus.OK:
-            raise InvalidInput(f"dockerd: {name}: {msgspec.json.decode(body)['message']}")
-        return msgspec.json.decode(body, type=_Inspected)
-    except (msgspec.MsgspecError, KeyError, TypeError) as exc:
-        raise Unavailable(f"cannot read the answer of dockerd at {settings.docker_host}: {exc}") from exc
-
-
-def _top_layer(settings: NodeSettings, found: _Inspected, name: str) -> str:
-    """Return the layer's id; dockerd shows ``UpperDir``, a directory inside the layer's."""
-    upper = (found.driver.data or {}).get("UpperDir")
-    if not upper:
-        return ""
-    layer = Path(upper).parent
-    if layer.parent not in (settings.gear_images_path, settings.gear_containers_path):
-        raise FailedPrecondition(
-            f"{name} is stored by driver {found.driver.name} at {upper}, not in GEAR_ROOT={settings.gear_root}; "
-            "set DOCKER_HOST to the dockerd that uses the gear driver, and GEAR_ROOT to that driver's directory"
-        )
-    return layer.name
-
-
-def _get(docker_host: str, path: str) -> tuple[int, bytes]:
-    connection = _connection(docker_host)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    except (OSError, http.client.HTTPException) as exc:
-        raise Unavailable(f"no dockerd answers at {docker_host}: {exc}") from exc
-    finally:
-        connection.close()
-
-
-def _connection(docker_host: str) -> http.client.HTTPConnection:
+def _connection(docker_host: str, timeout_s: float) -> http.client.HTTPConnection:
     parts = urlsplit(docker_host)
     if parts.scheme == "unix":
-        return UnixHTTPConnection(parts.path, _TIMEOUT_S)
+        return UnixHTTPConnection(parts.path, timeout_s)
     if parts.scheme == "tcp" and parts.hostname:
-        return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=_TIMEOUT_S)
+        return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=timeout_s)
     raise InvalidInput(f"DOCKER_HOST={docker_host}: set unix:///PATH or tcp://HOST:PORT")

@@ -14,7 +14,7 @@ from dataclasses import replace
 import typer
 
 from gearworkers.cli import containerd_config
-from gearworkers.cli.docker_api import container_names
+from gearworkers.cli.docker_api import Dockerd
 from gearworkers.cli.mount_namespaces import mount_namespace_check
 from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.cli.plugin_call import call_plugin
@@ -230,7 +230,7 @@ def _experimental_check(experimental: str) -> Check:
 def _container_names(settings: NodeSettings, layer_ids: list[str]) -> list[str]:
     """Return the names of the containers on these layers; or the layer's id where dockerd knows no container."""
     try:
-        names = container_names(settings)
+        names = Dockerd(settings).container_names()
     except GearError:
         names = {}
     return [f"container {names[id]}" if id in names else f"layer {id}" for id in layer_ids]

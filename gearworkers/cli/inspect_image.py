@@ -1,7 +1,7 @@
 """`gear inspect`: an image's layers, and how many of its files are on this node.
 
-dockerd names the layers of a pulled image, and the layers' lists of objects name its files. An image that was not
-pulled is read from its registry: the layers of a Gear image are small, and name all files.
+dockerd or containerd names the layers of a pulled image, and the layers' lists of objects name its files. An image that
+was not pulled is read from its registry: the layers of a Gear image are small, and name all files.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from gearworkers.cli.docker_api import LocalImage, local_image
+from gearworkers.cli.image_names import NamespaceOption, find_image, in_namespace, names_daemon
 from gearworkers.cli.image_objects import NodeStore, Objects, count_and_size
+from gearworkers.cli.local_images import LocalImage
 from gearworkers.cli.output import print_pairs
-from gearworkers.errors import Unavailable
+from gearworkers.errors import NotFound, Unavailable
 from gearworkers.images import manifest as m
 from gearworkers.images.gear_layer import INLINE_BYTES
 from gearworkers.images.image_index import images_for
@@ -30,28 +31,30 @@ def command(
     image: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGE", help="Name or id of a pulled image, as in `docker images`; else a name in a registry."
+            metavar="IMAGE",
+            help="Name or id of a pulled image, as in `docker images` or `ctr images ls`; else a name in a registry. "
+            "docker:NAME and containerd:NAME ask only that daemon.",
         ),
     ],
+    namespace: NamespaceOption = "",
 ) -> None:
     """Show whether an image is a Gear image, and how many of its files are here, missing and pinned."""
-    print_pairs(inspect(command_settings(), image))
+    print_pairs(inspect(*in_namespace(command_settings(), image, namespace)))
 
 
 def inspect(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
     """Describe an image as pairs of a key and a value.
 
     Raises:
-        NotFound: Neither dockerd nor the registry has the image.
+        NotFound: Neither this node nor the registry has the image; or the named daemon does not.
         GearError: The image cannot be read.
     """
     node = NodeStore(settings)
     try:
-        image = local_image(settings, name)
-    except Unavailable:
-        image = None  # the registry does not need a dockerd
-    if image is not None:
-        return _describe_pulled(node, name, image)
+        return _describe_pulled(node, name, find_image(settings, name))
+    except (NotFound, Unavailable):
+        if names_daemon(name):
+            raise
     return _describe_remote(node, name, open_source(settings.registry, name))
 
 

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gearworkers.cli.docker_api import local_image
+from gearworkers.cli.image_names import NamespaceOption, find_image, in_namespace, plain_name
 from gearworkers.cli.image_objects import NodeStore, count_and_size
 from gearworkers.cli.output import print_pairs
-from gearworkers.errors import NotFound
 from gearworkers.layers.pins import Pin
 from gearworkers.lazyfs.client import read_status
 from gearworkers.settings import Settings
@@ -18,10 +17,18 @@ from gearworkers.util.log import command_settings
 
 
 def pin(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Name or id of the image, as in `docker images`.")],
+    image: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGE",
+            help="Name or id of the image, as in `docker images` or `ctr images ls`. "
+            "docker:NAME and containerd:NAME ask only that daemon.",
+        ),
+    ],
+    namespace: NamespaceOption = "",
 ) -> None:
     """Fetch all files of a pulled image in the background, and keep them until `gear unpin`."""
-    print_pairs(_pin(command_settings(), image))
+    print_pairs(_pin(*in_namespace(command_settings(), image, namespace)))
 
 
 def unpin(
@@ -35,13 +42,11 @@ def _pin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
     """Pin an image; yield the result as pairs of a key and a value.
 
     Raises:
-        NotFound: The image was not pulled.
-        Unavailable: No dockerd answers.
+        GearError: As `find_image`.
     """
     node = NodeStore(settings)
-    image = local_image(settings, name)
-    if image is None:
-        raise NotFound(f"{name} is not on this node; pull it first")
+    image = find_image(settings, name)
+    name = plain_name(name)
     node.pins.add(Pin(name, image.id), image.top_layer)
     missing = node.missing(node.objects_of(image.top_layer))
     yield "Pinned", name
@@ -56,5 +61,5 @@ def _unpin(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
     Raises:
         NotFound: No image of this name is pinned.
     """
-    for found in NodeStore(settings).pins.remove(name):
+    for found in NodeStore(settings).pins.remove(plain_name(name)):
         yield "Unpinned", found.name

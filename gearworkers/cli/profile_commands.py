@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.cli.docker_api import container_layer, image_layer
+from gearworkers.cli.image_names import NamespaceOption, find_container, find_image, in_namespace, names_daemon
 from gearworkers.cli.output import console
 from gearworkers.errors import InvalidInput, NotFound, Unavailable, from_os_error
 from gearworkers.layers.store import MERGED, LayerStore
@@ -35,14 +35,16 @@ def show(
     image: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGE", help="Name or id of a pulled image; without a dockerd, the driver's id of a layer."
+            metavar="IMAGE",
+            help="Name or id of a pulled image, docker:NAME or containerd:NAME; without a daemon, the id of a layer.",
         ),
     ],
+    namespace: NamespaceOption = "",
 ) -> None:
     """List the start-up profile of an image in the order of first access."""
-    settings = command_settings()
+    settings, image = in_namespace(command_settings(), image, namespace)
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
-    id = _layer_id(settings, image, image_layer, f"{image} is not on this node; pull it first")
+    id = _layer_id(settings, image, lambda settings, name: find_image(settings, name).top_layer)
     remote = open_remote(settings)
     try:
         name = profile_name(layers, top_image_layer(layers, id))
@@ -67,17 +69,20 @@ def record(
         str,
         typer.Argument(
             metavar="CONTAINER",
-            help="Name or id of a running container; without a dockerd, the driver's id of its layer.",
+            help="Name or id of a running container, docker:NAME or containerd:NAME; without a daemon, the id of its "
+            "layer.",
         ),
     ],
     seconds: Annotated[float, typer.Option(help="Length of the recording. Ctrl-C ends it earlier.", min=1.0)] = 30.0,
+    namespace: NamespaceOption = "",
 ) -> None:
     """Add the files that a running container opens from now on to the profile of its image."""
     from gearworkers.profiles.recorder import record as record_opens  # only this command needs it
 
-    settings = replace(command_settings(), profile_window_s=seconds)
+    settings, container = in_namespace(command_settings(), container, namespace)
+    settings = replace(settings, profile_window_s=seconds)
     layers = LayerStore(settings, ObjectStore(settings.gear_public_cache_path))
-    id = layers.get(_layer_id(settings, container, container_layer, f"dockerd has no container {container}")).id
+    id = layers.get(_layer_id(settings, container, find_container)).id
     merged = settings.gear_containers_path / id / MERGED
     if not is_mounted(merged):
         raise InvalidInput(f"container {container} does not run; start it first")
@@ -96,22 +101,18 @@ def _read_bytes(opened: document.OpenedObject) -> str:
     return str(sum(size_bytes for _, size_bytes in opened.ranges)) if opened.ranges else ""
 
 
-def _layer_id(
-    settings: NodeSettings, name: str, ask_dockerd: Callable[[NodeSettings, str], str | None], not_found: str
-) -> str:
-    """Return the id of the layer that dockerd has for *name*; *name* itself where no dockerd runs.
+def _layer_id(settings: NodeSettings, name: str, find: Callable[[NodeSettings, str], str]) -> str:
+    """Return the id of the layer that *find* returns; *name* itself where no daemon runs.
 
     Raises:
-        NotFound: dockerd has none; the message is *not_found*.
-        FailedPrecondition: dockerd stores the image or container outside of this GEAR_ROOT.
+        GearError: As `find_image`.
     """
     try:
-        layer = ask_dockerd(settings, name)
+        return find(settings, name)
     except Unavailable:
+        if names_daemon(name):
+            raise
         return name
-    if layer is None:
-        raise NotFound(not_found)
-    return layer
 
 
 def _close_once(fd: int) -> None:

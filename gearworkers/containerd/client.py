@@ -1,4 +1,4 @@
-"""A client of containerd's API: plugins, leases, and blobs for the content store.
+"""A client of containerd's API: plugins, images, containers, leases, and blobs for the content store.
 
 Source: containerd's api/services and core/content, "Writer".
 """
@@ -20,7 +20,15 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from gearworkers.containerd.api import content_pb2, introspection_pb2, leases_pb2, version_pb2
+from gearworkers.containerd.api import (
+    containers_pb2,
+    content_pb2,
+    images_pb2,
+    introspection_pb2,
+    layers_pb2,
+    leases_pb2,
+    version_pb2,
+)
 from gearworkers.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -40,6 +48,9 @@ _MAX_QUEUED_PIECES = 8
 _POLL_S = 1.0
 _LEASE_LIFE = timedelta(hours=1)
 _EXPIRE_LABEL = "containerd.io/gc.expire"
+_CONTENT_PLUGIN = ("io.containerd.content.v1", "content")
+CONTAINERD = "containerd"
+GATEWAY = "the gateway"
 _ERRORS: Mapping[grpc.StatusCode, type[GearError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
@@ -58,11 +69,13 @@ class Client:
         channel: Of gRPC.
         address: containerd's socket, for errors.
         namespace: containerd's namespace.
+        server: Who listens there, for errors: CONTAINERD or GATEWAY.
     """
 
-    def __init__(self, channel: grpc.Channel, address: Path, namespace: str) -> None:
+    def __init__(self, channel: grpc.Channel, address: Path, namespace: str, server: str) -> None:
         self._channel = channel
         self._address = address
+        self._server = server
         self._metadata: tuple[tuple[str, str], ...] = (("containerd-namespace", namespace),) if namespace else ()
 
     def version(self) -> str:
@@ -83,6 +96,47 @@ class Client:
         for plugin in self._call(call, request, introspection_pb2.PluginsResponse).plugins:
             return plugin
         raise NotFound(f"containerd at {self._address} has no plugin {type}.{id}")
+
+    def content_directory(self) -> Path:
+        """Return the directory of the content store.
+
+        Raises:
+            Unavailable: containerd does not answer.
+            NotFound: containerd has no content store of its own.
+        """
+        root = self.plugin(*_CONTENT_PLUGIN).exports.get("root")
+        if not root:
+            raise NotFound(f"containerd at {self._address} has no content directory of its own")
+        return Path(root)
+
+    def images(self, *filters: str) -> list[images_pb2.Image]:
+        """Return the images of the namespace that match one of *filters*, in containerd's syntax.
+
+        Raises:
+            Unavailable: containerd does not answer.
+        """
+        request = images_pb2.ListImagesRequest(filters=filters)
+        call = "/containerd.services.images.v1.Images/List"
+        return list(self._call(call, request, images_pb2.ListImagesResponse).images)
+
+    def containers(self, *filters: str) -> list[containers_pb2.Container]:
+        """Return the containers of the namespace; filters and errors as `images`."""
+        request = containers_pb2.ListContainersRequest(filters=filters)
+        call = "/containerd.services.containers.v1.Containers/List"
+        return list(self._call(call, request, containers_pb2.ListContainersResponse).containers)
+
+    def find_layer(self, key: str) -> layers_pb2.FindLayerResponse:
+        """Return GEAR_ROOT and layer of a snapshot in the namespace; only the gateway has this call.
+
+        Args:
+            key: Of an active snapshot, or the name of a committed one, as containerd's clients use it.
+
+        Raises:
+            Unavailable: The gateway does not answer.
+            NotFound: It has no such snapshot.
+        """
+        request = layers_pb2.FindLayerRequest(key=key)
+        return self._call("/gearworkers.layers.v1.Layers/Find", request, layers_pb2.FindLayerResponse)
 
     def create_lease(self) -> str:
         """Return the id of a new lease, which expires after an hour."""
@@ -139,15 +193,17 @@ class Client:
 
     def _translated(self, exc: Any, call: str) -> GearError:
         kind = _ERRORS.get(exc.code(), GearError)
-        return kind(f"{call} of containerd at {self._address}: {exc.details()}")
+        if kind is Unavailable:
+            return Unavailable(f"{self._server} does not answer at {self._address}: {exc.details()}")
+        return kind(f"{call} of {self._server} at {self._address}: {exc.details()}")
 
 
 @contextmanager
-def connected(address: Path, namespace: str = "") -> Iterator[Client]:
-    """Yield a client of the containerd that listens at *address*; connects with the first call."""
+def connected(address: Path, namespace: str = "", *, server: str = CONTAINERD) -> Iterator[Client]:
+    """Yield a client of the *server* that listens at *address*; connects with the first call."""
     options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:
-        yield Client(channel, address, namespace)
+        yield Client(channel, address, namespace, server)
 
 
 class StoredContent(NamedTuple):

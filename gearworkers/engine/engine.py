@@ -158,6 +158,15 @@ class Engine:
         return self.mounts.mount(self.layers.get(id), mount_label, volatile=volatile, may_wait=may_wait)
 
     @layer_call
+    def begin_start(self, id: str) -> None:
+        """Prefetch the profile of a mounted container's image, or record one. Call before a program can run.
+
+        For callers whose containers stay mounted between starts; `mount` does it for others.
+        """
+        layer = self.layers.get(id)
+        self.profile_hooks.container_mounted(layer, self.mounts.mount_point(layer))
+
+    @layer_call
     def make_writable(self, id: str) -> None:
         """Make a new layer a read-write layer, whose top directory has the owner of its parent's.
 
@@ -226,6 +235,7 @@ class Engine:
     def copy_layer(self, id: str, parent: str, source_id: str) -> None:
         """Fill the empty layer from the image layer *source_id*. Arguments and errors as `layers.copy_layer`."""
         copy_layer(self.layers, self.layers.get(source_id), id, parent)
+        self.profile_hooks.layer_applied(id)
 
     @layer_call
     def rebase(self, id: str, parent: str) -> None:

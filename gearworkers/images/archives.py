@@ -1,4 +1,4 @@
-"""Images in archives: OCI image layouts, and the tars that `docker save` writes.
+"""Images in archives: OCI image layouts, containerd's content store, and the tars that `docker save` writes.
 
 Source: OCI image-spec v1.1, image-layout.md; Docker image specification v1.2, "Combined Image JSON + Filesystem
 Changeset Format".
@@ -24,13 +24,25 @@ _CONTAINERD_NAME = "io.containerd.image.name"
 
 
 class OciLayout:
-    """An image in an OCI layout; an `ImageSource`.
+    """An image in an OCI layout, or in containerd's content store; an `ImageSource`."""
 
-    Several manifests of one name for different platforms are one image: `root` returns an index of them.
-    """
-
-    def __init__(self, files: ArchiveFiles, tag: str) -> None:
+    def __init__(self, files: ArchiveFiles, root: m.Descriptor, index: bytes = b"") -> None:
         """
+        Args:
+            files: The layout.
+            root: The image's manifest or index.
+            index: The root's bytes, if it is not one of the layout's blobs.
+        """
+        self._files = files
+        self._root = root
+        self._index = index
+
+    @classmethod
+    def named(cls, files: ArchiveFiles, tag: str) -> OciLayout:
+        """Return an image of a layout.
+
+        Several manifests of one name for different platforms are one image: its root is an index of them.
+
         Args:
             files: The layout.
             tag: Name or tag of the image; empty if the layout holds only one.
@@ -38,10 +50,33 @@ class OciLayout:
         Raises:
             InvalidInput: The layout is malformed, or the tag names no image or several.
         """
-        self._files = files
-        self._index = b""
-        """The generated index of several platforms' manifests; empty for a single manifest."""
-        self._root = self._choose_root(tag)
+        data = _read_small(files.open("index.json"), m.MAX_MANIFEST_BYTES)
+        descriptors = m.decode_index(data, f"{files.path}: index.json").manifests
+        names = [_names_in_layout(descriptor) for descriptor in descriptors]
+        matches = _matching(names, tag)
+        if not _are_platforms_of_one_image(matches, descriptors, names):
+            return cls(files, descriptors[_choose(names, tag, files.path)])
+        documents = msgspec.json.decode(data)["manifests"]
+        index = m.encode(
+            {"schemaVersion": 2, "mediaType": m.OCI_INDEX, "manifests": [documents[position] for position in matches]}
+        )
+        return cls(files, m.Descriptor(m.OCI_INDEX, m.digest_of(index), len(index)), index)
+
+    @classmethod
+    def in_content_store(cls, files: ArchiveFiles, digest: str) -> OciLayout:
+        """Return an image in containerd's content store, which is a layout without an index.json.
+
+        Args:
+            files: The store.
+            digest: Of the manifest or index.
+
+        Raises:
+            NotFound: The store does not have it.
+            InvalidInput: The digest or the document is malformed.
+        """
+        data = _read_small(files.open(_blob_path(digest)), m.MAX_MANIFEST_BYTES)
+        is_index = bool(m.decode(data, m.ImageIndex, f"manifest {digest}").manifests)
+        return cls(files, m.Descriptor(m.OCI_INDEX if is_index else m.OCI_MANIFEST, digest, len(data)))
 
     def root(self) -> tuple[bytes, str]:
         """As `ImageSource.root`."""
@@ -60,21 +95,7 @@ class OciLayout:
         return VerifiedBlob(self._open(digest), digest, size_bytes)
 
     def _open(self, digest: str) -> FileSlice:
-        return self._files.open(f"blobs/sha256/{check_digest(digest).removeprefix('sha256:')}")
-
-    def _choose_root(self, tag: str) -> m.Descriptor:
-        path = self._files.path
-        data = _read_small(self._files.open("index.json"), m.MAX_MANIFEST_BYTES)
-        descriptors = m.decode_index(data, f"{path}: index.json").manifests
-        names = [_names_in_layout(descriptor) for descriptor in descriptors]
-        matches = _matching(names, tag)
-        if not _are_platforms_of_one_image(matches, descriptors, names):
-            return descriptors[_choose(names, tag, path)]
-        documents = msgspec.json.decode(data)["manifests"]
-        self._index = m.encode(
-            {"schemaVersion": 2, "mediaType": m.OCI_INDEX, "manifests": [documents[position] for position in matches]}
-        )
-        return m.Descriptor(m.OCI_INDEX, m.digest_of(self._index), len(self._index))
+        return self._files.open(_blob_path(digest))
 
 
 class DockerArchive:
@@ -140,6 +161,10 @@ class _SavedImage(msgspec.Struct, frozen=True):
     config: str = msgspec.field(name="Config")
     layers: tuple[str, ...] = msgspec.field(name="Layers", default=())
     tags: tuple[str, ...] | None = msgspec.field(name="RepoTags", default=None)
+
+
+def _blob_path(digest: str) -> str:
+    return f"blobs/sha256/{check_digest(digest).removeprefix('sha256:')}"
 
 
 def _read_small(file: FileSlice, limit_bytes: int) -> bytes:

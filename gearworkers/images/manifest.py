@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -272,6 +273,17 @@ def with_digest_of(descriptor: Document, data: bytes) -> Document:
 def digest_of(data: bytes) -> str:
     """Return the digest of *data*, ``sha256:…``."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def chain_id(diff_ids: Sequence[str]) -> str:
+    """Return the chain ID of the topmost of some layers, the lowest first; empty without layers.
+
+    Source: OCI image-spec v1.1, config.md, "Layer ChainID".
+    """
+    chain = ""
+    for diff_id in diff_ids:
+        chain = digest_of(f"{chain} {diff_id}".encode()) if chain else diff_id
+    return chain
 
 
 def verified(data: bytes, digest: str, label: str) -> bytes:

@@ -66,6 +66,7 @@ def plan_conversion(
     *,
     all_platforms: bool = False,
     again: bool = False,
+    name: str = "",
 ) -> ConversionPlan:
     """Plan a conversion: read manifests, configs and the first bytes of layers; change nothing.
 
@@ -76,6 +77,7 @@ def plan_conversion(
         platform: As `survey` takes it.
         all_platforms: Convert all images of an index.
         again: Also convert layers that are already converted.
+        name: Name of the image in a registry, if *source* is where a daemon of this host has it.
 
     Raises:
         InvalidInput, IntegrityError: A name is malformed, the image cannot be converted, or *target* would replace it.
@@ -85,8 +87,8 @@ def plan_conversion(
     if named.digest:
         raise InvalidInput(f"{target}: the digest of a new image cannot be chosen; give a tag instead")
     image = open_source(settings, source)
-    found = survey(image, source, platform, all_platforms=all_platforms)
-    reject_replacing_source(settings, source, named, found)
+    found = survey(image, name or source, platform, all_platforms=all_platforms)
+    reject_replacing_source(settings, name or source, named, found)
     private = private_layers(image, found.images)
 
     def job(layer: m.Descriptor, diff_id: str) -> LayerJob:

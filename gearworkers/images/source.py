@@ -4,7 +4,9 @@
     [HOST/]NAME[:TAG]        a repository of a registry                       RegistrySource
     oci:PATH[:TAG]           an OCI image layout, a directory or a tar        archives.OciLayout
     docker-archive:PATH[…]   a tar that `docker save` wrote, or its files     archives.DockerArchive
+    content:PATH@DIGEST      containerd's content store                       archives.OciLayout
 
+The images of this host's dockerd and containerd get such names in `cli.local_source`.
 A source returns the manifest or index of the name, further manifests by digest, and blobs by digest. It verifies
 everything that it reads by digest.
 """
@@ -26,6 +28,7 @@ from gearworkers.tar.reader import Readable
 
 OCI = "oci:"
 DOCKER_ARCHIVE = "docker-archive:"
+CONTENT = "content:"
 
 
 class ImageSource(Protocol):
@@ -73,16 +76,19 @@ def open_source(settings: RegistrySettings, name: str) -> ImageSource:
         NotFound: The path does not exist.
     """
     if name.startswith(OCI):
-        return OciLayout(*open_archive(name.removeprefix(OCI)))
+        return OciLayout.named(*open_archive(name.removeprefix(OCI)))
     if name.startswith(DOCKER_ARCHIVE):
         return DockerArchive(*open_archive(name.removeprefix(DOCKER_ARCHIVE)))
+    if name.startswith(CONTENT):
+        path, _, digest = name.removeprefix(CONTENT).rpartition("@")
+        return OciLayout.in_content_store(open_archive(path)[0], digest)
     reference = Reference.parse(name)
     return RegistrySource(Repository.of(settings, reference), reference.tag_or_digest)
 
 
 def is_local(name: str) -> bool:
     """Return whether *name* is a path of this host, which workers elsewhere cannot read."""
-    return name.startswith((OCI, DOCKER_ARCHIVE))
+    return name.startswith((OCI, DOCKER_ARCHIVE, CONTENT))
 
 
 def reject_path(name: str) -> None:

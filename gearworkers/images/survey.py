@@ -92,7 +92,7 @@ def reject_replacing_source(settings: RegistrySettings, source: str, target: Ref
 
     Args:
         settings: Credentials and proxy.
-        source: The name of the surveyed image.
+        source: The name of the surveyed image, in a registry or on this host.
         target: The Gear image's name, with a tag.
         found: The survey.
 
@@ -101,7 +101,10 @@ def reject_replacing_source(settings: RegistrySettings, source: str, target: Ref
     """
     if is_local(source) or all(image.config.is_gear for image in found.images):
         return
-    origin = Reference.parse(source)
+    try:
+        origin = Reference.parse(source)
+    except InvalidInput:
+        return  # a name of containerd, which no registry can have
     if origin.is_in_repository_of(target) and (
         origin.tag == target.tag or (origin.tag is None and _names_digest(settings, target, found.digest))
     ):

@@ -20,7 +20,8 @@ def copy_layer(layers: LayerStore, source: Layer, id: str, parent: str) -> None:
 
     Args:
         layers: The node's.
-        source: A complete image layer that is not private.
+        source: An image layer that is not private. If it is incomplete, so is the copy, even if all objects have
+            arrived since: the lazy file server then finds the copy complete.
         id: Of the empty layer.
         parent: Of the empty layer; not private.
 
@@ -30,13 +31,13 @@ def copy_layer(layers: LayerStore, source: Layer, id: str, parent: str) -> None:
 
     Crash: as in `LayerStore.publish`.
     """
-    if source.kind is not LayerKind.IMAGE or not source.complete or source.private or layers.is_private(parent):
+    if source.kind is not LayerKind.IMAGE or source.private or layers.is_private(parent):
         raise FailedPrecondition(f"layer {source.id} cannot be copied to {id}")
     empty = layers.begin_apply(id, parent, again=True)
     with layers.build_directory(id) as build:
         try:
             for path in layers.directory(source).iterdir():
-                if path.is_file() and path.name != RECORD_FILE:
+                if path.is_file() and not path.name.startswith(RECORD_FILE):  # also not a record that is being replaced
                     os.link(path, build / path.name)
         except FileNotFoundError as exc:
             raise NotFound(f"layer {source.id} was removed while it was copied") from exc

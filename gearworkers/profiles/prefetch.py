@@ -95,13 +95,15 @@ class ProfilePrefetcher:
                 images[more.layer] = event = more
         except queue.Empty:
             pass
-        parents = set()
-        for id in images:
-            try:
-                parents.add(self._layers.get(id).parent)
-            except GearError:
-                continue  # the layer was removed
-        return [image for id, image in images.items() if image.starts or id not in parents]
+        parents = {id: parent for id in images if (parent := self._parent(id)) is not None}
+        return [image for id, image in images.items() if id in parents and (image.starts or id not in parents.values())]
+
+    def _parent(self, id: str) -> str | None:
+        """Return the layer's parent; None if the layer was removed, as one that was applied ahead of its turn is."""
+        try:
+            return self._layers.get(id).parent
+        except GearError:
+            return None
 
     def _look_for(self, image: ImageEvent) -> None:
         found = self.known(image.layer)[1] if image.starts else None

@@ -6,9 +6,6 @@ import threading
 from pathlib import Path
 
 from gearworkers.containerd.client import connected
-from gearworkers.errors import NotFound
-
-_CONTENT_PLUGIN = ("io.containerd.content.v1", "content")
 
 
 class ContentRoot:
@@ -24,17 +21,9 @@ class ContentRoot:
         self._found: Path | None = None
 
     def get(self) -> Path:
-        """Return the directory.
-
-        Raises:
-            Unavailable: containerd does not answer.
-            NotFound: containerd has no content store of its own.
-        """
+        """Return the directory; errors as `Client.content_directory`."""
         with self._lock:
             if self._found is None:
                 with connected(self._address) as client:
-                    root = client.plugin(*_CONTENT_PLUGIN).exports.get("root")
-                if not root:
-                    raise NotFound(f"containerd at {self._address} has no content directory of its own")
-                self._found = Path(root)
+                    self._found = client.content_directory()
             return self._found

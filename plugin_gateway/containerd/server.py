@@ -1,4 +1,4 @@
-"""The gRPC server: containerd's snapshots and diff services on a Unix socket.
+"""The gRPC server: containerd's snapshots and diff services on a Unix socket, and one call for `gear`.
 
 Requests run in threads. Heavy calls become jobs for the dispatcher, which runs on the gateway's event loop.
 
@@ -19,7 +19,7 @@ import structlog
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from gearworkers.containerd.api import diff_pb2, snapshots_pb2, types_pb2
+from gearworkers.containerd.api import diff_pb2, layers_pb2, snapshots_pb2, types_pb2
 from gearworkers.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -188,6 +188,7 @@ class ContainerdServer:
                 "Apply": _Call(diff_pb2.ApplyRequest, self._apply),
                 "Diff": _Call(diff_pb2.DiffRequest, self._diff),
             },
+            "gearworkers.layers.v1.Layers": {"Find": _Call(layers_pb2.FindLayerRequest, self._find_layer)},
         }
 
     # -- snapshots
@@ -234,6 +235,10 @@ class ContainerdServer:
     def _cleanup(self, _: snapshots_pb2.CleanupRequest, __: Mapping[str, str]) -> Message:
         self._events.removed()
         return Empty()
+
+    def _find_layer(self, request: layers_pb2.FindLayerRequest, metadata: Mapping[str, str]) -> Message:
+        root, layer = self._snapshots.find_layer(metadata.get("containerd-namespace", ""), request.key)
+        return layers_pb2.FindLayerResponse(root=str(root), layer=layer)
 
     # -- diffs
 

@@ -184,13 +184,15 @@ class Snapshots:
     def mounts(self, key: str) -> list[Mount]:
         """Mount an active snapshot or a view unless it is mounted; return its mounts.
 
+        A container may start now: containerd's clients call Prepare when they create it, and Mounts when they start it.
+
         Raises:
             NotFound: There is no such snapshot.
             FailedPrecondition: The snapshot is committed, or the kernel refuses.
         """
-        return self._mounts(self._rows.get(key))
+        return self._mounts(self._rows.get(key), may_start=True)
 
-    def _mounts(self, snapshot: Snapshot) -> list[Mount]:
+    def _mounts(self, snapshot: Snapshot, *, may_start: bool = False) -> list[Mount]:
         with self._locks.held(snapshot.layer):
             snapshot = self._rows.numbered(snapshot.number)  # again: it may have been removed or committed meanwhile
             if snapshot.kind is SnapshotKind.COMMITTED:
@@ -202,7 +204,11 @@ class Snapshots:
                 return [Mount(UNPACK_MOUNT, str(self._engine.layers.directory(layer)), ("rw",))]
             self._engine.make_writable(layer.id)
             target = self._engine.mount(layer.id)
-            return [_bind(target, "ro" if layer.kind is LayerKind.IMAGE else "rw")]
+            if layer.kind is LayerKind.IMAGE:
+                return [_bind(target, "ro")]
+            if may_start:
+                self._engine.begin_start(layer.id)
+            return [_bind(target, "rw")]
 
     def _mounted_view(self, snapshot: Snapshot) -> Path:
         if not snapshot.layer:
@@ -291,6 +297,17 @@ class Snapshots:
     def stat(self, name: str) -> Snapshot:
         """Return a snapshot; NotFound if there is none."""
         return self._rows.get(name)
+
+    def find_layer(self, namespace: str, key: str) -> tuple[Path, str]:
+        """Return GEAR_ROOT and the layer of a snapshot, as containerd's clients know it.
+
+        Raises:
+            NotFound: There is no such snapshot.
+        """
+        found = [row.layer for row in self._rows.all() if row.name.split("/", 2)[::2] == [namespace, key]]
+        if not found:
+            raise NotFound(f"no snapshot {key} in namespace {namespace}")
+        return self._root, found[-1]  # containerd gives a new snapshot a new number, and removes an older one later
 
     def list(self, filters: Sequence[str]) -> Iterator[Snapshot]:
         """Yield the snapshots that match one of *filters*; all if there is no filter. Errors as `filters.matcher`."""

@@ -135,11 +135,12 @@ def test_a_forged_task_cannot_obtain_a_token_or_read_a_path(stack: Stack, peer: 
     """The attacker can write to Redis. The task names a foreign remote, or an image on the worker's machine."""
     image = Image([tar_of([("secret", b"secret" * 1000)])])
     image.write_layout(tmp_path / "layout")
-    image.push(at(peer, "forged"), "v1")
+    digest = image.push(at(peer, "forged"), "v1")
     with answering(lambda _: Answer(404)) as listener, sending(stack) as app:
         for source, remote, refusal in (
             (f"{peer.host}/forged:v1", listener.url, "this conversion is for GEAR_REMOTE="),
             (f"oci:{tmp_path}/layout", stack.settings["GEAR_REMOTE"], "registries only"),
+            (f"content:{tmp_path}/layout@{digest}", stack.settings["GEAR_REMOTE"], "registries only"),
         ):
             plan = plan_conversion(RegistrySettings(), source, f"{listener.host}/stolen:v1", None)
             job = msgspec.to_builtins(plan.jobs()[0])

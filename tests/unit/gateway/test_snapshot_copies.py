@@ -11,10 +11,12 @@ import pytest
 
 from gearworkers.engine.engine import Engine
 from gearworkers.errors import AlreadyExists
+from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.settings import Settings
 from plugin_gateway.containerd.snapshot_table import AppliedBlob
 from plugin_gateway.containerd.snapshots import Snapshots
 from tests.conformance.layers import File, directory, file, opaque, tar, whiteout
+from tests.support.lazynode import gear_tar
 
 DIGEST = "sha256:" + "0" * 64
 FILES = (directory("d"), file("d/new", b"new"), whiteout("lower"))
@@ -134,6 +136,26 @@ def test_private_layers_are_not_copied(engine: Engine, snapshots: Snapshots) -> 
     snapshots.remove("public")
     snapshots.note_applied(fill(engine, snapshots, "other", file(".gear-private"), file("secret", b"secret")))
     assert copy(snapshots, "of a private layer") is None
+
+
+def test_the_copy_of_an_incomplete_layer_is_incomplete_until_its_objects_arrive(
+    engine: Engine, snapshots: Snapshots
+) -> None:
+    content = b"content" * 1000
+    layer = prepared(snapshots, "first")
+    engine.apply_diff(layer, "", io.BytesIO(gear_tar({"file": content})))
+    snapshots.note_applied(AppliedBlob(DIGEST, layer, "sha256:of-the-tar", 10))
+    snapshots.commit(key("first"), "first", {})
+    copied = copy(snapshots, "second")
+    assert copied is not None and not engine.layers.is_complete(copied.layer)
+    snapshots.remove("first")
+    fill(engine, snapshots, "with the content", file("file", content))
+    snapshots.remove("with the content")
+    engine.collect_garbage()
+    incomplete = IncompleteLayers(engine.settings.gear_images_path)
+    assert incomplete.newly_complete(engine.objects) == [copied.layer]
+    assert incomplete.mark_complete(copied.layer, engine.objects)
+    assert files(snapshots, "second") == {"file"}
 
 
 def test_a_filled_layer_is_not_filled_by_a_copy(engine: Engine, snapshots: Snapshots) -> None:

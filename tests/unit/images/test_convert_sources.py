@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from gearworkers.errors import IntegrityError, InvalidInput, NotFound
 from gearworkers.images import manifest as m
+from gearworkers.images.source import open_source
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from tests.support.conversions import (
@@ -158,3 +160,21 @@ class TestArchives:
     def test_the_error_for_a_missing_path_names_it(self, settings: Settings, source: str) -> None:
         with pytest.raises(NotFound, match="/missing"):
             converted(settings, source, "localhost/gear")
+
+
+class TestContentStore:
+    def test_an_image_is_read_by_its_digest(self, settings: Settings, peer: Registry, tmp_path: Path) -> None:
+        image = Image([BASE, TOP])
+        image.write_layout(tmp_path / "content")
+        (tmp_path / "content" / "index.json").unlink()
+        source = f"content:{tmp_path / 'content'}@{m.digest_of(image.manifest)}"
+        converted(settings, source, f"{peer.host}/stored:v1")
+        found = pull(repository(settings, f"{peer.host}/stored"), "v1")
+        with closing(open_remote(settings)) as remote:
+            assert [contents_of(tar, remote) for tar in found.tars] == [contents_of(tar) for tar in image.tars]
+
+    @pytest.mark.parametrize("digest", ["sha256:" + "0" * 64, "../index.json", ""])
+    def test_a_missing_digest_is_an_error(self, tmp_path: Path, digest: str) -> None:
+        Image([BASE]).write_layout(tmp_path / "content")
+        with pytest.raises((NotFound, InvalidInput)):
+            open_source(Settings().registry, f"content:{tmp_path / 'content'}@{digest}")

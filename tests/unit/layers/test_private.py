@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli import inspect_image
-from gearworkers.cli.docker_api import LocalImage
+from gearworkers.cli.local_images import LocalImage
 from gearworkers.digest import DIGEST_XATTR
 from gearworkers.errors import GearError, ResourceExhausted
 from gearworkers.settings import RemoteSettings, Settings
@@ -150,7 +150,7 @@ def test_inspect_shows_private_layers_that_buildkit_wrote(driver: GearDriver, mo
     driver.put(Path(driver.get("next")).parent.name)
     apply(driver, "above", "next", tar_of({"secret": SECRET}))
     image = LocalImage(f"sha256:{'0' * 64}", is_gear=False, top_layer="above")
-    monkeypatch.setattr(inspect_image, "local_image", lambda *_: image)
+    monkeypatch.setattr(inspect_image, "find_image", lambda *_: image)
     shown = dict(inspect_image.inspect(driver.settings, "private"))
     assert shown["Layers"] == "4 (4 complete)"
     assert shown["Private"] == "3 of the layers, with files of their own: 1, 900 bytes"
