@@ -9,6 +9,7 @@ Source: Docker Engine API v1.40, "Inspect an image", "Inspect a container".
 from __future__ import annotations
 
 import http.client
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -20,6 +21,7 @@ from gearworkers.settings import NodeSettings
 from gearworkers.util.unix_http import UnixHTTPConnection
 
 _TIMEOUT_S = 30.0
+_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 
 
 class _Driver(msgspec.Struct, frozen=True):
@@ -38,6 +40,21 @@ class _Inspected(msgspec.Struct, frozen=True):
     config: RunConfig | None = msgspec.field(name="Config", default=None)
 
 
+class DockerInfo(msgspec.Struct, frozen=True):
+    """dockerd's version, and where it stores images."""
+
+    version: str = msgspec.field(name="ServerVersion", default="")
+    experimental: bool = msgspec.field(name="ExperimentalBuild", default=False)
+    driver: str = msgspec.field(name="Driver", default="")
+    """The storage driver; the snapshotter if dockerd uses containerd's image store."""
+    driver_status: list[tuple[str, str]] | None = msgspec.field(name="DriverStatus", default=None)
+
+    @property
+    def uses_snapshotter(self) -> bool:
+        """Whether dockerd uses containerd's image store."""
+        return any(value == _SNAPSHOTTER_TYPE for _, value in self.driver_status or ())
+
+
 class LocalImage(msgspec.Struct, frozen=True):
     """An image that dockerd has stored in this node's GEAR_ROOT."""
 
@@ -46,6 +63,20 @@ class LocalImage(msgspec.Struct, frozen=True):
     is_gear: bool
     top_layer: str
     """The driver's id of the topmost layer; empty for an image without layers."""
+
+
+def docker_info(settings: NodeSettings) -> DockerInfo:
+    """Describe dockerd.
+
+    Raises:
+        Unavailable: No dockerd answers.
+        InvalidInput: DOCKER_HOST is malformed.
+    """
+    _, body = _get(settings.docker_host, "/info")
+    try:
+        return msgspec.json.decode(body, type=DockerInfo)
+    except msgspec.MsgspecError as exc:
+        raise Unavailable(f"cannot read the answer of dockerd at {settings.docker_host}: {exc}") from exc
 
 
 def local_image(settings: NodeSettings, name: str) -> LocalImage | None:
@@ -137,9 +168,10 @@ def _get(docker_host: str, path: str) -> tuple[int, bytes]:
 
 
 def _connection(docker_host: str) -> http.client.HTTPConnection:
-    parts = urlsplit(docker_host)
-    if parts.scheme == "unix":
-        return UnixHTTPConnection(parts.path, _TIMEOUT_S)
-    if parts.scheme == "tcp" and parts.hostname:
-        return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=_TIMEOUT_S)
+    with suppress(ValueError):  # a malformed port or IPv6 address
+        parts = urlsplit(docker_host)
+        if parts.scheme == "unix":
+            return UnixHTTPConnection(parts.path, _TIMEOUT_S)
+        if parts.scheme == "tcp" and parts.hostname:
+            return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=_TIMEOUT_S)
     raise InvalidInput(f"DOCKER_HOST={docker_host}: set unix:///PATH or tcp://HOST:PORT")

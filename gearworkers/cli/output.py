@@ -17,6 +17,11 @@ EXIT_ERROR = 2
 console = Console(soft_wrap=True, highlight=False)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return ``1 fault``, ``2 faults``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     """Print keys and values in two columns."""
     for key, value in pairs:

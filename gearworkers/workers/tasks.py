@@ -25,7 +25,8 @@ from gearworkers.images import convert
 from gearworkers.images.gear_manifest import finish_conversion
 from gearworkers.images.plan import ConversionPlan, LayerJob
 from gearworkers.images.source import reject_path
-from gearworkers.remote.factory import open_remote, remote_name
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.name import remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import IMAGE_TASK, LAYER_TASK, PROGRESS, RETRIES, TIME_LIMIT_S, retry_delay_s
 from gearworkers.workers.execute import execute, execute_alone
