@@ -22,7 +22,12 @@ NOT_CONFIGURED = "not configured"
 
 
 def command(
-    cri: Annotated[bool, typer.Option("--cri", help="For Kubernetes' CRI. Default: Docker, ctr and nerdctl.")] = False,
+    cri: Annotated[
+        bool,
+        typer.Option(
+            "--cri", help="Print the configuration for Kubernetes' CRI. Default: for Docker, ctr and nerdctl."
+        ),
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the running containerd instead.")] = False,
 ) -> None:
     """Print the configuration that the running containerd needs to use gearworkers.

@@ -10,7 +10,7 @@ from rich.markup import escape
 from gearworkers.mounts.probe import Check
 
 EXIT_FAULTS = 1
-"""`gear doctor`, `gear fsck` and `gear push` found faults, and printed one line for each."""
+"""`gear doctor`, `gear fsck`, `gear push` and `gear containerd-config --check` found faults, one line for each."""
 EXIT_ERROR = 2
 """The command failed, with one line on stderr; also wrong arguments, which Typer reports itself."""
 

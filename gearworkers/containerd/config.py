@@ -53,10 +53,10 @@ def snippet(version: Version, socket: Path, root: Path, *, cri: bool) -> str:
     """Return the text for containerd's config.toml.
 
     Args:
-        version: Of the containerd.
+        version: The version of containerd.
         socket: Where the gateway listens.
         root: GEAR_ROOT.
-        cri: For Kubernetes' CRI; otherwise for Docker, ctr and nerdctl.
+        cri: Whether the configuration is for Kubernetes' CRI; otherwise it is for Docker, ctr and nerdctl.
 
     Raises:
         FailedPrecondition: containerd is too old.

@@ -121,8 +121,8 @@ class Engine:
         """Create an empty layer on *parent*.
 
         Args:
-            id: Of the layer.
-            parent: Of the layer; empty for none.
+            id: The layer's id.
+            parent: The id of the layer's parent; empty for none.
             kind: NEW for a layer that `apply_diff` or a mount fills, CONTAINER for a read-write layer.
             mount_label: SELinux label of its mounts.
             size_limit_bytes: Limit of a read-write layer; 0 for none. The caller checks `Quotas.require` first.

@@ -64,7 +64,7 @@ def open_target(
     """Return the target of a large object: a sparse file if the object is kept in chunks, else a whole file.
 
     Args:
-        context: Of the fetcher.
+        context: The fetcher's context.
         digest: SHA-256 of the object.
         size_bytes: Its size.
         get_layout: Returns a checked layout, or None; called if no layout is left here from an earlier process.

@@ -54,7 +54,7 @@ def begin(directory: Path, *, again: bool = False) -> None:
             return
         raise FailedPrecondition(
             f"layer {directory.name}: a part of its tar may be lost: an ApplyDiff is running or was interrupted, "
-            "or the gateway was restarted; remove the layer and start again"
+            "or the gateway was restarted; pull or build again"
         ) from exc
 
 

@@ -21,8 +21,8 @@ def copy_layer(layers: LayerStore, source: Layer, id: str, parent: str) -> None:
     Args:
         layers: The node's.
         source: A complete image layer that is not private.
-        id: Of the empty layer.
-        parent: Of the empty layer; not private.
+        id: The empty layer's id.
+        parent: The id of the empty layer's parent; not private.
 
     Raises:
         NotFound: The source was removed meanwhile. The empty layer accepts another apply.

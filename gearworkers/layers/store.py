@@ -231,8 +231,8 @@ class LayerStore:
         """Mark the layer as being filled by an ApplyDiff, until that finishes or the layer is removed.
 
         Args:
-            id: Of the layer.
-            parent: Of the layer.
+            id: The layer's id.
+            parent: The id of the layer's parent.
             again: As for `apply_once.begin`.
 
         Raises:

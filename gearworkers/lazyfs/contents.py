@@ -48,7 +48,7 @@ class LazyContents:
             fetcher: Fetches the other objects.
             report_miss: Called with digest and size in bytes of each object that is looked up and missing.
             served_bytes: An object of at least this size is served while it arrives.
-            read_log: Of large objects.
+            read_log: The reads of large objects.
             node_of: Returns the node number of an object, given its digest.
         """
         self._store = store
@@ -61,7 +61,7 @@ class LazyContents:
         self._served: dict[int, Download | File] = {}
         """By node."""
         self._digests: dict[int, bytes] = {}
-        """Of the served nodes."""
+        """Files that are read through the server, by node."""
         self.read_log = read_log or ReadLog()
         self.lookups = 0
 

@@ -44,8 +44,8 @@ class GearDriver:
     def __init__(self, settings: Settings, engines: Engines | None = None) -> None:
         """
         Args:
-            settings: Of the node.
-            engines: Of the gateway; None for engines of this driver alone.
+            settings: The node's settings.
+            engines: The gateway's engines; None for engines of this driver alone.
         """
         self._node_settings = settings
         self._engines = engines or Engines()
@@ -94,8 +94,8 @@ class GearDriver:
         Args:
             home: The directory that dockerd suggests; GEAR_ROOT is used instead.
             opts: ``gear.root=PATH``, ``gear.broker=URL``.
-            uid_maps: Of --userns-remap; empty without it.
-            gid_maps: Likewise.
+            uid_maps: The user ids of --userns-remap; empty without it.
+            gid_maps: The group ids of --userns-remap; empty without it.
 
         Raises:
             InvalidInput: An option is unknown or malformed.
