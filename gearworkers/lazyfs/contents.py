@@ -61,7 +61,7 @@ class LazyContents:
         self._served: dict[int, Download | File] = {}
         """By node."""
         self._digests: dict[int, bytes] = {}
-        """Files that are read through the server, by node."""
+        """The digests of files that are read through the server, by node."""
         self.read_log = read_log or ReadLog()
         self.lookups = 0
 

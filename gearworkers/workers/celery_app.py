@@ -67,7 +67,7 @@ class RepairPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no
 
     Celery 5.7 ends a worker that no longer watches one of its pool processes ("file descriptor is None"). After a lost
     connection this happens to a process that has just died, and to one whose pipe reuses a dead process's descriptor.
-    This step replaces such processes first.
+    This step first replaces the former and watches the latter again.
     """
 
     requires = ("celery.worker.consumer:Tasks",)
