@@ -10,8 +10,8 @@ import typer
 
 from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.errors import FailedPrecondition, GearError, NotFound
-from gearworkers.mounts.probe import Check
 from gearworkers.settings import NodeSettings
+from gearworkers.util.check import Check
 from gearworkers.util.log import command_settings
 
 _SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"

@@ -21,10 +21,11 @@ from gearworkers.errors import GearError
 from gearworkers.layers.index.probe import check_index
 from gearworkers.lazyfs.client import read_status
 from gearworkers.lazyfs.fuse_probe import check_fuse
-from gearworkers.mounts.probe import Check, probe
+from gearworkers.mounts.probe import probe
 from gearworkers.remote.factory import open_remote
 from gearworkers.remote.name import remote_name
 from gearworkers.settings import NodeSettings, Settings
+from gearworkers.util.check import Check
 from gearworkers.util.log import command_settings
 
 FIRST_DOCKER = (20, 10)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.markup import escape
 
-from gearworkers.mounts.probe import Check
+from gearworkers.util.check import Check
 
 EXIT_FAULTS = 1
 """`gear doctor`, `gear fsck`, `gear push` and `gear containerd-config --check` found faults, one line for each."""

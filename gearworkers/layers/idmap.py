@@ -17,7 +17,7 @@ from gearworkers.util.writing import replace_file
 _FILE = "id-maps.json"
 
 
-class IDMap(msgspec.Struct, frozen=True):
+class IdRange(msgspec.Struct, frozen=True):
     """A range: the id container_id + n is host_id + n on the host, for n below size."""
 
     container_id: int
@@ -25,7 +25,7 @@ class IDMap(msgspec.Struct, frozen=True):
     size: int
 
 
-def to_host(container_id: int, maps: Sequence[IDMap]) -> int:
+def to_host(container_id: int, maps: Sequence[IdRange]) -> int:
     """Return the host's id of a container's id; InvalidInput if no range contains it."""
     if not maps:
         return container_id
@@ -35,7 +35,7 @@ def to_host(container_id: int, maps: Sequence[IDMap]) -> int:
     raise InvalidInput(f"container id {container_id} is outside the id ranges of userns-remap")
 
 
-def to_container(host_id: int, maps: Sequence[IDMap]) -> int:
+def to_container(host_id: int, maps: Sequence[IdRange]) -> int:
     """Return the container's id of a host's id; InvalidInput if no range contains it."""
     if not maps:
         return host_id
@@ -48,8 +48,8 @@ def to_container(host_id: int, maps: Sequence[IDMap]) -> int:
 class IdMaps(msgspec.Struct, frozen=True):
     """The ranges for users and groups. Without ranges ids are the same in containers and on the host."""
 
-    uids: tuple[IDMap, ...] = ()
-    gids: tuple[IDMap, ...] = ()
+    uids: tuple[IdRange, ...] = ()
+    gids: tuple[IdRange, ...] = ()
 
     @property
     def root(self) -> tuple[int, int]:

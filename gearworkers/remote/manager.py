@@ -219,7 +219,7 @@ class ManagerStore:
             message = msgspec.json.decode(response.read(64 << 10), type=Problem).error
         except (HTTPError, OSError, ValueError):
             message = response.reason or ""
-        return kind(f"{self._name}: {tried}: {response.status} {message}").after(retry_after_s(response))
+        return kind(f"{self._name}: {tried}: {response.status} {message}").with_retry_after(retry_after_s(response))
 
     @contextmanager
     def _translated(self, tried: str) -> Iterator[None]:

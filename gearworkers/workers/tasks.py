@@ -119,7 +119,7 @@ def _retried(task: Task) -> Iterator[None]:
         yield
     except GearError as exc:
         if exc.retryable:
-            raise task.retry(exc=exc, countdown=retry_delay_s(task.request.retries, exc.after_s)) from exc
+            raise task.retry(exc=exc, countdown=retry_delay_s(task.request.retries, exc.retry_after_s)) from exc
         raise
 
 

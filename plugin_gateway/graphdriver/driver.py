@@ -12,7 +12,7 @@ from gearworkers.engine.root import save_root
 from gearworkers.errors import InvalidInput
 from gearworkers.layers.diff.changes import Change
 from gearworkers.layers.diff.export import Writable
-from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.idmap import IdMaps, IdRange
 from gearworkers.layers.index.probe import check_index
 from gearworkers.layers.record import LayerKind
 from gearworkers.layers.store import WORK
@@ -88,7 +88,7 @@ class GearDriver:
         save_root(run_dir, current.settings.gear_root)
         self._current = current
 
-    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
+    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IdRange], gid_maps: Sequence[IdRange]) -> None:
         """Start to serve a new dockerd: apply its options and id maps, and reset the mount counts.
 
         Args:

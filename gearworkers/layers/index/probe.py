@@ -14,8 +14,9 @@ from gearworkers.layers.index.erofs_format import SLOTS_PER_BLOCK
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import OverlaySpec, detached, unmount
-from gearworkers.mounts.probe import Check, run_check
+from gearworkers.mounts.probe import run_check
 from gearworkers.tar.entry import TarEntry
+from gearworkers.util.check import Check
 
 CHECK_NAME = "EROFS indexes"
 _CONTENT = b"trial"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cli import doctor, main
-from gearworkers.mounts.probe import Check
 from gearworkers.settings import Settings
 from gearworkers.util import log
+from gearworkers.util.check import Check
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.tiny import tar_of
 

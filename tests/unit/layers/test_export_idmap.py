@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.layers.idmap import IDMap, IdMaps, to_container, to_host
+from gearworkers.layers.idmap import IdMaps, IdRange, to_container, to_host
 
-TWO_RANGES = (IDMap(0, 100_000, 1000), IDMap(1000, 500_000, 10))
+TWO_RANGES = (IdRange(0, 100_000, 1000), IdRange(1000, 500_000, 10))
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(0, 100_000), (999, 100_999), (1000, 500_000), (1009, 500_009)])
@@ -23,7 +23,7 @@ def test_ids_are_unchanged_without_ranges() -> None:
 
 
 def test_users_and_groups_have_their_own_ranges() -> None:
-    maps = IdMaps(TWO_RANGES, (IDMap(0, 300_000, 5),))
+    maps = IdMaps(TWO_RANGES, (IdRange(0, 300_000, 5),))
     assert maps.root == (100_000, 300_000)
     assert maps.to_container(500_001, 300_004) == (1001, 4)
 
