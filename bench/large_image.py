@@ -25,7 +25,7 @@ def write_image(
 
     Args:
         target: The archive.
-        name: Of the image.
+        name: The image's name.
         variant: Two variants share 90 % of their files.
         layers: Their number.
         layer: The size of each.

@@ -1,1 +1,1 @@
-"""gearworkers: the engine of a Docker storage driver that stores every distinct file once per host."""
+"""gearworkers: a storage driver for Docker and containerd that stores every distinct file once per host."""

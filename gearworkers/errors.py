@@ -1,4 +1,4 @@
-"""Every error that gearworkers raises on purpose.
+"""The errors that reach a user.
 
     GearError
     ├── NotFound             a layer, object or image does not exist
@@ -27,12 +27,12 @@ class GearError(Exception):
     """The base class of all errors below."""
 
     retryable = False
-    after_s = 0.0
+    retry_after_s = 0.0
     """Seconds before which a retry cannot succeed."""
 
-    def after(self, seconds: float) -> Self:
-        """Set `after_s`; return this error."""
-        self.after_s = seconds
+    def with_retry_after(self, seconds: float) -> Self:
+        """Set `retry_after_s`; return this error."""
+        self.retry_after_s = seconds
         return self
 
 
@@ -66,6 +66,7 @@ class ResourceExhausted(GearError):
     """No space, inodes, quota or memory left."""
 
 
+_BY_NAME = {cls.__name__: cls for cls in GearError.__subclasses__()}
 _BY_ERRNO: dict[int, type[GearError]] = {
     errno.ENOENT: NotFound,
     errno.EEXIST: AlreadyExists,
@@ -105,6 +106,11 @@ _BY_ERRNO: dict[int, type[GearError]] = {
     errno.EHOSTUNREACH: Unavailable,
     errno.ENETUNREACH: Unavailable,
 }
+
+
+def by_name(name: str) -> type[GearError]:
+    """Return the class with this name, as another process reports it; GearError for an unknown name."""
+    return _BY_NAME.get(name, GearError)
 
 
 def from_os_error(exc: OSError, tried: str) -> GearError:

@@ -65,7 +65,9 @@ class RemoteSettings:
         "GEAR_REMOTE_CA_FILE", None, "CA of the manager's certificate.", default_text="the system's CAs"
     )
     timeout_s: Seconds = setting(
-        "GEAR_REMOTE_TIMEOUT_S", 60.0, "Seconds within which the remote must answer a call, all attempts together."
+        "GEAR_REMOTE_TIMEOUT_S",
+        60.0,
+        "Seconds within which the remote must answer a call, all attempts together; a manager, each attempt.",
     )
     fetch_threads: Count = setting("GEAR_FETCH_THREADS", 32, "Requests to the remote at the same time.")
     aws_credentials_file: Path = setting(
@@ -118,7 +120,7 @@ class ManagerSettings:
         "GEAR_MANAGER_MOST_OBJECT_BYTES", 64 << 30, "Size of the largest object that the manager accepts."
     )
     client_timeout_s: Seconds = setting(
-        "GEAR_MANAGER_CLIENT_TIMEOUT_S", 30.0, "Seconds without a byte sent or taken after which a client is dropped."
+        "GEAR_MANAGER_CLIENT_TIMEOUT_S", 30.0, "Seconds without progress after which a client is disconnected."
     )
 
 

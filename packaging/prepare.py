@@ -124,8 +124,9 @@ def warn_about_docker() -> None:
     if version and FIRST_DOCKER <= (int(version[1]), int(version[2])) < (LAST_DOCKER + 1, 0):
         return
     print(
-        f"note: {dockerd} ({output.strip()}) cannot use the gear driver. Nodes and `make test` need Docker "
-        f"{'.'.join(map(str, FIRST_DOCKER))} to {LAST_DOCKER}; set-up does not change the installed one.",
+        f"note: {dockerd} ({output.strip()}) cannot use the gear driver. Docker {LAST_DOCKER + 1} and later use "
+        f"gearworkers through containerd; `make test` needs {'.'.join(map(str, FIRST_DOCKER))} to {LAST_DOCKER}. "
+        "Set-up does not change the installed one.",
         file=sys.stderr,
     )
 

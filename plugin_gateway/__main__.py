@@ -20,10 +20,11 @@ from plugin_gateway.gateway import Gateway
 from plugin_gateway.graphdriver.driver import GearDriver
 from plugin_gateway.metrics import GatewayMetrics
 
-_HELP = """Answer Docker's graphdriver plugin calls on a Unix socket.
-Environment variables: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_BROKER_URL, GEAR_REMOTE and its credentials,
-GEAR_NODE, GEAR_METRICS_LISTEN, GEAR_STREAM_IDLE_S, GEAR_PROFILE_WINDOW_S, GEAR_XINO, GEAR_LOG_LEVEL, GEAR_LOG_FORMAT
-(console or json). docs/reference.md lists all variables."""
+_HELP = """Answer the calls of Docker (graphdriver plugin) and containerd (snapshotter, differ), each on a Unix socket.
+Environment variables: GEAR_ROOT, GEAR_RUN_DIR, GEAR_PLUGIN_SOCKET, GEAR_CONTAINERD_SOCKET, CONTAINERD_ADDRESS,
+GEAR_BROKER_URL, GEAR_REMOTE and its credentials, GEAR_NODE, GEAR_METRICS_LISTEN, GEAR_STREAM_IDLE_S,
+GEAR_PROFILE_WINDOW_S, GEAR_XINO, GEAR_LOG_LEVEL, GEAR_LOG_FORMAT (console or json).
+docs/reference.md lists all variables."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

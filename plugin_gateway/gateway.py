@@ -38,7 +38,7 @@ class Gateway:
     """Runs the front doors, the dispatcher, maintenance and the metrics server.
 
     Args:
-        settings: Of the node.
+        settings: The node's settings.
         driver: Answers Docker's light calls.
         metrics: The gateway's.
         dispatcher: Runs the heavy calls and maintenance; uses the same metrics.

@@ -5,10 +5,10 @@ look-ups by digest are safe. But the kernel, which follows an overlay's redirect
 contents are stored in place only on a host without incomplete layers and without layers that have lost an object. On
 such a host no container can open an object before the layer that adds it is published.
 
-The file `incomplete-layers` in GEAR_ROOT, the *mark*, forbids storing in place. An import holds a shared lock while it
-writes and releases it before each wait for its tar. `forbid` creates the mark, then waits for that lock. An import that
-has seen the mark never takes the lock again. So `forbid` waits for one run of writes at most, regardless of the number
-and the duration of imports.
+The file `incomplete-layers` in GEAR_ROOT forbids storing in place. An import holds a shared lock while it writes and
+releases it before each wait for its tar. `forbid_in_place` creates the file, then waits for that lock. An import that
+has seen the file never takes the lock again. So `forbid_in_place` waits for one run of writes at most, regardless of
+the number and the duration of imports.
 
 Measured for 20,000 objects of 8 kB on ext4: 37 µs each; with a rename 49 µs, plus 12 µs for a look-up before it.
 """
@@ -112,9 +112,9 @@ class InPlaceLock:
         return False
 
 
-def forbid(root: Path) -> None:
+def forbid_in_place(root: Path) -> None:
     """Forbid storing in place, and wait until no import does it. Call before a layer becomes incomplete."""
-    touch_mark(root)
+    touch_incomplete_layers(root)
     with locked_file(root / _LOCK_FILE):
         pass
 
@@ -124,7 +124,7 @@ def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> Non
 
     Args:
         store: The store that contains the file.
-        digest: An object that was found as `ObjectState.UNFINISHED` after `forbid`.
+        digest: An object that was found as `ObjectState.UNFINISHED` after `forbid_in_place`.
         staging_fd: A directory on the store's file system that only the caller uses; a crash leaves the file there.
 
     If the object has been stored meanwhile, it is invisible for a moment and then stays.
@@ -143,8 +143,8 @@ def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> Non
         raise from_os_error(exc, f"remove the unfinished object {digest.hex()}") from exc
 
 
-def touch_mark(root: Path) -> None:
-    """Create or touch the mark: storing in place is forbidden, and all processes read the layers' records again."""
+def touch_incomplete_layers(root: Path) -> None:
+    """Create or touch `incomplete-layers`: it forbids storing in place, and all processes read the records again."""
     forbidden = root / _FORBIDDEN_FILE
     forbidden.touch(mode=0o600)
     now_ns = time.time_ns()
@@ -152,15 +152,15 @@ def touch_mark(root: Path) -> None:
 
 
 def mark_time_ns(root: Path) -> int:
-    """Return the time of the mark, when the last layer became incomplete; 0 without a mark."""
+    """Return the time of `incomplete-layers`, when the last layer became incomplete; 0 without the file."""
     try:
         return (root / _FORBIDDEN_FILE).stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-def allow(root: Path) -> None:
-    """Remove the mark, unless objects are lost. Call when no layer is or becomes incomplete."""
+def allow_in_place(root: Path) -> None:
+    """Remove `incomplete-layers`, unless objects are lost. Call when no layer is or becomes incomplete."""
     if not (root / _LOST_FILE).exists():
         (root / _FORBIDDEN_FILE).unlink(missing_ok=True)
 
@@ -168,9 +168,9 @@ def allow(root: Path) -> None:
 def mark_objects_lost(root: Path) -> None:
     """Forbid storing in place until `clear_objects_lost`. Call before a layer loses an object."""
     (root / _LOST_FILE).touch(mode=0o600)
-    forbid(root)
+    forbid_in_place(root)
 
 
 def clear_objects_lost(root: Path) -> None:
-    """Note that no layer lacks an object, so that the next `allow` removes the mark."""
+    """Note that no layer lacks an object, so that the next `allow_in_place` removes `incomplete-layers`."""
     (root / _LOST_FILE).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 
 import msgspec
 
-from gearworkers.errors import GearError, from_os_error
+from gearworkers.errors import GearError, by_name, from_os_error
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.process import end_with_parent
 
@@ -38,7 +38,6 @@ _ACKNOWLEDGEMENT = struct.Struct("<cQ")
 _TOTALS = struct.Struct("<cQQ")
 _BATCH, _FLUSH = b"B", b"F"
 _ACK, _DONE, _ERROR = b"A", b"D", b"E"
-_ERROR_KINDS: tuple[type[GearError], ...] = (GearError, *GearError.__subclasses__())
 
 
 class LocalWriter(Protocol):
@@ -236,4 +235,4 @@ def _encode_error(error: GearError) -> bytes:
 
 def _decode_error(encoded: bytes) -> GearError:
     kind, text = msgspec.msgpack.decode(encoded, type=tuple[str, str])
-    return next((known for known in _ERROR_KINDS if known.__name__ == kind), GearError)(text)
+    return by_name(kind)(text)

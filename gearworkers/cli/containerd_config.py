@@ -11,8 +11,9 @@ import typer
 from gearworkers.cli.output import EXIT_FAULTS, print_checks
 from gearworkers.errors import FailedPrecondition, GearError, NotFound
 from gearworkers.layers.index.probe import check_idmapped
-from gearworkers.mounts.probe import Check, run_check
+from gearworkers.mounts.probe import run_check
 from gearworkers.settings import NodeSettings
+from gearworkers.util.check import Check
 from gearworkers.util.log import command_settings
 
 _DIFFER_TYPE = "io.containerd.differ.v1"
@@ -22,7 +23,12 @@ NOT_CONFIGURED = "not configured"
 
 
 def command(
-    cri: Annotated[bool, typer.Option("--cri", help="For Kubernetes' CRI. Default: Docker, ctr and nerdctl.")] = False,
+    cri: Annotated[
+        bool,
+        typer.Option(
+            "--cri", help="Print the configuration for Kubernetes' CRI. Default: for Docker, ctr and nerdctl."
+        ),
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the running containerd instead.")] = False,
 ) -> None:
     """Print the configuration that the running containerd needs to use gearworkers.
@@ -106,21 +112,29 @@ def _plugin_check(client: Any, type: str, id: str) -> Check:
     return Check(name, True, False, "ok")
 
 
-def _config_dump() -> dict[str, Any]:
-    """Return containerd's configuration file with its defaults; empty if it cannot be read."""
+def _config_dump() -> dict[str, Any] | None:
+    """Return containerd's configuration file with its defaults.
+
+    It is empty if it cannot be read, and None without the program `containerd`, as in a container of docker-compose.
+    """
     try:
         done = subprocess.run(["containerd", "config", "dump"], capture_output=True, timeout=_TIMEOUT_S, check=False)
         return tomllib.loads(done.stdout.decode(errors="replace"))
+    except FileNotFoundError:
+        return None
     except (OSError, subprocess.TimeoutExpired, tomllib.TOMLDecodeError):
         return {}
 
 
-def _config_checks(dump: dict[str, Any], version: tuple[int, int]) -> list[Check]:
+def _config_checks(dump: dict[str, Any] | None, version: tuple[int, int]) -> list[Check]:
     """Check the order of the differs, and that the transfer service uses ours for our snapshotter only."""
     from gearworkers.containerd import config
 
+    name, advice = f"{_NAME} configuration", "compare it with the output of `gear containerd-config`"
+    if dump is None:
+        return [Check(name, True, False, "not checked: no containerd program here", advice)]
     if not dump:
-        return [Check(f"{_NAME} configuration", False, False, "cannot be read", "compare it with the one printed")]
+        return [Check(name, False, False, "cannot be read", advice)]
     plugins = dump.get("plugins", {})
     order = plugins.get("io.containerd.service.v1.diff-service", {}).get("default", [])
     checks = [_order_check(order, version)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
@@ -20,7 +20,7 @@ import msgspec
 
 from gearworkers.cli.containerd_images import snapshot_layer
 from gearworkers.cli.local_images import LocalImage
-from gearworkers.containerd.config import SNAPSHOTTER
+from gearworkers.containerd.config import SNAPSHOTTER, SNAPSHOTTER_TYPE
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from gearworkers.images.manifest import RunConfig, chain_id, decode
 from gearworkers.settings import NodeSettings
@@ -30,7 +30,6 @@ _TIMEOUT_S = 30.0
 _SAVE_TIMEOUT_S = 600.0
 """dockerd writes the layers to its own disk before it sends the first byte."""
 _COPY_BYTES = 1 << 20
-_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 _T = TypeVar("_T")
 
 
@@ -57,11 +56,21 @@ class _Containerd(msgspec.Struct, frozen=True):
     namespaces: _Namespaces = msgspec.field(name="Namespaces", default_factory=_Namespaces)
 
 
-class _Info(msgspec.Struct, frozen=True):
+class DockerInfo(msgspec.Struct, frozen=True):
+    """dockerd's version, and where it stores images."""
+
+    version: str = msgspec.field(name="ServerVersion", default="")
+    experimental: bool = msgspec.field(name="ExperimentalBuild", default=False)
     driver: str = msgspec.field(name="Driver", default="")
-    driver_status: tuple[tuple[str, str], ...] = msgspec.field(name="DriverStatus", default=())
+    """The storage driver; the snapshotter if dockerd uses containerd's image store."""
+    driver_status: tuple[tuple[str, str], ...] | None = msgspec.field(name="DriverStatus", default=())
     containerd: _Containerd = msgspec.field(name="Containerd", default_factory=_Containerd)
     """From API 1.46 on."""
+
+    @property
+    def uses_snapshotter(self) -> bool:
+        """Whether dockerd uses containerd's image store."""
+        return any(value == SNAPSHOTTER_TYPE for _, value in self.driver_status or ())
 
 
 class _Refusal(msgspec.Struct, frozen=True):
@@ -87,6 +96,15 @@ class Dockerd:
 
     def __str__(self) -> str:
         return f"dockerd at {self._host}"
+
+    def info(self) -> DockerInfo:
+        """Describe dockerd.
+
+        Raises:
+            Unavailable: No dockerd answers.
+            InvalidInput: DOCKER_HOST is malformed.
+        """
+        return self._answer("/info", DockerInfo) or DockerInfo()
 
     def image(self, name: str) -> LocalImage | None:
         """As `Daemon.image`."""
@@ -151,8 +169,8 @@ class Dockerd:
         return layer.name
 
     def _layer_of_snapshot(self, snapshot: str, name: str) -> str:
-        info = self._answer("/info", _Info) or _Info()
-        if _SNAPSHOTTER_TYPE not in dict(info.driver_status).values():
+        info = self.info()
+        if not info.uses_snapshotter:
             return ""  # the graphdriver has no layer for an image without layers
         if info.driver != SNAPSHOTTER:
             raise FailedPrecondition(f"{name} is stored by dockerd's snapshotter {info.driver}, not by {SNAPSHOTTER}")
@@ -205,9 +223,10 @@ def _in_path(name: str) -> str:
 
 
 def _connection(docker_host: str, timeout_s: float) -> http.client.HTTPConnection:
-    parts = urlsplit(docker_host)
-    if parts.scheme == "unix":
-        return UnixHTTPConnection(parts.path, timeout_s)
-    if parts.scheme == "tcp" and parts.hostname:
-        return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=timeout_s)
+    with suppress(ValueError):  # a malformed port or IPv6 address
+        parts = urlsplit(docker_host)
+        if parts.scheme == "unix":
+            return UnixHTTPConnection(parts.path, timeout_s)
+        if parts.scheme == "tcp" and parts.hostname:
+            return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=timeout_s)
     raise InvalidInput(f"DOCKER_HOST={docker_host}: set unix:///PATH or tcp://HOST:PORT")

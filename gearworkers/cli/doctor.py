@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import re
-import subprocess
 from dataclasses import replace
 
 import typer
@@ -16,23 +15,24 @@ import typer
 from gearworkers.cli import containerd_config
 from gearworkers.cli.docker_api import Dockerd
 from gearworkers.cli.mount_namespaces import mount_namespace_check
-from gearworkers.cli.output import EXIT_FAULTS, print_checks
+from gearworkers.cli.output import EXIT_FAULTS, counted, print_checks
 from gearworkers.cli.plugin_call import call_plugin
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import GearError
 from gearworkers.layers.index.probe import check_index
 from gearworkers.lazyfs.client import read_status
 from gearworkers.lazyfs.fuse_probe import check_fuse
-from gearworkers.mounts.probe import Check, probe
+from gearworkers.mounts.probe import probe
 from gearworkers.remote.factory import open_remote
+from gearworkers.remote.name import remote_name
 from gearworkers.settings import NodeSettings, Settings
+from gearworkers.util.check import Check
 from gearworkers.util.log import command_settings
 
 FIRST_DOCKER = (20, 10)
 LAST_DOCKER = 27
 """Docker 28 has no graphdriver plugins; 27 has them behind an environment variable."""
 
-_SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 _TIMEOUT_S = 3.0
 _REMOTE_TIMEOUT_S = 10.0
 
@@ -62,8 +62,8 @@ def diagnose(settings: Settings) -> list[Check]:
         lazyfs_check(settings),
         inode_numbers_check(settings),
         remote_check(settings),
-        *containerd_checks(settings),
-        *docker_checks(),
+        *containerd_lines(settings),
+        *docker_checks(settings),
     ]
 
 
@@ -131,8 +131,8 @@ def lazyfs_check(settings: NodeSettings) -> Check:
         return Check(name, False, False, "does not run: Gear images cannot be used", "start it (Procfile: lazyfs)")
     if status.failures:
         advice = "see `gear status`, and check the remote"
-        return Check(name, False, False, f"{len(status.failures)} objects could not be fetched", advice)
-    return Check(name, True, False, f"runs, {status.incomplete_layers} incomplete layers")
+        return Check(name, False, False, f"{counted(len(status.failures), 'object')} could not be fetched", advice)
+    return Check(name, True, False, f"runs, {counted(status.incomplete_layers, 'incomplete layer')}")
 
 
 def inode_numbers_check(settings: NodeSettings) -> Check:
@@ -163,40 +163,39 @@ def remote_check(settings: Settings) -> Check:
             remote.close()
     except GearError as exc:
         return Check(name, False, False, str(exc), "new objects stay pending until it answers")
-    return Check(name, True, False, f"{settings.remote.url.partition('?')[0]} answers")
+    return Check(name, True, False, f"{remote_name(settings.remote.url).partition('?')[0]} answers")
 
 
-def containerd_checks(settings: NodeSettings) -> list[Check]:
+def containerd_lines(settings: NodeSettings) -> list[Check]:
     """Check the containerd that uses gearworkers; one line if it does not."""
     name = "containerd"
     socket = settings.effective_containerd_socket
     if socket is None:
         return [Check(name, True, False, "not served: GEAR_CONTAINERD_SOCKET is off")]
     checks = containerd_config.containerd_checks(settings)
-    if len(checks) < 2 or checks[1].found == containerd_config.NOT_CONFIGURED:
+    if len(checks) == 1:
+        return checks
+    if checks[1].found == containerd_config.NOT_CONFIGURED:
         return [Check(name, True, False, "does not use gearworkers; see `gear containerd-config`")]
     return [*checks, mount_namespace_check(settings.gear_root, socket, settings.containerd_address)]
 
 
-def docker_checks() -> list[Check]:
+def docker_checks(settings: NodeSettings) -> list[Check]:
     """Check dockerd: its version, and the way in which it uses gearworkers."""
+    advice = "start dockerd with --experimental -s gear, or set DOCKER_HOST"
     try:
-        done = subprocess.run(
-            ["docker", "info", "--format", "{{.ServerVersion}} {{.ExperimentalBuild}} {{.Driver}} {{.DriverStatus}}"],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S * 3,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        return [Check("Docker", False, False, f"cannot be queried ({exc})", "install Docker")]
-    version, experimental, driver, status = [*done.stdout.strip().split(" ", 3), "", "", ""][:4]
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if done.returncode or numbers is None:
-        return [Check("Docker", False, False, "no daemon answers", "start dockerd with --experimental -s gear")]
-    if _SNAPSHOTTER_TYPE in status:
-        return [docker_snapshotter_check(version, driver)]
-    return [docker_version_check(version, int(numbers[1]), int(numbers[2])), _experimental_check(experimental)]
+        info = Dockerd(settings).info()
+    except GearError as exc:
+        return [Check("Docker", False, False, str(exc), advice)]
+    numbers = re.match(r"(\d+)\.(\d+)", info.version)
+    if numbers is None:
+        return [Check("Docker", False, False, f"has the unknown version {info.version!r}", advice)]
+    if info.uses_snapshotter:
+        return [docker_snapshotter_check(info.version, info.driver)]
+    return [
+        docker_version_check(info.version, int(numbers[1]), int(numbers[2])),
+        _experimental_check(info.experimental),
+    ]
 
 
 def docker_snapshotter_check(version: str, snapshotter: str) -> Check:
@@ -220,8 +219,8 @@ def docker_version_check(version: str, major: int, minor: int) -> Check:
     return Check("Docker", True, True, version)
 
 
-def _experimental_check(experimental: str) -> Check:
-    if experimental == "true":
+def _experimental_check(experimental: bool) -> Check:
+    if experimental:
         return Check("Docker experimental", True, True, "on")
     advice = 'start dockerd with --experimental, or with "experimental": true in its configuration'
     return Check("Docker experimental", False, True, "off", advice)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from gearworkers.cli.node_engine import open_engine
-from gearworkers.cli.output import EXIT_FAULTS, console
+from gearworkers.cli.output import EXIT_FAULTS, console, counted
+from gearworkers.errors import Unavailable
 from gearworkers.lazyfs.client import request_prefetch
+from gearworkers.settings import Settings
 from gearworkers.util.log import command_settings
 
 
@@ -28,12 +31,20 @@ def command(
         faults += 1
         console.print(fault, markup=False)
     if incomplete:
-        ordered = request_prefetch(settings.lazyfs_socket, sorted(incomplete))
-        console.print(f"{ordered} objects are being fetched; `gear status` lists those that cannot be fetched.")
+        console.print(_prefetch(settings, sorted(incomplete)), markup=False)
         console.print(
             "Containers that have opened a damaged object keep using it: stop and start them "
             "(`docker restart` is not enough)."
         )
-    console.print(f"{faults} faults")
+    console.print(counted(faults, "fault"))
     if faults:
         raise typer.Exit(EXIT_FAULTS)
+
+
+def _prefetch(settings: Settings, layers: Sequence[str]) -> str:
+    """Request the missing objects of the layers; return a line for the user."""
+    try:
+        objects = request_prefetch(settings.lazyfs_socket, layers)
+    except Unavailable as exc:
+        return f"{exc}: it fetches each missing object when a program opens the file."
+    return f"Fetching {counted(objects, 'object')}; `gear status` lists those that cannot be fetched."

@@ -29,7 +29,8 @@ from gearworkers.errors import GearError
 app = typer.Typer(
     help="Inspect and maintain the gearworkers store of this node and its images. "
     "Settings come from the environment, such as GEAR_ROOT, GEAR_RUN_DIR and GEAR_REMOTE; the reference lists all. "
-    "Exit codes: 0 done; 1 faults found (doctor, fsck, push); 2 failed, with one line on stderr.",
+    "Exit codes: 0 done; 1 faults found (doctor, fsck, push, containerd-config --check); 2 failed, with one line on "
+    "stderr.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gearworkers.errors import GearError, Unavailable, from_os_error
 from gearworkers.mounts.mountinfo import propagation_at
-from gearworkers.mounts.probe import Check
+from gearworkers.util.check import Check
 
 _NAME = "containerd mounts"
 _UCRED = struct.Struct("iII")

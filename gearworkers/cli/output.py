@@ -7,14 +7,19 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.markup import escape
 
-from gearworkers.mounts.probe import Check
+from gearworkers.util.check import Check
 
 EXIT_FAULTS = 1
-"""`gear doctor`, `gear fsck` and `gear push` found faults, and printed one line for each."""
+"""`gear doctor`, `gear fsck`, `gear push` and `gear containerd-config --check` found faults, one line for each."""
 EXIT_ERROR = 2
 """The command failed, with one line on stderr; also wrong arguments, which Typer reports itself."""
 
 console = Console(soft_wrap=True, highlight=False)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 fault``, ``2 faults``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:

@@ -66,7 +66,7 @@ class Client:
     """Calls containerd in one namespace. Use from several threads; close it at the end.
 
     Args:
-        channel: Of gRPC.
+        channel: The gRPC channel.
         address: containerd's socket, for errors.
         namespace: containerd's namespace.
         server: Who listens there, for errors: CONTAINERD or GATEWAY.
@@ -219,7 +219,7 @@ class ContentWriter:
     A thread sends the bytes.
 
     Args:
-        client: Of the blob's namespace.
+        client: The client for the blob's namespace.
         ref: Identifies the write; empty for one of our own.
     """
 

@@ -56,10 +56,10 @@ def snippet(version: Version, socket: Path, root: Path, *, cri: bool, remap_ids:
     """Return the text for containerd's config.toml.
 
     Args:
-        version: Of the containerd.
+        version: The version of containerd.
         socket: Where the gateway listens.
         root: GEAR_ROOT.
-        cri: For Kubernetes' CRI; otherwise for Docker, ctr and nerdctl.
+        cri: Whether the configuration is for Kubernetes' CRI; otherwise it is for Docker, ctr and nerdctl.
         remap_ids: Whether this host can make mounts that map ids: `check_idmapped`.
 
     Raises:

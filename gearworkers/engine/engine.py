@@ -11,7 +11,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from gearworkers.cas.collector import GarbageReport
 from gearworkers.cas.push_queue import PushQueue
-from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.cas.store import ObjectStore
 from gearworkers.engine.mounts import LayerMounts
 from gearworkers.engine.recovery import collect_garbage, prepare_root
@@ -19,7 +18,7 @@ from gearworkers.errors import InvalidInput, from_os_error
 from gearworkers.fsck.repair import StoreChecker
 from gearworkers.layers.apply import apply_tar
 from gearworkers.layers.copy_layer import copy_layer
-from gearworkers.layers.dedupe import dedupe_layer, locked_for_diff
+from gearworkers.layers.dedupe import dedupe_layer, is_deduped, locked_for_diff
 from gearworkers.layers.diff.changes import Change, tree_changes, upper_changes
 from gearworkers.layers.diff.export import Writable, write_diff, write_tree_diff
 from gearworkers.layers.diff.replay import replay
@@ -130,8 +129,8 @@ class Engine:
         """Create an empty layer on *parent*.
 
         Args:
-            id: Of the layer.
-            parent: Of the layer; empty for none.
+            id: The layer's id.
+            parent: The id of the layer's parent; empty for none.
             kind: NEW for a layer that `apply_diff` or a mount fills, CONTAINER for a read-write layer.
             mount_label: SELinux label of its mounts.
             size_limit_bytes: Limit of a read-write layer; 0 for none. The caller checks `Quotas.require` first.
@@ -317,7 +316,7 @@ class Engine:
         return (
             layer.kind is LayerKind.CONTAINER
             and layer.dedupable
-            and not (directory / OBJECTS_FILE).exists()
+            and not is_deduped(directory)
             and not is_mounted(directory / MERGED)
             and not self.layers.is_private(id)
         )

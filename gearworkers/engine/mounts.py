@@ -1,9 +1,9 @@
 """Mounts of layers: at `merged/` of each layer for its users, and views without a mount point.
 
 A container is one overlay of the indexes of its layers and the directories where their contents are looked up. These
-are the private caches of its private layers, the public cache, and for an incomplete chain the trap of the lazy file
-server (lazyfs.tree). The private caches come first: imports store objects in place (cas.inplace), so the public cache
-may hold a part of an object that a private layer has whole.
+are the private caches of its private layers, the public cache, and for an incomplete chain the fetch directory of the
+lazy file server (lazyfs.tree). The private caches come first: imports store objects in place (cas.inplace), so the
+public cache may hold a part of an object that a private layer has whole.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import structlog
 
 from gearworkers.errors import GearError
 from gearworkers.fetch.source import Chunk
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 
 T = TypeVar("T")
 
@@ -38,10 +38,10 @@ _SCHEMA = """
 class ChunkIndex:
     """The index of one process; any thread may call all methods. No method raises: errors are logged.
 
-    It takes about 25 bytes per chunk on disk, 40 MB for 100 GB of large objects.
+    It takes 23 bytes per chunk on disk, 40 MB for 100 GB of large objects.
     """
 
-    def __init__(self, path: Path, open_object: Callable[[bytes], File | None]) -> None:
+    def __init__(self, path: Path, open_object: Callable[[bytes], ObjectFile | None]) -> None:
         """
         Args:
             path: The database file; `prepare` creates it.

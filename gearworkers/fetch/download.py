@@ -72,10 +72,11 @@ class Download:
     ) -> None:
         """
         Args:
-            context: Of the fetcher.
+            context: The fetcher's context.
             digest: SHA-256 of the object.
             size_bytes: Its size.
-            target: Of an object that is fetched whole; None for a large object, whose layout must be looked up.
+            target: The target of an object that is fetched whole; None for a large object, whose layout must be looked
+                up.
             forget: Called with this download, under the lock, when it ends.
         """
         self._context = context

@@ -19,7 +19,7 @@ from gearworkers.fetch.priority_pool import Priority
 from gearworkers.fetch.read_ahead import ReadAhead
 from gearworkers.fetch.source import Chunk
 from gearworkers.fetch.targets import Target
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 
 
 class ChunkOwner(Protocol):
@@ -79,7 +79,7 @@ class DownloadChunks:
         return self._target.file is not None
 
     @property
-    def file(self) -> File:
+    def file(self) -> ObjectFile:
         """The file from which readable chunks are read."""
         assert self._target.file is not None
         return self._target.file

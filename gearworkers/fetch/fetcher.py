@@ -26,7 +26,7 @@ from gearworkers.fetch.priority_pool import Priority, PriorityPool
 from gearworkers.fetch.source import Chunk, ObjectSource
 from gearworkers.fetch.stats import FetchStats
 from gearworkers.fetch.targets import WholeFile
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 
 _log = structlog.get_logger(__name__)
 
@@ -231,9 +231,9 @@ class Fetcher:
         if self._downloads.get(download.digest) is download:
             del self._downloads[download.digest]
 
-    def _open_file(self, digest: bytes) -> File | None:
+    def _open_file(self, digest: bytes) -> ObjectFile | None:
         """Open a stored or partial object; None if there is none."""
         try:
-            return File(self._context.store.open(digest))
+            return ObjectFile(self._context.store.open(digest))
         except NotFound:
             return self._context.partial_files.open(digest)

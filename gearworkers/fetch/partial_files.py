@@ -14,7 +14,7 @@ from pathlib import Path
 from gearworkers.digest import DIGEST_BYTES
 from gearworkers.errors import IntegrityError, from_os_error
 from gearworkers.fetch.source import Chunk, checked_layout
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 from gearworkers.util.writing import replace_file
 
 _RECORD = struct.Struct(f"<QQ{DIGEST_BYTES}s")
@@ -61,7 +61,7 @@ class PartialFiles:
         except (FileNotFoundError, struct.error, IntegrityError):
             return None
 
-    def create(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> File:
+    def create(self, digest: bytes, size_bytes: int, layout: Sequence[Chunk]) -> ObjectFile:
         """Store *layout* and open the object's sparse file, which an earlier process may have filled in part.
 
         Raises:
@@ -70,20 +70,20 @@ class PartialFiles:
         try:
             records = b"".join(_RECORD.pack(chunk.offset, chunk.size_bytes, chunk.digest) for chunk in layout)
             replace_file(self._layout_path(digest), records, sync=False)  # a power cut may damage it: `layout` checks
-            file = File(os.open(self._file_path(digest), _READ_WRITE, 0o400))
+            file = ObjectFile(os.open(self._file_path(digest), _READ_WRITE, 0o400))
             os.ftruncate(file.fd, size_bytes)
         except OSError as exc:
             raise from_os_error(exc, f"create a partial file of object {digest.hex()}") from exc
         return file
 
-    def open(self, digest: bytes) -> File | None:
+    def open(self, digest: bytes) -> ObjectFile | None:
         """Open the object's sparse file for reading; None if there is none.
 
         Raises:
             GearError: It cannot be opened.
         """
         try:
-            return File(os.open(self._file_path(digest), os.O_RDONLY | os.O_CLOEXEC))
+            return ObjectFile(os.open(self._file_path(digest), os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
         except OSError as exc:

@@ -23,7 +23,7 @@ class PrefetchObject:
 
     digest: bytes
     size_bytes: int
-    """Of the whole object."""
+    """Length of the whole object."""
     ranges: tuple[tuple[int, int], ...] = ()
     """(offset, size in bytes) of the expected reads; used for objects that are served while they arrive."""
 

@@ -13,7 +13,7 @@ from gearworkers.errors import IntegrityError, from_os_error
 from gearworkers.fetch.context import FetchContext
 from gearworkers.fetch.failover import verify_chunk
 from gearworkers.fetch.source import Chunk
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 from gearworkers.util.writing import pwrite_all
 
 
@@ -25,7 +25,7 @@ class Target(Protocol):
         """The layout of the object."""
 
     @property
-    def file(self) -> File | None:
+    def file(self) -> ObjectFile | None:
         """The file from which chunks can be read before the object is whole; None if there is none."""
 
     def find(self, chunk: Chunk) -> bool:
@@ -64,7 +64,7 @@ def open_target(
     """Return the target of a large object: a sparse file if the object is kept in chunks, else a whole file.
 
     Args:
-        context: Of the fetcher.
+        context: The fetcher's context.
         digest: SHA-256 of the object.
         size_bytes: Its size.
         get_layout: Returns a checked layout, or None; called if no layout is left here from an earlier process.
@@ -139,7 +139,7 @@ class SparseFile:
     chunk, which costs less than fetching it again.
     """
 
-    def __init__(self, context: FetchContext, digest: bytes, file: File, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, context: FetchContext, digest: bytes, file: ObjectFile, chunks: Sequence[Chunk]) -> None:
         self._context = context
         self._digest = digest
         self.file = file

@@ -103,8 +103,8 @@ class StoreChecker:
 
     def _mark(self, id: str, on_incomplete: OnIncomplete) -> bool:
         root = self._settings.gear_root
-        inplace.touch_mark(root)
+        inplace.touch_incomplete_layers(root)
         is_marked = mark_incomplete(self._settings.gear_images_path, id)
-        inplace.touch_mark(root)  # again, for processes that read the record in between
+        inplace.touch_incomplete_layers(root)  # again, for processes that read the record in between
         on_incomplete(id)
         return is_marked

@@ -142,7 +142,7 @@ class DockerArchive:
         head = {"mediaType": m.DOCKER_CONFIG, "size": len(config), "digest": m.digest_of(config)}
         return m.encode({"schemaVersion": 2, "mediaType": m.DOCKER_MANIFEST, "config": head, "layers": layers})
 
-    def _layer(self, name: str, diff_id: str) -> m.Document:
+    def _layer(self, name: str, diff_id: str) -> m.JsonObject:
         """Return the descriptor of a layer.
 
         Docker writes plain tars, whose digest is the diff ID. Layers that other programs compressed are hashed.

@@ -65,7 +65,6 @@ class Authenticator:
     """As in an image's name."""
     transport: Transport
     docker_config: Path
-    _challenge: Challenge | None = None
     tokens: dict[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
     """Cached Authorization headers and their expiry in monotonic time, by scopes."""
     _lock: threading.Lock = field(default_factory=threading.Lock)

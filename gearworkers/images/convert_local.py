@@ -69,6 +69,7 @@ def _initialize(reports: Any, parent_pid: int) -> None:
     global _progress_queue
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
     end_with_parent(parent_pid)
+    reports.cancel_join_thread()  # after an error nobody reads the reports, so the process must not wait for a reader
     _progress_queue = reports
 
 

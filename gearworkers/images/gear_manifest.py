@@ -1,6 +1,6 @@
 """Finish a conversion: push the Gear image's config, manifest, index and tag.
 
-The documents keep all fields of the source's, except digests, sizes and diff IDs, and add the mark of a Gear image.
+The documents keep all fields of the source's, except digests, sizes and diff IDs, and add the label of a Gear image.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _push_image(
 
 
 def _gear_config(data: bytes, layers: list[ConvertedLayer]) -> bytes:
-    """Return the config *data* with the Gear layers' diff IDs and the mark; keep the rest, such as the history."""
-    document: m.Document = msgspec.json.decode(data)
+    """Return the config *data* with the Gear layers' diff IDs and the label; keep the rest, such as the history."""
+    document: m.JsonObject = msgspec.json.decode(data)
     diff_ids = [layer.diff_id for layer in layers]
     document["rootfs"] = {"type": "layers"} | (document.get("rootfs") or {}) | {"diff_ids": diff_ids}
     run_config: dict[str, Any] = document.get("config") or {}
@@ -92,10 +92,10 @@ def _gear_config(data: bytes, layers: list[ConvertedLayer]) -> bytes:
 
 def _mark(layers: Iterable[ConvertedLayer]) -> dict[str, str]:
     """Return the label that marks a Gear image; empty if all of its layers are private."""
-    return {} if all(layer.private for layer in layers) else {m.GEAR_MARK: "1"}
+    return {} if all(layer.private for layer in layers) else {m.GEAR_LABEL: "1"}
 
 
-def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers: list[ConvertedLayer]) -> bytes:
+def _gear_manifest(document: m.JsonObject, media_type: str, config: bytes, layers: list[ConvertedLayer]) -> bytes:
     """Return the manifest *document* with the Gear image's config and layers, in the same schema.
 
     ``subject`` is removed: it relates the source, not the Gear image, to another manifest.
@@ -114,7 +114,7 @@ def _gear_manifest(document: m.Document, media_type: str, config: bytes, layers:
     return m.encode(document)
 
 
-def _gear_descriptor(layer: ConvertedLayer, old: m.Document, kind: str) -> m.Document:
+def _gear_descriptor(layer: ConvertedLayer, old: m.JsonObject, kind: str) -> m.JsonObject:
     annotations = {"annotations": old["annotations"]} if old.get("annotations") else {}
     return {"mediaType": kind, "digest": layer.digest, "size": layer.size_bytes} | annotations
 
@@ -122,7 +122,7 @@ def _gear_descriptor(layer: ConvertedLayer, old: m.Document, kind: str) -> m.Doc
 def _gear_index(source: ImageSource, plan: ConversionPlan, pushed: list[tuple[bytes, str]]) -> tuple[bytes, str]:
     """Return an index of the Gear images only, with nested indexes flattened, and its type."""
     data, media_type = source.manifest(plan.index)
-    document: m.Document = msgspec.json.decode(data)
+    document: m.JsonObject = msgspec.json.decode(data)
     document["manifests"] = [
         m.with_digest_of(image.entry, manifest) for image, (manifest, _) in zip(plan.images, pushed, strict=True)
     ]

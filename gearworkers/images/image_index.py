@@ -26,7 +26,7 @@ class IndexEntry(NamedTuple):
     """An image in an index."""
 
     descriptor: m.Descriptor
-    document: m.Document
+    document: m.JsonObject
     """The whole descriptor as JSON."""
 
 

@@ -45,7 +45,7 @@ LAYERS = frozenset(
 """Media types of layers. "Foreign" layers, which registries are asked not to store, are included: a Gear layer holds
 none of their contents."""
 
-GEAR_MARK = "io.gearworkers.image"
+GEAR_LABEL = "io.gearworkers.image"
 """Label of a Gear image's config, and annotation of its OCI manifest, with the value "1"."""
 
 MAX_MANIFEST_BYTES = 4 << 20
@@ -58,7 +58,7 @@ _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "38
 _DEFAULT_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 """Variants that containerd assumes for an image without one."""
 
-Document = dict[str, Any]
+JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 
 
@@ -148,7 +148,7 @@ class RunConfig(msgspec.Struct, frozen=True):
     @property
     def is_gear(self) -> bool:
         """Whether the image is marked as a Gear image."""
-        return (self.labels or {}).get(GEAR_MARK) == "1"
+        return (self.labels or {}).get(GEAR_LABEL) == "1"
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -194,7 +194,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def encode(document: Document) -> bytes:
+def encode(document: JsonObject) -> bytes:
     """Encode *document* as compact JSON; the same document always gives the same bytes."""
     return msgspec.json.encode(document)
 
@@ -264,7 +264,7 @@ def media_type_of(data: bytes, declared: str, label: str) -> str:
     return media_type
 
 
-def with_digest_of(descriptor: Document, data: bytes) -> Document:
+def with_digest_of(descriptor: JsonObject, data: bytes) -> JsonObject:
     """Return *descriptor* with the digest and size of *data*, without its embedded data and URLs."""
     kept = {key: value for key, value in descriptor.items() if key not in _CONTENT_KEYS}
     return kept | {"digest": digest_of(data), "size": len(data)}

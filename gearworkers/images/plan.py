@@ -39,7 +39,7 @@ class ImagePlan(msgspec.Struct, frozen=True):
     media_type: str
     layers: tuple[LayerJob, ...]
     """In the manifest's order; a layer may occur twice."""
-    entry: m.Document = {}
+    entry: m.JsonObject = {}
     """Its descriptor in the index; empty for a single-platform image."""
 
 

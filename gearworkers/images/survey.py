@@ -29,7 +29,7 @@ class SurveyedImage(NamedTuple):
     layers: list[tuple[m.Descriptor, str]]
     """Each with its diff ID, the lowest first."""
     config: m.Config
-    entry: m.Document
+    entry: m.JsonObject
     """Its descriptor in the index; empty for a single-platform image."""
 
 
@@ -114,7 +114,7 @@ def reject_replacing_source(settings: RegistrySettings, source: str, target: Ref
         )
 
 
-def _decoded(source: ImageSource, data: bytes, media_type: str, entry: m.Document) -> SurveyedImage:
+def _decoded(source: ImageSource, data: bytes, media_type: str, entry: m.JsonObject) -> SurveyedImage:
     digest = m.digest_of(data)
     manifest = m.decode_manifest(data, f"manifest {digest}")
     config = m.decode_config(read_config(source, manifest.config), manifest, f"config {manifest.config.digest}")

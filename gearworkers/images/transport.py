@@ -105,7 +105,7 @@ def error_of(response: urllib3.BaseHTTPResponse, tried: str) -> GearError:
     status = response.status
     kind = _ERRORS_BY_STATUS.get(status) or (Unavailable if status >= 500 else InvalidInput)
     advice = "; `docker login` may help" if status in (401, 403) else ""
-    return kind(f"{tried}: HTTP {status}{_messages(response)}{advice}").after(retry_after_s(response))
+    return kind(f"{tried}: HTTP {status}{_messages(response)}{advice}").with_retry_after(retry_after_s(response))
 
 
 def _messages(response: urllib3.BaseHTTPResponse) -> str:

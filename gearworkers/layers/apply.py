@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.cas.inplace import InPlaceLock, forbid, remove_unfinished
+from gearworkers.cas.inplace import InPlaceLock, forbid_in_place, remove_unfinished
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import RefWriter
 from gearworkers.cas.store import ObjectState, ObjectStore
@@ -77,7 +77,7 @@ def apply_tar(
         store: Receives the contents.
         ids: Maps the tar's owners to the host's.
         push_queue: Receives new objects; None if there is no remote.
-        root: GEAR_ROOT; its mark may forbid storing in place (`cas.inplace`).
+        root: GEAR_ROOT; its `incomplete-layers` may forbid storing in place (`cas.inplace`).
         inode_numbers: Provides the inode numbers of the index.
         private: Whether the layer is private. A layer is also private if the tar has the marker (tar.private_marker).
 
@@ -236,7 +236,7 @@ class _ContentImporter:
         if found is not ObjectState.WHOLE and self._complete:
             self._complete = False
             self._writer.pause()
-            forbid(self._root)
+            forbid_in_place(self._root)
             found = self._store.find(digest)
         if found is ObjectState.UNFINISHED:
             remove_unfinished(self._store, digest, self._staging_fd)

@@ -21,7 +21,7 @@ APPLYING_FILE = "applying"
 """FRESH_FILE after an ApplyDiff has begun; removed with the unfinished layer."""
 
 
-def allow(directory: Path) -> None:
+def allow_apply(directory: Path) -> None:
     """Allow one ApplyDiff into the new layer in *directory*."""
     (directory / FRESH_FILE).touch(mode=0o600)
 
@@ -31,7 +31,7 @@ def is_allowed(directory: Path) -> bool:
     return (directory / FRESH_FILE).exists()
 
 
-def forbid(directory: Path) -> None:
+def forbid_apply(directory: Path) -> None:
     """Forbid ApplyDiff into the layer; it may still be written through a mount. Needs no disk space."""
     (directory / FRESH_FILE).unlink(missing_ok=True)
 
@@ -54,7 +54,7 @@ def begin(directory: Path, *, again: bool = False) -> None:
             return
         raise FailedPrecondition(
             f"layer {directory.name}: a part of its tar may be lost: an ApplyDiff is running or was interrupted, "
-            "or the gateway was restarted; remove the layer and start again"
+            "or the gateway was restarted; pull or build again"
         ) from exc
 
 

@@ -22,8 +22,8 @@ def copy_layer(layers: LayerStore, source: Layer, id: str, parent: str) -> None:
         layers: The node's.
         source: An image layer that is not private. If it is incomplete, so is the copy, even if all objects have
             arrived since: the lazy file server then finds the copy complete.
-        id: Of the empty layer.
-        parent: Of the empty layer; not private.
+        id: The empty layer's id.
+        parent: The id of the empty layer's parent; not private.
 
     Raises:
         NotFound: The source was removed meanwhile. The empty layer accepts another apply.

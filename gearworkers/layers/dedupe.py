@@ -4,10 +4,10 @@ BuildKit creates layers by Create, writes them through a mount and registers the
 module replaces their files, each by one atomic rename, with index files: same metadata, but the bytes are objects. A
 mount above the layer sees no difference.
 
-Order of writes: objects, the list that keeps them from the garbage collector, the directories' times, the names, the
-times again.
-Crash: leaves some files replaced, with their objects listed. `locked_for_diff` restores the directories' times, which
-are part of the layer's Diff.
+Order of writes: objects, the file `times` with the directories' times, the list `objects` that keeps the objects from
+the garbage collector, the names, the times again. Last, `times` is removed.
+Crash: leaves some files replaced, with their objects listed, and `times`. `locked_for_diff` restores the directories'
+times, which are part of the layer's Diff. The next `dedupe_layer` replaces the rest of the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import msgspec
 
 from gearworkers.cas.collector import publishing
 from gearworkers.cas.push_queue import PushQueue
-from gearworkers.cas.refs import OBJECTS_FILE, RefWriter
+from gearworkers.cas.refs import OBJECTS_FILE, RefWriter, read_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR, object_path
 from gearworkers.errors import Unavailable, from_os_error
@@ -33,11 +33,13 @@ from gearworkers.layers.diff.upperdir import directories, open_beneath
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
 from gearworkers.util.locks import locked_directory
+from gearworkers.util.writing import replace_file
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE_BYTES = 1 << 20
 
 TIMES_FILE = "times"
+"""In a layer that is not deduplicated yet, or not completely: the times of its directories."""
 
 
 class _DirectoryTimes(msgspec.Struct, frozen=True, array_like=True):
@@ -60,6 +62,8 @@ def dedupe_layer(
 ) -> int:
     """Replace the regular files in *upper* by index files; return the number of names replaced.
 
+    Continues after a crash or an error.
+
     Args:
         layer: The layer's directory; receives the list `objects`.
         upper: The layer's tree, not mounted for writing.
@@ -75,17 +79,22 @@ def dedupe_layer(
     try:
         refs = RefWriter(build)
         try:
+            for digest, size_bytes in read_refs(layer / OBJECTS_FILE):  # of files replaced before a crash
+                refs.add(digest, size_bytes)
             contents = _stored(upper, build, store, refs, push_queue)
             refs.seal()
         finally:
             refs.close()
         with opened_directory(build) as build_fd, locked_directory(layer, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _restore_times(layer, upper)
+            times = msgspec.msgpack.encode(list(_directory_times(upper)))
+            replace_file(layer / TIMES_FILE, times, sync=False)
             with publishing(root, store):  # otherwise the collector may miss the list while it moves
                 os.rename(build / OBJECTS_FILE, layer / OBJECTS_FILE)
-            (layer / TIMES_FILE).write_bytes(msgspec.msgpack.encode(list(_directory_times(upper))))
             kernel.syncfs(build_fd)
             count = _replaced(upper, build_fd, contents)
             _restore_times(layer, upper)
+            (layer / TIMES_FILE).unlink()
             return count
     except BlockingIOError as exc:
         raise Unavailable(
@@ -93,6 +102,11 @@ def dedupe_layer(
         ) from exc
     except OSError as exc:
         raise from_os_error(exc, f"move the contents of layer {layer.name} to the object store") from exc
+
+
+def is_deduped(layer: Path) -> bool:
+    """Whether `dedupe_layer` has finished."""
+    return (layer / OBJECTS_FILE).exists() and not (layer / TIMES_FILE).exists()
 
 
 @contextmanager
@@ -106,10 +120,10 @@ def locked_for_diff(layer: Path, upper: Path) -> Iterator[None]:
 
 
 def _restore_times(layer: Path, upper: Path) -> None:
-    times = layer / TIMES_FILE
+    """Set the recorded times. A file that a power cut left half written is older than all changes: ignore it."""
     try:
-        recorded = msgspec.msgpack.decode(times.read_bytes(), type=list[_DirectoryTimes])
-    except FileNotFoundError:
+        recorded = msgspec.msgpack.decode((layer / TIMES_FILE).read_bytes(), type=list[_DirectoryTimes])
+    except (FileNotFoundError, msgspec.DecodeError):
         return
     with opened_directory(upper, os.O_NOFOLLOW) as upper_fd:
         for directory in recorded:
@@ -119,7 +133,6 @@ def _restore_times(layer: Path, upper: Path) -> None:
                     os.utime(fd, ns=(directory.atime_ns, directory.mtime_ns))
                 finally:
                     os.close(fd)
-    times.unlink()
 
 
 def _directory_times(upper: Path) -> Iterator[_DirectoryTimes]:

@@ -25,7 +25,7 @@ _MAX_ID = (1 << 32) - 1
 """The kernel's invalid id, which no range contains."""
 
 
-class IDMap(msgspec.Struct, frozen=True):
+class IdRange(msgspec.Struct, frozen=True):
     """A range: the id container_id + n is host_id + n on the host, for n below size."""
 
     container_id: int
@@ -33,7 +33,7 @@ class IDMap(msgspec.Struct, frozen=True):
     size: int
 
 
-def to_host(container_id: int, maps: Sequence[IDMap]) -> int:
+def to_host(container_id: int, maps: Sequence[IdRange]) -> int:
     """Return the host's id of a container's id; InvalidInput if no range contains it."""
     if not maps:
         return container_id
@@ -43,7 +43,7 @@ def to_host(container_id: int, maps: Sequence[IDMap]) -> int:
     raise InvalidInput(f"container id {container_id} is outside the id ranges of userns-remap")
 
 
-def to_container(host_id: int, maps: Sequence[IDMap]) -> int:
+def to_container(host_id: int, maps: Sequence[IdRange]) -> int:
     """Return the container's id of a host's id; InvalidInput if no range contains it."""
     if not maps:
         return host_id
@@ -56,8 +56,8 @@ def to_container(host_id: int, maps: Sequence[IDMap]) -> int:
 class IdMaps(msgspec.Struct, frozen=True):
     """The ranges for users and groups. Without ranges ids are the same in containers and on the host."""
 
-    uids: tuple[IDMap, ...] = ()
-    gids: tuple[IDMap, ...] = ()
+    uids: tuple[IdRange, ...] = ()
+    gids: tuple[IdRange, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether there are ranges."""
@@ -107,13 +107,13 @@ class IdMaps(msgspec.Struct, frozen=True):
 NO_MAPS = IdMaps()
 
 
-def parse_ranges(text: str) -> tuple[IDMap, ...]:
+def parse_ranges(text: str) -> tuple[IdRange, ...]:
     """Return the ranges of text such as ``0:100000:65536,65536:300000:10``: CONTAINER:HOST:SIZE.
 
     Raises:
         InvalidInput: The text is malformed, or ranges overlap.
 
-    Source: containerd's internal/userns, "IDMap.Unmarshal".
+    Source: containerd's internal/userns, "IdRange.Unmarshal".
     """
     ranges = tuple(map(_parsed_range, text.split(",")))
     if len(ranges) > _MAX_RANGES:
@@ -137,26 +137,26 @@ def shown_tree(lower: Path, stored: IdMaps, shown: IdMaps) -> Path | MappedTree:
     return MappedTree(lower, OwnerMap(_kernel_text(maps.uids), _kernel_text(maps.gids)))
 
 
-def _parsed_range(text: str) -> IDMap:
+def _parsed_range(text: str) -> IdRange:
     numbers = text.split(":")
     if len(numbers) != 3 or not all(number.isascii() and number.isdecimal() for number in numbers):
         raise InvalidInput(f"{text[:80]!r} is not an id range: use CONTAINER:HOST:SIZE")
     container_id, host_id, size = map(int, numbers)
     if not size or max(container_id, host_id) + size > _MAX_ID:
         raise InvalidInput(f"id range {text}: ids are below {_MAX_ID}, and the size is at least 1")
-    return IDMap(container_id, host_id, size)
+    return IdRange(container_id, host_id, size)
 
 
-def _overlap(ranges: Sequence[IDMap]) -> bool:
+def _overlap(ranges: Sequence[IdRange]) -> bool:
     spans = sorted((span.container_id, span.size) for span in ranges)
     return any(start + size > following for (start, size), (following, _) in pairwise(spans))
 
 
-def _inverse(maps: Sequence[IDMap]) -> tuple[IDMap, ...]:
-    return tuple(IDMap(span.host_id, span.container_id, span.size) for span in maps)
+def _inverse(maps: Sequence[IdRange]) -> tuple[IdRange, ...]:
+    return tuple(IdRange(span.host_id, span.container_id, span.size) for span in maps)
 
 
-def _composed(first: tuple[IDMap, ...], then: tuple[IDMap, ...]) -> tuple[IDMap, ...]:
+def _composed(first: tuple[IdRange, ...], then: tuple[IdRange, ...]) -> tuple[IdRange, ...]:
     if not first or not then:
         return first or then
     found = []
@@ -166,10 +166,10 @@ def _composed(first: tuple[IDMap, ...], then: tuple[IDMap, ...]) -> tuple[IDMap,
             size = min(one.host_id + one.size, two.container_id + two.size) - start
             if size > 0:
                 from_start = one.container_id + start - one.host_id
-                found.append(IDMap(from_start, two.host_id + start - two.container_id, size))
+                found.append(IdRange(from_start, two.host_id + start - two.container_id, size))
     return tuple(found)
 
 
-def _kernel_text(maps: Sequence[IDMap]) -> bytes:
-    spans = maps or (IDMap(0, 0, _MAX_ID),)
+def _kernel_text(maps: Sequence[IdRange]) -> bytes:
+    spans = maps or (IdRange(0, 0, _MAX_ID),)
     return b"".join(b"%d %d %d\n" % (span.container_id, span.host_id, span.size) for span in spans)

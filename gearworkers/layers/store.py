@@ -75,7 +75,9 @@ class LayerStore:
         """The size limits of containers."""
         self.inode_numbers = InodeNumbers(settings.gear_root, (self._build, self._images))
         """The inode numbers of the layers' indexes."""
-        self._cached: dict[str, Layer] = {}  # complete image layers; they change only with `inplace.touch_mark`
+        self._cached: dict[
+            str, Layer
+        ] = {}  # complete image layers; they change only with `inplace.touch_incomplete_layers`
         self._cached_ns = 0
 
     def prepare(self) -> None:
@@ -209,7 +211,7 @@ class LayerStore:
                 layer = msgspec.structs.replace(layer, project=self.quotas.limit(build, layer.size_limit_bytes))
             self._lay_out(build, layer, ids)
             if layer.kind is LayerKind.NEW:
-                apply_once.allow(build)
+                apply_once.allow_apply(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
     def promote(self, layer: Layer, ids: IdMaps, owner: tuple[int, int] | None = None) -> Layer:
@@ -227,7 +229,7 @@ class LayerStore:
             if owner is not None:
                 os.chown(build / UPPER, *owner)
             if apply_once.is_allowed(self._images / layer.id):
-                apply_once.allow(build)
+                apply_once.allow_apply(build)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
         self._discard(self._images / layer.id)
         return container
@@ -236,8 +238,8 @@ class LayerStore:
         """Mark the layer as being filled by an ApplyDiff, until that finishes or the layer is removed.
 
         Args:
-            id: Of the layer.
-            parent: Of the layer.
+            id: The layer's id.
+            parent: The id of the layer's parent.
             again: As for `apply_once.begin`.
 
         Raises:
@@ -297,12 +299,14 @@ class LayerStore:
                 else:
                     kernel.syncfs(images_fd)
                 if not layer.complete:
-                    inplace.forbid(self._root)
+                    inplace.forbid_in_place(self._root)
                 with publishing(self._root, self._objects):
                     self._move_into_place(build, target)
             os.fsync(images_fd)
             if not layer.complete:
-                inplace.forbid(self._root)  # again: a concurrent `recover` may have found no incomplete layer before
+                inplace.forbid_in_place(
+                    self._root
+                )  # again: a concurrent `recover` may have found no incomplete layer before
         self._discard(self._containers / layer.id)
 
     def _move_into_place(self, build: Path, target: Path) -> None:
@@ -349,9 +353,9 @@ class LayerStore:
         self._unmount_old_indexes()
         for parent in (self._images, self._containers):
             for path in parent.iterdir():
-                apply_once.forbid(path)
+                apply_once.forbid_apply(path)
         if all(self._is_complete(id) for id in self.ids()):
-            inplace.allow(self._root)
+            inplace.allow_in_place(self._root)
         return len(staged) + len(orphans)
 
     def _project(self, id: str) -> int:

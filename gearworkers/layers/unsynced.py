@@ -16,7 +16,7 @@ from gearworkers.cas.store import ObjectStore, verify_file
 from gearworkers.errors import IntegrityError
 from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.layers.object_list import ObjectList
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 
 _log = structlog.get_logger(__name__)
 
@@ -43,7 +43,7 @@ def verify_unsynced_objects(images: Path, store: ObjectStore, pinned: Iterable[b
             continue
         try:
             if store.has(digest):
-                object = File(store.open(digest))
+                object = ObjectFile(store.open(digest))
                 verify_file(object.fd, digest)
         except IntegrityError as exc:
             _log.warning("an object was damaged by a power cut; it is removed", error=str(exc))

@@ -18,7 +18,7 @@ _AGE_PER_COUNT = 50
 _BLOCK_BYTES = 512
 
 
-class Usage(NamedTuple):
+class StoreUsage(NamedTuple):
     """The content of one GEAR_ROOT."""
 
     image_layers: int
@@ -41,10 +41,10 @@ class UsageMeter:
         self._layers = layers
         self._store = store
         self._lock = threading.Lock()
-        self._counted: Usage | None = None
+        self._counted: StoreUsage | None = None
         self._stale_at_s = 0.0
 
-    def get(self) -> Usage:
+    def get(self) -> StoreUsage:
         """Return the usage, at most a minute old.
 
         Raises:
@@ -61,7 +61,7 @@ class UsageMeter:
                 self._stale_at_s = now_s + min((now_s - begun_s) * _AGE_PER_COUNT, _MAX_AGE_S)
             return self._counted
 
-    def _count(self) -> Usage:
+    def _count(self) -> StoreUsage:
         images = others = logical_bytes = objects = stored_bytes = 0
         for id in self._layers.ids():
             try:
@@ -77,7 +77,7 @@ class UsageMeter:
             for shard in store.shards():
                 count, taken_bytes = _counted(shard)
                 objects, stored_bytes = objects + count, stored_bytes + taken_bytes
-        return Usage(images, others, objects, logical_bytes, stored_bytes)
+        return StoreUsage(images, others, objects, logical_bytes, stored_bytes)
 
 
 def _counted(shard: bytes) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 fuse_protocol    requests and answers of /dev/fuse as bytes
 fuse_connection  reads requests, sends answers, drops requests of killed processes
 fuse_probe       checks which FUSE features this kernel has
-tree             maps requests to objects: the trap for missing objects, served files for large ones
+tree             maps requests to objects: the fetch directory for missing objects, files for large ones
 passthrough      decides which large files are read without the server
 fd_keeper        holds the connection's descriptor while no server runs
 contents         the objects behind the tree: stored, arriving or fetched on demand

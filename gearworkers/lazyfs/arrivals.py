@@ -1,4 +1,4 @@
-"""Hard links to the objects that arrived while incomplete layers are mounted, in a cache behind the trap.
+"""Hard links to the objects that arrived while incomplete layers are mounted, in a cache behind the fetch directory.
 
 The overlay looks up an object in public/, where it is missing, then in the lazy file system, which fetches it, and then
 here, where the link exists by then.

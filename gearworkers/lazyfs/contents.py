@@ -17,7 +17,7 @@ from gearworkers.layers.incomplete import IncompleteLayers
 from gearworkers.lazyfs.arrivals import Arrivals
 from gearworkers.lazyfs.read_log import ReadLog
 from gearworkers.lazyfs.tree import Arrived, LookupResult, Served, Unknown, digests_from, node_of
-from gearworkers.util.open_file import File
+from gearworkers.util.open_file import ObjectFile
 
 
 class LazyContents:
@@ -48,7 +48,7 @@ class LazyContents:
             fetcher: Fetches the other objects.
             report_miss: Called with digest and size in bytes of each object that is looked up and missing.
             served_bytes: An object of at least this size is served while it arrives.
-            read_log: Of large objects.
+            read_log: The reads of large objects.
             node_of: Returns the node number of an object, given its digest.
         """
         self._store = store
@@ -58,10 +58,10 @@ class LazyContents:
         self._report_miss = report_miss
         self._served_bytes = served_bytes
         self._node_of = node_of
-        self._served: dict[int, Download | File] = {}
+        self._served: dict[int, Download | ObjectFile] = {}
         """By node."""
         self._digests: dict[int, bytes] = {}
-        """Of the served nodes."""
+        """The digests of files that are read through the server, by node."""
         self.read_log = read_log or ReadLog()
         self.lookups = 0
 
@@ -110,10 +110,10 @@ class LazyContents:
         except ValueError as exc:
             raise InvalidInput(f"object {digest[:80]!r}: expected a digest in hex") from exc
 
-    def whole(self, node: int) -> File | None:
+    def whole(self, node: int) -> ObjectFile | None:
         """Return the file of the node's object if the object is in the store."""
         served = self._served.get(node)
-        if isinstance(served, File):
+        if isinstance(served, ObjectFile):
             return served
         try:
             digest, _ = self._object(node)
@@ -180,7 +180,7 @@ class LazyContents:
 
     # -- serving
 
-    def _serve_again(self, node: int) -> Future[Download | File]:
+    def _serve_again(self, node: int) -> Future[Download | ObjectFile]:
         """Serve a node of an earlier process, or one whose download failed."""
         try:
             digest, size_bytes = self._object(node)
@@ -189,7 +189,7 @@ class LazyContents:
         except GearError as exc:
             return failed(exc)
 
-        def opened(download: Download | None) -> Download | File:
+        def opened(download: Download | None) -> Download | ObjectFile:
             if download is None:
                 return self._serve_stored(node, digest)
             self._serve(node, digest, download)
@@ -197,12 +197,12 @@ class LazyContents:
 
         return then(self._fetcher.open(digest, size_bytes), opened)
 
-    def _serve_stored(self, node: int, digest: bytes) -> File:
-        file = File(self._store.open(digest))
+    def _serve_stored(self, node: int, digest: bytes) -> ObjectFile:
+        file = ObjectFile(self._store.open(digest))
         self._serve(node, digest, file)
         return file
 
-    def _serve(self, node: int, digest: bytes, served: Download | File) -> None:
+    def _serve(self, node: int, digest: bytes, served: Download | ObjectFile) -> None:
         self._served[node] = served
         self._digests[node] = digest
 
@@ -221,7 +221,7 @@ class LazyContents:
         return found[0]
 
 
-def _read(served: Download | File, offset: int, size_bytes: int) -> Future[bytes]:
+def _read(served: Download | ObjectFile, offset: int, size_bytes: int) -> Future[bytes]:
     if isinstance(served, Download):
         return served.read(offset, size_bytes)
     try:

@@ -43,9 +43,9 @@ class ControlServer:
     def __init__(self, path: Path, status: Callable[[], LazyStatus], handlers: Mapping[str, PostHandler]) -> None:
         """
         Args:
-            path: Of the socket.
+            path: The socket's path.
             status: Returns the answer to GET.
-            handlers: Of POST, by URL path.
+            handlers: The handlers of POST, by URL path.
         """
         self._path = path
         self._status = status

@@ -8,7 +8,7 @@ from pathlib import Path
 from gearworkers.errors import GearError
 from gearworkers.lazyfs import fuse_connection, fuse_protocol
 from gearworkers.lazyfs.fuse_protocol import InitFlag
-from gearworkers.mounts.probe import Check
+from gearworkers.util.check import Check
 
 _NAME = "FUSE"
 

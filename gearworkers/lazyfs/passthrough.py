@@ -1,10 +1,11 @@
 """Decides how each large file is opened: through the server while it arrives, directly (FUSE passthrough) afterwards.
 
 The kernel refuses (EIO) to open a node directly while it is open through the server, and the reverse, and it refuses
-two backing files for one node. So a node begins *served*. It becomes *passed* at an open when the object is whole and
-the node is not open, and stays so until the kernel forgets it. A successor must know the passed nodes. So the id of
-each backing file is saved, before the first direct open is answered, in a directory that exists as long as the mount.
-The number of opens through a dead server is lost, so a node that it served stays served.
+two backing files for one node. So each node is first opened through the server. When the object is whole and the node
+is not open, the next open is direct, and so are all later ones until the kernel forgets the node. A successor must know
+these nodes. So the id of each backing file is saved, before the first direct open is answered, in a directory that
+exists as long as the mount.
+The number of opens through a dead server is lost, so a node that was open through it is never opened directly.
 
 Crash: leaves an unused registered backing file until the file system is unmounted.
 
@@ -53,7 +54,7 @@ class OpenNodes:
         self._passed: dict[int, int] = {}
 
     def prepare(self, *, is_new: bool) -> None:
-        """Load the passed nodes of a dead server; remove them if the mount is new."""
+        """Load the nodes that a dead server opened directly; remove the list if the mount is new."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if is_new or path.suffix:
@@ -72,7 +73,7 @@ class OpenNodes:
         """Return the answer to OPEN.
 
         Args:
-            node: Of a large object.
+            node: The node of a large object.
             get_whole: Returns the file of the whole object; None while it arrives.
         """
         with self._lock:

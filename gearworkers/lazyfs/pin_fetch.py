@@ -30,7 +30,7 @@ class PinFetcher:
     ) -> None:
         """
         Args:
-            pins: Of the node.
+            pins: The node's pins.
             is_here: Whether an object, given its digest, needs no fetch.
             pool: Runs the search for missing objects.
             fetch_all: Fetches objects, given as (digest, size in bytes), in the background.

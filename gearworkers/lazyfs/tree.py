@@ -1,8 +1,8 @@
 """The tree of the lazy file system: directories list nothing, and every object can be looked up.
 
-``fetch/`` has the layout of an object cache, ``\\x01a/bcd…``. A lookup of an object fetches it. Then the answer is
-ENOENT, and the overlay continues with arrivals/, which has the object by then (the trap). The answer for a large object
-is a file instead, whose reads wait only for the parts that they need.
+``fetch/``, the fetch directory, has the layout of an object cache, ``\\x01a/bcd…``. A lookup of an object fetches it.
+Then the answer is ENOENT, and the overlay continues with arrivals/, which has the object by then. The answer for a
+large object is a file instead, whose reads wait only for the parts that they need.
 
 ``failed/`` has the same layout and is the last layer of an overlay. An overlay treats every error of a data layer as a
 missing object, and reports the error of the last layer. So failed/ answers EIO for an object that should have arrived.

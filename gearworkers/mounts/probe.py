@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from gearworkers.digest import METACOPY_XATTR, REDIRECT_XATTR
 from gearworkers.errors import FailedPrecondition, GearError, from_os_error
 from gearworkers.mounts.overlay import OverlaySpec, detached
 from gearworkers.util import syscalls
+from gearworkers.util.check import Check
 from gearworkers.util.fs import opened_directory
 
 _REDIRECT = b"/\x01a/bcdefghijklmnopqrstu"
@@ -40,20 +40,6 @@ _FS_NAMES = {
 _NETWORK_FS_NAMES = frozenset(("nfs", "cifs", "smb2"))
 _DT_UNKNOWN = 0
 _MIN_KERNEL = (6, 5)
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check."""
-
-    name: str
-    ok: bool
-    needed: bool
-    """Whether gearworkers cannot work without the feature. Other features only improve performance."""
-    found: str
-    """The finding, or the problem."""
-    advice: str = ""
-    """How to solve the problem; empty if *ok* is true."""
 
 
 def probe(root: Path, *more_checks: Callable[[Path], Check]) -> list[Check]:

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import obstore
 from obstore import exceptions as foreign
-from obstore.store import MemoryStore, ObjectStore
+from obstore.store import MemoryStore
+from obstore.store import ObjectStore as Obstore
 
 from gearworkers.errors import (
     AlreadyExists,
@@ -31,7 +32,7 @@ class BucketStore:
 
     _used_by = 0
 
-    def __init__(self, location: str, store: ObjectStore) -> None:
+    def __init__(self, location: str, store: Obstore) -> None:
         """
         Args:
             location: Its name in errors.
@@ -114,7 +115,7 @@ class BucketStore:
     def _translated(self, action: str, not_found: str = "not found") -> AbstractContextManager[None]:
         return translated(f"{action} {self.location}", not_found)
 
-    def _store(self) -> ObjectStore:
+    def _store(self) -> Obstore:
         """Return obstore's store.
 
         Raises:

@@ -79,15 +79,6 @@ def open_blobs(url: str, settings: Settings) -> BlobStore:
     raise InvalidInput(f"GEAR_REMOTE={url}: set an absolute path, s3://BUCKET/PREFIX or http(s)://HOST:PORT")
 
 
-def remote_name(url: str) -> str:
-    """Return a GEAR_REMOTE as messages show it: without user and password."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url.rstrip("/") or url
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
-
-
 def _open_directory(path: Path, settings: Settings, timeout_s: float) -> BlobStore:
     limits = Limits(_DIRECTORY_THREADS, timeout_s, _DIRECTORY_GET_BATCH, _DIRECTORY_PUT_BATCH)
     return _stack(DirectoryStore(path, settings.gear_remotes_path), limits)

@@ -33,6 +33,7 @@ from gearworkers.remote.manager_messages import (
     Present,
     Problem,
 )
+from gearworkers.remote.name import remote_name
 from gearworkers.settings import RemoteSettings
 from gearworkers.util.bearer_token import BEARER_TOKEN
 from gearworkers.util.fs import read_small
@@ -64,6 +65,7 @@ class ManagerStore:
 
     def __init__(self, url: str, settings: RemoteSettings, node: str) -> None:
         self._url = url.rstrip("/")
+        self._name = remote_name(url)
         self._settings = settings
         self._node = node
         self._timeout_s = settings.timeout_s
@@ -87,7 +89,7 @@ class ManagerStore:
             size_bytes = int(response.headers["Content-Length"])
             blob = self._read(response, size_bytes)
             if len(blob) < size_bytes:
-                raise Unavailable(f"{self._url}: get {digest.hex()}: received {len(blob)} of {size_bytes} bytes")
+                raise Unavailable(f"{self._name}: get {digest.hex()}: received {len(blob)} of {size_bytes} bytes")
             return blob
 
     def get_many(self, digests: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -136,7 +138,7 @@ class ManagerStore:
                 try:
                     found = next(stream, None)
                 except InvalidInput as exc:
-                    raise Unavailable(f"{self._url}: {exc}") from exc
+                    raise Unavailable(f"{self._name}: {exc}") from exc
             if found is None:
                 return
             yield found
@@ -155,7 +157,9 @@ class ManagerStore:
             missing_bytes -= len(data)
             allowed_s = self._timeout_s + (size_bytes - missing_bytes) / _MIN_BYTES_PER_S
             if missing_bytes and time.monotonic() - started_s > allowed_s:
-                raise Unavailable(f"{self._url}: {missing_bytes} of {size_bytes} bytes missing after {allowed_s:.0f} s")
+                raise Unavailable(
+                    f"{self._name}: {missing_bytes} of {size_bytes} bytes missing after {allowed_s:.0f} s"
+                )
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @contextmanager
@@ -215,16 +219,16 @@ class ManagerStore:
             message = msgspec.json.decode(response.read(64 << 10), type=Problem).error
         except (HTTPError, OSError, ValueError):
             message = response.reason or ""
-        return kind(f"{self._url}: {tried}: {response.status} {message}").after(retry_after_s(response))
+        return kind(f"{self._name}: {tried}: {response.status} {message}").with_retry_after(retry_after_s(response))
 
     @contextmanager
     def _translated(self, tried: str) -> Iterator[None]:
         try:
             yield
         except (HTTPError, OSError) as exc:
-            raise from_http_error(exc, f"{self._url}: {tried}", "GEAR_REMOTE_CA_FILE") from exc
+            raise from_http_error(exc, f"{self._name}: {tried}", "GEAR_REMOTE_CA_FILE") from exc
         except (KeyError, ValueError) as exc:
-            raise Unavailable(f"{self._url}: {tried}: the response is not a manager's ({exc})") from exc
+            raise Unavailable(f"{self._name}: {tried}: the response is not a manager's ({exc})") from exc
 
 
 def _ssl_context(url: str, settings: RemoteSettings) -> ssl.SSLContext | None:

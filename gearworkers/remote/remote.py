@@ -21,7 +21,7 @@ _REPLACE_ATTEMPTS = 20
 
 
 class Remote:
-    """Keeps objects and documents for all nodes; implements `fetch.source.Source`. Any thread may call its methods.
+    """Keeps objects and documents for all nodes; a `fetch.source.ObjectSource`. Any thread may call its methods.
 
     Puts are idempotent. An object is visible only when whole, and durable when the call that put it has returned.
     """

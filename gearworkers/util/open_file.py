@@ -7,7 +7,7 @@ import os
 from gearworkers.errors import from_os_error
 
 
-class File:
+class ObjectFile:
     """An open file that is closed with its last reference."""
 
     def __init__(self, fd: int) -> None:

@@ -27,7 +27,7 @@ def _is_retryable(exc: BaseException) -> bool:
 def _wait_s(state: RetryCallState) -> float:
     """Return the backoff, plus the wait that the server has requested."""
     exc = state.outcome.exception() if state.outcome else None
-    return backoff_s(state) + (exc.after_s if isinstance(exc, GearError) else 0.0)
+    return backoff_s(state) + (exc.retry_after_s if isinstance(exc, GearError) else 0.0)
 
 
 retried = retry(

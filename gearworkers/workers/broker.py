@@ -64,6 +64,6 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(cause, (*_REFUSALS, AuthenticationError))
 
 
-def why_not_taken(error: Exception) -> str:
+def refusal_reason(error: Exception) -> str:
     """Return the reason why Redis does not accept tasks, for `docker info`."""
     return f"Redis refuses tasks: {error}" if is_refusal(error) else "Redis does not answer"

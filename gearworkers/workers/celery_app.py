@@ -65,10 +65,9 @@ def push_queue(node: str) -> str:
 class RepairPool(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
     """Repairs the process pool after the connection to the broker was lost.
 
-    It runs before the worker watches its processes again. Celery 5.7 would end the worker with "file descriptor is
-    None" if it no longer watched one of its processes. This happens to a dead process, whose pipe closes a moment
-    before it can be waited for. It also happens to a live process, if its pipe has the number of a dead process's pipe
-    whose event is still pending.
+    Celery 5.7 ends a worker that no longer watches one of its pool processes ("file descriptor is None"). After a lost
+    connection this happens to a process that has just died, and to one whose pipe reuses a dead process's descriptor.
+    This step first replaces the former and watches the latter again.
     """
 
     requires = ("celery.worker.consumer:Tasks",)

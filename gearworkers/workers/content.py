@@ -44,7 +44,7 @@ class BlobFile:
     """The file of a blob; `Readable`.
 
     Args:
-        fd: Of the file.
+        fd: The file's descriptor.
         path: Its path, for errors.
         check: Called before each read; raises if the job was withdrawn.
     """

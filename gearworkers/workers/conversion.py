@@ -26,7 +26,7 @@ from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.images.convert import LayerProgress
 from gearworkers.images.gear_manifest import ConversionReport
 from gearworkers.images.plan import ConversionPlan
-from gearworkers.remote.factory import remote_name
+from gearworkers.remote.name import remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import (
     CONVERT_QUEUE,

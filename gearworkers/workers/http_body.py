@@ -237,7 +237,7 @@ class RequestBody:
         return int(digits, 16)
 
     def _malformed(self, line: bytes) -> NoReturn:
-        raise IntegrityError(f"the request's body: {line[:40]!r} where a chunk's size or end should be")
+        raise IntegrityError(f"the request's body: expected a chunk's size or end, found {line[:40]!r}")
 
 
 class ResponseBody:

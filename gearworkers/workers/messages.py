@@ -109,7 +109,7 @@ class NewBlob(msgspec.Struct, frozen=True, tag="new_blob"):
     ref: str
     """Identifies the write in containerd; empty for one of our own."""
     media_type: str
-    """Of a layer; says how it is compressed."""
+    """A layer's media type; says how it is compressed."""
     labels: dict[str, str]
     max_mtime_ns: int | None = None
     """As for `Engine.diff`."""
@@ -156,9 +156,9 @@ class JobResult(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """The name of the error's class."""
     size_bytes: int = 0
     digest: str = ""
-    """Of the tar that was read from a StoredBlob, or of the NewBlob."""
+    """The digest of the tar that was read from a StoredBlob, or of the NewBlob."""
     stream_bytes: int = 0
-    """The length of what *digest* is of."""
+    """Length in bytes of that tar or blob."""
     figures: dict[str, int] = {}
 
 

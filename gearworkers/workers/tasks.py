@@ -25,7 +25,8 @@ from gearworkers.images import convert
 from gearworkers.images.gear_manifest import finish_conversion
 from gearworkers.images.plan import ConversionPlan, LayerJob
 from gearworkers.images.source import reject_path
-from gearworkers.remote.factory import open_remote, remote_name
+from gearworkers.remote.factory import open_remote
+from gearworkers.remote.name import remote_name
 from gearworkers.settings import Settings
 from gearworkers.workers.celery_app import IMAGE_TASK, LAYER_TASK, PROGRESS, RETRIES, TIME_LIMIT_S, retry_delay_s
 from gearworkers.workers.execute import execute, execute_alone
@@ -118,7 +119,7 @@ def _retried(task: Task) -> Iterator[None]:
         yield
     except GearError as exc:
         if exc.retryable:
-            raise task.retry(exc=exc, countdown=retry_delay_s(task.request.retries, exc.after_s)) from exc
+            raise task.retry(exc=exc, countdown=retry_delay_s(task.request.retries, exc.retry_after_s)) from exc
         raise
 
 

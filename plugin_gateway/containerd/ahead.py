@@ -92,7 +92,7 @@ class AheadApplies:
     """The blobs that are applied ahead of their turn.
 
     Args:
-        engine: Of the root.
+        engine: The root's engine.
         dispatcher: Runs the jobs.
         blobs: Finds the blobs of an image.
         is_known: Whether a layer that a blob has filled exists already.
@@ -123,7 +123,7 @@ class AheadApplies:
         """Begin to apply the other layers of the image whose layer *digest* has its turn.
 
         Args:
-            digest: Of the blob.
+            digest: The blob's digest.
             position: The number of layers below it.
             namespace: containerd's.
         """

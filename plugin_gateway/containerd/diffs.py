@@ -39,7 +39,7 @@ _LAYER_TYPE = re.compile(
 
 
 class Unsupported(GearError):
-    """Another differ must do this: the mounts are not from here, or the media type is unknown."""
+    """This differ cannot handle the call: the mounts do not belong to gearworkers, or the media type is unknown."""
 
 
 class StoredDiff(NamedTuple):
@@ -51,7 +51,7 @@ class StoredDiff(NamedTuple):
 
 
 class Diffs:
-    """The differ's calls, from threads other than the event loop's.
+    """Answers the differ's calls. Call from any thread except the event loop's.
 
     Args:
         root: GEAR_ROOT.
@@ -88,7 +88,7 @@ class Diffs:
         """Fill the layer that *mounts* show from a blob; return the tar's digest (the diff ID) and its size.
 
         Raises:
-            Unsupported: The mounts are not from here, or the media type is unknown.
+            Unsupported: The mounts do not belong to gearworkers, or the media type is unknown.
             NotFound: The blob is missing.
             AlreadyExists: The layer has content.
             FailedPrecondition: The mounts are not of an active snapshot.
@@ -146,14 +146,14 @@ class Diffs:
         Args:
             left: The older tree.
             right: The newer one.
-            media_type: Of the blob; empty for a gzip layer.
+            media_type: The blob's media type; empty for a gzip layer.
             ref: The name of the write; empty for one of our own.
-            labels: For the blob.
+            labels: The blob's labels.
             max_mtime_ns: As for `Engine.diff`.
             namespace: containerd's, as the request's metadata has it; empty to take it from the snapshot's name.
 
         Raises:
-            Unsupported: The mounts are not from here, or the media type is unknown.
+            Unsupported: The mounts do not belong to gearworkers, or the media type is unknown.
         """
         older, newer = self._snapshots.layer_of(left), self._snapshots.layer_of(right)
         if older is None or not newer:

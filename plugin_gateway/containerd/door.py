@@ -27,8 +27,8 @@ class ContainerdDoor:
 
     Args:
         path: The socket.
-        settings: Of the node.
-        engines: Of the gateway.
+        settings: The node's settings.
+        engines: The gateway's engines.
         dispatcher: Runs the heavy calls.
         metrics: Counts the calls.
     """

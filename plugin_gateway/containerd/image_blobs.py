@@ -55,7 +55,7 @@ class ImageBlobs:
         """Return the image's layers from *digest* to the topmost.
 
         Args:
-            digest: Of a layer.
+            digest: A layer's digest.
             position: The number of layers below it.
             namespace: containerd's.
 

@@ -88,7 +88,7 @@ class ContainerdServer:
         snapshots: Answers the snapshotter's calls.
         diffs: Answers the differ's calls.
         metrics: Counts the calls.
-        events: Learn which calls make maintenance due.
+        events: Called after calls that make maintenance due.
     """
 
     def __init__(

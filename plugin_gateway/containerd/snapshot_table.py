@@ -67,7 +67,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     """One row of the table."""
 
     number: int
-    """Identifies the snapshot for ever; its name may be reused."""
+    """Permanent number of the snapshot; its name may be reused."""
     name: str
     """The key of an active snapshot or a view, the name of a committed one: NAMESPACE/NUMBER/KEY."""
     parent: str
@@ -77,7 +77,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     created_ns: int
     updated_ns: int
     layer: str
-    """The engine's layer: the snapshot's own, or that of a view's parent; empty for a view of nothing."""
+    """The engine's layer: the snapshot's own, or that of a view's parent; empty for a view without a parent."""
     size_bytes: int
     inodes: int
 
@@ -86,7 +86,7 @@ class AppliedBlob(NamedTuple):
     """A layer that was filled from a blob."""
 
     digest: str
-    """Of the blob, as it is in containerd's content store."""
+    """The blob's digest, as in containerd's content store."""
     layer: str
     diff_id: str
     tar_bytes: int
@@ -176,7 +176,7 @@ class SnapshotRows:
         """Make the active snapshot *key* the committed snapshot *name*; its labels are replaced.
 
         Args:
-            key: Of the active snapshot.
+            key: The key of the active snapshot.
             name: The new name.
             labels: All labels of the committed snapshot.
             size_bytes: Its size, without its parents.

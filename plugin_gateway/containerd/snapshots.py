@@ -7,8 +7,8 @@ has no layer; it is a read-only mount of its parent at `views/NUMBER` in GEAR_RO
 Every mount that containerd gets is a bind of a tree that is mounted here. So containerd and BuildKit never see the
 upper directory, whose files may be references to objects (see docs/design/containerd.md).
 
-Order of writes: a layer exists before its row and after it. `_repair` removes layers and views without a row, and rows
-without a layer.
+Order of writes: the layer is created before its row and removed after it. `_repair` removes layers and views without
+a row, and rows without a layer.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Snapshots:
         return target
 
     def layer_of(self, mounts: Sequence[Mount]) -> str | None:
-        """Return the layer that *mounts* show: empty for the empty tree, None for mounts that are not from here."""
+        """Return the layer that *mounts* show: empty for the empty tree, None for other mounts than gearworkers'."""
         if len(mounts) != 1 or mounts[0].type not in ("bind", UNPACK_MOUNT):
             return None
         source, settings = Path(mounts[0].source), self._engine.settings
@@ -242,10 +242,10 @@ class Snapshots:
         """Commit the active snapshot *key* as *name*, durably.
 
         Args:
-            key: Of the active snapshot.
-            name: Of the committed one.
+            key: The key of the active snapshot.
+            name: The name of the committed one.
             labels: All labels of the committed one.
-            parent: For a snapshot that was prepared without a parent.
+            parent: The parent of a snapshot that was prepared without one.
 
         Returns:
             The layer if it was written through a mount; empty if Apply has filled it.
@@ -331,7 +331,7 @@ class Snapshots:
         """Change the labels of a snapshot and return it.
 
         Args:
-            name: Of the snapshot.
+            name: The snapshot's name.
             labels: The new labels; an empty value removes a label. The labels for a user namespace never change.
             paths: The fields to change: ``labels`` or ``labels.KEY``; no path means all labels.
 

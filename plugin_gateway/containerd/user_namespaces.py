@@ -16,7 +16,7 @@ from pathlib import Path
 from gearworkers.containerd.client import connected
 from gearworkers.containerd.config import REMAP_IDS, SNAPSHOTTER, SNAPSHOTTER_TYPE
 from gearworkers.errors import FailedPrecondition, InvalidInput, NotFound
-from gearworkers.layers.idmap import IDMap, IdMaps, parse_ranges
+from gearworkers.layers.idmap import IdMaps, IdRange, parse_ranges
 from gearworkers.layers.index.probe import check_idmapped
 from gearworkers.mounts.probe import run_check
 
@@ -98,7 +98,7 @@ class UserNamespaces:
             self._are_supported = True
 
 
-def _ranges(labels: Mapping[str, str], label: str) -> tuple[IDMap, ...]:
+def _ranges(labels: Mapping[str, str], label: str) -> tuple[IdRange, ...]:
     text = labels.get(label)
     if not text:
         return ()

@@ -69,7 +69,7 @@ class Dispatcher:
     """Runs the jobs of all front doors.
 
     Args:
-        settings: Of the node.
+        settings: The node's settings.
         metrics: The gateway's.
         timeouts: The first value of the attribute, which may be replaced at any time.
         open_queue: Connects to the broker that the settings name.

@@ -47,7 +47,7 @@ class LocalPool:
     it, so waiting Diffs must not block ApplyDiffs.
 
     Args:
-        settings: Of the node.
+        settings: The node's settings.
         changes: Notified of changes of the jobs, and by the pool when a process is free.
         cores: The number of processes of one kind that may work at the same time.
         start: Starts a process.

@@ -93,7 +93,7 @@ class PendingJob:
         return self._end(JobState.BEGUN, JobResult(f"{self.name}: {error}; try again", retryable=True))
 
     def give_up(self, error: str) -> bool:
-        """Record that no process has begun the job; *error* says why."""
+        """Record that no process has begun the job; *error* gives the reason."""
         return self._end(JobState.OFFERED, JobResult(f"{self.name}: {error}", retryable=True))
 
     def withdraw(self) -> bool:

@@ -13,7 +13,7 @@ import structlog
 
 from gearworkers.errors import Unavailable
 from gearworkers.settings import NodeSettings
-from gearworkers.workers.broker import why_not_taken
+from gearworkers.workers.broker import refusal_reason
 from gearworkers.workers.celery_app import import_queue, make_app, push_queue
 from gearworkers.workers.messages import HeavyJob, WorkerJob
 
@@ -112,7 +112,7 @@ async def _run(thread: ThreadPoolExecutor, call: Callable[[], Result], timeout_s
         return await asyncio.wait_for(future, timeout_s)
     except Exception as exc:  # kombu and redis-py raise many kinds; each means that Redis did not confirm the call
         _log.info("a call to Redis failed", error=f"{type(exc).__name__}: {exc}")
-        raise Unavailable(why_not_taken(exc)) from exc
+        raise Unavailable(refusal_reason(exc)) from exc
 
 
 def _attempt(call: Callable[[], Result]) -> Result:

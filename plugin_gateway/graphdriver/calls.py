@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from gearworkers.layers.diff.changes import Change
-from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.idmap import IdRange
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.messages import InitRequest, LayerRequest, Response, decode, wire_change
 
@@ -21,7 +21,7 @@ class Driver(Protocol):
     def prepare(self) -> None:
         """Repair the leftovers of a crash."""
 
-    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
+    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IdRange], gid_maps: Sequence[IdRange]) -> None:
         """Start to serve a new dockerd."""
 
     def capabilities(self) -> dict[str, bool]:

@@ -12,7 +12,7 @@ from gearworkers.engine.root import save_root
 from gearworkers.errors import InvalidInput
 from gearworkers.layers.diff.changes import Change
 from gearworkers.layers.diff.export import Writable
-from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.idmap import IdMaps, IdRange
 from gearworkers.layers.index.probe import check_index
 from gearworkers.layers.record import LayerKind
 from gearworkers.layers.store import WORK
@@ -44,8 +44,8 @@ class GearDriver:
     def __init__(self, settings: Settings, engines: Engines | None = None) -> None:
         """
         Args:
-            settings: Of the node.
-            engines: Of the gateway; None for engines of this driver alone.
+            settings: The node's settings.
+            engines: The gateway's engines; None for engines of this driver alone.
         """
         self._node_settings = settings
         self._engines = engines or Engines()
@@ -88,14 +88,14 @@ class GearDriver:
         save_root(run_dir, current.settings.gear_root)
         self._current = current
 
-    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
+    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IdRange], gid_maps: Sequence[IdRange]) -> None:
         """Start to serve a new dockerd: apply its options and id maps, and reset the mount counts.
 
         Args:
             home: The directory that dockerd suggests; GEAR_ROOT is used instead.
             opts: ``gear.root=PATH``, ``gear.broker=URL``.
-            uid_maps: Of --userns-remap; empty without it.
-            gid_maps: Likewise.
+            uid_maps: The user ids of --userns-remap; empty without it.
+            gid_maps: The group ids of --userns-remap; empty without it.
 
         Raises:
             InvalidInput: An option is unknown or malformed.

@@ -12,7 +12,7 @@ import msgspec
 
 from gearworkers.errors import InvalidInput
 from gearworkers.layers.diff.changes import Change
-from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.idmap import IdRange
 
 CONTENT_TYPE = "application/vnd.docker.plugins.v1.1+json"
 
@@ -32,8 +32,8 @@ class InitRequest(msgspec.Struct, frozen=True, rename="pascal"):
 
     home: str = ""
     opts: list[str] | None = None
-    uid_maps: list[IDMap] | None = msgspec.field(default=None, name="UIDMaps")
-    gid_maps: list[IDMap] | None = msgspec.field(default=None, name="GIDMaps")
+    uid_maps: list[IdRange] | None = msgspec.field(default=None, name="UIDMaps")
+    gid_maps: list[IdRange] | None = msgspec.field(default=None, name="GIDMaps")
 
 
 class WireChange(msgspec.Struct, frozen=True, rename="pascal"):

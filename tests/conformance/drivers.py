@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gearworkers.errors import GearError
-from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.idmap import IdRange
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import Readable
 from gearworkers.util.unix_http import UnixHTTPConnection
@@ -36,7 +36,7 @@ class Driver(Protocol):
         """The settings of the driver."""
 
     def init(
-        self, opts: Sequence[str] = (), uid_maps: Sequence[IDMap] = (), gid_maps: Sequence[IDMap] = ()
+        self, opts: Sequence[str] = (), uid_maps: Sequence[IdRange] = (), gid_maps: Sequence[IdRange] = ()
     ) -> None: ...
 
     def capabilities(self) -> dict[str, bool]: ...
@@ -89,7 +89,9 @@ class InProcess:
     def settings(self) -> Settings:
         return self._driver.settings
 
-    def init(self, opts: Sequence[str] = (), uid_maps: Sequence[IDMap] = (), gid_maps: Sequence[IDMap] = ()) -> None:
+    def init(
+        self, opts: Sequence[str] = (), uid_maps: Sequence[IdRange] = (), gid_maps: Sequence[IdRange] = ()
+    ) -> None:
         self._call("init", "/unused", opts, uid_maps, gid_maps)
 
     def capabilities(self) -> dict[str, bool]:
@@ -160,7 +162,9 @@ class OverSocket:
     def settings(self) -> Settings:
         return self._settings
 
-    def init(self, opts: Sequence[str] = (), uid_maps: Sequence[IDMap] = (), gid_maps: Sequence[IDMap] = ()) -> None:
+    def init(
+        self, opts: Sequence[str] = (), uid_maps: Sequence[IdRange] = (), gid_maps: Sequence[IdRange] = ()
+    ) -> None:
         self._call("Init", Home="/unused", Opts=list(opts) or None, UIDMaps=_wire(uid_maps), GIDMaps=_wire(gid_maps))
 
     def capabilities(self) -> dict[str, bool]:
@@ -257,5 +261,5 @@ def _chunks(source: Readable) -> Iterator[bytes]:
         yield bytes(buffer[:size_bytes])
 
 
-def _wire(maps: Sequence[IDMap]) -> list[dict[str, int]] | None:
+def _wire(maps: Sequence[IdRange]) -> list[dict[str, int]] | None:
     return [{"container_id": span.container_id, "host_id": span.host_id, "size": span.size} for span in maps] or None

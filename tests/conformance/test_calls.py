@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.idmap import IdRange
 from tests.conformance.drivers import Driver, DriverError, new_layer_id
 from tests.conformance.layers import apply_layer, committed, container, directory, file, mounted, shown, tar
 
@@ -191,7 +191,7 @@ def test_a_mount_label_reaches_the_kernel(driver: Driver) -> None:
     assert not driver.exists(id), "Remove leaves nothing"
 
 
-MAPS = [IDMap(0, 100_000, 65_536)]
+MAPS = [IdRange(0, 100_000, 65_536)]
 
 
 @pytest.fixture

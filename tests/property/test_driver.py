@@ -19,7 +19,7 @@ from gearworkers.settings import Settings
 from gearworkers.tar.entry import BLOCK, CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from tests.conformance.drivers import InProcess, new_layer_id
 from tests.conformance.layers import File, apply_layer, committed, mounted, shown, tar
-from tests.property.test_containerdiff_sequences import OPERATION, REJECTED, Operation
+from tests.property.test_diff_sequences import OPERATION, REJECTED, Operation
 from tests.support.overlays import Node
 
 EXAMPLES = examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

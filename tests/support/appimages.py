@@ -65,12 +65,12 @@ def layout() -> Path:
     return cache_dir() / f"images-{_RECIPE}"
 
 
-def descriptors() -> dict[str, m.Document]:
+def descriptors() -> dict[str, m.JsonObject]:
     """Return the descriptors of the existing images by name."""
     path = layout() / "index.json"
     if not path.exists():
         return {}
-    found: list[m.Document] = json.loads(path.read_text())["manifests"]
+    found: list[m.JsonObject] = json.loads(path.read_text())["manifests"]
     return {descriptor["annotations"]["org.opencontainers.image.ref.name"]: descriptor for descriptor in found}
 
 
@@ -102,7 +102,7 @@ def convert(settings: Settings, name: str, target: str) -> ConversionReport:
     return convert_locally(settings, plan, os.cpu_count() or 1, lambda _digest, _count: None)
 
 
-def _descriptor(name: str) -> m.Document:
+def _descriptor(name: str) -> m.JsonObject:
     descriptor = descriptors().get(name)
     if descriptor is None:
         raise FileNotFoundError(f"{layout()} has no {name}: run `make images`")

@@ -53,7 +53,7 @@ class SnapshotClient:
     """The calls of both services; each raises Refused if the gateway returns an error.
 
     Args:
-        channel: Of gRPC.
+        channel: The gRPC channel.
     """
 
     def __init__(self, channel: grpc.Channel) -> None:

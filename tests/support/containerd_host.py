@@ -31,7 +31,7 @@ class Containerd:
     """One containerd that uses a stack as its snapshotter and differ.
 
     Args:
-        directory: Of its root and log.
+        directory: Receives its root and log.
         stack: Its gateway serves this containerd; None for a containerd without gearworkers.
     """
 

@@ -13,7 +13,7 @@ import uvloop
 from gearworkers.engine.mounts import LazyServerNeeded
 from gearworkers.errors import AlreadyExists, NotFound, Unavailable
 from gearworkers.layers.diff.changes import Change, ChangeKind
-from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.idmap import IdRange
 from gearworkers.settings import Settings
 from gearworkers.workers.claim import ClaimedJob, claim
 from gearworkers.workers.http_body import STALLED_S
@@ -34,7 +34,7 @@ class MemoryDriver:
 
     settings: Settings
     layers: dict[str, str] = field(default_factory=dict)
-    inits: list[tuple[Sequence[str], Sequence[IDMap]]] = field(default_factory=list)
+    inits: list[tuple[Sequence[str], Sequence[IdRange]]] = field(default_factory=list)
     """The options and user id maps of each Init."""
     mounted: set[str] = field(default_factory=set)
     dedupable: set[str] = field(default_factory=set)
@@ -51,7 +51,7 @@ class MemoryDriver:
         self.settings.gear_root.mkdir(exist_ok=True)
         self.is_prepared = True
 
-    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IDMap], gid_maps: Sequence[IDMap]) -> None:
+    def init(self, home: str, opts: Sequence[str], uid_maps: Sequence[IdRange], gid_maps: Sequence[IdRange]) -> None:
         self.inits.append((opts, uid_maps))
         for option in opts:
             if option.startswith("gear.broker="):

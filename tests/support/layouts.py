@@ -25,7 +25,7 @@ class Layout:
         self.path = path
         (path / "blobs" / "sha256").mkdir(parents=True)
 
-    def put(self, data: bytes, media_type: str, **more: Any) -> m.Document:
+    def put(self, data: bytes, media_type: str, **more: Any) -> m.JsonObject:
         """Store *data*; return its descriptor."""
         (self.path / "blobs" / "sha256" / hashlib.sha256(data).hexdigest()).write_bytes(data)
         return descriptor(data, media_type) | more
@@ -34,9 +34,9 @@ class Layout:
         self,
         *layers: tuple[bytes, str],
         platform: m.Platform | None = AMD64,
-        config: m.Document | None = None,
-        more: m.Document | None = None,
-    ) -> m.Document:
+        config: m.JsonObject | None = None,
+        more: m.JsonObject | None = None,
+    ) -> m.JsonObject:
         """Store an image of *layers*; return the descriptor of its manifest.
 
         Args:
@@ -58,22 +58,22 @@ class Layout:
         }
         return self.put(m.encode(document | (more or {})), m.OCI_MANIFEST)
 
-    def image_for(self, platform: m.Platform | None) -> m.Document:
+    def image_for(self, platform: m.Platform | None) -> m.JsonObject:
         """Store an image with one file, which is named after *platform*; return its descriptor."""
         return self.image((tar_of([(str(platform), b"")]), f"{OCI_LAYER}.v1.tar"), platform=platform)
 
-    def index(self, *children: m.Document, **more: Any) -> m.Document:
+    def index(self, *children: m.JsonObject, **more: Any) -> m.JsonObject:
         """Store an index of *children*; return its descriptor."""
         document = {"schemaVersion": 2, "mediaType": m.OCI_INDEX, "manifests": list(children)} | more
         return self.put(m.encode(document), m.OCI_INDEX)
 
-    def source(self, *children: m.Document) -> str:
+    def source(self, *children: m.JsonObject) -> str:
         """Write index.json with *children*; return the layout's name."""
         document = {"schemaVersion": 2, "manifests": list(children)}
         (self.path / "index.json").write_bytes(m.encode(document))
         return f"oci:{self.path}"
 
 
-def entry_for(platform: m.Platform | None, image: m.Document) -> m.Document:
+def entry_for(platform: m.Platform | None, image: m.JsonObject) -> m.JsonObject:
     """Return the entry of *image* in an index, with *platform*."""
     return image | {"platform": msgspec.to_builtins(platform)}

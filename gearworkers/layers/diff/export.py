@@ -67,7 +67,7 @@ def write_diff(
         parent_fd: Root of the overlay without the upper; None if the layer has no parent.
         out: Receives the tar; its errors pass through unchanged.
         ids: Maps the host's owners to the tar's.
-        max_mtime_ns: Later times become this one, and whiteouts get it (SOURCE_DATE_EPOCH); None keeps all times.
+        max_mtime_ns: SOURCE_DATE_EPOCH. Times after it are set to it; whiteouts get this time. None keeps all times.
 
     A file that grows or shrinks meanwhile keeps the length that it had when it was opened: its content is truncated or
     padded with zeros. A file that vanishes is omitted.

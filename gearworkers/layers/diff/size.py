@@ -17,7 +17,7 @@ _BLOCK_BYTES = 512
 def tree_size(root_fd: int) -> int:
     """Return the size in bytes of the files below the directory *root_fd*."""
     try:
-        return _total(_below(root_fd))
+        return _total(_statuses(root_fd))
     except OSError as exc:
         raise from_os_error(exc, "measure a layer") from exc
 
@@ -25,7 +25,7 @@ def tree_size(root_fd: int) -> int:
 def tree_usage(root_fd: int) -> tuple[int, int]:
     """Return the bytes on disk and the number of inodes of the tree *root_fd*, its top included, each inode once."""
     try:
-        used = {(status.st_dev, status.st_ino): status.st_blocks for status in _everything(root_fd)}
+        used = {(status.st_dev, status.st_ino): status.st_blocks for status in _statuses(root_fd, directories_too=True)}
     except OSError as exc:
         raise from_os_error(exc, "measure a layer") from exc
     return sum(used.values()) * _BLOCK_BYTES, len(used)
@@ -52,18 +52,10 @@ def _changed(root_fd: int, changes: Iterable[Change]) -> Iterator[os.stat_result
             yield status
 
 
-def _everything(root_fd: int) -> Iterator[os.stat_result]:
+def _statuses(root_fd: int, *, directories_too: bool = False) -> Iterator[os.stat_result]:
     for _, dir_fd in directories(root_fd):
-        yield os.fstat(dir_fd)
-        with os.scandir(dir_fd) as entries:
-            for found in entries:
-                with suppress(FileNotFoundError):
-                    if not found.is_dir(follow_symlinks=False):
-                        yield found.stat(follow_symlinks=False)
-
-
-def _below(root_fd: int) -> Iterator[os.stat_result]:
-    for _, dir_fd in directories(root_fd):
+        if directories_too:
+            yield os.fstat(dir_fd)
         with os.scandir(dir_fd) as entries:
             for found in entries:
                 with suppress(FileNotFoundError):

@@ -11,19 +11,20 @@ from typing import BinaryIO
 
 from gearworkers.digest import object_path
 from gearworkers.errors import GearError
-from gearworkers.layers.idmap import NO_MAPS, IDMap, IdMaps, shown_tree
+from gearworkers.layers.idmap import NO_MAPS, IdMaps, IdRange, shown_tree
 from gearworkers.layers.index.erofs_format import SLOTS_PER_BLOCK
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.tree import LayerTree
 from gearworkers.mounts.overlay import OverlaySpec, detached, unmount
-from gearworkers.mounts.probe import Check, run_check
+from gearworkers.mounts.probe import run_check
 from gearworkers.tar.entry import TarEntry
+from gearworkers.util.check import Check
 
 CHECK_NAME = "EROFS indexes"
 IDMAPPED_CHECK_NAME = "user namespaces"
 _CONTENT = b"trial"
 _LOOP_MAJOR = 7
-_TRIAL_IDS = IdMaps((IDMap(0, 100_000, 1),), (IDMap(0, 100_000, 1),))
+_TRIAL_IDS = IdMaps((IdRange(0, 100_000, 1),), (IdRange(0, 100_000, 1),))
 
 
 def check_index(scratch: Path) -> Check:

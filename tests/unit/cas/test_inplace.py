@@ -1,4 +1,4 @@
-"""Storing in place: `forbid` ends it soon, and no overlay opens a half-written file."""
+"""Storing in place: `forbid_in_place` ends it soon, and no overlay opens a half-written file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas import inplace
-from gearworkers.cas.inplace import InPlaceLock, forbid
+from gearworkers.cas.inplace import InPlaceLock, forbid_in_place
 from gearworkers.cas.store import ObjectStore
 from gearworkers.cas.writer import FORK_AFTER_CONTENTS
 from gearworkers.cas.writer_process import BATCH_CONTENTS
@@ -94,7 +94,7 @@ def test_forbid_waits_for_the_lock_and_prevents_new_holders(tmp_path: Path) -> N
         other.release()
 
         def forbid_storing() -> None:
-            forbid(tmp_path)
+            forbid_in_place(tmp_path)
             events.append("forbidden")
 
         forbidding = threading.Thread(target=forbid_storing)
@@ -111,10 +111,10 @@ def test_forbid_waits_for_the_lock_and_prevents_new_holders(tmp_path: Path) -> N
 
 
 def test_an_import_that_must_not_store_in_place_never_holds_the_lock(tmp_path: Path) -> None:
-    forbid(tmp_path)
+    forbid_in_place(tmp_path)
     with closing(InPlaceLock(tmp_path)) as lock:
         assert not lock.acquire()
-        forbid(tmp_path)  # would wait for the lock
+        forbid_in_place(tmp_path)  # would wait for the lock
 
 
 @pytest.mark.slow

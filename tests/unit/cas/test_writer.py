@@ -16,7 +16,7 @@ import pytest
 
 from gearworkers.cas import writer as writer_module
 from gearworkers.cas import writer_process
-from gearworkers.cas.inplace import InPlaceLock, forbid, put_in_place
+from gearworkers.cas.inplace import InPlaceLock, forbid_in_place, put_in_place
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
 from gearworkers.cas.writer import FORK_AFTER_CONTENTS, ContentWriter
@@ -88,7 +88,7 @@ def test_the_second_process_stores_contents_of_all_sizes(
 ) -> None:
     """The contents are larger than the ring, and some have the maximum size."""
     if not in_place:
-        forbid(tmp_path)
+        forbid_in_place(tmp_path)
     sizes = [
         1,
         2,
@@ -239,7 +239,7 @@ def test_a_process_killed_while_it_stores_in_place_does_not_block_forbid(
         for number in range(BATCH_CONTENTS):
             put(writer, b"completes the batch %d" % number)
         wait_until((tmp_path / "storing").exists, "the second process stores")
-        forbidding = threading.Thread(target=forbid, args=(tmp_path,), daemon=True)
+        forbidding = threading.Thread(target=forbid_in_place, args=(tmp_path,), daemon=True)
         forbidding.start()
         os.kill(pid, signal.SIGKILL)
         forbidding.join(PATIENCE_S)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from pathlib import Path
 
 import pytest
 
 from gearworkers.cli import doctor, main
-from gearworkers.mounts.probe import Check
+from gearworkers.settings import Settings
 from gearworkers.util import log
+from gearworkers.util.check import Check
+from plugin_gateway.graphdriver.driver import GearDriver
+from tests.support.tiny import tar_of
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -44,3 +49,19 @@ def test_doctor_prints_square_brackets_literally(
     with pytest.raises(SystemExit):
         run(monkeypatch, "doctor")
     assert capsys.readouterr().out == f"ok   Remote: {found}\n"
+
+
+def test_fsck_without_a_lazy_file_server_counts_the_faults_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver = GearDriver(Settings(gear_root=tmp_path / "gear", run_dir=tmp_path / "run"))
+    driver.prepare()
+    driver.create("image", "")
+    driver.apply_diff("image", "", io.BytesIO(tar_of({"file": b"content"})))
+    driver.engine.objects.remove(hashlib.sha256(b"content").digest())
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "fsck", "--repair")
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.err) == (1, "")
+    assert "start `gear lazyfs`: it fetches each missing object" in printed.out
+    assert printed.out.endswith("\n1 fault\n")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socketserver
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -17,6 +23,8 @@ from gearworkers.settings import Settings
 from tests.support.gateways import run_gateway
 from tests.support.lazynode import gear_tar, lazy_node
 from tests.support.processes import Daemon, listens
+
+SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
 
 
 def test_the_fuse_check_leaves_nothing_mounted(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -45,10 +53,10 @@ def test_the_lazy_file_server_check_reports_a_stopped_server_and_failed_fetches(
     assert "does not run" in doctor.lazyfs_check(replace(Settings(), run_dir=tmp_path)).found
     with lazy_node(tmp_path) as node:
         node.apply(gear_tar({"file": b"missing in the remote"}), "image")
-        assert doctor.lazyfs_check(node.settings).found == "runs, 1 incomplete layers"
+        assert doctor.lazyfs_check(node.settings).found == "runs, 1 incomplete layer"
         with pytest.raises(OSError, match="Input/output"):
             (node.run("c1") / "file").read_bytes()
-        assert doctor.lazyfs_check(node.settings).found == "1 objects could not be fetched"
+        assert doctor.lazyfs_check(node.settings).found == "1 object could not be fetched"
 
 
 def test_the_redis_check_hides_the_password_of_the_url() -> None:
@@ -107,3 +115,77 @@ def test_the_docker_check_names_the_problem_of_a_version(version: str, ok: bool,
 def test_the_docker_check_names_the_snapshotter_of_containerds_image_store(snapshotter: str, ok: bool) -> None:
     check = doctor.docker_snapshotter_check("28.5.2", snapshotter)
     assert check.ok == ok and snapshotter in check.found
+
+
+def test_the_containerd_check_reports_a_containerd_that_does_not_answer(tmp_path: Path) -> None:
+    settings = replace(Settings(), run_dir=tmp_path, containerd_address=tmp_path / "containerd.sock")
+    (check,) = doctor.containerd_lines(settings)
+    assert not check.ok and str(settings.containerd_address) in check.found
+
+
+def test_the_remote_check_hides_the_password_of_the_url(tmp_path: Path) -> None:
+    url = f"{tmp_path}/remote"
+    Path(url).mkdir()
+    assert doctor.remote_check(with_remote(tmp_path, url)).found == f"{url} answers"
+    check = doctor.remote_check(with_remote(tmp_path, "http://user:secret@127.0.0.1:1"))
+    assert not check.ok and "127.0.0.1:1" in check.found
+    assert "secret" not in f"{check.found} {check.advice}"
+
+
+def with_remote(tmp_path: Path, url: str) -> Settings:
+    settings = Settings(gear_root=tmp_path / "gear")
+    return replace(settings, remote=replace(settings.remote, url=url))
+
+
+@contextmanager
+def dockerd(path: Path, info: dict[str, object]) -> Iterator[None]:
+    """Answer GET /info as dockerd does, on the socket *path*."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(info).encode()
+            self.send_response(200 if self.path == "/info" else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Log nothing."""
+
+    with socketserver.UnixStreamServer(os.fspath(path), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("info", "found"),
+    [
+        (
+            {"ServerVersion": "26.1.5", "ExperimentalBuild": True, "Driver": "gear", "DriverStatus": None},
+            ["26.1.5", "on"],
+        ),
+        (
+            {"ServerVersion": "28.5.2", "Driver": "gear", "DriverStatus": [["driver-type", SNAPSHOTTER_TYPE]]},
+            ["28.5.2 with containerd's image store, snapshotter gear"],
+        ),
+    ],
+)
+def test_the_docker_check_needs_no_docker_program(
+    info: dict[str, object], found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    settings = replace(Settings(), docker_host=f"unix://{tmp_path}/docker.sock")
+    with dockerd(tmp_path / "docker.sock", info):
+        checks = doctor.docker_checks(settings)
+    assert [check.found for check in checks] == found and all(check.ok for check in checks)
+
+
+@pytest.mark.parametrize("host", ["tcp://host:abc", "tcp://[::1", "host"])
+def test_a_malformed_docker_host_is_reported(host: str) -> None:
+    (check,) = doctor.docker_checks(replace(Settings(), docker_host=host))
+    assert not check.ok and f"DOCKER_HOST={host}: set unix:///PATH" in check.found

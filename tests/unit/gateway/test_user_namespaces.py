@@ -12,7 +12,8 @@ from gearworkers.containerd.config import Version, snippet
 from gearworkers.errors import FailedPrecondition
 from gearworkers.layers.index.probe import check_idmapped
 from gearworkers.mounts.overlay import OverlaySpec, mount, unmount
-from gearworkers.mounts.probe import Check, run_check
+from gearworkers.mounts.probe import run_check
+from gearworkers.util.check import Check
 from plugin_gateway.containerd.user_namespaces import GID_LABEL, UID_LABEL, UserNamespaces
 from tests.support.fake_containerd import FakeContainerd
 

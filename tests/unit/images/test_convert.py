@@ -91,10 +91,10 @@ class TestImages:
         image = Image([BASE, TOP], labels={"a": "b"}, history=history, oci=True)
         found = converted_image(settings, peer, image)
         expected = json.loads(image.config)
-        expected["config"]["Labels"] = {"a": "b", m.GEAR_MARK: "1"}
+        expected["config"]["Labels"] = {"a": "b", m.GEAR_LABEL: "1"}
         expected["rootfs"]["diff_ids"] = [m.digest_of(tar) for tar in found.tars]
         assert found.config == expected
-        assert found.manifest["annotations"] == {m.GEAR_MARK: "1"}
+        assert found.manifest["annotations"] == {m.GEAR_LABEL: "1"}
 
     def test_a_repeated_layer_is_converted_once(self, settings: Settings, peer: Registry) -> None:
         target = f"{peer.host}/gear:v1"

@@ -50,7 +50,7 @@ class TestLayers:
         "config", [{"rootfs": {"type": "layers"}}, {"rootfs": None}, {"rootfs": {"diff_ids": None}}]
     )
     def test_an_image_without_layers_is_converted(
-        self, converter: Converter, layout: Layout, config: m.Document
+        self, converter: Converter, layout: Layout, config: m.JsonObject
     ) -> None:
         converter(layout.source(layout.image(config=config, more={"layers": None})))
         found = converter.image()
@@ -61,7 +61,7 @@ class TestLayers:
         image = layout.image((TAR, f"{OCI_LAYER}.v1.tar"), config=config, more={"annotations": None, "subject": None})
         null = {"platform": None, "annotations": None, "urls": None, "data": None}
         converter(layout.source(image | null))
-        assert converter.image().config["config"] == {"Labels": {m.GEAR_MARK: "1"}}
+        assert converter.image().config["config"] == {"Labels": {m.GEAR_LABEL: "1"}}
         assert converter.contents() == [CONTENT]
 
     def test_embedded_data_and_urls_are_dropped_from_converted_descriptors(

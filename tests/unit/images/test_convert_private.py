@@ -52,7 +52,7 @@ class TestPrivateLayers:
         assert converted(settings, source, f"{peer.host}/gear:v2").private_layers == 2
         found = pull(repository(settings, f"{peer.host}/gear:v2"), "v2")
         assert found.tars == [self.MARKED, self.ABOVE]
-        assert m.GEAR_MARK not in found.config["config"]["Labels"]
+        assert m.GEAR_LABEL not in found.config["config"]["Labels"]
 
     def test_a_layer_that_is_private_in_one_platform_is_private_in_all(
         self, settings: Settings, peer: Registry

@@ -59,7 +59,7 @@ class TestTargetNamesSource:
     def test_a_gear_image_may_be_replaced_by_its_conversion(self, converter: Converter, original: str) -> None:
         converter(f"{converter.name}:v1")
         base = converter.image()
-        built = Image([*base.tars, tar_of([("top", CONTENT)])], labels={m.GEAR_MARK: "1"})
+        built = Image([*base.tars, tar_of([("top", CONTENT)])], labels={m.GEAR_LABEL: "1"})
         built.push(converter.repository, "gear")
         converter(f"{converter.name}:gear")
         assert CONTENT not in converter.image().tars[1]

@@ -154,7 +154,7 @@ def test_a_long_retry_after_is_raised_without_waiting(tmp_path: Path) -> None:
     with answering(lambda _: Answer(503, {"Retry-After": "3600"})) as server:
         with pytest.raises(Unavailable, match="503") as caught:
             repository(server.host, tmp_path).has_blob(digest_of(BLOB))
-        assert (len(server.requests), caught.value.after_s) == (2, 3600)
+        assert (len(server.requests), caught.value.retry_after_s) == (2, 3600)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204])

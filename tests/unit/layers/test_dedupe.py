@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.refs import OBJECTS_FILE
-from gearworkers.errors import Unavailable
+from gearworkers.errors import ResourceExhausted, Unavailable
 from gearworkers.layers import dedupe as dedupe_module
 from gearworkers.settings import Settings
 from plugin_gateway.graphdriver.driver import GearDriver
@@ -112,6 +113,82 @@ def test_the_tar_is_the_same_after_a_crash_before_times_are_restored(
     shutil.rmtree(driver.settings.gear_build_path)
     GearDriver(driver.settings).prepare()
     assert tar_of(driver, "step") == before
+
+
+def crash_during_dedupe(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the deduplication of the layer between two names, and restart the gateway."""
+    rename = os.rename
+    replaced = []
+
+    def crash_at_the_second_name(source: Path | bytes, target: Path | bytes, **fds: int) -> None:
+        if source == b"link":
+            replaced.append(target)
+            if len(replaced) == 2:
+                raise KeyboardInterrupt
+        rename(source, target, **fds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crash_at_the_second_name)
+        with pytest.raises(KeyboardInterrupt):
+            driver.engine.dedupe("step")
+    shutil.rmtree(driver.settings.gear_build_path)
+    GearDriver(driver.settings).prepare()
+
+
+def three_files(driver: GearDriver) -> None:
+    driver.create("step", "")
+    merged = Path(driver.get("step"))
+    (merged / "dir").mkdir()
+    for number in range(3):
+        (merged / "dir" / str(number)).write_bytes(b"content %d" % number)
+    os.utime(merged / "dir", ns=(1, 1_000_000_001))
+    driver.put("step")
+
+
+@pytest.mark.parametrize("diff_first", [False, True])
+def test_the_next_task_continues_after_a_crash(
+    diff_first: bool, driver: GearDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_files(driver)
+    before = tar_of(driver, "step")
+    crash_during_dedupe(driver, monkeypatch)
+    if diff_first:
+        assert tar_of(driver, "step") == before
+    assert driver.engine.dedupe("step") == 2
+    assert driver.engine.dedupe("step") == 0
+    assert tar_of(driver, "step") == before
+    assert driver.engine.collect_garbage().removed_objects == 0
+    assert not list(driver.engine.faults(read_data=True, repair=False))
+
+
+@pytest.mark.parametrize("left", [b"", b"\x91\x93"])
+def test_a_half_written_file_of_directory_times_is_ignored(left: bytes, driver: GearDriver) -> None:
+    """A power cut before the first name was replaced leaves it."""
+    three_files(driver)
+    before = tar_of(driver, "step")
+    (driver.settings.gear_containers_path / "step" / dedupe_module.TIMES_FILE).write_bytes(left)
+    assert tar_of(driver, "step") == before
+    assert driver.engine.dedupe("step") == 3
+    assert tar_of(driver, "step") == before
+
+
+def test_a_full_disk_leaves_the_layer_to_the_next_task(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    three_files(driver)
+    before = tar_of(driver, "step")
+    write_bytes = Path.write_bytes
+
+    def fill_the_disk(path: Path, data: bytes) -> int:
+        if path.name.startswith(dedupe_module.TIMES_FILE):
+            write_bytes(path, data[:2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill_the_disk)
+        with pytest.raises(ResourceExhausted):
+            driver.engine.dedupe("step")
+    assert tar_of(driver, "step") == before
+    assert driver.engine.dedupe("step") == 3
 
 
 def test_the_object_list_is_renamed_under_the_garbage_lock(driver: GearDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from gearworkers.errors import InvalidInput, NotFound
 from gearworkers.layers.diff.changes import Change, ChangeKind, tree_changes, upper_changes
 from gearworkers.layers.diff.export import write_diff, write_tree_diff
-from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.idmap import IdMaps, IdRange
 from gearworkers.mounts.overlay import detached
 from tests.support.overlays import Node, Overlay, apply_tar, mounted, snapshot
 
@@ -378,7 +378,7 @@ def test_a_capability_of_a_user_namespace_becomes_an_ordinary_capability(overlay
 def test_owners_in_the_tar_are_ids_of_the_container(overlay: Overlay) -> None:
     (overlay.merged / "mine").touch()
     os.chown(overlay.merged / "mine", 100_007, 200_009)
-    ids = IdMaps((IDMap(0, 100_000, 65536),), (IDMap(0, 200_000, 65536),))
+    ids = IdMaps((IdRange(0, 100_000, 65536),), (IdRange(0, 200_000, 65536),))
     with tarfile.open(fileobj=io.BytesIO(diff_of(overlay, ids))) as archive:
         member = archive.getmember("mine")
     assert (member.uid, member.gid) == (7, 9)
@@ -387,7 +387,7 @@ def test_owners_in_the_tar_are_ids_of_the_container(overlay: Overlay) -> None:
 def test_an_owner_outside_the_ranges_is_an_error_that_names_the_file(overlay: Overlay) -> None:
     (overlay.merged / "mine").touch()
     with pytest.raises(InvalidInput, match="mine"):
-        diff_of(overlay, IdMaps((IDMap(0, 100_000, 65536),), (IDMap(0, 100_000, 65536),)))
+        diff_of(overlay, IdMaps((IdRange(0, 100_000, 65536),), (IdRange(0, 100_000, 65536),)))
 
 
 def test_a_changed_file_without_its_object_is_an_error(overlay: Overlay) -> None:

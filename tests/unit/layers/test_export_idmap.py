@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gearworkers.errors import InvalidInput
-from gearworkers.layers.idmap import IDMap, IdMaps, parse_ranges, to_container, to_host
+from gearworkers.layers.idmap import IdMaps, IdRange, parse_ranges, to_container, to_host
 
-TWO_RANGES = (IDMap(0, 100_000, 1000), IDMap(1000, 500_000, 10))
+TWO_RANGES = (IdRange(0, 100_000, 1000), IdRange(1000, 500_000, 10))
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(0, 100_000), (999, 100_999), (1000, 500_000), (1009, 500_009)])
@@ -23,7 +23,7 @@ def test_ids_are_unchanged_without_ranges() -> None:
 
 
 def test_users_and_groups_have_their_own_ranges() -> None:
-    maps = IdMaps(TWO_RANGES, (IDMap(0, 300_000, 5),))
+    maps = IdMaps(TWO_RANGES, (IdRange(0, 300_000, 5),))
     assert maps.root == (100_000, 300_000)
     assert maps.to_container(500_001, 300_004) == (1001, 4)
 
@@ -49,10 +49,10 @@ def test_malformed_ranges_are_rejected(text: str) -> None:
 
 
 def test_maps_are_inverted_and_composed() -> None:
-    maps, other = IdMaps(TWO_RANGES, ()), IdMaps((IDMap(0, 300_000, 1005),), (IDMap(0, 7, 1),))
-    assert maps.inverse.uids == (IDMap(100_000, 0, 1000), IDMap(500_000, 1000, 10))
+    maps, other = IdMaps(TWO_RANGES, ()), IdMaps((IdRange(0, 300_000, 1005),), (IdRange(0, 7, 1),))
+    assert maps.inverse.uids == (IdRange(100_000, 0, 1000), IdRange(500_000, 1000, 10))
     composed = other.after(maps.inverse)
-    assert composed.uids == (IDMap(100_000, 300_000, 1000), IDMap(500_000, 301_000, 5))
+    assert composed.uids == (IdRange(100_000, 300_000, 1000), IdRange(500_000, 301_000, 5))
     assert composed.gids == other.gids
     for stored, shown in ((100_999, 300_999), (500_004, 301_004)):
         assert composed.to_host(stored, 0) == (shown, 7)

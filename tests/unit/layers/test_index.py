@@ -15,7 +15,7 @@ import pytest
 
 from gearworkers.digest import object_path
 from gearworkers.errors import InvalidInput, ResourceExhausted
-from gearworkers.layers.idmap import IDMap, IdMaps
+from gearworkers.layers.idmap import IdMaps, IdRange
 from gearworkers.layers.index import tree as index_module
 from gearworkers.layers.index.mount import mount_index
 from gearworkers.layers.index.probe import CHECK_NAME, check_index
@@ -151,7 +151,7 @@ def test_the_last_entry_of_a_name_wins(tmp_path: Path) -> None:
 
 
 def test_the_owners_of_the_tar_are_mapped_to_the_host(tmp_path: Path) -> None:
-    ids = IdMaps((IDMap(0, 100000, 65536),), (IDMap(0, 200000, 65536),))
+    ids = IdMaps((IdRange(0, 100000, 65536),), (IdRange(0, 200000, 65536),))
     with mounted(index_of(TarEntry(b"implied/f", uid=1, gid=2), ids=ids), tmp_path) as tree:
         owners = [(path.stat().st_uid, path.stat().st_gid) for path in (tree, tree / "implied", tree / "implied/f")]
         assert owners == [(100000, 200000), (100000, 200000), (100001, 200002)]

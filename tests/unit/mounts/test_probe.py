@@ -13,7 +13,8 @@ from gearworkers.digest import object_path
 from gearworkers.errors import FailedPrecondition
 from gearworkers.mounts import probe as probe_module
 from gearworkers.mounts.overlay import OverlaySpec, mount, unmount
-from gearworkers.mounts.probe import Check, backing_fs_name, kernel_version, probe, require
+from gearworkers.mounts.probe import backing_fs_name, kernel_version, probe, require
+from gearworkers.util.check import Check
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gearworkers.layers.diff.changes import Change, ChangeKind
-from gearworkers.layers.idmap import IDMap
+from gearworkers.layers.idmap import IdRange
 from plugin_gateway.graphdriver.messages import (
     InitRequest,
     LayerRequest,
@@ -29,7 +29,7 @@ def test_init_accepts_id_maps_with_the_field_names_of_moby() -> None:
     body = b'{"Home":"/h","Opts":["gear.root=/g"],"UIDMaps":[{"container_id":0,"host_id":100000,"size":65536}]}'
     request = decode(body, InitRequest)
     assert request.opts == ["gear.root=/g"]
-    assert request.uid_maps == [IDMap(0, 100000, 65536)]
+    assert request.uid_maps == [IdRange(0, 100000, 65536)]
 
 
 def test_a_layer_request_may_omit_fields_and_have_unknown_ones() -> None:
