@@ -52,7 +52,7 @@ check: setup
 # The tests of containerd's door on Debian testing's containerd and Docker.
 test-matrix: rootfs
 	@DOCKER_OF_DEBIAN=testing $(VENV)/python -m tests.support.newer_docker
-	@DOCKER_OF_DEBIAN=testing $(VENV)/python -m pytest tests/e2e/test_containerd.py
+	@DOCKER_OF_DEBIAN=testing $(VENV)/python -m pytest tests/e2e/test_containerd.py tests/e2e/test_containerd_crashes.py tests/e2e/test_cri.py
 
 protos: setup
 	@$(VENV)/python packaging/protos.py

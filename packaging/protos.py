@@ -1,4 +1,4 @@
-"""Generate the messages of containerd's API from their .proto files: `make protos`.
+"""Generate the messages of containerd's API and of Kubernetes' CRI from their .proto files: `make protos`.
 
 The generated modules are checked in, so that an installation needs no compiler; a test compares them.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 from grpc_tools import protoc
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-API = Path("gearworkers/containerd/api")
+PACKAGES = (Path("gearworkers/containerd/api"), Path("tests/support/cri_api"))
+"""Directories of .proto files; their modules are written beside them."""
 
 
 def generate(target: Path) -> None:
@@ -20,7 +21,8 @@ def generate(target: Path) -> None:
     Raises:
         RuntimeError: A .proto file is wrong; the compiler has printed the reason.
     """
-    sources = sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / API).glob("*.proto"))
+    files = (path for package in PACKAGES for path in (CHECKOUT / package).glob("*.proto"))
+    sources = sorted(str(path.relative_to(CHECKOUT)) for path in files)
     well_known = Path(protoc.__file__).parent / "_proto"
     options = [f"--proto_path={CHECKOUT}", f"--proto_path={well_known}"]
     if protoc.main(["protoc", *options, f"--python_out={target}", f"--pyi_out={target}", *sources]) != 0:

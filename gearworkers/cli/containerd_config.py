@@ -151,11 +151,8 @@ def _config_checks(dump: dict[str, Any] | None, version: tuple[int, int]) -> lis
 def _order_check(order: list[str], version: tuple[int, int]) -> Check:
     from gearworkers.containerd import config
 
-    name = f"{_NAME} differs"
-    if order[:1] == [config.DIFFER]:
-        advice = "while the gateway is down, other snapshotters cannot unpack images either"
-        return Check(name, True, False, f"{', '.join(order)}: right for Docker, ctr and CRI 1.7", advice)
-    found = ", ".join(order) or "default"
-    if version < (2, 1):
+    name, found = f"{_NAME} differs", ", ".join(order) or "default"
+    if order[:1] != [config.DIFFER]:
         return Check(name, False, False, f"{found}: {config.DIFFER} is not first", "run `gear containerd-config`")
-    return Check(name, True, False, f"{found}: right for CRI; Docker needs {config.DIFFER} first")
+    affected = "other snapshotters" if version < (2, 0) else "Docker and nerdctl"
+    return Check(name, True, False, found, f"while the gateway is down, {affected} cannot unpack images either")

@@ -66,9 +66,7 @@ def snippet(version: Version, socket: Path, root: Path, *, cri: bool, remap_ids:
         FailedPrecondition: containerd is too old.
     """
     require_supported(version)
-    parts = [_proxy_plugins(version, socket, root, remap_ids)]
-    if not cri or version < (2, 1):
-        parts.append(_diff_service())
+    parts = [_proxy_plugins(version, socket, root, remap_ids), _diff_service()]
     if cri:
         parts.append(_cri(version))
     if version >= (2, 0):
@@ -77,23 +75,28 @@ def snippet(version: Version, socket: Path, root: Path, *, cri: bool, remap_ids:
 
 
 def _proxy_plugins(version: Version, socket: Path, root: Path, remap_ids: bool) -> str:
-    capabilities = f'  capabilities = ["{REMAP_IDS}"]\n' if remap_ids else ""
-    exports = f"""  [proxy_plugins.{SNAPSHOTTER}.exports]
-    root = "{root}"
-    enable_remote_snapshot_annotations = "true"
-"""
+    capabilities = f'\n  capabilities = ["{REMAP_IDS}"]' if remap_ids else ""
+    annotations = '\n    enable_remote_snapshot_annotations = "true"' if version >= (2, 0) else ""
     return f"""version = {3 if version >= (2, 0) else 2}
 
 [proxy_plugins.{SNAPSHOTTER}]
   type = "snapshot"
-  address = "{socket}"
-{capabilities}{exports if version >= (2, 0) else ""}[proxy_plugins.{DIFFER}]
+  address = "{socket}"{capabilities}
+  [proxy_plugins.{SNAPSHOTTER}.exports]
+    root = "{root}"{annotations}
+[proxy_plugins.{DIFFER}]
   type = "diff"
   address = "{socket}"
 """
 
 
 def _diff_service() -> str:
+    """Name the differs for all unpacking outside of the transfer service.
+
+    Docker, nerdctl and CRI 1.7 pull that way. CRI of every version does so for an image that is not unpacked for the
+    snapshotter of a new container, such as an imported one. The other order does not work: for a mount that it does not
+    know, containerd's own differ returns an error that ends the search.
+    """
     name = "io.containerd.service.v1.diff-service"
     return f"""[plugins."{name}"]
   default = ["{DIFFER}", "walking"]

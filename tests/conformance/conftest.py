@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from gearworkers.settings import Settings
-from tests.conformance.drivers import Driver, InProcess, OverSocket
+from tests.conformance.drivers import Door, Driver, InProcess, OverSocket
+from tests.conformance.snapshot_door import SnapshotDoor
 from tests.support.containerd import SnapshotClient, connected
+from tests.support.fake_containerd import FakeContainerd
 from tests.support.sandbox import scratch
 from tests.support.stack import Stack
 
@@ -23,6 +26,12 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture(params=["in process", "over the socket"])
 def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     """Yield the driver under test after Init."""
+    with _initialized(request) as driver:
+        yield driver
+
+
+@contextmanager
+def _initialized(request: pytest.FixtureRequest) -> Iterator[Driver]:
     if request.param == "in process":
         driver: Driver = InProcess(request.getfixturevalue("settings"))
     else:
@@ -32,10 +41,34 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     driver.cleanup()
 
 
+@pytest.fixture(params=["in process", "over the socket", "of containerd"])
+def door(request: pytest.FixtureRequest) -> Iterator[Door]:
+    """Yield the front door under test: Docker's in both ways, or containerd's."""
+    if request.param != "of containerd":
+        with _initialized(request) as driver:
+            yield driver
+        return
+    stack, fake = request.getfixturevalue("stack"), request.getfixturevalue("fake_containerd")
+    with connected(stack.containerd_socket) as client:
+        door = SnapshotDoor(stack, client, fake)
+        yield door
+        door.close()
+
+
+@pytest.fixture(scope="session")
+def fake_containerd(stack: Stack) -> Iterator[FakeContainerd]:
+    """Yield a content store for the shared stack."""
+    fake = FakeContainerd(Path(stack.settings["CONTAINERD_ADDRESS"]), scratch() / "conformance-content")
+    fake.start()
+    yield fake
+    fake.stop()
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """Yield Redis, gateway and import worker, shared by all tests over the socket."""
     stack = Stack(scratch() / "conformance", name="conformance")
+    stack.set(CONTAINERD_ADDRESS=str(stack.run_dir / "fake.sock"))
     stack.start("redis", "gateway", "import")
     try:
         yield stack

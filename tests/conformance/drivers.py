@@ -28,6 +28,24 @@ class DriverError(Exception):
     """The driver returned an error; the text is the message that Docker shows."""
 
 
+class Door(Protocol):
+    """The calls of both front doors that fill and show layers; each raises DriverError on an error."""
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the store."""
+
+    def create(self, id: str, parent: str = "") -> None: ...
+
+    def apply_diff(self, id: str, parent: str, source: bytes) -> int: ...
+
+    def get(self, id: str) -> Path: ...
+
+    def put(self, id: str) -> None: ...
+
+    def remove(self, id: str) -> None: ...
+
+
 class Driver(Protocol):
     """The calls of the plugin protocol; each raises DriverError if the driver returns an error."""
 

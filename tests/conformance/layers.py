@@ -12,7 +12,7 @@ from gearworkers.cas.store import ObjectStore
 from gearworkers.settings import Settings
 from gearworkers.tar.entry import CHAR, DIR, FIFO, HARDLINK, REG, SYMLINK, TarEntry
 from gearworkers.tar.writer import END, header, padding
-from tests.conformance.drivers import Driver, new_layer_id
+from tests.conformance.drivers import Door, Driver, new_layer_id
 from tests.support.overlays import Node, snapshot
 
 File = tuple[TarEntry, bytes]
@@ -74,11 +74,11 @@ def tar(*files: File) -> bytes:
     return b"".join(header(entry) + content + padding(len(content)) for entry, content in files) + END
 
 
-def apply_layer(driver: Driver, *files: File, parent: str = "") -> str:
+def apply_layer(door: Door, *files: File, parent: str = "") -> str:
     """Create an image layer with these files; return its id."""
     id = new_layer_id()
-    driver.create(id, parent)
-    driver.apply_diff(id, parent, tar(*files))
+    door.create(id, parent)
+    door.apply_diff(id, parent, tar(*files))
     return id
 
 
@@ -93,18 +93,18 @@ def container(driver: Driver, parent: str, id: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def mounted(driver: Driver, id: str) -> Iterator[Path]:
+def mounted(door: Door, id: str) -> Iterator[Path]:
     """Mount the layer *id* and yield its merged tree."""
-    merged = driver.get(id)
+    merged = door.get(id)
     try:
         yield merged
     finally:
-        driver.put(id)
+        door.put(id)
 
 
-def shown(driver: Driver, id: str) -> dict[bytes, Node]:
+def shown(door: Door, id: str) -> dict[bytes, Node]:
     """Return a snapshot of the mounted layer."""
-    with mounted(driver, id) as merged:
+    with mounted(door, id) as merged:
         return snapshot(merged)
 
 

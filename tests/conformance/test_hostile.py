@@ -19,7 +19,7 @@ from gearworkers.layers.store import LayerStore
 from gearworkers.settings import Settings
 from gearworkers.tar.entry import CHAR, TarEntry
 from gearworkers.tar.writer import END, header, padding
-from tests.conformance.drivers import Driver, DriverError, new_layer_id
+from tests.conformance.drivers import Door, Driver, DriverError, new_layer_id
 from tests.conformance.layers import (
     NET_RAW,
     File,
@@ -116,7 +116,10 @@ REJECTED: dict[str, tuple[Callable[[], bytes], str]] = {
         r"ends early",
     ),
     "a wrong checksum": (lambda: b"X" + tar(file("a", b"a"))[1:], r"byte 0.*checksum"),
-    "no tar at all": (lambda: b"\x1f\x8b\x08\x00" + os.urandom(2000), r"compressed with gzip"),
+    "no tar at all": (
+        lambda: b"\x1f\x8b\x08\x00" + os.urandom(2000),
+        r"compressed with gzip|compressed data are damaged",
+    ),
     "a size that is not a number": (lambda: block(size=b"12x45678901\0") + END, r"'entry'.*octal"),
     "a negative size": (lambda: block(size=b"\xff" * 12) + END, r"'entry'.*negative"),
     "a size of 8 EiB": (lambda: block(size=b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7) + END, r"'entry'"),
@@ -212,9 +215,9 @@ def checksummed_x(content: bytes, kind: bytes = b"x") -> bytes:
 
 
 @pytest.fixture
-def untouched(driver: Driver, tmp_path: Path) -> Iterator[None]:
+def untouched(door: Door, tmp_path: Path) -> Iterator[None]:
     """Check that nothing around GEAR_ROOT changes and that no leftovers stay in it."""
-    root = driver.settings.gear_root
+    root = door.settings.gear_root
     canaries = {root.parent / "canary", root / "canary", tmp_path / "canary"}
     for canary in canaries:
         canary.write_text("untouched")
@@ -225,7 +228,7 @@ def untouched(driver: Driver, tmp_path: Path) -> Iterator[None]:
     for canary in canaries:
         assert (canary.read_text(), canary.stat().st_nlink) == ("untouched", 1)
         canary.unlink()
-    check_consistency(driver.settings)
+    check_consistency(door.settings)
 
 
 def facts(path: Path) -> tuple[int, int, int, int]:
@@ -247,37 +250,44 @@ def check_consistency(settings: Settings) -> None:
 
 @pytest.mark.parametrize("case", REJECTED)
 @pytest.mark.usefixtures("untouched")
-def test_the_error_names_the_entry(driver: Driver, case: str) -> None:
+def test_the_error_names_the_entry(door: Door, case: str) -> None:
     make_tar, reason = REJECTED[case]
-    base = apply_layer(driver, file("lower", b"lower"))
+    base = apply_layer(door, file("lower", b"lower"))
     id = new_layer_id()
-    driver.create(id, base)
+    door.create(id, base)
     with pytest.raises(DriverError, match=f"(?s){reason}") as refused:
-        driver.apply_diff(id, base, make_tar())
+        door.apply_diff(id, base, make_tar())
     assert "internal error" not in str(refused.value)
     with pytest.raises(DriverError):
-        driver.get(id)
-    driver.remove(id)
-    after = apply_layer(driver, file("after", b"after"), parent=base)
-    assert set(shown(driver, after)) == {b"lower", b"after"}, "the driver still works"
+        door.get(id)
+    door.remove(id)
+    after = apply_layer(door, file("after", b"after"), parent=base)
+    assert set(shown(door, after)) == {b"lower", b"after"}, "the driver still works"
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
 @pytest.mark.usefixtures("untouched")
-def test_the_result_equals_that_of_overlay2(driver: Driver, case: str) -> None:
+def test_the_result_equals_that_of_overlay2(door: Door, case: str) -> None:
     make_tar, names = ACCEPTED[case]
     id = new_layer_id()
     data = make_tar()
+    door.create(id)
+    door.apply_diff(id, "", data)
+    assert set(shown(door, id)) == names
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_diff_returns_the_same_tar(driver: Driver, case: str) -> None:
+    id, data = new_layer_id(), ACCEPTED[case][0]()
     driver.create(id)
     driver.apply_diff(id, "", data)
-    assert set(shown(driver, id)) == names
     assert driver.diff(id) == data
 
 
-def test_whiteouts_in_odd_places_hide_only_in_their_layer(driver: Driver) -> None:
-    base = apply_layer(driver, directory("d"), file("d/a", b"a"), file("keep", b"k"))
-    top = apply_layer(driver, whiteout("../d/a"), whiteout("/x/../not-there"), parent=base)
-    assert set(shown(driver, top)) == {b"d", b"keep"}
+def test_whiteouts_in_odd_places_hide_only_in_their_layer(door: Door) -> None:
+    base = apply_layer(door, directory("d"), file("d/a", b"a"), file("keep", b"k"))
+    top = apply_layer(door, whiteout("../d/a"), whiteout("/x/../not-there"), parent=base)
+    assert set(shown(door, top)) == {b"d", b"keep"}
 
 
 def test_a_container_removes_a_name_of_255_bytes(driver: Driver) -> None:
@@ -288,10 +298,10 @@ def test_a_container_removes_a_name_of_255_bytes(driver: Driver) -> None:
     assert set(shown(driver, committed(driver, id, base))) == {b"kept"}
 
 
-def test_many_long_names_fit_in_one_directory(driver: Driver) -> None:
+def test_many_long_names_fit_in_one_directory(door: Door) -> None:
     names = [b"%d-" % number + b"x" * (number * 7 % 240) for number in range(3000)]
-    id = apply_layer(driver, directory("d"), *(file(b"d/" + name) for name in names))
-    assert set(shown(driver, id)) == {b"d"} | {b"d/" + name for name in names}
+    id = apply_layer(door, directory("d"), *(file(b"d/" + name) for name in names))
+    assert set(shown(door, id)) == {b"d"} | {b"d/" + name for name in names}
 
 
 def test_a_deep_tree_is_imported_and_read(driver: Driver) -> None:
@@ -355,9 +365,9 @@ def test_xattrs_that_the_kernel_rejects_for_the_file_type_are_omitted(driver: Dr
 
 
 @pytest.mark.parametrize("value", [b"", b"junk", NET_RAW[:12], NET_RAW + bytes(4), b"\4" + NET_RAW[1:]])
-def test_a_malformed_capability_is_rejected(driver: Driver, value: bytes) -> None:
+def test_a_malformed_capability_is_rejected(door: Door, value: bytes) -> None:
     id = new_layer_id()
-    driver.create(id)
+    door.create(id)
     with pytest.raises(DriverError, match=r"'x'.*capability.*malformed"):
-        driver.apply_diff(id, "", tar(with_xattrs(file("x", b"x"), security__capability=value)))
-    driver.remove(id)
+        door.apply_diff(id, "", tar(with_xattrs(file("x", b"x"), security__capability=value)))
+    door.remove(id)

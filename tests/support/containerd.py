@@ -117,18 +117,38 @@ class SnapshotClient:
         return self._call(f"{_DIFF}/Diff", request, diff_pb2.DiffResponse).diff
 
     def _call(self, path: str, request: Message, response: type[_M]) -> _M:
-        call = self._channel.unary_unary(
-            path, request_serializer=type(request).SerializeToString, response_deserializer=response.FromString
-        )
-        with _translated():
-            return call(request, timeout=_TIMEOUT_S, wait_for_ready=True)
+        return unary(self._channel, path, request, response)
+
+
+def unary(channel: grpc.Channel, path: str, request: Message, response: type[_M]) -> _M:
+    """Call a method of a gRPC service; wait until the service listens.
+
+    Args:
+        channel: To the service.
+        path: ``/SERVICE/METHOD``.
+        request: The argument.
+        response: The type of the answer.
+
+    Raises:
+        Refused: The service returned an error.
+    """
+    call = channel.unary_unary(
+        path, request_serializer=type(request).SerializeToString, response_deserializer=response.FromString
+    )
+    with _translated():
+        return call(request, timeout=_TIMEOUT_S, wait_for_ready=True)
 
 
 @contextmanager
 def connected(socket: Path) -> Iterator[SnapshotClient]:
     """Yield a client of the gateway's *socket*. Its calls wait until the gateway listens."""
-    with grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS) as channel:
+    with channel_to(socket) as channel:
         yield SnapshotClient(channel)
+
+
+def channel_to(socket: Path) -> grpc.Channel:
+    """Return a channel of its own to a Unix socket; it reconnects quickly."""
+    return grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS)
 
 
 @contextmanager

@@ -7,23 +7,26 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from gearworkers.containerd.config import Version, snippet
 from tests.support import sandbox
 from tests.support.newer_docker import programs
-from tests.support.processes import Daemon
+from tests.support.processes import Daemon, wait_until
 from tests.support.stack import Stack
 
 _PATHS = """\
 root = "{directory}/root"
 state = "{run_dir}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"]
+disabled_plugins = {disabled}
 [grpc]
   address = "{socket}"
 [ttrpc]
   address = "{socket}.ttrpc"
 """
+_CRI = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"]
+"""The plugins that serve Kubernetes."""
 
 
 @dataclass
@@ -33,21 +36,35 @@ class Containerd:
     Args:
         directory: Receives its root and log.
         stack: Its gateway serves this containerd; None for a containerd without gearworkers.
+        cri: Whether it serves Kubernetes.
     """
 
     directory: Path
     stack: Stack | None
+    cri: bool = False
     daemon: Daemon = field(init=False)
 
     def __post_init__(self) -> None:
         for path in (self.directory, self.run_dir):
             path.mkdir(parents=True, exist_ok=True)
-        config = self.directory / "config.toml"
-        paths = _PATHS.format(directory=self.directory, run_dir=self.run_dir, socket=self.socket)
+        disabled = json.dumps([] if self.cri else _CRI)
+        paths = _PATHS.format(directory=self.directory, run_dir=self.run_dir, socket=self.socket, disabled=disabled)
         head, rest = (self.snippet() if self.stack else "version = 2\n").split("\n", 1)
-        config.write_text(f"{head}\n{paths}{rest}")
-        command = [str(programs() / "containerd"), "--config", str(config)]
+        self.config.write_text(f"{head}\n{paths}{rest}")
+        command = [str(programs() / "containerd"), "--config", str(self.config)]
         self.daemon = Daemon(command, self.directory / "containerd.log", environ())
+
+    @property
+    def config(self) -> Path:
+        """The configuration file; changes take effect at the next start."""
+        return self.directory / "config.toml"
+
+    def add_settings(self, header: str, *lines: str) -> None:
+        """Add settings to the table *header* of the configuration file."""
+        text, table = self.config.read_text(), f"\n[{header}]\n"
+        if table not in text:
+            text += table
+        self.config.write_text(text.replace(table, table + "".join(f"  {line}\n" for line in lines)))
 
     @property
     def run_dir(self) -> Path:
@@ -59,13 +76,17 @@ class Containerd:
         """containerd's API."""
         return self.run_dir / "containerd.sock"
 
+    @cached_property
+    def version(self) -> Version:
+        """The version of the program."""
+        command = [str(programs() / "containerd"), "--version"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return Version.parse(text.split()[2])
+
     def snippet(self) -> str:
         """The text that `gear containerd-config` prints for this containerd."""
         assert self.stack is not None
-        command = [str(programs() / "containerd"), "--version"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        version = Version.parse(text.split()[2])
-        return snippet(version, self.stack.run_dir / "containerd.sock", self.stack.root, cri=False)
+        return snippet(self.version, self.stack.containerd_socket, self.stack.root, cri=self.cri)
 
     def start(self) -> None:
         """Start containerd and return when it answers."""
@@ -75,6 +96,12 @@ class Containerd:
     def stop(self) -> None:
         """End containerd in order; containers live on."""
         self.daemon.stop()
+
+    def wait_for_gateway(self) -> None:
+        """Return when containerd is connected to the gateway again, which may take some seconds after a restart."""
+        gear = ("snapshots", "--snapshotter", "gear")
+        wait_until(lambda: self.call(*gear, "prepare", "probe").returncode == 0, "containerd calls the gateway")
+        self.ctr(*gear, "rm", "probe")
 
     def call(self, *arguments: str, namespace: str = "default") -> subprocess.CompletedProcess[bytes]:
         """Run `ctr` with these arguments; return the result whatever the outcome."""
@@ -96,6 +123,18 @@ class Containerd:
         """The names of all snapshots of gear."""
         lines = self.ctr("snapshots", "--snapshotter", "gear", "ls", namespace=namespace).splitlines()
         return [line.split()[0] for line in lines[1:]]
+
+    def collect_garbage(self, namespace: str = "default") -> None:
+        """End all leases, as time does within a day, and wait until containerd has collected its garbage.
+
+        A snapshot is removed as well: containerd looks for lost snapshots only after the removal of another one.
+        """
+        for lease in self.ctr("leases", "ls", "-q", namespace=namespace).split():
+            self.ctr("leases", "rm", lease, namespace=namespace)
+        self.ctr("snapshots", "--snapshotter", "gear", "prepare", "probe", namespace=namespace)
+        self.ctr("snapshots", "--snapshotter", "gear", "rm", "probe", namespace=namespace)
+        self.ctr("leases", "create", "--id", "probe", namespace=namespace)
+        self.ctr("leases", "rm", "--sync", "probe", namespace=namespace)
 
 
 @dataclass
@@ -147,10 +186,14 @@ class ContainerdDocker:
 
     def start(self) -> None:
         """Start dockerd and return when it answers."""
+        self.begin_start()
+        self.daemon.wait_until(lambda: self.call("version").returncode == 0, "dockerd's API")
+
+    def begin_start(self) -> None:
+        """Start dockerd and return at once."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "docker.pid").unlink(missing_ok=True)
         self.daemon.start()
-        self.daemon.wait_until(lambda: self.call("version").returncode == 0, "dockerd's API")
 
     def stop(self) -> None:
         """End dockerd in order; containers live on."""

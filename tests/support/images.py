@@ -52,6 +52,7 @@ class Image:
     oci: bool = False
     architecture: str = "amd64"
     labels: dict[str, str] | None = None
+    command: tuple[str, ...] = ("true",)
     history: tuple[dict[str, Any], ...] = ({"created_by": "tests"},)
     blobs: dict[str, bytes] = field(default_factory=dict, init=False)
 
@@ -65,7 +66,7 @@ class Image:
         document = {
             "architecture": self.architecture,
             "os": "linux",
-            "config": {"Cmd": ["true"], "Labels": self.labels},
+            "config": {"Cmd": list(self.command), "Labels": self.labels},
             "history": list(self.history),
             "rootfs": {"type": "layers", "diff_ids": [m.digest_of(tar) for tar in self.tars]},
         }

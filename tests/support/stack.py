@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,6 +143,26 @@ class Stack:
         if daemon.is_running():
             os.killpg(daemon.pid, signal.SIGKILL)
         daemon.kill()
+
+    @contextmanager
+    def away(self, how: str) -> Iterator[None]:
+        """Keep the gateway away in the context.
+
+        Args:
+            how: ``stopped``: its sockets are absent; ``killed``: nobody listens on them; ``hanging``: it does not
+                answer.
+        """
+        gateway = self.daemons["gateway"]
+        if how == "hanging":
+            os.kill(gateway.pid, signal.SIGSTOP)
+        else:
+            {"stopped": gateway.stop, "killed": gateway.kill}[how]()
+        try:
+            yield
+        finally:
+            if how == "hanging":
+                os.kill(gateway.pid, signal.SIGCONT)
+            self.start("gateway")
 
     def is_running(self, name: str) -> bool:
         """Return whether the daemon runs."""
