@@ -25,6 +25,7 @@ from honcho.printer import Message, Printer
 from gearworkers.errors import GearError
 from gearworkers.settings import Settings
 from gearworkers.util.locks import sole_process
+from gearworkers.util.writing import write_all
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 GRACE_S = 60
@@ -77,10 +78,8 @@ class _Output:
 
     def _write_all(self) -> None:
         while line := self._lines.get():
-            data = line.encode()
             try:
-                while data:
-                    data = data[os.write(_STDOUT_FD, data) :]
+                write_all(_STDOUT_FD, line.encode())
             except OSError as exc:
                 if exc.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
                     self._on_closed()

@@ -26,8 +26,8 @@ from gearworkers.http_service.tokens import Access
 from gearworkers.manager.async_remote import AsyncRemote
 from gearworkers.manager.documents import DocumentHandlers
 from gearworkers.manager.metrics import ManagerMetrics
-from gearworkers.manager.nodes import MAX_NAME_CHARS, JoinRequest, NodeRegistry
-from gearworkers.manager.objects import MAX_JSON_BYTES, ObjectHandlers, json_response
+from gearworkers.manager.nodes import MAX_NAME_CHARS, NodeRegistry
+from gearworkers.manager.objects import ObjectHandlers, json_response
 from gearworkers.manager.openapi import document, page
 from gearworkers.manager.uploads import Uploads
 from gearworkers.remote.manager_messages import NODE_HEADER, Problem
@@ -98,7 +98,6 @@ class ManagerApi:
             Route("POST", "/v1/push", "push", objects.push, "write"),
             Route("GET", "/v1/documents/{name}", "get_document", documents.get, "read"),
             Route("PUT", "/v1/documents/{name}", "put_document", documents.put, "write"),
-            Route("POST", "/v1/join", "join", self._join, "read"),
             Route("GET", "/v1/nodes", "nodes", self._list_nodes, "read"),
             Route("GET", "/metrics", "metrics", self._show_metrics, "read"),
             Route("GET", "/healthz", "health", self._health, ""),
@@ -189,11 +188,6 @@ class ManagerApi:
             self._nodes.seen(name, request.remote or "")
 
     # -- calls for nodes, and for the service itself
-
-    async def _join(self, request: web.Request) -> web.Response:
-        body = await self._uploads.receive(request, MAX_JSON_BYTES)
-        joining = msgspec.json.decode(body, type=JoinRequest)
-        return json_response(self._nodes.seen(joining.node, request.remote or ""))
 
     async def _list_nodes(self, request: web.Request) -> web.Response:
         return json_response(self._nodes.alive())

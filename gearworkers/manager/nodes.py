@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import Annotated
 
 import msgspec
 
@@ -13,12 +12,6 @@ EXPIRY_S = 600.0
 
 MAX_NAME_CHARS = 255
 _MAX_NODES = 10_000
-
-
-class JoinRequest(msgspec.Struct, frozen=True):
-    """The body of a join."""
-
-    node: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 
 
 class NodeRecord(msgspec.Struct, frozen=True):
@@ -38,14 +31,12 @@ class NodeRegistry:
     def __init__(self) -> None:
         self._nodes: OrderedDict[str, NodeRecord] = OrderedDict()
 
-    def seen(self, name: str, address: str) -> NodeRecord:
+    def seen(self, name: str, address: str) -> None:
         """Record a request of a node."""
         now_s = time.time()
         known = self._nodes.pop(name, None)
-        node = NodeRecord(name, address, known.joined_s if known else now_s, now_s)
-        self._nodes[name] = node
+        self._nodes[name] = NodeRecord(name, address, known.joined_s if known else now_s, now_s)
         self._forget_expired(now_s)
-        return node
 
     def alive(self) -> list[NodeRecord]:
         """Return the nodes that are not expired, by name."""

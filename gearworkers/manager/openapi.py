@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from gearworkers.manager.documents import MAX_VERSION
-from gearworkers.manager.nodes import JoinRequest, NodeRecord
+from gearworkers.manager.nodes import NodeRecord
 from gearworkers.manager.objects import PushResult
 from gearworkers.remote import blob_stream
 from gearworkers.remote.blobstore import DOCUMENT_NAME, MAX_NAME_CHARS
@@ -56,9 +56,7 @@ _FRAMES = (
 
 def document(*, tokens: bool = True) -> dict[str, Any]:
     """Return the OpenAPI document; *tokens*: whether the server requires tokens."""
-    schemas = msgspec.json.schema_components(
-        [Digests, Present, Problem, PushResult, JoinRequest, NodeRecord], ref_template=_REFS
-    )[1]
+    schemas = msgspec.json.schema_components([Digests, Present, Problem, PushResult, NodeRecord], ref_template=_REFS)[1]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -175,17 +173,15 @@ def _documents() -> _Paths:
 
 def _nodes() -> _Paths:
     return {
-        "/v1/join": {
-            "post": _call(
-                "join",
-                "Register a node.",
+        "/v1/nodes": {
+            "get": _call(
+                "nodes",
+                "Return the nodes of the last ten minutes.",
                 [],
-                "Every request with a Gear-Node header registers its node as well.",
-                body=JoinRequest,
-                answers=NodeRecord,
+                "Every request with a Gear-Node header registers its node.",
+                answers=list[NodeRecord],
             )
         },
-        "/v1/nodes": {"get": _call("nodes", "Return the nodes of the last ten minutes.", [], answers=list[NodeRecord])},
     }
 
 

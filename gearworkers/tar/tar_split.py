@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import BinaryIO, Protocol, cast
 from zlib import crc32
 
@@ -43,15 +42,6 @@ class Sink(Protocol):
         """Write all of *data*."""
 
 
-@dataclass(frozen=True, slots=True)
-class TarSplitTotals:
-    """The lengths of a finished stream."""
-
-    tar_bytes: int
-    content_bytes: int
-    file_bytes: int
-
-
 class TarSplitWriter:
     """Writes a `stream.zst`. Call the methods in the order of the tar's bytes.
 
@@ -63,7 +53,6 @@ class TarSplitWriter:
         self._file = file
         self._frame = zstandard.ZstdCompressor(level=level, write_content_size=False).compressobj()
         self._batch = bytearray()
-        self._content_bytes = 0
         self._frame_bytes = self._frame_crc = 0
         self.size_bytes = 0
         file.write(_MAGIC)
@@ -90,18 +79,15 @@ class TarSplitWriter:
         self._batch += _SLICE_RECORD.pack(_SLICE, digest, offset_bytes, length_bytes)
         self._add_content(length_bytes)
 
-    def close(self) -> TarSplitTotals:
+    def close(self) -> None:
         """Write the rest and the trailer; then the stream is complete. The file stays open."""
         self._batch += _END_RECORD.pack(_END, self.size_bytes)
         self._write_batch()
         self._write(self._frame.flush())
         self._file.write(_TRAILER.pack(self._frame_bytes, self._frame_crc, self.size_bytes, _TRAILER_MAGIC))
-        file_bytes = len(_MAGIC) + self._frame_bytes + _TRAILER.size
-        return TarSplitTotals(self.size_bytes, self._content_bytes, file_bytes)
 
     def _add_content(self, size_bytes: int) -> None:
         self.size_bytes += size_bytes
-        self._content_bytes += size_bytes
         if len(self._batch) > _BATCH_BYTES:
             self._write_batch()
 

@@ -31,7 +31,7 @@ class Link:
         """Remove the rate limit and the byte limit."""
         self.bytes_per_s, self.cut_after_bytes = 0.0, 0
 
-    def _forward_answers(self, source: socket.socket, target: socket.socket) -> None:
+    def forward_answers(self, source: socket.socket, target: socket.socket) -> None:
         """Forward bytes from the target to the client."""
         passed_bytes = 0
         own_cut_after_bytes = self.first_cut_after_bytes.pop(0) if self.first_cut_after_bytes else None
@@ -83,7 +83,7 @@ def _forward_requests(near: socket.socket, far: socket.socket, link: Link) -> No
     with near, far:
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        answers = threading.Thread(target=link._forward_answers, args=(far, near), daemon=True)
+        answers = threading.Thread(target=link.forward_answers, args=(far, near), daemon=True)
         answers.start()
         try:
             while data := near.recv(_PIECE_BYTES):

@@ -30,13 +30,13 @@ def test_a_document_has_versions(server: Service) -> None:
     assert call(server, "PUT", "/v1/documents/../x", b"x")[0] in (400, 404)
 
 
-def test_nodes_join_and_are_listed(server: Service) -> None:
-    assert call(server, "POST", "/v1/join", b'{"node": "alpha"}')[0] == 200
-    call(server, "POST", "/v1/query", b'{"digests": []}', {"Gear-Node": "beta"})
+def test_nodes_that_send_their_name_are_listed(server: Service) -> None:
+    for name in ("alpha", "beta", ""):
+        call(server, "POST", "/v1/query", b'{"digests": []}', {"Gear-Node": name})
     nodes = get_json(server, "/v1/nodes")
     assert isinstance(nodes, list)
-    assert {"alpha", "beta"} <= {node["node"] for node in nodes}
-    assert call(server, "POST", "/v1/join", b'{"node": ""}')[0] == 400
+    names = {node["node"] for node in nodes}
+    assert {"alpha", "beta"} <= names and "" not in names
 
 
 def test_every_call_is_in_the_openapi_document(server: Service, tmp_path: Path) -> None:
@@ -55,10 +55,9 @@ def test_the_openapi_document_is_valid_and_describes_the_responses(server: Servi
     assert isinstance(described, dict)
     openapi_spec_validator.validate(described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
     push(server, b"documented")
-    call(server, "POST", "/v1/join", b'{"node": "documented"}')
+    call(server, "POST", "/v1/query", b'{"digests": []}', {"Gear-Node": "documented"})
     for method, path, body in (
         ("get", "/v1/nodes", None),
-        ("post", "/v1/join", {"node": "documented"}),
         ("post", "/v1/query", {"digests": [sha256(b"documented")]}),
         ("post", "/v1/query", {"digests": ["none"]}),
     ):
