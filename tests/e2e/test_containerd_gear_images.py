@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas.store import ObjectStore
+from gearworkers.cli.image_names import find_image, in_namespace
+from gearworkers.cli.inspect_image import inspect
+from gearworkers.cli.local_source import opened_source
+from gearworkers.engine.engine import Engine
+from gearworkers.errors import FailedPrecondition, NotFound
 from gearworkers.images.convert_local import convert_locally
 from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
@@ -68,11 +73,24 @@ class Host:
             for name in self.containerd.ctr("images", "ls", "-q", namespace=namespace).split():
                 self.containerd.ctr("images", "rm", "--sync", name, namespace=namespace)
         self.stack.stop("lazyfs")
-        assert self.stack.gear("gc").returncode == 0
+        self.collect_garbage()
         for link in (self.stack.root / "arrivals").glob("*/*"):
             link.unlink()
         self.stack.start("lazyfs")
         assert not self.objects()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the stack."""
+        return Settings.from_environ(self.stack.environ())
+
+    def collect_garbage(self) -> None:
+        """Do what `gear gc` does."""
+        Engine.of(self.settings).collect_garbage()
+
+    def inspect(self, name: str, namespace: str = "") -> dict[str, str]:
+        """Return what `gear inspect` prints."""
+        return dict(inspect(*in_namespace(self.settings, name, namespace)))
 
     def objects(self) -> list[Path]:
         """Return the objects in the store."""
@@ -87,13 +105,6 @@ class Host:
         done = self.stack.gear(*arguments)
         assert done.returncode == 0, done.stderr
         return {line[:16].strip(): line[16:].strip() for line in done.stdout.splitlines()}
-
-    def refusal(self, *arguments: str) -> str:
-        """Run a `gear` command that fails; return its error."""
-        done = self.stack.gear(*arguments)
-        assert done.returncode == 2, done.stdout
-        assert done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
 
     def repository(self, name: str) -> Repository:
         """A repository of the registry."""
@@ -145,7 +156,7 @@ def test_a_container_of_ctr_starts_before_its_files_have_arrived(host: Host) -> 
     assert host.has(BUSYBOX.read_bytes()) and not host.has(SMALL["app/small3"])
     assert host.run("two", *READ) == (SMALL["app/small3"] + SMALL["app/small5"]).decode().strip()
     assert {name for name, content in SMALL.items() if host.has(content)} == {"app/small3", "app/small5"}
-    shown = host.gear("inspect", f"containerd:{host.image}")
+    shown = host.inspect(f"containerd:{host.image}")
     assert (shown["Pulled"], shown["Gear image"]) == ("yes", "yes")
     assert shown["On this node"].startswith("3, ") and shown["Missing"].startswith("19, ")
     host.remove()
@@ -179,12 +190,7 @@ def test_namespaces_share_the_layers_of_an_incomplete_image(host: Host) -> None:
     assert len(indexes) == 6 and {index.st_nlink for index in indexes} == {2}, "a layer was applied twice"
     host.remove()
     assert host.run("other", *READ, namespace="other").startswith("3 3 3")
-    assert host.gear("inspect", "-n", "other", host.image)["On this node"].startswith("3, ")
-
-
-def test_another_snapshotter_refuses_a_gear_image(host: Host) -> None:
-    done = host.containerd.call("images", "pull", "--plain-http", "--snapshotter", "native", host.image)
-    assert done.returncode != 0 and b"this is a Gear image, without file contents" in done.stderr, done.stderr
+    assert host.inspect(host.image, "other")["On this node"].startswith("3, ")
 
 
 # -- profiles
@@ -194,8 +200,6 @@ def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: Host) 
     for path in host.profiles():
         path.unlink()
     host.pull()
-    host.containerd.ctr("containers", "create", "--snapshotter", "gear", host.image, "created", *READ)
-    host.containerd.ctr("containers", "rm", "created")
     assert host.run("one", *READ).startswith("3 3 3")
     wait_until(lambda: bool(host.profiles()), "the start is recorded", 60.0, host.stack.logs)
     assert "3 objects" in host.stack.gear("profile", "show", f"containerd:{host.image}").stdout
@@ -207,7 +211,6 @@ def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: Host) 
     assert host.docker.run(host.image, *READ).startswith("3 3 3")
     after = host.stack.lazy_status()
     assert after.on_demand == before.on_demand and after.profiles_found == 1 and len(host.objects()) == 3
-    assert "3 objects" in host.stack.gear("profile", "show", host.image).stdout
 
 
 def test_profile_record_adds_files_that_a_running_container_opens(host: Host) -> None:
@@ -232,14 +235,14 @@ def test_profile_record_adds_files_that_a_running_container_opens(host: Host) ->
 def test_a_pinned_image_of_containerd_is_fetched_and_kept(host: Host) -> None:
     host.pull()
     assert host.gear("pin", f"containerd:{host.image}")["Pinned"] == host.image
-    wait_until(lambda: host.gear("inspect", host.image)["Layers"] == "3 (3 complete)", "all files arrive", 60.0)
-    shown = host.gear("inspect", host.image)
+    wait_until(lambda: host.inspect(host.image)["Layers"] == "3 (3 complete)", "all files arrive", 60.0)
+    shown = host.inspect(host.image)
     assert shown["Pinned files"] == shown["On this node"] == shown["Distinct files"] and shown["Image pinned"] == "yes"
     host.remove()
-    host.gear("gc")
+    host.collect_garbage()
     assert len(host.objects()) == 22
     host.gear("unpin", f"containerd:{host.image}")
-    host.gear("gc")
+    host.collect_garbage()
     assert not host.objects()
 
 
@@ -249,27 +252,27 @@ def test_a_pinned_image_of_containerd_is_fetched_and_kept(host: Host) -> None:
 def test_an_image_is_found_by_each_form_of_its_name(host: Host) -> None:
     host.pull()
     host.containerd.ctr("images", "tag", host.image, "docker.io/library/short:latest")
-    target = host.gear("inspect", f"containerd:{host.image}")["Id"]
+    target = host.inspect(f"containerd:{host.image}")["Id"]
     for name in (host.image, "short", target, target[7:19], f"containerd:{target}"):
-        assert host.gear("inspect", name)["Id"] == target, name
+        assert host.inspect(name)["Id"] == target, name
     host.docker.docker("pull", host.image)
     id = host.docker.docker("image", "inspect", "-f", "{{.Id}}", host.image)
     for name in (host.image, f"docker:{host.image}", f"docker:{id[7:19]}"):
-        assert host.gear("inspect", name)["Id"] == id, name
-    assert host.gear("inspect", "--namespace", "moby", host.image)["Pulled"] == "yes"
+        assert host.inspect(name)["Id"] == id, name
+    assert host.inspect(host.image, "moby")["Pulled"] == "yes"
 
 
-def test_errors_name_the_image_and_the_daemons(host: Host) -> None:
-    missing = host.refusal("pin", "nothing:1")
-    assert "nothing:1 is not on this node: dockerd at unix://" in missing
-    assert f"containerd at {host.containerd.socket} (namespace default) does not have it" in missing
-    assert "dockerd at" not in host.refusal("inspect", "containerd:nothing:1")
-    assert "docker.io/library/docker:24" in host.refusal("inspect", "docker:24")
-    assert "--namespace is for containerd only" in host.refusal("inspect", "-n", "x", "docker:y")
-    assert "nobody is not on this node" in host.refusal("profile", "record", "nobody")
+def test_an_image_of_another_snapshotter_is_refused(host: Host) -> None:
+    done = host.containerd.call("images", "pull", "--plain-http", "--snapshotter", "native", host.image)
+    assert done.returncode != 0 and b"this is a Gear image, without file contents" in done.stderr, done.stderr
     plain = f"{host.registry.host}/app:plain"
     host.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "native", plain)
-    assert "the snapshotter gear has not unpacked it" in host.refusal("inspect", f"containerd:{plain}")
+    with pytest.raises(FailedPrecondition, match="the snapshotter gear has not unpacked it"):
+        find_image(host.settings, plain)
+    done_here = host.stack.gear("pin", "nothing:1")
+    assert done_here.returncode == 2 and done_here.stderr.count("\n") == 1
+    assert "nothing:1 is not on this node: dockerd at unix://" in done_here.stderr
+    assert f"containerd at {host.containerd.socket} (namespace default) does not have it" in done_here.stderr
 
 
 # -- conversion
@@ -281,13 +284,16 @@ def test_images_of_both_daemons_are_converted_without_a_registry(host: Host, dis
     host.docker.docker("pull", plain)
     expected = _gear(host, "app")
     for kind in ("containerd", "docker"):
-        shown = host.gear("convert", "--again", f"{kind}:{plain}", f"{host.registry.host}/{kind}:gear")
+        target = f"{host.registry.host}/{kind}:gear"
+        shown = host.gear("convert", "--again", "--processes", "1", f"{kind}:{plain}", target)
         assert shown["Layers"].startswith("3 (0 already")
         found = _gear(host, kind)
         assert found.tars == expected.tars and found.config["config"] == expected.config["config"]
-    assert "only hosts with gearworkers could run" in host.refusal("convert", f"containerd:{plain}", plain)
-    assert "does not have nothing:1" in host.refusal("convert", "containerd:nothing:1", host.image)
-    assert "does not have nothing:1" in host.refusal("convert", "docker:nothing:1", host.image)
+        with (
+            pytest.raises(NotFound, match="does not have nothing:1"),
+            opened_source(host.settings, f"{kind}:nothing:1"),
+        ):
+            pass
     assert not any((host.stack.root / "converting").iterdir())
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gearworkers.errors import InvalidInput
 from gearworkers.images import manifest as m
+from gearworkers.images.plan import plan_conversion
 from tests.support.conversions import Converter
 from tests.support.images import Image, push_index, tar_of
 from tests.support.layouts import CONTENT, TAR
@@ -43,6 +46,14 @@ class TestTargetNamesSource:
         with pytest.raises(InvalidInput, match=r"choose another tag, such as .*-gear"):
             converter(source.format(**names), target=target.format(**names), all_platforms=all_platforms)
         assert converter.repository.manifest("v1")[0] == self.IMAGE.manifest
+
+    def test_the_name_of_an_image_of_this_host_counts(self, converter: Converter, tmp_path: Path) -> None:
+        self.IMAGE.write_layout(tmp_path / "layout")
+        source, target, settings = f"oci:{tmp_path / 'layout'}", f"{converter.name}:v1", converter.settings.registry
+        with pytest.raises(InvalidInput, match="choose another tag"):
+            plan_conversion(settings, source, target, name=target)
+        for name in ("", f"{converter.name}:v2", "a name of containerd"):
+            assert plan_conversion(settings, source, target, name=name).source == source
 
     def test_another_tag_or_repository_is_accepted_as_target(self, converter: Converter, original: str) -> None:
         converter(f"{converter.name}:v1", target=f"{converter.name}:v2")
