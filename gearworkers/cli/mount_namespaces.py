@@ -32,13 +32,13 @@ def mount_namespace_check(root: Path, gateway_socket: Path, containerd_socket: P
     """
     try:
         gateway, containerd = _listener(gateway_socket), _listener(containerd_socket)
-        if _mount_namespace(gateway) == _mount_namespace(containerd):
-            return Check(_NAME, True, True, "containerd is in the gateway's mount namespace")
         source, target = propagation_at(root, gateway), propagation_at(root, containerd)
     except OSError as exc:
-        return Check(_NAME, False, False, str(from_os_error(exc, "compare mount namespaces")), "run this as root")
+        return Check(_NAME, False, False, str(from_os_error(exc, "compare mount namespaces")), "try again")
     except GearError as exc:
         return Check(_NAME, False, False, str(exc), "start both, and run this in their PID namespace")
+    if source.mount_id == target.mount_id:
+        return Check(_NAME, True, True, "containerd is in the gateway's mount namespace")
     if source.group and source.group in (target.group, *target.masters):
         return Check(_NAME, True, True, "containerd's mount namespace receives the gateway's mounts")
     found = f"containerd is in another mount namespace, which receives no mounts below {root}: containers see no files"
@@ -62,7 +62,3 @@ def _listener(path: Path) -> int:
     if not pid:
         raise Unavailable(f"the process that listens on {path} is in another PID namespace")
     return pid
-
-
-def _mount_namespace(pid: int) -> int:
-    return os.stat(f"/proc/{pid}/ns/mnt").st_ino

@@ -22,8 +22,10 @@ _FIRST_TAG_FIELD = 6
 
 
 class Propagation(NamedTuple):
-    """Where the mounts below a mount propagate."""
+    """A mount, and where the mounts below it propagate."""
 
+    mount_id: int
+    """Unique on the host: a copy of the mount in another mount namespace has another number."""
     group: int
     """The peer group of the mount, from and to which mounts propagate; 0 for none."""
     masters: tuple[int, ...]
@@ -63,14 +65,14 @@ def propagation_at(path: Path, pid: int) -> Propagation:
         OSError: There is no such process.
     """
     wanted = os.fsencode(_resolved(path))
-    found, length = Propagation(0, ()), -1
+    found, length = Propagation(0, 0, ()), -1
     with open(f"/proc/{pid}/mountinfo", "rb") as mounts:
         for line in mounts:
             fields = line.partition(b" - ")[0].split()
             point = _unescaped(fields[_MOUNT_POINT_FIELD]).rstrip(b"/")
             # A later mount covers an earlier one at the same place.
             if (wanted + b"/").startswith(point + b"/") and len(point) >= length:
-                found, length = _propagation(fields[_FIRST_TAG_FIELD:]), len(point)
+                found, length = _propagation(fields), len(point)
     return found
 
 
@@ -85,10 +87,11 @@ def is_data_layer(path: Path) -> bool:
         return any(_unescaped(option) in texts for option in options)
 
 
-def _propagation(tags: list[bytes]) -> Propagation:
-    values = {name: int(number) for name, _, number in (tag.partition(b":") for tag in tags) if number}
+def _propagation(fields: list[bytes]) -> Propagation:
+    tags = (tag.partition(b":") for tag in fields[_FIRST_TAG_FIELD:])
+    values = {name: int(number) for name, _, number in tags if number}
     masters = (values[name] for name in (b"master", b"propagate_from") if name in values)
-    return Propagation(values.get(b"shared", 0), tuple(masters))
+    return Propagation(int(fields[0]), values.get(b"shared", 0), tuple(masters))
 
 
 def _resolved(path: Path) -> Path:
