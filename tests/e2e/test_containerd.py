@@ -397,6 +397,8 @@ def test_containers_survive_the_death_of_all_daemons(
     docker: ContainerdDocker, stack: Stack, order: Sequence[str]
 ) -> None:
     """SIGKILL all daemons and start them in *order*, none of them waiting for another."""
+    if docker.containerd.version >= (2, 0):
+        pytest.skip("Docker 28 drops a container whose snapshot it cannot find at its start")
     docker.docker("import", "-", "tiny", stdin=tiny_tar())
     container = docker.run("tiny", "sleep", "1000", options=("-d",))
     docker.docker("exec", container, "touch", "/before")

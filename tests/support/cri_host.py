@@ -53,3 +53,5 @@ def add_runtime(containerd: Containerd, name: str, snapshotter: str) -> None:
     plugin = _V1 if containerd.version < (2, 0) else _RUNTIME
     lines = ('runtime_type = "io.containerd.runc.v2"', f'snapshotter = "{snapshotter}"')
     containerd.add_settings(f"{plugin}.containerd.runtimes.{name}", *lines)
+    if containerd.version >= (2, 0):
+        containerd.add_settings(f"{_IMAGES}.runtime_platforms.{name}", lines[1])  # for pulls
