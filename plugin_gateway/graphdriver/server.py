@@ -178,7 +178,7 @@ class GraphDriverServer:
         except GearError as exc:
             _log.debug("not deduplicated", id=id, error=str(exc))
             return
-        if ready:
+        if ready and id in self._dedupe_candidates:  # else the Put or the Diff at the same time was first
             self._dedupe_candidates.discard(id)
             self._maintenance.dedupe(id)
 
