@@ -6,6 +6,9 @@ workers, which fork their pools, so all of them share the memory of the modules 
 
 from __future__ import annotations
 
+import gearworkers.util.lean_structlog  # noqa: F401
+
+# isort: split
 import argparse
 import gc
 import os
