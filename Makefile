@@ -15,7 +15,7 @@ help:
 	@echo "make images   make the application images that tests use"
 	@echo "make containerd  unpack a newer containerd and Docker, which tests use"
 	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
-	@echo "              import shared load parallel build save run read chown memory"
+	@echo "              import shared load parallel build save run read chown memory idle"
 	@echo "              convert many reread lazy local bytes storage second"
 	@echo "              unpack unpack-one snapshots containerd (containerd's front door)"
 

@@ -10,6 +10,7 @@ from bench.containerd_docker import containerd_docker
 from bench.containers import read_tree, run_true
 from bench.conversions import convert
 from bench.frame import Figure, show, warm_memory
+from bench.idle import idle
 from bench.imports import import_one, import_parallel, import_shared, load_layers
 from bench.lazy import OLD, VERSIONS, lazy, local, received, second, storage
 from bench.many import many
@@ -30,6 +31,7 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "read": read_tree,
     "chown": chown_tree,
     "memory": memory,
+    "idle": idle,
     "convert": convert,
     "lazy": lazy,
     "local": local,

@@ -173,6 +173,12 @@ class NodeSettings:
         DEFAULT_STREAM_IDLE_S,
         "Seconds without a byte after which an import, save, push or commit fails.",
     )
+    worker_processes: Count = setting(
+        "GEAR_WORKER_PROCESSES",
+        lambda: os.cpu_count() or 1,
+        "Most processes of the import worker, and of the convert worker.",
+        default_text="one per core",
+    )
     xino: bool = setting(
         "GEAR_XINO", False, "on: all files of a container have one st_dev, and inode numbers exceed 2^53."
     )

@@ -106,7 +106,7 @@ def workers_check(settings: NodeSettings) -> Check:
     served = {queue["name"] for found in answers.values() for queue in found}
     missing = ", ".join(sorted(queues - served))
     if missing:
-        advice = "start them (Procfile: import, push); until then the gateway does their work"
+        advice = "start them (Procfile: workers); until then the gateway does their work"
         return Check(name, False, False, f"no worker serves {missing}", advice)
     return Check(name, True, False, f"{len(answers)} serve {', '.join(sorted(queues))}")
 

@@ -11,5 +11,5 @@ read_log         logs the reads of large objects, for start-up profiles
 control, client  the control socket, and the calls that other processes make on it
 pin_fetch        fetches the objects of pinned images
 arrivals         hard links to the objects that arrived while incomplete layers are mounted
-server           puts all of this together (`gear lazyfs`)
+server           puts all of this together (`python -m gearworkers.lazyfs`, `gear lazyfs`)
 """

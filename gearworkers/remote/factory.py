@@ -20,7 +20,6 @@ from gearworkers.remote.directory import DirectoryStore
 from gearworkers.remote.manager import ManagerStore
 from gearworkers.remote.remote import Remote
 from gearworkers.remote.retry import RetryingStore
-from gearworkers.remote.s3 import open_s3
 from gearworkers.settings import Settings
 
 _DIRECTORY_THREADS = 8
@@ -70,6 +69,8 @@ def open_blobs(url: str, settings: Settings) -> BlobStore:
     if os.path.isabs(url):
         return _open_directory(Path(url), settings, timeout_s)
     if url.startswith("s3://"):
+        from gearworkers.remote.s3 import open_s3  # obstore takes memory, and few nodes need it
+
         return _stack(
             open_s3(url, settings.remote), Limits(settings.remote.fetch_threads, timeout_s, get_batch=1, put_batch=1)
         )

@@ -1,15 +1,11 @@
 """The Celery application: queues, acknowledgement, redelivery.
 
-The workers of a node have one process per core for imports, and one process for maintenance::
+The workers of a node take imports in one process per core, and maintenance in one process. A worker for conversions
+of images may run on any node (`convert_on_workers`)::
 
-    celery -A gearworkers.workers.celery_app worker -n import@$GEAR_NODE -Q import@$GEAR_NODE --concurrency $(nproc) \\
-        --without-gossip --without-mingle --without-heartbeat
-    nice celery -A gearworkers.workers.celery_app worker -n push@$GEAR_NODE -Q push@$GEAR_NODE --concurrency 1 \\
-        --without-gossip --without-mingle --without-heartbeat
+    python -m gearworkers.workers import push convert
 
-The gateway pings them by these names. A worker for conversions of images may run on any node (`convert_on_workers`)::
-
-    nice celery -A gearworkers.workers.celery_app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
+The gateway pings the first two by their names, `import_queue` and `push_queue`.
 
 The results of a node's jobs are sent over the streams socket. So the gateway has no result backend, and these tasks
 ignore their results. A conversion waits for the results of its layers' tasks, which Redis keeps for a day. Only these
@@ -18,16 +14,13 @@ need the workers' result backend.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from celery import Celery, bootsteps, signals
 
 from gearworkers.settings import NodeSettings, Settings
 from gearworkers.util.log import configure_logging
-from gearworkers.util.process import end_with_parent
 from gearworkers.workers.broker import RedisBroker
 
 TIME_LIMIT_S = 3600
@@ -41,6 +34,8 @@ IMAGE_TASK = "gearworkers.convert_image"
 PROGRESS = "PROGRESS"
 """The state of a layer's running conversion; its meta is ``{"read_bytes": …}``."""
 _MAX_DELAY_S = 300
+_PROCESS_START_TIMEOUT_S = 60.0
+"""Celery kills a process of a pool that takes longer to start; its default of 4 is too short for a busy machine."""
 
 
 def retry_delay_s(retries: int, min_s: float = 0.0) -> int:
@@ -113,18 +108,11 @@ def make_app(
     return app
 
 
-@cache
-def _worker_app() -> Celery:
-    settings = Settings.from_environ()
+def make_worker_app(settings: Settings) -> Celery:
+    """Return the application of a worker, with the tasks' modules not yet imported; make it the current one."""
     app = make_app(settings, with_results=True)
+    app.conf.worker_autoscaler = "gearworkers.workers.scaling:IdleScaler"
+    app.conf.worker_proc_alive_timeout = _PROCESS_START_TIMEOUT_S
     app.set_current()
     signals.setup_logging.connect(lambda **_: configure_logging(settings.log), weak=False)
-    signals.worker_process_init.connect(lambda **_: end_with_parent(os.getppid()), weak=False)
     return app
-
-
-def __getattr__(name: str) -> Celery:
-    """Create ``app`` for ``celery -A gearworkers.workers.celery_app`` on first use, not at import."""
-    if name == "app":
-        return _worker_app()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 Any node with a worker of that queue takes part. It needs the same remote, and credentials for the registries::
 
-    celery -A gearworkers.workers.celery_app worker -n convert@$GEAR_NODE -Q convert --concurrency $(nproc)
+    python -m gearworkers.workers convert
 
 Only these tasks have results, which Redis keeps for a day. Redis would redeliver the task of a killed worker after
 VISIBILITY_TIMEOUT_S. But tasks expire by then, since the tag may name a newer image. Instead, the waiting process
@@ -127,8 +127,8 @@ class _Conversion:
         while not self._has_worker():
             if time.monotonic() >= deadline:
                 raise FailedPrecondition(
-                    f"no worker takes tasks from the queue {CONVERT_QUEUE}; start one (celery -A "
-                    f"gearworkers.workers.celery_app worker -Q {CONVERT_QUEUE}), or convert here with --local"
+                    f"no worker takes tasks from the queue {CONVERT_QUEUE}; start one "
+                    "(python -m gearworkers.workers convert), or convert here with --local"
                 )
 
     def _has_worker(self) -> bool:

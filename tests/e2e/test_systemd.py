@@ -14,7 +14,7 @@ MANAGER_HEALTH_CHECK = (
     "-c",
     "import urllib.request as u; u.urlopen('http://127.0.0.1:2019/healthz')",
 )
-PARTS = ("gear-redis", "gear-gateway", "gear-import", "gear-push", "gear-convert", "gear-lazyfs")
+PARTS = ("gear-redis", "gear-gateway", "gear-workers", "gear-lazyfs")
 MORE_STARTS_THAN_SYSTEMD_ALLOWS = 6
 """systemd's default limit is five starts in ten seconds."""
 

@@ -83,12 +83,20 @@ def big_layers(count: int, size_bytes: int = 8 << 20) -> list[bytes]:
 def begin_partial_conversion(stack: Stack, peer: Registry, name: str, layers: int) -> subprocess.Popen[str]:
     """Stop one worker process, begin a conversion of big layers to ``gear:NAME``, and return when one layer is done."""
     Image(big_layers(layers), compression="").push(at(peer, name), "v1")
+    _let_pool_grow(stack, peer)
     before = done_layers(stack)
-    wait_until(lambda: len(children(stack)) > 1, "the worker has its processes")
     os.kill(children(stack)[0], signal.SIGSTOP)
     process = begin(stack, f"{peer.host}/{name}:v1", f"{peer.host}/gear:{name}")
     wait_until(lambda: done_layers(stack) > before, "a layer is done")
     return process
+
+
+def _let_pool_grow(stack: Stack, peer: Registry) -> None:
+    """Let the worker have two idle processes, for some seconds."""
+    while len(children(stack)) < 2:
+        Image([tar_of([("unique", os.urandom(1 << 20))]) for _ in range(4)]).push(at(peer, "growing"), "v1")
+        code, _, err = convert(stack, f"{peer.host}/growing:v1", f"{peer.host}/gear:growing")
+        assert code == 0, err
 
 
 def children(stack: Stack) -> list[int]:

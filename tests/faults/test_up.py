@@ -33,13 +33,23 @@ def other_environ(stack: Stack, tmp_path: Path) -> dict[str, str]:
     return {**stack.environ(), **{name: str(path) for name, path in paths.items()}}
 
 
+PARTS = ("redis-server", "plugin_gateway", "gearworkers.workers", "lazyfs")
+WORKERS = ("gear-import", "gear-push", "gear-convert")
+
+
 def processes(stack: Stack) -> dict[str, int]:
-    """Return the pids of the main processes by a word of their commands."""
-    listing = subprocess.run(
-        ["pgrep", "-a", "-P", str(stack.make_up.pid)], capture_output=True, text=True, check=True
-    ).stdout
-    words = ("redis-server", "plugin_gateway", "import@", "push@", "convert@", "lazyfs")
-    return {word: int(line.split()[0]) for line in listing.splitlines() for word in words if word in line}
+    """Return the pids of the main processes by a word of their commands, and of the workers by their names."""
+    commands = children(stack.make_up.pid, "args")
+    parts = {part: pid for pid, command in commands.items() for part in PARTS if part in command}
+    workers = children(parts["gearworkers.workers"], "comm") if "gearworkers.workers" in parts else {}
+    return parts | {name: pid for pid, name in workers.items() if name in WORKERS}
+
+
+def children(pid: int, column: str) -> dict[int, str]:
+    """Return this column of `ps` for the children of a process by their pids."""
+    command = ["ps", "--ppid", str(pid), "-o", "pid=", "-o", f"{column}="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return {int(line.split()[0]): line.split(maxsplit=1)[1].strip() for line in lines}
 
 
 def is_healthy(stack: Stack) -> bool:
@@ -49,8 +59,8 @@ def is_healthy(stack: Stack) -> bool:
 def test_killed_processes_are_restarted_and_the_others_keep_running(stack: Stack) -> None:
     wait_until(lambda: is_healthy(stack), "the workers answer")
     before = processes(stack)
-    assert len(before) == 6
-    killed = {"redis-server", "plugin_gateway", "import@"}
+    assert before.keys() == {*PARTS, *WORKERS}
+    killed = {"redis-server", "plugin_gateway", "gear-import"}
     for word in killed:
         os.kill(before[word], signal.SIGKILL)
     wait_until(
@@ -58,6 +68,23 @@ def test_killed_processes_are_restarted_and_the_others_keep_running(stack: Stack
     )
     stack.make_up.wait_until(lambda: is_healthy(stack), "the workers answer again")
     assert {word for word, pid in processes(stack).items() if pid != before[word]} == killed
+
+
+def test_when_the_parent_of_the_workers_is_killed_they_end_and_all_start_again(stack: Stack) -> None:
+    wait_until(lambda: is_healthy(stack), "the workers answer")
+    before = processes(stack)
+    os.kill(before["gearworkers.workers"], signal.SIGKILL)
+    renewed = {"gearworkers.workers", *WORKERS}
+    wait_until(
+        lambda: (
+            processes(stack).keys() == before.keys()
+            and all(processes(stack).get(name) != before[name] for name in renewed)
+        ),
+        "the workers run again",
+        found=lambda: str(processes(stack)),
+    )
+    assert not any(Path(f"/proc/{before[name]}").exists() for name in renewed)
+    stack.make_up.wait_until(lambda: is_healthy(stack), "the workers answer again")
 
 
 @pytest.mark.parametrize("shared", ["GEAR_ROOT", "GEAR_RUN_DIR"])

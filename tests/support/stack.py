@@ -1,4 +1,4 @@
-"""The processes of the Procfile; a test can stop and kill each of them."""
+"""The processes of the Procfile, each worker by itself; a test can stop and kill each of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.support.processes import PATIENCE_S, Daemon, listens, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PLUGINS = Path("/run/docker/plugins")
+WORKERS = ("import", "push", "convert")
 START_ORDER = ("redis", "gateway", "lazyfs", "import", "push")
 """The daemons that run by default; tests that need others start them."""
 
@@ -40,7 +41,7 @@ class Stack:
     def __post_init__(self) -> None:
         for path in (self.directory, self.root / "redis", self.run_dir, PLUGINS):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.daemons = {name: self._daemon(name, command) for name, command in _procfile().items()}
+        self.daemons = {name: self._daemon(name, command) for name, command in _commands().items()}
         command = [sys.executable, str(CHECKOUT / "packaging" / "up.py")]
         self.make_up = Daemon(command, self.directory / "up.log", self.environ(), CHECKOUT)
 
@@ -129,7 +130,7 @@ class Stack:
 
     def _is_up(self) -> bool:
         sockets = self.redis_socket.exists() and self.plugin_socket.exists() and listens(self.plugin_socket)
-        return sockets and self.make_up.log_count(b" ready.") >= len(("import", "push", "convert"))
+        return sockets and self.make_up.log_count(b" ready.") >= len(WORKERS)
 
     def stop(self, *names: str) -> None:
         """Stop these daemons with SIGTERM (default: all, in reverse order)."""
@@ -200,7 +201,10 @@ class Stack:
         return sorted(str(path.relative_to(build)) for path in build.rglob("*"))[:50] if build.exists() else []
 
 
-def _procfile() -> dict[str, str]:
+def _commands() -> dict[str, str]:
+    """Return the commands of the Procfile by name, and a command for each worker."""
     lines = (CHECKOUT / "Procfile").read_text().splitlines()
     pairs = (line.split(":", 1) for line in lines if line.strip() and not line.startswith("#"))
-    return {name.strip(): command.strip() for name, command in pairs}
+    found = {name.strip(): command.strip() for name, command in pairs}
+    workers = found.pop("workers").removesuffix(" ".join(WORKERS))
+    return found | {name: workers + name for name in WORKERS}

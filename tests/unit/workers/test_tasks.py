@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import socket
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,12 +74,6 @@ def test_redis_redelivers_only_after_every_limit_and_delay(app: Any) -> None:
 
 def test_the_delay_between_attempts_doubles_up_to_a_bound() -> None:
     assert [retry_delay_s(attempt) for attempt in range(10)] == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
-
-
-def test_importing_the_module_creates_no_application(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GEAR_ROOT", "not absolute: reading it would raise")
-    monkeypatch.delitem(sys.modules, "gearworkers.workers.celery_app")
-    assert "app" not in vars(importlib.import_module("gearworkers.workers.celery_app"))
 
 
 def collecting(root: Path) -> CollectGarbage:
