@@ -213,7 +213,7 @@ class StoredContent(NamedTuple):
     size_bytes: int
 
 
-class ContentWriter:
+class BlobWriter:
     """Writes one blob to containerd's content store; `Writable`. Its bytes are visible after `commit`.
 
     A thread sends the bytes.

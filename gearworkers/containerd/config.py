@@ -5,12 +5,12 @@ Source: containerd's docs/PLUGINS.md "Proxy Plugins", docs/cri/config.md and doc
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from gearworkers.errors import FailedPrecondition, InvalidInput
+from gearworkers.util.architecture import go_architecture
 
 SNAPSHOTTER = "gear"
 SNAPSHOTTER_TYPE = "io.containerd.snapshotter.v1"
@@ -120,12 +120,6 @@ def _unpack_config() -> str:
   snapshotter = "{snapshotter}"
   differ = "{differ}"
 """
-    platform = f"linux/{_architecture()}"
+    platform = f"linux/{go_architecture()}"
     pairs = ((SNAPSHOTTER, DIFFER), ("overlayfs", "walking"))
     return "".join(entry.format(platform=platform, snapshotter=name, differ=differ) for name, differ in pairs)
-
-
-def _architecture() -> str:
-    """Return this host's architecture as Go names it."""
-    machine = os.uname().machine
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)

@@ -7,7 +7,6 @@ schema 2.
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import msgspec
 
 from gearworkers.errors import IntegrityError, InvalidInput
 from gearworkers.images.reference import check_digest
+from gearworkers.util.architecture import go_architecture
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -54,7 +54,6 @@ MAX_CONFIG_BYTES = 16 << 20
 _ATTESTATION = "vnd.docker.reference.type"
 _ENCRYPTED = "+encrypted"
 _CONTENT_KEYS = frozenset(("data", "urls"))
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
 _DEFAULT_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 """Variants that containerd assumes for an image without one."""
 
@@ -84,8 +83,7 @@ class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
     @classmethod
     def here(cls) -> Platform:
         """Return this machine's platform, for Linux images."""
-        machine = platform.machine()
-        return cls(_MACHINES.get(machine, machine), "linux")
+        return cls(go_architecture(), "linux")
 
     def runs(self, other: Platform) -> bool:
         """Return whether an image for *other* runs on this platform.

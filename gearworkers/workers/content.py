@@ -17,7 +17,7 @@ from gearworkers.images.layer_reader import UnpackedLayer, unpacked
 from gearworkers.workers.messages import NewBlob, StoredBlob
 
 if TYPE_CHECKING:
-    from gearworkers.containerd.client import ContentWriter, StoredContent
+    from gearworkers.containerd.client import BlobWriter, StoredContent
 
 _UNCOMPRESSED_LABEL = "containerd.io/uncompressed"
 _GZIP_LEVEL = 6
@@ -104,7 +104,7 @@ class NewBlobBody:
         check: Called now and then; raises if the job was withdrawn.
     """
 
-    def __init__(self, stream: NewBlob, content: ContentWriter, check: Callable[[], None]) -> None:
+    def __init__(self, stream: NewBlob, content: BlobWriter, check: Callable[[], None]) -> None:
         self._labels = stream.labels
         self._content = content
         self._check = check
@@ -141,10 +141,10 @@ def new_blob(stream: NewBlob, check: Callable[[], None]) -> Iterator[NewBlobBody
     Raises:
         GearError: containerd refuses, or does not answer.
     """
-    from gearworkers.containerd.client import ContentWriter, connected  # gRPC takes memory, and few jobs need it
+    from gearworkers.containerd.client import BlobWriter, connected  # gRPC takes memory, and few jobs need it
 
     with connected(Path(stream.address), stream.namespace) as client:
-        content = ContentWriter(client, stream.ref)
+        content = BlobWriter(client, stream.ref)
         try:
             yield NewBlobBody(stream, content, check)
         finally:

@@ -29,7 +29,7 @@ from gearworkers.layers.record import LayerKind
 from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 from gearworkers.workers.messages import ApplyDiff, StoredBlob
-from plugin_gateway.containerd.image_blobs import BlobFile, ImageBlobs
+from plugin_gateway.containerd.image_blobs import ImageBlob, ImageBlobs
 from plugin_gateway.containerd.snapshot_table import AppliedBlob, ahead_name
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 
@@ -181,7 +181,7 @@ class AheadApplies:
         except GearError as exc:
             _log.info("no layers are applied ahead", blob=digest, reason=str(exc))
 
-    def _start(self, blob: BlobFile) -> None:
+    def _start(self, blob: ImageBlob) -> None:
         if blob.digest in self._ahead or self._is_known(blob.digest):
             return
         ahead = self._ahead[blob.digest] = _Ahead(blob.digest)
@@ -189,7 +189,7 @@ class AheadApplies:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _apply(self, ahead: _Ahead, blob: BlobFile) -> None:
+    async def _apply(self, ahead: _Ahead, blob: ImageBlob) -> None:
         await self.cores.acquire()
         try:
             if not ahead.is_taken:
@@ -201,7 +201,7 @@ class AheadApplies:
         if not ahead.is_taken:
             ahead.timer = asyncio.get_running_loop().call_later(KEEP_S, self._drop, ahead)
 
-    async def _applied(self, blob: BlobFile) -> AppliedBlob | None:
+    async def _applied(self, blob: ImageBlob) -> AppliedBlob | None:
         """Apply the blob into a layer of its own; None after an error, which the apply in its turn will report."""
         id = ahead_name(next(self._numbers))
         root = str(self._engine.settings.gear_root)

@@ -7,21 +7,12 @@ layer passes through this process.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from gearworkers.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    GearError,
-    IntegrityError,
-    InvalidInput,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-)
+from gearworkers.errors import GearError, Unavailable, by_name
+from gearworkers.images.manifest import LAYERS
 from gearworkers.workers.messages import ApplyDiff, Diff, JobResult, NewBlob, StoredBlob
 from plugin_gateway.containerd.ahead import AheadApplies
 from plugin_gateway.containerd.image_blobs import ImageBlobs
@@ -32,10 +23,6 @@ from plugin_gateway.metrics import GatewayMetrics
 
 _T = TypeVar("_T")
 _TAR = "application/vnd.oci.image.layer.v1.tar"
-_LAYER_TYPE = re.compile(
-    r"application/vnd\.(oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?"
-    r"|docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?)"
-)
 
 
 class Unsupported(GearError):
@@ -97,7 +84,7 @@ class Diffs:
         layer = self._snapshots.layer_of(mounts)
         if not layer:
             raise Unsupported("the mounts are not of a snapshot of gearworkers")
-        if not _LAYER_TYPE.fullmatch(media_type):
+        if media_type not in LAYERS:
             raise Unsupported(f"layers of media type {media_type} are not supported")
         path = self._blobs.path(digest)
         parent = self._snapshots.prepare_apply(layer)
@@ -159,7 +146,7 @@ class Diffs:
         if older is None or not newer:
             raise Unsupported("the mounts are not of snapshots of gearworkers")
         media_type = media_type or f"{_TAR}+gzip"
-        if not _LAYER_TYPE.fullmatch(media_type):
+        if media_type not in LAYERS:
             raise Unsupported(f"layers of media type {media_type} are not supported")
         stream = NewBlob(
             address=str(self._address),
@@ -178,20 +165,7 @@ class Diffs:
         return asyncio.run_coroutine_threadsafe(job, self._loop).result()
 
 
-_KINDS: dict[str, type[GearError]] = {
-    kind.__name__: kind
-    for kind in (
-        NotFound,
-        AlreadyExists,
-        FailedPrecondition,
-        InvalidInput,
-        IntegrityError,
-        Unavailable,
-        ResourceExhausted,
-    )
-}
-
-
 def _raise_error(result: JobResult) -> None:
     if result.error:
-        raise _KINDS.get(result.error_kind, Unavailable if result.retryable else GearError)(result.error)
+        kind = by_name(result.error_kind)
+        raise (Unavailable if kind is GearError and result.retryable else kind)(result.error)

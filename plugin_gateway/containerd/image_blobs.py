@@ -8,18 +8,17 @@ from typing import NamedTuple
 
 from gearworkers.containerd.client import connected
 from gearworkers.errors import InvalidInput, NotFound
-from gearworkers.images.manifest import decode_manifest
+from gearworkers.images.manifest import MAX_MANIFEST_BYTES, decode_manifest
 from gearworkers.util.fs import read_small
 from plugin_gateway.containerd.content_root import ContentRoot
 
 _DIGEST = re.compile(r"(sha256|sha384|sha512):([0-9a-f]{64,128})")
-_MAX_MANIFEST_BYTES = 4 << 20
 _LAYER_LABEL = "containerd.io/gc.ref.content.l"
 """containerd labels a manifest's blob with the digest of each layer, by its number."""
 
 
-class BlobFile(NamedTuple):
-    """A blob as containerd stores it."""
+class ImageBlob(NamedTuple):
+    """A layer of an image as containerd stores it."""
 
     digest: str
     size_bytes: int
@@ -51,7 +50,7 @@ class ImageBlobs:
             raise InvalidInput(f"blob digest {digest!r} is not valid")
         return self._content_root.get() / "blobs" / parsed[1] / parsed[2]
 
-    def of_image(self, digest: str, position: int, namespace: str) -> list[BlobFile]:
+    def of_image(self, digest: str, position: int, namespace: str) -> list[ImageBlob]:
         """Return the image's layers from *digest* to the topmost.
 
         Args:
@@ -65,7 +64,7 @@ class ImageBlobs:
         """
         with connected(self._address, namespace) as client:
             for manifest in client.list_content(f'labels."{_LAYER_LABEL}.{position}"=={digest}'):
-                data = read_small(self.path(manifest), _MAX_MANIFEST_BYTES)
+                data = read_small(self.path(manifest), MAX_MANIFEST_BYTES)
                 layers = decode_manifest(data, f"manifest {manifest}").layers[position:]
-                return [BlobFile(layer.digest, layer.size, self.path(layer.digest)) for layer in layers]
+                return [ImageBlob(layer.digest, layer.size, self.path(layer.digest)) for layer in layers]
         raise NotFound(f"no manifest has layer {digest}")

@@ -53,7 +53,7 @@ class Mount(NamedTuple):
     options: tuple[str, ...]
 
 
-class Usage(NamedTuple):
+class SnapshotUsage(NamedTuple):
     """The disk use of one snapshot, without its parents."""
 
     size_bytes: int
@@ -258,7 +258,7 @@ class Snapshots:
         """
         active = self._rows.get(key)
         with self._locks.held(active.layer):
-            usage = Usage(0, 0)
+            usage = SnapshotUsage(0, 0)
             if active.kind is SnapshotKind.ACTIVE:
                 self._engine.make_writable(active.layer)  # rejects an unfinished Apply
                 self._engine.unmount(active.layer)  # also writes the upper directory to the disk
@@ -313,19 +313,19 @@ class Snapshots:
         """Yield the snapshots that match one of *filters*; all if there is no filter. Errors as `filters.matcher`."""
         return filter(matcher(filters), self._rows.all())
 
-    def usage(self, name: str) -> Usage:
+    def usage(self, name: str) -> SnapshotUsage:
         """Return the disk use of a snapshot; NotFound if there is none."""
         snapshot = self._rows.get(name)
         match snapshot.kind:
             case SnapshotKind.COMMITTED:
-                return Usage(snapshot.size_bytes, snapshot.inodes)
+                return SnapshotUsage(snapshot.size_bytes, snapshot.inodes)
             case SnapshotKind.VIEW:
-                return Usage(0, 0)
+                return SnapshotUsage(0, 0)
             case SnapshotKind.ACTIVE:
                 return self._usage(snapshot)
 
-    def _usage(self, snapshot: Snapshot) -> Usage:
-        return Usage(*self._engine.usage_of(snapshot.layer))
+    def _usage(self, snapshot: Snapshot) -> SnapshotUsage:
+        return SnapshotUsage(*self._engine.usage_of(snapshot.layer))
 
     def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
         """Change the labels of a snapshot and return it.

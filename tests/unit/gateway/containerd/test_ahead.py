@@ -15,7 +15,7 @@ from gearworkers.settings import Settings
 from gearworkers.workers.messages import ApplyDiff, JobResult, StoredBlob
 from plugin_gateway.containerd import ahead as module
 from plugin_gateway.containerd.ahead import AheadApplies
-from plugin_gateway.containerd.image_blobs import BlobFile
+from plugin_gateway.containerd.image_blobs import ImageBlob
 from tests.support.images import tar_of
 
 pytestmark = pytest.mark.slow
@@ -60,12 +60,12 @@ class Image:
     """The blobs of one image, base first."""
 
     def __init__(self, directory: Path, layers: int) -> None:
-        self.blobs = [BlobFile(BASE, len(BIG), directory / "base")]
-        self.blobs += [BlobFile(f"sha256:{n}", len(BIG), directory / str(n)) for n in range(1, layers)]
+        self.blobs = [ImageBlob(BASE, len(BIG), directory / "base")]
+        self.blobs += [ImageBlob(f"sha256:{n}", len(BIG), directory / str(n)) for n in range(1, layers)]
         for blob in self.blobs:
             blob.path.write_bytes(tar_of([("file", BIG)]))
 
-    def of_image(self, digest: str, position: int, namespace: str) -> list[BlobFile]:
+    def of_image(self, digest: str, position: int, namespace: str) -> list[ImageBlob]:
         if digest != BASE:
             raise NotFound("no manifest")
         return self.blobs
