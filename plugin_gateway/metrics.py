@@ -45,7 +45,7 @@ class GatewayMetrics:
         )
         self.applies = Counter(
             "gear_containerd_applies",
-            "Layers that containerd had applied: in their turn, ahead of it, or copied from the same blob",
+            "Layers applied for containerd: requested, early, or copied from the same blob",
             ["how"],
             registry=self._registry,
         )

@@ -99,7 +99,7 @@ class ProfilePrefetcher:
         return [image for id, image in images.items() if id in parents and (image.starts or id not in parents.values())]
 
     def _parent(self, id: str) -> str | None:
-        """Return the layer's parent; None if the layer was removed, as one that was applied ahead of its turn is."""
+        """Return the layer's parent; None if the layer was removed, as an early layer of containerd is."""
         try:
             return self._layers.get(id).parent
         except GearError:

@@ -5,7 +5,7 @@ snapshots       the snapshotter's calls over an engine
 snapshot_table  the snapshots' names, parents, kinds and labels, in SQLite
 filters         the filters of List
 diffs           Apply and Diff, as jobs for the dispatcher
-ahead           layers of an image that are applied ahead of their turn
+early_apply     layers of an image that are applied before containerd asks for them
 image_blobs     the blobs of an image in containerd's content store
 content_root    the directory of containerd's content store
 door            all of these together, for the gateway

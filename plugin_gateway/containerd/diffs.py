@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from gearworkers.errors import GearError, Unavailable, by_name
 from gearworkers.images.manifest import LAYERS
 from gearworkers.workers.messages import ApplyDiff, Diff, JobResult, NewBlob, StoredBlob
-from plugin_gateway.containerd.ahead import AheadApplies
+from plugin_gateway.containerd.early_apply import EarlyApplies
 from plugin_gateway.containerd.image_blobs import ImageBlobs
 from plugin_gateway.containerd.snapshot_table import AppliedBlob
 from plugin_gateway.containerd.snapshots import Mount, Snapshots
@@ -45,7 +45,7 @@ class Diffs:
         snapshots: Resolves mounts to layers.
         dispatcher: Runs the jobs.
         blobs: Finds containerd's blobs.
-        ahead: Applies the layers of an image ahead of their turn.
+        early: Applies the layers of an image before containerd asks for them.
         address: containerd's socket, on which Diff stores its blob.
         loop: The event loop on which jobs run.
         metrics: Counts the applied layers.
@@ -57,7 +57,7 @@ class Diffs:
         snapshots: Snapshots,
         dispatcher: Dispatcher,
         blobs: ImageBlobs,
-        ahead: AheadApplies,
+        early: EarlyApplies,
         address: Path,
         loop: asyncio.AbstractEventLoop,
         metrics: GatewayMetrics,
@@ -66,7 +66,7 @@ class Diffs:
         self._snapshots = snapshots
         self._dispatcher = dispatcher
         self._blobs = blobs
-        self._ahead = ahead
+        self._early = early
         self._address = address
         self._loop = loop
         self._metrics = metrics
@@ -97,24 +97,24 @@ class Diffs:
         return StoredDiff(_TAR, applied.diff_id, applied.tar_bytes)
 
     async def _apply(self, layer: str, parent: str, digest: str, path: Path) -> AppliedBlob:
-        """Fill *layer* from a blob, or from the layer that was filled ahead of its turn."""
-        self._ahead.begin(digest, *self._snapshots.place_of(layer))
-        found = await self._ahead.take(digest)
+        """Fill *layer* from a blob, or from the early layer of that blob."""
+        self._early.begin(digest, *self._snapshots.place_of(layer))
+        found = await self._early.take(digest)
         if found is not None:
             try:
                 if await asyncio.to_thread(self._snapshots.copy, layer, found):
-                    self._metrics.applies.labels("ahead").inc()
+                    self._metrics.applies.labels("early").inc()
                     return found._replace(layer=layer)
             finally:
-                await self._ahead.remove(found)
+                await self._early.remove(found)
         job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
-        await self._ahead.cores.occupy()
+        await self._early.cores.occupy()
         try:
             result = (await self._dispatcher.run(job, StoredBlob(str(path)))).result
         finally:
-            await self._ahead.cores.release()
+            await self._early.cores.release()
         _raise_error(result)
-        self._metrics.applies.labels("turn").inc()
+        self._metrics.applies.labels("requested").inc()
         return AppliedBlob(digest, layer, result.digest, result.stream_bytes)
 
     def diff(

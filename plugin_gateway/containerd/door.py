@@ -8,9 +8,9 @@ from pathlib import Path
 import structlog
 
 from gearworkers.settings import Settings
-from plugin_gateway.containerd.ahead import AheadApplies
 from plugin_gateway.containerd.content_root import ContentRoot
 from plugin_gateway.containerd.diffs import Diffs
+from plugin_gateway.containerd.early_apply import EarlyApplies
 from plugin_gateway.containerd.image_blobs import ImageBlobs
 from plugin_gateway.containerd.server import ContainerdServer, SnapshotEvents
 from plugin_gateway.containerd.snapshots import Snapshots
@@ -43,7 +43,7 @@ class ContainerdDoor:
         self._metrics = metrics
         self._maintenance = Maintenance(dispatcher, lambda: settings, metrics)
         self._snapshots: Snapshots | None = None
-        self._ahead: AheadApplies | None = None
+        self._early: EarlyApplies | None = None
         self._server: ContainerdServer | None = None
 
     async def open(self) -> None:
@@ -59,9 +59,9 @@ class ContainerdDoor:
         await asyncio.to_thread(self._snapshots.open)
         address = self._settings.containerd_address
         blobs = ImageBlobs(address, ContentRoot(address))
-        self._ahead = AheadApplies(engine, self._dispatcher, blobs, self._snapshots.is_applied)
+        self._early = EarlyApplies(engine, self._dispatcher, blobs, self._snapshots.is_applied)
         root = engine.settings.gear_root
-        parts = (root, self._snapshots, self._dispatcher, blobs, self._ahead, address, loop, self._metrics)
+        parts = (root, self._snapshots, self._dispatcher, blobs, self._early, address, loop, self._metrics)
         diffs = Diffs(*parts)
         self._server = ContainerdServer(
             self._path,
@@ -82,7 +82,7 @@ class ContainerdDoor:
         if self._server is not None:
             await self._server.close()
         await self._maintenance.close()
-        if self._ahead is not None:
-            await self._ahead.close()
+        if self._early is not None:
+            await self._early.close()
         if self._snapshots is not None:
             self._snapshots.close()

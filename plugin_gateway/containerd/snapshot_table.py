@@ -52,7 +52,7 @@ CREATE INDEX layers ON blobs (layer);
 """
 _COLUMNS = "number, name, parent, kind, labels, created_ns, updated_ns, layer, size_bytes, inodes"
 _LAYER_PREFIX = "snapshot-"
-_AHEAD_PREFIX = "ahead-"
+_EARLY_PREFIX = "early-"
 
 
 class SnapshotKind(IntEnum):
@@ -92,9 +92,9 @@ class AppliedBlob(NamedTuple):
     tar_bytes: int
 
 
-def ahead_name(number: int) -> str:
-    """Return the id of the engine's layer for a blob that is applied ahead of its turn."""
-    return f"{_AHEAD_PREFIX}{number}"
+def early_name(number: int) -> str:
+    """Return the id of the engine's layer for a blob that is applied early."""
+    return f"{_EARLY_PREFIX}{number}"
 
 
 def layer_name(number: int) -> str:
@@ -109,7 +109,7 @@ def is_snapshot_layer(id: str) -> bool:
 
 def is_layer_name(id: str) -> bool:
     """Whether the engine's layer is of containerd's door; Docker's ids are hexadecimal."""
-    return id.startswith((_LAYER_PREFIX, _AHEAD_PREFIX))
+    return id.startswith((_LAYER_PREFIX, _EARLY_PREFIX))
 
 
 class SnapshotRows:

@@ -108,7 +108,7 @@ def test_the_layers_are_applied_by_a_worker(containerd: Containerd, stack: Stack
     assert len(layers(stack)) == 2
 
 
-def test_layers_are_applied_ahead_of_their_turn(containerd: Containerd, stack: Stack, disk: Path) -> None:
+def test_layers_are_applied_before_containerd_asks_for_them(containerd: Containerd, stack: Stack, disk: Path) -> None:
     def applies(how: str) -> float:
         text = read_metrics(stack.run_dir / "metrics.sock").decode()
         name = f'gear_containerd_applies_total{{how="{how}"}} '
@@ -117,11 +117,11 @@ def test_layers_are_applied_ahead_of_their_turn(containerd: Containerd, stack: S
     tars = [tar_of({f"file{number}": os.urandom(4 << 20)}) for number in range(6)]
     archive, name = disk / "many.tar", "docker.io/library/many:1"
     archive.write_bytes(Image(tars).saved(name))
-    before = applies("ahead"), applies("turn")
+    before = applies("early"), applies("requested")
     containerd.ctr("images", "import", "--snapshotter", "gear", str(archive))
-    ahead, turn = applies("ahead") - before[0], applies("turn") - before[1]
-    assert ahead + turn == 6 and ahead >= 1, (ahead, turn)
-    assert not list((stack.root / "images").glob("ahead-*"))
+    early, requested = applies("early") - before[0], applies("requested") - before[1]
+    assert early + requested == 6 and early >= 1, (early, requested)
+    assert not list((stack.root / "images").glob("early-*"))
     shown = containerd.ctr("snapshots", "--snapshotter", "gear", "usage")
     assert shown.count("4.0 MiB") == 6, shown
     containerd.ctr("images", "rm", "--sync", name)

@@ -48,13 +48,13 @@ def session_containerd(disk: Path, stack: Stack) -> Iterator[Containerd]:
 def containerd(session_containerd: Containerd, stack: Stack) -> Iterator[Containerd]:
     """Yield the running containerd; after the test, end its leases and check that nothing is left over.
 
-    Layers that were applied ahead of a pull that has failed stay for some minutes, or until the gateway ends.
+    Early layers of a pull that has failed stay for some minutes, or until the gateway ends.
     """
     yield session_containerd
     session_containerd.wait_for_gateway()
     for namespace in session_containerd.ctr("namespaces", "ls", "-q").split():
         session_containerd.collect_garbage(namespace)
-    used = [path for path in leftovers(stack, objects=False) if "/ahead-" not in path]
+    used = [path for path in leftovers(stack, objects=False) if "/early-" not in path]
     assert not used
     stack.stop("gateway")
     stack.start("gateway")

@@ -43,7 +43,7 @@ def test_a_layer_that_was_removed_during_a_pull_is_not_an_image(tmp_path: Path) 
     layers = driver.engine.layers
     profiles = ProfilePrefetcher(layers, lambda name: asked.append(name), lambda parts: None)
     with capture_logs() as logs:
-        profiles.notify(ImageEvent("ahead-1", starts=False))
+        profiles.notify(ImageEvent("early-1", starts=False))
         profiles.notify(ImageEvent("image", starts=False))
         wait_until(lambda: bool(asked), "the profile of the image is looked for")
     profiles.close()

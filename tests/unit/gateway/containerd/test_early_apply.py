@@ -1,4 +1,4 @@
-"""Layers of an image are applied ahead of their turn."""
+"""Layers of an image are applied before containerd asks for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from gearworkers.errors import NotFound
 from gearworkers.settings import Settings
 from gearworkers.workers.messages import ApplyDiff, JobResult, StoredBlob
-from plugin_gateway.containerd import ahead as module
-from plugin_gateway.containerd.ahead import AheadApplies
+from plugin_gateway.containerd import early_apply as module
+from plugin_gateway.containerd.early_apply import EarlyApplies
 from plugin_gateway.containerd.image_blobs import ImageBlob
 from tests.support.images import tar_of
 
@@ -78,10 +78,10 @@ class Node:
         self.image, self.layers, self.jobs = Image(directory, layers), Layers(directory), Jobs()
         self.known: set[str] = set()
         parts: Any = (self.layers, self.jobs, self.image, self.known.__contains__)
-        self.ahead = AheadApplies(*parts, cores=cores)
+        self.early = EarlyApplies(*parts, cores=cores)
 
     async def begin(self) -> None:
-        self.ahead.begin(BASE, 0, "default")
+        self.early.begin(BASE, 0, "default")
         await settle()
 
 
@@ -103,7 +103,7 @@ def test_layers_above_the_first_are_applied_on_free_cores(tmp_path: Path) -> Non
         node.jobs.go.set()
         await settle()
         assert (node.jobs.paths, node.jobs.max_running) == (["1", "2", "3"], 2)
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
@@ -111,13 +111,13 @@ def test_layers_above_the_first_are_applied_on_free_cores(tmp_path: Path) -> Non
 def test_an_apply_in_its_turn_leaves_one_core_less(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
-        await node.ahead.cores.occupy()
+        await node.early.cores.occupy()
         await node.begin()
         assert node.jobs.paths == ["1"]
-        await node.ahead.cores.release()
+        await node.early.cores.release()
         await settle()
         assert node.jobs.paths == ["1", "2"]
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
@@ -126,16 +126,16 @@ def test_a_turn_waits_for_a_running_apply_and_takes_its_layer(tmp_path: Path) ->
     async def scenario() -> None:
         node = Node(tmp_path)
         await node.begin()
-        turn = asyncio.create_task(node.ahead.take("sha256:1"))
+        request = asyncio.create_task(node.early.take("sha256:1"))
         await settle()
-        assert not turn.done()
+        assert not request.done()
         node.jobs.go.set()
-        taken = await turn
+        taken = await request
         assert taken is not None and (taken.diff_id, taken.tar_bytes) == (f"diff of {taken.layer}", 7)
         assert taken.layer in node.layers.names
-        await node.ahead.remove(taken)
+        await node.early.remove(taken)
         assert taken.layer not in node.layers.names
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
@@ -144,11 +144,11 @@ def test_a_turn_does_not_wait_for_an_apply_that_has_not_begun(tmp_path: Path) ->
     async def scenario() -> None:
         node = Node(tmp_path)
         await node.begin()
-        assert await node.ahead.take("sha256:3") is None
+        assert await node.early.take("sha256:3") is None
         node.jobs.go.set()
         await settle()
         assert node.jobs.paths == ["1", "2"]
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
@@ -163,7 +163,7 @@ def test_a_layer_waits_until_its_blob_is_downloaded(tmp_path: Path) -> None:
         node.image.blobs[2].path.write_bytes(data)
         await asyncio.sleep(0.3)
         assert node.jobs.paths == ["1", "2"]
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
@@ -174,32 +174,32 @@ def test_no_layer_above_a_private_one_is_applied(tmp_path: Path) -> None:
         node.image.blobs[2].path.write_bytes(tar_of([(".gear-private", b""), ("file", BIG)]))
         await node.begin()
         assert node.jobs.paths == ["1"]
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
 
-def test_known_and_small_layers_are_left_to_their_turn(tmp_path: Path) -> None:
+def test_known_and_small_layers_are_not_applied_early(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path, cores=8)
         node.known.add("sha256:1")
         node.image.blobs[2] = node.image.blobs[2]._replace(size_bytes=100)
         await node.begin()
         assert node.jobs.paths == ["3"]
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
 
-def test_a_failed_apply_leaves_the_layer_to_its_turn(tmp_path: Path) -> None:
+def test_a_failed_early_apply_leaves_the_layer_to_the_requested_one(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path, layers=2)
         node.jobs.error = "damaged"
         node.jobs.go.set()
         await node.begin()
-        assert await node.ahead.take("sha256:1") is None
+        assert await node.early.take("sha256:1") is None
         assert node.layers.names == set()
-        await node.ahead.close()
+        await node.early.close()
 
     run(scenario())
 
@@ -213,8 +213,8 @@ def test_layers_whose_turn_does_not_come_are_removed(tmp_path: Path, monkeypatch
         await node.begin()
         await asyncio.sleep(0.2)
         assert (len(node.jobs.paths), node.layers.names) == (3, set())
-        assert await node.ahead.take("sha256:1") is None
-        await node.ahead.close()
+        assert await node.early.take("sha256:1") is None
+        await node.early.close()
 
     run(scenario())
 
@@ -225,7 +225,7 @@ def test_closing_removes_the_layers_that_were_not_taken(tmp_path: Path) -> None:
         node.jobs.go.set()
         await node.begin()
         assert node.layers.names
-        await node.ahead.close()
+        await node.early.close()
         assert node.layers.names == set()
 
     run(scenario())

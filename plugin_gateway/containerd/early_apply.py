@@ -1,11 +1,11 @@
-"""Apply the layers of an image ahead of their turn, in parallel.
+"""Apply the layers of an image before containerd asks for them, in parallel.
 
-containerd asks for one layer after the other. When a layer's turn comes, the other layers of its image are found
-through the image's manifest. Each is applied on a free worker, into a layer of its own without a parent
-(`ahead-<number>`), as soon as its blob is complete. In its turn it becomes hard links (`layers.copy_layer`), and the
-layer of its own is removed.
+containerd asks for one layer after the other. At the first request, the other layers of the image are found through its
+manifest. Each is applied on a free worker, to an early layer without a parent (`early-<number>`), as soon as its blob
+is complete. When containerd asks for it, its layer becomes hard links to the early one (`layers.copy_layer`), which is
+then removed.
 
-Contents above a private layer must not become public objects. So a layer is applied ahead only after the beginnings of
+Contents above a private layer must not become public objects. So a layer is applied early only after the beginnings of
 all layers below it have been read, and none has the marker of private layers.
 
 States of a blob: waiting (for its blob or a free core), running, done. All of this runs on the event loop.
@@ -30,18 +30,18 @@ from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 from gearworkers.workers.messages import ApplyDiff, StoredBlob
 from plugin_gateway.containerd.image_blobs import ImageBlob, ImageBlobs
-from plugin_gateway.containerd.snapshot_table import AppliedBlob, ahead_name
+from plugin_gateway.containerd.snapshot_table import AppliedBlob, early_name
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 
 _log = structlog.stdlib.get_logger(__name__)
 
 MIN_BLOB_BYTES = 64 << 10
-"""Smaller layers are applied in their turn: copying one takes as long."""
+"""Smaller layers are applied on request: copying one takes as long."""
 _POLL_S = 0.2
 _DOWNLOAD_S = 600.0
 """Seconds to wait for the next blob of an image that is being pulled."""
 KEEP_S = 300.0
-"""Seconds after which a layer whose turn does not come is removed."""
+"""Seconds after which an early layer is removed if containerd has not asked for it."""
 _SEEN_S = 60.0
 """Seconds in which the manifest of a blob is not searched again."""
 _MAX_BLOBS = 256
@@ -49,13 +49,13 @@ _MAX_BLOBS = 256
 
 
 @dataclass(eq=False, slots=True)
-class _Ahead:
-    """One blob that is applied ahead."""
+class _EarlyApply:
+    """One blob that is applied early."""
 
     digest: str
     is_running: bool = False
     is_taken: bool = False
-    """Whether its turn has come, or it is dropped: it must not start any more."""
+    """Whether containerd has asked for it, or it was dropped: it must not start any more."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     result: AppliedBlob | None = None
     """None if the apply failed; valid once it is done."""
@@ -63,7 +63,7 @@ class _Ahead:
 
 
 class Cores:
-    """Limits the applies ahead of their turn to the cores that applies in their turn leave free."""
+    """Limits early applies to the cores that requested applies leave free."""
 
     def __init__(self, cores: int) -> None:
         self._cores = cores
@@ -77,7 +77,7 @@ class Cores:
             self._busy += 1
 
     async def occupy(self) -> None:
-        """Occupy a core without waiting: an apply in its turn goes first."""
+        """Occupy a core without waiting: a requested apply goes first."""
         async with self._changed:
             self._busy += 1
 
@@ -88,8 +88,8 @@ class Cores:
             self._changed.notify_all()
 
 
-class AheadApplies:
-    """The blobs that are applied ahead of their turn.
+class EarlyApplies:
+    """The blobs that are applied early.
 
     Args:
         engine: The root's engine.
@@ -114,13 +114,13 @@ class AheadApplies:
         self._blobs = blobs
         self._is_known = is_known
         self._numbers = itertools.count(1)
-        self._ahead: dict[str, _Ahead] = {}
+        self._early: dict[str, _EarlyApply] = {}
         self._images: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._seen_s: dict[tuple[str, str], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, digest: str, position: int, namespace: str) -> None:
-        """Begin to apply the other layers of the image whose layer *digest* has its turn.
+        """Begin to apply the layers of the image above its layer *digest*, which containerd asks for now.
 
         Args:
             digest: The blob's digest.
@@ -139,16 +139,16 @@ class AheadApplies:
 
         The caller copies the layer and then calls `remove`.
         """
-        ahead = self._ahead.get(digest)
-        if ahead is None or ahead.is_taken:
+        early = self._early.get(digest)
+        if early is None or early.is_taken:
             return None
-        ahead.is_taken = True
-        if not ahead.is_running and not ahead.done.is_set():
-            self._ahead.pop(digest, None)
+        early.is_taken = True
+        if not early.is_running and not early.done.is_set():
+            self._early.pop(digest, None)
             return None
-        await ahead.done.wait()
-        self._forget(ahead)
-        return ahead.result
+        await early.done.wait()
+        self._forget(early)
+        return early.result
 
     async def remove(self, blob: AppliedBlob) -> None:
         """Remove the layer of a blob that was taken."""
@@ -162,10 +162,10 @@ class AheadApplies:
         for task in (*self._images.values(), *self._tasks):
             task.cancel()
         await asyncio.gather(*self._images.values(), *self._tasks, return_exceptions=True)
-        for ahead in list(self._ahead.values()):
-            self._forget(ahead)
-            if ahead.result is not None:
-                await self.remove(ahead.result)
+        for early in list(self._early.values()):
+            self._forget(early)
+            if early.result is not None:
+                await self.remove(early.result)
 
     async def _watch(self, digest: str, position: int, namespace: str) -> None:
         """Start the applies of an image's layers above *position*, in their order, as their blobs become complete."""
@@ -176,65 +176,65 @@ class AheadApplies:
             for number, blob in enumerate(blobs):
                 if not await _is_complete(blob.path) or await asyncio.to_thread(_is_private, blob.path):
                     return
-                if number and blob.size_bytes >= MIN_BLOB_BYTES and len(self._ahead) < _MAX_BLOBS:
+                if number and blob.size_bytes >= MIN_BLOB_BYTES and len(self._early) < _MAX_BLOBS:
                     self._start(blob)
         except GearError as exc:
-            _log.info("no layers are applied ahead", blob=digest, reason=str(exc))
+            _log.info("no layers are applied early", blob=digest, reason=str(exc))
 
     def _start(self, blob: ImageBlob) -> None:
-        if blob.digest in self._ahead or self._is_known(blob.digest):
+        if blob.digest in self._early or self._is_known(blob.digest):
             return
-        ahead = self._ahead[blob.digest] = _Ahead(blob.digest)
-        task = asyncio.get_running_loop().create_task(self._apply(ahead, blob))
+        early = self._early[blob.digest] = _EarlyApply(blob.digest)
+        task = asyncio.get_running_loop().create_task(self._apply(early, blob))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _apply(self, ahead: _Ahead, blob: ImageBlob) -> None:
+    async def _apply(self, early: _EarlyApply, blob: ImageBlob) -> None:
         await self.cores.acquire()
         try:
-            if not ahead.is_taken:
-                ahead.is_running = True
-                ahead.result = await self._applied(blob)
+            if not early.is_taken:
+                early.is_running = True
+                early.result = await self._applied(blob)
         finally:
-            ahead.done.set()
+            early.done.set()
             await self.cores.release()
-        if not ahead.is_taken:
-            ahead.timer = asyncio.get_running_loop().call_later(KEEP_S, self._drop, ahead)
+        if not early.is_taken:
+            early.timer = asyncio.get_running_loop().call_later(KEEP_S, self._drop, early)
 
     async def _applied(self, blob: ImageBlob) -> AppliedBlob | None:
-        """Apply the blob into a layer of its own; None after an error, which the apply in its turn will report."""
-        id = ahead_name(next(self._numbers))
+        """Apply the blob to an early layer; None after an error, which the requested apply will report."""
+        id = early_name(next(self._numbers))
         root = str(self._engine.settings.gear_root)
         try:
             await asyncio.to_thread(self._engine.create, id, "", LayerKind.NEW)
             job = ApplyDiff(gear_root=root, id=id)
             result = (await self._dispatcher.run(job, StoredBlob(str(blob.path)))).result
         except GearError as exc:
-            _log.info("a layer was not applied ahead", blob=blob.digest, error=str(exc))
+            _log.info("a layer was not applied early", blob=blob.digest, error=str(exc))
             return None
         applied = AppliedBlob(blob.digest, id, result.digest, result.stream_bytes)
         if result.error:
-            _log.info("a layer was not applied ahead", blob=blob.digest, error=result.error)
+            _log.info("a layer was not applied early", blob=blob.digest, error=result.error)
             await self.remove(applied)
             return None
         return applied
 
-    def _drop(self, ahead: _Ahead) -> None:
-        """Remove a layer whose turn did not come."""
-        if ahead.is_taken:
+    def _drop(self, early: _EarlyApply) -> None:
+        """Remove an early layer that containerd has not asked for."""
+        if early.is_taken:
             return
-        ahead.is_taken = True
-        self._forget(ahead)
-        if ahead.result is not None:
-            task = asyncio.get_running_loop().create_task(self.remove(ahead.result))
+        early.is_taken = True
+        self._forget(early)
+        if early.result is not None:
+            task = asyncio.get_running_loop().create_task(self.remove(early.result))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _forget(self, ahead: _Ahead) -> None:
-        if ahead.timer is not None:
-            ahead.timer.cancel()
-        if self._ahead.get(ahead.digest) is ahead:
-            del self._ahead[ahead.digest]
+    def _forget(self, early: _EarlyApply) -> None:
+        if early.timer is not None:
+            early.timer.cancel()
+        if self._early.get(early.digest) is early:
+            del self._early[early.digest]
 
 
 async def _is_complete(path: Path) -> bool:
