@@ -20,6 +20,8 @@ DIGEST_XATTR = "trusted.gear.sha256"
 METACOPY_XATTR = "trusted.overlay.metacopy"
 REDIRECT_XATTR = "trusted.overlay.redirect"
 OPAQUE_XATTR = "trusted.overlay.opaque"
+INTERNAL_XATTRS = (b"trusted.overlay.", b"trusted.gear.")
+"""Prefixes of the attributes that only overlays and gearworkers may set."""
 
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 """The base64url alphabet; the directory of an object is RESERVED and one of these characters."""

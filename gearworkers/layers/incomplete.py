@@ -19,9 +19,8 @@ import structlog
 from gearworkers.cas.collector import publishing
 from gearworkers.cas.refs import OBJECTS_FILE
 from gearworkers.cas.store import ObjectStore
-from gearworkers.digest import object_name
 from gearworkers.errors import GearError, NotFound, from_os_error
-from gearworkers.layers.object_list import ObjectList, lowest_digest
+from gearworkers.layers.object_list import ObjectList, find_named
 from gearworkers.layers.record import RECORD_FILE, LayerKind, read_record
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.fs import opened_directory
@@ -62,9 +61,7 @@ class IncompleteLayers:
 
     def find_named(self, name: bytes) -> tuple[bytes, int] | None:
         """Return (digest, size in bytes) of the object with this name of 21 characters; None if no layer has it."""
-        lowest = lowest_digest(name)
-        found = self.objects_between(lowest[:15], lowest[:15]) if lowest is not None else []
-        return next((record for record in found if object_name(record[0]) == name), None)
+        return find_named(self.objects_between, name)
 
     def objects_between(self, first: bytes, last: bytes) -> list[tuple[bytes, int]]:
         """Return the distinct objects in a range of digests, as `ObjectList.between`.

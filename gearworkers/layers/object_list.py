@@ -10,6 +10,7 @@ import binascii
 import bisect
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +60,7 @@ class ObjectList:
 
     def named(self, name: bytes) -> tuple[bytes, int] | None:
         """Return (digest, size in bytes) of the object with this name of 21 characters; None if it is not listed."""
-        lowest = lowest_digest(name)
-        found = self.between(lowest[:15], lowest[:15]) if lowest is not None else []
-        return next((record for record in found if object_name(record[0]) == name), None)
+        return find_named(self.between, name)
 
     def record(self, at: int) -> tuple[bytes, int]:
         """Return (digest, size in bytes) of the object at this position."""
@@ -72,7 +71,19 @@ class ObjectList:
         return self.records[at * REF_RECORD.size : at * REF_RECORD.size + length]
 
 
-def lowest_digest(name: bytes) -> bytes | None:
+def find_named(between: Callable[[bytes, bytes], list[tuple[bytes, int]]], name: bytes) -> tuple[bytes, int] | None:
+    """Return (digest, size in bytes) of the object with this name; None if there is none.
+
+    Args:
+        between: As `ObjectList.between`.
+        name: 21 characters.
+    """
+    lowest = _lowest_digest(name)
+    found = between(lowest[:15], lowest[:15]) if lowest is not None else []
+    return next((record for record in found if object_name(record[0]) == name), None)
+
+
+def _lowest_digest(name: bytes) -> bytes | None:
     """Return the lowest 16-byte prefix of the digests with this object name; None if *name* is not an object's name.
 
     The name determines the first 126 bits; two zero bits follow.

@@ -14,10 +14,10 @@ import errno
 
 import xattr
 
-CAPABILITY = b"security.capability"
+from gearworkers.digest import INTERNAL_XATTRS
+from gearworkers.layers.index.tree_xattrs import CAPABILITY
 
 _KEPT_PREFIXES = (b"user.", b"trusted.", b"system.posix_acl_")
-_DROPPED_PREFIXES = (b"trusted.overlay.", b"trusted.gear.")
 _VERSION_BYTE = 3
 _REVISION_2 = 2
 _REVISION_3 = 3
@@ -47,7 +47,7 @@ def _kept(target: int | bytes) -> dict[bytes, bytes]:
 def _is_kept(name: bytes) -> bool:
     if b"=" in name:
         return False
-    return name == CAPABILITY or (name.startswith(_KEPT_PREFIXES) and not name.startswith(_DROPPED_PREFIXES))
+    return name == CAPABILITY or (name.startswith(_KEPT_PREFIXES) and not name.startswith(INTERNAL_XATTRS))
 
 
 def _portable(capability: bytes) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import stat
 import struct
 
+from gearworkers.digest import METACOPY_XATTR
 from gearworkers.errors import InvalidInput
 
 BLOCK_BITS = 12
@@ -111,5 +112,5 @@ def is_storable(name: bytes) -> bool:
     return any(name.startswith(prefix) for prefix, _ in _PREFIXES)
 
 
-METACOPY = b"trusted.overlay.metacopy"
+METACOPY = METACOPY_XATTR.encode()
 METACOPY_ENTRY = _xattr_entry(METACOPY, b"")

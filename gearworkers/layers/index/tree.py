@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import stat
 
-from gearworkers.digest import RESERVED, object_path
+from gearworkers.digest import OPAQUE_XATTR, REDIRECT_XATTR, RESERVED, object_path
 from gearworkers.errors import InvalidInput, ResourceExhausted
 from gearworkers.layers.idmap import IdMaps
 from gearworkers.layers.index import erofs_format
@@ -30,8 +30,8 @@ MAX_EXTRA_BYTES = 512 << 20
 MAX_CACHED_DIRECTORIES = 1 << 16
 
 _FORMATS = {CHAR: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}
-_REDIRECT = b"trusted.overlay.redirect"
-_OPAQUE = b"trusted.overlay.opaque"
+_REDIRECT = REDIRECT_XATTR.encode()
+_OPAQUE = OPAQUE_XATTR.encode()
 _MAX_NAME_BYTES = 255
 _MAX_SYMLINKS = 40
 _NO_ID = (1 << 32) - 1  # chown(2) keeps the owner for this id

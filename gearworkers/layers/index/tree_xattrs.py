@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import stat
 
+from gearworkers.digest import INTERNAL_XATTRS
 from gearworkers.errors import InvalidInput
 from gearworkers.layers.index import erofs_format
 from gearworkers.tar.entry import shown
 
-_FORBIDDEN = (b"trusted.overlay.", b"trusted.gear.")
 _OMITTED: dict[int, tuple[bytes, ...]] = {
     stat.S_IFDIR: (),
     stat.S_IFREG: (b"system.posix_acl_default",),
@@ -16,7 +16,7 @@ _OMITTED: dict[int, tuple[bytes, ...]] = {
 }
 """By file type. The kernel would list such an attribute but not return it, so no container could change the file."""
 _OMITTED_OF_OTHERS = (b"user.", b"system.posix_acl_default")
-_CAPABILITY = b"security.capability"
+CAPABILITY = b"security.capability"
 
 
 def check_xattrs(xattrs: dict[bytes, bytes]) -> None:
@@ -26,10 +26,10 @@ def check_xattrs(xattrs: dict[bytes, bytes]) -> None:
         InvalidInput: An attribute would redirect reads, is malformed or cannot be stored.
     """
     for name in xattrs:
-        if name.startswith(_FORBIDDEN):
+        if name.startswith(INTERNAL_XATTRS):
             raise InvalidInput(f"its extended attribute {shown(name)} would redirect reads to other layers' files")
-    if _CAPABILITY in xattrs and not _is_capability(xattrs[_CAPABILITY]):
-        raise InvalidInput(f"its {shown(_CAPABILITY)} is malformed")
+    if CAPABILITY in xattrs and not _is_capability(xattrs[CAPABILITY]):
+        raise InvalidInput(f"its {shown(CAPABILITY)} is malformed")
     erofs_format.encode_xattrs(_storable(xattrs))  # raises here, where the error still has the entry's name
 
 
