@@ -65,7 +65,7 @@ def require_finished(directory: Path) -> None:
         FailedPrecondition: An ApplyDiff has begun and not finished.
     """
     if is_unfinished(directory):
-        raise FailedPrecondition(f"layer {directory.name}: its ApplyDiff has not finished; remove it and pull again")
+        raise FailedPrecondition(f"layer {directory.name}: its ApplyDiff has not finished; pull or build again")
 
 
 def is_unfinished(directory: Path) -> bool:

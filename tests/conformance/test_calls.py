@@ -99,7 +99,7 @@ def test_an_incomplete_layer_rejects_all_calls_but_remove(driver: Driver) -> Non
         lambda: driver.get(id),
         lambda: driver.create_read_write(new_layer_id(), id),
     ):
-        with pytest.raises(DriverError, match="remove"):
+        with pytest.raises(DriverError, match="pull or build again"):
             call()
     driver.remove(id)
     assert not driver.exists(id)

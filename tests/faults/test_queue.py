@@ -122,7 +122,7 @@ def test_the_death_of_a_worker_fails_its_call_and_the_next_call_works(plugin: Pl
         status, error = response_on(connection)
         assert status == 500 and b"died" in error
     status, answer = plugin.apply_diff(id, [tar])
-    assert status == 500 and "remove the layer" in str(answer["Err"])
+    assert status == 500 and "pull or build again" in str(answer["Err"])
     plugin.call("Remove", ID=id)
     assert apply(plugin, id, tar)[0] == 200
     assert plugin.diff(id) == (200, tar)
@@ -294,7 +294,7 @@ def test_a_gateway_killed_during_an_import_leaves_no_partial_layer(plugin: Plugi
         wait_until(lambda: not is_staged(stack, id), "the worker has given up")
     stack.start("gateway")
     status, answer = plugin.apply_diff(id, [tar])
-    assert status == 500 and "remove the layer" in str(answer["Err"])
+    assert status == 500 and "pull or build again" in str(answer["Err"])
     plugin.call("Remove", ID=id)
     assert apply(plugin, id, tar)[0] == 200
     assert plugin.diff(id) == (200, tar)
