@@ -143,6 +143,7 @@ def test_a_container_survives_a_killed_gateway(containerd: Containerd, stack: St
     stack.daemons["gateway"].kill()
     assert containerd.ctr("task", "exec", "--exec-id", "a", "lives", "cat", "/etc/hello").startswith("hello")
     stack.start("gateway")
+    containerd.wait_for_gateway()
     assert containerd.ctr("task", "exec", "--exec-id", "b", "lives", "cat", "/etc/hello").startswith("hello")
     containerd.ctr("task", "kill", "-s", "KILL", "lives")
     wait_until(lambda: "STOPPED" in containerd.ctr("task", "ls"), "the container has stopped")

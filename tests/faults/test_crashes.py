@@ -121,7 +121,7 @@ def state(driver: InProcess, complete_tree: dict[bytes, Node]) -> str:
     try:
         driver.get_metadata(LAYER)
     except DriverError as exc:
-        assert "remove it" in str(exc)
+        assert "pull or build again" in str(exc)
         return "unfinished"
     nodes = shown(driver, LAYER)
     if nodes == complete_tree:
