@@ -5,7 +5,7 @@ VENV := .venv/bin
 .PHONY: help setup rootfs images containerd up demo test test-matrix check protos bench
 help:
 	@echo "make setup    install missing Debian packages and build .venv; every other target does so first"
-	@echo "make demo     run the same job on gearworkers and on overlay2 and compare; leaves nothing behind"
+	@echo "make demo     run the same steps on gearworkers and on overlayfs and compare; leaves nothing behind"
 	@echo "make up       run the stack in the foreground until SIGTERM or Ctrl-C"
 	@echo "make check    run linters, type checks and quick tests"
 	@echo "make test     run all tests, those on a real dockerd included"

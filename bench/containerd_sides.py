@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.containerd_host import Containerd, ContainerdDocker
+from tests.support.containerd_host import Containerd, ContainerdDocker, stack_for_containerd
 from tests.support.disk import tree_bytes
 from tests.support.stack import Stack
 
@@ -56,10 +56,7 @@ def containerd_sides(
         docker: Start the dockerds too.
     """
     with ExitStack() as stops:
-        stack = Stack(disk / f"stack{turn}", f"ours{turn}")
-        stack.set(CONTAINERD_ADDRESS=f"/run/docker/private/{stack.name}-ctr/containerd.sock")
-        stops.callback(stack.stop)
-        stack.start()
+        stack = stops.enter_context(stack_for_containerd(disk / f"stack{turn}", f"ours{turn}"))
         ours, peer = (_side(disk / f"{name}{turn}", of) for name, of in (("ours", stack), ("peer", None)))
         for side in (ours, peer):
             stops.callback(side.containerd.stop)

@@ -41,7 +41,6 @@ _NAMES = {
     "gearworkers.lazyfs.fd_keeper": "keeper of the lazy file server",
     "lazyfs": "lazy file server",
     "gearworkers.workers": "workers",
-    "celery": "workers",
     "multiprocessing": _GATEWAYS_POOL,
 }
 """Names of processes by a part of their command line; the first match counts."""

@@ -180,7 +180,7 @@ class Dockerd:
         return self._answer(f"/{kind}/{_in_path(name)}/json", _Inspected, name)
 
     def _answer(self, path: str, of: type[_T], name: str = "") -> _T | None:
-        """Return the answer to a request; None if dockerd does not have what it names."""
+        """Return the answer to a request; None if dockerd has no such image or container."""
         with self._response(path, _TIMEOUT_S) as response:
             body = self._read(response)
         if response.status == http.HTTPStatus.NOT_FOUND:

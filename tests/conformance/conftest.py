@@ -11,6 +11,7 @@ import pytest
 from gearworkers.settings import Settings
 from tests.conformance.drivers import Door, Driver, InProcess, OverSocket
 from tests.conformance.snapshot_door import SnapshotDoor
+from tests.conformance.snapshots import containerd_of, gateway
 from tests.support.containerd import SnapshotClient, connected
 from tests.support.fake_containerd import FakeContainerd
 from tests.support.sandbox import scratch
@@ -58,10 +59,8 @@ def door(request: pytest.FixtureRequest) -> Iterator[Door]:
 @pytest.fixture(scope="session")
 def fake_containerd(stack: Stack) -> Iterator[FakeContainerd]:
     """Yield a content store for the shared stack."""
-    fake = FakeContainerd(Path(stack.settings["CONTAINERD_ADDRESS"]), scratch() / "conformance-content")
-    fake.start()
-    yield fake
-    fake.stop()
+    with containerd_of(stack) as fake:
+        yield fake
 
 
 @pytest.fixture(scope="session")
@@ -81,14 +80,8 @@ def stack() -> Iterator[Stack]:
 def client(request: pytest.FixtureRequest) -> Iterator[SnapshotClient]:
     """Yield containerd's client of a gateway process that the tests of one module share."""
     name = request.module.__name__.rpartition(".")[2]
-    stack = Stack(scratch() / name, name=name)
-    stack.start("gateway")
-    try:
-        with connected(stack.containerd_socket) as client:
-            yield client
-        stack.check_log("gateway")
-    finally:
-        stack.stop("gateway")
+    with gateway(name) as stack, connected(stack.containerd_socket) as client:
+        yield client
 
 
 def check_logs(stack: Stack) -> None:

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.containerd import Labels, SnapshotClient, mounted
+from tests.support.fake_containerd import FakeContainerd
 from tests.support.overlays import Node, snapshot
+from tests.support.sandbox import scratch
+from tests.support.stack import Stack
 
 Change = Callable[[Path], object]
 """Changes a tree, given its top."""
 
 _numbers = itertools.count(1)
+
+
+@contextmanager
+def gateway(name: str) -> Iterator[Stack]:
+    """Run a gateway alone, with *name* in its paths; no log entry may show a bug."""
+    stack = Stack(scratch() / name, name=name)
+    stack.set(CONTAINERD_ADDRESS=str(stack.run_dir / "fake.sock"))
+    stack.start("gateway")
+    try:
+        yield stack
+        stack.check_log("gateway")
+    finally:
+        stack.stop("gateway")
+
+
+@contextmanager
+def containerd_of(stack: Stack) -> Iterator[FakeContainerd]:
+    """Run the containerd whose address the stack has."""
+    fake = FakeContainerd(Path(stack.settings["CONTAINERD_ADDRESS"]), scratch() / f"{stack.name}-content")
+    fake.start()
+    try:
+        yield fake
+    finally:
+        fake.stop()
 
 
 def new_key(word: str) -> str:

@@ -15,10 +15,9 @@ from grpc import StatusCode
 
 from gearworkers.containerd.api.types_pb2 import Descriptor, Mount
 from tests.conformance.layers import directory, file, opaque, symlink, tar, whiteout
-from tests.conformance.snapshots import committed, new_key, shown, tree
+from tests.conformance.snapshots import committed, containerd_of, gateway, new_key, shown, tree
 from tests.support.containerd import Refused, SnapshotClient, connected, mounted, refused
 from tests.support.fake_containerd import FakeContainerd, descriptor
-from tests.support.sandbox import scratch
 from tests.support.stack import Stack
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
@@ -48,22 +47,14 @@ def half(data: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     """Yield a stack whose gateway runs."""
-    stack = Stack(scratch() / "apply", name="apply")
-    stack.set(CONTAINERD_ADDRESS=str(stack.run_dir / "fake.sock"))
-    stack.start("gateway")
-    try:
+    with gateway("apply") as stack:
         yield stack
-        stack.check_log("gateway")
-    finally:
-        stack.stop("gateway")
 
 
 @pytest.fixture(scope="module")
 def containerd(stack: Stack) -> Iterator[FakeContainerd]:
-    fake = FakeContainerd(stack.run_dir / "fake.sock", stack.directory / "content")
-    fake.start()
-    yield fake
-    fake.stop()
+    with containerd_of(stack) as fake:
+        yield fake
 
 
 @pytest.fixture

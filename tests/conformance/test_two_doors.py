@@ -13,22 +13,16 @@ from gearworkers.containerd.api.types_pb2 import Mount
 from gearworkers.mounts.overlay import is_mounted
 from tests.conformance.drivers import OverSocket
 from tests.conformance.layers import apply_layer, file
-from tests.conformance.snapshots import active, committed, new_key, shown, tree
+from tests.conformance.snapshots import active, committed, gateway, new_key, shown, tree
 from tests.support.containerd import SnapshotClient, connected, mounted, refused
 from tests.support.fake_containerd import descriptor
-from tests.support.sandbox import scratch
 from tests.support.stack import Stack
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    stack = Stack(scratch() / "doors", name="doors")
-    stack.start("gateway")
-    try:
+    with gateway("doors") as stack:
         yield stack
-        stack.check_log("gateway")
-    finally:
-        stack.stop("gateway")
 
 
 @pytest.fixture

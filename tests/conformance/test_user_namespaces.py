@@ -16,10 +16,9 @@ from gearworkers.layers.idmap import IdMaps, parse_ranges
 from gearworkers.mounts.overlay import is_mounted, unmount
 from plugin_gateway.containerd.user_namespaces import GID_LABEL, UID_LABEL
 from tests.conformance.layers import NET_RAW, directory, file, tar, with_xattrs
-from tests.conformance.snapshots import active, committed, new_key, shown
+from tests.conformance.snapshots import active, committed, containerd_of, gateway, new_key, shown
 from tests.support.containerd import SnapshotClient, connected, mounted, refused
 from tests.support.fake_containerd import FakeContainerd
-from tests.support.sandbox import scratch
 from tests.support.stack import Stack
 from tests.support.userns import FIRST_ID, RANGES, run_as_root
 
@@ -38,22 +37,14 @@ FILES = tar(
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    stack = Stack(scratch() / "userns", name="userns")
-    stack.set(CONTAINERD_ADDRESS=str(stack.run_dir / "fake.sock"))
-    stack.start("gateway")
-    try:
+    with gateway("userns") as stack:
         yield stack
-        stack.check_log("gateway")
-    finally:
-        stack.stop("gateway")
 
 
 @pytest.fixture(scope="module")
 def running_containerd(stack: Stack) -> Iterator[FakeContainerd]:
-    fake = FakeContainerd(stack.run_dir / "fake.sock", stack.directory / "content")
-    fake.start()
-    yield fake
-    fake.stop()
+    with containerd_of(stack) as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from gearworkers.cas.store import ObjectStore
 from gearworkers.settings import RegistrySettings
 from tests.support.containerd import connected
-from tests.support.containerd_host import Containerd, ContainerdDocker
+from tests.support.containerd_host import Containerd, ContainerdDocker, stack_for_containerd
 from tests.support.images import Image
 from tests.support.leftovers import leftovers
 from tests.support.plugin import read_metrics
@@ -29,11 +29,8 @@ LAYERS = 8
 
 @pytest.fixture(scope="module")
 def stack(disk: Path) -> Iterator[Stack]:
-    stack = Stack(disk / "crashes-stack", "gearx")
-    stack.set(CONTAINERD_ADDRESS="/run/docker/private/gearx-ctr/containerd.sock")
-    stack.start()
-    yield stack
-    stack.stop()
+    with stack_for_containerd(disk / "crashes-stack", "gearx") as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from grpc import StatusCode
 
 from gearworkers.settings import RegistrySettings
 from tests.support.containerd import refused
-from tests.support.containerd_host import Containerd
+from tests.support.containerd_host import Containerd, stack_for_containerd
 from tests.support.cri import Cri, cri, pod_config
 from tests.support.cri_host import MIRROR, add_runtime, prepare_pods, set_snapshotter
 from tests.support.images import Image
@@ -30,11 +30,8 @@ NAMESPACE = "k8s.io"
 
 @pytest.fixture(scope="module")
 def stack(disk: Path) -> Iterator[Stack]:
-    stack = Stack(disk / "cri-stack", "geark")
-    stack.set(CONTAINERD_ADDRESS="/run/docker/private/geark-ctr/containerd.sock")
-    stack.start()
-    yield stack
-    stack.stop()
+    with stack_for_containerd(disk / "cri-stack", "geark") as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")

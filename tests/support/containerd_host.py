@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,28 @@ disabled_plugins = {disabled}
 """
 _CRI = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"]
 """The plugins that serve Kubernetes."""
+
+
+@contextmanager
+def stack_for_containerd(directory: Path, name: str) -> Iterator[Stack]:
+    """Run a stack for a `Containerd` that is started later.
+
+    Args:
+        directory: The stack's.
+        name: The stack's; unique in the sandbox.
+    """
+    stack = Stack(directory, name)
+    stack.set(CONTAINERD_ADDRESS=str(_socket(name)))
+    stack.start()
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+def _socket(name: str) -> Path:
+    """The API of the containerd with this name; a short path."""
+    return Path("/run/docker/private") / f"{name}-ctr" / "containerd.sock"
 
 
 @dataclass
@@ -69,12 +93,12 @@ class Containerd:
     @property
     def run_dir(self) -> Path:
         """Sockets and state; short paths."""
-        return Path("/run/docker/private") / f"{self.stack.name if self.stack else self.directory.name}-ctr"
+        return self.socket.parent
 
     @property
     def socket(self) -> Path:
         """containerd's API."""
-        return self.run_dir / "containerd.sock"
+        return _socket(self.stack.name if self.stack else self.directory.name)
 
     @cached_property
     def version(self) -> Version:
