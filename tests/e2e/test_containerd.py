@@ -398,7 +398,7 @@ def test_containers_survive_the_death_of_all_daemons(
 ) -> None:
     """SIGKILL all daemons and start them in *order*, none of them waiting for another.
 
-    Docker 28 starts last, when containerd calls the gateway: it drops a container if its snapshot is missing then.
+    Docker 28 starts last: if containerd cannot reach the gateway then, `docker exec` fails in running containers.
     """
     is_docker_last = docker.containerd.version >= (2, 0)
     docker.docker("import", "-", "tiny", stdin=tiny_tar())
