@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import socketserver
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,9 +19,14 @@ def no_status() -> LazyStatus:
     raise AssertionError("these tests request no status")
 
 
-def test_connections_that_wait_to_be_accepted_are_not_refused(tmp_path: Path) -> None:
-    with ControlServer(tmp_path / "socket", no_status, {}) as control, ExitStack() as stack:
-        control._server.shutdown()  # it accepts none of them
+def accept_none(server: socketserver.UnixStreamServer) -> tuple[socket.socket, str]:
+    time.sleep(0.01)
+    raise BlockingIOError
+
+
+def test_connections_that_wait_to_be_accepted_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socketserver.UnixStreamServer, "get_request", accept_none)
+    with ControlServer(tmp_path / "socket", no_status, {}), ExitStack() as stack:
         for _ in range(50):
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
             waiting.settimeout(1.0)
