@@ -66,7 +66,7 @@ def _import(side: ContainerdSide, archive: Path, namespace: str) -> None:
 
 def _unpack(side: ContainerdSide, name: str, namespace: str) -> None:
     digest = side.containerd.ctr("images", "ls", f"name=={name}", namespace=namespace).splitlines()[1].split()[2]
-    side.containerd.ctr("snapshots", "--snapshotter", side.snapshotter, "unpack", digest, namespace=namespace)
+    side.containerd.ctr("snapshots", "unpack", "--snapshotter", side.snapshotter, digest, namespace=namespace)
 
 
 def _seconds_of_sync() -> float:

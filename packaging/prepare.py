@@ -40,6 +40,8 @@ PACKAGES = (
     "btrfs-progs",
     "openssl",
     "curl",
+    "pigz",
+    "isal",  # like pigz: overlayfs unpacks with it, if containerd is new enough
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init
     "systemd-container",  # systemd-nspawn, which boots the units in a test
 )
