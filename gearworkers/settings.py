@@ -175,9 +175,9 @@ class NodeSettings:
     )
     worker_processes: Count = setting(
         "GEAR_WORKER_PROCESSES",
-        lambda: os.cpu_count() or 1,
+        lambda: (os.cpu_count() or 1) + 1,
         "Most processes of the import worker, and of the convert worker.",
-        default_text="one per core",
+        default_text="one per core, and one more",
     )
     xino: bool = setting(
         "GEAR_XINO", False, "on: all files of a container have one st_dev, and inode numbers exceed 2^53."

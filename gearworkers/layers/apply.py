@@ -99,7 +99,7 @@ def apply_tar(
             contents.keep_private()
         with _no_garbage_collector():
             contents.fill(index)
-        inode_numbers.write_index(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
+            inode_numbers.write_index(index.image(secrets.token_bytes(16)), build / INDEX_FILE)
         log.close()
         return contents.finish(index.size_bytes())
 

@@ -108,11 +108,11 @@ class Diffs:
             finally:
                 await self._early.remove(found)
         job = ApplyDiff(gear_root=str(self._root), id=layer, parent=parent)
-        await self._early.cores.occupy()
+        await self._early.slots.occupy()
         try:
             result = (await self._dispatcher.run(job, StoredBlob(str(path)))).result
         finally:
-            await self._early.cores.release()
+            await self._early.slots.release()
         _raise_error(result)
         self._metrics.applies.labels("requested").inc()
         return AppliedBlob(digest, layer, result.digest, result.stream_bytes)

@@ -8,14 +8,13 @@ then removed.
 Contents above a private layer must not become public objects. So a layer is applied early only after the beginnings of
 all layers below it have been read, and none has the marker of private layers.
 
-States of a blob: waiting (for its blob or a free core), running, done. All of this runs on the event loop.
+States of a blob: waiting (for its blob or a free slot), running, done. All of this runs on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,27 +61,27 @@ class _EarlyApply:
     timer: asyncio.TimerHandle | None = None
 
 
-class Cores:
-    """Limits early applies to the cores that requested applies leave free."""
+class Slots:
+    """Limits early applies to the worker processes that requested applies leave free."""
 
-    def __init__(self, cores: int) -> None:
-        self._cores = cores
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
         self._busy = 0
         self._changed = asyncio.Condition()
 
     async def acquire(self) -> None:
-        """Wait for a free core and occupy it."""
+        """Wait for a free slot and occupy it."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._busy < self._cores)
+            await self._changed.wait_for(lambda: self._busy < self._slots)
             self._busy += 1
 
     async def occupy(self) -> None:
-        """Occupy a core without waiting: a requested apply goes first."""
+        """Occupy a slot without waiting: a requested apply goes first."""
         async with self._changed:
             self._busy += 1
 
     async def release(self) -> None:
-        """Free a core."""
+        """Free a slot."""
         async with self._changed:
             self._busy -= 1
             self._changed.notify_all()
@@ -96,7 +95,7 @@ class EarlyApplies:
         dispatcher: Runs the jobs.
         blobs: Finds the blobs of an image.
         is_known: Whether a layer that a blob has filled exists already.
-        cores: The number of applies that may run at the same time.
+        slots: The number of applies that may run at the same time; by default that of the worker processes.
     """
 
     def __init__(
@@ -106,9 +105,9 @@ class EarlyApplies:
         blobs: ImageBlobs,
         is_known: Callable[[str], bool],
         *,
-        cores: int | None = None,
+        slots: int | None = None,
     ) -> None:
-        self.cores = Cores(cores or os.cpu_count() or 1)
+        self.slots = Slots(slots or engine.settings.worker_processes)
         self._engine = engine
         self._dispatcher = dispatcher
         self._blobs = blobs
@@ -190,14 +189,14 @@ class EarlyApplies:
         task.add_done_callback(self._tasks.discard)
 
     async def _apply(self, early: _EarlyApply, blob: ImageBlob) -> None:
-        await self.cores.acquire()
+        await self.slots.acquire()
         try:
             if not early.is_taken:
                 early.is_running = True
                 early.result = await self._applied(blob)
         finally:
             early.done.set()
-            await self.cores.release()
+            await self.slots.release()
         if not early.is_taken:
             early.timer = asyncio.get_running_loop().call_later(KEEP_S, self._drop, early)
 

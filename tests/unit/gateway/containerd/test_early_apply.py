@@ -74,11 +74,11 @@ class Image:
 class Node:
     """The parts of one test, on the loop that runs it."""
 
-    def __init__(self, directory: Path, *, layers: int = 4, cores: int = 2) -> None:
+    def __init__(self, directory: Path, *, layers: int = 4, slots: int = 2) -> None:
         self.image, self.layers, self.jobs = Image(directory, layers), Layers(directory), Jobs()
         self.known: set[str] = set()
         parts: Any = (self.layers, self.jobs, self.image, self.known.__contains__)
-        self.early = EarlyApplies(*parts, cores=cores)
+        self.early = EarlyApplies(*parts, slots=slots)
 
     async def begin(self) -> None:
         self.early.begin(BASE, 0, "default")
@@ -95,7 +95,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 30))
 
 
-def test_layers_above_the_first_are_applied_on_free_cores(tmp_path: Path) -> None:
+def test_layers_above_the_first_are_applied_in_free_slots(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
         await node.begin()
@@ -111,10 +111,10 @@ def test_layers_above_the_first_are_applied_on_free_cores(tmp_path: Path) -> Non
 def test_an_apply_in_its_turn_leaves_one_core_less(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
-        await node.early.cores.occupy()
+        await node.early.slots.occupy()
         await node.begin()
         assert node.jobs.paths == ["1"]
-        await node.early.cores.release()
+        await node.early.slots.release()
         await settle()
         assert node.jobs.paths == ["1", "2"]
         await node.early.close()
@@ -170,7 +170,7 @@ def test_a_layer_waits_until_its_blob_is_downloaded(tmp_path: Path) -> None:
 
 def test_no_layer_above_a_private_one_is_applied(tmp_path: Path) -> None:
     async def scenario() -> None:
-        node = Node(tmp_path, cores=8)
+        node = Node(tmp_path, slots=8)
         node.image.blobs[2].path.write_bytes(tar_of([(".gear-private", b""), ("file", BIG)]))
         await node.begin()
         assert node.jobs.paths == ["1"]
@@ -181,7 +181,7 @@ def test_no_layer_above_a_private_one_is_applied(tmp_path: Path) -> None:
 
 def test_known_and_small_layers_are_not_applied_early(tmp_path: Path) -> None:
     async def scenario() -> None:
-        node = Node(tmp_path, cores=8)
+        node = Node(tmp_path, slots=8)
         node.known.add("sha256:1")
         node.image.blobs[2] = node.image.blobs[2]._replace(size_bytes=100)
         await node.begin()
