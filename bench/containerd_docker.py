@@ -28,10 +28,10 @@ def containerd_docker() -> list[Figure]:
         write_image(archive, name, base=tiny_tar())
         _push(disk, archive, name)
         for turn in range(TURNS):
-            with containerd_sides(disk, 2 * turn, docker=True) as sides:
+            with containerd_sides(disk, turn, docker=True) as sides:
                 for side in sides:
                     pulls.add_value(side.is_ours, seconds(side.docker.docker, "pull", name))
-            with containerd_sides(disk, 2 * turn + 1, docker=True) as sides:
+            with containerd_sides(disk, TURNS + turn, docker=True) as sides:
                 for side in sides:
                     loads.add_value(side.is_ours, seconds(side.docker.docker, "load", "-i", str(archive)))
                     alone.add_value(side.is_ours, side.stored_bytes())
