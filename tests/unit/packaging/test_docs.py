@@ -55,7 +55,7 @@ def make_targets() -> set[str]:
     """Return the targets of the Makefile, with a `bench-NAME` for every benchmark."""
     targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     rows = (CHECKOUT / "bench" / "__main__.py").read_text().partition("ROWS:")[2].partition("}")[0]
-    return targets | {f"bench-{name}" for name in re.findall(r'"(\w+)":', rows)}
+    return targets | {f"bench-{name}" for name in re.findall(r'"([a-z-]+)":', rows)}
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(CHECKOUT)))
