@@ -40,8 +40,8 @@ PACKAGES = (
     "btrfs-progs",
     "openssl",
     "curl",
-    "pigz",
-    "isal",  # like pigz: overlayfs unpacks with it, if containerd is new enough
+    "pigz",  # containerd and dockerd decompress with it if it is installed
+    "isal",  # newer versions of containerd prefer it to pigz
     "systemd",  # for systemd-analyze; it comes without systemd-sysv, so it does not become the machine's init
     "systemd-container",  # systemd-nspawn, which boots the units in a test
 )

@@ -95,7 +95,6 @@ class EarlyApplies:
         dispatcher: Runs the jobs.
         blobs: Finds the blobs of an image.
         is_known: Whether a layer that a blob has filled exists already.
-        slots: The number of applies that may run at the same time; by default that of the worker processes.
     """
 
     def __init__(
@@ -104,10 +103,8 @@ class EarlyApplies:
         dispatcher: Dispatcher,
         blobs: ImageBlobs,
         is_known: Callable[[str], bool],
-        *,
-        slots: int | None = None,
     ) -> None:
-        self.slots = Slots(slots or engine.settings.worker_processes)
+        self.slots = Slots(engine.settings.worker_processes)
         self._engine = engine
         self._dispatcher = dispatcher
         self._blobs = blobs

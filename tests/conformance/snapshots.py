@@ -34,7 +34,7 @@ def gateway(name: str) -> Iterator[Stack]:
 
 @contextmanager
 def containerd_of(stack: Stack) -> Iterator[FakeContainerd]:
-    """Run the containerd whose address the stack has."""
+    """Run a fake containerd at the stack's CONTAINERD_ADDRESS."""
     fake = FakeContainerd(Path(stack.settings["CONTAINERD_ADDRESS"]), scratch() / f"{stack.name}-content")
     fake.start()
     try:

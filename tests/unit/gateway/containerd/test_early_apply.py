@@ -27,8 +27,8 @@ BIG = bytes(module.MIN_BLOB_BYTES)
 class Layers:
     """An engine whose layers are names."""
 
-    def __init__(self, root: Path) -> None:
-        self.settings = Settings(gear_root=root)
+    def __init__(self, root: Path, slots: int) -> None:
+        self.settings = Settings(gear_root=root, worker_processes=slots)
         self.names: set[str] = set()
 
     def create(self, id: str, parent: str, kind: object) -> None:
@@ -75,10 +75,10 @@ class Node:
     """The parts of one test, on the loop that runs it."""
 
     def __init__(self, directory: Path, *, layers: int = 4, slots: int = 2) -> None:
-        self.image, self.layers, self.jobs = Image(directory, layers), Layers(directory), Jobs()
+        self.image, self.layers, self.jobs = Image(directory, layers), Layers(directory, slots), Jobs()
         self.known: set[str] = set()
         parts: Any = (self.layers, self.jobs, self.image, self.known.__contains__)
-        self.early = EarlyApplies(*parts, slots=slots)
+        self.early = EarlyApplies(*parts)
 
     async def begin(self) -> None:
         self.early.begin(BASE, 0, "default")
@@ -108,7 +108,7 @@ def test_layers_above_the_first_are_applied_in_free_slots(tmp_path: Path) -> Non
     run(scenario())
 
 
-def test_an_apply_in_its_turn_leaves_one_core_less(tmp_path: Path) -> None:
+def test_a_requested_apply_leaves_one_slot_less(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
         await node.early.slots.occupy()
