@@ -1,7 +1,7 @@
 """The Celery application: queues, acknowledgement, redelivery.
 
-The workers of a node take imports in one process per core, and maintenance in one process. A worker for conversions
-of images may run on any node (`convert_on_workers`)::
+The workers of a node take imports in up to GEAR_WORKER_PROCESSES processes, and maintenance in one process. A worker
+for conversions of images may run on any node (`workers.conversion`)::
 
     python -m gearworkers.workers import push convert
 
