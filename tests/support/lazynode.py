@@ -7,6 +7,8 @@ three control files: `delay_s` (time before each answer), `unreachable` (all req
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import hashlib
 import io
 import os
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +30,14 @@ from gearworkers.lazyfs.server import serve
 from gearworkers.mounts.mountinfo import wait_until_mounted
 from gearworkers.mounts.overlay import unmount
 from gearworkers.settings import Settings
+from gearworkers.util import syscalls
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.processes import PATIENCE_S, wait_until
 
 CHUNK_BYTES = 64 << 10
+MNT_FORCE = 1
+SERVER_LIFE_S = 240.0
+"""A server that runs longer has lost a request; less than the time limit of a test."""
 
 
 class DirectorySource:
@@ -170,6 +177,7 @@ class LazyNode:
         """Start the server; return when it answers."""
         command = [sys.executable, "-m", "tests.support.lazynode", str(self.settings.gear_root.parent)]
         self._server = subprocess.Popen([*command, *(str(source.root) for source in self.sources)])
+        threading.Thread(target=self._watch, args=(self._server,), daemon=True).start()
         wait_until_mounted(self.settings.lazy_mount_path, PATIENCE_S)
         wait_until(lambda: read_status(self.settings.lazyfs_socket) is not None, "the lazy file server answers")
 
@@ -195,10 +203,24 @@ class LazyNode:
         unmount(self.settings.lazy_mount_path)
 
     def _end(self, number: int) -> None:
-        if self._server is not None:
-            self._server.send_signal(number)
-            self._server.wait(PATIENCE_S)
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            server.send_signal(number)
+            server.wait(PATIENCE_S)
+
+    def _watch(self, server: subprocess.Popen[bytes]) -> None:
+        """Abort the file system if the server exits unasked or runs too long: neither signals nor pytest's time limit
+        interrupt a test that waits for its answer.
+        """
+        try:
+            server.wait(SERVER_LIFE_S)
+        except subprocess.TimeoutExpired:
+            server.send_signal(signal.SIGUSR1)  # prints the stacks of its threads
+            time.sleep(1.0)
+        if self._server is server:
+            print(f"aborting the lazy file system: its server has exit code {server.poll()}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                syscalls.umount2(self.settings.lazy_mount_path, MNT_FORCE)
 
 
 @contextmanager
@@ -225,6 +247,7 @@ def gear_tar(files: Mapping[str, bytes]) -> bytes:
 
 
 def _main() -> None:
+    faulthandler.register(signal.SIGUSR1)
     root = Path(sys.argv[1])
     settings = replace(Settings(), gear_root=root / "gear", run_dir=root / "run", fill_delay_s=0.3)
     serve(settings, [DirectorySource(Path(path)) for path in sys.argv[2:]])
