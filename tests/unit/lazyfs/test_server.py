@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import pytest
 
+from gearworkers.cas.locks import GarbageLock
 from gearworkers.cas.store import ObjectStore
 from gearworkers.digest import object_path
+from gearworkers.layers.incomplete import mark_incomplete
 from gearworkers.layers.pins import Pin, Pins
-from gearworkers.layers.record import RECORD_FILE, Layer
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs.client import request_prefetch
 from tests.support.lazynode import CHUNK_BYTES, LazyNode, gear_tar, lazy_node
@@ -36,13 +36,11 @@ def node(tmp_path: Path) -> Iterator[LazyNode]:
         yield one
 
 
-def mark_incomplete(node: LazyNode, id: str) -> None:
-    """Mark a complete layer as incomplete again."""
-    record = node.settings.gear_images_path / id / RECORD_FILE
-    layer = msgspec.json.decode(record.read_bytes(), type=Layer)
-    record.with_suffix(".new").write_bytes(msgspec.json.encode(msgspec.structs.replace(layer, complete=False)))
-    record.with_suffix(".new").rename(record)
-    os.utime(node.settings.gear_images_path)
+def lose(node: LazyNode, id: str, digest: bytes) -> None:
+    """Remove an object of a layer and mark the layer as incomplete, in the order of `gear fsck --repair`."""
+    with GarbageLock(node.settings.gear_root).exclusive():
+        assert mark_incomplete(node.settings.gear_images_path, id)
+        ObjectStore(node.settings.gear_public_cache_path).remove(digest)
 
 
 def fetches(node: LazyNode, kind: str) -> list[str]:
@@ -255,8 +253,7 @@ def test_a_removed_large_object_is_fetched_again_while_an_image_refers_to_it(nod
     with open(root / "lib/large", "rb") as file:
         assert file.read() == LARGE
         wait_until(lambda: store.has(digest), "it is whole")
-    store.remove(digest)
-    mark_incomplete(node, "image")
+    lose(node, "image", digest)
     assert (node.run("c2") / "lib/large").read_bytes() == LARGE
     wait_until(lambda: store.has(digest), "it was fetched again")
 
