@@ -9,6 +9,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import msgspec
+
 from gearworkers.cas.collector import GarbageReport
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.store import ObjectStore
@@ -164,6 +166,14 @@ class Engine:
         """
         layer = self.layers.get(id)
         self.profile_hooks.container_mounted(layer, self.mounts.mount_point(layer))
+
+    @layer_call
+    def create_writable(self, id: str, parent: str, mount_ids: IdMaps) -> None:
+        """Create a read-write layer in one step, as `create` of a NEW layer and `make_writable`; errors as `create`."""
+        layer = msgspec.structs.replace(
+            new_layer(id, parent, LayerKind.NEW, "", 0, mount_ids), kind=LayerKind.CONTAINER
+        )
+        self.layers.create(layer, mount_ids or self.id_maps(), self._top_owner(layer))
 
     @layer_call
     def make_writable(self, id: str) -> None:

@@ -194,8 +194,8 @@ class LayerStore:
 
     # -- creation and removal
 
-    def create(self, layer: Layer, ids: IdMaps) -> None:
-        """Create an empty layer. If the layer has a size limit, call `Quotas.require` first.
+    def create(self, layer: Layer, ids: IdMaps, owner: tuple[int, int] | None = None) -> None:
+        """Create an empty layer; *ids* and *owner* as for `promote`. First `Quotas.require` if it has a size limit.
 
         Raises:
             AlreadyExists: The id is taken.
@@ -209,8 +209,8 @@ class LayerStore:
         with self.build_directory(layer.id) as build:
             if layer.size_limit_bytes:
                 layer = msgspec.structs.replace(layer, project=self.quotas.limit(build, layer.size_limit_bytes))
-            self._lay_out(build, layer, ids)
-            if layer.kind is LayerKind.NEW:
+            self._lay_out(build, layer, ids, owner)
+            if layer.dedupable:
                 apply_once.allow_apply(build)
             _rename(build, self.directory(layer), kernel.Rename.NOREPLACE)
 
@@ -225,9 +225,7 @@ class LayerStore:
         apply_once.require_finished(self._images / layer.id)
         container = msgspec.structs.replace(layer, kind=LayerKind.CONTAINER)
         with self.build_directory(layer.id) as build:
-            self._lay_out(build, container, ids)
-            if owner is not None:
-                os.chown(build / UPPER, *owner)
+            self._lay_out(build, container, ids, owner)
             if apply_once.is_allowed(self._images / layer.id):
                 apply_once.allow_apply(build)
             _rename(build, self._containers / layer.id, kernel.Rename.NOREPLACE)
@@ -417,12 +415,12 @@ class LayerStore:
             with self.build_directory(index.parent.name) as build:
                 renumber(index, self.inode_numbers, build)
 
-    def _lay_out(self, build: Path, layer: Layer, ids: IdMaps) -> None:
+    def _lay_out(self, build: Path, layer: Layer, ids: IdMaps, owner: tuple[int, int] | None) -> None:
         if layer.kind is LayerKind.CONTAINER:
             for name, mode in ((UPPER, 0o755), (WORK, 0o700), (MERGED, 0o700)):
                 (build / name).mkdir(mode=mode)
                 (build / name).chmod(mode)
-            os.chown(build / UPPER, *ids.root)
+            os.chown(build / UPPER, *(owner or ids.root))
             # As overlay2: the container's root can enter the directory but not change its entries.
             os.chown(build, 0, ids.root[1])
             build.chmod(0o710)

@@ -1,8 +1,8 @@
 """The snapshotter: containerd's snapshots as layers of an engine.
 
 A *snapshot* is active (read-write), a view (read-only) or committed. An active snapshot has a layer of its own, which
-stays when the snapshot is committed: Apply makes it an image layer, the first mount makes it a read-write layer. A view
-has no layer; it is a read-only mount of its parent at `views/NUMBER` in GEAR_ROOT.
+stays when the snapshot is committed. It is a read-write layer, or a new layer if the snapshot waits for Apply, which
+makes it an image layer. A view has no layer; it is a read-only mount of its parent at `views/NUMBER` in GEAR_ROOT.
 
 Every mount that containerd gets is a bind of a tree that is mounted here. So containerd and BuildKit never see the
 upper directory, whose files may be references to objects (see docs/design/containerd.md).
@@ -157,7 +157,10 @@ class Snapshots:
             with self._rows.transaction() as rows:
                 snapshot = rows.add(SnapshotKind.ACTIVE, key, parent, labels)
                 parent_layer = rows.get(parent).layer if parent else ""
-                self._engine.create(snapshot.layer, parent_layer, LayerKind.NEW, mount_ids=id_maps(labels))
+                if is_unpack_key(key):
+                    self._engine.create(snapshot.layer, parent_layer, LayerKind.NEW, mount_ids=id_maps(labels))
+                else:
+                    self._engine.create_writable(snapshot.layer, parent_layer, id_maps(labels))
                 created = snapshot.layer
         except BaseException:
             if created:  # and the row could not be written
@@ -200,9 +203,8 @@ class Snapshots:
             if snapshot.kind is SnapshotKind.VIEW:
                 return [_bind(self._mounted_view(snapshot), "ro")]
             layer = self._engine.layers.get(snapshot.layer)
-            if layer.kind is LayerKind.NEW and is_unpack_key(snapshot.name):
+            if layer.kind is LayerKind.NEW:
                 return [Mount(UNPACK_MOUNT, str(self._engine.layers.directory(layer)), ("rw",))]
-            self._engine.make_writable(layer.id)
             target = self._engine.mount(layer.id)
             if layer.kind is LayerKind.IMAGE:
                 return [_bind(target, "ro")]
