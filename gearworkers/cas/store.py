@@ -23,6 +23,8 @@ from gearworkers.util.writing import write_all
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _HOLE_BYTES = 64 * 1024
 _READ_BYTES = 1 << 20
+_FEW_NAMES_BYTES = 1 << 16
+"""Size of a directory of some 2,000 names, which are listed in less than a millisecond."""
 
 
 class ObjectState(Enum):
@@ -180,6 +182,14 @@ class ObjectStore:
             return os.listdir(shard)
         except FileNotFoundError:
             return ()
+
+    def names_if_few(self, char: bytes) -> set[bytes] | None:
+        """Return the names of the files in the shard of this character; None if listing them takes too long."""
+        shard = self._prefix + b"/" + RESERVED + char
+        try:
+            return set(os.listdir(shard)) if os.stat(shard).st_size <= _FEW_NAMES_BYTES else None
+        except FileNotFoundError:
+            return set()
 
 
 class PendingObject:

@@ -11,10 +11,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.cas.inplace import InPlaceLock, forbid_in_place, remove_unfinished
+from gearworkers.cas.inplace import InPlaceLock, UnfinishedObjects, forbid_in_place
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import RefWriter
-from gearworkers.cas.store import ObjectState, ObjectStore
+from gearworkers.cas.store import ObjectStore
 from gearworkers.cas.writer import ContentWriter
 from gearworkers.cas.writer_process import MAX_CONTENT_BYTES
 from gearworkers.errors import InvalidInput, ResourceExhausted
@@ -150,6 +150,7 @@ class _ContentImporter:
         self._staging_fd = staging_fd
         self._root = root
         self._complete = True
+        self._unfinished = UnfinishedObjects(store, staging_fd)
 
     @property
     def _is_private(self) -> bool:
@@ -232,14 +233,12 @@ class _ContentImporter:
             return None
         entry.size_bytes = size_bytes
         self._refs.add(digest, size_bytes)
-        found = self._store.find(digest)
-        if found is not ObjectState.WHOLE and self._complete:
+        if self._complete and not self._store.has(digest):
             self._complete = False
             self._writer.pause()
             forbid_in_place(self._root)
-            found = self._store.find(digest)
-        if found is ObjectState.UNFINISHED:
-            remove_unfinished(self._store, digest, self._staging_fd)
+        if not self._complete:
+            self._unfinished.remove(digest)
         return digest
 
     def _streamed(self, entry: TarEntry) -> bytes:
