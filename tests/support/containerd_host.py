@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gearworkers.containerd.config import Version, snippet
 from tests.support import sandbox
-from tests.support.newer_docker import programs
+from tests.support.newer_docker import containerd_version, programs
 from tests.support.processes import Daemon, wait_until
 from tests.support.stack import Stack
 
@@ -103,9 +103,7 @@ class Containerd:
     @cached_property
     def version(self) -> Version:
         """The version of the program."""
-        command = [str(programs() / "containerd"), "--version"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return Version.parse(text.split()[2])
+        return containerd_version()
 
     def snippet(self) -> str:
         """The text that `gear containerd-config` prints for this containerd."""

@@ -1,6 +1,7 @@
 """A machine that runs systemd: systemd-nspawn with this host's /usr, but its own /etc and /var.
 
-It runs only inside a sandbox, in the sandbox's cgroup and network. The checkout is mounted at /opt/gearworkers.
+It runs only inside a sandbox, in the sandbox's cgroup and network. The checkout is mounted at /opt/gearworkers. Its
+containerd is that of `newer_docker`, since this host's may be too old for gearworkers; its Docker is this host's.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gearworkers.containerd.config import snippet
 from tests.support import sandbox
+from tests.support.newer_docker import containerd_version, programs
 from tests.support.processes import Daemon
 from tests.support.stack import CHECKOUT
 
 HOME = Path("/opt/gearworkers")
+CONTAINERD_CONFIG = "etc/containerd/config.toml"
+"""The file in the machine's root; its text is what `gear containerd-config` prints."""
 UNITS = Path("etc/systemd/system")
 USERS = "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n"
 GROUPS = "root:x:0:\ndocker:x:999:\nnogroup:x:65534:\n"
 _USR_LINKS = ("bin", "sbin", "lib", "lib64")
 _DIRECTORIES = ("usr", "root", "run", "proc", "sys", "dev", "tmp", "opt", "var/lib", "var/log/journal")
+_CONTAINERD_PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2")
+_CONTAINERD_SETTINGS = (Path("/run/gear/containerd.sock"), Path("/var/lib/gear"))
 _POWER_OFF = signal.SIGRTMIN + 4  # systemd(1), "Signals"
 _WRITABLE_CGROUPS = """[Service]
 ExecStartPre=-/bin/mount -o remount,rw /sys/fs/cgroup
@@ -90,7 +97,9 @@ class Machine:
 
 @contextmanager
 def booted(directory: Path) -> Iterator[Machine]:
-    """Boot a machine with the units of packaging/systemd, gear.target enabled, and a dockerd on the gear driver.
+    """Boot a machine with the units of packaging/systemd, gear.target enabled, and dockerd and containerd on gear.
+
+    dockerd uses the same containerd, but only to run containers, in a namespace of its own.
 
     Args:
         directory: The machine's root, made here; on a file system that gearworkers can use.
@@ -120,6 +129,7 @@ def _make_root(root: Path) -> None:
         "etc/passwd": USERS,
         "etc/group": GROUPS,
         "etc/docker/daemon.json": json.dumps({**settings, "cgroup-parent": sandbox.cgroup_parent()}),
+        CONTAINERD_CONFIG: snippet(containerd_version(), *_CONTAINERD_SETTINGS, cri=False),
         "etc/gearworkers/environment": (CHECKOUT / "packaging" / "systemd" / "environment").read_text(),
         f"{UNITS}/default.target": "[Unit]\nWants=docker.service\n",
         f"{UNITS}/docker.service.d/cgroups.conf": _WRITABLE_CGROUPS,
@@ -149,6 +159,7 @@ def _command(root: Path) -> list[str]:
     binds = [f"--bind-ro={path}" for path in {"/usr", str(CHECKOUT), sys.base_prefix}]
     options = ["--boot", "--quiet", f"--directory={root}", "--machine=machine", "--register=no", "--keep-unit"]
     options += ["--capability=all", "--bind=/dev/fuse", "--resolv-conf=off", "--timezone=off", "--link-journal=no"]
+    options += [f"--bind-ro={(programs() / name).resolve()}:/usr/bin/{name}" for name in _CONTAINERD_PROGRAMS]
     options += ["--console=pipe", *binds, f"--bind-ro={CHECKOUT}:{HOME}"]
     return ["sh", "-c", " && ".join([*moves, 'exec systemd-nspawn "$@"']), "nspawn", *options]
 

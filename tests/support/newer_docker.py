@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gearworkers.containerd.config import Version
 from gearworkers.util.locks import locked_file
 from tests.support.rootfs import cache_dir, mirror
 
@@ -38,6 +39,16 @@ def programs() -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: run `make containerd`")
     return path
+
+
+def containerd_version() -> Version:
+    """The version of the program containerd.
+
+    Raises:
+        FileNotFoundError: The directory was not made yet.
+    """
+    command = [str(programs() / "containerd"), "--version"]
+    return Version.parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[2])
 
 
 def make_all() -> None:
