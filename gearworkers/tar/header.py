@@ -47,16 +47,16 @@ _NS = 1_000_000_000
 
 
 def parse_header(block: bytes, offset: int) -> TarEntry:
-    """Parse the header *block* at byte *offset* of the tar.
+    """Parse the header *block* at byte *offset* of the tar, after `parse_type` has verified its checksum.
 
     Returns:
         The entry. `type` has the header's value, not normalised; `size_bytes` is the size field; `stored_bytes` is the
         number of bytes that follow the header.
 
     Raises:
-        InvalidInput: The checksum is wrong, a number is malformed, or the size is negative.
+        InvalidInput: A number is malformed, or the size is negative.
     """
-    kind = parse_type(block, offset)
+    kind = block[_TYPE]
     try:
         mode, uid, gid = _parse_owner(block[_OWNER])
         format, major, minor = _parse_format(block[_FORMAT])
