@@ -23,8 +23,8 @@ from gearworkers.util.writing import write_all
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _HOLE_BYTES = 64 * 1024
 _READ_BYTES = 1 << 20
-_FEW_NAMES_BYTES = 1 << 16
-"""Size of a directory of some 2,000 names, which are listed in less than a millisecond."""
+_SMALL_SHARD_BYTES = 1 << 16
+"""In ext4, the size of a directory of some 2,000 objects."""
 
 
 class ObjectState(Enum):
@@ -183,13 +183,13 @@ class ObjectStore:
         except FileNotFoundError:
             return ()
 
-    def names_if_few(self, char: bytes) -> set[bytes] | None:
-        """Return the names of the files in the shard of this character; None if listing them takes too long."""
-        shard = self._prefix + b"/" + RESERVED + char
+    def names_if_few(self, shard: bytes) -> set[bytes] | None:
+        """Return the names of the files in a shard, as `names`; None if it has too many to list them quickly."""
         try:
-            return set(os.listdir(shard)) if os.stat(shard).st_size <= _FEW_NAMES_BYTES else None
+            is_small = os.stat(shard).st_size <= _SMALL_SHARD_BYTES
         except FileNotFoundError:
             return set()
+        return set(self.names(shard)) if is_small else None
 
 
 class PendingObject:

@@ -169,10 +169,16 @@ class Engine:
 
     @layer_call
     def create_writable(self, id: str, parent: str, mount_ids: IdMaps) -> None:
-        """Create a read-write layer in one step, as `create` of a NEW layer and `make_writable`; errors as `create`."""
-        layer = msgspec.structs.replace(
-            new_layer(id, parent, LayerKind.NEW, "", 0, mount_ids), kind=LayerKind.CONTAINER
-        )
+        """Create a read-write layer in one step; the result is that of `create` with NEW and `make_writable`.
+
+        Args:
+            id, parent, mount_ids: As for `create`.
+
+        Raises:
+            AlreadyExists, NotFound: As `create`.
+        """
+        new = new_layer(id, parent, LayerKind.NEW, mount_label="", mount_ids=mount_ids)
+        layer = msgspec.structs.replace(new, kind=LayerKind.CONTAINER)
         self.layers.create(layer, mount_ids or self.id_maps(), self._top_owner(layer))
 
     @layer_call

@@ -13,7 +13,7 @@ from gearworkers.cas import inplace
 from gearworkers.cas.locks import GarbageLock
 from gearworkers.cas.push_queue import PushQueue
 from gearworkers.cas.refs import OBJECTS_FILE, read_refs
-from gearworkers.cas.store import ObjectState, ObjectStore
+from gearworkers.cas.store import ObjectStore
 from gearworkers.fsck.layers import layer_faults
 from gearworkers.fsck.objects import damaged_objects
 from gearworkers.layers.incomplete import layers_referring_to, mark_incomplete
@@ -97,9 +97,9 @@ class StoreChecker:
         """Remove half-written files under the names of the layer's objects, since overlays would open them."""
         records = read_refs(self._settings.gear_images_path / id / OBJECTS_FILE)
         with self._layers.build_directory(id) as build, opened_directory(build) as build_fd:
+            unfinished = inplace.UnfinishedObjects(self._objects, build_fd)
             for digest, _ in records:
-                if self._objects.find(digest) is ObjectState.UNFINISHED:
-                    inplace.remove_unfinished(self._objects, digest, build_fd)
+                unfinished.remove(digest)
 
     def _mark(self, id: str, on_incomplete: OnIncomplete) -> bool:
         root = self._settings.gear_root

@@ -149,8 +149,8 @@ class _ContentImporter:
         self._build = build
         self._staging_fd = staging_fd
         self._root = root
-        self._complete = True
-        self._unfinished = UnfinishedObjects(store, staging_fd)
+        self._unfinished: UnfinishedObjects | None = None
+        """Set when the first object is missing, which makes the layer incomplete."""
 
     @property
     def _is_private(self) -> bool:
@@ -183,7 +183,7 @@ class _ContentImporter:
             object_bytes,
             self._writer.new_objects,
             self._writer.new_bytes,
-            self._complete,
+            self._unfinished is None,
             self._is_private,
             private_objects,
             private_bytes,
@@ -233,11 +233,11 @@ class _ContentImporter:
             return None
         entry.size_bytes = size_bytes
         self._refs.add(digest, size_bytes)
-        if self._complete and not self._store.has(digest):
-            self._complete = False
+        if self._unfinished is None and not self._store.has(digest):
             self._writer.pause()
             forbid_in_place(self._root)
-        if not self._complete:
+            self._unfinished = UnfinishedObjects(self._store, self._staging_fd)
+        if self._unfinished is not None:
             self._unfinished.remove(digest)
         return digest
 

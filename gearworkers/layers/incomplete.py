@@ -108,9 +108,8 @@ class IncompleteLayers:
         """Check all objects of the layer once more, then mark it complete durably; return whether it is complete."""
         is_complete = mark_complete(self._images, id, store)
         with self._lock:
-            if id in self._layers:
-                self._layers[id].present = 0  # an object was lost after the check, or is lost from now on
-            self._seen_ns = -1  # read the records again: the layer may be incomplete again already
+            self._layers = {known: layer for known, layer in self._layers.items() if known != id}
+            self._seen_ns = -1  # read the records again: the layer may have lost an object before or after the check
         return is_complete
 
     def _find(self, first: bytes, last: bytes) -> list[tuple[bytes, int]]:

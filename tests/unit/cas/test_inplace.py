@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from gearworkers.cas import inplace
-from gearworkers.cas.inplace import InPlaceLock, forbid_in_place
+from gearworkers.cas.inplace import InPlaceLock, UnfinishedObjects, forbid_in_place
 from gearworkers.cas.store import ObjectStore
 from gearworkers.cas.writer import FORK_AFTER_CONTENTS
 from gearworkers.cas.writer_process import BATCH_CONTENTS
 from gearworkers.engine.engine import Engine
 from gearworkers.settings import Settings
+from gearworkers.util.fs import opened_directory
 from plugin_gateway.graphdriver.driver import GearDriver
 from tests.support.lazynode import gear_tar, lazy_node
 from tests.support.processes import PATIENCE_S, wait_until
@@ -138,3 +139,18 @@ def test_an_object_that_is_stored_while_its_unfinished_file_is_removed_is_kept(t
     finally:
         os.close(staging_fd)
     assert sorted(os.listdir(tmp_path)) == ["public"]
+
+
+@pytest.mark.parametrize("others", [1, 3000])
+def test_an_unfinished_file_is_removed_from_a_small_and_from_a_large_shard(others: int, tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path / "public")
+    store.prepare()
+    path = Path(os.fsdecode(store.path(DIGEST)))
+    path.touch()
+    for number in range(others):
+        (path.parent / f"{number:020}").touch()
+    assert (store.names_if_few(os.fsencode(path.parent)) is None) == (others > 1)
+    with opened_directory(tmp_path) as staging_fd:
+        UnfinishedObjects(store, staging_fd).remove(DIGEST)
+        UnfinishedObjects(store, staging_fd).remove(hashlib.sha256(b"absent").digest())
+    assert len(os.listdir(path.parent)) == others
