@@ -1,13 +1,17 @@
 # The commands that README.md and CONTRIBUTING.md show. Every target sets up first; that is quick once done.
 PYTHON ?= python3
 VENV := .venv/bin
+# The stack and the tests start thousands of processes, which would compile all modules again without cached bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup rootfs images containerd up demo test test-matrix check protos bench
+.PHONY: help setup rootfs images containerd up demo test test-matrix check lint quick-tests protos bench
 help:
 	@echo "make setup    install missing Debian packages and build .venv; every other target does so first"
 	@echo "make demo     run the same steps on gearworkers and on overlayfs and compare; leaves nothing behind"
 	@echo "make up       run the stack in the foreground until SIGTERM or Ctrl-C"
 	@echo "make check    run linters, type checks and quick tests"
+	@echo "make lint     run the linters and type checks of make check"
+	@echo "make quick-tests  run the quick tests of make check"
 	@echo "make test     run all tests, those on a real dockerd included"
 	@echo "make protos   generate the messages of containerd's API from their .proto files"
 	@echo "make test-matrix  run the tests of containerd's door on Debian testing's containerd and Docker"
@@ -42,12 +46,18 @@ containerd: setup
 test: rootfs images containerd
 	@exec $(VENV)/python -m tests.support.run
 
+# The tests wait for a part of the time; the type checker uses it.
 check: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lint quick-tests
+
+lint: setup
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	$(VENV)/python -m pytest -q -n auto -m "not dockerd and not slow" tests/unit
+
+quick-tests: setup
+	$(VENV)/python -m pytest -q -n auto --in-memory -m "not dockerd and not slow" tests/unit
 
 # The tests of containerd's door on Debian testing's containerd and Docker.
 test-matrix: rootfs

@@ -64,7 +64,6 @@ def main() -> None:
     install_packages(missing_packages())
     if not is_venv_current():
         build_venv()
-    compile_modules()
     if is_installed("busybox") and not BUSYBOX.exists():
         unpack_busybox()
     warn_about_docker()
@@ -251,12 +250,6 @@ def build_venv() -> None:
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--use-pep517"]
     subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[dev]"], cwd=CHECKOUT, check=True)
     STAMP.write_text(current_stamp())
-
-
-def compile_modules() -> None:
-    """Compile changed modules, since with PYTHONDONTWRITEBYTECODE every process of a stack or test would do that."""
-    packages = ["gearworkers", "plugin_gateway", "tests", "bench"]
-    subprocess.run([str(VENV / "bin" / "python"), "-m", "compileall", "-q", *packages], cwd=CHECKOUT, check=True)
 
 
 if __name__ == "__main__":

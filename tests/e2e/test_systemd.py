@@ -23,7 +23,7 @@ PARTS = ("gear-redis", "gear-gateway", "gear-workers", "gear-lazyfs")
 MORE_STARTS_THAN_SYSTEMD_ALLOWS = 6
 """systemd's default limit is five starts in ten seconds."""
 LIST_SNAPSHOTS = ("ctr", "snapshots", "--snapshotter=gear", "ls")
-CONTAINERDS_IMAGE = "docker.io/library/tiny:1"
+CONTAINERD_IMAGE = "docker.io/library/tiny:1"
 EXIT_CODE = 37
 EXIT = ("sh", "-c", f"exit {EXIT_CODE}")
 SLEEP_UNTIL_SIGTERM = ("sh", "-c", "trap exit TERM; sleep 1000 & wait")
@@ -31,10 +31,10 @@ SLEEP_UNTIL_SIGTERM = ("sh", "-c", "trap exit TERM; sleep 1000 & wait")
 
 @pytest.fixture(scope="module")
 def machine(disk: Path) -> Iterator[Machine]:
-    """A booted machine whose dockerd and containerd have an image; the last test powers it off."""
+    """A booted machine with one image in dockerd and one in containerd. The last test powers the machine off."""
     with booted(disk / "machine") as machine:
         machine.run("docker", "import", "-", "tiny", stdin=tiny_tar())
-        archive = Image([tiny_tar()]).saved(CONTAINERDS_IMAGE)
+        archive = Image([tiny_tar()]).saved(CONTAINERD_IMAGE)
         machine.run("ctr", "images", "import", "--snapshotter=gear", "-", stdin=archive)
         yield machine
 
@@ -59,7 +59,7 @@ def test_systemd_restarts_all_services_around_containerd(machine: Machine) -> No
     printed = machine.run(GEAR, "containerd-config")
     assert printed == (machine.directory / CONTAINERD_CONFIG).read_text().strip()
     machine.run(GEAR, "containerd-config", "--check")
-    machine.run(*ctr_run("-d", "--null-io"), CONTAINERDS_IMAGE, "running", *SLEEP_UNTIL_SIGTERM)
+    machine.run(*ctr_run("-d", "--null-io"), CONTAINERD_IMAGE, "running", *SLEEP_UNTIL_SIGTERM)
     kill_gateway(machine)
     assert runs_in(machine, "running"), "the gateway was killed"
     wait_until(lambda: machine.call(*LIST_SNAPSHOTS).returncode == 0, "containerd calls the gateway again")
@@ -84,7 +84,7 @@ def test_systemd_stops_the_services_after_dockerd_and_containerd(machine: Machin
     slow.write_text("[Service]\nExecStop=/usr/bin/sleep 3\n")
     machine.run("systemctl", "daemon-reload")
     machine.run("docker", "run", "-d", "--stop-timeout=3", *NO_NETWORK, "tiny", "sleep", "1000")
-    machine.run(*ctr_run("-d", "--null-io"), CONTAINERDS_IMAGE, "last", *SLEEP_UNTIL_SIGTERM)
+    machine.run(*ctr_run("-d", "--null-io"), CONTAINERD_IMAGE, "last", *SLEEP_UNTIL_SIGTERM)
     machine.power_off()
     stopped = machine.stopped_units()
     for daemon in ("docker.service", "containerd.service"):
@@ -127,4 +127,4 @@ def runs_in(machine: Machine, container: str, namespace: str = "default") -> boo
 
 def starts(machine: Machine, name: str) -> bool:
     """Return whether a new container of containerd runs a program."""
-    return machine.call(*ctr_run("--rm"), CONTAINERDS_IMAGE, name, *EXIT).returncode == EXIT_CODE
+    return machine.call(*ctr_run("--rm"), CONTAINERD_IMAGE, name, *EXIT).returncode == EXIT_CODE

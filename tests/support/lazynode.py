@@ -7,7 +7,6 @@ three control files: `delay_s` (time before each answer), `unreachable` (all req
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import hashlib
 import io
@@ -19,7 +18,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from tests.support.processes import PATIENCE_S, wait_until
 CHUNK_BYTES = 64 << 10
 MNT_FORCE = 1
 SERVER_LIFE_S = 240.0
-"""A server that runs longer has lost a request; less than the time limit of a test."""
+"""A server that runs longer is taken for one that does not answer; less than pytest's time limit."""
 
 
 class DirectorySource:
@@ -209,8 +208,9 @@ class LazyNode:
             server.wait(PATIENCE_S)
 
     def _watch(self, server: subprocess.Popen[bytes]) -> None:
-        """Abort the file system if the server exits unasked or runs too long: neither signals nor pytest's time limit
-        interrupt a test that waits for its answer.
+        """Abort the file system if the server exits by itself or runs too long, so that the test fails.
+
+        A test that waits for the server's answer waits in the kernel, where pytest's time limit does not interrupt it.
         """
         try:
             server.wait(SERVER_LIFE_S)
@@ -219,7 +219,7 @@ class LazyNode:
             time.sleep(1.0)
         if self._server is server:
             print(f"aborting the lazy file system: its server has exit code {server.poll()}", file=sys.stderr)
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 syscalls.umount2(self.settings.lazy_mount_path, MNT_FORCE)
 
 

@@ -1,7 +1,7 @@
 """A machine that runs systemd: systemd-nspawn with this host's /usr, but its own /etc and /var.
 
-It runs only inside a sandbox, in the sandbox's cgroup and network. The checkout is mounted at /opt/gearworkers. Its
-containerd is that of `newer_docker`, since this host's may be too old for gearworkers; its Docker is this host's.
+It runs only inside a sandbox, in the sandbox's cgroup and network. The checkout is mounted at /opt/gearworkers.
+containerd comes from `newer_docker`, since this host's may be too old for gearworkers. Docker is this host's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.stack import CHECKOUT
 
 HOME = Path("/opt/gearworkers")
 CONTAINERD_CONFIG = "etc/containerd/config.toml"
-"""The file in the machine's root; its text is what `gear containerd-config` prints."""
+"""The path in the machine's root. The file contains the output of `gear containerd-config`."""
 UNITS = Path("etc/systemd/system")
 USERS = "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n"
 GROUPS = "root:x:0:\ndocker:x:999:\nnogroup:x:65534:\n"
@@ -97,9 +97,9 @@ class Machine:
 
 @contextmanager
 def booted(directory: Path) -> Iterator[Machine]:
-    """Boot a machine with the units of packaging/systemd, gear.target enabled, and dockerd and containerd on gear.
+    """Boot a machine with the units of packaging/systemd, gear.target, and a dockerd and a containerd that use them.
 
-    dockerd uses the same containerd, but only to run containers, in a namespace of its own.
+    dockerd runs its containers in the same containerd, in the namespace moby. It stores its images by the graph driver.
 
     Args:
         directory: The machine's root, made here; on a file system that gearworkers can use.

@@ -42,7 +42,7 @@ def programs() -> Path:
 
 
 def containerd_version() -> Version:
-    """The version of the program containerd.
+    """Return the version of the containerd in `programs`.
 
     Raises:
         FileNotFoundError: The directory was not made yet.

@@ -32,11 +32,11 @@ def main(arguments: list[str]) -> int:
         files = [None, *(stack.enter_context(path.open("wb")) for path in outputs)]
         running = [
             subprocess.Popen(
-                [sys.executable, "-m", "pytest", f"--basetemp={name}/{number}", *part, *arguments],
+                [sys.executable, "-m", "pytest", "--in-memory", *part, *arguments],
                 stdout=file,
                 stderr=file and subprocess.STDOUT,
             )
-            for number, (part, file) in enumerate(zip(parts(), files, strict=True))
+            for part, file in zip(parts(), files, strict=True)
         ]
 
         def forward(number: int, _: FrameType | None) -> None:
