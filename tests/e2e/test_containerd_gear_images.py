@@ -143,6 +143,9 @@ def session_host(disk: Path) -> Iterator[Host]:
 @pytest.fixture
 def host(session_host: Host) -> Host:
     session_host.reset()
+    wait_until(lambda: not session_host.stack.recorders(), "all starts are recorded")
+    for path in session_host.profiles():
+        path.unlink()
     return session_host
 
 
@@ -197,8 +200,6 @@ def test_namespaces_share_the_layers_of_an_incomplete_image(host: Host) -> None:
 
 
 def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: Host) -> None:
-    for path in host.profiles():
-        path.unlink()
     host.pull()
     assert host.run("one", *READ).startswith("3 3 3")
     wait_until(lambda: bool(host.profiles()), "the start is recorded", 60.0, host.stack.logs)

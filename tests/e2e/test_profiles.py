@@ -86,9 +86,9 @@ def test_a_container_keeps_running_and_its_recorder_ends_when_the_gateway_is_kil
     host = recording_host
     host.pull()
     container = host.start()
-    wait_until(lambda: bool(_recorders(host)), "the recorder runs", 60.0, lambda: host.stack.logs())
+    wait_until(lambda: bool(host.stack.recorders()), "the recorder runs", 60.0, lambda: host.stack.logs())
     host.stack.kill("gateway")
-    wait_until(lambda: not _recorders(host), "the recorder has ended", 60.0)
+    wait_until(lambda: not host.stack.recorders(), "the recorder has ended", 60.0)
     host.stack.start("gateway")
     assert host.dockerd.docker("exec", container, "git", "--version").startswith("git version")
     host.dockerd.docker("rm", "-f", container)
@@ -130,17 +130,3 @@ def _contents(host: LazyHost, found: Profile) -> int:
 
 def _overlap(chunk: Chunk, offset: int, size_bytes: int) -> bool:
     return chunk.offset < offset + size_bytes and offset < chunk.offset + chunk.size_bytes
-
-
-def _recorders(host: LazyHost) -> list[int]:
-    """Return the pids of the host's recorders."""
-    root = f"GEAR_ROOT={host.stack.root}".encode()
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            is_recorder = b"gearworkers.profiles.recorder" in (process / "cmdline").read_bytes().split(b"\0")
-            if is_recorder and root in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-        except OSError:
-            continue  # the process has ended
-    return found

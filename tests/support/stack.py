@@ -195,6 +195,19 @@ class Stack:
         """Return when staging is empty: no import is in progress, and none was left unfinished."""
         wait_until(lambda: not self.staged(), "staging is empty", timeout_s, lambda: str(self.staged()))
 
+    def recorders(self) -> list[int]:
+        """Return the pids of the processes that record the start of a container."""
+        root = f"GEAR_ROOT={self.root}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                is_recorder = b"gearworkers.profiles.recorder" in (process / "cmdline").read_bytes().split(b"\0")
+                if is_recorder and root in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+            except OSError:
+                continue  # the process has ended
+        return found
+
     def staged(self) -> list[str]:
         """Return up to 50 paths below staging."""
         build = self.root / "build"
