@@ -41,3 +41,8 @@ def object_path(digest: bytes) -> bytes:
     """Return the object's path in a cache, 24 bytes, absolute as in an overlay redirect."""
     name = object_name(digest)
     return b"/\x01" + name[:1] + b"/" + name[1:]
+
+
+def shard_number(digest: bytes) -> int:
+    """Return the position in ALPHABET of the character that names the object's directory."""
+    return digest[0] >> 2

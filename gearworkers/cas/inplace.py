@@ -18,11 +18,13 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Collection, Iterable
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 from gearworkers.cas.store import ObjectState, ObjectStore
-from gearworkers.digest import DIGEST_XATTR
+from gearworkers.digest import DIGEST_XATTR, shard_number
 from gearworkers.errors import from_os_error
 from gearworkers.util import syscalls as kernel
 from gearworkers.util.locks import locked_file, open_lock_file
@@ -32,6 +34,8 @@ _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _FORBIDDEN_FILE = "incomplete-layers"
 _LOST_FILE = "lost-objects"
 _LOCK_FILE = "inplace.lock"
+_PATHS_TO_LIST = 4
+"""Listing a shard takes five system calls, looking up an object takes one."""
 
 
 def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd: int) -> bool:
@@ -119,17 +123,39 @@ def forbid_in_place(root: Path) -> None:
         pass
 
 
-def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> None:
-    """Remove the file that a killed import left under the object's name, since an overlay would open it.
+def remove_unfinished(store: ObjectStore, digests: Iterable[bytes], staging_fd: int) -> None:
+    """Remove the files that killed imports left under the names of these objects, since an overlay would open them.
+
+    Call it after `forbid_in_place`, when no import can leave more of them. Most objects of a new layer are not in the
+    store, so listing each small shard once is faster than looking up each object.
 
     Args:
-        store: The store that contains the file.
-        digest: An object that was found as `ObjectState.UNFINISHED` after `forbid_in_place`.
-        staging_fd: A directory on the store's file system that only the caller uses; a crash leaves the file there.
+        store: The store that contains the files.
+        digests: Objects; this is fastest if they are sorted.
+        staging_fd: A directory on the store's file system that only the caller uses; a crash leaves a file there.
 
-    If the object has been stored meanwhile, it is invisible for a moment and then stays.
+    Raises:
+        IntegrityError: Another content is stored under the name of one of the objects.
     """
-    path, name = store.path(digest), b"unfinished"
+    for _, group in groupby(digests, key=shard_number):
+        wanted = {store.path(digest): digest for digest in group}
+        for path in _existing(store, wanted):
+            if store.find(wanted[path]) is ObjectState.UNFINISHED:
+                _remove_unfinished_file(path, staging_fd)
+
+
+def _existing(store: ObjectStore, paths: Collection[bytes]) -> Iterable[bytes]:
+    """Return those of the *paths*, all in one shard, that exist; or all of them, if that is cheaper."""
+    if len(paths) < _PATHS_TO_LIST:
+        return paths
+    shard = next(iter(paths)).rpartition(b"/")[0] + b"/"
+    names = store.names_if_few(shard)
+    return paths if names is None else [path for path in paths if path[len(shard) :] in names]
+
+
+def _remove_unfinished_file(path: bytes, staging_fd: int) -> None:
+    """Remove the file; if it has become an object meanwhile, it is invisible for a moment and then stays."""
+    name = b"unfinished"
     try:
         os.rename(path, name, dst_dir_fd=staging_fd)
         if DIGEST_XATTR in os.listxattr(b"/proc/self/fd/%d/%s" % (staging_fd, name)):
@@ -140,34 +166,7 @@ def remove_unfinished(store: ObjectStore, digest: bytes, staging_fd: int) -> Non
     except FileNotFoundError:
         return  # the garbage collector has removed it
     except OSError as exc:
-        raise from_os_error(exc, f"remove the unfinished object {digest.hex()}") from exc
-
-
-class UnfinishedObjects:
-    """The files that killed imports left under the names of objects; arguments as for `remove_unfinished`.
-
-    Create it after `forbid_in_place`, when no import can leave more of them. Most objects of a new layer are not in the
-    store, so listing each small shard once is faster than looking up each object.
-    """
-
-    def __init__(self, store: ObjectStore, staging_fd: int) -> None:
-        self._store = store
-        self._staging_fd = staging_fd
-        self._names: dict[bytes, set[bytes] | None] = {}
-        """The names in each shard that was looked at; None for a large shard."""
-
-    def remove(self, digest: bytes) -> None:
-        """Remove the unfinished file of an object, if there is one.
-
-        Raises:
-            IntegrityError: Another content is stored under the object's name.
-        """
-        shard, _, name = self._store.path(digest).rpartition(b"/")
-        if shard not in self._names:
-            self._names[shard] = self._store.names_if_few(shard)
-        names = self._names[shard]
-        if (names is None or name in names) and self._store.find(digest) is ObjectState.UNFINISHED:
-            remove_unfinished(self._store, digest, self._staging_fd)
+        raise from_os_error(exc, f"remove the unfinished file {os.fsdecode(path)}") from exc
 
 
 def touch_incomplete_layers(root: Path) -> None:

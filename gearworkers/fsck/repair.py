@@ -97,9 +97,7 @@ class StoreChecker:
         """Remove half-written files under the names of the layer's objects, since overlays would open them."""
         records = read_refs(self._settings.gear_images_path / id / OBJECTS_FILE)
         with self._layers.build_directory(id) as build, opened_directory(build) as build_fd:
-            unfinished = inplace.UnfinishedObjects(self._objects, build_fd)
-            for digest, _ in records:
-                unfinished.remove(digest)
+            inplace.remove_unfinished(self._objects, (digest for digest, _ in records), build_fd)
 
     def _mark(self, id: str, on_incomplete: OnIncomplete) -> bool:
         root = self._settings.gear_root

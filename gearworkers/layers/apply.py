@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearworkers.cas.inplace import InPlaceLock, UnfinishedObjects, forbid_in_place
+from gearworkers.cas.inplace import InPlaceLock, forbid_in_place, remove_unfinished
 from gearworkers.cas.push_queue import PushQueue
-from gearworkers.cas.refs import RefWriter
+from gearworkers.cas.refs import OBJECTS_FILE, RefWriter, read_refs
 from gearworkers.cas.store import ObjectStore
 from gearworkers.cas.writer import ContentWriter
 from gearworkers.cas.writer_process import MAX_CONTENT_BYTES
@@ -149,8 +149,8 @@ class _ContentImporter:
         self._build = build
         self._staging_fd = staging_fd
         self._root = root
-        self._unfinished: UnfinishedObjects | None = None
-        """Set when the first object is missing, which makes the layer incomplete."""
+        self._is_complete = True
+        """False from the first missing object on."""
 
     @property
     def _is_private(self) -> bool:
@@ -175,6 +175,10 @@ class _ContentImporter:
         objects, object_bytes = self._refs.seal()
         private_objects, private_bytes = self._own_refs.seal() if self._is_private else (0, 0)
         self._writer.flush()
+        if not self._is_complete:
+            remove_unfinished(
+                self._store, (digest for digest, _ in read_refs(self._build / OBJECTS_FILE)), self._staging_fd
+            )
         if self._is_private:
             self._own_store.drop_empty_shards()
         return Applied(
@@ -183,7 +187,7 @@ class _ContentImporter:
             object_bytes,
             self._writer.new_objects,
             self._writer.new_bytes,
-            self._unfinished is None,
+            self._is_complete,
             self._is_private,
             private_objects,
             private_bytes,
@@ -233,12 +237,10 @@ class _ContentImporter:
             return None
         entry.size_bytes = size_bytes
         self._refs.add(digest, size_bytes)
-        if self._unfinished is None and not self._store.has(digest):
+        if self._is_complete and not self._store.has(digest):
             self._writer.pause()
             forbid_in_place(self._root)
-            self._unfinished = UnfinishedObjects(self._store, self._staging_fd)
-        if self._unfinished is not None:
-            self._unfinished.remove(digest)
+            self._is_complete = False
         return digest
 
     def _streamed(self, entry: TarEntry) -> bytes:

@@ -105,7 +105,8 @@ class TarReader:
         if self._ended:
             return None
         self._leave_entry()
-        records: pax.Records | None = None
+        records: pax.Records = {}
+        gear: tuple[bytes, int] | None = None
         long_name = long_link = b""
         extended = False
         while True:
@@ -123,14 +124,16 @@ class TarReader:
             elif kind == _LONG_LINK:
                 long_link = c_string(special)
             elif kind == _RECORDS:
-                records = _records(special, block, offset)
+                gear = pax.parse_gear_records(special)
+                records = {} if gear is not None else _records(special, block, offset)
             else:  # Go returns a global header as an entry, which ends the effect of earlier headers.
                 _records(special, block, offset)
-                records, long_name, long_link = None, b"", b""
+                records, gear, long_name, long_link = {}, None, b"", b""
         entry = parse_header(block, offset)
         self._name = entry.name
         if extended or kind not in _FILES:
-            self._complete(entry, block, records or {}, long_name, long_link)
+            entry.gear = gear
+            self._complete(entry, block, records, long_name, long_link)
         elif kind != REG:
             entry.size_bytes = 0
         self._begin_content(entry)
@@ -301,7 +304,8 @@ class TarReader:
     ) -> None:
         """Apply the extended headers to *entry*, normalise its type, and find its sparse map."""
         try:
-            pax.merge(entry, records)
+            if records:
+                pax.merge(entry, records)
             entry.name = long_name or entry.name
             entry.linkname = long_link or entry.linkname
             self._name = entry.name

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.cas import inplace
-from gearworkers.cas.inplace import InPlaceLock, UnfinishedObjects, forbid_in_place
-from gearworkers.cas.store import ObjectStore
+from gearworkers.cas.inplace import InPlaceLock, forbid_in_place, remove_unfinished
+from gearworkers.cas.store import ObjectState, ObjectStore
 from gearworkers.cas.writer import FORK_AFTER_CONTENTS
 from gearworkers.cas.writer_process import BATCH_CONTENTS
 from gearworkers.engine.engine import Engine
@@ -127,30 +126,35 @@ def test_a_gear_layer_does_not_show_the_half_written_file_of_a_killed_import(tmp
         assert (node.run("container") / "etc/file").read_bytes() == FILES["etc/file"]
 
 
-def test_an_object_that_is_stored_while_its_unfinished_file_is_removed_is_kept(tmp_path: Path) -> None:
+def test_an_object_that_is_stored_while_its_unfinished_file_is_removed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ObjectStore(tmp_path / "public")
     store.prepare()
-    staging_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened_directory(tmp_path) as staging_fd:
         store.put(DIGEST, memoryview(FILES["etc/file"]), staging_fd)
-        inplace.remove_unfinished(store, DIGEST, staging_fd)
-        assert store.has(DIGEST)
-        inplace.remove_unfinished(store, hashlib.sha256(b"absent").digest(), staging_fd)
-    finally:
-        os.close(staging_fd)
+        monkeypatch.setattr(store, "find", lambda digest: ObjectState.UNFINISHED)
+        remove_unfinished(store, [DIGEST], staging_fd)
+    assert ObjectStore(tmp_path / "public").has(DIGEST)
     assert sorted(os.listdir(tmp_path)) == ["public"]
 
 
 @pytest.mark.parametrize("others", [1, 3000])
-def test_an_unfinished_file_is_removed_from_a_small_and_from_a_large_shard(others: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [1, 1000])
+def test_unfinished_files_are_removed_and_objects_stay(others: int, wanted: int, tmp_path: Path) -> None:
     store = ObjectStore(tmp_path / "public")
     store.prepare()
-    path = Path(os.fsdecode(store.path(DIGEST)))
-    path.touch()
+    digests = sorted(hashlib.sha256(b"%d" % number).digest() for number in range(wanted))
+    unfinished = digests[::3]
+    for digest in unfinished:
+        Path(os.fsdecode(store.path(digest))).write_bytes(b"half")
+    shard = Path(os.fsdecode(store.path(unfinished[0]))).parent
     for number in range(others):
-        (path.parent / f"{number:020}").touch()
-    assert (store.names_if_few(os.fsencode(path.parent)) is None) == (others > 1)
+        (shard / f"{number:020}").touch()
+    assert (store.names_if_few(os.fsencode(shard)) is None) == (others > 1)
     with opened_directory(tmp_path) as staging_fd:
-        UnfinishedObjects(store, staging_fd).remove(DIGEST)
-        UnfinishedObjects(store, staging_fd).remove(hashlib.sha256(b"absent").digest())
-    assert len(os.listdir(path.parent)) == others
+        store.put(DIGEST, memoryview(FILES["etc/file"]), staging_fd)
+        remove_unfinished(store, [DIGEST, *digests], staging_fd)
+    assert {store.find(digest) for digest in digests} == {ObjectState.ABSENT}
+    assert store.has(DIGEST)
+    assert len(list(tmp_path.glob("public/*/*"))) == others + 1

@@ -150,6 +150,16 @@ def test_gear_records_name_content_that_is_not_in_the_tar() -> None:
     assert (entry.gear, entry.size_bytes, entry.stored_bytes) == ((b"\xab" * 32, 7), 7, 0)
 
 
+@pytest.mark.parametrize("others", [[], [(b"uid", b"7")], [(b"path", b"b"), (b"SCHILY.xattr.user.x", b"y")]])
+def test_gear_records_alone_are_read_as_those_with_others(others: list[tuple[bytes, bytes]]) -> None:
+    gear = (b"GEAR.sha256", b"ab" * 32), (b"GEAR.size", b"%d" % (1 << 50))
+    entry = only_entry(extended(*gear, *others) + member(TarEntry(b"a")) + END)
+    assert (entry.gear, entry.size_bytes) == ((b"\xab" * 32, 1 << 50), 1 << 50)
+    assert only_entry(extended(*gear) + extended((b"gid", b"8")) + a_file() + END).gear is None
+    later = only_entry(extended((b"uid", b"7")) + extended(*gear) + member(TarEntry(b"a")) + END)
+    assert (later.uid, later.gear) == (0, entry.gear)
+
+
 @pytest.mark.parametrize("empty", [b"", bytes(512), END, bytes(10240)])
 def test_an_empty_archive_has_no_entries(empty: bytes) -> None:
     read = read_tar(empty)
@@ -204,6 +214,7 @@ def test_the_archive_ends_with_two_zero_blocks_one_or_none(end: bytes) -> None:
         (extended((b"GEAR.guard", b"1")) + a_file(), "guard"),
         (extended((b"GEAR.sha256", b"ab" * 32), (b"GEAR.size", b"4")) + a_file(), "Gear"),
         (extended((b"GEAR.sha256", b"ab"), (b"GEAR.size", b"5")) + a_file(), "Gear"),
+        (special(b"x", b"80 GEAR.sha256=%b\n16 GEAR.size=5\n" % (b"ab" * 32)) + a_file(), "length"),
         (special(b"x", b"x" * ((1 << 20) + 1)), "larger than"),
         (special(b"L", b"x" * ((1 << 20) + 1)), "larger than"),
         (extended((b"GNU.sparse.map", b"0,9"), (b"GNU.sparse.numblocks", b"1")) + a_file(), "outside the file"),
