@@ -34,6 +34,8 @@ from tests.support.stack import Stack
 
 GEAR = [sys.executable, "-c", "from gearworkers.cli.main import main; main()"]
 DAY_S = 24 * 3600
+CELERY_COUNTS = "celery-taskset-meta-*.j"
+"""Keys in Redis, one for each chord with a finished task."""
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +194,12 @@ def test_results_expire_after_a_day(stack: Stack) -> None:
 
 
 def test_only_the_layer_of_a_killed_process_is_converted_again(stack: Stack, peer: Registry) -> None:
+    client = redis.Redis(unix_socket_path=str(stack.redis_socket))
+    before = set(client.keys(CELERY_COUNTS))
     process = begin_partial_conversion(stack, peer, "killed", 4)
-    time.sleep(0.5)  # until Celery has counted the finished layer: a kill before that loses the whole chord
+    # A kill before this loses the whole chord.
+    wait_until(lambda: bool(set(client.keys(CELERY_COUNTS)) - before), "Celery has counted the finished layer")
+    client.close()
     for pid in children(stack):
         os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
