@@ -189,7 +189,7 @@ class NodeSettings:
         "GEAR_FILL_DELAY_S", 10.0, "Seconds without a read after which the rest of a large file is fetched."
     )
     profile_window_s: SecondsOrZero = setting(
-        "GEAR_PROFILE_WINDOW_S", 30.0, "Seconds for which the first start of a Gear image is recorded; 0: never."
+        "GEAR_PROFILE_WINDOW_S", 60.0, "Seconds for which the first start of a Gear image is recorded; 0: never."
     )
     docker_host: str = setting(
         "DOCKER_HOST", "unix:///var/run/docker.sock", "The dockerd that `gear` asks: unix:///PATH or tcp://HOST:PORT."
