@@ -34,8 +34,8 @@ _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
 _FORBIDDEN_FILE = "incomplete-layers"
 _LOST_FILE = "lost-objects"
 _LOCK_FILE = "inplace.lock"
-_PATHS_TO_LIST = 4
-"""Listing a shard takes five system calls, looking up an object takes one."""
+_OBJECTS_TO_LIST = 6
+"""From this number of objects on, their shard is listed: that takes six system calls, and a look-up takes one."""
 
 
 def put_in_place(store: ObjectStore, digest: bytes, data: memoryview, staging_fd: int) -> bool:
@@ -145,8 +145,8 @@ def remove_unfinished(store: ObjectStore, digests: Iterable[bytes], staging_fd: 
 
 
 def _existing(store: ObjectStore, paths: Collection[bytes]) -> Iterable[bytes]:
-    """Return those of the *paths*, all in one shard, that exist; or all of them, if that is cheaper."""
-    if len(paths) < _PATHS_TO_LIST:
+    """Return those of the *paths*, all in one shard, that exist; or all of them if a look-up of each is cheaper."""
+    if len(paths) < _OBJECTS_TO_LIST:
         return paths
     shard = next(iter(paths)).rpartition(b"/")[0] + b"/"
     names = store.names_if_few(shard)
