@@ -21,7 +21,8 @@ help:
 	@echo "make bench    run all benchmarks, or one with make bench-NAME, NAME being one of:"
 	@echo "              import shared load parallel build save run read chown memory idle"
 	@echo "              convert many reread lazy local bytes storage second"
-	@echo "              unpack unpack-one snapshots containerd (containerd's front door)"
+	@echo "              unpack unpack-one growth snapshots containerd lazy-pull lazy-pull-local"
+	@echo "              lazy-pull-slow (containerd's front door)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py

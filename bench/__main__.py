@@ -10,9 +10,11 @@ from bench.containerd_docker import containerd_docker
 from bench.containers import read_tree, run_true
 from bench.conversions import convert
 from bench.frame import Figure, show, warm_memory
+from bench.growth import growth
 from bench.idle import idle
 from bench.imports import import_one, import_parallel, import_shared, load_layers
 from bench.lazy import OLD, VERSIONS, lazy, local, received, second, storage
+from bench.lazy_pull import lazy_pull, lazy_pull_local, lazy_pull_slow
 from bench.many import many
 from bench.memory import memory
 from bench.reread import reread
@@ -42,10 +44,17 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "reread": reread,
     "unpack": unpack,
     "unpack-one": unpack_one,
+    "growth": growth,
     "containerd": containerd_docker,
     "snapshots": snapshot_calls,
+    "lazy-pull": lazy_pull,
+    "lazy-pull-local": lazy_pull_local,
+    "lazy-pull-slow": lazy_pull_slow,
 }
-IMAGES = {"lazy": (OLD,), "local": (OLD,), "bytes": (OLD,), "second": VERSIONS, "storage": VERSIONS}
+IMAGES = {
+    **dict.fromkeys(("lazy", "local", "bytes", "lazy-pull", "lazy-pull-local", "lazy-pull-slow"), (OLD,)),
+    **dict.fromkeys(("second", "storage"), VERSIONS),
+}
 """Versions of the application images that a benchmark needs; made before the sandbox starts, which has no network."""
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.support.containerd_host import Containerd, ContainerdDocker, stack_for_containerd
+from tests.support.containerd_host import Containerd, ContainerdDocker, environ, stack_for_containerd
 from tests.support.disk import tree_bytes
 from tests.support.stack import Stack
 
 _PEER = "overlayfs"
+_DIFFERS = 'plugins."io.containerd.service.v1.diff-service"'
 
 
 @dataclass
@@ -21,6 +23,8 @@ class ContainerdSide:
 
     containerd: Containerd
     docker: ContainerdDocker
+    peer: str = _PEER
+    """The snapshotter of a side without a stack."""
 
     @property
     def is_ours(self) -> bool:
@@ -30,18 +34,24 @@ class ContainerdSide:
     @property
     def snapshotter(self) -> str:
         """The snapshotter's name in containerd."""
-        return "gear" if self.is_ours else _PEER
+        return "gear" if self.is_ours else self.peer
 
     @property
     def data_root(self) -> Path:
         """The directory of the layers, without containerd's content store."""
         stack = self.containerd.stack
-        return stack.root if stack else self.containerd.directory / f"root/io.containerd.snapshotter.v1.{_PEER}"
+        return stack.root if stack else self.containerd.directory / f"root/io.containerd.snapshotter.v1.{self.peer}"
 
     def stored_bytes(self) -> int:
         """Return the bytes on disk of the layers and their metadata, without containerd's content store."""
         os.sync()
         return tree_bytes(self.data_root)
+
+
+def erofs_side(peer: ContainerdSide) -> ContainerdSide | None:
+    """Return the side of the peer's EROFS snapshotter; None if containerd or this host does not have it."""
+    has_erofs = peer.containerd.version >= (2, 1) and shutil.which("mkfs.erofs", path=environ()["PATH"])
+    return replace(peer, peer="erofs") if has_erofs else None
 
 
 @contextmanager
@@ -69,4 +79,6 @@ def containerd_sides(
 
 def _side(directory: Path, stack: Stack | None) -> ContainerdSide:
     containerd = Containerd(directory, stack)
+    if stack is None and containerd.version >= (2, 1):
+        containerd.add_settings(_DIFFERS, 'default = ["erofs", "walking"]')
     return ContainerdSide(containerd, ContainerdDocker(containerd))

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec
 
+import msgspec
+
 from bench.frame import Figure, fresh_disk, seconds
 from gearworkers.images import manifest as m
 from gearworkers.images.convert import convert_layer
@@ -45,7 +47,7 @@ def convert() -> list[Figure]:
     The source is a registry; the target is a registry, with the contents in a directory. A converted layer is durable
     on return. The peer's files are not, except in the figure "with sync".
     """
-    ours, shared, peer, synced = _Times(), _Times(), _Times(), _Times()
+    ours, indexed, shared, peer, synced = _Times(), _Times(), _Times(), _Times(), _Times()
     with fresh_disk() as disk:
         registry = Registry(disk / "registry")
         registry.start()
@@ -56,6 +58,7 @@ def convert() -> list[Figure]:
                 settings = _settings(directory)
                 ours.add(_convert, settings, jobs[0])
                 shared.add(_convert, settings, jobs[1])
+                indexed.add(_convert, _settings(directory / "index"), msgspec.structs.replace(jobs[0], target=""))
                 peer.add(_unpack, disk / jobs[0].digest, directory / "peer")
                 synced.add(_unpack, disk / jobs[0].digest, directory / "synced", "&& sync -f .")
                 shutil.rmtree(directory)
@@ -67,6 +70,7 @@ def convert() -> list[Figure]:
         _figure(f"{work} CPU s", ours.cpu_s, peer.cpu_s, None),
         _figure(f"{work} with sync, s", ours.wall_s, synced.wall_s, None),
         _figure("one that shares 96 % with it, s", shared.wall_s, peer.wall_s, 1.5),
+        _figure("gear index of the first layer, s", indexed.wall_s, peer.wall_s, 1.5),
     ]
 
 

@@ -58,25 +58,17 @@ class Measured:
 
 def lazy() -> list[Figure]:
     """Measure seconds over the slow network."""
-    return _times("100 Mbit/s and 20 ms", _measured_far(), 0.2, statistics.median, "median")
+    return figures_of_times("100 Mbit/s and 20 ms", _measured_far(), (0.2, 0.2), statistics.median, "median")
 
 
 def local() -> list[Figure]:
     """Measure seconds over loopback."""
-    return _times("loopback", _measure(near), 1.0, max, "slowest")
+    return figures_of_times("loopback", _measure(near), (1.0, 1.0), max, "slowest")
 
 
 def received() -> list[Figure]:
     """Measure bytes over the slow network."""
-    found = []
-    for name, starts in _kinds(_measured_far()):
-        figures = [
-            starts[app.name].figure(f"bytes: {app.name} until it answers, {name} (MB)", None, _megabytes)
-            for app in APPLICATIONS
-        ]
-        ratio = statistics.median(figure.ratio or 0.0 for figure in figures)
-        found += [*figures, Figure(f"bytes: median of the five ratios, {name}", ratio, None, 0.16)]
-    return found
+    return figures_of_bytes("bytes", _measured_far(), 0.16)
 
 
 def second() -> list[Figure]:
@@ -162,10 +154,15 @@ def _start_on_both(directory: Path, servers: Servers, app: Application, turn: in
 
 def _record(directory: Path, servers: Servers, data: ServerData, app: Application, version: str) -> None:
     """Start the application on another host, which publishes a profile of the start."""
-    before = len(list(data.objects.glob(f"{_PROFILES}/**/*")))
+    before = profiles_in(data)
     with _running(_sides(directory, servers, {})[0]) as ours:
         _start(ours, servers, app, version)
-        wait_until(lambda: len(list(data.objects.glob(f"{_PROFILES}/**/*"))) > before, "a profile is published", 60.0)
+        wait_until(lambda: profiles_in(data) > before, "a profile is published", 60.0)
+
+
+def profiles_in(data: ServerData) -> int:
+    """Return the number of files of profiles in the manager's store."""
+    return len(list(data.objects.glob(f"{_PROFILES}/**/*")))
 
 
 def _sides(directory: Path, servers: Servers, settings: Mapping[str, str]) -> tuple[Side, Side]:
@@ -205,12 +202,24 @@ def _kinds(measured: Measured) -> list[tuple[str, Mapping[str, Starts]]]:
     ]
 
 
-def _times(
-    network: str, measured: Measured, goal: float, over: Callable[[list[float]], float], over_name: str
+def figures_of_times(
+    network: str,
+    measured: Measured,
+    goals: tuple[float, float],
+    over: Callable[[list[float]], float],
+    over_name: str,
 ) -> list[Figure]:
-    """Return a figure for each application, with the goal not to be slower, and one over all five."""
+    """Return a figure for each application, with the goal not to be slower, and one over all five.
+
+    Args:
+        network: Describes it.
+        measured: The starts.
+        goals: For the figure over all five, with and without a profile.
+        over: Combines the five ratios.
+        over_name: Its name.
+    """
     found = []
-    for name, starts in _kinds(measured):
+    for (name, starts), goal in zip(_kinds(measured), goals, strict=True):
         figures = [
             starts[app.name].figure(
                 f"{app.name}, pull + run until it answers, {network}, {name} (s)", 1.0, lambda start: start.seconds
@@ -224,3 +233,16 @@ def _times(
 
 def _megabytes(start: Start) -> float:
     return start.received_bytes / 1e6
+
+
+def figures_of_bytes(work: str, measured: Measured, goal: float) -> list[Figure]:
+    """Return the bytes of each application's starts, and the median of the five ratios."""
+    found = []
+    for name, starts in _kinds(measured):
+        figures = [
+            starts[app.name].figure(f"{work}: {app.name} until it answers, {name} (MB)", None, _megabytes)
+            for app in APPLICATIONS
+        ]
+        ratio = statistics.median(figure.ratio or 0.0 for figure in figures)
+        found += [*figures, Figure(f"{work}: median of the five ratios of bytes, {name}", ratio, None, goal)]
+    return found

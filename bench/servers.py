@@ -99,10 +99,10 @@ def near(data: ServerData) -> Iterator[Servers]:
 
 
 @contextmanager
-def far(data: ServerData) -> Iterator[Servers]:
-    """Run the servers behind the slow network."""
+def far(data: ServerData, rate: str = RATE) -> Iterator[Servers]:
+    """Run the servers behind the slow network, with this rate as tc writes it."""
     with ExitStack() as running:
-        inside = _namespace(running)
+        inside = _namespace(running, rate)
         _serve(data, inside, running)
         for port in (_REGISTRY_PORT, _MANAGER_PORT):
             command = ["--to", f"{_LOOPBACK}:{port}", "--listen", f"{_FAR}:{port}"]
@@ -111,7 +111,7 @@ def far(data: ServerData) -> Iterator[Servers]:
         yield _wait_until_ready(Servers(_FAR, _LINK))
 
 
-def _namespace(running: ExitStack) -> tuple[str, ...]:
+def _namespace(running: ExitStack, rate: str) -> tuple[str, ...]:
     """Make a network namespace and the link to it; return the prefix for commands that run in it."""
     holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     running.callback(holder.wait)
@@ -125,7 +125,7 @@ def _namespace(running: ExitStack) -> tuple[str, ...]:
     for prefix, device, address in (((), _LINK, _NEAR), (inside, peer, _FAR)):
         _run(*prefix, "ip", "address", "add", f"{address}/24", "dev", device)
         _run(*prefix, "ip", "link", "set", device, "up")
-        _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", RATE, "burst", "64kb", "limit", "1mb")
+        _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", rate, "burst", "64kb", "limit", "1mb")
     _run(*inside, "ip", "link", "set", "lo", "up")
     return inside
 

@@ -11,7 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
-from bench.containerd_sides import ContainerdSide, containerd_sides
+from bench.containerd_sides import ContainerdSide, containerd_sides, erofs_side
 from bench.frame import Figure, Pairs, fresh_disk, seconds
 from bench.large_image import NAME, write_image
 from tests.support.rootfs import TreeSize
@@ -24,6 +24,7 @@ _ONE_LAYER = TreeSize(entries=70_000, content_bytes=1_500_000_000)
 def unpack() -> list[Figure]:
     """Measure the unpacking of an image, of the same image in another namespace, and of one that shares 90 %."""
     first, again, shared, synced = Pairs(), Pairs(), Pairs(), list[float]()
+    erofs_first, erofs_shared = list[float](), list[float]()
     with fresh_disk() as disk:
         archives = {NAME: disk / "image.tar", _SECOND: disk / "second.tar"}
         write_image(archives[NAME], NAME)
@@ -32,17 +33,25 @@ def unpack() -> list[Figure]:
             with containerd_sides(disk, turn) as sides:
                 for side in sides:
                     for name, namespace in ((NAME, "one"), (NAME, "two"), (_SECOND, "one")):
-                        _import(side, archives[name], namespace)
-                    first.add_value(side.is_ours, seconds(_unpack, side, NAME, "one"))
+                        import_image(side, archives[name], namespace)
+                    first.add_value(side.is_ours, seconds(unpack_image, side, NAME, "one"))
                     if not side.is_ours:
                         synced.append(_seconds_of_sync())
-                    again.add_value(side.is_ours, seconds(_unpack, side, NAME, "two"))
-                    shared.add_value(side.is_ours, seconds(_unpack, side, _SECOND, "one"))
+                        if erofs := erofs_side(side):
+                            erofs_first.append(seconds(unpack_image, erofs, NAME, "one"))
+                            erofs_shared.append(seconds(unpack_image, erofs, _SECOND, "one"))
+                    again.add_value(side.is_ours, seconds(unpack_image, side, NAME, "two"))
+                    shared.add_value(side.is_ours, seconds(unpack_image, side, _SECOND, "one"))
     return [
         first.figure("unpack of 5 gzip layers, 1.5 GB, s", 0.45),
         shared.figure("unpack of an image that shares 90 %, s", 0.40),
         again.figure("unpack of the same image in another namespace, s", 0.02),
         Figure("sync after overlayfs's unpack, s", statistics.median(synced), None, None),
+        *(
+            Figure(f"the EROFS snapshotter: {work}, s", statistics.median(taken), None, None)
+            for work, taken in (("first", erofs_first), ("shares 90 %", erofs_shared))
+            if taken
+        ),
     ]
 
 
@@ -55,16 +64,18 @@ def unpack_one() -> list[Figure]:
         for turn in range(TURNS):
             with containerd_sides(disk, turn) as sides:
                 for side in sides:
-                    _import(side, archive, "one")
-                    pairs.add_value(side.is_ours, seconds(_unpack, side, NAME, "one"))
+                    import_image(side, archive, "one")
+                    pairs.add_value(side.is_ours, seconds(unpack_image, side, NAME, "one"))
     return [pairs.figure("unpack of one gzip layer, 1.5 GB, s", 0.60)]
 
 
-def _import(side: ContainerdSide, archive: Path, namespace: str) -> None:
+def import_image(side: ContainerdSide, archive: Path, namespace: str) -> None:
+    """Store the image in the content store; do not unpack it."""
     side.containerd.ctr("images", "import", "--no-unpack", str(archive), namespace=namespace)
 
 
-def _unpack(side: ContainerdSide, name: str, namespace: str) -> None:
+def unpack_image(side: ContainerdSide, name: str, namespace: str) -> None:
+    """Unpack an image of the content store."""
     digest = side.containerd.ctr("images", "ls", f"name=={name}", namespace=namespace).splitlines()[1].split()[2]
     side.containerd.ctr("snapshots", "unpack", "--snapshotter", side.snapshotter, digest, namespace=namespace)
 

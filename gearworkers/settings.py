@@ -191,6 +191,12 @@ class NodeSettings:
     profile_window_s: SecondsOrZero = setting(
         "GEAR_PROFILE_WINDOW_S", 60.0, "Seconds for which the first start of a Gear image is recorded; 0: never."
     )
+    lazy_pull: str = setting(
+        "GEAR_LAZY_PULL",
+        "on",
+        "on: containerd does not download layers that are indexed in the remote; off; or only for these registries and "
+        "repositories, separated by commas.",
+    )
     docker_host: str = setting(
         "DOCKER_HOST", "unix:///var/run/docker.sock", "The dockerd that `gear` asks: unix:///PATH or tcp://HOST:PORT."
     )

@@ -45,7 +45,7 @@ class GatewayMetrics:
         )
         self.applies = Counter(
             "gear_containerd_applies",
-            "Layers applied for containerd: requested, early, or copied from the same blob",
+            "Layers of containerd: requested, early, copied from the same blob, shared, or made from an index",
             ["how"],
             registry=self._registry,
         )

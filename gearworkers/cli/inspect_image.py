@@ -7,6 +7,7 @@ was not pulled is read from its registry: the layers of a Gear image are small, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -18,10 +19,11 @@ from gearworkers.cli.local_images import LocalImage
 from gearworkers.cli.output import print_pairs
 from gearworkers.errors import NotFound, Unavailable
 from gearworkers.images import manifest as m
-from gearworkers.images.gear_layer import INLINE_BYTES
 from gearworkers.images.image_index import images_for
 from gearworkers.images.layer_reader import unpacked
+from gearworkers.images.layer_records import INLINE_BYTES, read_record
 from gearworkers.images.source import ImageSource, open_source, read_config
+from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings
 from gearworkers.tar.reader import TarReader
 from gearworkers.util.log import command_settings
@@ -55,7 +57,7 @@ def inspect(settings: Settings, name: str) -> Iterable[tuple[str, str]]:
     except (NotFound, Unavailable):
         if names_daemon(name):
             raise
-    return _describe_remote(node, name, open_source(settings.registry, name))
+    return _describe_remote(settings, node, name, open_source(settings.registry, name))
 
 
 def _describe_pulled(node: NodeStore, name: str, image: LocalImage) -> Iterable[tuple[str, str]]:
@@ -66,6 +68,8 @@ def _describe_pulled(node: NodeStore, name: str, image: LocalImage) -> Iterable[
     yield "Id", image.id
     yield "Gear image", "yes" if image.is_gear else "no"
     yield "Layers", f"{len(layers)} ({complete} complete)"
+    if from_index := sum(layer.from_index for layer in layers):
+        yield "Not downloaded", f"{from_index} layers, which were made from indexes"
     private = node.layers.private_layers(image.top_layer)
     if private:
         files = sum(layer.private_objects for layer in private)
@@ -76,7 +80,7 @@ def _describe_pulled(node: NodeStore, name: str, image: LocalImage) -> Iterable[
     yield "Image pinned", "yes" if is_pinned else "no"
 
 
-def _describe_remote(node: NodeStore, name: str, source: ImageSource) -> Iterable[tuple[str, str]]:
+def _describe_remote(settings: Settings, node: NodeStore, name: str, source: ImageSource) -> Iterable[tuple[str, str]]:
     data, media_type = source.root()
     if media_type in m.INDEXES:
         (entry,) = images_for(source, data, m.Platform.here(), name)
@@ -89,6 +93,8 @@ def _describe_remote(node: NodeStore, name: str, source: ImageSource) -> Iterabl
     yield "Gear image", "yes" if config.is_gear else "no"
     yield "Layers", f"{len(manifest.layers)}, {decimal(sum(layer.size for layer in manifest.layers))} compressed"
     if not config.is_gear:
+        if settings.remote.url:
+            yield "Indexed", f"{_indexed_layers(settings, manifest)} of the layers"
         return
     objects: Objects = {}
     ordinary = 0
@@ -97,6 +103,13 @@ def _describe_remote(node: NodeStore, name: str, source: ImageSource) -> Iterabl
     if ordinary:
         yield "Not converted", f"{ordinary} layers, which hold their files themselves"
     yield from _describe_objects(node, objects)
+
+
+def _indexed_layers(settings: Settings, manifest: m.Manifest) -> int:
+    """Return the number of layers that have an index in the remote."""
+    with closing(open_remote(settings)) as remote:
+        records = [read_record(remote.document, layer.digest) for layer in manifest.layers]
+    return sum(record is not None and record.has_index for record in records)
 
 
 def _describe_objects(node: NodeStore, objects: Objects) -> Iterable[tuple[str, str]]:

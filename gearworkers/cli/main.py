@@ -15,6 +15,7 @@ from gearworkers.cli import (
     convert,
     doctor,
     fsck,
+    index_image,
     inspect_image,
     lazyfs,
     manager,
@@ -43,6 +44,7 @@ app.command("gc", short_help="Remove unreferenced objects now.")(collect_garbage
 app.command("fsck", short_help="Check every object and every layer.")(fsck.command)
 app.command("push", short_help="Push pending objects to GEAR_REMOTE now.")(push.command)
 app.command("convert", short_help="Convert an image to a Gear image.")(convert.command)
+app.command("index", short_help="Let nodes start an image before it has arrived.")(index_image.command)
 app.command("inspect", short_help="Show how many files of an image are here.")(inspect_image.command)
 app.command("pin", short_help="Keep all files of a pulled image.")(pin_image.pin)
 app.command("unpin", short_help="Stop keeping an image's files.")(pin_image.unpin)

@@ -211,7 +211,7 @@ class Engine:
             pass
 
     @layer_call
-    def apply_diff(self, id: str, parent: str, source: Readable, *, again: bool = False) -> int:
+    def apply_diff(self, id: str, parent: str, source: Readable, *, again: bool = False, is_index: bool = False) -> int:
         """Fill an empty layer from a tar.
 
         Args:
@@ -219,6 +219,7 @@ class Engine:
             parent: The parent that the layer was created with; empty for none.
             source: The tar; its `readinto` raises if the stream ends early.
             again: Whether *source* may repeat the tar of an earlier `apply_diff` that did not finish.
+            is_index: Whether *source* is the Gear layer of the layer's tar, as `Layer.from_index`.
 
         Returns:
             The layer's size in bytes, as `diff_size`.
@@ -242,7 +243,7 @@ class Engine:
                 self.layers.inode_numbers,
                 private=self.layers.is_private(parent),
             )
-            self.layers.publish(build, image_layer(layer, applied))
+            self.layers.publish(build, image_layer(layer, applied, from_index=is_index))
         self.profile_hooks.layer_applied(id)
         return applied.size_bytes
 
@@ -273,7 +274,8 @@ class Engine:
         """
         layer = self.layers.get(id)
         ids = self.id_maps()
-        if layer.kind is LayerKind.IMAGE and layer.parent == parent and max_mtime_ns is None:
+        is_exact = max_mtime_ns is None and not layer.from_index
+        if layer.kind is LayerKind.IMAGE and layer.parent == parent and is_exact:
             replay(self.layers.directory(layer), self.layers.object_store(layer), sink)
         elif layer.kind is LayerKind.CONTAINER and layer.parent == parent:
             upper = self.layers.lower(layer)

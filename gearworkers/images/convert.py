@@ -3,12 +3,13 @@
 A conversion has three steps: `plan.plan_conversion` reads the image, `convert_layer` converts each distinct layer, on
 any host with a worker, and `gear_manifest.finish_conversion` pushes config, manifest, index and tag.
 
-The remote keeps a *record* of each converted layer, a small document that names the Gear layer. A layer with a record
-is not converted again. A private layer (tar.private_marker) is copied unchanged: its contents stay in it and never
-reach the remote.
+A layer with a record in the remote (`layer_records`) is not converted again. A private layer (tar.private_marker) is
+copied unchanged: its contents stay in it and never reach the remote.
 
-Order of writes: contents, then the layer's blob, then its record; after all layers config, manifest and index, and the
-tag last. So a crash leaves no incomplete image, and the next run reuses finished layers.
+`gear index` does the same without a target: nothing is pushed to a registry.
+
+Order of writes: contents, then the layer's index and its blob, then its record; after all layers config, manifest and
+image index, and the tag last. So a crash leaves no incomplete image, and the next run reuses finished layers.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from typing import BinaryIO
 
 import msgspec
 
-from gearworkers.errors import FailedPrecondition, IntegrityError, InvalidInput, NotFound, Unavailable
-from gearworkers.images.gear_layer import FORMAT, INLINE_BYTES, write_gear_layer
+from gearworkers.errors import IntegrityError, NotFound
+from gearworkers.images.gear_layer import write_gear_layer
 from gearworkers.images.layer_reader import unpacked
+from gearworkers.images.layer_records import (
+    MAX_INDEX_BYTES,
+    ConvertedLayer,
+    LayerRecord,
+    read_record,
+    record_name,
+)
 from gearworkers.images.plan import LayerJob
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
@@ -39,34 +47,8 @@ LayerProgress = Callable[[str, int], None]
 _COPY_BYTES = 1 << 20
 
 
-class ConvertedLayer(msgspec.Struct, frozen=True):
-    """The result of converting one layer; JSON in Celery's results and in records."""
-
-    source_digest: str
-    digest: str
-    size_bytes: int
-    diff_id: str
-    files: int
-    objects: int
-    object_bytes: int
-    new_objects: int
-    new_bytes: int
-    reused: bool = False
-    """Whether an earlier conversion produced the layer."""
-    private: bool = False
-    """Whether the layer was copied unchanged."""
-
-
-class _Record(msgspec.Struct, frozen=True):
-    """The document in the remote about a converted layer."""
-
-    done: ConvertedLayer
-    repository: str
-    """Repository that the layer's blob was pushed to: ``HOST/NAME``."""
-
-
 def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: Progress) -> ConvertedLayer:
-    """Push the Gear layer of *job* to the target, and its contents and the record to the remote; idempotent.
+    """Store the contents, the index and the record of *job* in the remote, and push its Gear layer; idempotent.
 
     Raises:
         IntegrityError, InvalidInput: The layer differs from its digest, or is malformed.
@@ -74,59 +56,51 @@ def convert_layer(settings: Settings, remote: Remote, job: LayerJob, progress: P
 
     Crash: leaves objects in the remote that no image names yet, and an upload that the registry discards by itself.
     """
-    repository = Repository.of(settings.registry, Reference.parse(job.target))
+    repository = Repository.of(settings.registry, Reference.parse(job.target)) if job.target else None
     if job.private:
-        return _copy_unchanged(settings, job, repository, progress)
-    name = record_name(job)
-    record = None if job.again else _read_record(remote, name)
-    if record is not None and _reuse(settings, repository, record):
+        return _keep_unchanged(settings, job, repository, progress)
+    record = None if job.again else read_record(remote.document, job.digest)
+    if record is not None and _is_reusable(settings, remote, record, repository):
         progress(job.size_bytes)
-        return msgspec.structs.replace(record.done, new_objects=0, new_bytes=0, reused=True)
+        return msgspec.structs.replace(record.converted, new_objects=0, new_bytes=0, reused=True)
     with unnamed_file("a layer", settings.gear_converting_path) as file:
         with uploading(remote, settings.gear_converting_path) as uploader:
             source = open_source(settings.registry, job.source)
-            converted = _write_gear_layer(source, uploader, job, file, progress)
-        repository.put_blob(converted.digest, file, converted.size_bytes)
-    record = _Record(converted, f"{repository.registry.reference.host}/{repository.name}")
-    remote.put_document(name, msgspec.json.encode(record))
+            record = _write_gear_layer(source, uploader, job, file, progress)
+        converted = record.converted
+        if record.has_index:
+            file.flush()
+            remote.put(converted.object_digest, file.fileno())
+        if repository is not None:
+            repository.put_blob(converted.digest, file, converted.size_bytes)
+    remote.put_document(record_name(job.digest), msgspec.json.encode(record))
     return converted
 
 
-def record_name(job: LayerJob) -> str:
-    """Return the name of a layer's record; each format version of Gear layers has its own records."""
-    return f"layer-{FORMAT}-{INLINE_BYTES}-{job.digest.removeprefix('sha256:')}"
-
-
-def _read_record(remote: Remote, name: str) -> _Record | None:
-    """Return the record; None if it is missing or malformed."""
-    data = remote.document(name)
-    try:
-        return msgspec.json.decode(data, type=_Record) if data is not None else None
-    except ValueError:
-        return None
-
-
-def _reuse(settings: Settings, repository: Repository, record: _Record) -> bool:
-    """Put the recorded layer's blob into *repository*; return False if the blob can no longer be read."""
-    digest = record.done.digest
-    if repository.has_blob(digest):
+def _is_reusable(settings: Settings, remote: Remote, record: LayerRecord, repository: Repository | None) -> bool:
+    """Put the recorded layer's blob into *repository*; return False if the layer must be converted again."""
+    layer = record.converted
+    if record.has_index and not remote.has([layer.object_digest]):
+        return False
+    if repository is None or repository.has_blob(layer.digest):
         return True
-    origin = Reference.parse(record.repository)
+    if not record.has_index:
+        return False
     try:
-        if origin.host == repository.registry.reference.host and repository.mount(digest, origin.repository):
-            return True
-        blob = Repository.of(settings.registry, origin).blob(digest, record.done.size_bytes)
         with unnamed_file("a layer", settings.gear_converting_path) as file:
-            _copy(blob, file)
-            repository.put_blob(digest, file, record.done.size_bytes)
-    except (NotFound, FailedPrecondition, Unavailable, InvalidInput, IntegrityError):
+            for piece in remote.fetch(layer.object_digest):
+                file.write(piece)
+            repository.put_blob(layer.digest, file, layer.size_bytes)
+    except (NotFound, IntegrityError):
         return False
     return True
 
 
-def _copy_unchanged(settings: Settings, job: LayerJob, repository: Repository, progress: Progress) -> ConvertedLayer:
-    source = open_source(settings.registry, job.source)
-    if not repository.has_blob(job.digest):
+def _keep_unchanged(
+    settings: Settings, job: LayerJob, repository: Repository | None, progress: Progress
+) -> ConvertedLayer:
+    if repository is not None and not repository.has_blob(job.digest):
+        source = open_source(settings.registry, job.source)
         with unnamed_file("a layer", settings.gear_converting_path) as file:
             _copy(_ProgressReader(source.blob(job.digest, job.size_bytes), progress), file)
             repository.put_blob(job.digest, file, job.size_bytes)
@@ -153,13 +127,13 @@ def _copy(blob: Readable, file: BinaryIO) -> None:
 
 def _write_gear_layer(
     source: ImageSource, uploader: ContentUploader, job: LayerJob, file: BinaryIO, progress: Progress
-) -> ConvertedLayer:
-    """Write the layer's Gear tar to *file*; return when the remote has all of its contents."""
+) -> LayerRecord:
+    """Write the layer's Gear tar to *file*; return its record when the remote has all of its contents."""
     blob = _ProgressReader(source.blob(job.digest, job.size_bytes), progress)
     with unpacked(blob, job.diff_id) as tar:
         written = write_gear_layer(tar, file, uploader)
         uploaded = uploader.finish()
-    return ConvertedLayer(
+    converted = ConvertedLayer(
         source_digest=job.digest,
         digest=written.digest,
         size_bytes=written.size_bytes,
@@ -169,6 +143,12 @@ def _write_gear_layer(
         object_bytes=uploaded.object_bytes,
         new_objects=uploaded.new_objects,
         new_bytes=uploaded.new_bytes,
+    )
+    return LayerRecord(
+        converted,
+        source_diff_id=tar.digest,
+        source_tar_bytes=tar.read_bytes,
+        has_index=written.size_bytes <= MAX_INDEX_BYTES,
     )
 
 

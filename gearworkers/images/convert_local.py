@@ -13,8 +13,9 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from gearworkers.errors import GearError
-from gearworkers.images.convert import ConvertedLayer, LayerProgress, convert_layer
+from gearworkers.images.convert import LayerProgress, convert_layer
 from gearworkers.images.gear_manifest import ConversionReport, finish_conversion
+from gearworkers.images.layer_records import ConvertedLayer
 from gearworkers.images.plan import ConversionPlan, LayerJob
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from gearworkers.errors import ResourceExhausted
+from gearworkers.images.layer_records import INLINE_BYTES
 from gearworkers.images.upload import SMALL_BYTES, ContentUploader, unnamed_file
 from gearworkers.tar import writer
 from gearworkers.tar.entry import HARDLINK, REG, TarEntry, shown
@@ -25,12 +26,6 @@ from gearworkers.tar.reader import Readable, TarReader
 from gearworkers.tar.sparse import expanded, zeros
 from gearworkers.util.fs import free_bytes
 from gearworkers.util.writing import write_all
-
-FORMAT = 2
-"""Version of the format; increase it when the same layer gives other bytes."""
-INLINE_BYTES = 256
-"""Contents up to this size stay in the layer. The Gear layer of a Debian root file system (94 MB compressed) has 708 KB
-with 0, 703 KB with 128, 712 KB with 256 and 1,037 KB with 1024; 256 saves 8 % of the objects."""
 
 _GUARD = TarEntry(
     name=b".gear-image",

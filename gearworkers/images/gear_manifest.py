@@ -1,4 +1,4 @@
-"""Finish a conversion: push the Gear image's config, manifest, index and tag.
+"""Finish a conversion: push the Gear image's config, manifest, index and tag, if it has a target.
 
 The documents keep all fields of the source's, except digests, sizes and diff IDs, and add the label of a Gear image.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from gearworkers.images import manifest as m
-from gearworkers.images.convert import ConvertedLayer
+from gearworkers.images.layer_records import ConvertedLayer
 from gearworkers.images.plan import ConversionPlan, ImagePlan
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository
@@ -21,20 +21,55 @@ from gearworkers.settings import RegistrySettings
 
 
 class ConversionReport(msgspec.Struct, frozen=True):
-    """The result of a conversion; sums over the distinct layers."""
+    """The result of a conversion; the sums are over the distinct layers."""
 
     target: str
+    """Name of the Gear image; empty if the source was indexed only."""
     digest: str
-    layers: int
-    reused_layers: int
-    private_layers: int
-    """Layers that were copied unchanged."""
+    """Digest of the Gear image, or of the indexed one."""
     bytes_before: int
-    bytes_after: int
-    objects: int
-    new_objects: int
-    object_bytes: int
-    new_bytes: int
+    converted: list[ConvertedLayer]
+    """The distinct layers."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.converted)
+
+    @property
+    def reused_layers(self) -> int:
+        """Number of layers that an earlier conversion produced."""
+        return sum(layer.reused for layer in self.converted)
+
+    @property
+    def private_layers(self) -> int:
+        """Number of layers that were left or copied unchanged."""
+        return sum(layer.private for layer in self.converted)
+
+    @property
+    def bytes_after(self) -> int:
+        """Size of all layers, compressed."""
+        return sum(layer.size_bytes for layer in self.converted)
+
+    @property
+    def objects(self) -> int:
+        """Number of contents."""
+        return sum(layer.objects for layer in self.converted)
+
+    @property
+    def object_bytes(self) -> int:
+        """Size of all contents."""
+        return sum(layer.object_bytes for layer in self.converted)
+
+    @property
+    def new_objects(self) -> int:
+        """Number of contents that the remote lacked."""
+        return sum(layer.new_objects for layer in self.converted)
+
+    @property
+    def new_bytes(self) -> int:
+        """Size of the contents that the remote lacked."""
+        return sum(layer.new_bytes for layer in self.converted)
 
 
 def finish_conversion(
@@ -53,16 +88,18 @@ def finish_conversion(
     Crash: leaves blobs and manifests that no tag names; the registry's garbage collection removes them.
     """
     converted = {layer.source_digest: layer for layer in layers}
+    digest = _push(settings, plan, converted) if plan.target else plan.digest
+    return ConversionReport(plan.target, digest, sum(job.size_bytes for job in plan.jobs()), list(converted.values()))
+
+
+def _push(settings: RegistrySettings, plan: ConversionPlan, converted: Mapping[str, ConvertedLayer]) -> str:
+    """Push the Gear image; return its digest."""
     target = Reference.parse(plan.target)
     repository = Repository.of(settings, target)
     source = open_source(settings, plan.source)
     pushed = [_push_image(source, repository, image, converted) for image in plan.images]
-    if plan.index:
-        data, media_type = _gear_index(source, plan, pushed)
-    else:
-        data, media_type = pushed[0]
-    digest = repository.put_manifest(target.tag_or_digest, media_type, data)
-    return _report(plan, digest, converted.values())
+    data, media_type = _gear_index(source, plan, pushed) if plan.is_index else pushed[0]
+    return repository.put_manifest(target.tag_or_digest, media_type, data)
 
 
 def _push_image(
@@ -121,7 +158,7 @@ def _gear_descriptor(layer: ConvertedLayer, old: m.JsonObject, kind: str) -> m.J
 
 def _gear_index(source: ImageSource, plan: ConversionPlan, pushed: list[tuple[bytes, str]]) -> tuple[bytes, str]:
     """Return an index of the Gear images only, with nested indexes flattened, and its type."""
-    data, media_type = source.manifest(plan.index)
+    data, media_type = source.manifest(plan.digest)
     document: m.JsonObject = msgspec.json.decode(data)
     document["manifests"] = [
         m.with_digest_of(image.entry, manifest) for image, (manifest, _) in zip(plan.images, pushed, strict=True)
@@ -129,20 +166,3 @@ def _gear_index(source: ImageSource, plan: ConversionPlan, pushed: list[tuple[by
     document["mediaType"] = media_type
     document.pop("subject", None)
     return m.encode(document), media_type
-
-
-def _report(plan: ConversionPlan, digest: str, converted: Iterable[ConvertedLayer]) -> ConversionReport:
-    layers = list(converted)
-    return ConversionReport(
-        target=plan.target,
-        digest=digest,
-        layers=len(layers),
-        reused_layers=sum(layer.reused for layer in layers),
-        private_layers=sum(layer.private for layer in layers),
-        bytes_before=sum(job.size_bytes for job in plan.jobs()),
-        bytes_after=sum(layer.size_bytes for layer in layers),
-        objects=sum(layer.objects for layer in layers),
-        new_objects=sum(layer.new_objects for layer in layers),
-        object_bytes=sum(layer.object_bytes for layer in layers),
-        new_bytes=sum(layer.new_bytes for layer in layers),
-    )

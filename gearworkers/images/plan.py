@@ -22,6 +22,7 @@ class LayerJob(msgspec.Struct, frozen=True):
     source: str
     """Name of the image, as `open_source` takes it."""
     target: str
+    """Name of the Gear image; empty to store the layer in the remote only."""
     digest: str
     size_bytes: int
     diff_id: str
@@ -48,8 +49,11 @@ class ConversionPlan(msgspec.Struct, frozen=True):
 
     source: str
     target: str
-    index: str
-    """Digest of the index to convert with all its platforms; empty to convert one image."""
+    """Name of the Gear image; empty to index *source* without making another image."""
+    digest: str
+    """Digest of the source's manifest or index."""
+    is_index: bool
+    """Whether *digest* is that of an index, which is converted with all its platforms."""
     images: tuple[ImagePlan, ...]
 
     def jobs(self) -> list[LayerJob]:
@@ -73,7 +77,7 @@ def plan_conversion(
     Args:
         settings: Credentials and proxy.
         source: As `open_source` takes it.
-        target: Name in a registry, with or without a tag, but without a digest.
+        target: Name in a registry, with or without a tag, but without a digest; empty to index the image only.
         platform: As `survey` takes it.
         all_platforms: Convert all images of an index.
         again: Also convert layers that are already converted.
@@ -83,16 +87,18 @@ def plan_conversion(
         InvalidInput, IntegrityError: A name is malformed, the image cannot be converted, or *target* would replace it.
         NotFound: The image does not exist, or not for *platform*.
     """
-    named = Reference.parse(target)
-    if named.digest:
+    named = Reference.parse(target) if target else None
+    if named is not None and named.digest:
         raise InvalidInput(f"{target}: the digest of a new image cannot be chosen; give a tag instead")
     image = open_source(settings, source)
     found = survey(image, name or source, platform, all_platforms=all_platforms)
-    reject_replacing_source(settings, name or source, named, found)
+    if named is not None:
+        reject_replacing_source(settings, name or source, named, found)
+    target = str(named or "")
     private = private_layers(image, found.images)
 
     def job(layer: m.Descriptor, diff_id: str) -> LayerJob:
-        return LayerJob(source, str(named), layer.digest, layer.size, diff_id, again, layer.digest in private)
+        return LayerJob(source, target, layer.digest, layer.size, diff_id, again, layer.digest in private)
 
     plans = (
         ImagePlan(
@@ -100,5 +106,4 @@ def plan_conversion(
         )
         for surveyed in found.images
     )
-    index = found.digest if found.is_index and all_platforms else ""
-    return ConversionPlan(source, str(named), index, tuple(plans))
+    return ConversionPlan(source, target, found.digest, found.is_index and all_platforms, tuple(plans))

@@ -160,16 +160,6 @@ class Repository:
         found = self.registry.send("HEAD", self._path(f"blobs/{digest}"), self._push, (200, 404))
         return found.status == 200
 
-    @retried
-    def mount(self, digest: str, origin: str) -> bool:
-        """Mount a blob from the repository *origin* of the same registry; return whether the registry did so."""
-        query = urlencode({"mount": digest, "from": origin})
-        scopes = (*self._push, f"repository:{origin}:pull")
-        response = self.registry.send("POST", self._path(f"blobs/uploads/?{query}"), scopes, (201, 202))
-        if response.status == 202:
-            self._cancel(response.headers.get("Location", ""))
-        return response.status == 201
-
     def put_blob(self, digest: str, file: BinaryIO, size_bytes: int) -> None:
         """Upload *file* from its first byte if the repository lacks the blob.
 
@@ -285,13 +275,6 @@ class Repository:
         target = urlunsplit(parts._replace(query=query))
         headers = {**_OCTETS, "Content-Length": str(size_bytes)}
         self.registry.send("PUT", target, self._push, _SUCCESS, headers=headers, body=data)
-
-    def _cancel(self, location: str) -> None:
-        if location:
-            try:
-                self.registry.send("DELETE", location, self._push, (202, 204, 404, 405))
-            except Unavailable:
-                pass  # the registry discards the upload by itself
 
 
 @dataclass(slots=True)

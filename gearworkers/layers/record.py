@@ -50,6 +50,8 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the contents of the layer's tar are in private/<id>: this layer or one below it has the marker."""
     private_objects: int = 0
     private_bytes: int = 0
+    from_index: bool = False
+    """Whether the layer was made from a Gear layer in place of its own tar. Its Diff is then made from its tree."""
     index_digest: bytes = b""
     """SHA-256 of an index without a label. An index with a label contains its digest."""
 
@@ -75,7 +77,7 @@ def new_layer(
     )
 
 
-def image_layer(layer: Layer, applied: Applied) -> Layer:
+def image_layer(layer: Layer, applied: Applied, *, from_index: bool = False) -> Layer:
     """Return the record of *layer* after a tar has filled it. The index has the tar's owners, so it maps no ids."""
     return Layer(
         id=layer.id,
@@ -92,6 +94,7 @@ def image_layer(layer: Layer, applied: Applied) -> Layer:
         private=applied.private,
         private_objects=applied.private_objects,
         private_bytes=applied.private_bytes,
+        from_index=from_index,
     )
 
 

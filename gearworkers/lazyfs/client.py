@@ -16,6 +16,9 @@ _TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 1.0
 """Limit for calls at a container's start, which would otherwise wait for a server that hangs."""
 
+_FIND_TIMEOUT_S = 2.0
+_FETCH_TIMEOUT_S = 120.0
+
 
 class LazyStatus(msgspec.Struct, frozen=True):
     """Counters of the lazy file server since it began, and the objects that it cannot fetch."""
@@ -80,6 +83,31 @@ ReadRanges = dict[str, list[tuple[int, int]]]
 """Digest in hex to (offset, size in bytes) of each read, in order."""
 
 
+class LayerIndex(msgspec.Struct, frozen=True):
+    """The index of an original layer in the remote; see `images.layer_records`."""
+
+    object_digest: bytes
+    """The SHA-256 of the index."""
+    size_bytes: int
+    diff_id: str
+    """The digest of the original layer's tar."""
+    tar_bytes: int
+
+
+class FetchIndexRequest(msgspec.Struct, frozen=True):
+    """Asks to write an index to a new file."""
+
+    index: LayerIndex
+    path: str
+    """The file, in a directory of its own in build/."""
+
+
+class IndexesRequest(msgspec.Struct, frozen=True):
+    """Asks for the indexes of layers, given by their digests."""
+
+    layers: list[str]
+
+
 def read_status(path: Path) -> LazyStatus | None:
     """Return the status of the server at this socket; None if no server runs."""
     try:
@@ -116,6 +144,27 @@ def read_ranges(path: Path, objects: Sequence[str]) -> ReadRanges:
     """
     body = msgspec.json.encode(ReadsRequest(list(objects)))
     return msgspec.json.decode(_call(path, "POST", "/reads", body), type=ReadRanges)
+
+
+def find_indexes(path: Path, layers: Sequence[str]) -> dict[str, LayerIndex]:
+    """Return the indexes of the original layers that have one in the remote, by the layers' digests.
+
+    Raises:
+        Unavailable: No server runs, or it does not answer in time.
+    """
+    body = msgspec.json.encode(IndexesRequest(list(layers)))
+    return msgspec.json.decode(_call(path, "POST", "/indexes", body, _FIND_TIMEOUT_S), type=dict[str, LayerIndex])
+
+
+def fetch_index(path: Path, index: LayerIndex, target: Path) -> None:
+    """Let the server write an index to the new file *target*, in a directory of its own in build/.
+
+    Raises:
+        Unavailable: No server runs.
+        InvalidInput: The index cannot be fetched.
+    """
+    body = msgspec.json.encode(FetchIndexRequest(index, str(target)))
+    _call(path, "POST", "/fetch-index", body, _FETCH_TIMEOUT_S)
 
 
 def _call(path: Path, method: str, url: str, body: bytes, timeout_s: float = _TIMEOUT_S) -> bytes:

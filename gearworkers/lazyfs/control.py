@@ -5,6 +5,8 @@ GET  /metrics     `LazyStatus` in Prometheus' text format
 POST /prefetch    `PrefetchRequest` → `PrefetchReply`
 POST /image       `ImageEvent` → `ProfileStatus`
 POST /reads       `ReadsRequest` → `ReadRanges`
+POST /indexes     `IndexesRequest` → `LayerIndex` by the layer's digest
+POST /fetch-index `FetchIndexRequest` → null, when the file is written
 """
 
 from __future__ import annotations

@@ -12,12 +12,13 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import msgspec
 import structlog
 
 from gearworkers.cas.store import ObjectStore
-from gearworkers.errors import GearError
+from gearworkers.errors import GearError, InvalidInput, NotFound
 from gearworkers.fetch.fetcher import Fetcher
 from gearworkers.fetch.prefetch import Prefetcher
 from gearworkers.fetch.priority_pool import PriorityPool
@@ -32,6 +33,7 @@ from gearworkers.lazyfs.contents import LazyContents
 from gearworkers.lazyfs.control import ControlServer
 from gearworkers.lazyfs.fd_keeper import FdKeeper
 from gearworkers.lazyfs.fuse_connection import FuseConnection
+from gearworkers.lazyfs.index_finder import IndexFinder
 from gearworkers.lazyfs.passthrough import OpenNodes
 from gearworkers.lazyfs.pin_fetch import PinFetcher
 from gearworkers.lazyfs.tree import FAILED, FETCH, Tree, entry_of
@@ -77,6 +79,7 @@ class LazyServer:
             large_bytes=large_bytes,
             is_referenced=lambda digest: self._incomplete.refer_to(digest) or pins.has(digest),
         )
+        self._indexes = IndexFinder(self._document, self._content)
         remote = next((source for source in sources if isinstance(source, Remote)), None)
         self._sources = sources
         self._prefetcher = Prefetcher(
@@ -122,13 +125,20 @@ class LazyServer:
             for name in (FETCH, FAILED):
                 # The kernel caches the answer, so mounts need no server.
                 os.stat(self._settings.lazy_mount_path / name)
-            handlers = {"/prefetch": self._prefetch, "/image": self._image, "/reads": self._reads}
+            handlers = {
+                "/prefetch": self._prefetch,
+                "/image": self._image,
+                "/reads": self._reads,
+                "/indexes": self._find_indexes,
+                "/fetch-index": self._fetch_index,
+            }
             stack.enter_context(ControlServer(self._settings.lazyfs_socket, self._status, handlers))
             _log.info("serving the lazy file system", at=str(self._settings.lazy_mount_path))
             notify_ready(self._settings.notify_socket)
             self._maintain(connection, keeper)
             if not is_data_layer(self._settings.gear_arrivals_path):
                 overlay.unmount(self._settings.lazy_mount_path)
+        self._indexes.close()
         self._profiles.close()
         self._pool.close()
         self._fetcher.close()
@@ -246,6 +256,26 @@ class LazyServer:
     def _reads(self, body: bytes) -> client.ReadRanges:
         objects = msgspec.json.decode(body, type=client.ReadsRequest).objects
         return {digest: self._contents.reads(digest) for digest in objects}
+
+    def _find_indexes(self, body: bytes) -> dict[str, client.LayerIndex]:
+        return self._indexes.find(msgspec.json.decode(body, type=client.IndexesRequest).layers)
+
+    def _fetch_index(self, body: bytes) -> None:
+        request = msgspec.json.decode(body, type=client.FetchIndexRequest)
+        target = Path(request.path)
+        if target.parent.parent != self._settings.gear_build_path:
+            raise InvalidInput(f"{target} is not in a directory of {self._settings.gear_build_path}")
+        self._indexes.fetch(request.index, target)
+
+    def _content(self, digest: bytes) -> Iterator[bytes]:
+        """Yield the bytes of an object from the first source that has it."""
+        for source in self._sources:
+            try:
+                yield from source.fetch(digest)
+                return
+            except NotFound:
+                continue
+        raise NotFound(f"no source has the object {digest.hex()}")
 
     def _document(self, name: str) -> bytes | None:
         """Return a document from the first source that has it."""

@@ -128,7 +128,7 @@ def _claimed_result(claimed: ClaimedJob, engine: Engine) -> JobResult:
 
 def _apply_blob(claimed: ClaimedJob, stream: StoredBlob, job: ApplyDiff, engine: Engine) -> JobResult:
     with opened_blob(stream, claimed.check_not_withdrawn) as tar:
-        size_bytes = engine.apply_diff(job.id, job.parent, tar, again=True)
+        size_bytes = engine.apply_diff(job.id, job.parent, tar, again=True, is_index=stream.is_index)
         return JobResult(size_bytes=size_bytes, digest=tar.digest, stream_bytes=tar.read_bytes)
 
 

@@ -98,6 +98,8 @@ class StoredBlob(msgspec.Struct, frozen=True, tag="stored_blob"):
     """A layer's blob in containerd's content store, compressed or not: an ApplyDiff reads the file."""
 
     path: str
+    is_index: bool = False
+    """Whether the file is the index of a layer instead (`images.layer_records`)."""
 
 
 class NewBlob(msgspec.Struct, frozen=True, tag="new_blob"):

@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from gearworkers.errors import FailedPrecondition, GearError, Unavailable
 from gearworkers.images import convert
 from gearworkers.images.gear_manifest import finish_conversion
+from gearworkers.images.layer_records import ConvertedLayer
 from gearworkers.images.plan import ConversionPlan, LayerJob
 from gearworkers.images.source import reject_path
 from gearworkers.remote.factory import open_remote
@@ -93,7 +94,7 @@ def convert_layer(self: Task, job: dict[str, Any], remote: str) -> dict[str, Any
 def convert_image(self: Task, layers: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
     """Push config and manifest of an image whose layers are converted; return the report."""
     with _retried(self):
-        done = msgspec.convert(layers, list[convert.ConvertedLayer])
+        done = msgspec.convert(layers, list[ConvertedLayer])
         planned = msgspec.convert(plan, ConversionPlan)
         reject_path(planned.source)
         return _plain(finish_conversion(Settings.from_environ().registry, planned, done))

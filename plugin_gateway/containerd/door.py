@@ -12,6 +12,8 @@ from plugin_gateway.containerd.content_root import ContentRoot
 from plugin_gateway.containerd.diffs import Diffs
 from plugin_gateway.containerd.early_apply import EarlyApplies
 from plugin_gateway.containerd.image_blobs import ImageBlobs
+from plugin_gateway.containerd.layer_indexes import LayerIndexes
+from plugin_gateway.containerd.ready_layers import ReadyLayers
 from plugin_gateway.containerd.server import ContainerdServer, SnapshotEvents
 from plugin_gateway.containerd.snapshots import Snapshots
 from plugin_gateway.dispatch.dispatcher import Dispatcher
@@ -59,13 +61,18 @@ class ContainerdDoor:
         await asyncio.to_thread(self._snapshots.open)
         address = self._settings.containerd_address
         blobs = ImageBlobs(address, ContentRoot(address))
-        self._early = EarlyApplies(engine, self._dispatcher, blobs, self._snapshots.is_applied)
+        indexes = LayerIndexes(self._settings, engine.layers)
+        snapshots = self._snapshots
+        self._early = EarlyApplies(
+            engine, self._dispatcher, blobs, indexes, lambda digest: bool(snapshots.applied(digest))
+        )
         root = engine.settings.gear_root
         parts = (root, self._snapshots, self._dispatcher, blobs, self._early, address, loop, self._metrics)
         diffs = Diffs(*parts)
         self._server = ContainerdServer(
             self._path,
-            self._snapshots,
+            snapshots,
+            ReadyLayers(snapshots, self._early, indexes, blobs, loop, self._metrics),
             diffs,
             self._metrics,
             SnapshotEvents(

@@ -8,6 +8,8 @@ then removed.
 Contents above a private layer must not become public objects. So a layer is applied early only after the beginnings of
 all layers below it have been read, and none has the marker of private layers.
 
+A layer is made from its index in the remote in the same way (`ready_layers`): the index is fetched, then applied.
+
 States of a blob: waiting (for its blob or a free slot), running, done. All of this runs on the event loop.
 """
 
@@ -15,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +28,12 @@ from gearworkers.engine.engine import Engine
 from gearworkers.errors import GearError
 from gearworkers.images.layer_reader import TarPreview
 from gearworkers.layers.record import LayerKind
+from gearworkers.lazyfs.client import LayerIndex
 from gearworkers.tar.private_marker import starts_with_marker
 from gearworkers.tar.reader import TarReader
 from gearworkers.workers.messages import ApplyDiff, StoredBlob
-from plugin_gateway.containerd.image_blobs import ImageBlob, ImageBlobs
+from plugin_gateway.containerd.image_blobs import ImageBlobs
+from plugin_gateway.containerd.layer_indexes import LayerIndexes
 from plugin_gateway.containerd.snapshot_table import AppliedBlob, early_name
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 
@@ -52,9 +57,13 @@ class _EarlyApply:
     """One blob that is applied early."""
 
     digest: str
+    source: Path | LayerIndex
+    """The blob's file, or the index from which the layer is made."""
     is_running: bool = False
     is_taken: bool = False
-    """Whether containerd has asked for it, or it was dropped: it must not start any more."""
+    """Whether containerd has asked for it, or it was dropped."""
+    is_dropped: bool = False
+    """Whether it must not begin any more."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     result: AppliedBlob | None = None
     """None if the apply failed; valid once it is done."""
@@ -94,6 +103,7 @@ class EarlyApplies:
         engine: The root's engine.
         dispatcher: Runs the jobs.
         blobs: Finds the blobs of an image.
+        indexes: Fetches indexes.
         is_known: Whether a layer that a blob has filled exists already.
     """
 
@@ -102,12 +112,14 @@ class EarlyApplies:
         engine: Engine,
         dispatcher: Dispatcher,
         blobs: ImageBlobs,
+        indexes: LayerIndexes,
         is_known: Callable[[str], bool],
     ) -> None:
         self.slots = Slots(engine.settings.worker_processes)
         self._engine = engine
         self._dispatcher = dispatcher
         self._blobs = blobs
+        self._indexes = indexes
         self._is_known = is_known
         self._numbers = itertools.count(1)
         self._early: dict[str, _EarlyApply] = {}
@@ -130,16 +142,35 @@ class EarlyApplies:
             self._images[key] = task
             task.add_done_callback(lambda _: self._images.pop(key, None))
 
-    async def take(self, digest: str) -> AppliedBlob | None:
+    def begin_indexed(self, indexes: Mapping[str, LayerIndex]) -> None:
+        """Begin to make layers from their indexes, given by the layers' digests."""
+        for digest, index in indexes.items():
+            self._start(digest, index)
+
+    def begin_stored(self, digest: str, path: Path) -> None:
+        """Begin to apply a blob that a Diff has stored: Docker and BuildKit unpack it next."""
+        self._start(digest, path)
+
+    def drop(self, digest: str) -> None:
+        """Remove the layer of *digest*, or stop making it: it is of no use."""
+        if early := self._early.get(digest):
+            self._drop(early)
+
+    async def take(self, digest: str, *, indexed: bool = False) -> AppliedBlob | None:
         """Return the layer of *digest*, after its apply has ended; None if the caller must apply the blob.
 
         The caller copies the layer and then calls `remove`.
+
+        Args:
+            digest: The blob's.
+            indexed: Whether to take a layer that is made from an index, and none that is made from the blob.
         """
         early = self._early.get(digest)
-        if early is None or early.is_taken:
+        if early is None or early.is_taken or isinstance(early.source, LayerIndex) is not indexed:
             return None
         early.is_taken = True
-        if not early.is_running and not early.done.is_set():
+        if not indexed and not early.is_running and not early.done.is_set():
+            early.is_dropped = True
             self._early.pop(digest, None)
             return None
         await early.done.wait()
@@ -172,54 +203,72 @@ class EarlyApplies:
             for number, blob in enumerate(blobs):
                 if not await _is_complete(blob.path) or await asyncio.to_thread(_is_private, blob.path):
                     return
-                if number and blob.size_bytes >= MIN_BLOB_BYTES and len(self._early) < _MAX_BLOBS:
-                    self._start(blob)
+                if number and blob.size_bytes >= MIN_BLOB_BYTES:
+                    self._start(blob.digest, blob.path)
         except GearError as exc:
             _log.info("no layers are applied early", blob=digest, reason=str(exc))
 
-    def _start(self, blob: ImageBlob) -> None:
-        if blob.digest in self._early or self._is_known(blob.digest):
+    def _start(self, digest: str, source: Path | LayerIndex) -> None:
+        if digest in self._early or len(self._early) >= _MAX_BLOBS or self._is_known(digest):
             return
-        early = self._early[blob.digest] = _EarlyApply(blob.digest)
-        task = asyncio.get_running_loop().create_task(self._apply(early, blob))
+        early = self._early[digest] = _EarlyApply(digest, source)
+        task = asyncio.get_running_loop().create_task(self._apply(early))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _apply(self, early: _EarlyApply, blob: ImageBlob) -> None:
-        await self.slots.acquire()
+    async def _apply(self, early: _EarlyApply) -> None:
         try:
-            if not early.is_taken:
-                early.is_running = True
-                early.result = await self._applied(blob)
+            with ExitStack() as stack:
+                stream = await self._stream(early.source, stack)
+                await self.slots.acquire()
+                try:
+                    if not early.is_dropped:
+                        early.is_running = True
+                        early.result = await self._applied(early, stream)
+                finally:
+                    await self.slots.release()
+        except GearError as exc:
+            _log.info("a layer was not applied early", blob=early.digest, error=str(exc))
         finally:
             early.done.set()
-            await self.slots.release()
-        if not early.is_taken:
+        if early.is_dropped and early.result is not None:
+            await self.remove(early.result)
+        elif not early.is_taken:
             early.timer = asyncio.get_running_loop().call_later(KEEP_S, self._drop, early)
 
-    async def _applied(self, blob: ImageBlob) -> AppliedBlob | None:
-        """Apply the blob to an early layer; None after an error, which the requested apply will report."""
+    async def _stream(self, source: Path | LayerIndex, stack: ExitStack) -> StoredBlob:
+        """Return the file to apply, which stays until the end of *stack*."""
+        if isinstance(source, LayerIndex):
+            path = await asyncio.to_thread(stack.enter_context, self._indexes.fetched(source))
+            return StoredBlob(str(path), is_index=True)
+        return StoredBlob(str(source))
+
+    async def _applied(self, early: _EarlyApply, stream: StoredBlob) -> AppliedBlob:
+        """Apply the file to an early layer.
+
+        Raises:
+            GearError: The file cannot be applied; a requested apply will report the same error.
+        """
         id = early_name(next(self._numbers))
-        root = str(self._engine.settings.gear_root)
+        await asyncio.to_thread(self._engine.create, id, "", LayerKind.NEW)
+        applied = AppliedBlob(early.digest, id, "", 0)
         try:
-            await asyncio.to_thread(self._engine.create, id, "", LayerKind.NEW)
-            job = ApplyDiff(gear_root=root, id=id)
-            result = (await self._dispatcher.run(job, StoredBlob(str(blob.path)))).result
-        except GearError as exc:
-            _log.info("a layer was not applied early", blob=blob.digest, error=str(exc))
-            return None
-        applied = AppliedBlob(blob.digest, id, result.digest, result.stream_bytes)
-        if result.error:
-            _log.info("a layer was not applied early", blob=blob.digest, error=result.error)
+            job = ApplyDiff(gear_root=str(self._engine.settings.gear_root), id=id)
+            result = (await self._dispatcher.run(job, stream)).result
+            if result.error:
+                raise GearError(result.error)
+        except GearError:
             await self.remove(applied)
-            return None
-        return applied
+            raise
+        if isinstance(early.source, LayerIndex):
+            return applied._replace(diff_id=early.source.diff_id, tar_bytes=early.source.tar_bytes)
+        return applied._replace(diff_id=result.digest, tar_bytes=result.stream_bytes)
 
     def _drop(self, early: _EarlyApply) -> None:
         """Remove an early layer that containerd has not asked for."""
         if early.is_taken:
             return
-        early.is_taken = True
+        early.is_taken = early.is_dropped = True
         self._forget(early)
         if early.result is not None:
             task = asyncio.get_running_loop().create_task(self.remove(early.result))

@@ -32,6 +32,7 @@ from gearworkers.errors import (
     from_os_error,
 )
 from plugin_gateway.containerd.diffs import Diffs, Unsupported
+from plugin_gateway.containerd.ready_layers import ReadyLayers
 from plugin_gateway.containerd.snapshot_table import Snapshot, SnapshotKind
 from plugin_gateway.containerd.snapshots import Mount, Snapshots
 from plugin_gateway.metrics import GatewayMetrics
@@ -86,6 +87,7 @@ class ContainerdServer:
     Args:
         path: The socket.
         snapshots: Answers the snapshotter's calls.
+        ready: Commits the layers that need no download.
         diffs: Answers the differ's calls.
         metrics: Counts the calls.
         events: Called after calls that make maintenance due.
@@ -95,12 +97,14 @@ class ContainerdServer:
         self,
         path: Path,
         snapshots: Snapshots,
+        ready: ReadyLayers,
         diffs: Diffs,
         metrics: GatewayMetrics,
         events: SnapshotEvents,
     ) -> None:
         self._path = path
         self._snapshots = snapshots
+        self._ready = ready
         self._diffs = diffs
         self._metrics = metrics
         self._events = events
@@ -194,6 +198,9 @@ class ContainerdServer:
     # -- snapshots
 
     def _prepare(self, request: snapshots_pb2.PrepareSnapshotRequest, _: Mapping[str, str]) -> Message:
+        if self._ready.commit(request.key, request.parent, request.labels):
+            self._events.applied()
+            raise AlreadyExists(f"the layer of snapshot {request.key} is committed already")
         mounts = self._snapshots.prepare(request.key, request.parent, request.labels)
         return snapshots_pb2.PrepareSnapshotResponse(mounts=_mounts(mounts))
 

@@ -51,8 +51,11 @@ CREATE TABLE blobs (
 CREATE INDEX layers ON blobs (layer);
 """
 _COLUMNS = "number, name, parent, kind, labels, created_ns, updated_ns, layer, size_bytes, inodes"
+REF = "containerd.io/snapshot.ref"
+"""The label with the chain ID of a snapshot that is to be unpacked, or was. containerd finds committed ones by it."""
 _LAYER_PREFIX = "snapshot-"
 _EARLY_PREFIX = "early-"
+_UNPACK_KEY = "extract-"
 
 
 class SnapshotKind(IntEnum):
@@ -100,6 +103,19 @@ def early_name(number: int) -> str:
 def layer_name(number: int) -> str:
     """Return the id of the engine's layer for an active snapshot."""
     return f"{_LAYER_PREFIX}{number}"
+
+
+def key_of(name: str) -> str:
+    """Return the key in a snapshot's name, NAMESPACE/NUMBER/KEY: the name by which containerd's clients know it."""
+    return name.split("/", 2)[-1]
+
+
+def is_unpack_key(name: str) -> bool:
+    """Whether a snapshot with this name waits for Apply: containerd's key for it begins with ``extract-``.
+
+    Source: containerd's core/snapshots, "UnpackKeyFormat".
+    """
+    return key_of(name).startswith(_UNPACK_KEY)
 
 
 def is_snapshot_layer(id: str) -> bool:
@@ -249,9 +265,16 @@ class SnapshotRows:
 
     def layers_of(self, digest: str) -> list[AppliedBlob]:
         """Return the layers that were filled from the blob *digest*."""
-        rows = self._connection.execute(
-            "SELECT digest, layer, diff_id, tar_bytes FROM blobs WHERE digest = ?", (digest,)
-        )
+        return self._blobs("WHERE digest = ?", digest)
+
+    def unpacked(self, chain_id: str, parent: str) -> list[AppliedBlob]:
+        """Return the layers, each with its blob, of the committed snapshots with this parent and label REF."""
+        children = self._select("WHERE parent = ? AND kind = ?", parent, SnapshotKind.COMMITTED)
+        layers = [child.layer for child in children if child.labels.get(REF) == chain_id]
+        return [blob for layer in layers for blob in self._blobs("WHERE layer = ?", layer)]
+
+    def _blobs(self, condition: str, value: str) -> list[AppliedBlob]:
+        rows = self._connection.execute(f"SELECT digest, layer, diff_id, tar_bytes FROM blobs {condition}", (value,))
         return [AppliedBlob(*row) for row in rows]
 
     def _committed(self, name: str, otherwise: type[GearError]) -> Snapshot:

@@ -14,6 +14,7 @@ a row, and rows without a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from plugin_gateway.containerd.snapshot_table import (
     SnapshotTable,
     is_layer_name,
     is_snapshot_layer,
+    is_unpack_key,
+    key_of,
 )
 from plugin_gateway.containerd.user_namespaces import UserNamespaces, id_maps, only_id_maps, without_id_maps
 
@@ -39,7 +42,6 @@ _log = structlog.stdlib.get_logger(__name__)
 
 UNPACK_MOUNT = "gear-layer"
 """The type of the mount of a layer that waits for Apply. No other differ can mount it, so none writes into it."""
-_UNPACK_KEY = "extract-"
 _TABLE = "snapshots.sqlite"
 _VIEWS = "views"
 _EMPTY = "empty"
@@ -150,8 +152,7 @@ class Snapshots:
                 mounts for a user namespace that containerd expects.
         """
         labels = self._user_namespaces.accepted(labels)
-        if self._engine.id_maps().uids:
-            raise FailedPrecondition(f"{self._root} belongs to a dockerd with --userns-remap; set another GEAR_ROOT")
+        self._reject_remapped_root()
         created = ""
         try:
             with self._rows.transaction() as rows:
@@ -167,6 +168,10 @@ class Snapshots:
                 self._engine.remove(created)
             raise
         return self._mounts_of_new(snapshot)
+
+    def _reject_remapped_root(self) -> None:
+        if self._engine.id_maps().uids:
+            raise FailedPrecondition(f"{self._root} belongs to a dockerd with --userns-remap; set another GEAR_ROOT")
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Make a read-only view of *parent* and return its mounts; errors as `prepare`."""
@@ -289,10 +294,8 @@ class Snapshots:
 
     def _remove_view(self, path: Path) -> None:
         self._engine.mounts.unmount_view(path)
-        try:
+        with suppress(FileNotFoundError):
             path.rmdir()
-        except FileNotFoundError:
-            pass
 
     # -- information
 
@@ -306,10 +309,13 @@ class Snapshots:
         Raises:
             NotFound: There is no such snapshot.
         """
-        found = [row.layer for row in self._rows.all() if row.name.split("/", 2)[::2] == [namespace, key]]
+        found = [row for row in self._rows.all() if key_of(row.name) == key]
+        own = [row for row in found if row.name.startswith(f"{namespace}/")]
         if not found:
             raise NotFound(f"no snapshot {key} in namespace {namespace}")
-        return self._root, found[-1]  # containerd gives a new snapshot a new number, and removes an older one later
+        # containerd gives a new snapshot a new number, and removes an older one later. A committed snapshot may serve
+        # several namespaces under the name of the first.
+        return self._root, (own or found)[-1].layer
 
     def list(self, filters: Sequence[str]) -> Iterator[Snapshot]:
         """Yield the snapshots that match one of *filters*; all if there is no filter. Errors as `filters.matcher`."""
@@ -356,16 +362,58 @@ class Snapshots:
 
     # -- contents
 
+    def applied(self, digest: str) -> Sequence[AppliedBlob]:
+        """Return the layers that the blob *digest* has filled."""
+        with self._rows.transaction() as rows:
+            return rows.layers_of(digest)
+
+    def unpacked(self, chain_id: str, parent: str) -> Sequence[AppliedBlob]:
+        """As `SnapshotRows.unpacked`."""
+        with self._rows.transaction() as rows:
+            return rows.unpacked(chain_id, parent)
+
     def copy_applied(self, id: str, digest: str) -> AppliedBlob | None:
         """Fill the empty layer *id* from a layer that the blob *digest* has filled; None if there is no such layer."""
-        with self._rows.transaction() as rows:
-            candidates = rows.layers_of(digest)
-        return next((blob._replace(layer=id) for blob in candidates if self.copy(id, blob)), None)
+        return next((blob._replace(layer=id) for blob in self.applied(digest) if self.copy(id, blob)), None)
 
-    def is_applied(self, digest: str) -> bool:
-        """Whether the blob *digest* has filled a layer."""
-        with self._rows.transaction() as rows:
-            return bool(rows.layers_of(digest))
+    def is_private(self, layer: str) -> bool:
+        """Whether a layer, or one below it, has the marker of private layers; False for the empty id."""
+        return self._engine.layers.is_private(layer)
+
+    def commit_copy(self, key: str, parent: str, chain_id: str, labels: Mapping[str, str], blob: AppliedBlob) -> bool:
+        """Make a committed snapshot from the layer of *blob*, durably; return False if that cannot be copied.
+
+        Args:
+            key: The key of an active snapshot that is not made; the committed one gets its namespace and number.
+            parent: The name of the parent.
+            chain_id: The key of the committed snapshot.
+            labels: Its labels.
+            blob: The layer to copy.
+
+        Raises:
+            NotFound, InvalidInput, FailedPrecondition: As `prepare`.
+
+        Crash: may leave a layer without a row.
+        """
+        self._reject_remapped_root()
+        name = f"{key.removesuffix(key_of(key))}{chain_id}"
+        created = ""
+        try:
+            with self._rows.transaction(durable=True) as rows:
+                snapshot = rows.add(SnapshotKind.ACTIVE, key, parent, labels)
+                parent_layer = rows.get(parent).layer if parent else ""
+                self._engine.create(snapshot.layer, parent_layer, LayerKind.NEW)
+                created = snapshot.layer
+                self._engine.copy_layer(snapshot.layer, parent_layer, blob.layer)
+                rows.commit(key, name, labels, *self._usage(snapshot))
+                rows.note_blob(blob._replace(layer=snapshot.layer))
+        except BaseException as exc:
+            if created:
+                self._engine.remove(created)
+                if isinstance(exc, NotFound | FailedPrecondition):  # the layer to copy was removed, or is private
+                    return False
+            raise
+        return True
 
     def copy(self, id: str, blob: AppliedBlob) -> bool:
         """Fill the empty layer *id* from the layer of *blob*; return False if that cannot be copied."""
@@ -396,14 +444,6 @@ class Snapshots:
             raise FailedPrecondition(f"snapshot {owner.name} is not active, so no blob can be applied to it")
         self._engine.unmount(id)
         return self._engine.layers.get(id).parent
-
-
-def is_unpack_key(key: str) -> bool:
-    """Whether a snapshot with this key waits for Apply: containerd names it ``extract-…``.
-
-    Source: containerd's core/snapshots, "UnpackKeyFormat".
-    """
-    return key.rpartition("/")[2].startswith(_UNPACK_KEY)
 
 
 def _bind(source: Path, access: str) -> Mount:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gearworkers.cas.store import ObjectStore
-from gearworkers.cli.image_names import find_image, in_namespace
-from gearworkers.cli.inspect_image import inspect
+from gearworkers.cli.image_names import find_image
 from gearworkers.cli.local_source import opened_source
-from gearworkers.engine.engine import Engine
 from gearworkers.errors import FailedPrecondition, NotFound
 from gearworkers.images.convert_local import convert_locally
 from gearworkers.images.plan import plan_conversion
-from gearworkers.images.reference import Reference
-from gearworkers.images.registry import Repository
-from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
-from tests.support.containerd_host import Containerd, ContainerdDocker
+from gearworkers.settings import RemoteSettings, Settings
+from tests.support.containerd_lazy import ContainerdHost, containerd_host
 from tests.support.images import Image, Pulled, pull
 from tests.support.processes import wait_until
-from tests.support.registry import Registry
-from tests.support.stack import Stack
 from tests.support.tiny import BUSYBOX, tar_of, tiny_tar
 
 SMALL = {f"app/small{number}": b"%d " % number * 2000 for number in range(20)}
@@ -38,110 +30,18 @@ READ = ("cat", "/app/small3", "/app/small5")
 GEAR = str(Path(sys.executable).with_name("gear"))
 
 
-@dataclass
-class Host:
-    """A stack, its containerd and Docker, and the Gear image in a registry."""
-
-    stack: Stack
-    containerd: Containerd
-    docker: ContainerdDocker
-    registry: Registry
-
-    @property
-    def image(self) -> str:
-        """Name of the Gear image."""
-        return f"{self.registry.host}/app:gear"
-
-    def pull(self, namespace: str = "default") -> None:
-        """Pull the image with ctr."""
-        pull = ("images", "pull", "--plain-http", "--snapshotter", "gear", self.image)
-        self.containerd.ctr(*pull, namespace=namespace)
-
-    def run(self, container: str, *command: str, namespace: str = "default") -> str:
-        """Run a command in a new container with ctr; return its output."""
-        arguments = ("run", "--rm", "--snapshotter", "gear", self.image, container, *command)
-        return self.containerd.ctr(*arguments, namespace=namespace)
-
-    def remove(self, namespace: str = "default") -> None:
-        """Remove the image from a namespace of containerd."""
-        self.containerd.ctr("images", "rm", "--sync", self.image, namespace=namespace)
-
-    def reset(self) -> None:
-        """Remove all images and objects, and what the processes know of them."""
-        self.docker.remove_everything()
-        for namespace in ("default", "other"):
-            for name in self.containerd.ctr("images", "ls", "-q", namespace=namespace).split():
-                self.containerd.ctr("images", "rm", "--sync", name, namespace=namespace)
-        self.stack.stop("lazyfs")
-        self.collect_garbage()
-        for link in (self.stack.root / "arrivals").glob("*/*"):
-            link.unlink()
-        self.stack.start("lazyfs")
-        assert not self.objects()
-
-    @property
-    def settings(self) -> Settings:
-        """The settings of the stack."""
-        return Settings.from_environ(self.stack.environ())
-
-    def collect_garbage(self) -> None:
-        """Do what `gear gc` does."""
-        Engine.of(self.settings).collect_garbage()
-
-    def inspect(self, name: str, namespace: str = "") -> dict[str, str]:
-        """Return what `gear inspect` prints."""
-        return dict(inspect(*in_namespace(self.settings, name, namespace)))
-
-    def objects(self) -> list[Path]:
-        """Return the objects in the store."""
-        return [path for path in (self.stack.root / "public").glob("*/*") if path.is_file()]
-
-    def has(self, content: bytes) -> bool:
-        """Whether the store has this content."""
-        return ObjectStore(self.stack.root / "public").has(hashlib.sha256(content).digest())
-
-    def gear(self, *arguments: str) -> dict[str, str]:
-        """Run a `gear` command; return its output lines by key."""
-        done = self.stack.gear(*arguments)
-        assert done.returncode == 0, done.stderr
-        return {line[:16].strip(): line[16:].strip() for line in done.stdout.splitlines()}
-
-    def repository(self, name: str) -> Repository:
-        """A repository of the registry."""
-        return Repository.of(RegistrySettings(), Reference.parse(f"{self.registry.host}/{name}"))
-
-    def profiles(self) -> list[Path]:
-        """Return the profiles in the remote."""
-        return list((Path(self.stack.settings["GEAR_REMOTE"]) / "documents" / "profiles").rglob("@*"))
-
-
 @pytest.fixture(scope="module")
-def session_host(disk: Path) -> Iterator[Host]:
-    remote, registry = disk / "cg-remote", Registry(disk / "cg-registry", 5011)
-    remote.mkdir()
-    registry.start()
-    stack = Stack(disk / "cg-stack", "gearcg", {"GEAR_REMOTE": str(remote)})
-    containerd = Containerd(disk / "cg-containerd", stack)
-    docker = ContainerdDocker(containerd)
-    stack.set(CONTAINERD_ADDRESS=str(containerd.socket), DOCKER_HOST=f"unix://{docker.socket}")
-    stack.start()
-    containerd.start()
-    docker.start()
-    host = Host(stack, containerd, docker, registry)
-    Image(TARS).push(host.repository("app"), "plain")
-    settings = replace(Settings(), gear_root=disk / "cg-convert", remote=RemoteSettings(url=str(remote)))
-    plan = plan_conversion(settings.registry, f"{registry.host}/app:plain", host.image)
-    convert_locally(settings, plan, 1, lambda *_: None)
-    yield host
-    docker.stop()
-    containerd.stop()
-    stack.check_log("gateway")
-    stack.stop()
-    registry.stop()
+def session_host(disk: Path) -> Iterator[ContainerdHost]:
+    with containerd_host(disk, "gearcg", 5011, "app:gear") as host:
+        Image(TARS).push(host.repository("app"), "plain")
+        settings = replace(Settings(), gear_root=disk / "cg-convert", remote=RemoteSettings(url=str(host.remote)))
+        plan = plan_conversion(settings.registry, f"{host.registry.host}/app:plain", host.image)
+        convert_locally(settings, plan, 1, lambda *_: None)
+        yield host
 
 
 @pytest.fixture
-def host(session_host: Host) -> Host:
+def host(session_host: ContainerdHost) -> ContainerdHost:
     session_host.reset()
     wait_until(lambda: not session_host.stack.recorders(), "all starts are recorded")
     for path in session_host.profiles():
@@ -152,7 +52,7 @@ def host(session_host: Host) -> Host:
 # -- lazy starts
 
 
-def test_a_container_of_ctr_starts_before_its_files_have_arrived(host: Host) -> None:
+def test_a_container_of_ctr_starts_before_its_files_have_arrived(host: ContainerdHost) -> None:
     host.pull()
     assert not host.has(BUSYBOX.read_bytes()) and not host.objects()
     assert host.run("one", "stat", "-c", "%s", "/app/large", "/app/small3").split() == [str(len(LARGE)), "4000"]
@@ -166,7 +66,7 @@ def test_a_container_of_ctr_starts_before_its_files_have_arrived(host: Host) -> 
     wait_until(lambda: not host.objects(), "garbage collection removes the objects", 90.0)
 
 
-def test_a_container_of_docker_starts_before_its_files_have_arrived(host: Host) -> None:
+def test_a_container_of_docker_starts_before_its_files_have_arrived(host: ContainerdHost) -> None:
     host.docker.docker("pull", host.image)
     assert not host.objects()
     container = host.docker.run(host.image, "sleep", "1000", options=("-d",))
@@ -186,7 +86,7 @@ def test_a_container_of_docker_starts_before_its_files_have_arrived(host: Host) 
     assert shown == f"700\n{content}x\n20"
 
 
-def test_namespaces_share_the_layers_of_an_incomplete_image(host: Host) -> None:
+def test_namespaces_share_the_layers_of_an_incomplete_image(host: ContainerdHost) -> None:
     host.pull()
     host.pull("other")
     indexes = [path.stat() for path in (host.stack.root / "images").glob("snapshot-*/index.erofs")]
@@ -199,7 +99,7 @@ def test_namespaces_share_the_layers_of_an_incomplete_image(host: Host) -> None:
 # -- profiles
 
 
-def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: Host) -> None:
+def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: ContainerdHost) -> None:
     host.pull()
     assert host.run("one", *READ).startswith("3 3 3")
     wait_until(lambda: bool(host.profiles()), "the start is recorded", 60.0, host.stack.logs)
@@ -214,7 +114,7 @@ def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: Host) 
     assert after.on_demand == before.on_demand and after.profiles_found == 1 and len(host.objects()) == 3
 
 
-def test_profile_record_adds_files_that_a_running_container_opens(host: Host) -> None:
+def test_profile_record_adds_files_that_a_running_container_opens(host: ContainerdHost) -> None:
     host.docker.docker("pull", host.image)
     host.docker.run(host.image, "sleep", "1000", options=("-d", "--name", "recorded"))
     with subprocess.Popen(
@@ -233,7 +133,7 @@ def test_profile_record_adds_files_that_a_running_container_opens(host: Host) ->
 # -- pins
 
 
-def test_a_pinned_image_of_containerd_is_fetched_and_kept(host: Host) -> None:
+def test_a_pinned_image_of_containerd_is_fetched_and_kept(host: ContainerdHost) -> None:
     host.pull()
     assert host.gear("pin", f"containerd:{host.image}")["Pinned"] == host.image
     wait_until(lambda: host.inspect(host.image)["Layers"] == "3 (3 complete)", "all files arrive", 60.0)
@@ -250,7 +150,7 @@ def test_a_pinned_image_of_containerd_is_fetched_and_kept(host: Host) -> None:
 # -- names
 
 
-def test_an_image_is_found_by_each_form_of_its_name(host: Host) -> None:
+def test_an_image_is_found_by_each_form_of_its_name(host: ContainerdHost) -> None:
     host.pull()
     host.containerd.ctr("images", "tag", host.image, "docker.io/library/short:latest")
     target = host.inspect(f"containerd:{host.image}")["Id"]
@@ -263,7 +163,7 @@ def test_an_image_is_found_by_each_form_of_its_name(host: Host) -> None:
     assert host.inspect(host.image, "moby")["Pulled"] == "yes"
 
 
-def test_an_image_of_another_snapshotter_is_refused(host: Host) -> None:
+def test_an_image_of_another_snapshotter_is_refused(host: ContainerdHost) -> None:
     done = host.containerd.call("images", "pull", "--plain-http", "--snapshotter", "native", host.image)
     assert done.returncode != 0 and b"this is a Gear image, without file contents" in done.stderr, done.stderr
     plain = f"{host.registry.host}/app:plain"
@@ -279,7 +179,7 @@ def test_an_image_of_another_snapshotter_is_refused(host: Host) -> None:
 # -- conversion
 
 
-def test_images_of_both_daemons_are_converted_without_a_registry(host: Host, disk: Path) -> None:
+def test_images_of_both_daemons_are_converted_without_a_registry(host: ContainerdHost, disk: Path) -> None:
     plain = f"{host.registry.host}/app:plain"
     host.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "gear", plain)
     host.docker.docker("pull", plain)
@@ -298,7 +198,7 @@ def test_images_of_both_daemons_are_converted_without_a_registry(host: Host, dis
     assert not any((host.stack.root / "converting").iterdir())
 
 
-def _gear(host: Host, name: str) -> Pulled:
+def _gear(host: ContainerdHost, name: str) -> Pulled:
     return pull(host.repository(name), "gear")
 
 

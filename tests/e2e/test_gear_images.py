@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gearworkers.images.gear_layer import INLINE_BYTES
+from gearworkers.images.layer_records import INLINE_BYTES
 from tests.support.dockerd import Dockerd
 from tests.support.processes import wait_until
 from tests.support.registry import Registry

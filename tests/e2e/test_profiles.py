@@ -13,7 +13,7 @@ import pytest
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.fetch.source import Chunk
-from gearworkers.images.gear_layer import INLINE_BYTES
+from gearworkers.images.layer_records import INLINE_BYTES
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
 from gearworkers.remote.factory import open_remote

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,14 +32,15 @@ _CRI = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.contain
 
 
 @contextmanager
-def stack_for_containerd(directory: Path, name: str) -> Iterator[Stack]:
+def stack_for_containerd(directory: Path, name: str, settings: Mapping[str, str] | None = None) -> Iterator[Stack]:
     """Run a stack for a `Containerd` that is started later.
 
     Args:
         directory: The stack's.
         name: The stack's; unique in the sandbox.
+        settings: Further GEAR_… variables.
     """
-    stack = Stack(directory, name)
+    stack = Stack(directory, name, dict(settings or {}))
     stack.set(CONTAINERD_ADDRESS=str(_socket(name)))
     stack.start()
     try:
@@ -185,7 +186,7 @@ class ContainerdDocker:
             "bridge": "none",
             "iptables": False,
             "live-restore": True,
-            "insecure-registries": ["127.0.0.1"],
+            "insecure-registries": ["127.0.0.1", "192.0.2.0/24"],  # the second are those of benchmarks
         }
         (self.directory / "daemon.json").write_text(json.dumps(settings))
         command = [str(programs() / "dockerd"), "--config-file", str(self.directory / "daemon.json")]

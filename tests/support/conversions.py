@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gearworkers.images import manifest as m
 from gearworkers.images.convert import convert_layer
-from gearworkers.images.gear_layer import INLINE_BYTES
 from gearworkers.images.gear_manifest import ConversionReport, finish_conversion
+from gearworkers.images.layer_records import INLINE_BYTES
 from gearworkers.images.plan import plan_conversion
 from gearworkers.images.reference import Reference
 from gearworkers.images.registry import Repository

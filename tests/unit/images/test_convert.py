@@ -15,8 +15,9 @@ import pytest
 
 from gearworkers.errors import FailedPrecondition, GearError, IntegrityError, InvalidInput, ResourceExhausted
 from gearworkers.images import manifest as m
-from gearworkers.images.convert import ConvertedLayer, convert_layer
+from gearworkers.images.convert import convert_layer
 from gearworkers.images.gear_layer import READ_BUFFER_BYTES
+from gearworkers.images.layer_records import ConvertedLayer
 from gearworkers.images.plan import LayerJob, plan_conversion
 from gearworkers.remote.factory import open_remote
 from gearworkers.settings import Settings

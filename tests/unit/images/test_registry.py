@@ -71,18 +71,6 @@ def test_an_upload_that_differs_from_its_digest_is_rejected(peer: Registry, tmp_
     assert not target.has_blob(digest_of(BLOB))
 
 
-def test_a_blob_is_mounted_from_another_repository(peer: Registry, tmp_path: Path) -> None:
-    digest = put(repository(peer.host, tmp_path, "one"), BLOB)
-    other = repository(peer.host, tmp_path, "other")
-    assert not other.has_blob(digest)
-    assert other.mount(digest, "one")
-    assert other.has_blob(digest)
-
-
-def test_mounting_a_missing_blob_returns_false(peer: Registry, tmp_path: Path) -> None:
-    assert not repository(peer.host, tmp_path).mount(digest_of(BLOB), "one")
-
-
 def test_a_manifest_is_found_by_tag_and_by_digest(peer: Registry, tmp_path: Path) -> None:
     target = repository(peer.host, tmp_path)
     data = put_image(target, "v1")

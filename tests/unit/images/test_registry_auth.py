@@ -151,14 +151,6 @@ class TestTokens:
         with pytest.raises(FailedPrecondition, match="docker login"):
             put(anonymous, b"something new")
 
-    def test_a_mount_requests_access_to_both_repositories(
-        self, peer: Registry, tokens: TokenServer, tmp_path: Path
-    ) -> None:
-        config = logged_in(tmp_path / "docker", peer.host)
-        digest = put(repository(peer.host, config, "one"), BLOB)
-        assert repository(peer.host, config, "other").mount(digest, "one")
-        assert tokens.requests[-1] == "GET repository:other:pull,push repository:one:pull"
-
     def test_an_identity_token_is_exchanged(self, peer: Registry, tokens: TokenServer, tmp_path: Path) -> None:
         target = repository(peer.host, logged_in(tmp_path / "docker", peer.host, identitytoken="identity"))
         put(target, BLOB)

@@ -186,7 +186,7 @@ def test_a_conversion_of_a_path_is_rejected(
     source = f"{kind}:{tmp_path}/not-there"
     with pytest.raises(InvalidInput, match="registries only"):
         app.tasks[LAYER_TASK](msgspec.to_builtins(layer_job(source)), str(tmp_path))
-    plan = ConversionPlan(source, "127.0.0.1:1/target", "", (ImagePlan("", "", ()),))
+    plan = ConversionPlan(source, "127.0.0.1:1/target", "", False, (ImagePlan("", "", ()),))
     with pytest.raises(InvalidInput, match="registries only"):
         app.tasks[IMAGE_TASK]([], msgspec.to_builtins(plan))
 

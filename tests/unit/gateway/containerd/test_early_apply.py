@@ -77,7 +77,7 @@ class Node:
     def __init__(self, directory: Path, *, layers: int = 4, slots: int = 2) -> None:
         self.image, self.layers, self.jobs = Image(directory, layers), Layers(directory, slots), Jobs()
         self.known: set[str] = set()
-        parts: Any = (self.layers, self.jobs, self.image, self.known.__contains__)
+        parts: Any = (self.layers, self.jobs, self.image, self, self.known.__contains__)
         self.early = EarlyApplies(*parts)
 
     async def begin(self) -> None:
