@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from gearworkers.cli.image_names import plain_name
 from gearworkers.cli.local_source import opened_source
+from gearworkers.cli.record_start import record_start
 from gearworkers.errors import InvalidInput
 from gearworkers.images.convert_local import convert_locally
 from gearworkers.images.gear_manifest import ConversionReport
@@ -41,6 +42,16 @@ LocalOption = Annotated[
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Also convert layers that are already converted.")]
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Layers to convert at the same time on this host.")]
+RecordOption = Annotated[
+    float,
+    typer.Option(
+        "--record",
+        metavar="SECONDS",
+        min=0,
+        help="Then run the image with `docker` for up to this time, so that its first start is recorded and the files "
+        "that it opens are prefetched on all nodes. 0: do not run it.",
+    ),
+]
 PROCESSES = os.cpu_count() or 1
 """The default of ProcessesOption."""
 _SHOWN_DIGITS = 12
@@ -90,6 +101,12 @@ def print_objects(report: ConversionReport) -> None:
     shared, shared_bytes = report.objects - report.new_objects, report.object_bytes - report.new_bytes
     print(f"New objects     {report.new_objects}, {decimal(report.new_bytes)}")
     print(f"Already stored  {shared}, {decimal(shared_bytes)}")
+
+
+def record_and_print(settings: Settings, name: str, seconds: float) -> None:
+    """Do what RecordOption says, and print the result; errors as `record_start`."""
+    if seconds:
+        print(f"Recorded start  {record_start(settings, name, seconds)} objects")
 
 
 def short_digest(digest: str) -> str:

@@ -15,8 +15,10 @@ from gearworkers.cli.conversion import (
     LocalOption,
     PlatformOption,
     ProcessesOption,
+    RecordOption,
     carry_out,
     print_objects,
+    record_and_print,
 )
 from gearworkers.cli.image_names import NamespaceOption, in_namespace
 from gearworkers.images.gear_manifest import ConversionReport
@@ -41,6 +43,7 @@ def command(
     local: LocalOption = False,
     again: AgainOption = False,
     processes: ProcessesOption = PROCESSES,
+    record: RecordOption = 0.0,
     namespace: NamespaceOption = "",
 ) -> None:
     """Convert an image to a Gear image: file contents go to GEAR_REMOTE, the rest to TARGET's registry.
@@ -49,7 +52,9 @@ def command(
     converted again.
     """
     options = ConversionOptions(platform, all_platforms, local, again, processes)
-    _print(carry_out(*in_namespace(command_settings(), source, namespace), target, options))
+    settings, source = in_namespace(command_settings(), source, namespace)
+    _print(carry_out(settings, source, target, options))
+    record_and_print(settings, target, record)
 
 
 def _print(report: ConversionReport) -> None:

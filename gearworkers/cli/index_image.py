@@ -15,8 +15,10 @@ from gearworkers.cli.conversion import (
     LocalOption,
     PlatformOption,
     ProcessesOption,
+    RecordOption,
     carry_out,
     print_objects,
+    record_and_print,
     short_digest,
 )
 from gearworkers.cli.image_names import DOCKER, NamespaceOption, in_namespace, plain_name
@@ -40,6 +42,7 @@ def command(
     local: LocalOption = False,
     again: AgainOption = False,
     processes: ProcessesOption = PROCESSES,
+    record: RecordOption = 0.0,
     namespace: NamespaceOption = "",
 ) -> None:
     """Index an image: store its file contents, and an index of each layer, in GEAR_REMOTE.
@@ -54,7 +57,9 @@ def command(
             "give the image's name in a registry"
         )
     options = ConversionOptions(platform, all_platforms, local, again, processes)
-    _print(plain_name(image), carry_out(*in_namespace(command_settings(), image, namespace), "", options))
+    settings, image = in_namespace(command_settings(), image, namespace)
+    _print(plain_name(image), carry_out(settings, image, "", options))
+    record_and_print(settings, plain_name(image), record)
 
 
 def _print(name: str, report: ConversionReport) -> None:

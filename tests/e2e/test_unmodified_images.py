@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -107,6 +110,18 @@ def test_an_image_is_removed_and_collected(host: ContainerdHost) -> None:
     assert downloaded(host) == NOTHING and host.docker.run(host.image, *READ) == READ_OUTPUT
 
 
+def test_the_first_start_of_an_indexed_image_is_recorded(host: ContainerdHost) -> None:
+    Image(
+        [*TARS, tar_of({"start": b"#!/bin/sh\ncat /app/small3 /app/small5; sleep 100\n"})], command=("sh", "/start")
+    ).push(host.repository("app"), "started")
+    path = f"{Path(host.docker.daemon.command[0]).parent}:{host.stack.environ()['PATH']}"
+    host.stack.set(PATH=path, DOCKER_CONFIG=str(host.docker.directory / "config"))
+    shown = host.gear("index", "--local", "--record", "5", f"{host.registry.host}/app:started")
+    assert shown["Recorded start"] == "4 objects" and shown["Layers"] == "4 (3 already indexed)"
+    assert not host.docker.docker("ps", "-aq")
+    assert host.gear("index", "--local", "--record", "5", f"{host.registry.host}/app:started")["Recorded start"]
+
+
 # -- layers that are here
 
 
@@ -196,3 +211,42 @@ def test_a_setting_limits_the_use_of_indexes(host: ContainerdHost, setting: str,
         assert downloaded(host) == expected
     finally:
         host.stack.set(GEAR_LAZY_PULL="")
+
+
+# -- at once, and killed in the middle
+
+
+def test_two_pulls_at_once_share_the_layers(host: ContainerdHost) -> None:
+    Image([*TARS, tar_of({"two": b"two"})]).push(host.repository("app"), "two")
+    names = [host.image, f"{host.registry.host}/app:two"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: host.docker.docker("pull", name), names))
+    assert downloaded(host) == NOTHING and downloaded(host, "two") == [*NOTHING, True]
+    assert [host.docker.run(name, *READ) for name in names] == [READ_OUTPUT, READ_OUTPUT]
+    assert len(list((host.stack.root / "images").glob("snapshot-*"))) == 4
+
+
+@pytest.mark.parametrize("killed", ["client", "gateway", "containerd"])
+def test_a_pull_that_is_killed_is_repeated(host: ContainerdHost, killed: str) -> None:
+    lazyfs = host.stack.daemons["lazyfs"]
+    os.kill(lazyfs.pid, signal.SIGSTOP)  # Prepare waits for it
+    pull = host.docker.begin("pull", host.image)
+    time.sleep(0.5)
+    if killed == "client":
+        pull.kill()
+    elif killed == "gateway":
+        host.stack.kill("gateway")
+    else:
+        host.containerd.daemon.kill()
+    os.kill(lazyfs.pid, signal.SIGCONT)
+    pull.communicate()
+    host.stack.start("gateway")
+    if killed == "containerd":
+        host.containerd.start()
+    host.containerd.wait_for_gateway()
+    wait_until(lambda: host.docker.call("pull", host.image).returncode == 0, "the image is pulled again", 60.0)
+    assert host.docker.run(host.image, *READ) == READ_OUTPUT
+    host.docker.docker("rmi", host.image)
+    host.containerd.collect_garbage("moby")
+    wait_until(lambda: not list((host.stack.root / "images").iterdir()), "all layers are removed", 60.0)
+    host.stack.wait_until_idle()

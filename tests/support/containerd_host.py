@@ -226,16 +226,23 @@ class ContainerdDocker:
         self, *arguments: str, stdin: bytes | Path = b"", buildkit: bool = True
     ) -> subprocess.CompletedProcess[bytes]:
         """Run `docker` with these arguments; return the result whatever the outcome."""
-        ours = {
+        command, env = [str(programs() / "docker"), *arguments], self._environ(buildkit=buildkit)
+        if isinstance(stdin, Path):
+            with stdin.open("rb") as file:
+                return subprocess.run(command, env=env, stdin=file, capture_output=True, timeout=300)
+        return subprocess.run(command, env=env, input=stdin, capture_output=True, timeout=300)
+
+    def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start `docker` with these arguments."""
+        pipe = subprocess.PIPE
+        return subprocess.Popen([str(programs() / "docker"), *arguments], env=self._environ(), stdout=pipe, stderr=pipe)
+
+    def _environ(self, *, buildkit: bool = True) -> dict[str, str]:
+        return environ() | {
             "DOCKER_HOST": f"unix://{self.socket}",
             "DOCKER_CONFIG": str(self.directory / "config"),
             "DOCKER_BUILDKIT": str(int(buildkit)),
         }
-        command = [str(programs() / "docker"), *arguments]
-        if isinstance(stdin, Path):
-            with stdin.open("rb") as file:
-                return subprocess.run(command, env=environ() | ours, stdin=file, capture_output=True, timeout=300)
-        return subprocess.run(command, env=environ() | ours, input=stdin, capture_output=True, timeout=300)
 
     def docker(self, *arguments: str, stdin: bytes | Path = b"", buildkit: bool = True) -> str:
         """Run `docker`; return its stdout, stripped.
