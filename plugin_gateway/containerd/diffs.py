@@ -159,8 +159,6 @@ class Diffs:
         job = Diff(gear_root=str(self._root), id=newer, parent=older)
         result = self._run(self._dispatcher.run(job, stream)).result
         _raise_error(result)
-        if not self._snapshots.is_private(newer):
-            self._loop.call_soon_threadsafe(self._early.begin_stored, result.digest, self._blobs.path(result.digest))
         return StoredDiff(media_type, result.digest, result.stream_bytes)
 
     def _run(self, job: Coroutine[Any, Any, _T]) -> _T:

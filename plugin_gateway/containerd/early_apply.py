@@ -147,10 +147,6 @@ class EarlyApplies:
         for digest, index in indexes.items():
             self._start(digest, index)
 
-    def begin_stored(self, digest: str, path: Path) -> None:
-        """Begin to apply a blob that a Diff has stored: Docker and BuildKit unpack it next."""
-        self._start(digest, path)
-
     def drop(self, digest: str) -> None:
         """Remove the layer of *digest*, or stop making it: it is of no use."""
         if early := self._early.get(digest):
