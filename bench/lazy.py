@@ -19,7 +19,7 @@ from tests.support.processes import wait_until
 TURNS = 3
 OLD = "1"
 VERSIONS = ("1", "2", "3")
-_NO_RECORDING = {"GEAR_PROFILE_WINDOW_S": "0"}
+NO_RECORDING = {"GEAR_PROFILE_WINDOW_S": "0"}
 _PROFILES = Path("documents/profiles")
 
 
@@ -82,7 +82,7 @@ def second() -> list[Figure]:
             for app in APPLICATIONS:
                 for version in VERSIONS:
                     _record(disk / f"record-{app.name}-{version}", servers, data, app, version)
-                with _running(_sides(disk / app.name, servers, _NO_RECORDING)[0]) as ours:
+                with _running(_sides(disk / app.name, servers, NO_RECORDING)[0]) as ours:
                     for version in VERSIONS:
                         received[version][app.name] = _megabytes(_start(ours, servers, app, version))
                         wait_until(lambda: is_fetching_done(ours), "the opened files have arrived", 120.0)
@@ -136,7 +136,7 @@ def _measure(network: Callable[[ServerData], AbstractContextManager[Servers]]) -
                 _record(disk / f"{app.name}-record", servers, data, app, OLD)
                 profiled[app.name].peer = cold[app.name].peer
                 for turn in range(TURNS):
-                    ours, _ = _sides(disk / f"{app.name}-{turn}", servers, _NO_RECORDING)
+                    ours, _ = _sides(disk / f"{app.name}-{turn}", servers, NO_RECORDING)
                     with _running(ours):
                         profiled[app.name].ours.append(_start(ours, servers, app, OLD))
         for starts in (*cold.values(), *profiled.values()):
@@ -146,7 +146,7 @@ def _measure(network: Callable[[ServerData], AbstractContextManager[Servers]]) -
 
 def _start_on_both(directory: Path, servers: Servers, app: Application, turn: int, starts: Starts) -> None:
     """Start the application on each side, one after the other, so that they do not share the network."""
-    sides = _sides(directory, servers, _NO_RECORDING)
+    sides = _sides(directory, servers, NO_RECORDING)
     for side in sides if turn % 2 else reversed(sides):
         with _running(side):
             (starts.ours if side.is_ours else starts.peer).append(_start(side, servers, app, OLD))
@@ -179,15 +179,19 @@ def _running(side: Side) -> Iterator[Side]:
 
 
 def _start(side: Side, servers: Servers, app: Application, version: str) -> Start:
-    """Pull the image and run a container until it answers; remove the container, keep the image."""
     image = f"{servers.registry}/{'gear/' if side.is_ours else ''}{app.name}:{version}"
+    return timed_start(side.dockerd.docker, servers, app, image)
+
+
+def timed_start(docker: Callable[..., str], servers: Servers, app: Application, image: str) -> Start:
+    """Pull *image* with `docker` and run a container until it answers; remove the container, keep the image."""
     drop_caches()
     before_bytes, begin_s = servers.received_bytes(), time.perf_counter()
-    side.dockerd.docker("pull", "-q", image)
-    container = side.dockerd.docker("run", "-d", "--network=host", image)
+    docker("pull", "-q", image)
+    container = docker("run", "-d", "--network=host", image)
     answer = app.wait()
     found = Start(time.perf_counter() - begin_s, servers.received_bytes() - before_bytes, answer)
-    side.dockerd.docker("rm", "-f", container)
+    docker("rm", "-f", container)
     return found
 
 

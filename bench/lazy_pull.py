@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 from bench.containerd_sides import ContainerdSide
-from bench.frame import Figure, drop_caches, fresh_disk
-from bench.lazy import OLD, TURNS, Measured, Start, Starts, figures_of_bytes, figures_of_times, profiles_in
+from bench.frame import Figure, fresh_disk
+from bench.lazy import (
+    NO_RECORDING,
+    OLD,
+    TURNS,
+    Measured,
+    Start,
+    Starts,
+    figures_of_bytes,
+    figures_of_times,
+    profiles_in,
+    timed_start,
+)
 from bench.servers import ServerData, Servers, far, near
 from tests.support.applications import APPLICATIONS, Application
 from tests.support.containerd_host import Containerd, ContainerdDocker, stack_for_containerd
 from tests.support.processes import wait_until
 
-_NO_RECORDING = {"GEAR_PROFILE_WINDOW_S": "0"}
 _SLOW_RATE, _SLOW = "24mbit", "3 MB/s"
 _NODE = next(app for app in APPLICATIONS if app.name == "node")
 
@@ -66,11 +75,11 @@ def _measure(
                 start = partial(_start_once, disk / app.name, servers, app)
                 for turn in range(TURNS):
                     if with_cold:
-                        cold[app.name].ours.append(start(f"cold{turn}", _NO_RECORDING))
+                        cold[app.name].ours.append(start(f"cold{turn}", NO_RECORDING))
                     profiled[app.name].peer.append(start(f"peer{turn}", None))
                 cold[app.name].peer = profiled[app.name].peer
                 start("record", {}, until=partial(_is_above, profiles_in(data), data))
-                profiled[app.name].ours = [start(f"ours{turn}", _NO_RECORDING) for turn in range(TURNS)]
+                profiled[app.name].ours = [start(f"ours{turn}", NO_RECORDING) for turn in range(TURNS)]
     for starts in (*cold.values(), *profiled.values()):
         assert len({start.answer for start in (*starts.ours, *starts.peer)}) == 1, "answers differ"
     return Measured(cold, profiled)
@@ -90,14 +99,7 @@ def _start_once(
 ) -> Start:
     """Start the application on an empty host of its own; without *settings*, on containerd's overlayfs."""
     with _side(directory / name, f"{app.name}{name}", servers, settings) as side:
-        image = f"{servers.registry}/{app.name}:{OLD}"
-        drop_caches()
-        before_bytes, begin_s = servers.received_bytes(), time.perf_counter()
-        side.docker.docker("pull", "-q", image)
-        container = side.docker.docker("run", "-d", "--network=host", image)
-        answer = app.wait()
-        found = Start(time.perf_counter() - begin_s, servers.received_bytes() - before_bytes, answer)
-        side.docker.docker("rm", "-f", container)
+        found = timed_start(side.docker.docker, servers, app, f"{servers.registry}/{app.name}:{OLD}")
         if until is not None:
             wait_until(until, "a profile is published", 90.0)
         return found

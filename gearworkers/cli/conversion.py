@@ -104,7 +104,7 @@ def print_objects(report: ConversionReport) -> None:
 
 
 def record_and_print(settings: Settings, name: str, seconds: float) -> None:
-    """Do what RecordOption says, and print the result; errors as `record_start`."""
+    """Record a start of up to *seconds* if that is not 0, and print the number of objects; errors as `record_start`."""
     if seconds:
         print(f"Recorded start  {record_start(settings, name, seconds)} objects")
 

@@ -7,19 +7,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from gearworkers.cli.conversion import (
-    PROCESSES,
-    AgainOption,
-    AllPlatformsOption,
-    ConversionOptions,
-    LocalOption,
-    PlatformOption,
-    ProcessesOption,
-    RecordOption,
-    carry_out,
-    print_objects,
-    record_and_print,
-)
+from gearworkers.cli import conversion
 from gearworkers.cli.image_names import NamespaceOption, in_namespace
 from gearworkers.images.gear_manifest import ConversionReport
 from gearworkers.util.log import command_settings
@@ -38,12 +26,12 @@ def command(
         str,
         typer.Argument(metavar="TARGET", help="Name of the Gear image: [HOST/]NAME[:TAG]. It must differ from SOURCE."),
     ],
-    platform: PlatformOption = "",
-    all_platforms: AllPlatformsOption = False,
-    local: LocalOption = False,
-    again: AgainOption = False,
-    processes: ProcessesOption = PROCESSES,
-    record: RecordOption = 0.0,
+    platform: conversion.PlatformOption = "",
+    all_platforms: conversion.AllPlatformsOption = False,
+    local: conversion.LocalOption = False,
+    again: conversion.AgainOption = False,
+    processes: conversion.ProcessesOption = conversion.PROCESSES,
+    record: conversion.RecordOption = 0.0,
     namespace: NamespaceOption = "",
 ) -> None:
     """Convert an image to a Gear image: file contents go to GEAR_REMOTE, the rest to TARGET's registry.
@@ -51,10 +39,10 @@ def command(
     Workers of the queue `convert` do the work unless --local is given. A layer that was converted before is not
     converted again.
     """
-    options = ConversionOptions(platform, all_platforms, local, again, processes)
+    options = conversion.ConversionOptions(platform, all_platforms, local, again, processes)
     settings, source = in_namespace(command_settings(), source, namespace)
-    _print(carry_out(settings, source, target, options))
-    record_and_print(settings, target, record)
+    _print(conversion.carry_out(settings, source, target, options))
+    conversion.record_and_print(settings, target, record)
 
 
 def _print(report: ConversionReport) -> None:
@@ -66,4 +54,4 @@ def _print(report: ConversionReport) -> None:
     if report.private_layers:
         print(f"Private layers  {report.private_layers} (not converted)")
     print(f"Size of layers  {before} before, {after} after")
-    print_objects(report)
+    conversion.print_objects(report)

@@ -7,20 +7,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from gearworkers.cli.conversion import (
-    PROCESSES,
-    AgainOption,
-    AllPlatformsOption,
-    ConversionOptions,
-    LocalOption,
-    PlatformOption,
-    ProcessesOption,
-    RecordOption,
-    carry_out,
-    print_objects,
-    record_and_print,
-    short_digest,
-)
+from gearworkers.cli import conversion
 from gearworkers.cli.image_names import DOCKER, NamespaceOption, in_namespace, plain_name
 from gearworkers.errors import InvalidInput
 from gearworkers.images.gear_manifest import ConversionReport
@@ -37,12 +24,12 @@ def command(
             help="Image to index: [HOST/]NAME[:TAG][@DIGEST] in a registry, containerd:NAME or oci:PATH[:TAG].",
         ),
     ],
-    platform: PlatformOption = "",
-    all_platforms: AllPlatformsOption = False,
-    local: LocalOption = False,
-    again: AgainOption = False,
-    processes: ProcessesOption = PROCESSES,
-    record: RecordOption = 0.0,
+    platform: conversion.PlatformOption = "",
+    all_platforms: conversion.AllPlatformsOption = False,
+    local: conversion.LocalOption = False,
+    again: conversion.AgainOption = False,
+    processes: conversion.ProcessesOption = conversion.PROCESSES,
+    record: conversion.RecordOption = 0.0,
     namespace: NamespaceOption = "",
 ) -> None:
     """Index an image: store its file contents, and an index of each layer, in GEAR_REMOTE.
@@ -56,10 +43,10 @@ def command(
             f"{image}: its layers have other digests than in a registry, so no node would find the indexes; "
             "give the image's name in a registry"
         )
-    options = ConversionOptions(platform, all_platforms, local, again, processes)
+    options = conversion.ConversionOptions(platform, all_platforms, local, again, processes)
     settings, image = in_namespace(command_settings(), image, namespace)
-    _print(plain_name(image), carry_out(settings, image, "", options))
-    record_and_print(settings, plain_name(image), record)
+    _print(plain_name(image), conversion.carry_out(settings, image, "", options))
+    conversion.record_and_print(settings, plain_name(image), record)
 
 
 def _print(name: str, report: ConversionReport) -> None:
@@ -73,6 +60,6 @@ def _print(name: str, report: ConversionReport) -> None:
     if too_large:
         print(f"Too large       {too_large} (not indexed: an index may have {decimal(MAX_INDEX_BYTES)})")
     for layer in indexed:
-        print(f"Index           {short_digest(layer.source_digest)}: {decimal(layer.size_bytes)}")
+        print(f"Index           {conversion.short_digest(layer.source_digest)}: {decimal(layer.size_bytes)}")
     print(f"All indexes     {decimal(sum(layer.size_bytes for layer in indexed))}")
-    print_objects(report)
+    conversion.print_objects(report)
