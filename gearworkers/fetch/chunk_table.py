@@ -81,6 +81,12 @@ class ChunkTable:
         """Return whether any chunk is in this state."""
         return state in self._states
 
+    def has_any(self, offset: int, size_bytes: int) -> bool:
+        """Return whether a chunk that begins in these bytes is not MISSING."""
+        first = bisect.bisect_left(self.chunks, offset, key=_OFFSET)
+        end = bisect.bisect_left(self.chunks, offset + size_bytes, key=_OFFSET)
+        return any(self._states[first:end])
+
     def all_missing(self) -> list[int]:
         """Return the numbers of the chunks that are MISSING."""
         if ChunkState.MISSING not in self._states:

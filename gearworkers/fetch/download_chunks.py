@@ -16,7 +16,7 @@ from gearworkers.errors import GearError, IntegrityError, NotFound, ResourceExha
 from gearworkers.fetch.chunk_table import ChunksDone, ChunkState, ChunkTable
 from gearworkers.fetch.context import FetchContext
 from gearworkers.fetch.priority_pool import Priority
-from gearworkers.fetch.read_ahead import ReadAhead
+from gearworkers.fetch.read_ahead import ReadAhead, block_around
 from gearworkers.fetch.source import Chunk
 from gearworkers.fetch.targets import Target
 from gearworkers.util.open_file import ObjectFile
@@ -109,6 +109,9 @@ class DownloadChunks:
             ahead_bytes = self._read_ahead.after(offset, size_bytes)
             if ahead_bytes:
                 self.request(self._table.numbers(offset + size_bytes, ahead_bytes), Priority.READ_AHEAD)
+            elif is_waiting:
+                block = block_around(offset, self._table.has_any)
+                self.request(self._table.numbers(*block), Priority.READ_AHEAD)
         if not is_waiting:
             answer(error)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -15,6 +15,9 @@ from gearworkers.fetch.priority_pool import Priority, PriorityPool
 from gearworkers.fetch.source import BytesOrLayout, ObjectSource
 
 _log = structlog.get_logger(__name__)
+
+Arrived = Callable[[bytes], None]
+"""Receives the digest of an object that has arrived; it must not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,32 +80,39 @@ class Prefetcher:
                 small.append(_SmallObject(self._fetcher, self.stats, digest, size_bytes, is_required=True))
         self._fetch_in_batches(small, Priority.BACKGROUND)
 
-    def fetch_soon(self, objects: Sequence[PrefetchObject]) -> None:
+    def fetch_soon(self, objects: Sequence[PrefetchObject], arrived: Arrived | None = None) -> None:
         """Fetch *objects* in this order, before background work. Their first reader fetches those that fail here.
 
         One request fetches the layouts of large objects, then a few long ones fetch the contents.
-        """
-        self._pool.submit(lambda: self._fetch_soon(objects), Priority.READ_AHEAD)
 
-    def _fetch_soon(self, objects: Sequence[PrefetchObject]) -> None:
+        Args:
+            objects: Their parts to fetch.
+            arrived: Called with the digest of each object when it is stored, or when the first of its wanted chunks can
+                be read; also if another request fetches it, before it has arrived.
+        """
+        self._pool.submit(lambda: self._fetch_soon(objects, arrived), Priority.READ_AHEAD)
+
+    def _fetch_soon(self, objects: Sequence[PrefetchObject], arrived: Arrived | None) -> None:
         missing = [object for object in objects if not self._fetcher.is_here(object.digest)]
         self._fetch_layouts(
             {object.digest: object.size_bytes for object in missing if object.size_bytes >= self._large_bytes}
         )
-        self._fetch_in_batches(self._items(missing), Priority.READ_AHEAD)
+        self._fetch_in_batches(self._items(missing, arrived), Priority.READ_AHEAD)
 
     def _fetch_in_batches(self, items: Iterable[BatchItem], priority: Priority) -> None:
         fetch_in_batches(items, self._sources, self._pool, priority, self._limits)
 
-    def _items(self, objects: Sequence[PrefetchObject]) -> Iterator[BatchItem]:
+    def _items(self, objects: Sequence[PrefetchObject], arrived: Arrived | None) -> Iterator[BatchItem]:
         for object in objects:
             download = self._fetcher.get(object.digest)
             if download is not None:
                 ranges = object.ranges if object.size_bytes >= self._served_bytes else ((0, object.size_bytes),)
-                chunks = download.chunks
-                yield from (_LargeObjectChunk(chunks, self.stats, number) for number in chunks.numbers_of(ranges))
+                for at, number in enumerate(download.chunks.numbers_of(ranges)):
+                    item: BatchItem = _LargeObjectChunk(download.chunks, self.stats, number)
+                    yield item if at or arrived is None else _Reported(item, object.digest, arrived)
             elif object.size_bytes < self._large_bytes:
-                yield _SmallObject(self._fetcher, self.stats, object.digest, object.size_bytes, is_required=False)
+                item = _SmallObject(self._fetcher, self.stats, object.digest, object.size_bytes, is_required=False)
+                yield item if arrived is None else _Reported(item, object.digest, arrived)
 
     def _fetch_layouts(self, sizes: dict[bytes, int]) -> None:
         """Make large objects, given as digest to size in bytes, readable before the first open."""
@@ -167,6 +177,39 @@ class _LargeObjectChunk:
 
     def miss(self) -> None:
         self.chunks.miss(self.number)
+
+
+@dataclass(slots=True)
+class _Reported:
+    """An item whose delivery is reported, or that another request delivers."""
+
+    item: BatchItem
+    object: bytes
+    """Digest of the object that the item is, or belongs to."""
+    arrived: Arrived
+
+    @property
+    def digest(self) -> bytes:
+        return self.item.digest
+
+    @property
+    def size_bytes(self) -> int:
+        return self.item.size_bytes
+
+    def claim(self) -> bool:
+        is_claimed = self.item.claim()
+        if not is_claimed:
+            self.arrived(self.object)
+        return is_claimed
+
+    def deliver(self, content: BytesOrLayout) -> bool:
+        is_right = self.item.deliver(content)
+        if is_right:
+            self.arrived(self.object)
+        return is_right
+
+    def miss(self) -> None:
+        self.item.miss()
 
 
 def _deliver(chunks: DownloadChunks, number: int, content: BytesOrLayout, stats: PrefetchStats) -> bool:

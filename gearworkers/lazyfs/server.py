@@ -29,6 +29,7 @@ from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs import client
 from gearworkers.lazyfs import fuse_connection as fuse
 from gearworkers.lazyfs.arrivals import Arrivals
+from gearworkers.lazyfs.companions import Companions
 from gearworkers.lazyfs.contents import LazyContents
 from gearworkers.lazyfs.control import ControlServer
 from gearworkers.lazyfs.fd_keeper import FdKeeper
@@ -85,7 +86,8 @@ class LazyServer:
         self._prefetcher = Prefetcher(
             self._fetcher, sources, self._pool, large_bytes=large_bytes, served_bytes=served_bytes
         )
-        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.fetch_soon)
+        self._companions = Companions(layers, self._store, self._fetcher, self._prefetcher.fetch_soon)
+        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.fetch_soon, self._companions.begin)
         self._profile_growth = ProfileGrowth(
             layers,
             remote,
@@ -98,7 +100,7 @@ class LazyServer:
             self._arrivals,
             self._incomplete,
             self._fetcher,
-            self._profile_growth.missed,
+            self._missed,
             served_bytes=served_bytes,
         )
         self._pins = PinFetcher(pins, self._fetcher.is_here, self._pool, self._prefetcher.fetch_all)
@@ -140,6 +142,7 @@ class LazyServer:
                 overlay.unmount(self._settings.lazy_mount_path)
         self._indexes.close()
         self._profiles.close()
+        self._companions.close()
         self._pool.close()
         self._fetcher.close()
 
@@ -217,6 +220,10 @@ class LazyServer:
         successor.keep(fuse_fd)
         keeper.close()
         return successor
+
+    def _missed(self, digest: bytes, size_bytes: int) -> None:
+        self._profile_growth.missed(digest, size_bytes)
+        self._companions.missed(digest)
 
     # -- the control socket
 

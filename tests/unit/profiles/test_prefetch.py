@@ -25,7 +25,7 @@ def test_the_profile_thread_ends_even_during_a_pull(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(prefetch, "SETTLE_S", 120.0)
     layers = LayerStore(Settings(gear_root=tmp_path), ObjectStore(tmp_path / "public"))
     earlier = set(threading.enumerate())
-    profiles = ProfilePrefetcher(layers, lambda name: None, lambda parts: None)
+    profiles = ProfilePrefetcher(layers, lambda name: None, lambda parts: None, lambda image: None)
     (thread,) = set(threading.enumerate()) - earlier
     profiles.notify(ImageEvent("layer", starts=False))
     profiles.close()
@@ -41,7 +41,7 @@ def test_a_layer_that_was_removed_during_a_pull_is_not_an_image(tmp_path: Path) 
     driver.apply_diff("image", "", io.BytesIO(gear_tar({"file": b"content" * 100})))
     asked: list[str] = []
     layers = driver.engine.layers
-    profiles = ProfilePrefetcher(layers, lambda name: asked.append(name), lambda parts: None)
+    profiles = ProfilePrefetcher(layers, lambda name: asked.append(name), lambda parts: None, lambda image: None)
     with capture_logs() as logs:
         profiles.notify(ImageEvent("early-1", starts=False))
         profiles.notify(ImageEvent("image", starts=False))
