@@ -169,6 +169,15 @@ class Config(msgspec.Struct, frozen=True):
         return self.config is not None and self.config.is_gear
 
 
+class _Run(msgspec.Struct, frozen=True):
+    entrypoint: tuple[str, ...] = msgspec.field(name="Entrypoint", default=())
+    cmd: tuple[str, ...] = msgspec.field(name="Cmd", default=())
+
+
+class _Runnable(msgspec.Struct, frozen=True):
+    config: _Run = _Run()
+
+
 class _Typed(msgspec.Struct, frozen=True, rename="camel"):
     media_type: str = ""
     schema_version: int = 2
@@ -245,6 +254,16 @@ def decode_config(data: bytes, manifest: Manifest, label: str) -> Config:
             f"{label}: the config has {len(found.rootfs.diff_ids)} layers, but the manifest has {len(manifest.layers)}"
         )
     return found
+
+
+def decode_command(data: bytes, label: str) -> tuple[str, ...]:
+    """Return entrypoint and command from a config.
+
+    Raises:
+        InvalidInput: The data are not a config; the message begins with *label*.
+    """
+    run = decode(data, _Runnable, label).config
+    return run.entrypoint + run.cmd
 
 
 def media_type_of(data: bytes, declared: str, label: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gearworkers.errors import IntegrityError
 from gearworkers.layers.apply import STREAM_FILE
-from gearworkers.tar.entry import REG
+from gearworkers.tar.entry import REG, SYMLINK
 from gearworkers.tar.reader import TarReader
 from gearworkers.tar.tar_split import ObjectBytes, RawBytes, TarSplitReader
 
@@ -21,8 +21,15 @@ class NamedObject(NamedTuple):
     size_bytes: int
 
 
-def named_objects(directory: Path) -> Iterator[NamedObject]:
-    """Yield the files of the layer in *directory* whose contents the tar names.
+class NamedLink(NamedTuple):
+    """A symbolic link."""
+
+    path: bytes
+    target: bytes
+
+
+def named_files(directory: Path) -> Iterator[NamedObject | NamedLink]:
+    """Yield the files of the layer in *directory* whose contents the tar names, and the symbolic links.
 
     Raises:
         IntegrityError: The stream file is missing or damaged.
@@ -35,6 +42,8 @@ def named_objects(directory: Path) -> Iterator[NamedObject]:
         for entry in TarReader(_Headers(iter(TarSplitReader(file)))):
             if entry.type == REG and entry.gear is not None:
                 yield NamedObject(entry.name, *entry.gear)
+            elif entry.type == SYMLINK:
+                yield NamedLink(entry.name, entry.linkname)
 
 
 class _Headers:

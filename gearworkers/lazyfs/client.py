@@ -62,6 +62,8 @@ class ImageEvent(msgspec.Struct, frozen=True):
 
     layer: str
     starts: bool
+    command: str = ""
+    """The image's command, if known."""
 
 
 class ProfileStatus(StrEnum):
@@ -126,13 +128,15 @@ def request_prefetch(path: Path, layers: Sequence[str]) -> int:
     return msgspec.json.decode(_call(path, "POST", "/prefetch", body), type=PrefetchReply).objects
 
 
-def report_image(path: Path, layer: str, *, starts: bool) -> ProfileStatus:
+def report_image(path: Path, layer: str, *, starts: bool, command: str = "") -> ProfileStatus:
     """Report a layer, so that the server looks for its profile; immediately if a container *starts*.
+
+    The *command* is the image's, if known.
 
     Raises:
         Unavailable: No server runs, or it does not answer within a second.
     """
-    body = msgspec.json.encode(ImageEvent(layer, starts))
+    body = msgspec.json.encode(ImageEvent(layer, starts, command))
     return msgspec.json.decode(_call(path, "POST", "/image", body, REPORT_TIMEOUT_S), type=ProfileStatus)
 
 

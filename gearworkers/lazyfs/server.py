@@ -87,7 +87,7 @@ class LazyServer:
             self._fetcher, sources, self._pool, large_bytes=large_bytes, served_bytes=served_bytes
         )
         self._companions = Companions(layers, self._store, self._fetcher, self._prefetcher.fetch_soon)
-        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.fetch_soon, self._companions.begin)
+        self._profiles = ProfilePrefetcher(layers, self._document, self._prefetcher.fetch_soon, self._without_profile)
         self._profile_growth = ProfileGrowth(
             layers,
             remote,
@@ -220,6 +220,9 @@ class LazyServer:
         successor.keep(fuse_fd)
         keeper.close()
         return successor
+
+    def _without_profile(self, image: client.ImageEvent) -> None:
+        self._companions.begin(image.layer, image.command)
 
     def _missed(self, digest: bytes, size_bytes: int) -> None:
         self._profile_growth.missed(digest, size_bytes)

@@ -32,10 +32,15 @@ class ProfileHooks:
         self._layers = layers
         self._recordings = recordings
 
-    def layer_applied(self, id: str) -> None:
-        """Request the prefetch of the image's profile if the layer is incomplete; it may be the topmost layer."""
+    def layer_applied(self, id: str, command: str = "") -> None:
+        """Request the prefetch of the image's profile if the layer is incomplete; it may be the topmost layer.
+
+        Args:
+            id: The layer.
+            command: The image's command, if the layer is the topmost and the command is known.
+        """
         if not self._layers.is_complete(id):
-            self._report(id, starts=False)
+            self._report(id, starts=False, command=command)
 
     def container_mounted(self, layer: Layer, merged: Path) -> None:
         """Request the prefetch of the image's profile, or begin to record a profile. Call before the start.
@@ -59,10 +64,10 @@ class ProfileHooks:
         """End all recordings without a result."""
         self._recordings.close()
 
-    def _report(self, image: str, *, starts: bool) -> ProfileStatus:
+    def _report(self, image: str, *, starts: bool, command: str = "") -> ProfileStatus:
         """Report the image to the lazy file server, which looks for its profile in the background."""
         try:
-            return report_image(self._settings.lazyfs_socket, image, starts=starts)
+            return report_image(self._settings.lazyfs_socket, image, starts=starts, command=command)
         except (GearError, msgspec.MsgspecError) as exc:
             _log.warning("cannot ask the lazy file server for a profile", image=image, error=str(exc))
             return ProfileStatus.UNKNOWN

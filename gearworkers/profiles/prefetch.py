@@ -41,14 +41,14 @@ class ProfilePrefetcher:
         layers: LayerStore,
         document: Callable[[str], bytes | None],
         prefetch: Callable[[Sequence[PrefetchObject]], None],
-        without_profile: Callable[[str], None],
+        without_profile: Callable[[ImageEvent], None],
     ) -> None:
         """
         Args:
             layers: The node's layers.
             document: Returns a document of this name, or None; may take long or raise GearError.
             prefetch: Fetches parts of objects in the background, in order.
-            without_profile: Called with the topmost layer of an image that has no profile.
+            without_profile: Called with an image that has no profile.
         """
         self._layers = layers
         self._document = document
@@ -112,7 +112,7 @@ class ProfilePrefetcher:
         found = self.known(image.layer)[1] if image.starts else None
         found = found or self._read_profile(image.layer)
         if found is None:
-            self._without_profile(image.layer)
+            self._without_profile(image)
             if image.starts and image.layer not in self._started_without_profile:
                 self._started_without_profile.add(image.layer)
                 self.counts.absent += 1

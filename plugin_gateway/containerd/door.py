@@ -72,7 +72,9 @@ class ContainerdDoor:
         self._server = ContainerdServer(
             self._path,
             snapshots,
-            ReadyLayers(snapshots, self._early, indexes, blobs, loop, self._metrics),
+            ReadyLayers(
+                snapshots, self._early, indexes, blobs, loop, self._metrics, engine.profile_hooks.layer_applied
+            ),
             diffs,
             self._metrics,
             SnapshotEvents(

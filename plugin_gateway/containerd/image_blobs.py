@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gearworkers.containerd.client import connected
 from gearworkers.errors import InvalidInput, NotFound
-from gearworkers.images.manifest import MAX_MANIFEST_BYTES, decode_manifest
+from gearworkers.images.manifest import MAX_MANIFEST_BYTES, decode_command, decode_manifest
 from gearworkers.util.fs import read_small
 from plugin_gateway.containerd.content_root import ContentRoot
 
@@ -50,6 +50,18 @@ class ImageBlobs:
             raise InvalidInput(f"blob digest {digest!r} is not valid")
         return self._content_root.get() / "blobs" / parsed[1] / parsed[2]
 
+    def command(self, manifest: str) -> tuple[str, ...]:
+        """Return entrypoint and command of the image with this manifest, given by digest.
+
+        Raises:
+            GearError: containerd does not answer, or manifest or config are missing or malformed.
+        """
+        config = decode_manifest(self._read(manifest), f"manifest {manifest}").config.digest
+        return decode_command(self._read(config), f"config {config}")
+
+    def _read(self, digest: str) -> bytes:
+        return read_small(self.path(digest), MAX_MANIFEST_BYTES)
+
     def of_image(self, digest: str, position: int, namespace: str) -> list[ImageBlob]:
         """Return the image's layers from *digest* to the topmost.
 
@@ -64,7 +76,6 @@ class ImageBlobs:
         """
         with connected(self._address, namespace) as client:
             for manifest in client.list_content(f'labels."{_LAYER_LABEL}.{position}"=={digest}'):
-                data = read_small(self.path(manifest), MAX_MANIFEST_BYTES)
-                layers = decode_manifest(data, f"manifest {manifest}").layers[position:]
+                layers = decode_manifest(self._read(manifest), f"manifest {manifest}").layers[position:]
                 return [ImageBlob(layer.digest, layer.size, self.path(layer.digest)) for layer in layers]
         raise NotFound(f"no manifest has layer {digest}")

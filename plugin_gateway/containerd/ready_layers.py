@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import structlog
@@ -27,13 +27,14 @@ from gearworkers.util.keyed_locks import KeyedLocks
 from plugin_gateway.containerd.early_apply import EarlyApplies
 from plugin_gateway.containerd.image_blobs import ImageBlobs
 from plugin_gateway.containerd.layer_indexes import LayerIndexes
-from plugin_gateway.containerd.snapshot_table import REF, AppliedBlob, is_unpack_key, key_of
+from plugin_gateway.containerd.snapshot_table import REF, AppliedBlob, committed_name, is_unpack_key, key_of
 from plugin_gateway.containerd.snapshots import Snapshots
 from plugin_gateway.metrics import GatewayMetrics
 
 _log = structlog.stdlib.get_logger(__name__)
 
 _LAYER = "containerd.io/snapshot/cri.layer-digest"
+_MANIFEST = "containerd.io/snapshot/cri.manifest-digest"
 _LAYERS = "containerd.io/snapshot/cri.image-layers"
 """The layers of the image from this one on, as far as the label's length allows."""
 
@@ -67,6 +68,7 @@ class ReadyLayers:
         blobs: Finds containerd's blobs.
         loop: The event loop of *early*.
         metrics: Counts the layers.
+        report: Called with the topmost layer of an image, and the image's command.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ReadyLayers:
         blobs: ImageBlobs,
         loop: asyncio.AbstractEventLoop,
         metrics: GatewayMetrics,
+        report: Callable[[str, str], None],
     ) -> None:
         self._snapshots = snapshots
         self._early = early
@@ -84,6 +87,7 @@ class ReadyLayers:
         self._blobs = blobs
         self._loop = loop
         self._metrics = metrics
+        self._report = report
         self._locks = KeyedLocks()
 
     def commit(self, key: str, parent: str, labels: Mapping[str, str]) -> bool:
@@ -99,7 +103,19 @@ class ReadyLayers:
             how = self._commit(wanted)
         if how:
             self._metrics.applies.labels(how).inc()
+            self._report_command(wanted)
         return bool(how)
+
+    def _report_command(self, wanted: _Wanted) -> None:
+        """Let the lazy file server fetch the programs that the image's containers run first."""
+        manifest = wanted.labels.get(_MANIFEST)
+        if len(wanted.layers) > 1 or not manifest:
+            return
+        try:
+            layer = self._snapshots.stat(committed_name(wanted.key, wanted.chain_id)).layer
+            self._report(layer, " ".join(self._blobs.command(manifest)))
+        except GearError as exc:
+            _log.info("the programs of an image are not fetched ahead", manifest=manifest, reason=str(exc))
 
     def _has_blob(self, digest: str) -> bool:
         """Whether the content store has the blob; True also if containerd does not answer."""

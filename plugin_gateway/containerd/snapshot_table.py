@@ -110,6 +110,11 @@ def key_of(name: str) -> str:
     return name.split("/", 2)[-1]
 
 
+def committed_name(key: str, chain_id: str) -> str:
+    """Return the name of the snapshot that results from the active snapshot *key* of an unpack."""
+    return f"{key.removesuffix(key_of(key))}{chain_id}"
+
+
 def is_unpack_key(name: str) -> bool:
     """Whether a snapshot with this name waits for Apply: containerd's key for it begins with ``extract-``.
 

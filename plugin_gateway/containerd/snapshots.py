@@ -31,6 +31,7 @@ from plugin_gateway.containerd.snapshot_table import (
     Snapshot,
     SnapshotKind,
     SnapshotTable,
+    committed_name,
     is_layer_name,
     is_snapshot_layer,
     is_unpack_key,
@@ -396,8 +397,7 @@ class Snapshots:
         Crash: may leave a layer without a row.
         """
         self._reject_remapped_root()
-        name = f"{key.removesuffix(key_of(key))}{chain_id}"
-        created = ""
+        name, created = committed_name(key, chain_id), ""
         try:
             with self._rows.transaction(durable=True) as rows:
                 snapshot = rows.add(SnapshotKind.ACTIVE, key, parent, labels)

@@ -1,8 +1,12 @@
-"""Five real images, converted and started on an empty host, answer and equal the originals on overlay2."""
+"""Five real images, started on an empty host, answer and equal the originals on overlay2.
+
+They are started as Gear images under Docker's graphdriver, and unmodified under Docker on containerd.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import subprocess
@@ -14,9 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from gearworkers.images.manifest import digest_of
+from gearworkers.images.reference import Reference
+from gearworkers.images.registry import Repository
 from gearworkers.settings import RegistrySettings, RemoteSettings, Settings
 from tests.support import appimages, remotes
 from tests.support.applications import APPLICATIONS, NGINX, Application
+from tests.support.containerd_host import Containerd, ContainerdDocker, stack_for_containerd
 from tests.support.dockerd import Dockerd
 from tests.support.registry import Registry
 from tests.support.stack import Stack
@@ -31,12 +39,15 @@ Seen = tuple[str, int, int]
 """Path, size and mtime of a file."""
 
 
+AnyDocker = Dockerd | ContainerdDocker
+
+
 @dataclass
 class Node:
     """A stack with a dockerd."""
 
     stack: Stack
-    dockerd: Dockerd
+    dockerd: AnyDocker
 
     def gear(self, *arguments: str) -> str:
         """Run a `gear` command on this node; return its output."""
@@ -58,9 +69,12 @@ class Node:
 
 @dataclass
 class Peers:
-    """A node of gearworkers, a dockerd with overlay2, and the state shared between images."""
+    """Nodes of gearworkers, a dockerd with overlay2, and the state shared between images."""
 
     ours: Node
+    """Its dockerd uses the graphdriver."""
+    on_containerd: Node
+    """Its dockerd uses containerd's image store."""
     overlay2: Dockerd
     settings: Settings
     """Settings of conversions."""
@@ -82,19 +96,37 @@ def node(directory: Path, name: str, remote: str, environ: dict[str, str] | None
         stack.stop()
 
 
+@contextmanager
+def containerd_node(directory: Path, name: str, remote: str) -> Iterator[Node]:
+    """Run a node whose Docker uses containerd's image store, with *remote* as GEAR_REMOTE."""
+    with (
+        stack_for_containerd(directory / f"{name}-stack", name, {"GEAR_REMOTE": remote}) as stack,
+        ExitStack() as stops,
+    ):
+        containerd = Containerd(directory / name, stack)
+        stops.callback(containerd.stop)
+        containerd.start()
+        docker = ContainerdDocker(containerd)
+        stops.callback(docker.stop)
+        docker.start()
+        yield Node(stack, docker)
+
+
 @pytest.fixture(scope="module")
 def peers(disk: Path) -> Iterator[Peers]:
-    """Run both dockerds, and a manager as the remote of gearworkers."""
+    """Run all dockerds, and a manager as the remote of gearworkers."""
     directory = disk / "applications"
     directory.mkdir()
     overlay2 = Dockerd("plain", directory / "plain", "overlay2")
     with ExitStack() as running:
         manager = running.enter_context(remotes.manager_server(directory / "manager"))
         ours = running.enter_context(node(directory, "apps", manager.url))
+        on_containerd = running.enter_context(containerd_node(directory, "appsu", manager.url))
         running.callback(overlay2.stop)
         overlay2.start()
         yield Peers(
             ours,
+            on_containerd,
             overlay2,
             Settings(
                 remote=RemoteSettings(url=manager.url),
@@ -113,6 +145,7 @@ def image(peers: Peers, registry: Registry, request: pytest.FixtureRequest) -> I
     yield app, original, converted
     peers.overlay2.remove_everything()
     peers.ours.reset()
+    peers.on_containerd.reset()
 
 
 @pytest.mark.slow
@@ -121,12 +154,37 @@ def test_an_application_answers_on_an_empty_host_and_equals_the_original(
     peers: Peers, image: tuple[Application, str, str]
 ) -> None:
     app, original, converted = image
-    answer = first_answer(peers.ours.dockerd, converted, app)
-    fetched = peers.ours.object_count()
-    assert answer == first_answer(peers.overlay2, original, app)
-    with root_of(peers.ours.dockerd, converted) as ours, root_of(peers.overlay2, original) as theirs:
-        files = compare(ours, theirs, CONTENTS_OF_EVERY.get(app.name, 1), peers.compared)
-    assert 0 < fetched < files / 2, "the start fetched unopened files"
+    expected = first_answer(peers.overlay2, original, app)
+    with root_of(peers.overlay2, original) as theirs:
+        for node, name in ((peers.ours, converted), (peers.on_containerd, original)):
+            assert first_answer(node.dockerd, name, app) == expected
+            fetched = node.object_count()
+            with root_of(node.dockerd, name) as ours:
+                files = compare(ours, theirs, CONTENTS_OF_EVERY.get(app.name, 1), peers.compared)
+            assert 0 < fetched < files / 2, "the start fetched unopened files"
+    assert_is_unmodified(peers, original)
+
+
+def assert_is_unmodified(peers: Peers, name: str) -> None:
+    """Check that Docker on containerd shows the original image, and has not downloaded its layers."""
+    docker = peers.on_containerd.dockerd
+    assert isinstance(docker, ContainerdDocker)
+    reference = Reference.parse(name)
+    data = Repository.of(peers.settings.registry, reference).manifest(reference.tag_or_digest)[0]
+    manifest, digest = json.loads(data), digest_of(data)
+    ours, theirs = (json.loads(docker.docker("image", "inspect", name))[0] for docker in (docker, peers.overlay2))
+    assert ours["Id"] in (digest, manifest["config"]["digest"])
+    assert ours["RepoDigests"] == [f"{name.rpartition(':')[0]}@{digest}"]
+    for key in ("RepoTags", "RepoDigests", "RootFS", "Created", "Architecture", "Os"):
+        assert ours[key] == theirs[key], key
+    assert set_values(ours["Config"]) == set_values(theirs["Config"])
+    stored = docker.containerd.ctr("content", "ls", "-q", namespace="moby").split()
+    assert digest in stored and not {layer["digest"] for layer in manifest["layers"]}.intersection(stored)
+
+
+def set_values(config: dict[str, object]) -> dict[str, object]:
+    """Return the settings that are not empty; versions of Docker differ in whether they show the others."""
+    return {key: value for key, value in config.items() if value}
 
 
 @pytest.mark.parametrize("image", [NGINX], ids=lambda app: app.name, indirect=True)
@@ -159,26 +217,26 @@ def test_an_application_answers_with_s3_as_the_remote(peers: Peers, registry: Re
             assert b"Definitions and overview" in first_answer(ours.dockerd, name, NGINX)
 
 
-def first_answer(dockerd: Dockerd, name: str, app: Application) -> bytes:
+def first_answer(docker: AnyDocker, name: str, app: Application) -> bytes:
     """Pull the image, run a container and return the application's answer."""
-    container = dockerd.docker("run", "-d", "--network=host", name)
+    container = docker.docker("run", "-d", "--network=host", name)
     try:
         return app.wait()
     except TimeoutError as exc:
-        logs = dockerd.call("logs", container)
+        logs = docker.call("logs", container)
         raise AssertionError(f"{exc}\n{(logs.stdout + logs.stderr).decode(errors='replace')[-3000:]}") from exc
     finally:
-        dockerd.docker("rm", "-f", container)
+        docker.docker("rm", "-f", container)
 
 
 @contextmanager
-def root_of(dockerd: Dockerd, name: str) -> Iterator[Path]:
+def root_of(docker: AnyDocker, name: str) -> Iterator[Path]:
     """Run a container that sleeps; yield the path of its root file system."""
-    container = dockerd.docker("run", "-d", "--network=none", "--user=0", "--entrypoint=sleep", name, "infinity")
+    container = docker.docker("run", "-d", "--network=none", "--user=0", "--entrypoint=sleep", name, "infinity")
     try:
-        yield Path(dockerd.docker("inspect", "-f", "{{.GraphDriver.Data.MergedDir}}", container))
+        yield Path("/proc", docker.docker("inspect", "-f", "{{.State.Pid}}", container), "root")
     finally:
-        dockerd.docker("rm", "-f", container)
+        docker.docker("rm", "-f", container)
 
 
 def compare(ours: Path, theirs: Path, contents_of_every: int, compared: set[Seen]) -> int:

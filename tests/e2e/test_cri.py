@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from grpc import StatusCode
 
+from gearworkers.cas.store import ObjectStore
 from gearworkers.settings import RegistrySettings
 from tests.support.containerd import refused
 from tests.support.containerd_host import Containerd, stack_for_containerd
@@ -23,14 +27,16 @@ from tests.support.stack import Stack
 from tests.support.tiny import tar_of, tiny_tar
 
 FILES = {"etc/hello": b"hello\n" * 1000, "data/large": bytes(range(256)) * 40_000}
-APP, OTHER, PAUSE = (f"{MIRROR}/{name}:1" for name in ("app", "other", "pause"))
+APP, OTHER, INDEXED, PAUSE = (f"{MIRROR}/{name}:1" for name in ("app", "other", "indexed", "pause"))
 SLEEP = ("/bin/sleep", "100000")
 NAMESPACE = "k8s.io"
 
 
 @pytest.fixture(scope="module")
 def stack(disk: Path) -> Iterator[Stack]:
-    with stack_for_containerd(disk / "cri-stack", "geark") as stack:
+    remote = disk / "cri-remote"
+    remote.mkdir()
+    with stack_for_containerd(disk / "cri-stack", "geark", {"GEAR_REMOTE": str(remote)}) as stack:
         yield stack
 
 
@@ -38,7 +44,12 @@ def stack(disk: Path) -> Iterator[Stack]:
 def pause(disk: Path, registry: Registry) -> Path:
     """Push the images to the registry; return an archive of that of the sandbox."""
     pause = Image([tiny_tar()], command=SLEEP)
-    images = {APP: Image([tiny_tar(), tar_of(FILES)]), OTHER: Image([tiny_tar({"etc/hello": b"other"})]), PAUSE: pause}
+    images = {
+        APP: Image([tiny_tar(), tar_of(FILES)]),
+        OTHER: Image([tiny_tar({"etc/hello": b"other"})]),
+        INDEXED: Image([tiny_tar({"indexed": b"read"}), tar_of({"unread": b"unread"})]),
+        PAUSE: pause,
+    }
     for name, image in images.items():
         path, version = name.removeprefix(f"{MIRROR}/").split(":")
         image.push(repository(registry.host, RegistrySettings().docker_config, path), version)
@@ -89,6 +100,23 @@ def test_a_pod_runs_an_image_of_a_registry(kubelet: Cri, containerd: Containerd,
     assert kubelet.exec(container, "sh", "-c", "echo new > /new; cat /new; wc -c < /data/large") == "new\n10240000"
     assert len(containerd.snapshots(NAMESPACE)) == 4, "two layers, one of them shared with the sandbox, two containers"
     assert of_overlayfs(containerd) == 0
+
+
+def test_a_pod_runs_an_indexed_image_before_it_has_arrived(
+    kubelet: Cri, containerd: Containerd, stack: Stack, registry: Registry
+) -> None:
+    image = INDEXED.replace(MIRROR, registry.host)
+    indexed = stack.gear("index", "--local", "--processes", "1", image)
+    assert indexed.returncode == 0, indexed.stderr
+    kubelet.pull(INDEXED)
+    container = kubelet.run(kubelet.run_pod(pod_config("indexed")), INDEXED, *SLEEP)
+    assert kubelet.exec(container, "cat", "/indexed") == "read"
+    store = ObjectStore(stack.root / "public")
+    assert [store.has(sha256(content).digest()) for content in (b"read", b"unread")] == [True, False]
+    manifest = json.loads(repository(registry.host, RegistrySettings().docker_config, "indexed").manifest("1")[0])
+    stored = containerd.ctr("content", "ls", "-q", namespace=NAMESPACE).split()
+    assert not {layer["digest"] for layer in manifest["layers"]}.intersection(stored)
+    shutil.rmtree(Path(stack.settings["GEAR_REMOTE"]) / "documents")
 
 
 def test_statistics_count_the_files_of_images_and_containers(kubelet: Cri, stack: Stack) -> None:

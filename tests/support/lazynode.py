@@ -157,11 +157,11 @@ class LazyNode:
         self.driver.prepare()
         self._server: subprocess.Popen[bytes] | None = None
 
-    def pull(self, files: Mapping[str, bytes], id: str = "image") -> None:
-        """Store *files* in the first source and apply a Gear layer that names them."""
+    def pull(self, files: Mapping[str, bytes], id: str = "image", links: Mapping[str, str] | None = None) -> None:
+        """Store *files* in the first source and apply a Gear layer that names them, and has symbolic *links*."""
         for content in files.values():
             self.source.put(content)
-        self.apply(gear_tar(files), id)
+        self.apply(gear_tar(files, links), id)
 
     def apply(self, tar: bytes, id: str) -> None:
         self.driver.create(id, "")
@@ -234,14 +234,18 @@ def lazy_node(root: Path, sources: int = 1) -> Iterator[LazyNode]:
         node.close()
 
 
-def gear_tar(files: Mapping[str, bytes]) -> bytes:
-    """Return the tar of a Gear layer that names the contents of *files*."""
+def gear_tar(files: Mapping[str, bytes], links: Mapping[str, str] | None = None) -> bytes:
+    """Return the tar of a Gear layer that names the contents of *files*, and has symbolic *links*, path to target."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.mode = 0o755
             info.pax_headers = {"GEAR.sha256": hashlib.sha256(content).hexdigest(), "GEAR.size": str(len(content))}
+            tar.addfile(info)
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
             tar.addfile(info)
     return sink.getvalue()
 

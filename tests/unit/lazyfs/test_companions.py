@@ -12,6 +12,7 @@ import pytest
 
 from gearworkers.cas.store import ObjectStore
 from gearworkers.layers.object_list import ObjectList
+from gearworkers.lazyfs import client
 from gearworkers.profiles import document
 from gearworkers.profiles.document import Profile
 from gearworkers.profiles.resolve import profile_name
@@ -54,16 +55,17 @@ def test_a_miss_brings_neighbours_with_the_same_suffix(node: LazyNode) -> None:
     assert node.status().on_demand == 1
 
 
-def test_neighbours_keep_to_a_budget(node: LazyNode) -> None:
+def test_a_block_of_neighbours_grows_while_the_other_half_was_read(node: LazyNode) -> None:
     bytes_of = random.Random(1).randbytes
-    files = {f"lib/{number:02}.py": bytes_of(30 << 10) for number in range(20)}
-    files["lib/05.py"] = bytes_of(100 << 10)
-    node.pull(files)
+    files = {f"lib/{number:02}.py": bytes_of(64 << 10) for number in range(20)}
+    files["lib/05a.py"] = bytes_of(200 << 10)
+    node.pull(dict(sorted(files.items())))
     root = run(node)
-    (root / "lib/03.py").read_bytes()
-    near = {f"lib/{number:02}.py" for number in (2, 3, 4, 6, 7, 8)}
-    wait_until(lambda: stored(node, files) >= near, "the neighbours have arrived")
-    assert stored(node, files) == near
+    for read, numbers in ((1, {*range(4)}), (10, {*range(4), *range(8, 12)}), (6, {*range(16)})):
+        (root / f"lib/{read:02}.py").read_bytes()
+        near = {f"lib/{number:02}.py" for number in numbers}
+        wait_until(lambda near=near: stored(node, files) >= near, "the neighbours have arrived")
+        assert stored(node, files) == near
 
 
 def test_a_profile_decides(node: LazyNode) -> None:
@@ -105,3 +107,17 @@ def test_programs_start_with_companions_as_without(node: LazyNode) -> None:
     node.pull(files)
     done = subprocess.run(["chroot", run(node), "/bin/ls", "/"], capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.stderr) == (["bin", "lib", "lib64"], "")
+
+
+def test_a_command_brings_its_script_and_the_programs_that_this_names(node: LazyNode) -> None:
+    programs = {
+        "usr/bin/dash": b"\x7fELF dash" * 100,
+        "usr/bin/server": b"\x7fELF server" * 100,
+        "usr/bin/other": b"\x7fELF other" * 100,
+        "usr/bin/entry.sh": b"#!/bin/sh\n# other\n" + b": " * 200 + b'\nexec "$dir/server" -x\n',
+    }
+    node.pull(programs, links={"usr/bin/sh": "dash"})
+    client.report_image(node.settings.lazyfs_socket, "image", starts=False, command="entry.sh -v")
+    expected = {"usr/bin/dash", "usr/bin/server", "usr/bin/entry.sh"}
+    wait_until(lambda: stored(node, programs) >= expected, "the programs have arrived")
+    assert stored(node, programs) == expected
