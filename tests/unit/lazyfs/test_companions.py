@@ -39,6 +39,12 @@ def stored(node: LazyNode, files: Mapping[str, bytes]) -> set[str]:
     return {name for name, content in files.items() if store.has(hashlib.sha256(content).digest())}
 
 
+def wait_for(node: LazyNode, files: Mapping[str, bytes], names: set[str]) -> None:
+    """Wait until these files have arrived, and check that no other has."""
+    wait_until(lambda: stored(node, files) >= names, "the companions have arrived")
+    assert stored(node, files) == names
+
+
 def run(node: LazyNode) -> Path:
     """Start a container; return its root directory after the server knows that it has no profile."""
     root = node.run("c1")
@@ -50,8 +56,7 @@ def test_a_miss_brings_neighbours_with_the_same_suffix(node: LazyNode) -> None:
     node.pull(BOTH)
     root = run(node)
     assert (root / "lib/c.py").read_bytes() == MODULES["lib/c.py"]
-    wait_until(lambda: stored(node, MODULES) == set(MODULES), "the neighbours have arrived")
-    assert stored(node, SOURCES) == set()
+    wait_for(node, BOTH, set(MODULES))
     assert node.status().on_demand == 1
 
 
@@ -63,9 +68,7 @@ def test_a_block_of_neighbours_grows_while_the_other_half_was_read(node: LazyNod
     root = run(node)
     for read, numbers in ((1, {*range(4)}), (10, {*range(4), *range(8, 12)}), (6, {*range(16)})):
         (root / f"lib/{read:02}.py").read_bytes()
-        near = {f"lib/{number:02}.py" for number in numbers}
-        wait_until(lambda near=near: stored(node, files) >= near, "the neighbours have arrived")
-        assert stored(node, files) == near
+        wait_for(node, files, {f"lib/{number:02}.py" for number in numbers})
 
 
 def test_a_profile_decides(node: LazyNode) -> None:
@@ -118,6 +121,4 @@ def test_a_command_brings_its_script_and_the_programs_that_this_names(node: Lazy
     }
     node.pull(programs, links={"usr/bin/sh": "dash"})
     client.report_image(node.settings.lazyfs_socket, "image", starts=False, command="entry.sh -v")
-    expected = {"usr/bin/dash", "usr/bin/server", "usr/bin/entry.sh"}
-    wait_until(lambda: stored(node, programs) >= expected, "the programs have arrived")
-    assert stored(node, programs) == expected
+    wait_for(node, programs, {"usr/bin/dash", "usr/bin/server", "usr/bin/entry.sh"})
