@@ -244,7 +244,8 @@ class Engine:
                 private=self.layers.is_private(parent),
             )
             self.layers.publish(build, image_layer(layer, applied, from_index=is_index))
-        self.profile_hooks.layer_applied(id)
+        if not is_index:  # a layer from an index is only copied to images' layers
+            self.profile_hooks.layer_applied(id)
         return applied.size_bytes
 
     @layer_call

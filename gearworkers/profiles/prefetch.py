@@ -87,10 +87,10 @@ class ProfilePrefetcher:
                     _log.exception("cannot use a profile", image=image.layer)
 
     def _settled(self, event: ImageEvent) -> list[ImageEvent]:
-        """Return the images of one pull, by their topmost layers; a start is returned at once."""
+        """Return the images of one pull, by their topmost layers; an image that is known to be one, at once."""
         images = {event.layer: event}
         try:
-            while not event.starts:
+            while not event.starts and not event.command:
                 more = self._events.get(timeout=SETTLE_S)
                 if more is None:
                     self._events.put(None)  # for `_run`
