@@ -1,7 +1,7 @@
 """The parts of a large object that are fetched with a read: the next ones of a sequential reader, else those around.
 
-Programs read their libraries and archives at random, but their reads cluster. A block of 256 KiB around a read costs
-less time than the round trip of another read.
+Programs read their libraries and archives at random, but their reads cluster. A block of 512 KiB around a read costs
+about the time of another read's round trip.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 MIN_BYTES = 256 << 10
 MAX_BYTES = 4 << 20
+BLOCK_BYTES = 512 << 10
 _MAX_BLOCK_BYTES = 2 << 20
 
 
@@ -35,13 +36,13 @@ class ReadAhead:
 def block_around(offset: int, has_any: Callable[[int, int], bool]) -> tuple[int, int]:
     """Return (offset, size in bytes) of the block to fetch with a random read at *offset*.
 
-    The block has 256 KiB. It is doubled, up to 2 MiB, while the other half of the larger block was read before.
+    The block has BLOCK_BYTES. It is doubled, up to 2 MiB, while the other half of the larger block was read before.
 
     Args:
         offset: Of the read.
         has_any: Whether any of the bytes, given by offset and size in bytes, have arrived or are requested.
     """
-    size_bytes = MIN_BYTES
+    size_bytes = BLOCK_BYTES
     start = offset - offset % size_bytes
     while size_bytes < _MAX_BLOCK_BYTES:
         other = start ^ size_bytes

@@ -109,19 +109,20 @@ class Companions:
             incomplete = [layer for layer in self._layers.layer_chain(id) if not layer.complete]
             files = ImageFiles(
                 [
-                    known.get(layer.id) or LayerFiles(layer.id, named_files(self._layers.directory(layer)))
+                    known.get(layer.id) or LayerFiles(layer.id, partial(named_files, self._layers.directory(layer)))
                     for layer in incomplete
                 ]
             )
             # The layers below may have been taken for images while this image was pulled.
             others = [other for other in self._images if not any(other == layer.id for layer in incomplete)]
             self._images = {other: self._images[other] for other in others[1 - _MAX_IMAGES :]} | {id: files}
-        self._fetch_programs(self._images[id], scripts.words_of(command.encode()))
+        for word in scripts.words_of(command.encode()):
+            self._fetch_programs(self._images[id], [word])
 
     def _missed(self, digest: bytes) -> None:
         for image in self._images.values():
             for layer in image.layers:
-                program = layer.programs.get(digest)
+                program = layer.program(digest)
                 if program is None:
                     self._fetch(layer.neighbours(digest))
                 elif digest not in image.seen:

@@ -3,59 +3,80 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
-from gearworkers.fetch.read_ahead import MIN_BYTES, block_around
+from gearworkers.fetch.read_ahead import BLOCK_BYTES, block_around
 from gearworkers.layers.file_names import NamedLink, NamedObject
 
 _MAX_NEIGHBOUR_BYTES = 128 << 10
 """Larger files are no neighbours: one of them would fill half of a block."""
 _PROGRAM_DIRECTORIES = (b"bin", b"sbin")
-_ALTERNATIVES = b"alternatives"
+_LINK_DIRECTORIES = (*_PROGRAM_DIRECTORIES, b"alternatives")
 _MAX_LINKS = 5
 
 
 class LayerFiles:
-    """The files of one layer.
+    """The files of one layer, which are read when they are needed.
 
     Args:
         id: The layer's.
-        files: The files in the order of its tar.
+        read: Returns the files in the order of the layer's tar.
     """
 
-    def __init__(self, id: str, files: Iterable[NamedObject | NamedLink]) -> None:
+    def __init__(self, id: str, read: Callable[[], Iterable[NamedObject | NamedLink]]) -> None:
         self.id = id
-        self.programs: dict[bytes, NamedObject] = {}
-        """Programs and libraries, by digest."""
-        self.names: dict[bytes, NamedObject] = {}
-        """The same by file name, and libraries by each name that a program may ask for."""
-        self.links: dict[bytes, bytes] = {}
-        """The names of links in directories of programs, each with the last part of its target."""
-        self._places: dict[bytes, tuple[_Group, int]] = {}
-        groups: dict[bytes, _Group] = {}
-        for file in files:
-            directory, _, name = file.path.rpartition(b"/")
-            if isinstance(file, NamedLink):
-                target = file.target.rpartition(b"/")[2]
-                if target != name and directory.rpartition(b"/")[2] in (*_PROGRAM_DIRECTORIES, _ALTERNATIVES):
-                    self.links[name] = target
-            elif _is_program(directory, name):
-                self.programs[file.digest] = file
-                for known in _names_of(name):
-                    self.names.setdefault(known, file)
-            elif file.size_bytes <= _MAX_NEIGHBOUR_BYTES:
-                group = groups.setdefault(_suffix(name), _Group([], [], set()))
-                self._places.setdefault(file.digest, (group, len(group.files)))
-                group.add(file)
+        self._read = read
+
+    def program(self, digest: bytes) -> NamedObject | None:
+        """Return a program or library with this content."""
+        return self._tables.programs.get(digest)
+
+    def named(self, name: bytes) -> NamedObject | None:
+        """Return the program or library with this file name, or the library that programs ask for by this name."""
+        return self._tables.names.get(name)
+
+    def linked(self, name: bytes) -> bytes | None:
+        """Return the last part of the target of the link to a program with this file name."""
+        return self._tables.links.get(name)
 
     def neighbours(self, digest: bytes) -> Iterator[Neighbour]:
         """Yield the files of the block around a file, those after it first; nothing if it has none."""
-        place = self._places.get(digest)
+        place = self._tables.places.get(digest)
         if place is not None:
             group, number = place
             yield from group.block(number)
+
+    @cached_property
+    def _tables(self) -> _Tables:
+        tables = _Tables({}, {}, {}, {})
+        groups: dict[bytes, _Group] = {}
+        for file in self._read():
+            directory, _, name = file.path.rpartition(b"/")
+            if isinstance(file, NamedLink):
+                target = file.target.rpartition(b"/")[2]
+                if target != name and directory.rpartition(b"/")[2] in _LINK_DIRECTORIES:
+                    tables.links[name] = target
+            elif _is_program(directory, name):
+                tables.programs[file.digest] = file
+                for known in _names_of(name):
+                    tables.names.setdefault(known, file)
+            elif file.size_bytes <= _MAX_NEIGHBOUR_BYTES:
+                group = groups.setdefault(_suffix(name), _Group([], [], set()))
+                tables.places.setdefault(file.digest, (group, len(group.files)))
+                group.add(file)
+        return tables
+
+
+class _Tables(NamedTuple):
+    programs: dict[bytes, NamedObject]
+    """By digest."""
+    names: dict[bytes, NamedObject]
+    links: dict[bytes, bytes]
+    places: dict[bytes, tuple[_Group, int]]
+    """The other files, by digest; each with its number in its group."""
 
 
 class Neighbour(NamedTuple):
@@ -72,7 +93,7 @@ class _Group(NamedTuple):
     ends: list[int]
     """Where each file ends, in bytes from the beginning of the first one."""
     fetched: set[int]
-    """The numbers of the blocks of MIN_BYTES that were fetched."""
+    """The numbers of the blocks of BLOCK_BYTES that were fetched."""
 
     def add(self, file: NamedObject) -> None:
         self.files.append(Neighbour(file.digest, file.size_bytes))
@@ -81,13 +102,13 @@ class _Group(NamedTuple):
     def block(self, number: int) -> Iterator[Neighbour]:
         begin = self.ends[number] - self.files[number].size_bytes
         offset, size_bytes = block_around(begin, self._has_any)
-        self.fetched.update(_blocks(offset, size_bytes))
+        self.fetched.update(_blocks_in(offset, size_bytes))
         first = bisect_left(self.ends, offset + 1)
         end = bisect_left(self.ends, offset + size_bytes)
         return chain(self.files[number + 1 : end + 1], reversed(self.files[first:number]))
 
     def _has_any(self, offset: int, size_bytes: int) -> bool:
-        return not self.fetched.isdisjoint(_blocks(offset, size_bytes))
+        return not self.fetched.isdisjoint(_blocks_in(offset, size_bytes))
 
 
 class ImageFiles:
@@ -105,14 +126,15 @@ class ImageFiles:
     def find(self, name: bytes) -> NamedObject | None:
         """Return the program or library with this file name; links are followed by their last part."""
         for _ in range(_MAX_LINKS):
-            if (file := next((layer.names[name] for layer in self.layers if name in layer.names), None)) is not None:
+            file = next(filter(None, (layer.named(name) for layer in self.layers)), None)
+            if file is not None:
                 return file
-            name = next((layer.links[name] for layer in self.layers if name in layer.links), b"")
+            name = next(filter(None, (layer.linked(name) for layer in self.layers)), b"")
         return None
 
 
-def _blocks(offset: int, size_bytes: int) -> range:
-    return range(offset // MIN_BYTES, (offset + size_bytes) // MIN_BYTES)
+def _blocks_in(offset: int, size_bytes: int) -> range:
+    return range(offset // BLOCK_BYTES, (offset + size_bytes) // BLOCK_BYTES)
 
 
 def _suffix(name: bytes) -> bytes:

@@ -62,7 +62,7 @@ def test_a_miss_brings_neighbours_with_the_same_suffix(node: LazyNode) -> None:
 
 def test_a_block_of_neighbours_grows_while_the_other_half_was_read(node: LazyNode) -> None:
     bytes_of = random.Random(1).randbytes
-    files = {f"lib/{number:02}.py": bytes_of(64 << 10) for number in range(20)}
+    files = {f"lib/{number:02}.py": bytes_of(128 << 10) for number in range(20)}
     files["lib/05a.py"] = bytes_of(200 << 10)
     node.pull(dict(sorted(files.items())))
     root = run(node)
