@@ -5,12 +5,12 @@ after the missed file itself:
 
 - for a program or library, the libraries that it needs, and those that they need; for a script, its interpreter, and
   for a shell script also the programs that its text names;
-- for another file, the block of files around it, as in a large object that is read at random. The files of a layer with
-  the same suffix count as one object, in the order of its tar. Tars are in the order of directories, and a program that
-  has read one module mostly reads its neighbours.
+- for another file, and for a plugin (a library without a version in its name), the block of files around it, as in a
+  large object that is read at random. The files of a layer with the same suffix count as one object, in the order of
+  its tar. Tars are in the order of directories, and a program that has read one module mostly reads its neighbours.
 
-The programs that an image's command names are fetched as soon as the image is pulled. Of a large program or library
-only the parts that the dynamic linker reads are fetched.
+The programs that an image's command names are fetched as soon as the image is pulled, and with them a few files that
+most containers read. Of a large program or library only the parts that the dynamic linker reads are fetched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gearworkers.fetch.priority_pool import Priority
 from gearworkers.layers.file_names import NamedObject, named_files
 from gearworkers.layers.store import LayerStore
 from gearworkers.lazyfs import elf, scripts
-from gearworkers.lazyfs.image_files import ImageFiles, LayerFiles, Neighbour
+from gearworkers.lazyfs.image_files import STARTUP_FILES, ImageFiles, LayerFiles, Neighbour
 from gearworkers.util.open_file import ObjectFile
 
 _log = structlog.get_logger(__name__)
@@ -118,16 +118,19 @@ class Companions:
             self._images = {other: self._images[other] for other in others[1 - _MAX_IMAGES :]} | {id: files}
         for word in scripts.words_of(command.encode()):
             self._fetch_programs(self._images[id], [word])
+        self._fetch(filter(None, map(self._images[id].find, STARTUP_FILES)))
 
     def _missed(self, digest: bytes) -> None:
         for image in self._images.values():
             for layer in image.layers:
-                program = layer.program(digest)
+                program, neighbours = layer.program(digest), layer.neighbours(digest)
                 if program is None:
-                    self._fetch(layer.neighbours(digest))
-                elif digest not in image.seen:
+                    self._fetch(neighbours)
+                    continue
+                if digest not in image.seen:
                     image.seen.add(digest)
                     self._look_into(image, program)
+                self._bring(image, filter(None, (layer.program(neighbour.digest) for neighbour in neighbours)))
 
     def _fetch(self, files: Iterable[Neighbour | NamedObject], arrived: Arrived | None = None) -> None:
         parts = [
@@ -141,9 +144,12 @@ class Companions:
     # -- programs
 
     def _fetch_programs(self, image: ImageFiles, names: Iterable[bytes]) -> None:
-        """Fetch the programs and libraries with these names, and look into each when its beginning has arrived."""
         found = [file for name in names if (file := image.find(name)) is not None and file.digest not in image.seen]
-        unseen = {file.digest: file for file in found[:_MAX_PROGRAMS]}
+        self._bring(image, found[:_MAX_PROGRAMS])
+
+    def _bring(self, image: ImageFiles, programs: Iterable[NamedObject]) -> None:
+        """Fetch programs and libraries, and look into each when its beginning has arrived."""
+        unseen = {file.digest: file for file in programs if file.digest not in image.seen}
         image.seen.update(unseen)
         for file in unseen.values():
             if self._fetcher.is_here(file.digest):

@@ -16,6 +16,8 @@ _MAX_NEIGHBOUR_BYTES = 128 << 10
 _PROGRAM_DIRECTORIES = (b"bin", b"sbin")
 _LINK_DIRECTORIES = (*_PROGRAM_DIRECTORIES, b"alternatives")
 _MAX_LINKS = 5
+STARTUP_FILES = (b"etc/passwd", b"etc/group", b"etc/ld.so.cache", b"etc/nsswitch.conf")
+"""Files that the runtime, the dynamic linker or the C library reads in most containers."""
 
 
 class LayerFiles:
@@ -35,7 +37,10 @@ class LayerFiles:
         return self._tables.programs.get(digest)
 
     def named(self, name: bytes) -> NamedObject | None:
-        """Return the program or library with this file name, or the library that programs ask for by this name."""
+        """Return the program or library with this file name, or the library that programs ask for by this name.
+
+        Files of STARTUP_FILES have their path as their name.
+        """
         return self._tables.names.get(name)
 
     def linked(self, name: bytes) -> bytes | None:
@@ -59,11 +64,14 @@ class LayerFiles:
                 target = file.target.rpartition(b"/")[2]
                 if target != name and directory.rpartition(b"/")[2] in _LINK_DIRECTORIES:
                     tables.links[name] = target
+                continue
+            if (path := file.path.lstrip(b"./")) in STARTUP_FILES:
+                tables.names[path] = file
             elif _is_program(directory, name):
                 tables.programs[file.digest] = file
                 for known in _names_of(name):
                     tables.names.setdefault(known, file)
-            elif file.size_bytes <= _MAX_NEIGHBOUR_BYTES:
+            if file.size_bytes <= _MAX_NEIGHBOUR_BYTES and (file.digest not in tables.programs or _is_plugin(name)):
                 group = groups.setdefault(_suffix(name), _Group([], [], set()))
                 tables.places.setdefault(file.digest, (group, len(group.files)))
                 group.add(file)
@@ -76,7 +84,7 @@ class _Tables(NamedTuple):
     names: dict[bytes, NamedObject]
     links: dict[bytes, bytes]
     places: dict[bytes, tuple[_Group, int]]
-    """The other files, by digest; each with its number in its group."""
+    """The files that are neighbours, by digest; each with its number in its group."""
 
 
 class Neighbour(NamedTuple):
@@ -124,7 +132,7 @@ class ImageFiles:
         """Digests of the programs and libraries whose companions were fetched."""
 
     def find(self, name: bytes) -> NamedObject | None:
-        """Return the program or library with this file name; links are followed by their last part."""
+        """Return the file of this name, as `LayerFiles.named`; links are followed by their last part."""
         for _ in range(_MAX_LINKS):
             file = next(filter(None, (layer.named(name) for layer in self.layers)), None)
             if file is not None:
@@ -142,7 +150,12 @@ def _suffix(name: bytes) -> bytes:
 
 
 def _is_program(directory: bytes, name: bytes) -> bool:
-    return directory.rpartition(b"/")[2] in _PROGRAM_DIRECTORIES or name.endswith(b".so") or b".so." in name
+    return directory.rpartition(b"/")[2] in _PROGRAM_DIRECTORIES or _is_plugin(name) or b".so." in name
+
+
+def _is_plugin(name: bytes) -> bool:
+    """Whether a program opens this library by its path; other libraries have a version."""
+    return name.endswith(b".so")
 
 
 def _names_of(name: bytes) -> Iterator[bytes]:

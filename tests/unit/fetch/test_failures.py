@@ -77,7 +77,7 @@ def test_a_full_disk_stops_the_fill_of_a_large_object_until_it_is_tried_again(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 
-    content = random_bytes(9, 60 * CHUNK_BYTES)
+    content = random_bytes(9, 200 * CHUNK_BYTES)
     digest = node.source.put(content)
     assert node.read(content, 0, 1) == content[:1]
     node.source.single.clear()
@@ -88,8 +88,8 @@ def test_a_full_disk_stops_the_fill_of_a_large_object_until_it_is_tried_again(
             node.wait_for_threads()
         assert 1 <= len(node.source.single) <= 10
         with pytest.raises(ResourceExhausted):
-            node.read(content, 50 * CHUNK_BYTES, 1)
-    assert node.read(content, 50 * CHUNK_BYTES, 1) == chunk_of(content, 50)[:1]
+            node.read(content, 150 * CHUNK_BYTES, 1)
+    assert node.read(content, 150 * CHUNK_BYTES, 1) == chunk_of(content, 150)[:1]
     node.fetcher.fill_idle(0.0)
     node.wait_for_threads()
     assert not node.store.has(digest)

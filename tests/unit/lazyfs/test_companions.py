@@ -122,3 +122,15 @@ def test_a_command_brings_its_script_and_the_programs_that_this_names(node: Lazy
     node.pull(programs, links={"usr/bin/sh": "dash"})
     client.report_image(node.settings.lazyfs_socket, "image", starts=False, command="entry.sh -v")
     wait_for(node, programs, {"usr/bin/dash", "usr/bin/server", "usr/bin/entry.sh"})
+
+
+def test_a_plugin_brings_the_plugins_around_it_and_startup_files_come_first(node: LazyNode) -> None:
+    plugins = {f"usr/lib/app/{name}.so": b"\x7fELF plugin " + name.encode() * 100 for name in "abc"}
+    startup = {"etc/ld.so.cache": b"cache" * 100, "etc/passwd": b"root" * 100}
+    others = {"usr/lib/app/lib.so.1": b"\x7fELF lib" * 100, "etc/fstab": b"fstab" * 100}
+    files = plugins | startup | others
+    node.pull(files)
+    root = run(node)
+    wait_for(node, files, set(startup))
+    (root / "usr/lib/app/b.so").read_bytes()
+    wait_for(node, files, {*startup, *plugins})
