@@ -22,7 +22,7 @@ help:
 	@echo "              import shared load parallel build save run read chown memory idle"
 	@echo "              convert many reread lazy local bytes storage second"
 	@echo "              unpack unpack-one growth snapshots containerd lazy-pull lazy-pull-local"
-	@echo "              lazy-pull-slow (containerd's front door)"
+	@echo "              lazy-pull-slow shared-pull (containerd's front door)"
 
 setup:
 	@$(PYTHON) packaging/prepare.py

@@ -14,7 +14,7 @@ from bench.growth import growth
 from bench.idle import idle
 from bench.imports import import_one, import_parallel, import_shared, load_layers
 from bench.lazy import OLD, VERSIONS, lazy, local, received, second, storage
-from bench.lazy_pull import lazy_pull, lazy_pull_local, lazy_pull_slow
+from bench.lazy_pull import lazy_pull, lazy_pull_local, lazy_pull_slow, shared_pull
 from bench.many import many
 from bench.memory import memory
 from bench.reread import reread
@@ -50,9 +50,11 @@ ROWS: Mapping[str, Callable[[], list[Figure]]] = {
     "lazy-pull": lazy_pull,
     "lazy-pull-local": lazy_pull_local,
     "lazy-pull-slow": lazy_pull_slow,
+    "shared-pull": shared_pull,
 }
+_OF_FIRST_VERSION = ("lazy", "local", "bytes", "lazy-pull", "lazy-pull-local", "lazy-pull-slow", "shared-pull")
 IMAGES = {
-    **dict.fromkeys(("lazy", "local", "bytes", "lazy-pull", "lazy-pull-local", "lazy-pull-slow"), (OLD,)),
+    **dict.fromkeys(_OF_FIRST_VERSION, (OLD,)),
     **dict.fromkeys(("second", "storage"), VERSIONS),
 }
 """Versions of the application images that a benchmark needs; made before the sandbox starts, which has no network."""

@@ -53,6 +53,25 @@ def lazy_pull_slow() -> list[Figure]:
     ]
 
 
+def shared_pull() -> list[Figure]:
+    """Measure the bytes of a second image that shares its base with one that is here, without a remote."""
+    first, second = "python", "node"
+    with fresh_disk() as disk:
+        data = ServerData(disk / "data")
+        data.add([f"{name}:{OLD}" for name in (first, second)], converted=False)
+        with near(data) as servers:
+
+            def pulled(name: str, settings: Mapping[str, str] | None) -> float:
+                with _side(disk / name, name, servers, settings) as side:
+                    side.docker.docker("pull", "-q", f"{servers.registry}/{first}:{OLD}")
+                    before_bytes = servers.received_bytes()
+                    side.docker.docker("pull", "-q", f"{servers.registry}/{second}:{OLD}")
+                    return (servers.received_bytes() - before_bytes) / 1e6
+
+            work = f"{second}, pulled after {first}, with which it shares two layers, no remote (MB)"
+            return [Figure(work, pulled("ours", {"GEAR_REMOTE": ""}), pulled("peer", None), 1.0)]
+
+
 @cache
 def _measured_far() -> Measured:
     return _measure(far)

@@ -23,10 +23,11 @@ from tests.support.images import Image, Pulled, pull
 from tests.support.processes import wait_until
 from tests.support.tiny import BUSYBOX, tar_of, tiny_tar
 
-SMALL = {f"app/small{number}": b"%d " % number * 2000 for number in range(20)}
+# Each has a suffix of its own, so that none is another's companion.
+SMALL = {f"app/small.{number}": b"%d " % number * 2000 for number in range(20)}
 LARGE = random.Random(7).randbytes(6 << 20)
 TARS = [tiny_tar(), tar_of(SMALL), tar_of({"app/large": LARGE})]
-READ = ("cat", "/app/small3", "/app/small5")
+READ = ("cat", "/app/small.3", "/app/small.5")
 GEAR = str(Path(sys.executable).with_name("gear"))
 
 
@@ -55,10 +56,10 @@ def host(session_host: ContainerdHost) -> ContainerdHost:
 def test_a_container_of_ctr_starts_before_its_files_have_arrived(host: ContainerdHost) -> None:
     host.pull()
     assert not host.has(BUSYBOX.read_bytes()) and not host.objects()
-    assert host.run("one", "stat", "-c", "%s", "/app/large", "/app/small3").split() == [str(len(LARGE)), "4000"]
-    assert host.has(BUSYBOX.read_bytes()) and not host.has(SMALL["app/small3"])
-    assert host.run("two", *READ) == (SMALL["app/small3"] + SMALL["app/small5"]).decode().strip()
-    assert {name for name, content in SMALL.items() if host.has(content)} == {"app/small3", "app/small5"}
+    assert host.run("one", "stat", "-c", "%s", "/app/large", "/app/small.3").split() == [str(len(LARGE)), "4000"]
+    assert host.has(BUSYBOX.read_bytes()) and not host.has(SMALL["app/small.3"])
+    assert host.run("two", *READ) == (SMALL["app/small.3"] + SMALL["app/small.5"]).decode().strip()
+    assert {name for name, content in SMALL.items() if host.has(content)} == {"app/small.3", "app/small.5"}
     shown = host.inspect(f"containerd:{host.image}")
     assert (shown["Pulled"], shown["Gear image"]) == ("yes", "yes")
     assert shown["On this node"].startswith("3, ") and shown["Missing"].startswith("19, ")
@@ -71,18 +72,18 @@ def test_a_container_of_docker_starts_before_its_files_have_arrived(host: Contai
     assert not host.objects()
     container = host.docker.run(host.image, "sleep", "1000", options=("-d",))
     assert host.docker.docker("exec", container, *READ).startswith("3 3 3")
-    assert not host.has(SMALL["app/small4"])
-    host.docker.docker("exec", container, "sh", "-c", "chmod 700 /app/small4; echo x >> /app/small6; rm /app/small7")
+    assert not host.has(SMALL["app/small.4"])
+    host.docker.docker("exec", container, "sh", "-c", "chmod 700 /app/small.4; echo x >> /app/small.6; rm /app/small.7")
     assert set(host.docker.docker("diff", container).splitlines()) == {
         "C /app",
-        "C /app/small4",
-        "C /app/small6",
-        "D /app/small7",
+        "C /app/small.4",
+        "C /app/small.6",
+        "D /app/small.7",
     }
     host.docker.docker("commit", container, "committed")
-    script = "stat -c %a /app/small4; cat /app/small4 /app/small6; ls /app | wc -l"
+    script = "stat -c %a /app/small.4; cat /app/small.4 /app/small.6; ls /app | wc -l"
     shown = host.docker.run("committed", "sh", "-c", script)
-    content = (SMALL["app/small4"] + SMALL["app/small6"]).decode()
+    content = (SMALL["app/small.4"] + SMALL["app/small.6"]).decode()
     assert shown == f"700\n{content}x\n20"
 
 
@@ -106,7 +107,7 @@ def test_the_files_of_a_first_start_are_prefetched_by_the_next_pull(host: Contai
     assert "3 objects" in host.stack.gear("profile", "show", f"containerd:{host.image}").stdout
     host.reset()
     host.docker.docker("pull", host.image)
-    read = (BUSYBOX.read_bytes(), SMALL["app/small3"], SMALL["app/small5"])
+    read = (BUSYBOX.read_bytes(), SMALL["app/small.3"], SMALL["app/small.5"])
     wait_until(lambda: all(map(host.has, read)), "the profile is prefetched", 60.0, host.stack.logs)
     before = host.stack.lazy_status()
     assert host.docker.run(host.image, *READ).startswith("3 3 3")
@@ -124,7 +125,7 @@ def test_profile_record_adds_files_that_a_running_container_opens(host: Containe
         text=True,
     ) as recording:
         wait_until(lambda: _is_watching(recording.pid), "the recording has begun")
-        host.docker.docker("exec", "recorded", "cat", "/app/small9")
+        host.docker.docker("exec", "recorded", "cat", "/app/small.9")
         recording.send_signal(signal.SIGINT)
         output, _ = recording.communicate()
     assert (recording.returncode, output) == (0, "2 objects were opened\n")

@@ -70,7 +70,7 @@ def test_a_saved_gear_image_equals_the_pulled_one_byte_for_byte(host: LazyHost, 
     host.dockerd.docker("rmi", host.image)
     host.dockerd.docker("load", "-i", str(tmp_path / "saved.tar"))
     assert host.dockerd.docker("image", "inspect", "-f", "{{.Id}}", host.image) == image_id
-    assert host.dockerd.run(host.image, "cat", "/app/small1") == FILES["app/small1"].decode().strip()
+    assert host.dockerd.run(host.image, "cat", "/app/small.1") == FILES["app/small.1"].decode().strip()
 
 
 def _read(tar: tarfile.TarFile, name: str) -> bytes:
@@ -81,23 +81,23 @@ def _read(tar: tarfile.TarFile, name: str) -> bytes:
 
 def test_commit_and_build_on_a_gear_image_make_ordinary_layers(host: LazyHost) -> None:
     dockerd = host.dockerd
-    change = "(echo; echo more) >> /app/small1; rm /app/small2; chmod 600 /app/small3; mv /app/small4 /app/moved"
+    change = "(echo; echo more) >> /app/small.1; rm /app/small.2; chmod 600 /app/small.3; mv /app/small.4 /app/moved"
     dockerd.run(host.image, "sh", "-c", change, options=("--name", "changed"))
     dockerd.docker("commit", "changed", "committed")
-    dockerfile = f"FROM {host.image}\nRUN echo built > /app/built && chown 7:8 /app/large1\nRUN rm /app/small5\n"
+    dockerfile = f"FROM {host.image}\nRUN echo built > /app/built && chown 7:8 /app/large1\nRUN rm /app/small.5\n"
     dockerd.docker("build", "-t", "built", "--network", "none", "-", stdin=dockerfile.encode())
-    for image, added in (("committed", {"app/small1", "app/.wh.small2"}), ("built", {"app/built", "app/.wh.small5"})):
+    for image, added in (("committed", {"app/small.1", "app/.wh.small2"}), ("built", {"app/built", "app/.wh.small5"})):
         tops = _layers_above(dockerd, image, len(host.tars))
         assert added <= set().union(*tops)
         assert all("GEAR.sha256" not in info.pax_headers for top in tops for info in top.values())
     sizes = {info.name: info.size for top in _layers_above(dockerd, "built", 2) for info in top.values()}
     assert sizes["app/large1"] == len(LARGE["app/large1"])  # the changed owner puts the whole file into the tar
-    check = "tail -n1 /app/small1; ls /app/small2 2>/dev/null; stat -c %a /app/small3; sha256sum < /app/moved"
+    check = "tail -n1 /app/small.1; ls /app/small.2 2>/dev/null; stat -c %a /app/small.3; sha256sum < /app/moved"
     words = dockerd.run("committed", "sh", "-c", check).split()
     assert words[:2] == ["more", "600"]
-    assert words[2] == hashlib.sha256(FILES["app/small4"]).hexdigest()
+    assert words[2] == hashlib.sha256(FILES["app/small.4"]).hexdigest()
     shown = dockerd.run(
-        "built", "sh", "-c", "stat -c %u:%g /app/large1; sha256sum < /app/large1; ls /app/small5 || true"
+        "built", "sh", "-c", "stat -c %u:%g /app/large1; sha256sum < /app/large1; ls /app/small.5 || true"
     )
     assert shown.split()[:2] == ["7:8", hashlib.sha256(LARGE["app/large1"]).hexdigest()]
     dockerd.docker("rm", "changed")
@@ -132,7 +132,7 @@ def test_all_files_match_the_image_and_complete_layers_do_not_use_the_lazy_file_
     complete = host.start()
     assert "/lazy/fetch" not in _mounts(host)
     host.stack.stop("lazyfs")
-    assert host.dockerd.docker("exec", complete, "cat", "/app/small7") == FILES["app/small7"].decode().strip()
+    assert host.dockerd.docker("exec", complete, "cat", "/app/small.7") == FILES["app/small.7"].decode().strip()
     assert host.dockerd.run(host.image, "sha256sum", "/app/large2").split()[0] == _digest("app/large2")
     host.stack.start("lazyfs")
 

@@ -21,7 +21,7 @@ from gearworkers.settings import RemoteSettings, Settings
 from tests.support.lazyhost import LazyHost
 from tests.support.processes import wait_until
 
-SCRIPT = "cat /app/small1 /app/small7 /app/small3 | wc -c; git --version; dd if=/app/large1 bs=64k count=1 | wc -c"
+SCRIPT = "cat /app/small.1 /app/small.7 /app/small.3 | wc -c; git --version; dd if=/app/large1 bs=64k count=1 | wc -c"
 
 
 @pytest.fixture

@@ -23,11 +23,12 @@ from tests.support.images import Image
 from tests.support.processes import wait_until
 from tests.support.tiny import BUSYBOX, tar_of, tiny_tar
 
-SMALL = {f"app/small{number}": b"%d " % number * 2000 for number in range(20)}
+# Each has a suffix of its own, so that none is another's companion.
+SMALL = {f"app/small.{number}": b"%d " % number * 2000 for number in range(20)}
 LARGE = random.Random(8).randbytes(6 << 20)
 TARS = [tiny_tar(), tar_of(SMALL), tar_of({"app/large": LARGE, "app/empty": b""})]
-READ = ("cat", "/app/small3", "/app/small5")
-READ_OUTPUT = (SMALL["app/small3"] + SMALL["app/small5"]).decode().strip()
+READ = ("cat", "/app/small.3", "/app/small.5")
+READ_OUTPUT = (SMALL["app/small.3"] + SMALL["app/small.5"]).decode().strip()
 NOTHING, ALL = [False, False, False], [True, True, True]
 
 
@@ -82,12 +83,16 @@ def index_of(host: ContainerdHost, layer: int) -> Path:
 
 
 def test_docker_pulls_manifest_and_config_only(host: ContainerdHost) -> None:
+    log = host.registry.directory / "registry.log"
+    before = len(log.read_text())
     host.docker.docker("pull", host.image)
     assert downloaded(host) == NOTHING and not host.has(BUSYBOX.read_bytes())
+    requests = log.read_text()[before:]
+    assert "/v2/app/blobs/" in requests and not [digest for digest in layer_digests(host) if digest in requests]
     assert host.docker.run(host.image, *READ) == READ_OUTPUT
-    assert {name for name, content in SMALL.items() if host.has(content)} == {"app/small3", "app/small5"}
-    listed = host.docker.run(host.image, "stat", "-c", "%n %s", "/app/large", "/app/empty", "/app/small7")
-    assert listed == f"/app/large {len(LARGE)}\n/app/empty 0\n/app/small7 4000"
+    assert {name for name, content in SMALL.items() if host.has(content)} == {"app/small.3", "app/small.5"}
+    listed = host.docker.run(host.image, "stat", "-c", "%n %s", "/app/large", "/app/empty", "/app/small.7")
+    assert listed == f"/app/large {len(LARGE)}\n/app/empty 0\n/app/small.7 4000"
 
 
 def test_id_and_digest_are_the_original_ones(host: ContainerdHost) -> None:
@@ -112,7 +117,7 @@ def test_an_image_is_removed_and_collected(host: ContainerdHost) -> None:
 
 def test_the_first_start_of_an_indexed_image_is_recorded(host: ContainerdHost) -> None:
     Image(
-        [*TARS, tar_of({"start": b"#!/bin/sh\ncat /app/small3 /app/small5; sleep 100\n"})], command=("sh", "/start")
+        [*TARS, tar_of({"start": b"#!/bin/sh\ncat /app/small.3 /app/small.5; sleep 100\n"})], command=("sh", "/start")
     ).push(host.repository("app"), "started")
     path = f"{Path(host.docker.daemon.command[0]).parent}:{host.stack.environ()['PATH']}"
     host.stack.set(PATH=path, DOCKER_CONFIG=str(host.docker.directory / "config"))
@@ -175,12 +180,12 @@ def test_a_record_for_other_contents_is_not_used(host: ContainerdHost) -> None:
 
 
 def test_a_wrong_content_is_an_error_for_its_reader(host: ContainerdHost) -> None:
-    name = digest_of(SMALL["app/small3"]).removeprefix("sha256:")
+    name = digest_of(SMALL["app/small.3"]).removeprefix("sha256:")
     content = host.remote / "objects" / name[:2] / name
     content.chmod(0o600)
-    content.write_bytes(b"R" + SMALL["app/small4"])
+    content.write_bytes(b"R" + SMALL["app/small.4"])
     host.docker.docker("pull", host.image)
-    done = host.docker.call("run", "--rm", "--network", "none", host.image, "cat", "/app/small3")
+    done = host.docker.call("run", "--rm", "--network", "none", host.image, "cat", "/app/small.3")
     assert done.returncode != 0 and b"Input/output error" in done.stderr and not done.stdout
 
 

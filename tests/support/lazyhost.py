@@ -31,7 +31,8 @@ from tests.support.processes import Daemon
 from tests.support.registry import Registry
 from tests.support.stack import Stack
 
-SMALL = {f"app/small{number}": b"%d " % number * 200 for number in range(40)}
+# Each has a suffix of its own, so that none is another's companion.
+SMALL = {f"app/small.{number}": b"%d " % number * 200 for number in range(40)}
 LARGE = {f"app/large{number}": random.Random(number).randbytes(6 << 20) for number in range(3)}
 FILES = SMALL | LARGE
 HISTORY = ({"created_by": "debootstrap"}, {"created_by": "ENV a=b", "empty_layer": True}, {"created_by": "COPY app"})

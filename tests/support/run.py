@@ -1,4 +1,4 @@
-"""`python -m tests.support.run [ARGUMENT…]`: run all tests in three pytest processes in parallel.
+"""`python -m tests.support.run [ARGUMENT…]`: run all tests in four pytest processes in parallel.
 
 Each process has its own sandbox. The tests mostly wait, so running them in parallel saves time even on few cores.
 """
@@ -16,13 +16,21 @@ from types import FrameType
 END_TO_END = "tests/e2e"
 OWN_DOCKERD = ("tests/e2e/test_applications.py", "tests/e2e/test_systemd.py")
 """End-to-end tests that share their dockerd with no other test."""
+ON_CONTAINERD = (
+    "tests/e2e/test_containerd.py",
+    "tests/e2e/test_containerd_crashes.py",
+    "tests/e2e/test_containerd_gear_images.py",
+    "tests/e2e/test_cri.py",
+    "tests/e2e/test_unmodified_images.py",
+)
 FAULTS = "tests/faults"
 
 
 def parts() -> list[list[str]]:
     """Return the pytest arguments of each process; all take about the same time."""
     rest = {str(path.parent) for path in Path("tests").rglob("test_*.py")} - {END_TO_END, FAULTS}
-    return [[END_TO_END, *(f"--ignore={path}" for path in OWN_DOCKERD)], sorted(rest), [FAULTS, *OWN_DOCKERD]]
+    others = [f"--ignore={path}" for path in (*OWN_DOCKERD, *ON_CONTAINERD)]
+    return [[END_TO_END, *others], sorted(rest), [FAULTS, *OWN_DOCKERD], list(ON_CONTAINERD)]
 
 
 def main(arguments: list[str]) -> int:
