@@ -28,6 +28,7 @@ from tests.support.tiny import tar_of, tiny_tar
 
 FILES = {"etc/hello": b"hello\n" * 1000, "data/large": bytes(range(256)) * 40_000}
 APP, OTHER, INDEXED, PAUSE = (f"{MIRROR}/{name}:1" for name in ("app", "other", "indexed", "pause"))
+READ, UNREAD = b"read" * 100, b"unread" * 100
 SLEEP = ("/bin/sleep", "100000")
 NAMESPACE = "k8s.io"
 
@@ -47,7 +48,7 @@ def pause(disk: Path, registry: Registry) -> Path:
     images = {
         APP: Image([tiny_tar(), tar_of(FILES)]),
         OTHER: Image([tiny_tar({"etc/hello": b"other"})]),
-        INDEXED: Image([tiny_tar({"indexed": b"read"}), tar_of({"unread": b"unread"})]),
+        INDEXED: Image([tiny_tar({"read": READ}), tar_of({"unread": UNREAD})]),
         PAUSE: pause,
     }
     for name, image in images.items():
@@ -110,9 +111,9 @@ def test_a_pod_runs_an_indexed_image_before_it_has_arrived(
     assert indexed.returncode == 0, indexed.stderr
     kubelet.pull(INDEXED)
     container = kubelet.run(kubelet.run_pod(pod_config("indexed")), INDEXED, *SLEEP)
-    assert kubelet.exec(container, "cat", "/indexed") == "read"
+    assert kubelet.exec(container, "cat", "/read") == READ.decode()
     store = ObjectStore(stack.root / "public")
-    assert [store.has(sha256(content).digest()) for content in (b"read", b"unread")] == [True, False]
+    assert [store.has(sha256(content).digest()) for content in (READ, UNREAD)] == [True, False]
     manifest = json.loads(repository(registry.host, RegistrySettings().docker_config, "indexed").manifest("1")[0])
     stored = containerd.ctr("content", "ls", "-q", namespace=NAMESPACE).split()
     assert not {layer["digest"] for layer in manifest["layers"]}.intersection(stored)
