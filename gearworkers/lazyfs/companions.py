@@ -39,7 +39,7 @@ from gearworkers.util.open_file import ObjectFile
 _log = structlog.get_logger(__name__)
 
 _WINDOW_S = 300.0
-"""Seconds without a miss after which the names of all files are forgotten."""
+"""Seconds without a miss or a new image after which the names of all files are forgotten."""
 _MAX_IMAGES = 8
 _MAX_PROGRAMS = 32
 """Limit of the programs that one command or script brings."""
@@ -65,7 +65,6 @@ class Companions:
         self._fetch_soon = fetch_soon
         self._images: dict[str, ImageFiles] = {}
         """By topmost layer; the oldest first."""
-        self._last_miss_s = 0.0
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="companions", daemon=True).start()
 
@@ -116,7 +115,7 @@ class Companions:
             # The layers below may have been taken for images while this image was pulled.
             others = [other for other in self._images if not any(other == layer.id for layer in incomplete)]
             self._images = {other: self._images[other] for other in others[1 - _MAX_IMAGES :]} | {id: files}
-        for word in scripts.words_of(command.encode()):
+        for word in scripts.words_of(command.encode())[:_MAX_PROGRAMS]:
             self._fetch_programs(self._images[id], [word])
         self._fetch(filter(None, map(self._images[id].find, STARTUP_FILES)))
 

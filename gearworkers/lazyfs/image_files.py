@@ -12,7 +12,7 @@ from gearworkers.fetch.read_ahead import BLOCK_BYTES, block_around
 from gearworkers.layers.file_names import NamedLink, NamedObject
 
 _MAX_NEIGHBOUR_BYTES = 128 << 10
-"""Larger files are no neighbours: one of them would fill half of a block."""
+"""Larger files are no neighbours: one of them would fill much of a block."""
 _PROGRAM_DIRECTORIES = (b"bin", b"sbin")
 _LINK_DIRECTORIES = (*_PROGRAM_DIRECTORIES, b"alternatives")
 _MAX_LINKS = 5
