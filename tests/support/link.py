@@ -37,9 +37,9 @@ class Link:
         own_cut_after_bytes = self.first_cut_after_bytes.pop(0) if self.first_cut_after_bytes else None
         try:
             while data := source.recv(_PIECE_BYTES):
-                if self.bytes_per_s:
+                if bytes_per_s := self.bytes_per_s:
                     with self._lock:
-                        time.sleep(len(data) / self.bytes_per_s)
+                        time.sleep(len(data) / bytes_per_s)
                 cut_after_bytes = self.cut_after_bytes if own_cut_after_bytes is None else own_cut_after_bytes
                 if cut_after_bytes and passed_bytes + len(data) > cut_after_bytes:
                     target.sendall(data[: cut_after_bytes - passed_bytes])

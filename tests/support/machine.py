@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +53,7 @@ class Machine:
 
     def call(self, *command: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """Run a command in the machine; return the completed process, even if it failed."""
-        enter = ["nsenter", "--all", f"--target={self._init_pid()}", f"--wd={os.sep}"]
-        environ = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root"}
-        return subprocess.run([*enter, *command], env=environ, input=stdin, capture_output=True, timeout=120)
+        return self._call_beside(self._init_pid(), command, stdin)
 
     def run(self, *command: str, stdin: bytes = b"") -> str:
         """Run a command in the machine; return its stdout, stripped.
@@ -79,13 +77,19 @@ class Machine:
 
     def is_up(self) -> bool:
         """Return whether the machine's dockerd answers."""
-        return bool(self._children()) and self.call("docker", "version").returncode == 0
+        # While nspawn starts, its children are short-lived.
+        return any(self._call_beside(pid, ["docker", "version"]).returncode == 0 for pid in self._children())
 
     def power_off(self) -> None:
         """Make systemd shut the machine down; return when it is off."""
         os.kill(self._init_pid(), _POWER_OFF)
         assert self.nspawn.process is not None
         assert self.nspawn.process.wait(180) == 0, self.nspawn.log_tail()
+
+    def _call_beside(self, pid: int, command: Sequence[str], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        enter = ["nsenter", "--all", f"--target={pid}", f"--wd={os.sep}"]
+        environ = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root"}
+        return subprocess.run([*enter, *command], env=environ, input=stdin, capture_output=True, timeout=120)
 
     def _init_pid(self) -> int:
         return self._children()[0]
