@@ -9,15 +9,16 @@
 Functions take the smallest group that they need. `Settings` is a `NodeSettings`, so it can be passed for one. Each
 setting is declared once, with variable, default, help, and a type that checks the value. `documented` lists them.
 
-Environment variables were chosen over a file because systemd, Docker Compose and a shell all set them. msgspec checks
-the values: pydantic-settings takes 350 ms to import, msgspec 40 ms, and `gear` and the workers start often.
+Environment variables were chosen over a file because systemd, Docker Compose and a shell all set them. `gear` adds the
+variables of the systemd units' environment file, so that it sees the units' settings (`load_environment_file`). msgspec
+checks the values: pydantic-settings takes 350 ms to import, msgspec 40 ms, and `gear` and the workers start often.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,8 +34,10 @@ from gearworkers.util.env_fields import (
     read_settings,
     setting,
 )
+from gearworkers.util.environment_file import parse_environment
 
 DEFAULT_STREAM_IDLE_S = 900.0
+ENVIRONMENT_FILE = "/etc/gearworkers/environment"
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
@@ -363,3 +366,35 @@ def documented() -> list[DocumentedSetting]:
     ``[DocumentedSetting(name="GEAR_STREAM_IDLE_S", default="900", unit="s", help="Seconds without …"), …]``
     """
     return document_settings(Settings)
+
+
+def load_environment_file(environ: MutableMapping[str, str] = os.environ) -> str:
+    """Add the variables of the systemd units' environment file to *environ*; those already there win.
+
+    GEAR_ENVIRONMENT_FILE names the file; off reads none. Without it, the file is ENVIRONMENT_FILE if it exists, unless
+    GEAR_ROOT or GEAR_RUN_DIR is set: then *environ* describes another stack than the units'.
+
+    Returns:
+        A notice if this user may not read ENVIRONMENT_FILE, which often contains tokens; else "".
+
+    Raises:
+        InvalidInput: The file that GEAR_ENVIRONMENT_FILE names does not exist, or a file cannot be read.
+    """
+    named = environ.get("GEAR_ENVIRONMENT_FILE", "")
+    is_other_stack = environ.get("GEAR_ROOT") or environ.get("GEAR_RUN_DIR")
+    if named == "off" or (is_other_stack and not named):
+        return ""
+    path = named or ENVIRONMENT_FILE
+    try:
+        text = Path(path).read_text()
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, FileNotFoundError) and not named:
+            return ""
+        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+        message = f"cannot read settings from {path}: {reason}"
+        if isinstance(exc, PermissionError) and not named:
+            return f"{message}; run `gear` as root to use them"
+        raise InvalidInput(f"{message}; correct the file, or set GEAR_ENVIRONMENT_FILE=off") from exc
+    for name, value in parse_environment(text).items():
+        environ.setdefault(name, value)
+    return ""

@@ -26,10 +26,12 @@ from gearworkers.cli import (
 )
 from gearworkers.cli.output import EXIT_ERROR
 from gearworkers.errors import GearError
+from gearworkers.settings import load_environment_file
 
 app = typer.Typer(
     help="Inspect and maintain the gearworkers store of this node and its images. "
-    "Settings come from the environment, such as GEAR_ROOT, GEAR_RUN_DIR and GEAR_REMOTE; the reference lists all. "
+    "Settings come from the environment, such as GEAR_ROOT, GEAR_RUN_DIR and GEAR_REMOTE, and then from "
+    "/etc/gearworkers/environment; the reference lists all. "
     "Exit codes: 0 done; 1 faults found (doctor, fsck, push, containerd-config --check); 2 failed, with one line on "
     "stderr.",
     no_args_is_help=True,
@@ -56,6 +58,8 @@ app.command("manager", short_help="Run the manager.")(manager.command)
 def main() -> None:
     """Run `gear`; report an error as one line on stderr and exit with EXIT_ERROR."""
     with _errors_reported():
+        if notice := load_environment_file():
+            _report(notice)
         app()
 
 
