@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,6 +39,7 @@ from gearworkers.util.environment_file import parse_environment
 
 DEFAULT_STREAM_IDLE_S = 900.0
 ENVIRONMENT_FILE = "/etc/gearworkers/environment"
+_OTHER_VARIABLES = {"GEAR_ENVIRONMENT_FILE", "GEAR_MANAGER_ROOT"}  # read below, and by docker-compose.yml
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
@@ -398,3 +400,17 @@ def load_environment_file(environ: MutableMapping[str, str] = os.environ) -> str
     for name, value in parse_environment(text).items():
         environ.setdefault(name, value)
     return ""
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Report each GEAR_ variable of *environ* that is not a setting, with the setting probably meant."""
+    unknown = sorted(name for name in environ if name.startswith("GEAR_"))
+    if not unknown:
+        return []
+    known = {one.name for one in documented()} | _OTHER_VARIABLES
+    return [_describe_unknown(name, known) for name in unknown if name not in known]
+
+
+def _describe_unknown(name: str, known: Collection[str]) -> str:
+    likely = get_close_matches(name, known, n=1)
+    return f"{name} is not a setting and has no effect" + (f"; did you mean {likely[0]}?" if likely else "")

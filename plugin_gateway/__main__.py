@@ -16,7 +16,7 @@ import uvloop
 
 from gearworkers.errors import GearError
 from gearworkers.settings import LOG_LEVELS, Settings
-from gearworkers.util.log import configure_logging
+from gearworkers.util.log import configure_logging, warn_of_unknown_variables
 from plugin_gateway.dispatch.dispatcher import Dispatcher
 from plugin_gateway.engines import Engines
 from plugin_gateway.gateway import Gateway
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.log_level:
             settings = replace(settings, log=replace(settings.log, level=options.log_level))
         configure_logging(settings.log)
+        warn_of_unknown_variables()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings))
     except GearError as exc:

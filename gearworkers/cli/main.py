@@ -26,7 +26,7 @@ from gearworkers.cli import (
 )
 from gearworkers.cli.output import EXIT_ERROR
 from gearworkers.errors import GearError
-from gearworkers.settings import load_environment_file
+from gearworkers.settings import load_environment_file, unknown_variables
 
 app = typer.Typer(
     help="Inspect and maintain the gearworkers store of this node and its images. "
@@ -60,6 +60,8 @@ def main() -> None:
     with _errors_reported():
         if notice := load_environment_file():
             _report(notice)
+        for problem in unknown_variables():
+            _report(problem)
         app()
 
 

@@ -7,7 +7,7 @@ import sys
 
 import structlog
 
-from gearworkers.settings import LogSettings, Settings
+from gearworkers.settings import LogSettings, Settings, unknown_variables
 
 
 def configure_logging(settings: LogSettings) -> None:
@@ -34,6 +34,12 @@ def configure_logging(settings: LogSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
+
+
+def warn_of_unknown_variables() -> None:
+    """Log a warning for each GEAR_ variable in the environment that is not a setting."""
+    for problem in unknown_variables():
+        structlog.get_logger(__name__).warning(problem)
 
 
 def command_settings() -> Settings:

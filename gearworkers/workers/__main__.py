@@ -22,7 +22,7 @@ from celery import Celery
 
 from gearworkers.errors import GearError
 from gearworkers.settings import Settings
-from gearworkers.util.log import configure_logging
+from gearworkers.util.log import configure_logging, warn_of_unknown_variables
 from gearworkers.util.process import set_name
 from gearworkers.workers.celery_app import CONVERT_QUEUE, import_queue, make_worker_app, push_queue
 from gearworkers.workers.scaling import prepare_pool_processes
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_environ()
         configure_logging(settings.log)
+        warn_of_unknown_variables()
         workers = {
             "import": _Worker(import_queue(settings.node), settings.worker_processes, 0),
             "push": _Worker(push_queue(settings.node), 1, _NICE),
