@@ -33,6 +33,7 @@ FIRST_DOCKER = (20, 10)
 LAST_DOCKER = 27
 """Docker 28 has no graphdriver plugins; 27 has them behind an environment variable."""
 
+_USE_GEAR = 'set "storage-driver": "gear" in its configuration'
 _TIMEOUT_S = 3.0
 _REMOTE_TIMEOUT_S = 10.0
 
@@ -162,7 +163,8 @@ def remote_check(settings: Settings) -> Check:
         finally:
             remote.close()
     except GearError as exc:
-        return Check(name, False, False, str(exc), "new objects stay pending until it answers")
+        advice = "new objects stay pending until it answers, and missing files cannot be read"
+        return Check(name, False, True, str(exc), advice)
     return Check(name, True, False, f"{remote_name(settings.remote.url).partition('?')[0]} answers")
 
 
@@ -192,6 +194,8 @@ def docker_checks(settings: NodeSettings) -> list[Check]:
         return [Check("Docker", False, False, f"has the unknown version {info.version!r}", advice)]
     if info.uses_snapshotter:
         return [docker_snapshotter_check(info.version, info.driver)]
+    if info.driver != "gear":
+        return [Check("Docker", False, True, f"{info.version} stores images by driver {info.driver}", _USE_GEAR)]
     return [
         docker_version_check(info.version, int(numbers[1]), int(numbers[2])),
         _experimental_check(info.experimental),
@@ -203,7 +207,7 @@ def docker_snapshotter_check(version: str, snapshotter: str) -> Check:
     found = f"{version} with containerd's image store, snapshotter {snapshotter}"
     if snapshotter == "gear":
         return Check("Docker", True, True, found)
-    return Check("Docker", False, False, found, 'set "storage-driver": "gear" in its configuration')
+    return Check("Docker", False, True, found, _USE_GEAR)
 
 
 def docker_version_check(version: str, major: int, minor: int) -> Check:

@@ -128,7 +128,7 @@ def test_the_remote_check_hides_the_password_of_the_url(tmp_path: Path) -> None:
     Path(url).mkdir()
     assert doctor.remote_check(with_remote(tmp_path, url)).found == f"{url} answers"
     check = doctor.remote_check(with_remote(tmp_path, "http://user:secret@127.0.0.1:1"))
-    assert not check.ok and "127.0.0.1:1" in check.found
+    assert not check.ok and check.needed and "127.0.0.1:1" in check.found
     assert "secret" not in f"{check.found} {check.advice}"
 
 
@@ -183,6 +183,23 @@ def test_the_docker_check_needs_no_docker_program(
     with dockerd(tmp_path / "docker.sock", info):
         checks = doctor.docker_checks(settings)
     assert [check.found for check in checks] == found and all(check.ok for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("info", "found"),
+    [
+        ({"Driver": "overlay2", "DriverStatus": None}, "26.1.5 stores images by driver overlay2"),
+        (
+            {"Driver": "overlayfs", "DriverStatus": [["driver-type", SNAPSHOTTER_TYPE]]},
+            "26.1.5 with containerd's image store, snapshotter overlayfs",
+        ),
+    ],
+)
+def test_a_dockerd_with_another_storage_driver_is_an_error(info: dict[str, object], found: str, tmp_path: Path) -> None:
+    settings = replace(Settings(), docker_host=f"unix://{tmp_path}/docker.sock")
+    with dockerd(tmp_path / "docker.sock", {"ServerVersion": "26.1.5", "ExperimentalBuild": True} | info):
+        (check,) = doctor.docker_checks(settings)
+    assert (check.ok, check.needed, check.found) == (False, True, found)
 
 
 @pytest.mark.parametrize("host", ["tcp://host:abc", "tcp://[::1", "host"])
