@@ -98,18 +98,23 @@ def workers_check(settings: NodeSettings) -> Check:
     """Check that workers serve the queues of this node."""
     from gearworkers.workers.celery_app import make_app  # takes long to import
 
-    name = "Workers"
-    queues = {f"import@{settings.node}", f"push@{settings.node}"}
     try:
         answers = make_app(settings).control.inspect(timeout=_TIMEOUT_S).active_queues() or {}
     except Exception as exc:  # the broker's library raises errors of many kinds
-        return Check(name, False, False, f"cannot be queried ({type(exc).__name__})", "check Redis first")
-    served = {queue["name"] for found in answers.values() for queue in found}
+        return Check("Workers", False, False, f"cannot be queried ({type(exc).__name__})", "check Redis first")
+    return queues_check(settings.node, {queue["name"] for found in answers.values() for queue in found})
+
+
+def queues_check(node: str, served: set[str]) -> Check:
+    """Check that the queues *served* are those of *node*, and say whether a worker converts images."""
+    name = "Workers"
+    queues = {f"import@{node}", f"push@{node}"}
     missing = ", ".join(sorted(queues - served))
     if missing:
         advice = "start them (Procfile: workers); until then the gateway does their work"
         return Check(name, False, False, f"no worker serves {missing}", advice)
-    return Check(name, True, False, f"{len(answers)} serve {', '.join(sorted(queues))}")
+    converts = "convert worker found" if "convert" in served else "no convert worker: use `gear convert --local`"
+    return Check(name, True, False, f"serve {', '.join(sorted(queues))}; {converts}")
 
 
 def gateway_check(settings: NodeSettings) -> Check:

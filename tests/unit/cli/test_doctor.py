@@ -202,6 +202,19 @@ def test_a_dockerd_with_another_storage_driver_is_an_error(info: dict[str, objec
     assert (check.ok, check.needed, check.found) == (False, True, found)
 
 
+@pytest.mark.parametrize(
+    ("served", "ok", "found"),
+    [
+        ({"import@n", "push@n", "convert"}, True, "serve import@n, push@n; convert worker found"),
+        ({"import@n", "push@n"}, True, "serve import@n, push@n; no convert worker"),
+        ({"import@n", "push@other"}, False, "no worker serves push@n"),
+    ],
+)
+def test_the_workers_check_names_convert_workers(served: set[str], ok: bool, found: str) -> None:
+    check = doctor.queues_check("n", served)
+    assert check.ok is ok and check.found.startswith(found)
+
+
 @pytest.mark.parametrize("host", ["tcp://host:abc", "tcp://[::1", "host"])
 def test_a_malformed_docker_host_is_reported(host: str) -> None:
     (check,) = doctor.docker_checks(replace(Settings(), docker_host=host))
