@@ -195,10 +195,21 @@ def test_results_expire_after_a_day(stack: Stack) -> None:
 
 def test_only_the_layer_of_a_killed_process_is_converted_again(stack: Stack, peer: Registry) -> None:
     client = redis.Redis(unix_socket_path=str(stack.redis_socket))
-    before = set(client.keys(CELERY_COUNTS))
+    _let_pool_grow(stack, peer)
+    done_before, counts_before = done_layers(stack), set(client.keys(CELERY_COUNTS))
+    working = children(stack)[1]
     process = begin_partial_conversion(stack, peer, "killed", 4)
-    # A kill before this loses the whole chord.
-    wait_until(lambda: bool(set(client.keys(CELERY_COUNTS)) - before), "Celery has counted the finished layer")
+
+    def is_stopped_between_layers() -> bool:
+        """Stop the process unless Celery has not counted a layer that is done: a kill then loses the whole chord."""
+        os.kill(working, signal.SIGSTOP)
+        counted = sum(client.zcard(key) for key in set(client.keys(CELERY_COUNTS)) - counts_before)
+        if counted == done_layers(stack) - done_before:
+            return True
+        os.kill(working, signal.SIGCONT)
+        return False
+
+    wait_until(is_stopped_between_layers, "Celery has counted the finished layers")
     client.close()
     for pid in children(stack):
         os.kill(pid, signal.SIGKILL)

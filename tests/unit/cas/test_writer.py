@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -264,3 +266,40 @@ def _failing_after(count: int, call):  # type: ignore[no-untyped-def]  # stands 
         call(*arguments)
 
     return counted
+
+
+_FORKS_BESIDE_CALLS = """
+import os, sys, threading, time
+from gearworkers.containerd.client import connected
+from tests.support.fake_containerd import FakeContainerd
+from pathlib import Path
+
+directory = Path(sys.argv[1])
+FakeContainerd(directory / "socket", directory).start()
+
+def call():
+    with connected(directory / "socket") as client:
+        while True:
+            client.content_directory()
+
+for _ in range(2):
+    threading.Thread(target=call, daemon=True).start()
+statuses = set()
+for _ in range(50):
+    pid = os.fork()
+    if not pid:
+        os.closerange(3, 1024)
+        time.sleep(0.02)
+        os._exit(0)
+    statuses.add(os.waitpid(pid, 0)[1])
+print(statuses, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_process_survives_calls_of_grpc(tmp_path: Path) -> None:
+    """A worker process may have called containerd before it forks the process that stores contents."""
+    command = [sys.executable, "-c", _FORKS_BESIDE_CALLS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout == "{0}\n", done.stderr
